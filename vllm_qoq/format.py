@@ -1,0 +1,143 @@
+"""The checkpoint contract: what `config.json` says and how tensors are named.
+
+A checkpoint is an ordinary Hugging Face folder. `config.json` keeps the base
+model's `architectures` and adds one section:
+
+    "quantization_config": {
+      "quant_method": "qoq", "format_version": 1,
+      "sets": {"w8a8":  {"quant_method": "compressed-tensors", ...},
+               "w4a16": {"quant_method": "compressed-tensors", ...}},
+      "routing": {...},                                  # vllm_qoq.routing
+      "input_ratio": {"w4a16": ["model.layers.*.self_attn.q_proj", ...]}
+    }
+
+Tensors. A layer that is quantized in at least one set has its tensors once per
+set, with the name of the set in front: `w8a8.model.layers.0.mlp.up_proj.weight`.
+Everything else (embeddings, norms, lm_head) is equal in all sets, stored once
+and has no prefix.
+
+`input_ratio`. Two sets of one model may scale their norms differently
+(SmoothQuant folds its scales into them). The checkpoint keeps the norm of the
+prefill set; a layer of another set that reads such a norm carries
+
+    SET.LAYER.input_ratio   float32 [in_features]
+
+which multiplies the layer's input. The section lists the layers that have one
+as globs over layer names, so that a lost tensor is noticed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+
+from vllm_qoq.routing import Routing, RoutingError, one_line
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "qoq"
+SECTION = "quantization_config"
+INPUT_RATIO = "input_ratio"
+
+_SET_NAME = re.compile(r"[a-z][a-z0-9]{0,31}")
+# First components of tensor names in Hugging Face checkpoints, and attributes of
+# vLLM's linear layers, beside which a set's module is registered.
+_RESERVED = frozenset(
+    "model transformer language visual vision thinker talker backbone encoder decoder "
+    "weight bias scheme prefix".split()
+)
+
+
+class FormatError(ValueError):
+    """A checkpoint that breaks the contract. The message names file, tensor or key."""
+
+
+class Section(BaseModel):
+    """The `quantization_config` of a checkpoint. Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    quant_method: Literal["qoq"] = "qoq"
+    format_version: Literal[1] = 1
+    sets: dict[str, dict[str, Any]]
+    routing: Routing
+    input_ratio: dict[str, tuple[str, ...]] = {}
+
+    @field_validator("sets")
+    @classmethod
+    def _sets(cls, sets: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        if not sets:
+            raise ValueError("a checkpoint needs at least one set")
+        for name, config in sets.items():
+            check_set_name(name)
+            if not isinstance(config.get("quant_method"), str):
+                raise ValueError(f"set {name!r} has no quant_method")
+        return sets
+
+    @model_validator(mode="after")
+    def _names(self) -> Section:
+        self.routing.check_sets(self.sets)
+        for name in self.input_ratio:
+            if name not in self.sets:
+                raise ValueError(f"input_ratio names the set {name!r}, which does not exist")
+        return self
+
+    @classmethod
+    def parse(cls, section: Mapping[str, Any]) -> Section:
+        """Validate the section of a `config.json`; FormatError says what is wrong."""
+        try:
+            return cls.model_validate(section)
+        except ValidationError as error:
+            raise FormatError(one_line(error, SECTION)) from None
+        except RoutingError as error:
+            raise FormatError(f"{SECTION}: {error}") from None
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object that `parse` reads."""
+        section: dict[str, Any] = {
+            "quant_method": self.quant_method,
+            "format_version": self.format_version,
+            "sets": self.sets,
+            "routing": self.routing.to_json(),
+        }
+        if self.input_ratio:
+            section["input_ratio"] = {name: list(globs) for name, globs in self.input_ratio.items()}
+        return section
+
+    def has_input_ratio(self, set_name: str, layer: str) -> bool:
+        """Whether `layer` (a checkpoint layer, not a fused one) carries an input_ratio."""
+        return any(fnmatchcase(layer, glob) for glob in self.input_ratio.get(set_name, ()))
+
+
+def check_set_name(name: str) -> None:
+    """Raise ValueError unless `name` can name a set.
+
+    Lower-case letters and digits only, so that no rule of vLLM that rewrites
+    tensor names (`.q_proj.` to `.qkv_proj.`) can hit it.
+    """
+    if not _SET_NAME.fullmatch(name):
+        raise ValueError(
+            f"set name {name!r}: use lower-case letters and digits, beginning with a letter"
+        )
+    if name in _RESERVED:
+        raise ValueError(f"set name {name!r} is reserved: models name their own tensors so")
+
+
+def split_name(tensor: str, sets: Iterable[str]) -> tuple[str | None, str]:
+    """`w8a8.model.norm.weight` -> ("w8a8", "model.norm.weight"); no prefix -> (None, tensor)."""
+    head, dot, rest = tensor.partition(".")
+    return (head, rest) if dot and head in sets else (None, tensor)
+
+
+def join_name(set_name: str | None, tensor: str) -> str:
+    """The inverse of `split_name`."""
+    return tensor if set_name is None else f"{set_name}.{tensor}"
+
+
+def split_layer(tensor: str) -> tuple[str, str]:
+    """`model.layers.0.mlp.up_proj.weight` -> ("model.layers.0.mlp.up_proj", "weight")."""
+    layer, _, leaf = tensor.rpartition(".")
+    return layer, leaf

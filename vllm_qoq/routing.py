@@ -1,0 +1,246 @@
+"""Which weight set a layer uses in a step: a pure function, without vLLM.
+
+A step is one forward pass of the engine. It is a *decode* step when every
+request in it contributes only tokens that it generates (one, or one plus the
+speculated ones), and a *prefill* step as soon as one request still reads its
+prompt. Mixed steps run whole in the prefill set.
+
+The `routing` object of a checkpoint (`vllm_qoq.format`) or of
+`--additional-config '{"qoq": {"routing": ...}}'` reads
+
+    {"prefill": "w8a8",
+     "decode": [{"max_batch": 16, "set": "w4a16"}, {"set": "w8a8"}],
+     "layers": [{"match": "model.layers.[0-3].*", "decode": "w8a8"}]}
+
+`decode` is searched from the top: the first row whose `max_batch` holds the
+batch wins, and the last row has none, so that every batch has an answer.
+`layers` overrides either phase for the layers whose name matches a glob; the
+first rule that matches a layer wins.
+"""
+
+from __future__ import annotations
+
+import enum
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+
+
+class RoutingError(ValueError):
+    """A routing table that is incomplete, out of order, or names what is not there."""
+
+
+class Phase(enum.IntEnum):
+    """What a step does. The value is the row of the step counters."""
+
+    PREFILL = 0
+    DECODE = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What routing knows of one forward pass.
+
+    `batch` is the number of requests in a decode step, padded to the size of
+    the CUDA graph that replays it. It means nothing in a prefill step.
+    """
+
+    phase: Phase
+    batch: int
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class DecodeRow(_Table):
+    """`set` serves decode steps of up to `max_batch` requests (None: any number)."""
+
+    max_batch: PositiveInt | None = None
+    set_name: str = Field(alias="set")
+
+
+def _one_row(value: Any) -> Any:
+    return [{"set": value}] if isinstance(value, str) else value
+
+
+DecodeTable = Annotated[tuple[DecodeRow, ...], BeforeValidator(_one_row)]
+
+
+class LayerRule(_Table):
+    """Overrides a phase for the layers whose name matches the glob `match`."""
+
+    match: str
+    prefill: str | None = None
+    decode: DecodeTable | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> LayerRule:
+        if self.prefill is None and self.decode is None:
+            raise ValueError(f"layer rule {self.match!r} sets neither 'prefill' nor 'decode'")
+        if self.decode is not None:
+            _check_order(self.decode)
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRoute:
+    """The routing of one layer, ready for the hot path.
+
+    `bounds[i]` is the largest batch of `decode[i]`; the last decode entry has
+    no bound, so `len(decode) == len(bounds) + 1`.
+    """
+
+    prefill: str
+    bounds: tuple[int, ...]
+    decode: tuple[str, ...]
+
+    def choose(self, step: Step) -> str:
+        """The set that this layer uses in `step`."""
+        if step.phase is Phase.PREFILL:
+            return self.prefill
+        return self.decode[bisect_left(self.bounds, step.batch)]
+
+    def reachable(self, max_batch: int | None = None) -> frozenset[str]:
+        """The sets that some step with at most `max_batch` requests can choose."""
+        rows = len(self.decode) if max_batch is None else bisect_left(self.bounds, max_batch) + 1
+        return frozenset((self.prefill, *self.decode[:rows]))
+
+
+class Routing(_Table):
+    """The whole table. Construct with `Routing.parse`, which names what is wrong."""
+
+    prefill: str
+    decode: DecodeTable
+    layers: tuple[LayerRule, ...] = ()
+
+    @model_validator(mode="after")
+    def _total(self) -> Routing:
+        _check_order(self.decode)
+        return self
+
+    @classmethod
+    def parse(cls, table: Any, sets: Iterable[str]) -> Routing:
+        """Validate `table` (the JSON object above) against the names of the sets.
+
+        Raises RoutingError with the offending key or value.
+        """
+        from pydantic import ValidationError
+
+        try:
+            routing = cls.model_validate(table)
+        except ValidationError as error:
+            raise RoutingError(one_line(error, "routing")) from None
+        routing.check_sets(sets)
+        return routing
+
+    @classmethod
+    def forced(cls, set_name: str) -> Routing:
+        """One set for every step and layer."""
+        return cls(prefill=set_name, decode=(DecodeRow(set_name=set_name),))
+
+    def check_sets(self, sets: Iterable[str]) -> None:
+        """Raise RoutingError when the table names a set that is not in `sets`."""
+        known = tuple(sets)
+        for where, name in self._mentions():
+            if name not in known:
+                raise RoutingError(
+                    f"{where} names the set {name!r}, but the checkpoint has {', '.join(known)}"
+                )
+
+    def route(self, names: Sequence[str]) -> LayerRoute:
+        """The route of one layer.
+
+        `names` are the names of the layer: several where vLLM fuses
+        projections (q, k and v run as one), and all of them have to agree.
+        Raises RoutingError when a rule tells them apart.
+        """
+        prefill, decode = self.prefill, self.decode
+        rule = self._rule(names)
+        if rule is not None:
+            prefill = rule.prefill or prefill
+            decode = rule.decode or decode
+        bounds = tuple(row.max_batch for row in decode if row.max_batch is not None)
+        return LayerRoute(prefill, bounds, tuple(row.set_name for row in decode))
+
+    def unmatched(self, names: Iterable[str]) -> list[str]:
+        """The globs of the layer rules that match none of `names`."""
+        names = list(names)
+        return [
+            rule.match
+            for rule in self.layers
+            if not any(fnmatchcase(name, rule.match) for name in names)
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object that `parse` reads."""
+        return self.model_dump(by_alias=True, exclude_none=True, exclude_defaults=True, mode="json")
+
+    def _rule(self, names: Sequence[str]) -> LayerRule | None:
+        for rule in self.layers:
+            hits = [name for name in names if fnmatchcase(name, rule.match)]
+            if len(hits) == len(names):
+                return rule
+            if hits:
+                raise RoutingError(
+                    f"layer rule {rule.match!r} matches {', '.join(hits)} but not all of "
+                    f"{', '.join(names)}, which run as one layer; widen the glob"
+                )
+        return None
+
+    def _mentions(self) -> Iterable[tuple[str, str]]:
+        yield "routing.prefill", self.prefill
+        yield from (("routing.decode", row.set_name) for row in self.decode)
+        for rule in self.layers:
+            where = f"layer rule {rule.match!r}"
+            if rule.prefill is not None:
+                yield where, rule.prefill
+            yield from ((where, row.set_name) for row in rule.decode or ())
+
+
+def parse_decode(text: str) -> tuple[DecodeRow, ...]:
+    """Read a decode table as the command line writes it: `16:w4a16,w8a8`.
+
+    Each row is `MAX_BATCH:SET`; the last one is `SET` alone.
+    """
+    rows = []
+    for item in text.split(","):
+        bound, colon, name = item.strip().rpartition(":")
+        if colon and not bound.isdecimal():
+            raise RoutingError(f"--decode {text!r}: {bound!r} is not a batch size")
+        rows.append(DecodeRow(max_batch=int(bound) if colon else None, set_name=name))
+    try:
+        _check_order(rows)
+    except ValueError as error:
+        raise RoutingError(f"--decode {text!r}: {error}") from None
+    return tuple(rows)
+
+
+def one_line(error: Any, root: str) -> str:
+    """The first finding of a pydantic ValidationError as `key: what is wrong`."""
+    finding = error.errors(include_url=False)[0]
+    key = ".".join((root, *(str(part) for part in finding["loc"])))
+    return f"{key}: {finding['msg'].removeprefix('Value error, ')}"
+
+
+def _check_order(rows: Sequence[DecodeRow]) -> None:
+    if not rows:
+        raise ValueError("the decode table is empty")
+    *bounded, last = rows
+    if last.max_batch is not None:
+        raise ValueError(
+            f"no row serves batches above {last.max_batch}; end the decode table with a set "
+            "without a batch size"
+        )
+    sizes = [row.max_batch for row in bounded]
+    if None in sizes:
+        raise ValueError(
+            f"the decode row {sizes.index(None) + 1} has no batch size, so the rows after it "
+            "are never reached"
+        )
+    if any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)):  # type: ignore[operator]
+        raise ValueError(f"the batch sizes of the decode table must grow: {sizes}")
