@@ -46,13 +46,22 @@ _SET_NAME = re.compile(r"[a-z][a-z0-9]{0,31}")
 # First components of tensor names in Hugging Face checkpoints, and attributes of
 # vLLM's linear layers, beside which a set's module is registered.
 _RESERVED = frozenset(
-    "model transformer language visual vision thinker talker backbone encoder decoder "
-    "weight bias scheme prefix".split()
+    {
+        *("model", "transformer", "language", "visual", "vision", "backbone"),
+        *("encoder", "decoder", "thinker", "talker"),
+        *("weight", "bias", "scheme", "prefix"),
+    }
 )
 
 
 class FormatError(ValueError):
-    """A checkpoint that breaks the contract. The message names file, tensor or key."""
+    """A checkpoint that breaks the contract. The message names file, tensor or key.
+
+    Names come out of untrusted files, so what a terminal would obey is escaped.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class Section(BaseModel):
@@ -110,6 +119,11 @@ class Section(BaseModel):
     def has_input_ratio(self, set_name: str, layer: str) -> bool:
         """Whether `layer` (a checkpoint layer, not a fused one) carries an input_ratio."""
         return any(fnmatchcase(layer, glob) for glob in self.input_ratio.get(set_name, ()))
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with control characters and the like as escape sequences."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def check_set_name(name: str) -> None:

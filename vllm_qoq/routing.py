@@ -21,8 +21,9 @@ first rule that matches a layer wins.
 from __future__ import annotations
 
 import enum
+import itertools
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Annotated, Any
@@ -152,15 +153,15 @@ class Routing(_Table):
                     f"{where} names the set {name!r}, but the checkpoint has {', '.join(known)}"
                 )
 
-    def route(self, names: Sequence[str]) -> LayerRoute:
-        """The route of one layer.
+    def route(self, names: Sequence[str], fused_name: str | None = None) -> LayerRoute:
+        """The route of one layer; of no name at all, the route without layer rules.
 
         `names` are the names of the layer: several where vLLM fuses
-        projections (q, k and v run as one), and all of them have to agree.
-        Raises RoutingError when a rule tells them apart.
+        projections (q, k and v run as one `fused_name`), and all of them have
+        to agree. Raises RoutingError when a rule tells them apart.
         """
         prefill, decode = self.prefill, self.decode
-        rule = self._rule(names)
+        rule = self._rule(names, fused_name)
         if rule is not None:
             prefill = rule.prefill or prefill
             decode = rule.decode or decode
@@ -180,10 +181,17 @@ class Routing(_Table):
         """The JSON object that `parse` reads."""
         return self.model_dump(by_alias=True, exclude_none=True, exclude_defaults=True, mode="json")
 
-    def _rule(self, names: Sequence[str]) -> LayerRule | None:
+    def rename(self, map_name: Callable[[str], str]) -> Routing:
+        """The same table with the globs of the layer rules passed through `map_name`."""
+        rules = [rule.model_copy(update={"match": map_name(rule.match)}) for rule in self.layers]
+        return self.model_copy(update={"layers": tuple(rules)})
+
+    def _rule(self, names: Sequence[str], fused_name: str | None) -> LayerRule | None:
         for rule in self.layers:
+            if fused_name is not None and fnmatchcase(fused_name, rule.match):
+                return rule
             hits = [name for name in names if fnmatchcase(name, rule.match)]
-            if len(hits) == len(names):
+            if names and len(hits) == len(names):
                 return rule
             if hits:
                 raise RoutingError(
@@ -242,5 +250,5 @@ def _check_order(rows: Sequence[DecodeRow]) -> None:
             f"the decode row {sizes.index(None) + 1} has no batch size, so the rows after it "
             "are never reached"
         )
-    if any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)):  # type: ignore[operator]
+    if any(a >= b for a, b in itertools.pairwise(sizes)):  # type: ignore[operator]
         raise ValueError(f"the batch sizes of the decode table must grow: {sizes}")

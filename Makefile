@@ -1,0 +1,43 @@
+# What to do with this repository; `make` alone lists it.
+
+PYTHON ?= python3
+VENV := .venv/bin
+TESTS ?= tests
+
+# One thread per engine: several engines that spin on a machine of two cores take
+# many times as long. No usage statistics and no look-ups on the Hub.
+export OMP_NUM_THREADS ?= 1
+export VLLM_NO_USAGE_STATS := 1
+export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format clean
+
+help:  ## list the targets
+	@echo "vllm-qoq: make TARGET"
+	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup:  ## create .venv with vLLM, llmcompressor and the tools (once; 3 GB, with a GPU more)
+	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON) on this machine" >&2; \
+		echo "  Fix: install Python 3.10 or newer, or run make setup PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) .ci/setup.py
+
+demo: setup  ## quantize a tiny model twice, merge, measure, serve and ask it something
+	@$(VENV)/python examples/demo.py
+
+test: setup lint  ## every test that this machine can run
+	@$(VENV)/python -m pytest $(TESTS)
+
+lint: setup  ## ruff and mypy
+	@$(VENV)/ruff check .
+	@$(VENV)/ruff format --check .
+	@$(VENV)/mypy
+
+format: setup  ## apply ruff's formatter and its safe fixes
+	@$(VENV)/ruff check --fix .
+	@$(VENV)/ruff format .
+
+clean:  ## remove what the other targets made, but .venv
+	@rm -rf demo-output build dist *.egg-info .ci/vllm-alias/build .ci/vllm-alias/*.egg-info
+	@rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find . -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

@@ -1,0 +1,67 @@
+"""Quantize a Hugging Face model to one set, W8A8 or W4A16, with llmcompressor.
+
+    python examples/quantize_llmcompressor.py MODEL OUT --scheme w8a8 --text FILE
+
+Run it once per scheme and join the results with `vllm-qoq merge`. W8A8 smooths
+activation outliers into the weights (SmoothQuant), W4A16 quantizes weights in
+groups of 128; both round with GPTQ, and leave the embeddings and lm_head alone.
+"""
+
+import argparse
+from pathlib import Path
+
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+SCHEMES = ("w8a8", "w4a16")
+
+
+def recipe(scheme: str) -> list[Modifier]:
+    """The modifiers that llmcompressor applies in turn."""
+    gptq = GPTQModifier(targets="Linear", scheme=scheme.upper(), ignore=["lm_head"])
+    return [SmoothQuantModifier(smoothing_strength=0.8), gptq] if scheme == "w8a8" else [gptq]
+
+
+def calibration_set(
+    text: Path, tokenizer: PreTrainedTokenizerBase, samples: int, seqlen: int
+) -> Dataset:
+    """Up to `samples` consecutive pieces of the file, `seqlen` tokens each."""
+    tokens = tokenizer(text.read_text(encoding="utf-8")).input_ids
+    pieces = [tokens[i : i + seqlen] for i in range(0, len(tokens) - seqlen + 1, seqlen)][:samples]
+    if not pieces:
+        raise SystemExit(f"error: {text} has {len(tokens)} tokens, fewer than --seqlen {seqlen}")
+    return Dataset.from_dict({"input_ids": pieces, "attention_mask": [[1] * seqlen] * len(pieces)})
+
+
+def main() -> None:
+    """Read the command line, quantize, save."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="folder or Hub name of the model in bf16 or fp16")
+    parser.add_argument("out", type=Path, help="new folder for the quantized checkpoint")
+    parser.add_argument("--scheme", choices=SCHEMES, required=True)
+    parser.add_argument("--text", type=Path, required=True, help="calibration text, UTF-8")
+    parser.add_argument("--samples", type=int, default=128, help="pieces of text (default: 128)")
+    parser.add_argument("--seqlen", type=int, default=512, help="tokens a piece (default: 512)")
+    args = parser.parse_args()
+
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    calibration = calibration_set(args.text, tokenizer, args.samples, args.seqlen)
+    oneshot(
+        model=model,
+        recipe=recipe(args.scheme),
+        dataset=calibration,
+        num_calibration_samples=len(calibration),
+        max_seq_length=args.seqlen,
+    )
+    model.save_pretrained(args.out)  # writes the generation config, too
+    tokenizer.save_pretrained(args.out)
+    print(f"saved {args.scheme} to {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""Merge finished quantized checkpoints into one, look into the result and verify it.
+
+`python -m merge_tools merge|inspect|verify` or `vllm-qoq merge|inspect|verify`.
+Needs torch and safetensors; neither vLLM nor llmcompressor.
+
+The way of a merge, a module each:
+
+    sources      open the folders, one per set
+    compatible   same model? same tokenizer? same tensors?
+    complete     no tensor lost, every one of the right dtype and shape (layout)
+    survey       which tensors are equal, by content
+    plan         what the output will contain: pure, printable
+    values       numbers finite, scales positive
+    kv_basis     can the sets share one KV cache?
+    execute      stream the tensors out, verify, rename
+"""
+
+
+class MergeError(ValueError):
+    """A merge that cannot be done as asked. The message says why, and what to do instead."""

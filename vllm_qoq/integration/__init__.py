@@ -1,0 +1,15 @@
+"""The adapter between vllm-qoq and vLLM: the only package that imports vLLM.
+
+register.py    what the entry point does
+config.py      QoQConfig: the quantization method `qoq` in vLLM's words
+policy.py      the routing in force in one engine, and what the user overrides
+linear.py      one linear layer that holds several sets
+weight_set.py  one set's weights of one linear layer, and the proof that they were loaded
+flex_op.py     `qoq::flex_linear`, the op in which the set is chosen
+step.py        prefill or decode: reading vLLM's forward context
+counters.py    steps by phase and set, in memory shared with the front end
+metrics.py     the counters in vLLM's log and Prometheus endpoint
+models.py      FlexQuant* model classes for architectures with a loader of their own
+compat.py      every branch on a vLLM version
+perplexity.py  `vllm-qoq perplexity`
+"""

@@ -1,0 +1,185 @@
+"""The quantization method `qoq` in vLLM's words."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+
+from vllm_qoq.format import QUANT_METHOD, FormatError, Section, split_name
+from vllm_qoq.integration.counters import new_counter_name
+from vllm_qoq.integration.linear import FlexLinearMethod, SetMethod
+from vllm_qoq.integration.policy import Policy
+
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
+
+# Attributes in which in-tree configs keep module names that they read from the checkpoint.
+_MODULE_LISTS = ("modules_in_block_to_quantize", "modules_to_not_convert")
+
+
+class QoQConfig(QuantizationConfig):
+    """Holds one real in-tree config per set and asks each for its part of a layer."""
+
+    def __init__(self, section: Section) -> None:
+        super().__init__()
+        self.section = section
+        self.set_names = tuple(section.sets)
+        self.set_configs = {
+            name: get_quantization_config(config["quant_method"]).from_config(dict(config))
+            for name, config in section.sets.items()
+        }
+        self.counter_stem = new_counter_name()
+        self._policy: Policy | None = None
+        self._mapper: WeightsMapper | None = None
+
+    @classmethod
+    def get_name(cls) -> str:
+        """The method's name on vLLM's command line and in config.json."""
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """The activation dtypes that all sets support."""
+        common = [set(config.get_supported_act_dtypes()) for config in self.set_configs.values()]
+        return sorted(set.intersection(*common), key=str)
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """The sets ask for more themselves where they need it."""
+        return 75
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: everything is in config.json."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> QoQConfig:
+        """Read the section of config.json; FormatError says what is wrong."""
+        return cls(Section.parse(config))
+
+    def maybe_update_config(self, model_name: str, **kwargs: Any) -> None:
+        """Let the sets read the checkpoint's headers, as GPTQ and AWQ do."""
+        for name, config in self.set_configs.items():
+            config.maybe_update_config(model_name, **kwargs)
+            for attribute in _MODULE_LISTS:
+                modules = getattr(config, attribute, None)
+                if modules:
+                    setattr(config, attribute, self._of_set(name, modules))
+
+    def get_cache_scale_mapper(self) -> WeightsMapper:  # type: ignore[override]
+        """Rename tensors for vLLM's loader: `w8a8.LAYER.weight` to `LAYER.w8a8.weight`.
+
+        vLLM asks the instance for this mapper before any other renaming. Sets
+        that the routing cannot reach are dropped.
+        """
+        from vllm.model_executor.models.utils import WeightsMapper
+
+        rules: dict[re.Pattern[str], str | None] = {}
+        for name in self.set_names:
+            if name in self._sets_in_use():
+                rules[re.compile(rf"^({name})\.(.+)\.([^.]+)$")] = r"\2.\1.\3"
+            else:
+                rules[re.compile(rf"^{name}\.")] = None
+        inherited = QuantizationConfig.get_cache_scale_mapper().orig_to_new_regex
+        return WeightsMapper(orig_to_new_regex={**rules, **inherited})
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        """Follow a model whose layers have other names in vLLM than in the checkpoint."""
+        self._mapper = hf_to_vllm_mapper
+        for config in self.set_configs.values():
+            config.apply_vllm_mapper(hf_to_vllm_mapper)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The method of `layer`: routed if a set quantizes it, vLLM's own otherwise."""
+        if isinstance(layer, Attention):
+            return None
+        methods = self._ask_sets(layer, prefix)
+        if not isinstance(layer, LinearBase):
+            return self._unrouted(layer, prefix, methods)
+        if all(isinstance(choice.method, UnquantizedLinearMethod) for choice in methods.values()):
+            return UnquantizedLinearMethod()
+        return self._routed(layer, prefix, methods)
+
+    def policy(self) -> Policy:
+        """The routing in force, made when the first layer asks for it."""
+        if self._policy is None:
+            vllm_config = get_current_vllm_config()
+            if vllm_config.lora_config is not None:
+                raise ValueError(
+                    "quantization 'qoq' does not serve LoRA adapters yet; merge the adapter into "
+                    "the model before quantizing, or start without --enable-lora"
+                )
+            self._policy = Policy(self.section, vllm_config, self.counter_stem, self._map_name)
+            self._used: set[str] = set()
+        return self._policy
+
+    def _routed(
+        self, layer: LinearBase, prefix: str, methods: dict[str, SetMethod]
+    ) -> FlexLinearMethod:
+        policy, parts = self.policy(), self._parts(prefix)
+        route = policy.route(prefix, parts)
+        reachable = policy.reachable(route)
+        self._used |= reachable
+        chosen = {name: methods[name] for name in self.set_names if name in reachable}
+        return FlexLinearMethod(prefix, parts, chosen, route, policy)
+
+    def _ask_sets(self, layer: nn.Module, prefix: str) -> dict[str, SetMethod]:
+        parts = self._parts(prefix)
+        methods = {}
+        for name, config in self.set_configs.items():
+            config.packed_modules_mapping = self.packed_modules_mapping
+            before = dict(vars(layer))
+            method = config.get_quant_method(layer, prefix)
+            state = {key: value for key, value in vars(layer).items() if key not in before}
+            for key in state:  # e.g. `scheme`, which every set would overwrite
+                delattr(layer, key)
+            ratios = [part for part in parts if self.section.has_input_ratio(name, part)]
+            if ratios and len(ratios) != len(parts):
+                raise FormatError(
+                    f"quantization_config.input_ratio.{name} lists {ratios[0]} but not all of "
+                    f"{', '.join(parts)}, which read one input"
+                )
+            methods[name] = SetMethod(method, state, bool(ratios))
+        return methods
+
+    def _unrouted(
+        self, layer: nn.Module, prefix: str, methods: dict[str, SetMethod]
+    ) -> QuantizeMethodBase | None:
+        """Embeddings, lm_head, experts: as in a model that is not quantized, or refused."""
+        for name, choice in methods.items():
+            if choice.method is not None and "Unquantized" not in type(choice.method).__name__:
+                raise FormatError(
+                    f"{prefix} ({type(layer).__name__}) is quantized in set {name!r}, but only "
+                    "linear layers can be routed; quantize the set again with this layer ignored"
+                )
+        return next(iter(methods.values())).method
+
+    def _sets_in_use(self) -> set[str]:
+        self.policy()
+        return self._used
+
+    def _parts(self, prefix: str) -> list[str]:
+        """The checkpoint layers that vLLM fuses into `prefix`."""
+        parent, dot, leaf = prefix.rpartition(".")
+        fused = self.packed_modules_mapping.get(leaf, [leaf])
+        return [f"{parent}{dot}{part}" for part in fused]
+
+    def _map_name(self, name: str) -> str:
+        mapped = self._mapper._map_name(name) if self._mapper is not None else None
+        return mapped if mapped is not None else name
+
+    def _of_set(self, name: str, modules: list[str]) -> list[str]:
+        """Module names read from the checkpoint, without the other sets' and without prefix."""
+        split = (split_name(module, self.set_names) for module in modules)
+        return [module for owner, module in split if owner in (None, name)]

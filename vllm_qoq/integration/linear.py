@@ -1,0 +1,155 @@
+"""A linear layer that holds one child module per set and computes with the one of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import ForwardContext
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    register_weight_loader_v2_supported_method,
+)
+
+from vllm_qoq.format import FormatError
+from vllm_qoq.integration import flex_op  # noqa: F401  (defines torch.ops.qoq.flex_linear)
+from vllm_qoq.integration.compat import encode_layer_name
+from vllm_qoq.integration.policy import Policy
+from vllm_qoq.integration.step import current_step
+from vllm_qoq.integration.weight_set import WeightSet
+from vllm_qoq.routing import LayerRoute
+
+# Loaders that fill parameters without their weight_loader and check completeness themselves.
+_UNTRACKED_LOADERS = ("dummy", "sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache")
+
+
+@dataclass(frozen=True)
+class SetMethod:
+    """How one set computes a layer: the in-tree method, and what it left on the layer."""
+
+    method: LinearMethodBase
+    state: dict[str, Any]
+    has_input_ratio: bool
+
+
+@register_weight_loader_v2_supported_method
+class FlexLinearMethod(LinearMethodBase):
+    """Routes one linear layer among the sets that its route can reach.
+
+    prefix  the layer's name in vLLM, `model.layers.0.self_attn.qkv_proj`
+    parts   the checkpoint layers fused in it, `...q_proj`, `...k_proj`, `...v_proj`
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        parts: list[str],
+        sets: dict[str, SetMethod],
+        route: LayerRoute,
+        policy: Policy,
+    ) -> None:
+        self.prefix, self.parts, self.sets = prefix, parts, sets
+        self.route, self.policy = route, policy
+        self.key = f"{prefix}.qoq"
+
+    def create_weights(
+        self,
+        layer: LinearBase,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Add one `WeightSet` per set and make the layer known to the op."""
+        vllm_config = get_current_vllm_config()
+        self.out_features = sum(output_partition_sizes)
+        self.is_tracked = vllm_config.load_config.load_format not in _UNTRACKED_LOADERS
+        for name, choice in self.sets.items():
+            if hasattr(layer, name):
+                raise FormatError(f"{self.prefix} has an attribute {name!r}; rename the set")
+            weights = WeightSet(layer, name, choice.method, choice.state)
+            with self._named(name, input_size, input_size_per_partition):
+                weights.create(
+                    layer,
+                    input_size_per_partition,
+                    list(output_partition_sizes),
+                    params_dtype,
+                    choice.has_input_ratio,
+                    input_size=input_size,
+                    output_size=output_size,
+                )
+            layer.add_module(name, weights)
+        layers = vllm_config.compilation_config.static_forward_context
+        if self.key in layers:
+            raise ValueError(f"two layers are named {self.prefix!r}")
+        layers[self.key] = layer
+
+    def process_weights_after_loading(self, layer: LinearBase) -> None:
+        """Check that every tensor arrived, then let each set prepare its weights."""
+        self.policy.check_rules()
+        for name in self.sets:
+            weights: WeightSet = getattr(layer, name)
+            if self.is_tracked:
+                weights.check_loaded(self.prefix, self.parts)
+            if layer.bias is not None and layer.skip_bias_add:
+                # vLLM adds the layer's own bias outside; it has to be every set's.
+                self._share_bias(layer, weights)
+            weights.finish()
+            self._warm_up(weights)
+
+    def apply(
+        self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Traced by torch.compile: one call of the opaque op.
+
+        `bias` only says whether this rank adds one; each set has its own.
+        """
+        return torch.ops.qoq.flex_linear(
+            x, bias is not None, self.out_features, encode_layer_name(self.key)
+        )
+
+    def run(
+        self, layer: LinearBase, x: torch.Tensor, add_bias: bool, context: ForwardContext
+    ) -> torch.Tensor:
+        """Compute with the set that this step uses; called by the op."""
+        step = current_step(context, x.shape[0], self.policy)
+        weights: WeightSet = getattr(layer, self.route.choose(step))
+        return weights.apply(x, add_bias)
+
+    @contextmanager
+    def _named(self, set_name: str, size: int, size_per_rank: int) -> Iterator[None]:
+        """Put the layer, the set and the remedy in front of what an in-tree method refuses."""
+        try:
+            yield
+        except (ValueError, AssertionError, RuntimeError) as error:
+            remedy = (
+                f"; this rank holds {size_per_rank} of {size} inputs, try a smaller "
+                "--tensor-parallel-size"
+                if size != size_per_rank
+                else ""
+            )
+            raise FormatError(f"{self.prefix}, set {set_name!r}: {error}{remedy}") from error
+
+    def _share_bias(self, layer: LinearBase, weights: WeightSet) -> None:
+        first = weights.set_name == next(iter(self.sets))
+        if first:
+            layer.bias.data.copy_(weights.bias.data)
+        elif not torch.equal(layer.bias.data, weights.bias.data):
+            raise FormatError(f"{self.prefix}: the sets have different biases")
+
+    def _warm_up(self, weights: WeightSet) -> None:
+        """Load and tune the kernels now: in serving, the first step of a set would pay for it."""
+        device = next(weights.parameters()).device
+        if device.type != "cuda":
+            return
+        x = torch.zeros(
+            1, weights.input_size_per_partition, dtype=weights.params_dtype, device=device
+        )
+        weights.apply(x, add_bias=False)

@@ -1,0 +1,98 @@
+"""The step counters in vLLM's log and Prometheus endpoint.
+
+vLLM makes one `RoutingStatLogger` per engine in the front end of a server
+(entry point `vllm.stat_logger_plugins`). It shows
+
+    vllm:qoq_steps_total{model_name, engine, phase="prefill|decode", set}
+
+and logs what ran since the last report. The counters are read when somebody
+asks, never at a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import REGISTRY
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from vllm_qoq.integration.config import QoQConfig
+from vllm_qoq.integration.counters import CounterReader, counter_file
+
+logger = init_logger("vllm." + __name__)
+
+Counts = dict[tuple[str, str], int]
+
+
+class RoutingStatLogger(StatLoggerBase):
+    """Reports the steps of one engine; does nothing for models of other methods."""
+
+    def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
+        config = vllm_config.quant_config
+        self._reader: CounterReader | None = None
+        if not isinstance(config, QoQConfig):
+            return
+        self._reader = CounterReader(
+            counter_file(config.counter_stem, engine_index), config.set_names
+        )
+        self._engine = str(engine_index)
+        self._model = vllm_config.model_config.served_model_name
+        self._at_start: Counts = {}
+        self._at_last_log: Counts = {}
+        _collector.add(self._model, self._engine, self)
+
+    def record(self, *args: object, **kwargs: object) -> None:
+        """Nothing: the engine's own statistics do not know the sets."""
+
+    def log_engine_initialized(self) -> None:
+        """Leave out the steps that vLLM ran to capture CUDA graphs."""
+        if self._reader is not None:
+            self._at_start = self._reader.read()
+
+    def log(self) -> None:
+        """Log the steps since the last call, if there were any."""
+        if self._reader is None:
+            return
+        counts = self.counts()
+        new = {key: n - self._at_last_log.get(key, 0) for key, n in counts.items()}
+        self._at_last_log = counts
+        if any(new.values()):
+            steps = ", ".join(f"{phase} {name}: {n}" for (phase, name), n in new.items() if n)
+            logger.info(
+                "Engine %s: steps by phase and set since the last report: %s", self._engine, steps
+            )
+
+    def counts(self) -> Counts:
+        """Steps since the engine was ready, by (phase, set)."""
+        assert self._reader is not None
+        return {key: n - self._at_start.get(key, 0) for key, n in self._reader.read().items()}
+
+
+class _RoutingCollector(Collector):
+    """Reads the counters of all engines of this process when Prometheus scrapes."""
+
+    def __init__(self) -> None:
+        self._loggers: dict[tuple[str, str], RoutingStatLogger] = {}
+
+    def add(self, model: str, engine: str, stat_logger: RoutingStatLogger) -> None:
+        if not self._loggers:
+            REGISTRY.register(self)
+        self._loggers[model, engine] = stat_logger
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        steps = CounterMetricFamily(
+            "vllm:qoq_steps",
+            "Engine steps by phase (prefill: any request reads its prompt) and weight set.",
+            labels=["model_name", "engine", "phase", "set"],
+        )
+        for (model, engine), stat_logger in self._loggers.items():
+            for (phase, name), count in stat_logger.counts().items():
+                steps.add_metric([model, engine, phase, name], count)
+        yield steps
+
+
+_collector = _RoutingCollector()

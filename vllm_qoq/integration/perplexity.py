@@ -1,0 +1,75 @@
+"""`vllm-qoq perplexity`: perplexity of a checkpoint on a text, through vLLM.
+
+Protocol: the text is tokenized once, without special tokens, and cut into
+consecutive windows of `seqlen` tokens; the rest is dropped. Every token of a
+window but the first is scored given the tokens before it in the window.
+Perplexity is exp of the mean negative log-likelihood over all scored tokens,
+so it is per token of the model's own tokenizer. A window is one prompt: it runs
+in the prefill set unless a set is forced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from typing import Any
+
+from vllm import LLM, SamplingParams
+
+from vllm_qoq.format import FormatError
+
+
+def run(args: argparse.Namespace) -> int:
+    """Handler of the command: prints one line, or one JSON document with --json."""
+    tokens_per_window = args.seqlen
+    llm = LLM(
+        str(args.checkpoint),
+        max_model_len=tokens_per_window + 1,
+        additional_config=_options(args.force_set),
+        enable_prefix_caching=False,
+        enforce_eager=args.enforce_eager,
+        disable_log_stats=True,
+    )
+    result = perplexity(llm, args.text.read_text(), tokens_per_window)
+    result |= {"checkpoint": str(args.checkpoint), "text": str(args.text), "set": args.force_set}
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print(
+            f"perplexity {result['perplexity']:.4f}  ({result['scored_tokens']} tokens in "
+            f"{result['windows']} windows of {tokens_per_window}, "
+            f"set {args.force_set or 'as routed'})"
+        )
+    return 0
+
+
+def perplexity(llm: LLM, text: str, seqlen: int) -> dict[str, Any]:
+    """Perplexity of `text` in windows of `seqlen` tokens; see the module for the protocol."""
+    tokens = llm.get_tokenizer().encode(text, add_special_tokens=False)
+    windows = [tokens[i : i + seqlen] for i in range(0, len(tokens) - seqlen + 1, seqlen)]
+    if not windows or seqlen < 2:
+        raise FormatError(
+            f"the text has {len(tokens)} tokens, fewer than one window of {seqlen}; "
+            "give a longer text or a smaller --seqlen (at least 2)"
+        )
+    outputs = llm.generate(
+        [{"prompt_token_ids": window} for window in windows],
+        # 0: the log-probability of the prompt's own tokens and no others
+        SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False),
+    )
+    losses = [
+        -candidates[token].logprob
+        for window, output in zip(windows, outputs, strict=True)
+        for token, candidates in zip(window[1:], output.prompt_logprobs[1:], strict=True)
+    ]
+    return {
+        "perplexity": math.exp(math.fsum(losses) / len(losses)),
+        "scored_tokens": len(losses),
+        "windows": len(windows),
+        "seqlen": seqlen,
+    }
+
+
+def _options(force_set: str | None) -> dict[str, Any]:
+    return {"qoq": {"force_set": force_set}} if force_set is not None else {}

@@ -1,0 +1,149 @@
+"""The routing in force in one engine: the checkpoint's, or what the user says instead.
+
+Users steer it with vLLM's own flag,
+
+    --additional-config '{"qoq": {"force_set": "w8a8"}}'
+    --additional-config '{"qoq": {"routing": {"prefill": "w8a8", "decode": "w4a16"}}}'
+    --additional-config '{"qoq": {"trace": "/tmp/routing.jsonl"}}'
+
+`force_set` uses one set for everything, `routing` replaces the checkpoint's
+table, `trace` writes every decision as a line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from vllm.config import CompilationConfig, VllmConfig
+from vllm.distributed import (
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    model_parallel_is_initialized,
+)
+from vllm.logger import init_logger
+
+from vllm_qoq.format import Section
+from vllm_qoq.integration.counters import StepCounters, counter_file
+from vllm_qoq.routing import LayerRoute, Routing, RoutingError, Step, one_line
+
+logger = init_logger("vllm." + __name__)  # under vLLM's logger, so that its settings apply
+
+NAMESPACE = "qoq"
+
+
+class Options(BaseModel):
+    """The object under `qoq` in `--additional-config`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    force_set: str | None = None
+    routing: dict[str, Any] | None = None
+    trace: str | None = None
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig) -> Options:
+        """Read the options of an engine; RoutingError names the key that is wrong."""
+        extra = vllm_config.additional_config
+        given = extra.get(NAMESPACE, {}) if isinstance(extra, dict) else {}
+        where = f"--additional-config: {NAMESPACE}"
+        try:
+            options = cls.model_validate(given)
+        except ValidationError as error:
+            raise RoutingError(one_line(error, where)) from None
+        if options.force_set is not None and options.routing is not None:
+            raise RoutingError(f"{where}: give either 'force_set' or 'routing', not both")
+        return options
+
+
+def routing_in_force(section: Section, options: Options) -> Routing:
+    """The checkpoint's table unless the options replace it."""
+    sets = section.sets
+    if options.force_set is not None:
+        if options.force_set not in sets:
+            raise RoutingError(
+                f"--additional-config: {NAMESPACE}.force_set is {options.force_set!r}, but the "
+                f"checkpoint has {', '.join(sets)}"
+            )
+        return Routing.forced(options.force_set)
+    if options.routing is not None:
+        return Routing.parse(options.routing, sets)
+    return section.routing
+
+
+class Policy:
+    """Routing, and the facts of the engine that a decision needs. One per engine and process."""
+
+    def __init__(
+        self,
+        section: Section,
+        vllm_config: VllmConfig,
+        counter_stem: str,
+        map_name: Callable[[str], str],
+    ) -> None:
+        options = Options.of(vllm_config)
+        self.routing = routing_in_force(section, options).rename(map_name)
+        self.compilation_config: CompilationConfig = vllm_config.compilation_config
+        speculative = vllm_config.speculative_config
+        speculated = speculative.num_speculative_tokens if speculative is not None else 0
+        self.tokens_per_request = 1 + (speculated or 0)
+        self.max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+        self.default_route = self.routing.route([])
+        self._layers: list[str] = []
+        self._is_pipeline = vllm_config.parallel_config.pipeline_parallel_size > 1
+        self._trace_file = options.trace if _is_first_rank() else None
+        self._counters: StepCounters | None = None
+        if _is_first_rank():
+            rank = vllm_config.parallel_config.data_parallel_rank
+            self._counters = StepCounters(
+                counter_file(counter_stem, rank),
+                tuple(section.sets),
+                torch.device(vllm_config.device_config.device_type),
+            )
+        logger.info("Routing in force: %s", json.dumps(self.routing.to_json()))
+
+    def route(self, prefix: str, parts: list[str]) -> LayerRoute:
+        """The route of the layer `prefix`, which fuses the checkpoint layers `parts`."""
+        self._layers += (prefix, *parts)
+        return self.routing.route(parts, fused_name=prefix)
+
+    def reachable(self, route: LayerRoute) -> frozenset[str]:
+        """The sets that `route` can choose in this engine."""
+        sizes = self.compilation_config.cudagraph_capture_sizes or []
+        # A decode step is padded to the next captured size, which may exceed max_num_seqs.
+        padded = [size for size in sizes if size >= self.max_num_seqs * self.tokens_per_request]
+        largest = min(padded, default=self.max_num_seqs * self.tokens_per_request)
+        return route.reachable(-(-largest // self.tokens_per_request))
+
+    def check_rules(self) -> None:
+        """Refuse layer rules that match nothing; call when all layers exist."""
+        unmatched = [] if self._is_pipeline else self.routing.unmatched(self._layers)
+        if unmatched:
+            raise RoutingError(
+                f"the layer rule {unmatched[0]!r} matches no quantized layer of this model; "
+                f"names look like {self._layers[-1]!r}"
+            )
+
+    def record(self, step: Step, num_tokens: int, mode: str) -> None:
+        """Count a step with real requests, and trace it if asked to."""
+        set_name = self.default_route.choose(step)
+        if self._counters is not None:
+            self._counters.add(step.phase, set_name)
+        if self._trace_file is not None:
+            line = {
+                "phase": step.phase.name.lower(),
+                "set": set_name,
+                "num_tokens": num_tokens,
+                "cudagraph_mode": mode,
+            }
+            with open(self._trace_file, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def _is_first_rank() -> bool:
+    if not model_parallel_is_initialized():
+        return True
+    return get_tensor_model_parallel_rank() == 0 and get_pp_group().is_first_rank

@@ -1,0 +1,162 @@
+"""One set's weights of one linear layer, and the proof that the checkpoint filled them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, QKVParallelLinear
+
+from vllm_qoq.format import INPUT_RATIO, FormatError, join_name
+from vllm_qoq.integration.compat import has_loader_v2
+
+Loader = Callable[..., None]
+
+
+class WeightSet(nn.Module):
+    """A child of a linear layer that owns what one quantization method creates there.
+
+    Quantization methods give their parameters equal names (`weight_scale` in
+    both W8A8 and W4A16) and keep state on the layer. With a child per set they
+    do not meet, and tensors load as `LAYER.SET.LEAF` through vLLM's own loaders.
+
+    It must not have an attribute `quant_method`: vLLM would process it twice.
+    """
+
+    def __init__(
+        self, layer: LinearBase, name: str, method: LinearMethodBase, state: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        for key, value in vars(layer).items():
+            # Sizes, dtypes and tensor-parallel facts that quantization methods ask the layer for.
+            if not key.startswith("_") and key not in ("training", "quant_method"):
+                setattr(self, key, value)
+        for key, value in state.items():
+            setattr(self, key, value)
+        self.set_name = name
+        self.linear_method = method
+        self._expected: dict[str, Parameter] = {}
+        self._loaded: dict[int, set[Any]] = {}
+
+    def create(
+        self,
+        layer: LinearBase,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        params_dtype: torch.dtype,
+        has_input_ratio: bool,
+        **sizes: Any,
+    ) -> None:
+        """Let the method create its parameters, plus this set's bias and input ratio."""
+        uses_v2 = has_loader_v2(self.linear_method) and hasattr(layer, "weight_loader_v2")
+        self.linear_method.create_weights(
+            self,
+            input_size_per_partition,
+            output_partition_sizes,
+            params_dtype=params_dtype,
+            weight_loader=self._recorded(
+                layer.weight_loader_v2 if uses_v2 else layer.weight_loader
+            ),
+            **sizes,
+        )
+        self.shard_ids = (
+            ("q", "k", "v")
+            if isinstance(layer, QKVParallelLinear)
+            else tuple(range(len(output_partition_sizes)))
+        )
+        self.bias = self._bias(layer, sum(output_partition_sizes), params_dtype)
+        self.input_ratio = (
+            self._input_ratio(layer, input_size_per_partition) if has_input_ratio else None
+        )
+        self._expected = {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            # A parameter without a loader is built from the config, an empty one holds nothing.
+            if hasattr(parameter, "weight_loader") and parameter.numel() > 0
+        }
+
+    def check_loaded(self, prefix: str, parts: list[str]) -> None:
+        """Raise FormatError by tensor name unless every tensor of this set was loaded."""
+        for name, parameter in self._expected.items():
+            shards = self._loaded.get(id(parameter), set())
+            if None in shards or len(shards) == len(self.shard_ids):
+                continue
+            # A layer that is fused on disk too has one part for all its shards.
+            lost = [
+                join_name(self.set_name, f"{part}.{name}")
+                for part, shard in zip(parts, self.shard_ids, strict=False)
+                if shard not in shards
+            ]
+            raise FormatError(
+                f"{prefix}: the checkpoint did not fill {lost[0]} ({len(lost)} tensors of set "
+                f"{self.set_name!r} are missing in this layer). Run `vllm-qoq verify` on the "
+                "checkpoint; if it passes, this architecture has a loader of its own: serve with "
+                """--hf-overrides '{"architectures": ["FlexQuant<ARCHITECTURE>"]}'"""
+            )
+        self._expected, self._loaded = {}, {}
+
+    def finish(self) -> None:
+        """Bring the loaded weights into the form that the method's kernel reads."""
+        if self.bias is not None and self.bias.numel() == 0:
+            self.bias = None
+        self.linear_method.process_weights_after_loading(self)
+
+    def apply(self, x: torch.Tensor, add_bias: bool) -> torch.Tensor:  # type: ignore[override]
+        """y = (x * input_ratio) @ W.T + bias, x [..., in_features]."""
+        if self.input_ratio is not None:
+            # The product is computed in float32 and rounded once, without a float32 copy of x.
+            x = torch.mul(x, self.input_ratio, out=torch.empty_like(x))
+        return self.linear_method.apply(self, x, self.bias if add_bias else None)
+
+    def _recorded(self, load: Loader) -> Loader:
+        def load_and_record(parameter: Parameter, tensor: torch.Tensor, *shard: Any) -> None:
+            load(parameter, tensor, *shard)
+            shard_id = shard[0] if shard else None
+            # One tensor may fill several shards.
+            filled = shard_id if isinstance(shard_id, tuple) else (shard_id,)
+            self._loaded.setdefault(id(parameter), set()).update(filled)
+
+        return load_and_record
+
+    def _bias(self, layer: LinearBase, size: int, dtype: torch.dtype) -> Parameter:
+        """Each set has its own bias: kernels convert it in place."""
+        if not layer.has_bias:
+            bias = Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+            bias.weight_loader = _only_zero_bias
+            return bias
+        bias = Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
+        bias.output_dim = 0
+        bias.weight_loader = self._recorded(layer.weight_loader)
+        return bias
+
+    def _input_ratio(self, layer: LinearBase, size: int) -> Parameter:
+        ratio = Parameter(torch.empty(size, dtype=torch.float32), requires_grad=False)
+        is_row_parallel = size != layer.input_size
+
+        def load(parameter: Parameter, tensor: torch.Tensor, *shard: Any) -> None:
+            if is_row_parallel:
+                tensor = tensor.narrow(0, layer.tp_rank * size, size)
+            if tensor.shape != parameter.shape:
+                raise FormatError(
+                    f"{layer.prefix}: {INPUT_RATIO} of set {self.set_name!r} has shape "
+                    f"{list(tensor.shape)}, the layer reads {list(parameter.shape)}"
+                )
+            is_first = id(parameter) not in self._loaded
+            if not is_first and not torch.equal(parameter.data.cpu(), tensor.cpu()):
+                raise FormatError(
+                    f"{layer.prefix}: the fused projections of set {self.set_name!r} read one "
+                    f"input, but their {INPUT_RATIO} tensors differ"
+                )
+            parameter.data.copy_(tensor)
+
+        ratio.weight_loader = self._recorded(load)
+        return ratio
+
+
+def _only_zero_bias(parameter: Parameter, tensor: torch.Tensor, *shard: Any) -> None:
+    # GPTQ tools write a zero bias for layers that have none.
+    if torch.count_nonzero(tensor):
+        raise FormatError("the checkpoint has a bias for a layer that has none in this model")
