@@ -6,13 +6,12 @@ memory stays bounded by the chunk. The layouts are in `layout`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 
 from merge_tools.layout import Layout
-from vllm_qoq.checkpoint import Checkpoint
+from merge_tools.sources import WeightSet
 
 # AutoAWQ stores the columns of eight values in this order, from the low nibble up.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -26,18 +25,10 @@ def row_chunks(layout: Layout) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, layout.out_features)
 
 
-def dequantize(
-    checkpoint: Checkpoint,
-    layer: str,
-    layout: Layout,
-    config: Mapping[str, Any],
-    rows: tuple[int, int],
-) -> torch.Tensor:
-    """Rows `rows` of the weight of `layer`: float32 [stop - start, in_features].
-
-    `config` is the `quantization_config` of the set, `rows` one of `row_chunks`.
-    """
-    read = _Reader(checkpoint, layer)
+def dequantize(weights: WeightSet, layer: str, rows: tuple[int, int]) -> torch.Tensor:
+    """Rows `rows`, one of `row_chunks`, of the weight of `layer`: float32 [rows, in_features]."""
+    read = _Reader(weights, layer)
+    layout = weights.describe(layer)
     if layout.method == "plain":
         return read("weight")[slice(*rows)].float()
     if layout.method == "dense":
@@ -46,19 +37,22 @@ def dequantize(
         return _packed(read, layout, rows)
     if layout.method == "gptq":
         # Version 1 of the format stores each zero point less one.
-        return _gptq(read, layout, rows, 0 if config.get("checkpoint_format") == "gptq_v2" else 1)
+        is_v2 = weights.config.get("checkpoint_format") == "gptq_v2"
+        return _gptq(read, layout, rows, 0 if is_v2 else 1)
     return _awq(read, layout, rows)
 
 
 class _Reader:
-    def __init__(self, checkpoint: Checkpoint, layer: str) -> None:
-        self._checkpoint, self._layer = checkpoint, layer
+    """Reads the tensors of one layer by their leaf."""
+
+    def __init__(self, weights: WeightSet, layer: str) -> None:
+        self._weights, self._layer = weights, layer
 
     def __call__(self, leaf: str) -> torch.Tensor:
-        return self._checkpoint.get(f"{self._layer}.{leaf}")
+        return self._weights.get(f"{self._layer}.{leaf}")
 
     def has(self, leaf: str) -> bool:
-        return f"{self._layer}.{leaf}" in self._checkpoint.tensors
+        return leaf in self._weights.layers[self._layer]
 
 
 def _dense(read: _Reader, layout: Layout, rows: tuple[int, int]) -> torch.Tensor:

@@ -220,6 +220,8 @@ def parse_decode(text: str) -> tuple[DecodeRow, ...]:
         bound, colon, name = item.strip().rpartition(":")
         if colon and not bound.isdecimal():
             raise RoutingError(f"--decode {text!r}: {bound!r} is not a batch size")
+        if not name:
+            raise RoutingError(f"--decode {text!r}: a set's name is missing")
         rows.append(DecodeRow(max_batch=int(bound) if colon else None, set_name=name))
     try:
         _check_order(rows)

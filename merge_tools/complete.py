@@ -1,0 +1,161 @@
+"""Is anything missing from a set, as far as headers tell? vLLM itself does not notice.
+
+Three views, because no single one sees every loss: the tensors of one layer must
+fit together (`layout`), the decoder layers must look alike, and a model of a known
+architecture must have every layer that it runs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+from typing import Any
+
+from merge_tools.architectures import architecture, split_decoder, text_config
+from merge_tools.layout import weight_args
+from merge_tools.sources import WeightSet
+from vllm_qoq.checkpoint import CONFIG
+from vllm_qoq.format import FormatError
+
+_REMEDY = "download or quantize the model again"
+
+
+def findings(weights: WeightSet) -> Iterator[str]:
+    """What is missing or malformed, one line each; nothing for a complete set."""
+    yield from _outside_decoder(weights)
+    yield from _malformed_layers(weights)
+    yield from _missing_modules(weights)
+    yield from _unlike_layers(weights)
+
+
+def check(weights: WeightSet) -> None:
+    """Raise FormatError with the first finding."""
+    for finding in findings(weights):
+        raise FormatError(f"{weights.checkpoint.path}: {finding}")
+
+
+def _malformed_layers(weights: WeightSet) -> Iterator[str]:
+    for layer in sorted(weights.quantized):
+        if "lm_head" in layer or "embed" in layer:
+            yield (
+                f"{layer}: is quantized, but the sets share embeddings and lm_head; quantize "
+                'with ignore=["lm_head"]'
+            )
+            continue
+        try:
+            weights.describe(layer)
+        except FormatError as error:
+            yield str(error)
+
+
+def _outside_decoder(weights: WeightSet) -> Iterator[str]:
+    config = weights.checkpoint.config
+    known = architecture(config)
+    if known is None:
+        return
+    needed = list(known.outside)
+    if not text_config(config).get("tie_word_embeddings", False):
+        needed.append("lm_head")
+    for module in needed:
+        if "weight" not in weights.layers.get(module, {}):
+            yield f"{module}.weight: missing; {_REMEDY}"
+
+
+def _missing_modules(weights: WeightSet) -> Iterator[str]:
+    """Decoder layers without a module that others have or that the architecture needs."""
+    count = text_config(weights.checkpoint.config).get("num_hidden_layers")
+    if not isinstance(count, int) or isinstance(count, bool) or not 0 < count < 100_000:
+        yield f"{CONFIG}: num_hidden_layers: {count!r} is not a number of layers"
+        return
+    known = architecture(weights.checkpoint.config)
+    for prefix, indices in _decoders(weights.layers).items():
+        extra = sorted(i for i in indices if i >= count)
+        if extra:
+            yield f"{prefix}{extra[0]}: is beyond num_hidden_layers = {count} of {CONFIG}"
+        kinds = _layer_types(weights, count)
+        for kind in set(kinds):
+            alike = [i for i in range(count) if kinds[i] == kind]
+            needed = set(known.layers) if known else set()
+            needed |= set().union(*(indices.get(i, set()) for i in alike))
+            for i in alike:
+                if i not in indices:
+                    yield f"{prefix}{i}: has no tensors at all; {_REMEDY}"
+                    continue
+                for module in sorted(needed - indices[i]):
+                    yield f"{prefix}{i}.{module}: missing, other layers have it; {_REMEDY}"
+    if known and not _decoders(weights.layers):
+        yield f"model.layers.0: has no tensors at all; {_REMEDY}"
+
+
+def _decoders(layers: Iterable[str]) -> dict[str, dict[int, set[str]]]:
+    """Prefix -> index -> modules, for the stack of decoder layers.
+
+    Vision towers have a `layers.` of their own, whose length another key gives.
+    """
+    found: dict[str, dict[int, set[str]]] = {}
+    for name in layers:
+        place = split_decoder(name)
+        if place is not None and "vision" not in place[0] and "visual" not in place[0]:
+            found.setdefault(place[0], {}).setdefault(place[1], set()).add(place[2])
+    return found
+
+
+def _layer_types(weights: WeightSet, count: int) -> list[Any]:
+    """What kind each decoder layer is: hybrid models mix kinds with different modules."""
+    types = text_config(weights.checkpoint.config).get("layer_types")
+    if architecture(weights.checkpoint.config) is None and isinstance(types, list):
+        names = [str(item) for item in types]
+        if len(names) == count:
+            return names
+    return [None] * count
+
+
+def _unlike_layers(weights: WeightSet) -> Iterator[str]:
+    """Layers whose tensors differ from those of the same module elsewhere in the decoder."""
+    by_module: dict[tuple[str, str], dict[str, frozenset[str]]] = defaultdict(dict)
+    for layer, leaves in weights.layers.items():
+        place = split_decoder(layer)
+        if place is not None:
+            by_module[place[0], place[2]][layer] = frozenset(leaves)
+    has_schemes = len(weight_args(weights.config)) > 1 or bool(weights.config.get("dynamic"))
+    for layers in by_module.values():
+        groups: dict[bool, dict[str, frozenset[str]]] = {True: {}, False: {}}
+        for layer, leaves in layers.items():
+            groups[layer in weights.quantized][layer] = leaves
+        if groups[True]:
+            for layer in groups[False]:
+                if not _is_ignored(layer, weights.config):
+                    yield f"{layer}: is not quantized, other layers are; {_REMEDY}"
+        for is_quantized, group in groups.items():
+            if is_quantized and has_schemes:
+                continue  # mixed precision: `layout` has looked at each layer alone
+            every = frozenset().union(*group.values())
+            for layer, leaves in sorted(group.items()):
+                for leaf in sorted(every - leaves):
+                    yield f"{layer}.{leaf}: missing, other layers have it; {_REMEDY}"
+
+
+def _is_ignored(layer: str, config: Any) -> bool:
+    """Whether a set's config says that `layer` stays unquantized."""
+    names = [*_strings(config.get("ignore")), *_strings(config.get("modules_to_not_convert"))]
+    inside = config.get("modules_in_block_to_quantize")
+    if inside and not any(layer.endswith(n) for group in inside for n in _strings([group])):
+        return True
+    for name in names:
+        if name.startswith("re:"):
+            # A pattern of a stranger may run for hours, so it is not run: its literal
+            # end has to occur in the name. Wrong only in favour of the input.
+            words = re.findall(r"[A-Za-z0-9_]{3,}", name[3:])
+            if all(word in layer for word in words):
+                return True
+        elif name == layer or layer.endswith(f".{name}") or f".{name}." in layer:
+            return True
+        elif fnmatchcase(layer, name):
+            return True
+    return False
+
+
+def _strings(values: Any) -> list[str]:
+    return [v for v in values if isinstance(v, str)] if isinstance(values, list) else []

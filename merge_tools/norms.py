@@ -1,0 +1,88 @@
+"""Sets whose norms differ: the norm of one is stored, the others carry the quotient.
+
+SmoothQuant divides the weight of a norm by a factor per channel and multiplies
+the columns of the layers that read it. A checkpoint keeps the norm of the prefill
+set, so a layer of another set multiplies its input by
+
+    input_ratio = norm of its set / norm of the prefill set     float32 [in_features]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+from merge_tools import MergeError
+from merge_tools.architectures import layer_globs, norm_readers
+from merge_tools.sources import WeightSet
+from vllm_qoq.format import INPUT_RATIO, split_layer
+
+if TYPE_CHECKING:
+    import torch
+
+_RECIPE = "quantize both from one transformed model, or without SmoothQuant"
+
+
+def readers_of(
+    config: Mapping[str, Any], tensor: str, quantized: frozenset[str], sets: str
+) -> tuple[str, ...]:
+    """The layers that take the ratio of `tensor`, an unquantized one that differs between sets.
+
+    `quantized` are the layers with a weight per set, `sets` names the sets for the
+    message of the MergeError when `tensor` cannot be compensated.
+    """
+    layer, leaf = split_layer(tensor)
+    readers = norm_readers(config, layer) if leaf == "weight" else ()
+    if not readers:
+        raise MergeError(f"{tensor}: differs between {sets}: {_reason(tensor)}; {_RECIPE}")
+    shared = [reader for reader in readers if reader not in quantized]
+    if shared:
+        raise MergeError(
+            f"{tensor}: differs between {sets}, but {shared[0]}, which reads it, is quantized in "
+            f"no set and therefore stored once; {_RECIPE}"
+        )
+    return readers
+
+
+def ratio(numerator: WeightSet, denominator: WeightSet, norm: str) -> torch.Tensor:
+    """float32 [in_features]: the tensor `norm` of one set over that of the prefill set.
+
+    0/0 is 1: such a channel is dead in both sets. MergeError where no factor helps.
+    """
+    import torch
+
+    above, below = numerator.get(norm).float(), denominator.get(norm).float()
+    quotient = torch.where((above == 0) & (below == 0), torch.ones_like(above), above / below)
+    if not quotient.isfinite().all():
+        channel = int((~quotient.isfinite()).nonzero()[0])
+        raise MergeError(
+            f"{norm}: channel {channel} is {below[channel]:g} in {denominator.name} and "
+            f"{above[channel]:g} in {numerator.name}, which no factor brings together; {_RECIPE}"
+        )
+    return quotient
+
+
+def ratio_globs(
+    ratios: Mapping[str, tuple[str, ...]], quantized: frozenset[str]
+) -> dict[str, tuple[str, ...]]:
+    """`Section.input_ratio` for the layers that have a ratio, set by set.
+
+    Raises RuntimeError if the globs would match another layer: a bug, not an input.
+    """
+    globs = {name: layer_globs(layers, quantized) for name, layers in ratios.items() if layers}
+    for name, mine in globs.items():
+        # `*` matches dots too, so look at what the globs do instead of trusting their making
+        matched = {x for x in quantized if any(fnmatchcase(x, glob) for glob in mine)}
+        if matched != set(ratios[name]):
+            raise RuntimeError(f"{INPUT_RATIO}.{name}: {mine} matches {sorted(matched)}")
+    return globs
+
+
+def _reason(tensor: str) -> str:
+    layer, _ = split_layer(tensor)
+    if "embed" in layer or "lm_head" in layer or "wte" in layer:
+        return "probably one set was rotated (QuaRot, SpinQuant) and the other was not"
+    if layer.endswith("norm"):
+        return "the merge does not know which layers read this norm"
+    return "it belongs to no quantized layer, so all sets use the same one"

@@ -1,0 +1,156 @@
+"""What a merge will write, worked out before it writes anything. Pure: no file is touched.
+
+Shards begin anew with each set: the shared tensors come first, then one run of
+shards per set, so that a set can be downloaded without the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from merge_tools.norms import ratio_globs, readers_of
+from merge_tools.survey import Survey
+from vllm_qoq.checkpoint import ITEM_BYTES, TensorInfo
+from vllm_qoq.format import INPUT_RATIO, join_name, split_layer
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a tensor of the output comes from: `tensor` of the set `set_name`.
+
+    copy    its bytes
+    cast    its values, in the dtype of the output
+    ratio   its values divided by those of the prefill set (see `norms`)
+    """
+
+    how: Literal["copy", "cast", "ratio"]
+    set_name: str
+    tensor: str
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A tensor of the output. `info.file` is the shard that holds it."""
+
+    info: TensorInfo
+    owner: str | None
+    """The set it belongs to, None for all of them."""
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The tensors of the output and what `config.json` says of them."""
+
+    sets: tuple[str, ...]
+    prefill: str
+    shards: Mapping[str, tuple[Planned, ...]]
+    """File name -> tensors, in the order in which their bytes are written."""
+    input_ratio: Mapping[str, tuple[str, ...]]
+    dropped: tuple[tuple[str, str], ...]
+    """(set, tensor) left out: biases of zeros."""
+    quantized: frozenset[str]
+
+    @property
+    def tensors(self) -> list[Planned]:
+        return [planned for shard in self.shards.values() for planned in shard]
+
+    def bytes_of(self, owner: str | None) -> int:
+        """Bytes of the tensors of a set, or with None of the shared ones."""
+        return sum(p.info.nbytes for p in self.tensors if p.owner == owner)
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(p.info.nbytes for p in self.tensors)
+
+    def index(self) -> dict[str, Any]:
+        """The content of `model.safetensors.index.json`."""
+        weight_map = {p.info.name: p.info.file for p in self.tensors}
+        return {
+            "metadata": {"total_size": self.total_bytes},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+
+
+def make_plan(survey: Survey, config: Mapping[str, Any], max_shard_bytes: int) -> Plan:
+    """Decide what is shared, what is per set and what is derived.
+
+    `config` is the `config.json` of the prefill set. Raises MergeError for a
+    tensor that differs between the sets and cannot.
+    """
+    ratios = _ratio_layers(survey, config)
+    groups: list[list[Planned]] = [_shared(survey)]
+    groups += [_of_set(survey, name, ratios[name]) for name in survey.tensors]
+    shards = [shard for group in groups for shard in _split(group, max_shard_bytes)]
+    layers = {name: tuple(sorted(mine)) for name, mine in ratios.items()}
+    return Plan(
+        sets=tuple(survey.tensors),
+        prefill=survey.prefill,
+        shards=_named(shards),
+        input_ratio=ratio_globs(layers, survey.quantized),
+        dropped=tuple(sorted(survey.zero_biases)),
+        quantized=survey.quantized,
+    )
+
+
+def _ratio_layers(survey: Survey, config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Set -> layer that needs an input_ratio -> the norm that it reads."""
+    ratios: dict[str, dict[str, str]] = {name: {} for name in survey.tensors}
+    for tensor, differing in survey.unequal.items():
+        names = f"{survey.prefill} and {', '.join(differing)}"
+        for reader in readers_of(config, tensor, survey.quantized, names):
+            for name in differing:
+                ratios[name][reader] = tensor
+    return ratios
+
+
+def _shared(survey: Survey) -> list[Planned]:
+    planned = []
+    for name, info in survey.tensors[survey.prefill].items():
+        if split_layer(name)[0] in survey.quantized:
+            continue
+        is_cast = name in survey.recast and info.dtype != survey.model_dtype
+        dtype = survey.model_dtype if is_cast else info.dtype
+        origin = Origin("cast" if is_cast else "copy", survey.prefill, name)
+        planned.append(Planned(replace(info, dtype=dtype), None, origin))
+    return planned
+
+
+def _of_set(survey: Survey, set_name: str, ratios: Mapping[str, str]) -> list[Planned]:
+    planned = []
+    for name, info in survey.tensors[set_name].items():
+        is_mine = split_layer(name)[0] in survey.quantized
+        if is_mine and (set_name, name) not in survey.zero_biases:
+            stored = replace(info, name=join_name(set_name, name))
+            planned.append(Planned(stored, set_name, Origin("copy", set_name, name)))
+    for layer, norm in ratios.items():
+        shape = survey.tensors[set_name][norm].shape
+        stored = TensorInfo(join_name(set_name, f"{layer}.{INPUT_RATIO}"), "F32", shape, "")
+        planned.append(Planned(stored, set_name, Origin("ratio", set_name, norm)))
+    return planned
+
+
+def _split(group: Sequence[Planned], max_bytes: int) -> list[list[Planned]]:
+    """Cut a group into shards of at most `max_bytes`, unless one tensor alone is larger."""
+    shards: list[list[Planned]] = []
+    room = 0
+    for planned in sorted(group, key=lambda p: p.info.name):
+        if not shards or planned.info.nbytes > room:
+            shards.append([])
+            room = max_bytes
+        shards[-1].append(planned)
+        room -= planned.info.nbytes
+    return shards
+
+
+def _named(shards: Sequence[Sequence[Planned]]) -> dict[str, tuple[Planned, ...]]:
+    named = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        # Wide items first: then every tensor starts at a multiple of its item size,
+        # which readers need to map it without a copy.
+        ordered = sorted(shard, key=lambda p: (-ITEM_BYTES[p.info.dtype], p.info.name))
+        named[file] = tuple(replace(p, info=replace(p.info, file=file)) for p in ordered)
+    return named

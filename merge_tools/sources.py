@@ -1,0 +1,138 @@
+"""The inputs of a merge: finished checkpoints, one per set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merge_tools import MergeError
+from merge_tools.layout import KV_CACHE_LEAVES, Layout, describe, group_leaves, is_quantized
+from vllm_qoq.checkpoint import CONFIG, Checkpoint, TensorInfo
+from vllm_qoq.format import SECTION, FormatError, check_set_name, split_layer
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class WeightSet:
+    """One version of the model: an input of a merge, or one set of a merged checkpoint.
+
+    `tensors` has the names of an ordinary checkpoint; the `name` of each info is the
+    one in the file, with the prefix that a merged checkpoint puts in front.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    config: Mapping[str, Any]
+    """The `quantization_config` of this set."""
+    tensors: Mapping[str, TensorInfo]
+
+    @cached_property
+    def layers(self) -> dict[str, dict[str, TensorInfo]]:
+        """Layer -> leaf -> tensor."""
+        return group_leaves(self.tensors)
+
+    @cached_property
+    def quantized(self) -> frozenset[str]:
+        """The layers that are quantized in this set."""
+        return frozenset(name for name, leaves in self.layers.items() if is_quantized(leaves))
+
+    def describe(self, layer: str) -> Layout:
+        """How `layer` is stored; FormatError when its tensors do not fit together."""
+        return describe(self.layers[layer], self.config)
+
+    def get(self, tensor: str) -> torch.Tensor:
+        """The tensor with this ordinary name, mapped and not copied."""
+        return self.checkpoint.get(self.tensors[tensor].name)
+
+
+def parse_sources(arguments: Sequence[str]) -> dict[str, Path]:
+    """`["w8a8=DIR", ...]` -> {"w8a8": Path("DIR"), ...}, in this order."""
+    folders: dict[str, Path] = {}
+    for argument in arguments:
+        name, equals, folder = argument.partition("=")
+        if not equals or not folder:
+            raise MergeError(f"{argument!r}: write NAME=DIR, for example w8a8={argument or 'DIR'}")
+        try:
+            check_set_name(name)
+        except ValueError as error:
+            raise MergeError(str(error)) from None
+        if name in folders:
+            raise MergeError(f"set {name!r} is given twice; each set needs its own name")
+        folders[name] = Path(folder)
+    return folders
+
+
+def open_sources(folders: Mapping[str, Path]) -> list[WeightSet]:
+    """Open every folder and refuse what cannot be a set. Reads headers only."""
+    sources = []
+    for name, folder in folders.items():
+        try:
+            checkpoint = Checkpoint.open(folder)
+            config = _set_config(checkpoint)
+            _check_tensors(checkpoint)
+        except FormatError as error:
+            raise FormatError(f"{folder}: {error}") from None
+        sources.append(WeightSet(name, checkpoint, config, checkpoint.tensors))
+    for source in sources:
+        _check_names(source, folders)
+    return sources
+
+
+def _set_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    config = checkpoint.config.get(SECTION)
+    if checkpoint.section is not None:
+        raise FormatError(
+            f"{CONFIG}: {SECTION}: is a merged checkpoint already; merge the folders it was made of"
+        )
+    if not isinstance(config, dict) or not isinstance(config.get("quant_method"), str):
+        raise FormatError(
+            f"{CONFIG}: {SECTION}: missing, so this model is not quantized; quantize it first, "
+            "for example with llmcompressor"
+        )
+    if config.get("kv_cache_scheme"):
+        raise FormatError(
+            f"{CONFIG}: {SECTION}.kv_cache_scheme: all sets share one KV cache, whose precision "
+            "is chosen when serving (--kv-cache-dtype); quantize without a kv_cache_scheme"
+        )
+    _check_transforms(config.get("transform_config"))
+    return config
+
+
+def _check_transforms(transforms: Any) -> None:
+    # compressed-tensors applies these to K after RoPE, so K is in another basis
+    text = str(transforms or "")
+    if "k_cache" in text or "q_attn" in text:
+        raise FormatError(
+            f"{CONFIG}: {SECTION}.transform_config: rotates keys while serving (R3), but all sets "
+            "share one KV cache; quantize without R3"
+        )
+
+
+def _check_tensors(checkpoint: Checkpoint) -> None:
+    for name, info in checkpoint.tensors.items():
+        layer, leaf = split_layer(name)
+        if leaf in KV_CACHE_LEAVES and "attn" in layer:
+            raise FormatError(
+                f"{info.file}: {name}: the scale of a quantized KV cache, but all sets share one "
+                "cache, whose precision is chosen when serving; quantize without a kv_cache_scheme"
+            )
+        if ".experts." in name:
+            raise FormatError(
+                f"{info.file}: {name}: mixture-of-experts layers are not supported yet; merge "
+                "dense models"
+            )
+
+
+def _check_names(source: WeightSet, names: Mapping[str, Path]) -> None:
+    for tensor, info in source.tensors.items():
+        first = tensor.partition(".")[0]
+        if first in names:
+            raise MergeError(
+                f"{source.checkpoint.path}: {info.file}: {tensor}: begins like the set {first!r}; "
+                "give the set another name"
+            )

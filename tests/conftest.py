@@ -1,0 +1,103 @@
+"""Fixtures that all tests share: real checkpoints, made once, and the GPU marker."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "tests" / "data"
+QUANTIZE = ROOT / "examples" / "quantize_llmcompressor.py"
+SERVER_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+}
+os.environ.update({k: os.environ.get(k, v) for k, v in SERVER_ENVIRONMENT.items()})
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip GPU tests, with the reason, where they cannot run."""
+    reason = _why_no_gpu_tests()
+    for item in items:
+        if reason and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Path:
+    """A trained Llama of 2.1 M parameters in bf16 (tests/data/README.md)."""
+    return DATA / "tiny-llama"
+
+
+@pytest.fixture(scope="session")
+def heldout_text() -> Path:
+    """Text that the model was not trained on."""
+    return DATA / "heldout.txt"
+
+
+@pytest.fixture(scope="session")
+def w8a8_dir(tiny_model: Path) -> Path:
+    """llmcompressor's W8A8 of the model: SmoothQuant and GPTQ."""
+    return _quantized(tiny_model, "w8a8")
+
+
+@pytest.fixture(scope="session")
+def w4a16_dir(tiny_model: Path) -> Path:
+    """llmcompressor's W4A16 of the model: GPTQ in groups of 128."""
+    return _quantized(tiny_model, "w4a16")
+
+
+@pytest.fixture(scope="session")
+def merged_dir(w8a8_dir: Path, w4a16_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both in one checkpoint: prompts in W8A8, generation in W4A16 up to a batch of 4."""
+    out = tmp_path_factory.mktemp("merged") / "checkpoint"
+    return merge(out, f"w8a8={w8a8_dir}", f"w4a16={w4a16_dir}", "--decode", "4:w4a16,w8a8")
+
+
+@pytest.fixture(scope="session")
+def merged_for_w4a16_dir(
+    w8a8_dir: Path, w4a16_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The same with the roles exchanged: it keeps W4A16's norms, so W4A16 is exact."""
+    out = tmp_path_factory.mktemp("merged-w4a16") / "checkpoint"
+    return merge(out, f"w8a8={w8a8_dir}", f"w4a16={w4a16_dir}", "--prefill", "w4a16")
+
+
+def merge(out: Path, *arguments: str) -> Path:
+    """Run the merge command as a user does."""
+    command = [sys.executable, "-m", "merge_tools", "merge", *arguments, "-o", str(out), "--quiet"]
+    subprocess.run(command, check=True, cwd=ROOT)
+    return out
+
+
+def _quantized(model: Path, scheme: str) -> Path:
+    """Quantize in a process of its own, once for as long as nothing that matters changes."""
+    text = DATA / "calibration.txt"
+    digest = hashlib.sha256()
+    for file in (QUANTIZE, text, model / "model.safetensors", model / "tokenizer.json"):
+        digest.update(file.read_bytes())
+    out = ROOT / ".cache" / "test-checkpoints" / f"{scheme}-{digest.hexdigest()[:16]}"
+    if not out.exists():
+        partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+        options = ["--scheme", scheme, "--text", str(text), "--samples", "64", "--seqlen", "256"]
+        command = [sys.executable, str(QUANTIZE), str(model), str(partial), *options]
+        subprocess.run(command, check=True, capture_output=True)
+        partial.rename(out)
+    return out
+
+
+def _why_no_gpu_tests() -> str | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "no NVIDIA GPU on this machine"
+    if torch.cuda.get_device_capability() < (9, 0):
+        return "needs a Hopper GPU (compute capability 9.0)"
+    return None

@@ -1,0 +1,69 @@
+"""Runs engines in a process of their own, for settings that belong to a whole process.
+
+Tensor parallelism, another model runner, CUDA graphs. `run_engines` is for
+tests; the file itself is the child: `python tests/engine_process.py SPECS OUT`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from engines import engine, generate
+
+import vllm_qoq
+
+
+def run_engines(
+    folder: Path, specs: list[dict[str, Any]], **environment: str
+) -> list[dict[str, Any]]:
+    """Run the engines that `specs` describe, one after the other, and return what each did.
+
+    A spec is {"checkpoint": PATH, "qoq": {...}, "options": {...}, "max_tokens": N}; a
+    result has the `generation`, the `counts` of steps in it ("decode w4a16": n) and
+    how many routing decisions were `traced` during it, if the spec asks for a trace.
+    """
+    (folder / "specs.json").write_text(json.dumps(specs))
+    command = [sys.executable, __file__, str(folder / "specs.json"), str(folder / "results.json")]
+    done = subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return json.loads((folder / "results.json").read_text())
+
+
+def main(specs_file: str, results_file: str) -> None:
+    """Run every spec and write the results."""
+    specs = json.loads(Path(specs_file).read_text())
+    Path(results_file).write_text(json.dumps([_run(spec) for spec in specs]))
+
+
+def _run(spec: dict[str, Any]) -> dict[str, Any]:
+    qoq = spec.get("qoq", {})
+    llm = engine(Path(spec["checkpoint"]), qoq, **spec.get("options", {}))
+    counts, traced = _counts(llm), _lines(qoq.get("trace"))
+    generation = generate(llm, max_tokens=spec.get("max_tokens", 12))
+    return {
+        "generation": generation,
+        "counts": {key: n - counts[key] for key, n in _counts(llm).items()},
+        "traced": _lines(qoq.get("trace")) - traced,
+    }
+
+
+def _counts(llm: Any) -> dict[str, int]:
+    try:
+        return {" ".join(key): n for key, n in vllm_qoq.step_counts(llm).items()}
+    except ValueError:  # a checkpoint of another method
+        return {}
+
+
+def _lines(trace: str | None) -> int:
+    return len(Path(trace).read_text().splitlines()) if trace else 0
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

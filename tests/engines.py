@@ -1,0 +1,61 @@
+"""Real vLLM engines for the tests: in this process, kept alive, shared by what they are made of."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+from vllm import LLM, SamplingParams
+
+PROMPTS = ("def main():\n    ", "import os\nclass Foo:\n", "for i in range", "# The")
+Generation = list[tuple[tuple[int, ...], list[dict[int, float]]]]
+
+# vLLM cannot build an engine after another was collected in the same process.
+_engines: dict[str, LLM] = {}
+
+
+def engine(checkpoint: Path, qoq: dict[str, Any] | None = None, **options: Any) -> LLM:
+    """An engine for `checkpoint`; `qoq` is the object of `--additional-config`."""
+    options = {
+        "max_model_len": 512,
+        "max_num_seqs": 8,
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 64 << 20,
+        "additional_config": {"qoq": qoq} if qoq else {},
+    } | options
+    key = f"{checkpoint} {sorted(options.items(), key=str)}"
+    if key not in _engines:
+        _engines[key] = LLM(str(checkpoint), **options)
+    return _engines[key]
+
+
+def generate(llm: LLM, prompts: tuple[str, ...] = PROMPTS, max_tokens: int = 12) -> Generation:
+    """Greedy tokens and the log-probabilities of the two likeliest at each position."""
+    sampling = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=2, ignore_eos=True)
+    outputs = llm.generate(list(prompts), sampling, use_tqdm=False)
+    return [
+        (
+            tuple(output.outputs[0].token_ids),
+            [
+                {token: entry.logprob for token, entry in position.items()}
+                for position in output.outputs[0].logprobs
+            ],
+        )
+        for output in outputs
+    ]
+
+
+def largest_gap(a: Generation, b: Generation) -> float:
+    """Largest difference of log-probabilities while both runs agree on the tokens so far."""
+    gaps = [0.0]
+    for (tokens_a, logprobs_a), (tokens_b, logprobs_b) in zip(a, b, strict=True):
+        for token_a, token_b, left, right in zip(
+            tokens_a, tokens_b, logprobs_a, logprobs_b, strict=True
+        ):
+            gaps += [abs(left[token] - right[token]) for token in left.keys() & right.keys()]
+            if token_a != token_b:
+                break
+    return max(gaps)

@@ -1,0 +1,165 @@
+"""The OpenAI server over HTTP: `vllm serve CHECKPOINT --quantization qoq`."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+VLLM = Path(sys.executable).with_name("vllm")
+START_SECONDS = 240
+
+
+def serve_command(checkpoint, *options):
+    return [
+        *(str(VLLM), "serve", str(checkpoint), "--quantization", "qoq", "--host", "127.0.0.1"),
+        *("--max-model-len", "512", "--max-num-seqs", "8", "--enforce-eager", *options),
+    ]
+
+
+class Server:
+    """A running server; `url` answers."""
+
+    def __init__(self, checkpoint, log: Path, *options: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url, self.log = f"http://127.0.0.1:{port}", log
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                serve_command(checkpoint, "--port", str(port), *options),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def __enter__(self):
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                self.get("/health")
+                return self
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(0.5)
+        self.__exit__()
+        pytest.fail(f"the server did not start:\n{self.log.read_text()[-4000:]}")
+
+    def __exit__(self, *error):
+        for stop in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self.process.pid, stop)
+                self.process.wait(30)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                continue
+
+    def get(self, path):
+        with urllib.request.urlopen(self.url + path, timeout=10) as answer:
+            return answer.read().decode()
+
+    def complete(self, prompt, **options):
+        body = {"prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True} | options
+        request = urllib.request.Request(
+            f"{self.url}/v1/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return answer.read().decode()
+
+    def text(self, prompt, **options):
+        return json.loads(self.complete(prompt, **options))["choices"][0]["text"]
+
+    def steps(self):
+        line = r'vllm:qoq_steps_total\{.*phase="(\w+)".*set="(\w+)".*\} ([\d.]+)'
+        return {(p, s): float(n) for p, s, n in re.findall(line, self.get("/metrics"))}
+
+
+@pytest.fixture(scope="module")
+def server(merged_dir, tmp_path_factory):
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    with Server(merged_dir, log) as running:
+        yield running
+
+
+def test_counters_begin_at_zero_and_count_each_step(server):
+    before = server.steps()
+    assert set(before) == {(p, s) for p in ("prefill", "decode") for s in ("w8a8", "w4a16")}
+    server.text("def counted():\n", max_tokens=6)
+    after = server.steps()
+    assert {key: after[key] - before[key] for key in after} == {
+        ("prefill", "w8a8"): 1,
+        ("prefill", "w4a16"): 0,
+        ("decode", "w8a8"): 0,
+        ("decode", "w4a16"): 5,
+    }
+
+
+def test_streaming_gives_the_same_text(server):
+    prompt = "import sys\n\ndef main("
+    stream = server.complete(prompt, stream=True, max_tokens=16)
+    events = [line.removeprefix("data: ") for line in stream.splitlines() if line]
+    assert events[-1] == "[DONE]" and len(events) > 10
+    pieces = [json.loads(event)["choices"][0]["text"] for event in events[:-1]]
+    assert "".join(pieces) == server.text(prompt, max_tokens=16)
+
+
+def test_concurrent_requests_all_answer_and_large_batches_change_the_set(server):
+    before = server.steps()
+    prompts = [f"class Number{i}:\n    " for i in range(24)]
+    with ThreadPoolExecutor(24) as pool:
+        texts = list(pool.map(lambda prompt: server.text(prompt, max_tokens=24), prompts))
+    assert all(texts)
+    after = server.steps()
+    assert after["decode", "w8a8"] > before["decode", "w8a8"], "no batch above 4 was decoded"
+
+
+def test_log_tells_the_sets(server):
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        if "steps by phase and set" in server.log.read_text():
+            return
+        server.text("x = ")
+        time.sleep(1)
+    pytest.fail(server.log.read_text()[-2000:])
+
+
+def fails(checkpoint, *options):
+    """Start a server that must refuse; returns its output."""
+    done = subprocess.run(
+        serve_command(checkpoint, *options), capture_output=True, text=True, timeout=START_SECONDS
+    )
+    assert done.returncode != 0
+    return done.stdout + done.stderr
+
+
+def test_a_checkpoint_without_a_tensor_is_refused_by_its_name(merged_dir, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(merged_dir, broken)
+    lost = "w4a16.model.layers.1.mlp.up_proj.weight_packed"
+    for shard in broken.glob("*.safetensors"):
+        with safe_open(shard, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys() if name != lost}  # noqa: SIM118
+        save_file(tensors, shard, {"format": "pt"})
+    index = broken / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"].pop(lost)
+    index.write_text(json.dumps(content))
+    output = fails(broken)
+    assert re.search(rf"FormatError: .*did not fill {re.escape(lost)}", output), output[-3000:]
+
+
+def test_an_unknown_set_is_refused_with_the_known_ones(merged_dir):
+    output = fails(merged_dir, "--additional-config", '{"qoq": {"force_set": "w4"}}')
+    assert re.search("RoutingError: .*force_set is 'w4'.*w8a8, w4a16", output), output[-3000:]

@@ -1,0 +1,107 @@
+"""Prefill or decode, from vLLM's real forward context, for every CUDA graph mode."""
+
+from types import SimpleNamespace
+
+import pytest
+from plugin_units import qoq_config, tensor_parallel, vllm_config
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import get_forward_context, set_forward_context
+
+from vllm_qoq.integration.counters import CounterReader, counter_file
+from vllm_qoq.integration.step import current_step
+from vllm_qoq.routing import Phase
+
+NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
+DEFAULT, DECODE_ONLY = CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.FULL_DECODE_ONLY
+DECODING = {"layer": SimpleNamespace(max_query_len=1)}
+MIXED = {"layer": SimpleNamespace(max_query_len=7)}
+
+
+@pytest.fixture
+def make_policy():
+    def make(mode, max_num_seqs=8):
+        config = vllm_config()
+        config.compilation_config.cudagraph_mode = mode
+        config.scheduler_config.max_num_seqs = max_num_seqs
+        quant_config = qoq_config()
+        with tensor_parallel(0, 1, config):
+            policy = quant_config.policy()
+        reader = CounterReader(counter_file(quant_config.counter_stem, 0), quant_config.set_names)
+        return policy, config, reader
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("configured", "runtime", "metadata", "tokens", "expected"),
+    [
+        (NONE, NONE, DECODING, 3, "decode"),
+        (NONE, NONE, MIXED, 9, "prefill"),
+        (NONE, NONE, None, 4096, "profiling"),
+        # FULL_AND_PIECEWISE: the second runner captures decode graphs in mode NONE
+        (DEFAULT, FULL, DECODING, 4, "decode"),
+        (DEFAULT, NONE, DECODING, 4, "decode"),
+        (DEFAULT, NONE, MIXED, 600, "prefill"),
+        (DEFAULT, NONE, None, 600, "profiling"),
+        # PIECEWISE replays do not enter Python: metadata must not matter, present or not
+        (DEFAULT, PIECEWISE, None, 4, "prefill"),
+        (DEFAULT, PIECEWISE, DECODING, 4, "prefill"),
+        (DEFAULT, PIECEWISE, MIXED, 4, "prefill"),
+        (DECODE_ONLY, FULL, DECODING, 4, "decode"),
+        (DECODE_ONLY, NONE, MIXED, 4, "prefill"),
+        # one graph serves both phases: the number of tokens decides, capture or not
+        (PIECEWISE, PIECEWISE, None, 8, "decode"),
+        (PIECEWISE, PIECEWISE, MIXED, 8, "decode"),
+        (PIECEWISE, PIECEWISE, DECODING, 9, "prefill"),
+        (PIECEWISE, NONE, MIXED, 8, "prefill"),
+        (FULL, FULL, MIXED, 8, "decode"),
+        (FULL, NONE, DECODING, 8, "decode"),
+        (FULL, FULL, DECODING, 16, "prefill"),
+        # what FlashInfer's metadata says
+        (NONE, NONE, {"a": SimpleNamespace(num_prefills=0)}, 3, "decode"),
+        (NONE, NONE, {"a": SimpleNamespace(num_prefills=2)}, 3, "prefill"),
+        # layers that do not tell are passed over; micro-batches are a list
+        (NONE, NONE, {"a": SimpleNamespace(), **DECODING}, 3, "decode"),
+        (NONE, NONE, [DECODING, DECODING], 3, "decode"),
+    ],
+)
+def test_phase(make_policy, configured, runtime, metadata, tokens, expected):
+    policy, config, reader = make_policy(configured)
+    with set_forward_context(metadata, config, num_tokens=tokens, cudagraph_runtime_mode=runtime):
+        step = current_step(get_forward_context(), tokens, policy)
+        again = current_step(get_forward_context(), 12345, policy)
+    assert again is step, "the first layer decides for the whole forward pass"
+    assert step.phase is (Phase.DECODE if expected == "decode" else Phase.PREFILL)
+    counted = sum(reader.read().values())
+    assert counted == (0 if expected == "profiling" else 1)
+
+
+def test_counters_tell_phase_and_set(make_policy):
+    policy, config, reader = make_policy(NONE)
+    for metadata, tokens in [(MIXED, 9), (DECODING, 4), (DECODING, 4), (DECODING, 5)]:
+        with set_forward_context(metadata, config, num_tokens=tokens):
+            current_step(get_forward_context(), tokens, policy)
+    assert reader.read() == {
+        ("prefill", "w8a8"): 1,
+        ("prefill", "w4a16"): 0,
+        ("decode", "w8a8"): 1,
+        ("decode", "w4a16"): 2,
+    }
+
+
+def test_speculated_tokens_still_decode_and_batch_counts_requests(make_policy):
+    policy, config, _ = make_policy(NONE)
+    policy.tokens_per_request = 4
+    metadata = {"layer": SimpleNamespace(max_query_len=4)}
+    with set_forward_context(metadata, config, num_tokens=16):
+        step = current_step(get_forward_context(), 16, policy)
+    assert (step.phase, step.batch) == (Phase.DECODE, 4)
+
+
+def test_sets_that_only_padding_reaches_are_reachable(make_policy):
+    policy, config, _ = make_policy(DEFAULT, max_num_seqs=3)
+    route = policy.routing.route(["x"])  # w4a16 up to 4, then w8a8; prefill w8a8
+    config.compilation_config.cudagraph_capture_sizes = [1, 2, 4, 8]
+    assert "w4a16" in policy.reachable(route)
+    policy.max_num_seqs = 5  # padded to 8
+    assert policy.reachable(route) == {"w8a8", "w4a16"}
