@@ -150,9 +150,12 @@ def _is_ignored(layer: str, config: Any) -> bool:
             words = re.findall(r"[A-Za-z0-9_]{3,}", name[3:])
             if all(word in layer for word in words):
                 return True
-        elif name == layer or layer.endswith(f".{name}") or f".{name}." in layer:
-            return True
-        elif fnmatchcase(layer, name):
+        elif (
+            name == layer
+            or layer.endswith(f".{name}")
+            or f".{name}." in layer
+            or fnmatchcase(layer, name)
+        ):
             return True
     return False
 

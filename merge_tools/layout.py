@@ -135,9 +135,7 @@ def _dense(leaves: Leaves, config: Mapping[str, Any]) -> Layout:
     return Layout("dense", n, k, known if isinstance(known, int) else 8, block)
 
 
-def _block(
-    scale: TensorInfo, shape: tuple[int, ...], config: Mapping[str, Any]
-) -> tuple[int, int]:
+def _block(scale: TensorInfo, shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[int, int]:
     """What one scale of a dense weight [N, K] covers, checked against the scale's shape."""
     _expect(scale, FLOATS, scale.shape)
     n, k = shape
@@ -145,10 +143,17 @@ def _block(
         return n, k
     if scale.shape in ((n,), (n, 1)):
         return 1, k
-    sizes = [config.get("weight_block_size"), *(a.get("block_structure") for a in weight_args(config))]
+    sizes = [
+        config.get("weight_block_size"),
+        *(a.get("block_structure") for a in weight_args(config)),
+    ]
     sizes += [(1, a.get("group_size")) for a in weight_args(config)]
     for size in sizes:
-        if isinstance(size, (list, tuple)) and len(size) == 2 and all(_is_positive(s) for s in size):
+        if (
+            isinstance(size, (list, tuple))
+            and len(size) == 2
+            and all(_is_positive(s) for s in size)
+        ):
             rows, columns = size
             if scale.shape == (math.ceil(n / rows), math.ceil(k / columns)):
                 return rows, columns

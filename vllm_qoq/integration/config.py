@@ -86,8 +86,12 @@ class QoQConfig(QuantizationConfig):
         from vllm.model_executor.models.utils import WeightsMapper
 
         rules: dict[re.Pattern[str], str | None] = {}
+        in_use = self._sets_in_use()
+        # A layer rule may keep single layers out of a set that others use.
+        for name, layer in self._unreachable:
+            rules[re.compile(rf"^{name}\.{re.escape(layer)}\.[^.]+$")] = None
         for name in self.set_names:
-            if name in self._sets_in_use():
+            if name in in_use:
                 rules[re.compile(rf"^({name})\.(.+)\.([^.]+)$")] = r"\2.\1.\3"
             else:
                 rules[re.compile(rf"^{name}\.")] = None
@@ -122,6 +126,7 @@ class QoQConfig(QuantizationConfig):
                 )
             self._policy = Policy(self.section, vllm_config, self.counter_stem, self._map_name)
             self._used: set[str] = set()
+            self._unreachable: list[tuple[str, str]] = []
         return self._policy
 
     def _routed(
@@ -132,6 +137,9 @@ class QoQConfig(QuantizationConfig):
         reachable = policy.reachable(route)
         self._used |= reachable
         chosen = {name: methods[name] for name in self.set_names if name in reachable}
+        if policy.routing.layers:
+            skipped = [name for name in self.set_names if name not in reachable]
+            self._unreachable += [(name, part) for name in skipped for part in parts]
         return FlexLinearMethod(prefix, parts, chosen, route, policy)
 
     def _ask_sets(self, layer: nn.Module, prefix: str) -> dict[str, SetMethod]:

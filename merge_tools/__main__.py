@@ -1,0 +1,17 @@
+"""`python -m merge_tools merge|inspect|verify`."""
+
+import argparse
+import sys
+
+from merge_tools.cli import add_parsers, run
+
+
+def main() -> int:
+    """Parse the command line and run the command."""
+    parser = argparse.ArgumentParser(prog="merge_tools", description="Merge quantized checkpoints.")
+    add_parsers(parser.add_subparsers(required=True, metavar="COMMAND"))
+    return run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

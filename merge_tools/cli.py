@@ -1,0 +1,191 @@
+"""The commands `merge`, `inspect` and `verify`: arguments, output, exit codes.
+
+Exit codes: 0 done, 1 a check failed, 2 refused or bad usage, 130 interrupted.
+Heavy modules are imported by the handlers, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def add_parsers(commands: Any) -> None:
+    """Add the three commands to the result of `ArgumentParser.add_subparsers`."""
+    merge = commands.add_parser("merge", help="merge finished checkpoints of one model into one")
+    merge.add_argument("sources", nargs="+", metavar="NAME=DIR", help="a set and its checkpoint")
+    merge.add_argument("-o", "--output", type=Path, required=True, metavar="OUT")
+    merge.add_argument("--prefill", metavar="NAME", help="set for prompts (default: the first)")
+    merge.add_argument(
+        "--decode",
+        metavar="[BATCH:]NAME,...",
+        help="sets for generation by batch size, e.g. 16:w4a16,w8a8 (default: the last set)",
+    )
+    merge.add_argument("--max-shard-size", default="5GB", type=_size, metavar="SIZE")
+    merge.add_argument("--dry-run", action="store_true", help="check and show the plan, then stop")
+    merge.add_argument("--overwrite", action="store_true", help="replace OUT once done")
+    merge.add_argument("--no-model-card", action="store_true", help="write no README.md")
+    _common(merge, _merge)
+    inspect = commands.add_parser("inspect", help="show sets, sizes and routing of a checkpoint")
+    inspect.add_argument("checkpoint", type=Path)
+    _common(inspect, _inspect)
+    verify = commands.add_parser("verify", help="check that a checkpoint is whole and sane")
+    verify.add_argument("checkpoint", type=Path)
+    _common(verify, _verify)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Call the handler and turn what it raises into a message and an exit code."""
+    from merge_tools import MergeError
+    from vllm_qoq.format import FormatError
+    from vllm_qoq.routing import RoutingError
+
+    try:
+        return int(args.run(args))
+    except (MergeError, FormatError, RoutingError, OSError) as error:
+        if args.debug:
+            raise
+        print(f"error: {_printable(str(error))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was left behind", file=sys.stderr)
+        return 130
+
+
+def _common(parser: argparse.ArgumentParser, handler: Any) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.set_defaults(run=handler)
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from merge_tools import compatible, complete, execute, kv_basis, preflight, values
+    from merge_tools.plan import make_plan
+    from merge_tools.progress import Progress
+    from merge_tools.sources import open_sources, parse_sources
+    from merge_tools.survey import survey
+
+    folders = parse_sources(args.sources)
+    routing = _routing(args, list(folders))
+    preflight.check_output(args.output, folders.values(), args.overwrite)
+    sources = {source.name: source for source in open_sources(folders)}
+    prefill, progress = sources[routing.prefill], Progress(args.quiet or args.json)
+    compatible.check(list(sources.values()), prefill)
+    for source in sources.values():
+        complete.check(source)
+    found = survey(list(sources.values()), prefill, progress)
+    plan = make_plan(found, prefill.checkpoint.config, args.max_shard_size)
+    preflight.check_space(args.output, plan.total_bytes)
+    total = sum(source.checkpoint.total_bytes for source in sources.values())
+    with progress.stage("check values", total) as advance:
+        for source in sources.values():
+            for info in source.tensors.values():
+                values.check(source.checkpoint, info)
+                advance(info.nbytes)
+    for source in sources.values():
+        if source is not prefill:
+            _check_kv(kv_basis, prefill, source)
+    section = _section(sources, routing, plan)
+    if not args.dry_run:
+        execute.execute(
+            plan, sources, section, args.output, args.overwrite, progress, not args.no_model_card
+        )
+    _report(args, plan, section)
+    return 0
+
+
+def _check_kv(kv_basis: Any, prefill: Any, source: Any) -> None:
+    from merge_tools import MergeError
+
+    kv_basis.check(prefill, source)
+    for tensor in kv_basis.biases(prefill, source):
+        raise MergeError(
+            f"{tensor}: differs between {prefill.name} and {source.name}, so their keys or values "
+            "cannot share a KV cache; quantize both from one model"
+        )
+
+
+def _routing(args: argparse.Namespace, names: list[str]) -> Any:
+    from vllm_qoq.routing import Routing, parse_decode
+
+    decode = parse_decode(args.decode if args.decode is not None else names[-1])
+    routing = Routing(prefill=args.prefill or names[0], decode=decode)
+    routing.check_sets(names)
+    return routing
+
+
+def _section(sources: dict[str, Any], routing: Any, plan: Any) -> Any:
+    from vllm_qoq.format import Section
+
+    configs = {name: dict(source.config) for name, source in sources.items()}
+    return Section(sets=configs, routing=routing, input_ratio=dict(plan.input_ratio))
+
+
+def _report(args: argparse.Namespace, plan: Any, section: Any) -> None:
+    from merge_tools.progress import human_bytes
+
+    owners = {name: plan.bytes_of(name) for name in plan.sets}
+    if args.json:
+        report = {
+            "output": str(args.output),
+            "dry_run": args.dry_run,
+            "bytes": owners,
+            "shared_bytes": plan.bytes_of(None),
+            "total_bytes": plan.total_bytes,
+            "shards": list(plan.shards),
+            "dropped": [f"{owner}.{tensor}" for owner, tensor in plan.dropped],
+            "quantization_config": section.to_json(),
+        }
+        print(json.dumps(report))
+        return
+    verb = "would write" if args.dry_run else "wrote"
+    parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in owners.items())
+    print(
+        f"{verb} {args.output}: {human_bytes(plan.total_bytes)} in {len(plan.shards)} shards "
+        f"({parts}, shared {human_bytes(plan.bytes_of(None))})"
+    )
+    for owner, tensor in plan.dropped:
+        print(f"left out {owner}.{tensor}: a bias of zeros")
+    print(f"routing: {json.dumps(section.routing.to_json())}")
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from merge_tools.inspect import describe, table
+
+    report = describe(args.checkpoint)
+    print(json.dumps(report) if args.json else table(report))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from merge_tools import verify
+    from merge_tools.progress import Progress
+
+    findings = verify.structure(args.checkpoint)
+    findings += verify.contents(args.checkpoint, Progress(args.quiet or args.json))
+    if args.json:
+        print(json.dumps({"checkpoint": str(args.checkpoint), "findings": findings}))
+    else:
+        for finding in findings:
+            print(_printable(finding))
+        print(f"{args.checkpoint}: " + (f"{len(findings)} findings" if findings else "verified"))
+    return 1 if findings else 0
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)", text.strip().upper())
+    if match is None or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _printable(text: str) -> str:
+    """Names in a checkpoint are untrusted: no control characters on the terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -1,0 +1,63 @@
+"""What is in a merged checkpoint, from its headers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from merge_tools.progress import human_bytes
+from merge_tools.sources import WeightSet
+from merge_tools.verify import open_merged
+from vllm_qoq.format import INPUT_RATIO, split_layer
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """Sets, bytes and routing as one JSON object; no tensor is read."""
+    checkpoint, section, sets = open_merged(folder)
+    report = {weights.name: _set(weights) for weights in sets}
+    own = sum(entry["bytes"] for entry in report.values())
+    return {
+        "checkpoint": str(folder),
+        "architectures": checkpoint.config.get("architectures"),
+        "sets": report,
+        "shared_bytes": checkpoint.total_bytes - own,
+        "total_bytes": checkpoint.total_bytes,
+        "routing": section.routing.to_json(),
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for people."""
+    lines = [f"{report['checkpoint']}  {', '.join(report['architectures'] or ['?'])}"]
+    for name, entry in report["sets"].items():
+        lines.append(
+            f"  {name:10} {entry['method']:20} {human_bytes(entry['bytes']):>10}  "
+            f"{entry['bits_per_weight']:.2f} bits a weight in {entry['layers']} layers"
+            + (f", {entry['input_ratios']} with input_ratio" if entry["input_ratios"] else "")
+        )
+    lines.append(f"  {'shared':31} {human_bytes(report['shared_bytes']):>10}")
+    lines.append(f"  {'total':31} {human_bytes(report['total_bytes']):>10}")
+    routing = report["routing"]
+    lines.append(f"prompts: {routing['prefill']}")
+    for row in routing["decode"]:
+        bound = f"up to {row['max_batch']} requests" if "max_batch" in row else "any batch"
+        lines.append(f"generation, {bound}: {row['set']}")
+    for rule in routing.get("layers", []):
+        lines.append(
+            f"layers {rule['match']}: { ({k: v for k, v in rule.items() if k != 'match'}) }"
+        )
+    return "\n".join(lines)
+
+
+def _set(weights: WeightSet) -> dict[str, Any]:
+    own = [i for i in weights.tensors.values() if i.name.startswith(f"{weights.name}.")]
+    layouts = [weights.describe(layer) for layer in sorted(weights.quantized)]
+    count = sum(layout.out_features * layout.in_features for layout in layouts)
+    size = sum(info.nbytes for info in own)
+    return {
+        "method": weights.config["quant_method"],
+        "bytes": size,
+        "layers": len(layouts),
+        "bits_per_weight": 8 * size / count if count else 0.0,
+        "input_ratios": sum(split_layer(i.name)[1] == INPUT_RATIO for i in own),
+    }

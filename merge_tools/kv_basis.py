@@ -1,0 +1,98 @@
+"""Can the sets share one KV cache? Only if their keys and values mean the same.
+
+A rotation or a SmoothAttention scale on one side leaves that set right by itself
+and changes no shape, so only the weights tell. Compared are the rows of k_proj and
+v_proj, dequantized and with the norm before them folded into the columns:
+
+    gain    <row, reference> / <reference, reference>
+    cosine  of row and reference
+
+Rounding to 4 bits moves both a little; a change of basis moves many rows a lot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from merge_tools import MergeError
+from merge_tools.architectures import text_config
+from merge_tools.dequantize import dequantize, row_chunks
+from merge_tools.sources import WeightSet
+
+if TYPE_CHECKING:
+    import torch
+
+# A row that keeps its direction but not its length was scaled; noise does not do that.
+_GAIN = (0.87, 1.15)
+_SAME_DIRECTION = 0.9
+# Single rows of honest 4-bit sets may be noisy; this share of a layer may not.
+_LOST_COSINE = 0.8
+_LOST_SHARE = 0.05
+
+
+def check(reference: WeightSet, other: WeightSet) -> None:
+    """Raise MergeError where a layer's K or V of `other` is in another basis."""
+    for layer in sorted(reference.layers):
+        kind = layer.rpartition(".")[2]
+        if kind in ("k_proj", "v_proj", "qkv_proj") and layer in other.layers:
+            _check_layer(reference, other, layer, kind)
+
+
+def statistics(reference: WeightSet, other: WeightSet, layer: str) -> tuple[Any, Any]:
+    """Gain and cosine of every row of `layer`: two float32 [out_features]."""
+    import torch
+
+    gains, cosines = [], []
+    for rows in row_chunks(reference.describe(layer)):
+        ours, theirs = (_folded(weights, layer, rows) for weights in (reference, other))
+        dot, square = (ours * theirs).sum(1), (ours * ours).sum(1)
+        norms = square.sqrt() * theirs.norm(dim=1)
+        dead = norms == 0
+        gains.append(torch.where(dead, torch.ones_like(dot), dot / square))
+        cosines.append(torch.where(dead, torch.ones_like(dot), dot / norms))
+    return torch.cat(gains), torch.cat(cosines)
+
+
+def _check_layer(reference: WeightSet, other: WeightSet, layer: str, kind: str) -> None:
+    gain, cosine = statistics(reference, other, layer)
+    rows = _cached_rows(reference.checkpoint.config, kind, len(gain))
+    gain, cosine = gain[rows], cosine[rows]
+    scaled = (cosine > _SAME_DIRECTION) & ((gain < _GAIN[0]) | (gain > _GAIN[1]))
+    lost = cosine < _LOST_COSINE
+    if scaled.any() or lost.float().mean() > _LOST_SHARE:
+        row = int((scaled if scaled.any() else lost).nonzero()[0])
+        raise MergeError(
+            f"{layer}: row {rows.start + row} of {other.name} has gain {gain[row]:.2f} and cosine "
+            f"{cosine[row]:.2f} against {reference.name}, so the sets' keys or values differ and "
+            "cannot share a KV cache; quantize both from one model, with the same rotation and "
+            "SmoothAttention"
+        )
+
+
+def _folded(weights: WeightSet, layer: str, rows: tuple[int, int]) -> torch.Tensor:
+    """float32 [rows, in_features]: what the rows do to the normalised input."""
+    norm = f"{layer.partition('.self_attn.')[0]}.input_layernorm.weight"
+    weight = dequantize(weights, layer, rows)
+    return weight * weights.get(norm).float() if norm in weights.tensors else weight
+
+
+def _cached_rows(config: Mapping[str, Any], kind: str, rows: int) -> slice:
+    """The rows of K and V in a layer; a fused one begins with the queries."""
+    if kind != "qkv_proj":
+        return slice(0, rows)
+    text = text_config(config)
+    heads = int(text["num_attention_heads"])
+    groups = heads + 2 * int(text.get("num_key_value_heads") or heads)
+    return slice(rows * heads // groups, rows)
+
+
+def biases(reference: WeightSet, other: WeightSet) -> Iterator[str]:
+    """The K and V biases that differ by more than rounding."""
+    import torch
+
+    for tensor in reference.tensors:
+        if tensor.endswith((".k_proj.bias", ".v_proj.bias")) and tensor in other.tensors:
+            ours, theirs = reference.get(tensor).float(), other.get(tensor).float()
+            if not torch.allclose(ours, theirs, rtol=0.05, atol=float(ours.abs().max()) * 0.01):
+                yield tensor

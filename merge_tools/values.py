@@ -1,0 +1,49 @@
+"""Numbers that no quantizer writes: NaN, infinity, scales that are not positive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from merge_tools.layout import FLOATS, FP8
+from vllm_qoq.checkpoint import Checkpoint, TensorInfo
+from vllm_qoq.format import FormatError, split_layer
+
+if TYPE_CHECKING:
+    import torch
+
+_CHUNK_VALUES = 4 << 20
+_SCALES = frozenset(
+    {
+        *("weight_scale", "weight_scale_inv", "weight_global_scale", "scales"),
+        *("input_scale", "input_global_scale"),
+    }
+)
+
+
+def finding(checkpoint: Checkpoint, info: TensorInfo) -> str | None:
+    """What is wrong with the values of a tensor, or None. Reads it in chunks."""
+    if info.dtype not in FLOATS | FP8:
+        return None
+    must_be_positive = split_layer(info.name)[1] in _SCALES
+    for values in _chunks(checkpoint.get(info.name)):
+        if not values.isfinite().all():
+            return f"{info.file}: {info.name}: holds NaN or infinity; quantize the model again"
+        if must_be_positive and not (values > 0).all():
+            return (
+                f"{info.file}: {info.name}: holds a scale that is not positive; "
+                "quantize the model again"
+            )
+    return None
+
+
+def check(checkpoint: Checkpoint, info: TensorInfo) -> None:
+    """Raise FormatError with the finding, if there is one."""
+    if message := finding(checkpoint, info):
+        raise FormatError(f"{checkpoint.path}: {message}")
+
+
+def _chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    flat = tensor.reshape(-1)
+    for start in range(0, flat.numel(), _CHUNK_VALUES):
+        yield flat[start : start + _CHUNK_VALUES].float()

@@ -1,0 +1,44 @@
+"""The command `vllm-qoq`. `--help` and `--version` import neither torch nor vLLM."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from merge_tools import cli as merge_cli
+from vllm_qoq import __version__
+
+
+def main() -> int:
+    """Parse the command line and run the command; the result is the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="vllm-qoq", description="One checkpoint, several precisions, served by vLLM."
+    )
+    parser.add_argument("--version", action="version", version=f"vllm-qoq {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    merge_cli.add_parsers(commands)
+    _add_perplexity(commands)
+    return merge_cli.run(parser.parse_args())
+
+
+def _add_perplexity(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("perplexity", help="perplexity of a checkpoint through vLLM")
+    parser.add_argument("checkpoint", help="folder or Hub name; any checkpoint that vLLM serves")
+    parser.add_argument("--text", type=Path, required=True, help="text to score, UTF-8")
+    parser.add_argument("--force-set", metavar="NAME", help="run everything in one set")
+    parser.add_argument("--seqlen", type=int, default=2048, help="tokens a window (default: 2048)")
+    parser.add_argument("--enforce-eager", action="store_true", help="start faster, run slower")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.set_defaults(run=_perplexity)
+
+
+def _perplexity(args: argparse.Namespace) -> int:
+    from vllm_qoq.integration.perplexity import run
+
+    return run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
