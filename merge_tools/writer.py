@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Buffer, Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -55,7 +55,7 @@ def copy_file(source: Path, target: Path) -> None:
 def write_shard(
     path: Path,
     tensors: Sequence[TensorInfo],
-    read: Callable[[TensorInfo], Iterable[Buffer]],
+    read: Callable[[TensorInfo], Iterable[bytes | memoryview]],
 ) -> None:
     """Write a safetensors file with `tensors` in this order.
 
