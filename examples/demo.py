@@ -1,0 +1,161 @@
+"""The whole way on a tiny trained model: quantize twice, merge, measure, serve, ask.
+
+Run by `make demo`; everything is written below `demo-output/`.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA, OUT = ROOT / "tests" / "data", ROOT / "demo-output"
+MODEL, CALIBRATION, HELDOUT = DATA / "tiny-llama", DATA / "calibration.txt", DATA / "heldout.txt"
+BIN = Path(sys.executable).parent
+START_SECONDS = 300
+
+
+def step(title: str) -> None:
+    """Say what comes."""
+    print(f"\n== {title}", flush=True)
+
+
+def run(*command: object, log: str | None = None) -> str:
+    """Run a command, its chatter in a file, and return what it printed."""
+    path = OUT / (log or "last.log")
+    with path.open("w") as file:
+        done = subprocess.run(
+            [str(c) for c in command], stdout=subprocess.PIPE, stderr=file, text=True
+        )
+    if done.returncode:
+        sys.exit(f"error: {command[0]} failed, the end of {path}:\n{path.read_text()[-2000:]}")
+    return done.stdout
+
+
+def quantize(scheme: str) -> Path:
+    """One version of the model with llmcompressor."""
+    out = OUT / scheme
+    options = ("--scheme", scheme, "--text", CALIBRATION, "--samples", "64", "--seqlen", "256")
+    script = ROOT / "examples" / "quantize_llmcompressor.py"
+    run(sys.executable, script, MODEL, out, *options, log=f"quantize-{scheme}.log")
+    return out
+
+
+def perplexity(checkpoint: Path, force_set: str | None = None) -> float:
+    """Perplexity on the held-out text, through vLLM."""
+    force = ("--force-set", force_set) if force_set else ()
+    output = run(
+        *(BIN / "vllm-qoq", "perplexity", checkpoint, "--text", HELDOUT, "--seqlen", "512"),
+        *("--enforce-eager", "--json", *force),
+        log="perplexity.log",
+    )
+    return json.loads(output.splitlines()[-1])["perplexity"]
+
+
+@contextmanager
+def server(checkpoint: Path) -> Iterator[str]:
+    """`vllm serve` on a free port; stopped again whatever happens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [BIN / "vllm", "serve", checkpoint, "--quantization", "qoq", "--port", port]
+    command += ["--host", "127.0.0.1", "--max-model-len", 1024, "--max-num-seqs", 32]
+    log = OUT / "server.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*map(str, command), "--enforce-eager"],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait(url, process, log)
+        yield url
+    finally:
+        for stop in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(process.pid, stop)
+                process.wait(30)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                continue
+
+
+def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            get(url + "/health")
+            return
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(1)
+    sys.exit(f"error: the server did not start, the end of {log}:\n{log.read_text()[-2000:]}")
+
+
+def get(url: str) -> str:
+    """The body of a page."""
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return answer.read().decode()
+
+
+def complete(url: str, prompt: str) -> str:
+    """The model's continuation of `prompt`."""
+    body = {"prompt": prompt, "max_tokens": 32, "temperature": 0}
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return json.load(answer)["choices"][0]["text"]
+
+
+def steps(url: str) -> list[tuple[str, str, int]]:
+    """(phase, set, number of steps) from the metrics endpoint."""
+    pattern = r'vllm:qoq_steps_total\{.*phase="(\w+)".*set="(\w+)".*\} ([\d.]+)'
+    return [(p, s, int(float(n))) for p, s, n in re.findall(pattern, get(url + "/metrics"))]
+
+
+def size(folder: Path) -> str:
+    """Bytes of the weights."""
+    return f"{sum(file.stat().st_size for file in folder.glob('*.safetensors')) / 1e6:.2f} MB"
+
+
+def main() -> None:
+    """Run the demo."""
+    shutil.rmtree(OUT, ignore_errors=True)
+    OUT.mkdir()
+    step("Quantizing to W8A8 and W4A16 with llmcompressor")
+    w8a8, w4a16, merged = quantize("w8a8"), quantize("w4a16"), OUT / "merged"
+    step("Merging")
+    sets = (f"w8a8={w8a8}", f"w4a16={w4a16}")
+    routing = ("--prefill", "w8a8", "--decode", "16:w4a16,w8a8")
+    print(run(BIN / "vllm-qoq", "merge", *sets, "-o", merged, *routing), end="")
+    step("Measuring perplexity (five engines)")
+    rows = [
+        ("bf16", size(MODEL), perplexity(MODEL)),
+        ("W8A8", size(w8a8), perplexity(w8a8)),
+        ("W4A16", size(w4a16), perplexity(w4a16)),
+        ("merged, W8A8 forced", size(merged), perplexity(merged, "w8a8")),
+        ("merged, W4A16 forced", "", perplexity(merged, "w4a16")),
+    ]
+    step("vllm serve demo-output/merged --quantization qoq")
+    with server(merged) as url:
+        for prompt in ("import os\n\ndef main(", "class Stack:\n    def push(self, item):\n"):
+            print(prompt + complete(url, prompt) + "\n---")
+        for phase, name, count in steps(url):
+            print(f"{phase:8} steps in {name:6} {count}")
+    step("Result")
+    for name, weights, value in rows:
+        print(f"{name:22} {weights:>9}   perplexity {value:.3f}")
+
+
+if __name__ == "__main__":
+    main()
