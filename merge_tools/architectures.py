@@ -50,8 +50,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 def architecture(config: Mapping[str, Any]) -> Architecture | None:
     """The entry of the model, None for one that the table lacks."""
     names = config.get("architectures")
-    known = isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)
-    return ARCHITECTURES.get(names[0]) if known else None
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+        return None
+    return ARCHITECTURES.get(names[0])
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

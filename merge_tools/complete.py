@@ -115,10 +115,10 @@ def _layer_types(weights: WeightSet, count: int) -> list[Any]:
 def _unlike_layers(weights: WeightSet) -> Iterator[str]:
     """Layers whose tensors differ from those of the same module elsewhere in the decoder."""
     by_module: dict[tuple[str, str], dict[str, frozenset[str]]] = defaultdict(dict)
-    for layer, leaves in weights.layers.items():
-        place = split_decoder(layer)
+    for name, tensors in weights.layers.items():
+        place = split_decoder(name)
         if place is not None:
-            by_module[place[0], place[2]][layer] = frozenset(leaves)
+            by_module[place[0], place[2]][name] = frozenset(tensors)
     has_schemes = len(weight_args(weights.config)) > 1 or bool(weights.config.get("dynamic"))
     for layers in by_module.values():
         groups: dict[bool, dict[str, frozenset[str]]] = {True: {}, False: {}}

@@ -187,7 +187,7 @@ def _packed(leaves: Leaves, config: Mapping[str, Any]) -> Layout:
         _expect(leaves["weight_zero_point"], {"I32"}, zeros)
     if "weight_g_idx" in leaves:
         _expect(leaves["weight_g_idx"], {"I32"}, (k,))
-    return Layout("packed", n, k, bits, (1, group))
+    return Layout("packed", n, k, bits, (1, int(group)))
 
 
 def _gptq(leaves: Leaves, config: Mapping[str, Any]) -> Layout:

@@ -77,7 +77,7 @@ class QoQConfig(QuantizationConfig):
                 if modules:
                     setattr(config, attribute, self._of_set(name, modules))
 
-    def get_cache_scale_mapper(self) -> WeightsMapper:  # type: ignore[override]
+    def get_cache_scale_mapper(self) -> WeightsMapper:
         """Rename tensors for vLLM's loader: `w8a8.LAYER.weight` to `LAYER.w8a8.weight`.
 
         vLLM asks the instance for this mapper before any other renaming. Sets

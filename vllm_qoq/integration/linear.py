@@ -149,7 +149,6 @@ class FlexLinearMethod(LinearMethodBase):
         device = next(weights.parameters()).device
         if device.type != "cuda":
             return
-        x = torch.zeros(
-            1, weights.input_size_per_partition, dtype=weights.params_dtype, device=device
-        )
+        sizes: Any = weights  # copied from the layer, so mypy does not know them
+        x = torch.zeros(1, sizes.input_size_per_partition, dtype=sizes.params_dtype, device=device)
         weights.apply(x, add_bias=False)

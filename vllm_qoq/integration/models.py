@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from functools import cache
+from typing import Any
 
 import torch
 import vllm
@@ -47,7 +48,7 @@ def _twin(architecture: str) -> type[nn.Module]:
     base = ModelRegistry.models[architecture].load_model_cls()
 
     def load_weights(
-        self: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]
+        self: Any, weights: Iterable[tuple[str, torch.Tensor]]
     ) -> Iterable[str] | None:
         mapper = self.vllm_qoq_config.get_cache_scale_mapper()
         return base.load_weights(self, mapper.apply(weights))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, QKVParallelLinear
+from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_qoq.format import INPUT_RATIO, FormatError, join_name
 from vllm_qoq.integration.compat import has_loader_v2
@@ -67,7 +68,7 @@ class WeightSet(nn.Module):
             if isinstance(layer, QKVParallelLinear)
             else tuple(range(len(output_partition_sizes)))
         )
-        self.bias = self._bias(layer, sum(output_partition_sizes), params_dtype)
+        self.bias: Parameter | None = self._bias(layer, sum(output_partition_sizes), params_dtype)
         self.input_ratio = (
             self._input_ratio(layer, input_size_per_partition) if has_input_ratio else None
         )
@@ -125,11 +126,11 @@ class WeightSet(nn.Module):
         """Each set has its own bias: kernels convert it in place."""
         if not layer.has_bias:
             bias = Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
-            bias.weight_loader = _only_zero_bias
+            set_weight_attrs(bias, {"weight_loader": _only_zero_bias})
             return bias
         bias = Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
-        bias.output_dim = 0
-        bias.weight_loader = self._recorded(layer.weight_loader)
+        loader = self._recorded(layer.weight_loader)
+        set_weight_attrs(bias, {"output_dim": 0, "weight_loader": loader})
         return bias
 
     def _input_ratio(self, layer: LinearBase, size: int) -> Parameter:
@@ -152,7 +153,7 @@ class WeightSet(nn.Module):
                 )
             parameter.data.copy_(tensor)
 
-        ratio.weight_loader = self._recorded(load)
+        set_weight_attrs(ratio, {"weight_loader": self._recorded(load)})
         return ratio
 
 
