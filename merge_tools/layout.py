@@ -174,7 +174,7 @@ def _packed(leaves: Leaves, config: Mapping[str, Any]) -> Layout:
         if bits not in (2, 4, 8):
             continue
         k = words * 32 // bits
-        group = group if _is_positive(group) else k
+        group = int(group or 0) if _is_positive(group) else k
         if scale.shape == (n, math.ceil(k / group)):
             break
     else:
@@ -187,7 +187,7 @@ def _packed(leaves: Leaves, config: Mapping[str, Any]) -> Layout:
         _expect(leaves["weight_zero_point"], {"I32"}, zeros)
     if "weight_g_idx" in leaves:
         _expect(leaves["weight_g_idx"], {"I32"}, (k,))
-    return Layout("packed", n, k, bits, (1, int(group)))
+    return Layout("packed", n, k, bits, (1, group))
 
 
 def _gptq(leaves: Leaves, config: Mapping[str, Any]) -> Layout:

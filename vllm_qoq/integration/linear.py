@@ -138,8 +138,9 @@ class FlexLinearMethod(LinearMethodBase):
             raise FormatError(f"{self.prefix}, set {set_name!r}: {error}{remedy}") from error
 
     def _share_bias(self, layer: LinearBase, weights: WeightSet) -> None:
-        first = weights.set_name == next(iter(self.sets))
-        if first:
+        if weights.bias is None:
+            return
+        if weights.set_name == next(iter(self.sets)):
             layer.bias.data.copy_(weights.bias.data)
         elif not torch.equal(layer.bias.data, weights.bias.data):
             raise FormatError(f"{self.prefix}: the sets have different biases")
