@@ -17,8 +17,9 @@ import sys
 import time
 from pathlib import Path
 
-PROMPT_LENGTHS = (128, 512, 1024, 2048, 4096)
+PROMPT_LENGTHS = (128, 512, 768, 1024, 2048, 4096)
 BATCHES = (1, 16, 64)
+MAX_NUM_SEQS = 256  # vLLM then captures graphs of up to 512 tokens, as it does by default
 NEW_TOKENS = 129
 
 
@@ -31,7 +32,7 @@ def measure(checkpoint: str, repeats: int) -> dict[str, float]:
         skip_tokenizer_init=True,
         max_model_len=max(PROMPT_LENGTHS) + NEW_TOKENS,
         max_num_batched_tokens=8192,
-        max_num_seqs=max(BATCHES),
+        max_num_seqs=MAX_NUM_SEQS,
         gpu_memory_utilization=0.6,
         enable_prefix_caching=False,
         disable_log_stats=True,

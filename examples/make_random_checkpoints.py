@@ -3,8 +3,10 @@
     python examples/make_random_checkpoints.py OUT [--layers 32]
 
 The shape is Llama-3-8B's. Both checkpoints quantize the same random weights by
-rounding, so they can be merged like honest ones: OUT/w8a8 and OUT/w4a16 take 9.1
-and 5.7 GB. The text that such a model produces means nothing.
+rounding, and W8A8 moves random scales from the norms into the weights, as
+SmoothQuant does; so they merge like an honest pair, with an input_ratio for W4A16.
+OUT/w8a8 and OUT/w4a16 take 9.1 and 5.7 GB. The text that such a model produces
+means nothing.
 """
 
 import argparse
@@ -27,6 +29,8 @@ LINEARS = {
     "mlp.up_proj": (INTERMEDIATE, HIDDEN),
     "mlp.down_proj": (HIDDEN, INTERMEDIATE),
 }
+READ_A_NORM = tuple(name for name in LINEARS if name.split(".")[1] not in ("o_proj", "down_proj"))
+NORMS = ("input_layernorm", "post_attention_layernorm")
 WEIGHTS = {
     "w8a8": {"num_bits": 8, "strategy": "channel"},
     "w4a16": {"num_bits": 4, "strategy": "group", "group_size": GROUP},
@@ -93,6 +97,11 @@ def int4_per_group(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
+def random_scales(device: str) -> torch.Tensor:
+    """Powers of two, so that bf16 holds the quotient of the norms exactly."""
+    return torch.randint(-1, 3, (HIDDEN,), device=device).exp2().bfloat16()
+
+
 class Writer:
     """Writes one checkpoint, a shard per call."""
 
@@ -125,7 +134,7 @@ def main() -> None:
         return torch.randn(*shape, device=device).mul_(shape[-1] ** -0.5)
 
     writers = {scheme: Writer(args.out / scheme) for scheme in WEIGHTS}
-    ones = torch.ones(HIDDEN, dtype=torch.bfloat16)
+    ones = torch.ones(HIDDEN, device=device, dtype=torch.bfloat16)
     shared = {
         "model.embed_tokens.weight": random(VOCABULARY, HIDDEN).bfloat16(),
         "lm_head.weight": random(VOCABULARY, HIDDEN).bfloat16(),
@@ -135,14 +144,15 @@ def main() -> None:
         writer.shard("shared", shared)
     for i in tqdm(range(args.layers), desc="layers", mininterval=5):
         layer = f"model.layers.{i}"
-        norms = {
-            f"{layer}.{norm}.weight": ones.clone()
-            for norm in ("input_layernorm", "post_attention_layernorm")
+        smooth = random_scales(device)
+        shards: dict[str, dict[str, torch.Tensor]] = {
+            scheme: {f"{layer}.{norm}.weight": weight.clone() for norm in NORMS}
+            for scheme, weight in (("w8a8", 1 / smooth), ("w4a16", ones))
         }
-        shards = {scheme: dict(norms) for scheme in WEIGHTS}
         for name, shape in LINEARS.items():
             weight = random(*shape)
-            versions = {"w8a8": int8_per_channel(weight), "w4a16": int4_per_group(weight)}
+            smoothed = weight * smooth.float() if name in READ_A_NORM else weight
+            versions = {"w8a8": int8_per_channel(smoothed), "w4a16": int4_per_group(weight)}
             for scheme, leaves in versions.items():
                 shards[scheme] |= {f"{layer}.{name}.{leaf}": t for leaf, t in leaves.items()}
         for scheme, writer in writers.items():

@@ -17,7 +17,6 @@ SERVER_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
 }
 os.environ.update({k: os.environ.get(k, v) for k, v in SERVER_ENVIRONMENT.items()})
 

@@ -47,11 +47,14 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
     llm = engine(Path(spec["checkpoint"]), qoq, **spec.get("options", {}))
     counts, traced = _counts(llm), _lines(qoq.get("trace"))
     generation = generate(llm, max_tokens=spec.get("max_tokens", 12))
-    return {
+    result = {
         "generation": generation,
         "counts": {key: n - counts[key] for key, n in _counts(llm).items()},
         "traced": _lines(qoq.get("trace")) - traced,
     }
+    if spec.get("options", {}).get("tensor_parallel_size", 1) > 1:
+        llm.llm_engine.engine_core.shutdown()  # its workers would spin beside the next engine's
+    return result
 
 
 def _counts(llm: Any) -> dict[str, int]:

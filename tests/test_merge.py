@@ -237,7 +237,7 @@ def test_a_stopped_merge_leaves_no_output_and_the_next_one_clears_up(monkeypatch
         "from merge_tools import writer, execute\n"
         "real = execute.write_shard\n"
         "def write_shard(*a):\n"
-        "    print('writing', flush=True); time.sleep(30); real(*a)\n"
+        "    print('writing', flush=True); time.sleep(300); real(*a)\n"
         "execute.write_shard = write_shard\n"
         "from merge_tools.__main__ import main\n"
         "sys.exit(main())\n"
@@ -249,7 +249,7 @@ def test_a_stopped_merge_leaves_no_output_and_the_next_one_clears_up(monkeypatch
     )
     assert process.stdout is not None and process.stdout.readline() == "writing\n"
     process.send_signal(how)
-    code = process.wait(20)
+    code = process.wait(120)
     process.stdout.close()
     if how is signal.SIGKILL:
         assert leftovers(pair) == [f".out.partial-{process.pid}"]

@@ -25,7 +25,8 @@ START_SECONDS = 240
 def serve_command(checkpoint, *options):
     return [
         *(str(VLLM), "serve", str(checkpoint), "--quantization", "qoq", "--host", "127.0.0.1"),
-        *("--max-model-len", "512", "--max-num-seqs", "8", "--enforce-eager", *options),
+        *("--max-model-len", "512", "--max-num-seqs", "8", "--enforce-eager"),
+        *("--kv-cache-memory-bytes", str(64 << 20), *options),
     ]
 
 

@@ -17,22 +17,31 @@ from vllm_qoq.integration.compat import LayerNameType, resolve_layer_name
 
 
 def flex_linear(
-    x: torch.Tensor, add_bias: bool, out_features: int, layer_name: LayerNameType
+    x: torch.Tensor,
+    scaled: list[torch.Tensor],
+    add_bias: bool,
+    out_features: int,
+    layer_name: LayerNameType,
 ) -> torch.Tensor:
     """y = x @ W.T (+ bias) with the weights of the set that this step uses.
 
     x             [..., in_features]   this rank's slice of the input
+    scaled        x * input_ratio, like x, for each set of the layer that has a ratio
     add_bias      whether this rank adds the layer's bias
     out_features  this rank's width of the output
     layer_name    key of the layer in vLLM's forward context
     """
     context = get_forward_context()
     layer = context.no_compile_layers[resolve_layer_name(layer_name)]
-    return layer.quant_method.run(layer, x, add_bias, context)
+    return layer.quant_method.run(x, scaled, add_bias, context)
 
 
 def _flex_linear_fake(
-    x: torch.Tensor, add_bias: bool, out_features: int, layer_name: LayerNameType
+    x: torch.Tensor,
+    scaled: list[torch.Tensor],
+    add_bias: bool,
+    out_features: int,
+    layer_name: LayerNameType,
 ) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 

@@ -56,6 +56,7 @@ class FlexLinearMethod(LinearMethodBase):
         self.prefix, self.parts, self.sets = prefix, parts, sets
         self.route, self.policy = route, policy
         self.key = f"{prefix}.qoq"
+        self._weights: dict[str, WeightSet] = {}
 
     def create_weights(
         self,
@@ -86,6 +87,7 @@ class FlexLinearMethod(LinearMethodBase):
                     output_size=output_size,
                 )
             layer.add_module(name, weights)
+            self._weights[name] = weights
         layers = vllm_config.compilation_config.static_forward_context
         if self.key in layers:
             raise ValueError(f"two layers are named {self.prefix!r}")
@@ -94,8 +96,7 @@ class FlexLinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Check that every tensor arrived, then let each set prepare its weights."""
         self.policy.check_rules()
-        for name in self.sets:
-            weights: WeightSet = getattr(layer, name)
+        for weights in self._weights.values():
             if self.is_tracked:
                 weights.check_loaded(self.prefix, self.parts)
             if layer.bias is not None and layer.skip_bias_add:
@@ -103,25 +104,35 @@ class FlexLinearMethod(LinearMethodBase):
                 self._share_bias(layer, weights)
             weights.finish()
             self._warm_up(weights)
+        with_ratio = (w.set_name for w in self._weights.values() if w.input_ratio is not None)
+        self._index_of_scaled = {name: index for index, name in enumerate(with_ratio)}
 
     def apply(
         self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Traced by torch.compile: one call of the opaque op.
+        """Traced by torch.compile: the inputs of the sets, and one call of the opaque op.
 
-        `bias` only says whether this rank adds one; each set has its own.
+        `bias` only says whether this rank adds one; each set has its own. The products with
+        an input_ratio are out here, where Inductor writes them in the kernel of the norm
+        before the layer; inside the op each would be a kernel of its own.
         """
+        scaled = [
+            (x * weights.input_ratio).to(x.dtype)
+            for weights in (getattr(layer, name) for name in self.sets)
+            if weights.input_ratio is not None
+        ]
         return torch.ops.qoq.flex_linear(
-            x, bias is not None, self.out_features, encode_layer_name(self.key)
+            x, scaled, bias is not None, self.out_features, encode_layer_name(self.key)
         )
 
     def run(
-        self, layer: LinearBase, x: torch.Tensor, add_bias: bool, context: ForwardContext
+        self, x: torch.Tensor, scaled: list[torch.Tensor], add_bias: bool, context: ForwardContext
     ) -> torch.Tensor:
         """Compute with the set that this step uses; called by the op."""
         step = current_step(context, x.shape[0], self.policy)
-        weights: WeightSet = getattr(layer, self.route.choose(step))
-        return weights.apply(x, add_bias)
+        name = self.route.choose(step)
+        index = self._index_of_scaled.get(name)
+        return self._weights[name].apply(x if index is None else scaled[index], add_bias)
 
     @contextmanager
     def _named(self, set_name: str, size: int, size_per_rank: int) -> Iterator[None]:

@@ -104,12 +104,12 @@ class WeightSet(nn.Module):
         if self.bias is not None and self.bias.numel() == 0:
             self.bias = None
         self.linear_method.process_weights_after_loading(self)
+        # Plain attributes: a module finds its parameters by a slower way, which methods take
+        # several times per call. Assigning a parameter anew removes the plain one.
+        vars(self).update(self._parameters)
 
     def apply(self, x: torch.Tensor, add_bias: bool) -> torch.Tensor:  # type: ignore[override]
-        """y = (x * input_ratio) @ W.T + bias, x [..., in_features]."""
-        if self.input_ratio is not None:
-            # The product is computed in float32 and rounded once, without a float32 copy of x.
-            x = torch.mul(x, self.input_ratio, out=torch.empty_like(x))
+        """y = x @ W.T + bias, x [..., in_features] already multiplied by `input_ratio`."""
         return self.linear_method.apply(self, x, self.bias if add_bias else None)
 
     def _recorded(self, load: Loader) -> Loader:
