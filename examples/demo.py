@@ -25,9 +25,12 @@ BIN = Path(sys.executable).parent
 START_SECONDS = 300
 
 
+STARTED = time.monotonic()
+
+
 def step(title: str) -> None:
-    """Say what comes."""
-    print(f"\n== {title}", flush=True)
+    """Say what comes, and how long it has been."""
+    print(f"\n== [{time.monotonic() - STARTED:4.0f} s] {title}", flush=True)
 
 
 def run(*command: object, log: str | None = None) -> str:
@@ -70,6 +73,7 @@ def server(checkpoint: Path) -> Iterator[str]:
         port = probe.getsockname()[1]
     command = [BIN / "vllm", "serve", checkpoint, "--quantization", "qoq", "--port", port]
     command += ["--host", "127.0.0.1", "--max-model-len", 1024, "--max-num-seqs", 32]
+    command += ["--kv-cache-memory-bytes", 256 << 20]
     log = OUT / "server.log"
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -132,29 +136,35 @@ def main() -> None:
     """Run the demo."""
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir()
-    step("Quantizing to W8A8 and W4A16 with llmcompressor")
-    w8a8, w4a16, merged = quantize("w8a8"), quantize("w4a16"), OUT / "merged"
+    step("Quantizing to W8A8 with llmcompressor")
+    w8a8 = quantize("w8a8")
+    step("Quantizing to W4A16 with llmcompressor")
+    w4a16 = quantize("w4a16")
     step("Merging")
+    merged = OUT / "merged"
     sets = (f"w8a8={w8a8}", f"w4a16={w4a16}")
     routing = ("--prefill", "w8a8", "--decode", "16:w4a16,w8a8")
     print(run(BIN / "vllm-qoq", "merge", *sets, "-o", merged, *routing), end="")
-    step("Measuring perplexity (five engines)")
-    rows = [
-        ("bf16", size(MODEL), perplexity(MODEL)),
-        ("W8A8", size(w8a8), perplexity(w8a8)),
-        ("W4A16", size(w4a16), perplexity(w4a16)),
-        ("merged, W8A8 forced", size(merged), perplexity(merged, "w8a8")),
-        ("merged, W4A16 forced", "", perplexity(merged, "w4a16")),
+    step("Measuring perplexity, with an engine for each")
+    measured = [
+        ("bf16", MODEL, None),
+        ("W8A8", w8a8, None),
+        ("W4A16", w4a16, None),
+        ("merged: prompts in W8A8", merged, None),
+        ("merged: W4A16 forced", merged, "w4a16"),
     ]
+    rows = []
+    for name, checkpoint, force_set in measured:
+        rows.append(f"{name:24} {size(checkpoint):>9}   {perplexity(checkpoint, force_set):.3f}")
+        print(rows[-1], flush=True)
     step("vllm serve demo-output/merged --quantization qoq")
     with server(merged) as url:
         for prompt in ("import os\n\ndef main(", "class Stack:\n    def push(self, item):\n"):
             print(prompt + complete(url, prompt) + "\n---")
         for phase, name, count in steps(url):
             print(f"{phase:8} steps in {name:6} {count}")
-    step("Result")
-    for name, weights, value in rows:
-        print(f"{name:22} {weights:>9}   perplexity {value:.3f}")
+    step("Result: size of the weights, perplexity")
+    print("\n".join(rows))
 
 
 if __name__ == "__main__":
