@@ -8,7 +8,8 @@ model's `architectures` and adds one section:
       "sets": {"w8a8":  {"quant_method": "compressed-tensors", ...},
                "w4a16": {"quant_method": "compressed-tensors", ...}},
       "routing": {...},                                  # vllm_qoq.routing
-      "input_ratio": {"w4a16": ["model.layers.*.self_attn.q_proj", ...]}
+      "input_ratio": {"w4a16": ["model.layers.*.self_attn.q_proj", ...]},
+      "kv_cache": {"bits": 4}                            # what K and V were prepared for
     }
 
 Tensors. A layer that is quantized in at least one set has its tensors once per
@@ -24,6 +25,28 @@ prefill set; a layer of another set that reads such a norm carries
 
 which multiplies the layer's input. The section lists the layers that have one
 as globs over layer names, so that a lost tensor is noticed.
+
+QoQ. A set with `{"quant_method": "qoq_linear", "group_size": 128}` (`QoQSet`) holds,
+for a layer with N outputs and K inputs,
+
+    qweight        uint8   [N, K / 2]    codes 0..15, two a byte, the even k in the low nibble
+    channel_scale  float32 [N]           finite, positive
+    group_scale    uint8   [N, K / 128]  1..16
+    group_offset   int8    [N, K / 128]
+
+    W8 = q * group_scale + group_offset    an int8 for every code that occurs
+    W  = W8 * channel_scale
+
+and with `"group_size": -1`
+
+    qweight        uint8   [N, K / 2]
+    channel_scale  float32 [N]           finite, positive
+    channel_zero   float32 [N]           finite; a multiple of the scale only by chance
+
+    W  = q * channel_scale - channel_zero
+
+Rows are output channels and nothing is permuted, so tensor parallelism can slice
+every tensor. A bias keeps its name and the model's dtype.
 """
 
 from __future__ import annotations
@@ -41,6 +64,7 @@ FORMAT_VERSION = 1
 QUANT_METHOD = "qoq"
 SECTION = "quantization_config"
 INPUT_RATIO = "input_ratio"
+QOQ_LINEAR = "qoq_linear"
 
 _SET_NAME = re.compile(r"[a-z][a-z0-9]{0,31}")
 # First components of tensor names in Hugging Face checkpoints, and attributes of
@@ -64,6 +88,53 @@ class FormatError(ValueError):
         super().__init__(printable(message))
 
 
+class QoQSet(BaseModel):
+    """A set of QoQ weights: level 1 int8 per output channel, level 2 uint4 per group.
+
+    group_size  inputs that share a group_scale, or -1: 4 bits per output channel, no groups
+    ignore      globs of linear layers that are not quantized
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    quant_method: Literal["qoq_linear"] = QOQ_LINEAR
+    group_size: Literal[128, -1] = 128
+    ignore: tuple[str, ...] = ("lm_head",)
+
+    @classmethod
+    def parse(cls, config: Mapping[str, Any], where: str) -> QoQSet:
+        """Validate one entry of `sets`; FormatError begins with `where`."""
+        try:
+            return cls.model_validate(config)
+        except ValidationError as error:
+            raise FormatError(one_line(error, where)) from None
+
+    def ignores(self, layer: str) -> bool:
+        """Whether `layer` stays unquantized."""
+        return any(fnmatchcase(layer, glob) for glob in self.ignore)
+
+    def tensors(self, out_features: int, in_features: int) -> dict[str, tuple[str, list[int]]]:
+        """Leaf -> (safetensors dtype, shape) of a layer. FormatError for a size that cannot be."""
+        n, k, group = out_features, in_features, self.group_size
+        if k % (2 if group == -1 else group):
+            raise FormatError(f"{k} inputs are not a multiple of the group size {group}")
+        shapes = {"qweight": ("U8", [n, k // 2]), "channel_scale": ("F32", [n])}
+        if group == -1:
+            return shapes | {"channel_zero": ("F32", [n])}
+        return shapes | {
+            "group_scale": ("U8", [n, k // group]),
+            "group_offset": ("I8", [n, k // group]),
+        }
+
+
+class KVCache(BaseModel):
+    """What the keys and values of the checkpoint were prepared for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bits: Literal[4, 8, 16]
+
+
 class Section(BaseModel):
     """The `quantization_config` of a checkpoint. Unknown keys are refused."""
 
@@ -74,6 +145,7 @@ class Section(BaseModel):
     sets: dict[str, dict[str, Any]]
     routing: Routing
     input_ratio: dict[str, tuple[str, ...]] = {}
+    kv_cache: KVCache | None = None
 
     @field_validator("sets")
     @classmethod
@@ -84,6 +156,8 @@ class Section(BaseModel):
             check_set_name(name)
             if not isinstance(config.get("quant_method"), str):
                 raise ValueError(f"set {name!r} has no quant_method")
+            if config["quant_method"] == QOQ_LINEAR:
+                QoQSet.model_validate(config)
         return sets
 
     @model_validator(mode="after")
@@ -114,6 +188,8 @@ class Section(BaseModel):
         }
         if self.input_ratio:
             section["input_ratio"] = {name: list(globs) for name, globs in self.input_ratio.items()}
+        if self.kv_cache is not None:
+            section["kv_cache"] = {"bits": self.kv_cache.bits}
         return section
 
     def has_input_ratio(self, set_name: str, layer: str) -> bool:
