@@ -97,7 +97,7 @@ class QoQSet(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    quant_method: Literal["qoq_linear"] = QOQ_LINEAR
+    quant_method: Literal["qoq_linear"] = "qoq_linear"
     group_size: Literal[128, -1] = 128
     ignore: tuple[str, ...] = ("lm_head",)
 
