@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from merge_tools import cli as merge_cli
 from vllm_qoq import __version__
@@ -35,9 +39,25 @@ def _add_perplexity(commands: argparse._SubParsersAction[argparse.ArgumentParser
 
 
 def _perplexity(args: argparse.Namespace) -> int:
-    from vllm_qoq.integration.perplexity import run
+    with _stdout_for(sys.stderr.fileno()) as out:
+        from vllm_qoq.integration.perplexity import run
 
-    return run(args)
+        return run(args, out)
+
+
+@contextmanager
+def _stdout_for(descriptor: int) -> Iterator[TextIO]:
+    """Send what vLLM and its processes print to `descriptor`, the result to the real stdout."""
+    sys.stdout.flush()
+    real = os.dup(1)
+    os.dup2(descriptor, 1)
+    try:
+        with open(real, "w", closefd=False) as out:
+            yield out
+    finally:
+        sys.stdout.flush()
+        # Not undone: processes that vLLM leaves to the end of this one print there, too.
+        os.close(real)
 
 
 if __name__ == "__main__":

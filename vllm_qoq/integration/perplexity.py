@@ -13,15 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from typing import Any
+from typing import Any, TextIO
 
 from vllm import LLM, SamplingParams
 
 from vllm_qoq.format import FormatError
 
 
-def run(args: argparse.Namespace) -> int:
-    """Handler of the command: prints one line, or one JSON document with --json."""
+def run(args: argparse.Namespace, out: TextIO) -> int:
+    """Handler of the command: writes one line, or one JSON document with --json, to `out`."""
     tokens_per_window = args.seqlen
     llm = LLM(
         str(args.checkpoint),
@@ -34,12 +34,13 @@ def run(args: argparse.Namespace) -> int:
     result = perplexity(llm, args.text.read_text(), tokens_per_window)
     result |= {"checkpoint": str(args.checkpoint), "text": str(args.text), "set": args.force_set}
     if args.json:
-        print(json.dumps(result))
+        print(json.dumps(result), file=out)
     else:
         print(
             f"perplexity {result['perplexity']:.4f}  ({result['scored_tokens']} tokens in "
             f"{result['windows']} windows of {tokens_per_window}, "
-            f"set {args.force_set or 'as routed'})"
+            f"set {args.force_set or 'as routed'})",
+            file=out,
         )
     return 0
 
