@@ -39,7 +39,7 @@ def execute(
     model_card: bool = True,
 ) -> None:
     """Write the checkpoint `out`. MergeError, FormatError or OSError leave nothing behind."""
-    with _replacing(out, overwrite) as folder:
+    with replacing(out, overwrite) as folder:
         with progress.stage("merge", plan.total_bytes) as advance:
             for file, shard in plan.shards.items():
                 _write(folder / file, shard, sources, plan.prefill, advance)
@@ -102,7 +102,7 @@ def _copy_other_files(folder: Path, sources: Mapping[str, WeightSet], prefill: s
 
 
 @contextmanager
-def _replacing(out: Path, overwrite: bool) -> Iterator[Path]:
+def replacing(out: Path, overwrite: bool) -> Iterator[Path]:
     """A hidden sibling of `out` to write into, which becomes `out` at the end."""
     out = out.resolve()
     _remove_leftovers(out)
