@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_ROUTING_BYTES = 1 << 20
 
 
 def add_parsers(commands: Any) -> None:
@@ -26,6 +27,12 @@ def add_parsers(commands: Any) -> None:
         "--decode",
         metavar="[BATCH:]NAME,...",
         help="sets for generation by batch size, e.g. 16:w4a16,w8a8 (default: the last set)",
+    )
+    merge.add_argument(
+        "--routing",
+        type=Path,
+        metavar="FILE",
+        help="JSON file with the whole routing table, layer rules too; instead of the two above",
     )
     merge.add_argument("--max-shard-size", default="5GB", type=_size, metavar="SIZE")
     merge.add_argument("--dry-run", action="store_true", help="check and show the plan, then stop")
@@ -66,7 +73,7 @@ def _common(parser: argparse.ArgumentParser, handler: Any) -> None:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from merge_tools import compatible, complete, execute, kv_basis, preflight, values
+    from merge_tools import compatible, complete, execute, kv_basis, preflight, rules, values
     from merge_tools.plan import make_plan
     from merge_tools.progress import Progress
     from merge_tools.sources import open_sources, parse_sources
@@ -80,6 +87,7 @@ def _merge(args: argparse.Namespace) -> int:
     compatible.check(list(sources.values()), prefill)
     for source in sources.values():
         complete.check(source)
+    rules.check(routing, frozenset().union(*(source.quantized for source in sources.values())))
     found = survey(list(sources.values()), prefill, progress)
     plan = make_plan(found, prefill.checkpoint.config, args.max_shard_size)
     preflight.check_space(args.output, plan.total_bytes)
@@ -113,12 +121,29 @@ def _check_kv(kv_basis: Any, prefill: Any, source: Any) -> None:
 
 
 def _routing(args: argparse.Namespace, names: list[str]) -> Any:
-    from vllm_qoq.routing import Routing, parse_decode
+    from vllm_qoq.routing import Routing, RoutingError, parse_decode
 
+    if args.routing is not None:
+        if args.prefill is not None or args.decode is not None:
+            raise RoutingError("--routing is the whole table; leave out --prefill and --decode")
+        return _read_routing(args.routing, names)
     decode = parse_decode(args.decode if args.decode is not None else names[-1])
     routing = Routing(prefill=args.prefill or names[0], decode=decode)
     routing.check_sets(names)
     return routing
+
+
+def _read_routing(path: Path, names: list[str]) -> Any:
+    from vllm_qoq.checkpoint import read_json
+    from vllm_qoq.routing import Routing, RoutingError
+
+    if not path.is_file():
+        raise RoutingError(f"{path}: no such file; --routing takes a file with a JSON object")
+    table = read_json(path, _ROUTING_BYTES)
+    try:
+        return Routing.parse(table, names)
+    except RoutingError as error:
+        raise RoutingError(f"{path}: {error}") from None
 
 
 def _section(sources: dict[str, Any], routing: Any, plan: Any) -> Any:

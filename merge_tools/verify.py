@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from merge_tools import complete, values
+from merge_tools import complete, rules, values
 from merge_tools.progress import Progress
 from merge_tools.sources import WeightSet
 from vllm_qoq.checkpoint import CONFIG, Checkpoint, TensorInfo
@@ -54,8 +54,8 @@ def _structure(section: Section, sets: list[WeightSet]) -> Iterator[str]:
             yield f"set {weights.name}: {finding}"
         yield from _ratios(section, weights)
     yield from _same_layers(sets)
-    layers = sorted(frozenset().union(*(weights.quantized for weights in sets)))
-    for glob in section.routing.unmatched([*layers, *_fused(layers)]):
+    quantized = frozenset().union(*(weights.quantized for weights in sets))
+    for glob in rules.unmatched(section.routing, quantized):
         yield f"{CONFIG}: {SECTION}.routing.layers: {glob!r} matches no quantized layer"
 
 
@@ -97,10 +97,3 @@ def _leaves(weights: WeightSet, layer: str) -> Mapping[str, TensorInfo]:
 
 def _is_own(info: TensorInfo, set_name: str) -> bool:
     return info.name.startswith(f"{set_name}.")
-
-
-def _fused(layers: list[str]) -> list[str]:
-    """The names that vLLM gives to fused projections, which layer rules may use."""
-    fused = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
-    parents = (layer.rpartition(".") for layer in layers)
-    return [f"{parent}.{fused[leaf]}" for parent, _, leaf in parents if leaf in fused]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from merge_tools import cli as merge_cli
+from merge_tools.spelling import kebab_case
 from vllm_qoq import __version__
 
 
@@ -23,7 +24,7 @@ def main() -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     merge_cli.add_parsers(commands)
     _add_perplexity(commands)
-    return merge_cli.run(parser.parse_args())
+    return merge_cli.run(parser.parse_args(kebab_case(sys.argv[1:])))
 
 
 def _add_perplexity(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -1,0 +1,34 @@
+"""The layer rules of a routing table, held against the layers of a checkpoint.
+
+A rule that matches nothing is a typo that would change nothing and say nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from vllm_qoq.routing import Routing, RoutingError
+
+# vLLM runs these projections as one layer, whose name a rule may use.
+_FUSED = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
+
+
+def unmatched(routing: Routing, quantized: Iterable[str]) -> list[str]:
+    """The globs that match none of the layers `quantized`, nor a name of vLLM's for them."""
+    layers = sorted(quantized)
+    return routing.unmatched([*layers, *_fused(layers)])
+
+
+def check(routing: Routing, quantized: Iterable[str]) -> None:
+    """Raise RoutingError for the first glob of `unmatched`."""
+    layers = sorted(quantized)
+    for glob in unmatched(routing, layers):
+        example = f"; a layer is called {layers[0]}" if layers else ""
+        raise RoutingError(f"layer rule {glob!r} matches no quantized layer{example}")
+
+
+def _fused(layers: Iterable[str]) -> Iterator[str]:
+    for layer in layers:
+        parent, _, leaf = layer.rpartition(".")
+        if leaf in _FUSED:
+            yield f"{parent}.{_FUSED[leaf]}"
