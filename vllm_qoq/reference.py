@@ -6,12 +6,16 @@ int32; the epilogue is float32, rounded once to the output's dtype.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
+
 import torch
 
 from vllm_qoq.packing import unpack_nibbles
 
 GROUP_SIZE = 128
 INT8_MAX = 127
+GROUP_SCALE_MAX = 16
 # The smallest scale of a token, so that a token of zeros does not divide by zero.
 MIN_SCALE = 1e-10
 
@@ -34,24 +38,62 @@ def level1_int8(
     """W8 = q * group_scale + group_offset, int8 [N, K].
 
     qweight uint8 [N, K / 2], group_scale uint8 and group_offset int8 [N, K / 128].
-    Raises ValueError where a weight leaves int8, which no valid checkpoint does.
+    Raises ValueError, beginning with the tensor's name, for a group_scale outside 1..16
+    and where a weight leaves int8, which no valid checkpoint does.
     """
+    if group_scale.numel():
+        low, high = int(group_scale.min()), int(group_scale.max())
+        if low < 1 or high > GROUP_SCALE_MAX:
+            raise ValueError(f"group_scale: from {low} to {high}, outside 1..{GROUP_SCALE_MAX}")
     codes = unpack_nibbles(qweight).to(torch.int16)
     n, k = codes.shape
     groups = codes.view(n, k // GROUP_SIZE, GROUP_SIZE)
     weight = groups * group_scale.to(torch.int16)[:, :, None] + group_offset[:, :, None]
     if weight.numel() and (int(weight.min()) < -128 or int(weight.max()) > 127):
-        raise ValueError("q * group_scale + group_offset leaves the range of int8")
+        raise ValueError("group_offset: q * group_scale + group_offset leaves the range of int8")
     return weight.view(n, k).to(torch.int8)
+
+
+def int8_weight(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What a layer's tensors (`vllm_qoq.format`) multiply codes with: int8 [N, K].
+
+    Level 1 of a layer with groups, the codes 0..15 of one without. ValueError as in
+    `level1_int8`.
+    """
+    if "channel_zero" in tensors:
+        return unpack_nibbles(tensors["qweight"]).view(torch.int8)
+    return level1_int8(tensors["qweight"], tensors["group_scale"], tensors["group_offset"])
 
 
 def int_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a int8 [M, K] @ b.T, b int8 or uint8 [N, K], exactly: int32 [M, N]."""
     if b.dtype == torch.uint8:  # codes 0..15 are int8 as well
         b = b.view(torch.int8)
-    if 0 in (a.shape[0], a.shape[1], b.shape[0]):
-        return torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
-    return torch._int_mm(a, b.t())
+    m, k, n = a.shape[0], a.shape[1], b.shape[0]
+    if 0 in (m, k, n):
+        return torch.zeros(m, n, dtype=torch.int32, device=a.device)
+    if a.device.type != "cpu" or _cpu_int_mm_is_exact():
+        return torch._int_mm(a, b.t())
+    total = torch.zeros(m, n, dtype=torch.int32)
+    for start in range(0, k, _EXACT_IN_FLOAT32):
+        part = slice(start, start + _EXACT_IN_FLOAT32)
+        total += (a[:, part].float() @ b[:, part].float().t()).to(torch.int32)
+    return total
+
+
+# 1024 products of two int8 add up to at most 2**24, so float32 holds every partial sum.
+_EXACT_IN_FLOAT32 = 1024
+
+
+@cache
+def _cpu_int_mm_is_exact() -> bool:
+    """Whether torch._int_mm can be trusted: on x86 CPUs without VNNI it saturates.
+
+    oneDNN adds two products there in 16 bits (vpmaddubsw). Seen with torch 2.11 to 2.14
+    under ONEDNN_MAX_CPU_ISA=AVX2 and AVX512_CORE.
+    """
+    row = torch.full((1, 64), INT8_MAX, dtype=torch.int8)
+    return int(torch._int_mm(row, row.t())) == row.numel() * INT8_MAX**2
 
 
 def epilogue(
@@ -76,11 +118,9 @@ def epilogue(
     return y.to(dtype)
 
 
-def dequantize(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+def dequantize(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The weight that a layer's tensors (`vllm_qoq.format`) stand for: float32 [N, K]."""
-    scale = tensors["channel_scale"].float()[:, None]
+    weight = int8_weight(tensors).float() * tensors["channel_scale"].float()[:, None]
     if "channel_zero" in tensors:
-        codes = unpack_nibbles(tensors["qweight"]).float()
-        return codes * scale - tensors["channel_zero"].float()[:, None]
-    grouped = (tensors[name] for name in ("qweight", "group_scale", "group_offset"))
-    return level1_int8(*grouped).float() * scale
+        weight -= tensors["channel_zero"].float()[:, None]
+    return weight

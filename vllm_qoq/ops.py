@@ -1,0 +1,164 @@
+"""The ops `qoq::*`: schemas, fakes and CPU implementations. Kernels add the CUDA key.
+
+Defined in Python, so that they exist, trace and run on the CPU in every build. What
+they compute is in `reference`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.library import Library, register_fake
+
+from vllm_qoq import reference
+from vllm_qoq.packing import unpack_nibbles
+
+_OUTPUTS = (torch.bfloat16, torch.float16)
+_DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+
+
+def has_kernels(device_type: str) -> bool:
+    """Whether this build computes the ops on `device_type` ("cpu", "cuda")."""
+    key = _DISPATCH_KEYS.get(device_type)
+    return key is not None and all(
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"qoq::{name}", key) for name in _SCHEMAS
+    )
+
+
+def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`reference.quantize_per_token`: x [M, K] to codes int8, scale float32, row sum int32."""
+    if x.ndim != 2 or not x.is_floating_point():
+        raise ValueError(f"quantize_per_token: x is {_text(x)}, expected floats [M, K]")
+    return reference.quantize_per_token(x)
+
+
+def w4a8_gemm(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    x_row_sum: torch.Tensor,
+    weight: torch.Tensor,
+    channel_scale: torch.Tensor,
+    channel_zero: torch.Tensor | None,
+    group_scale: torch.Tensor | None,
+    group_offset: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """y = dequant(x) @ dequant(weight).T + bias, [M, N] in `out_dtype`, bfloat16 or float16.
+
+    x              int8 [M, K]             of quantize_per_token
+    x_scale        float32 [M]
+    x_row_sum      int32 [M]
+    weight         uint8 [N, K / 2]        as stored (`vllm_qoq.format`), or
+                   int8 [N, K]             reference.int8_weight of it, made once at load
+    channel_scale  float32 [N]
+    channel_zero   float32 [N]             without groups
+    group_scale    uint8 [N, K / 128]      with groups, and only with a stored weight
+    group_offset   int8 [N, K / 128]
+    bias           float [N]
+    """
+    if x.ndim != 2 or channel_scale.ndim != 1:
+        raise ValueError(
+            f"w4a8_gemm: x is {_text(x)} and channel_scale {_text(channel_scale)}, "
+            "expected int8 [M, K] and float32 [N]"
+        )
+    if out_dtype not in _OUTPUTS:
+        raise ValueError(f"w4a8_gemm: the output is bfloat16 or float16, not {out_dtype}")
+    (m, k), n = x.shape, channel_scale.shape[0]
+    _expect("x", x, torch.int8, m, k)
+    _expect("x_scale", x_scale, torch.float32, m)
+    _expect("x_row_sum", x_row_sum, torch.int32, m)
+    _expect("channel_scale", channel_scale, torch.float32, n)
+    if channel_zero is not None:
+        _expect("channel_zero", channel_zero, torch.float32, n)
+    if bias is not None:
+        _expect("bias", bias, bias.dtype, n)
+    unpacked = _unpacked(weight, channel_zero, group_scale, group_offset, n, k)
+    accumulator = reference.int_matmul(x, unpacked)
+    return reference.epilogue(
+        accumulator, x_scale, channel_scale, x_row_sum, channel_zero, bias, out_dtype
+    )
+
+
+def _unpacked(
+    weight: torch.Tensor,
+    channel_zero: torch.Tensor | None,
+    group_scale: torch.Tensor | None,
+    group_offset: torch.Tensor | None,
+    n: int,
+    k: int,
+) -> torch.Tensor:
+    """The int8 [N, K] that the codes are multiplied with."""
+    if weight.dtype == torch.int8:
+        if group_scale is not None or group_offset is not None:
+            raise ValueError("w4a8_gemm: an int8 weight has its groups in it already")
+        _expect("weight", weight, torch.int8, n, k)
+        return weight
+    if k % 2:
+        raise ValueError(f"w4a8_gemm: {k} inputs, but a stored weight has two in a byte")
+    _expect("weight", weight, torch.uint8, n, k // 2)
+    if channel_zero is not None and group_scale is None and group_offset is None:
+        return unpack_nibbles(weight)
+    if channel_zero is not None or group_scale is None or group_offset is None:
+        raise ValueError(
+            "w4a8_gemm: a stored weight has either channel_zero or group_scale and group_offset"
+        )
+    groups = k // reference.GROUP_SIZE
+    if k % reference.GROUP_SIZE:
+        raise ValueError(f"w4a8_gemm: {k} inputs are not a multiple of {reference.GROUP_SIZE}")
+    _expect("group_scale", group_scale, torch.uint8, n, groups)
+    _expect("group_offset", group_offset, torch.int8, n, groups)
+    return reference.level1_int8(weight, group_scale, group_offset)
+
+
+def _expect(name: str, tensor: torch.Tensor, dtype: torch.dtype, *shape: int) -> None:
+    if tensor.dtype != dtype or tensor.shape != shape:
+        expected = f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+        raise ValueError(f"w4a8_gemm: {name} is {_text(tensor)}, expected {expected}")
+
+
+def _text(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _quantize_per_token_fake(
+    x: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows = x.shape[:-1]
+    return (
+        x.new_empty(x.shape, dtype=torch.int8),
+        x.new_empty(rows, dtype=torch.float32),
+        x.new_empty(rows, dtype=torch.int32),
+    )
+
+
+def _w4a8_gemm_fake(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    x_row_sum: torch.Tensor,
+    weight: torch.Tensor,
+    channel_scale: torch.Tensor,
+    channel_zero: torch.Tensor | None,
+    group_scale: torch.Tensor | None,
+    group_offset: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], channel_scale.shape[0]), dtype=out_dtype)
+
+
+_SCHEMAS = {
+    "quantize_per_token": "(Tensor x) -> (Tensor codes, Tensor scale, Tensor row_sum)",
+    "w4a8_gemm": (
+        "(Tensor x, Tensor x_scale, Tensor x_row_sum, Tensor weight, Tensor channel_scale, "
+        "Tensor? channel_zero, Tensor? group_scale, Tensor? group_offset, Tensor? bias, "
+        "ScalarType out_dtype) -> Tensor"
+    ),
+}
+# The ops live as long as this object.
+_library = Library("qoq", "DEF")
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema)
+_library.impl("quantize_per_token", quantize_per_token, "CPU")
+_library.impl("w4a8_gemm", w4a8_gemm, "CPU")
+register_fake("qoq::quantize_per_token", _quantize_per_token_fake, lib=_library)
+register_fake("qoq::w4a8_gemm", _w4a8_gemm_fake, lib=_library)
