@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from merge_tools.progress import human_bytes
 from merge_tools.sources import WeightSet
+from merge_tools.tensor_parallel import obstacles
 from merge_tools.verify import open_merged
-from vllm_qoq.format import INPUT_RATIO, split_layer
+from vllm_qoq.format import INPUT_RATIO, printable, split_layer
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -23,6 +25,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "shared_bytes": checkpoint.total_bytes - own,
         "total_bytes": checkpoint.total_bytes,
         "routing": section.routing.to_json(),
+        "tensor_parallel": _tensor_parallel(checkpoint.config, sets),
     }
 
 
@@ -46,7 +49,21 @@ def table(report: dict[str, Any]) -> str:
         lines.append(
             f"layers {rule['match']}: { ({k: v for k, v in rule.items() if k != 'match'}) }"
         )
+    parallel = report["tensor_parallel"]
+    lines.append(f"--tensor-parallel-size: {', '.join(map(str, parallel['sizes']))}")
+    for size, reason in list(parallel["refused"].items())[:1]:
+        lines.append(f"  not {size}: {printable(reason)}")
     return "\n".join(lines)
+
+
+def _tensor_parallel(config: Mapping[str, Any], sets: list[WeightSet]) -> dict[str, Any]:
+    """The sizes that can be served, and the others (as text, for JSON) with the reason."""
+    layouts = {w.name: {layer: w.describe(layer) for layer in sorted(w.quantized)} for w in sets}
+    found = obstacles(config, layouts)
+    return {
+        "sizes": [size for size, reason in found.items() if reason is None],
+        "refused": {str(size): reason for size, reason in found.items() if reason is not None},
+    }
 
 
 def _set(weights: WeightSet) -> dict[str, Any]:
