@@ -1,0 +1,20 @@
+"""`vllm-qoq quantize`: one float model in, one checkpoint with all sets out.
+
+    architectures  which layers read which norm, by model type
+    rotate         norms folded, R1 on the residual stream, R2 on V and O
+    smooth         SmoothAttention on K, smoothing and order of block outputs
+    grid           the grids that weights are rounded to
+    gptq           rounding column by column, with what is known of the inputs
+    sets           what a set stores of a layer, and its entry in config.json
+    modifiers      the two passes over the calibration text, in llmcompressor's pipeline
+    workdir        results per layer on the disk, so that a stopped run goes on
+    job, assemble  the run from start to end, and the checkpoint at its end
+    report, cli    what the user sees
+
+Each step preserves the function of the float model until `grid` rounds it.
+llmcompressor is imported by `modifiers` and `job` only; vLLM never.
+"""
+
+
+class QuantizeError(ValueError):
+    """A model, text or option that cannot be quantized with. The message has the remedy."""

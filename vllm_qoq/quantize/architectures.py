@@ -1,0 +1,105 @@
+"""The decoder models that can be quantized, as a table of module names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from vllm_qoq.quantize import QuantizeError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Names below one block of the model (`model.layers.3`), and beside the blocks.
+
+    Every group in `inputs` is a tuple of linear layers that read the same tensor: a
+    norm's output (`norms`), the attention output or the MLP's inner product.
+    """
+
+    blocks: str = "model.layers"
+    embedding: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    attention: str = "self_attn"
+    q: str = "self_attn.q_proj"
+    k: str = "self_attn.k_proj"
+    v: str = "self_attn.v_proj"
+    o: str = "self_attn.o_proj"
+    gate: str = "mlp.gate_proj"
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
+    attention_norm: str = "input_layernorm"
+    mlp_norm: str = "post_attention_layernorm"
+    q_norm: str | None = None
+    k_norm: str | None = None
+
+    @property
+    def norms(self) -> dict[str, tuple[str, ...]]:
+        """Norm -> the layers that read it."""
+        return {
+            self.attention_norm: (self.q, self.k, self.v),
+            self.mlp_norm: (self.gate, self.up),
+        }
+
+    @property
+    def inputs(self) -> tuple[tuple[str, ...], ...]:
+        """Groups of linear layers that read one tensor, in the order in which they run."""
+        return ((self.q, self.k, self.v), (self.o,), (self.gate, self.up), (self.down,))
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """All quantized layers of a block."""
+        return tuple(name for group in self.inputs for name in group)
+
+
+_LLAMA = Architecture()
+_QWEN3 = Architecture(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
+_ARCHITECTURES = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _QWEN3}
+
+
+def architecture(config: Mapping[str, Any]) -> Architecture:
+    """The table entry for a model's config.json; QuantizeError names what is not supported."""
+    if "quantization_config" in config:
+        raise QuantizeError("the model is quantized already; give the one in bf16 or fp16")
+    kind = config.get("model_type")
+    if kind not in _ARCHITECTURES:
+        raise QuantizeError(
+            f"model_type {kind!r} is not supported; supported are {', '.join(_ARCHITECTURES)}"
+        )
+    return _ARCHITECTURES[kind]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes that the steps need."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Shape:
+        """Read config.json, with the defaults of transformers."""
+        heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+        return cls(
+            hidden=hidden,
+            layers=int(config["num_hidden_layers"]),
+            heads=heads,
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or hidden // heads),
+        )
+
+    @property
+    def queries_per_kv(self) -> int:
+        """Query heads that share a key-value head."""
+        return self.heads // self.kv_heads
+
+
+def blocks(model: nn.Module, arch: Architecture) -> list[nn.Module]:
+    """The decoder blocks in order."""
+    return list(model.get_submodule(arch.blocks).children())

@@ -1,0 +1,107 @@
+"""Perplexity of a set in plain transformers, before any kernel is involved.
+
+Weights are dequantized, the inputs of quantized layers rounded to int8 per token
+where the set says so, and the KV cache is simulated: keys (after RoPE) and values
+are rounded to 4 or 8 bits per token and head. The protocol is that of
+`vllm_qoq.integration.perplexity`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_qoq.quantize.architectures import Architecture, blocks
+from vllm_qoq.reference import quantize_per_token
+
+_ATTENTION = "qoq_simulated_kv"
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, windows: Iterable[list[int]], kv_bits: int = 16) -> float:
+    """exp of the mean negative log-likelihood of every token but the first of each window."""
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    with _simulated_cache(model, kv_bits):
+        for window in windows:
+            tokens = torch.tensor([window], device=device)
+            logits = model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
+            losses = nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum")
+            total, count = total + float(losses), count + len(window) - 1
+    return math.exp(total / count)
+
+
+def load_set(
+    model: nn.Module,
+    arch: Architecture,
+    weights: Mapping[str, torch.Tensor],
+    int8_inputs: bool,
+) -> None:
+    """Put dequantized `weights`, by parameter name, into a float model of the same shape.
+
+    With `int8_inputs`, the inputs of the quantized layers are rounded to int8 per token.
+    """
+    state = model.state_dict()
+    for name, weight in weights.items():
+        state[name].copy_(weight)
+    if int8_inputs:
+        for block in blocks(model, arch):
+            for name in arch.linears:
+                block.get_submodule(name).register_forward_pre_hook(to_int8)
+
+
+def to_int8(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """A forward pre-hook: round the input [..., K] to int8 per token and back."""
+    x = args[0]
+    codes, scale, _ = quantize_per_token(x.flatten(0, -2))
+    return ((codes * scale[:, None]).to(x.dtype).view_as(x), *args[1:])
+
+
+def round_cache(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Asymmetric `bits` per token and head, over the last axis; fp16 scale and zero, as QServe."""
+    low, high = x.float().amin(-1, keepdim=True), x.float().amax(-1, keepdim=True)
+    levels = (1 << bits) - 1
+    scale = ((high - low) / levels).clamp_min(1e-6).half().float()
+    zero = (-low / scale).half().float()
+    codes = (x.float() / scale + zero).round().clamp(0, levels)
+    return ((codes - zero) * scale).to(x.dtype)
+
+
+class _simulated_cache:
+    """Rounds keys and values in the attention of `model`."""
+
+    def __init__(self, model: Any, bits: int) -> None:
+        self.model, self.bits = model, bits
+
+    def __enter__(self) -> None:
+        self.before = self.model.config._attn_implementation
+        if self.bits < 16:
+            _register(self.bits)
+            self.model.set_attn_implementation(f"{_ATTENTION}{self.bits}")
+
+    def __exit__(self, *error: object) -> None:
+        self.model.set_attn_implementation(self.before)
+
+
+def _register(bits: int) -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def attention(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        **options: Any,
+    ) -> Any:
+        keys, values = round_cache(key, bits), round_cache(value, bits)
+        return sdpa_attention_forward(module, query, keys, values, mask, **options)
+
+    AttentionInterface.register(f"{_ATTENTION}{bits}", attention)
+    AttentionMaskInterface.register(f"{_ATTENTION}{bits}", sdpa_mask)

@@ -1,0 +1,219 @@
+"""The two passes over the calibration text, as modifiers of llmcompressor.
+
+Its sequential pipeline runs the model block by block: it shows a block all inputs,
+calls `on_sequential_epoch_end`, and runs the block again with its new weights to
+make the inputs of the next one. Only one block has to be on the GPU.
+
+`MagnitudePass` measures and smooths (`smooth`). `QuantizePass` measures the Hessians
+and quantizes into every set. They are separate because the inputs that the second
+one measures, rounded to int8 per token, depend on the smoothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from llmcompressor.modifiers import Modifier
+from pydantic import ConfigDict, PrivateAttr
+from torch import nn
+
+from vllm_qoq.quantize import gptq, smooth
+from vllm_qoq.quantize.architectures import Architecture, Shape, blocks
+from vllm_qoq.quantize.evaluate import to_int8
+from vllm_qoq.quantize.report import LayerError
+from vllm_qoq.quantize.sets import SetKind
+from vllm_qoq.quantize.weights import assign
+from vllm_qoq.quantize.workdir import WorkDir
+
+Done = Callable[[int], None]
+
+
+class _BlockPass(Modifier):
+    """What both passes share: finding the block of a pipeline step."""
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    requires_calibration_data: bool = True  # else llmcompressor runs no data and no hooks
+    arch: Architecture
+    shape: Shape
+
+    _blocks: list[nn.Module] = PrivateAttr(default_factory=list)
+
+    def on_initialize(self, state: Any, **kwargs: Any) -> bool:
+        self._blocks = blocks(state.model, self.arch)
+        return True
+
+    def on_sequential_epoch_end(
+        self, state: Any, event: Any, modules: list[nn.Module], **kwargs: Any
+    ) -> None:
+        """Finish the blocks that this step ran: one, or none for the step of lm_head."""
+        seen = set(map(id, modules))
+        for index, block in enumerate(self._blocks):
+            if id(block.get_submodule(self.arch.q)) in seen:
+                self.finish(index, block)
+
+    def on_calibration_end(self, state: Any, event: Any, **kwargs: Any) -> None:
+        self.remove_hooks()
+
+    def finish(self, index: int, block: nn.Module) -> None:
+        """Change the weights of a block whose inputs have all been seen."""
+        raise NotImplementedError
+
+
+class MagnitudePass(_BlockPass):
+    """Measures magnitudes and smooths block by block."""
+
+    options: smooth.SmoothOptions
+    done: Done
+
+    _seen: dict[int, smooth.Magnitudes] = PrivateAttr(default_factory=dict)
+    _found: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
+
+    @property
+    def found(self) -> dict[str, torch.Tensor]:
+        """The transforms of all blocks, `INDEX.NAME`, for `apply_saved`."""
+        return self._found
+
+    def on_calibration_start(self, state: Any, event: Any, **kwargs: Any) -> None:
+        for index, block in enumerate(self._blocks):
+            down = block.get_submodule(self.arch.down)
+            pairs = torch.zeros(self.shape.kv_heads, self.shape.head_dim // 2)
+            self._seen[index] = smooth.Magnitudes(pairs, torch.zeros(down.weight.shape[1]))
+            keys = block.get_submodule(self.arch.k_norm or self.arch.k)
+            self.register_hook(keys, self._keys_hook(index), "forward")
+            self.register_hook(down, self._down_hook(index), "forward_pre")
+
+    def finish(self, index: int, block: nn.Module) -> None:
+        found = smooth.transforms(self._seen.pop(index), block, self.arch, self.options)
+        smooth.apply(block, found, self.arch, self.shape)
+        self._found |= {f"{index}.{name}": tensor for name, tensor in found.items()}
+        self.done(index)
+
+    def _keys_hook(self, index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            seen = self._seen[index]
+            pairs = smooth.key_pair_magnitude(output, self.shape).cpu()
+            seen.key_pairs = torch.maximum(seen.key_pairs, pairs)
+
+        return hook
+
+    def _down_hook(self, index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            seen = self._seen[index]
+            largest = args[0].detach().float().abs().flatten(0, -2).amax(dim=0).cpu()
+            seen.down = torch.maximum(seen.down, largest)
+
+        return hook
+
+
+def apply_saved(
+    model: nn.Module, found: dict[str, torch.Tensor], arch: Architecture, shape: Shape
+) -> None:
+    """Smooth with what an earlier run found."""
+    for index, block in enumerate(blocks(model, arch)):
+        mine = {k.partition(".")[2]: t for k, t in found.items() if k.startswith(f"{index}.")}
+        smooth.apply(block, mine, arch, shape)
+
+
+class QuantizePass(_BlockPass):
+    """Quantizes block by block into every set.
+
+    sets       the last one's weights make the inputs of the next block
+    use_gptq   else round to nearest
+    clip       whether scales that clip are tried
+    """
+
+    sets: tuple[SetKind, ...]
+    use_gptq: bool
+    clip: bool
+    work: WorkDir
+    done: Done
+
+    _hessians: dict[tuple[int, str], torch.Tensor] = PrivateAttr(default_factory=dict)
+    _counts: dict[tuple[int, str], int] = PrivateAttr(default_factory=dict)
+    _input_hooks: list[Any] = PrivateAttr(default_factory=list)
+
+    def on_calibration_start(self, state: Any, event: Any, **kwargs: Any) -> None:
+        has_int8_inputs = any(kind.has_int8_activations for kind in self.sets)
+        for index, block in enumerate(self._blocks):
+            for group in self.arch.inputs:
+                for name in group if has_int8_inputs else ():
+                    # An ordinary hook: unlike the modifier's own, it also acts while the
+                    # pipeline makes the inputs of the next block.
+                    layer = block.get_submodule(name)
+                    self._input_hooks.append(layer.register_forward_pre_hook(to_int8))
+                if not self.work.has(piece(index)):
+                    first = block.get_submodule(group[0])
+                    self.register_hook(first, self._hessian_hook(index, group[0]), "forward_pre")
+
+    def on_calibration_end(self, state: Any, event: Any, **kwargs: Any) -> None:
+        super().on_calibration_end(state, event, **kwargs)
+        for hook in self._input_hooks:
+            hook.remove()
+
+    def finish(self, index: int, block: nn.Module) -> None:
+        name = piece(index)
+        if not self.work.has(name):
+            self.work.save(name, *self._quantize(index, block))
+        tensors, _ = self.work.load(name)
+        for layer in self.arch.linears:
+            # The same from a fresh and from a resumed run: both take what was stored.
+            kept = tensors[f"propagated.{layer}"]
+            target = block.get_submodule(layer)
+            assign(target, "weight", kept.to(target.weight.device))
+        self.done(index)
+
+    def _quantize(
+        self, index: int, block: nn.Module
+    ) -> tuple[dict[str, torch.Tensor], list[LayerError]]:
+        tensors: dict[str, torch.Tensor] = {}
+        errors: list[LayerError] = []
+        prefix = f"{self.arch.blocks}.{index}"
+        for group in self.arch.inputs:
+            key = (index, group[0])
+            hessian = self._hessians.pop(key) / self._counts.pop(key)
+            for name in group:
+                layer = block.get_submodule(name)
+                weight = layer.weight.data
+                for kind in self.sets:
+                    started = time.monotonic()
+                    grid = kind.grid(weight, weight.dtype, self.clip)
+                    known = hessian if self.use_gptq else None
+                    gptq.quantize(weight, known, grid, f"{prefix}.{name}")
+                    result = grid.dequantized()
+                    stored = grid.tensors(weight.dtype)
+                    if layer.bias is not None:
+                        stored["bias"] = layer.bias.data
+                    tensors |= {f"{kind.name}.{name}.{leaf}": t for leaf, t in stored.items()}
+                    errors.append(
+                        {
+                            "layer": f"{prefix}.{name}",
+                            "set": kind.name,
+                            "output_error": gptq.output_error(weight, result, hessian),
+                            "seconds": round(time.monotonic() - started, 3),
+                        }
+                    )
+                tensors[f"propagated.{name}"] = result.to(weight.dtype)
+        return tensors, errors
+
+    def _hessian_hook(self, index: int, name: str) -> Callable[..., None]:
+        key = (index, name)
+
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            x = args[0].detach().float().flatten(0, -2)
+            if key not in self._hessians:
+                k = x.shape[1]
+                self._hessians[key] = torch.zeros(k, k, device=x.device)
+                self._counts[key] = 0
+            self._hessians[key].addmm_(x.t(), x)
+            self._counts[key] += len(x)
+
+        return hook
+
+
+def piece(index: int) -> str:
+    """The name of a block's results in the work folder."""
+    return f"block-{index:04d}"

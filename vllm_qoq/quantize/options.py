@@ -1,0 +1,76 @@
+"""The options of a quantization, from the command line or a recipe file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, field_validator
+
+from vllm_qoq.quantize import QuantizeError
+from vllm_qoq.quantize.sets import NAMES, SetKind
+from vllm_qoq.routing import one_line
+
+
+class Options(BaseModel):
+    """Everything that decides the bytes of the result, besides model and text.
+
+    sets             which sets, the first for prompts and the last for generation
+    group_size       128, or -1 for a scale per output channel (w4a8, w4a16)
+    kv_bits          what the K and V are prepared for and the server is told
+    samples, seqlen  pieces of the calibration text, and tokens in each
+    rotate           fold the norms, R1 on the residual stream, R2 on the values
+    smooth_attention exponent of SmoothAttention on K, 0 for none
+    smooth_output    exponent of the smoothing of down_proj's inputs, 0 for none
+    reorder          sort the inputs of down_proj by magnitude
+    clip             try scales that clip
+    gptq             pass rounding errors on; else round to nearest
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sets: tuple[Literal["w8a8", "w4a8", "w4a16"], ...] = ("w8a8", "w4a8")
+    group_size: Literal[128, -1] = 128
+    kv_bits: Literal[4, 8, 16] = 4
+    samples: PositiveInt = 128
+    seqlen: PositiveInt = 1024
+    rotate: bool = True
+    smooth_attention: float = 0.5
+    smooth_output: float = 0.0
+    reorder: bool = True
+    clip: bool = True
+    gptq: bool = True
+
+    @field_validator("sets")
+    @classmethod
+    def _distinct(cls, sets: tuple[str, ...]) -> tuple[str, ...]:
+        if not sets or len(set(sets)) != len(sets):
+            raise ValueError(f"sets must be distinct, of {', '.join(NAMES)}")
+        return sets
+
+    @classmethod
+    def parse(cls, values: dict[str, Any], where: str) -> Options:
+        """Validate; QuantizeError begins with `where`."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise QuantizeError(one_line(error, where)) from None
+
+    @classmethod
+    def read(cls, recipe: Path | None, given: dict[str, Any]) -> Options:
+        """The recipe file (JSON), with what was `given` on the command line over it."""
+        if recipe is None:
+            return cls.parse(given, "options")
+        try:
+            values = json.loads(recipe.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise QuantizeError(f"--recipe {recipe}: {error}") from None
+        if not isinstance(values, dict):
+            raise QuantizeError(f"--recipe {recipe}: not a JSON object")
+        return cls.parse({**values, **given}, f"--recipe {recipe}")
+
+    @property
+    def kinds(self) -> tuple[SetKind, ...]:
+        """The sets in order."""
+        return tuple(SetKind(name, self.group_size) for name in self.sets)

@@ -1,0 +1,78 @@
+"""The sets that `quantize` can make: their grids, and what config.json says of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_qoq.format import QoQSet
+from vllm_qoq.quantize.grid import Grid, PerChannel, Symmetric, TwoLevel
+from vllm_qoq.reference import GROUP_SIZE
+
+
+@dataclass(frozen=True)
+class SetKind:
+    """One of `w8a8`, `w4a8`, `w4a16`.
+
+    group_size  128 or -1 (w4a8: no groups; w4a16: a scale per output channel)
+    """
+
+    name: str
+    group_size: int
+
+    @property
+    def has_int8_activations(self) -> bool:
+        """Whether vLLM quantizes the inputs of the set's layers per token."""
+        return self.name.endswith("a8")
+
+    @property
+    def bits(self) -> float:
+        """Stored bits per weight, without what belongs to whole rows."""
+        if self.name == "w8a8":
+            return 8.0
+        per_group = 0 if self.group_size == -1 else 16
+        return 4.0 + per_group / GROUP_SIZE
+
+    def grid(self, weight: torch.Tensor, dtype: torch.dtype, clip: bool) -> Grid:
+        """An empty grid for `weight` [N, K]; `dtype` is the model's."""
+        n, k = weight.shape
+        if self.name == "w4a8":
+            kind = PerChannel if self.group_size == -1 else TwoLevel
+            return kind(n, k, weight.device, clip)
+        bits = 8 if self.name == "w8a8" else 4
+        group = GROUP_SIZE if bits == 4 and self.group_size != -1 else None
+        return Symmetric(n, k, weight.device, clip, bits, group, dtype)
+
+    def config(self) -> dict[str, Any]:
+        """The set's entry in `quantization_config.sets`."""
+        if self.name == "w4a8":
+            return QoQSet(group_size=self.group_size).model_dump(mode="json")
+        is_w8 = self.name == "w8a8"
+        integer = {"type": "int", "symmetric": True}
+        has_groups = not is_w8 and self.group_size != -1
+        weights = {
+            "num_bits": 8 if is_w8 else 4,
+            **integer,
+            "strategy": "group" if has_groups else "channel",
+            "group_size": GROUP_SIZE if has_groups else None,
+            "dynamic": False,
+        }
+        activations = {"num_bits": 8, **integer, "strategy": "token", "dynamic": True}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "int-quantized" if is_w8 else "pack-quantized",
+            "quantization_status": "compressed",
+            "ignore": ["lm_head"],
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": weights,
+                    "input_activations": activations if is_w8 else None,
+                }
+            },
+        }
+
+
+NAMES = ("w8a8", "w4a8", "w4a16")
