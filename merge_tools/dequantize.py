@@ -12,6 +12,8 @@ import torch
 
 from merge_tools.layout import Layout
 from merge_tools.sources import WeightSet
+from vllm_qoq import reference
+from vllm_qoq.format import QoQSet
 
 # AutoAWQ stores the columns of eight values in this order, from the low nibble up.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -39,7 +41,18 @@ def dequantize(weights: WeightSet, layer: str, rows: tuple[int, int]) -> torch.T
         # Version 1 of the format stores each zero point less one.
         is_v2 = weights.config.get("checkpoint_format") == "gptq_v2"
         return _gptq(read, layout, rows, 0 if is_v2 else 1)
+    if layout.method == "qoq":
+        return reference.dequantize(qoq_tensors(weights, layer, rows))
     return _awq(read, layout, rows)
+
+
+def qoq_tensors(weights: WeightSet, layer: str, rows: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Rows `rows` of every tensor of a layer of a QoQ set, by leaf."""
+    layout, read = weights.describe(layer), _Reader(weights, layer)
+    leaves = QoQSet.parse(weights.config, weights.name).tensors(
+        layout.out_features, layout.in_features
+    )
+    return {leaf: read(leaf)[slice(*rows)] for leaf in leaves}
 
 
 class _Reader:

@@ -12,6 +12,7 @@ in_features, G the group size, `pack` = 32 / bits values in an int32:
     gptq     qweight I32 [K/pack, N]          scales [K/G, N]   qzeros I32 [K/G, N/pack]
              g_idx I32 [K]
     awq      qweight I32 [K, N/pack]          scales [K/G, N]   qzeros I32 [K/G, N/pack]
+    qoq      qweight U8 [N, K/2]              and what `vllm_qoq.format` says of QoQ sets
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vllm_qoq.checkpoint import TensorInfo
-from vllm_qoq.format import INPUT_RATIO, FormatError, split_layer
+from vllm_qoq.format import INPUT_RATIO, QOQ_LINEAR, FormatError, QoQSet, split_layer
 
-Method = Literal["plain", "dense", "packed", "gptq", "awq"]
+Method = Literal["plain", "dense", "packed", "gptq", "awq", "qoq"]
 Leaves = Mapping[str, TensorInfo]
 
 QUANTIZED_LEAVES = frozenset(
@@ -87,7 +88,9 @@ def describe(leaves: Leaves, config: Mapping[str, Any]) -> Layout:
 
     `config` is the `quantization_config` of the set.
     """
-    if "weight_packed" in leaves:
+    if config.get("quant_method") == QOQ_LINEAR and is_quantized(leaves):
+        layout = _qoq(leaves, config)
+    elif "weight_packed" in leaves:
         layout = _packed(leaves, config)
     elif "qweight" in leaves and "scales" in leaves:
         layout = _awq(leaves, config) if _is_awq(config) else _gptq(leaves, config)
@@ -214,6 +217,27 @@ def _awq(leaves: Leaves, config: Mapping[str, Any]) -> Layout:
     _expect(qweight, {"I32"}, qweight.shape)
     _scales_and_zeros(leaves, bits, math.ceil(k / group), n)
     return Layout("awq", n, k, bits, (1, group))
+
+
+def _qoq(leaves: Leaves, config: Mapping[str, Any]) -> Layout:
+    qoq_set = QoQSet.parse(config, f"config.json: {QOQ_LINEAR}")
+    if "qweight" not in leaves:
+        raise _lost(leaves, "qweight")
+    qweight = leaves["qweight"]
+    if len(qweight.shape) != 2:
+        raise _wrong(qweight, "a matrix")
+    n, k = qweight.shape[0], 2 * qweight.shape[1]
+    try:
+        expected = qoq_set.tensors(n, k)
+    except FormatError as error:
+        raise FormatError(f"{qweight.file}: {qweight.name}: {error}") from None
+    for leaf, (dtype, shape) in expected.items():
+        if leaf not in leaves:
+            raise _lost(leaves, leaf)
+        _expect(leaves[leaf], {dtype}, tuple(shape))
+    for leaf in sorted(QUANTIZED_LEAVES & leaves.keys() - expected.keys() - {INPUT_RATIO}):
+        raise _wrong(leaves[leaf], f"nothing: group_size {qoq_set.group_size} does not have it")
+    return Layout("qoq", n, k, 4, (1, k if qoq_set.group_size == -1 else qoq_set.group_size))
 
 
 def _scales_and_zeros(leaves: Leaves, bits: int, groups: int, n: int) -> None:

@@ -1,4 +1,4 @@
-"""Numbers that no quantizer writes: NaN, infinity, scales that are not positive."""
+"""Numbers that no quantizer writes: NaN, infinity, scales that are not positive, int8 overflow."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from merge_tools.layout import FLOATS, FP8
+from merge_tools.sources import WeightSet
 from vllm_qoq.checkpoint import Checkpoint, TensorInfo
 from vllm_qoq.format import FormatError, split_layer
 
@@ -16,7 +17,7 @@ _CHUNK_VALUES = 4 << 20
 _SCALES = frozenset(
     {
         *("weight_scale", "weight_scale_inv", "weight_global_scale", "scales"),
-        *("input_scale", "input_global_scale"),
+        *("input_scale", "input_global_scale", "channel_scale"),
     }
 )
 
@@ -34,6 +35,26 @@ def finding(checkpoint: Checkpoint, info: TensorInfo) -> str | None:
                 f"{info.file}: {info.name}: holds a scale that is not positive; "
                 "quantize the model again"
             )
+    return None
+
+
+def layer_finding(weights: WeightSet, layer: str) -> str | None:
+    """What is wrong with the integers of a layer of a QoQ set, or None. Reads it in chunks.
+
+    A layer whose headers are wrong is left to `complete`.
+    """
+    from merge_tools.dequantize import qoq_tensors, row_chunks
+    from vllm_qoq.reference import int8_weight
+
+    try:
+        for rows in row_chunks(weights.describe(layer)):
+            int8_weight(qoq_tensors(weights, layer, rows))
+    except FormatError:
+        return None
+    except ValueError as error:
+        leaf, _, problem = str(error).partition(": ")
+        info = weights.layers[layer][leaf]
+        return f"{info.file}: {info.name}: {problem}; quantize the model again"
     return None
 
 

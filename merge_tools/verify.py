@@ -10,7 +10,15 @@ from merge_tools import complete, rules, values
 from merge_tools.progress import Progress
 from merge_tools.sources import WeightSet
 from vllm_qoq.checkpoint import CONFIG, Checkpoint, TensorInfo
-from vllm_qoq.format import INPUT_RATIO, SECTION, FormatError, Section, split_layer, split_name
+from vllm_qoq.format import (
+    INPUT_RATIO,
+    QOQ_LINEAR,
+    SECTION,
+    FormatError,
+    Section,
+    split_layer,
+    split_name,
+)
 
 
 def open_merged(folder: Path) -> tuple[Checkpoint, Section, list[WeightSet]]:
@@ -38,13 +46,17 @@ def structure(folder: Path) -> list[str]:
 
 def contents(folder: Path, progress: Progress) -> list[str]:
     """What is wrong with the values; reads every tensor."""
-    checkpoint, _, _ = open_merged(folder)
+    checkpoint, _, sets = open_merged(folder)
     found = []
     with progress.stage("verify", checkpoint.total_bytes) as advance:
         for info in checkpoint.tensors.values():
             message = values.finding(checkpoint, info)
             found += [message] if message else []
             advance(info.nbytes)
+    for weights in sets:
+        if weights.config["quant_method"] == QOQ_LINEAR:
+            messages = (values.layer_finding(weights, layer) for layer in sorted(weights.quantized))
+            found += [message for message in messages if message]
     return found
 
 
