@@ -14,6 +14,7 @@ from typing import TextIO
 from merge_tools import cli as merge_cli
 from merge_tools.spelling import kebab_case
 from vllm_qoq import __version__
+from vllm_qoq.importer import cli as import_cli
 
 
 def main() -> int:
@@ -24,6 +25,7 @@ def main() -> int:
     parser.add_argument("--version", action="version", version=f"vllm-qoq {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     merge_cli.add_parsers(commands)
+    import_cli.add_parser(commands)
     _add_perplexity(commands)
     _add_env(commands)
     return merge_cli.run(parser.parse_args(kebab_case(sys.argv[1:])))

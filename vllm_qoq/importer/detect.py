@@ -1,0 +1,167 @@
+"""Which format a source has, by the names of its tensors, and whether it has every one of them.
+
+Configs are not asked: QServe's do not say it, and edited ones say it wrongly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from merge_tools.layout import FLOATS
+from vllm_qoq.checkpoint import TensorInfo
+from vllm_qoq.format import FormatError
+from vllm_qoq.importer.expected import HEAD, Expected
+from vllm_qoq.importer.tiles import TILE
+from vllm_qoq.reference import GROUP_SIZE
+
+Kind = Literal["g128", "channel", "w8a8"]
+VECTORS = frozenset({"channel_scale", "channel_zero", "weight_scale"})
+"""Our tensors with a number per output channel."""
+KV_SCALE = "kv_scale_quant_orig"
+# What a packed layer of each kind has and the others have not.
+_MARKS: Mapping[str, Kind] = {
+    ".s2_scales": "g128",
+    ".s1_szeros": "channel",
+    ".dequant_scale": "w8a8",
+}
+# Older versions of transformers save this constant with the weights.
+_CONSTANT = ".rotary_emb.inv_freq"
+_I8 = frozenset({"I8"})
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a tensor must be like."""
+
+    dtypes: frozenset[str]
+    shape: tuple[int, ...]
+
+
+def packed_kind(names: Iterable[str]) -> Kind:
+    """The format of a packed checkpoint."""
+    found: dict[Kind, str] = {}
+    for name in names:
+        for mark, kind in _MARKS.items():
+            if name.endswith(mark):
+                found.setdefault(kind, name)
+    if not found:
+        raise FormatError(
+            f"no tensor ends in {', '.join(_MARKS)}: this is not a checkpoint of QServe; "
+            "give the folder that QServe serves, or model.pt and scale.pt of deepcompressor"
+        )
+    if len(found) > 1:
+        raise FormatError(
+            f"{' and '.join(found.values())}: of different formats in one checkpoint; "
+            "remove the files that are not part of it"
+        )
+    return next(iter(found))
+
+
+def raw_kind(scales: Iterable[str]) -> Kind:
+    """The format that `scale.pt` of deepcompressor describes."""
+    names = tuple(scales)
+    if any(name.endswith(".weight.scale.1") for name in names):
+        return "g128"
+    if any(name.endswith((".weight.zero", ".weight.scaled_zero")) for name in names):
+        return "channel"
+    if any(name.endswith(".weight.scale.0") for name in names):
+        return "w8a8"
+    raise FormatError("scale.pt: no tensor ends in .weight.scale.0; give deepcompressor's output")
+
+
+def packed_layer(kind: Kind, n: int, k: int) -> dict[str, Wanted]:
+    """Leaf -> what a packed layer with N outputs and K inputs has."""
+    channel, groups = Wanted(FLOATS, (n,)), Wanted(_I8, (k // GROUP_SIZE, n))
+    if kind == "w8a8":
+        return {"weight": Wanted(_I8, (n, k)), "dequant_scale": channel}
+    qweight = {"qweight": Wanted(_I8, (n, k // 2)), "s1_scales": channel}
+    if kind == "channel":
+        return qweight | {"s1_szeros": channel}
+    return qweight | {"s2_scales": groups, "s2_zeros": groups}
+
+
+def check_packed(tensors: Mapping[str, TensorInfo], kind: Kind, model: Expected) -> list[str]:
+    """Refuse, by name, what is missing, extra or misshapen; the result is what an import drops."""
+    wanted: dict[str, Wanted] = {}
+    for layer, (n, k) in model.linears.items():
+        if kind != "w8a8":
+            _check_divisible(f"{layer}.qweight", n, k, TILE if kind == "channel" else GROUP_SIZE)
+        if kind == "g128":
+            _check_group_size(tensors.get(f"{layer}.s2_scales"), k)
+        wanted |= {f"{layer}.{leaf}": w for leaf, w in packed_layer(kind, n, k).items()}
+    return _check_all(tensors, wanted, model)
+
+
+def check_raw(tensors: Mapping[str, TensorInfo], kind: Kind, model: Expected) -> list[str]:
+    """The same for `model.pt`."""
+    for layer, (_, k) in model.linears.items():
+        _check_divisible(f"{layer}.weight", TILE, k, GROUP_SIZE if kind == "g128" else 2)
+    # A code is found by rounding, for which bf16 with 8 bits is too coarse.
+    dtypes = frozenset({"F16", "F32"})
+    wanted = {f"{name}.weight": Wanted(dtypes, shape) for name, shape in model.linears.items()}
+    return _check_all(tensors, wanted, model)
+
+
+def check_scales(scales: Mapping[str, TensorInfo], kind: Kind, model: Expected) -> None:
+    """Refuse tensors of `scale.pt` that belong to no layer. Missing ones: `RawLayers`."""
+    leaves = {"scale.0"} if kind == "w8a8" else {"scale.0", "zero", "scaled_zero"}
+    leaves |= {"scale.1"} if kind == "g128" else set()
+    wanted = {f"{layer}.weight.{leaf}" for layer in model.linears for leaf in leaves}
+    for name in sorted(scales.keys() - wanted):
+        raise FormatError(
+            f"{scales[name].file}: {name}: belongs to no layer of the base model; "
+            "give the --base that this model was made of"
+        )
+
+
+def _check_all(
+    tensors: Mapping[str, TensorInfo], linears: Mapping[str, Wanted], model: Expected
+) -> list[str]:
+    wanted = dict(linears)
+    wanted |= {f"{x}.bias": Wanted(FLOATS, (model.linears[x][0],)) for x in model.biased}
+    wanted |= {name: Wanted(FLOATS, shape) for name, shape in model.others.items()}
+    dropped = sorted(n for n in tensors if n.endswith((f".{KV_SCALE}", _CONSTANT)))
+    for name, want in sorted(wanted.items()):
+        if name in tensors:
+            _check_one(tensors[name], want)
+        elif name != HEAD or not model.is_tied:
+            raise FormatError(
+                f"{name}: missing, the base model has it; download or convert the model again, "
+                "or give the --base that it was made of"
+            )
+    for name in sorted(tensors.keys() - wanted.keys() - set(dropped)):
+        raise FormatError(
+            f"{tensors[name].file}: {name}: the base model has no such tensor; "
+            "give the --base that this model was made of"
+        )
+    return dropped
+
+
+def _check_one(info: TensorInfo, want: Wanted) -> None:
+    if info.dtype not in want.dtypes or info.shape != want.shape:
+        raise FormatError(
+            f"{info.file}: {info.name}: is {info.dtype} {list(info.shape)}, expected "
+            f"{' or '.join(sorted(want.dtypes))} {list(want.shape)}; "
+            "give the --base that this model was made of, or download it again"
+        )
+
+
+def _check_divisible(name: str, n: int, k: int, columns: int) -> None:
+    if n % TILE or k % columns:
+        raise FormatError(
+            f"{name}: the base model has {n} outputs and {k} inputs here, which are not multiples "
+            f"of {TILE} and {columns}; give the --base that this model was made of"
+        )
+
+
+def _check_group_size(scales: TensorInfo | None, k: int) -> None:
+    if scales is None or len(scales.shape) != 2 or scales.shape[0] in (0, k // GROUP_SIZE):
+        return
+    groups = scales.shape[0]
+    if k % groups == 0:
+        raise FormatError(
+            f"{scales.file}: {scales.name}: has {groups} groups of {k // groups} inputs; only a "
+            f"group size of {GROUP_SIZE} can be imported"
+        )

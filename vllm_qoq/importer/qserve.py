@@ -1,0 +1,126 @@
+"""A packed checkpoint of QServe or deepcompressor, layer by layer, in our tensors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+
+from merge_tools import MergeError
+from vllm_qoq.format import FormatError
+from vllm_qoq.importer import level2, tiles
+from vllm_qoq.importer.detect import Kind
+from vllm_qoq.importer.source import Source
+from vllm_qoq.importer.tiles import S2_ORDERS, S2Order
+from vllm_qoq.importer.values import check_finite, check_scale, damaged
+from vllm_qoq.packing import pack_nibbles
+
+
+class PackedLayers:
+    """Linear layers of `source`. `check` every one before `settle`, then `vectors` and `weights`.
+
+    order     the order of `s2_scales` that the caller knows, or None to find it out
+    repaired  after `settle`: whether it was deepcompressor's
+    proofs    after `settle`: how many layers allow that order only
+    """
+
+    def __init__(self, source: Source, kind: Kind, order: S2Order | None) -> None:
+        self._source, self._kind, self._asked = source, kind, order
+        self._ranks: dict[str, dict[S2Order, int]] = {}
+        self._order: S2Order = order or "qserve"
+        self.repaired, self.proofs = False, 0
+
+    def check(self, layer: str) -> dict[str, torch.Tensor]:
+        """Look at every number of a layer.
+
+        The result is our tensors with a number per output channel.
+        """
+        if self._kind == "w8a8":
+            scale = self._checked(layer, "dequant_scale", check_scale)
+            return {"weight_scale": scale.float().reshape(-1, 1)}
+        vectors = {"channel_scale": self._checked(layer, "s1_scales", check_scale).float()}
+        if self._kind == "channel":
+            vectors["channel_zero"] = self._checked(layer, "s1_szeros", check_finite).float()
+        else:
+            self._check_level2(layer)
+        return vectors
+
+    def settle(self) -> None:
+        """Decide the order of `s2_scales`. One converter wrote all layers, so it is one for all."""
+        if self._kind != "g128":
+            return
+        proofs = {layer: order for layer in self._ranks if (order := self._proof(layer))}
+        by_order = {order: layer for layer, order in proofs.items()}
+        if len(by_order) > 1:
+            raise FormatError(
+                f"{by_order['qserve']}.s2_scales: is in the order of QServe, but "
+                f"{by_order['deepcompressor']}.s2_scales in that of deepcompressor; "
+                "convert the model again"
+            )
+        for order, layer in by_order.items():
+            if self._asked not in (None, order):
+                raise MergeError(
+                    f"{layer}.s2_scales: is in the order of {order}, not of {self._asked}; "
+                    "leave --s2-order out"
+                )
+            self._order = order
+        self.repaired = self._order == "deepcompressor"
+        self.proofs = Counter(proofs.values())[self._order]
+
+    def weights(self, layer: str) -> dict[str, torch.Tensor]:
+        """Our other tensors."""
+        if self._kind == "w8a8":
+            return {"weight": self._get(layer, "weight")}
+        codes = tiles.unpack_tiles(self._get(layer, "qweight"))
+        if self._kind == "channel":
+            return {"qweight": pack_nibbles(codes)}
+        low, high = level2.extent(codes)
+        scale, offset, _ = self._level2(layer, self._order, low, high)
+        codes, group_offset = level2.canonical(codes, low, scale, offset)
+        return {
+            "qweight": pack_nibbles(codes),
+            "group_scale": scale.to(torch.uint8),
+            "group_offset": group_offset,
+        }
+
+    def _check_level2(self, layer: str) -> None:
+        name = f"{layer}.s2_scales"
+        scales = self._source.get(name)
+        if not ((scales >= 1) & (scales <= level2.MAX_SCALE)).all():
+            raise damaged(
+                self._source.tensors[name],
+                f"holds scales from {int(scales.min())} to {int(scales.max())}, "
+                f"expected 1 to {level2.MAX_SCALE}",
+            )
+        low, high = level2.extent(tiles.unpack_tiles(self._get(layer, "qweight")))
+        ranks = {order: self._level2(layer, order, low, high)[2] for order in S2_ORDERS}
+        if min(ranks.values()) == level2.BROKEN:
+            raise damaged(
+                self._source.tensors[f"{layer}.s2_zeros"],
+                "makes weights beyond int8, in the channel orders of QServe and of deepcompressor",
+            )
+        self._ranks[layer] = ranks
+
+    def _level2(
+        self, layer: str, order: S2Order, low: torch.Tensor, high: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Scale and offset int16 [N, K / 128] if `order` is right, and how sound they are."""
+        scale = tiles.channels_first(self._get(layer, "s2_scales"), order).to(torch.int16)
+        zeros = tiles.channels_first(self._get(layer, "s2_zeros"), order)
+        offset, rank = level2.unwrap(low, high, scale, zeros)
+        return scale, offset, rank
+
+    def _proof(self, layer: str) -> S2Order | None:
+        """The order of a layer that makes sense in one only."""
+        ranks = self._ranks[layer]
+        if ranks["qserve"] == ranks["deepcompressor"]:
+            return None
+        return min(S2_ORDERS, key=lambda order: ranks[order])
+
+    def _get(self, layer: str, leaf: str) -> torch.Tensor:
+        return self._source.get(f"{layer}.{leaf}")
+
+    def _checked(self, layer: str, leaf: str, check: Callable[..., torch.Tensor]) -> torch.Tensor:
+        name = f"{layer}.{leaf}"
+        return check(self._source.tensors[name], self._source.get(name))
