@@ -89,7 +89,7 @@ _EXACT_IN_FLOAT32 = 1024
 def _cpu_int_mm_is_exact() -> bool:
     """Whether torch._int_mm can be trusted: on x86 CPUs without VNNI it saturates.
 
-    oneDNN adds two products there in 16 bits (vpmaddubsw). Seen with torch 2.11 to 2.14
+    oneDNN adds two products there in 16 bits (vpmaddubsw). Seen with torch 2.13.0
     under ONEDNN_MAX_CPU_ISA=AVX2 and AVX512_CORE.
     """
     row = torch.full((1, 64), INT8_MAX, dtype=torch.int8)

@@ -16,10 +16,11 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 
-from vllm_qoq.format import QUANT_METHOD, FormatError, Section, split_name
+from vllm_qoq.format import QOQ_LINEAR, QUANT_METHOD, FormatError, Section, split_name
 from vllm_qoq.integration.counters import new_counter_name
 from vllm_qoq.integration.linear import FlexLinearMethod, SetMethod
 from vllm_qoq.integration.policy import Policy
+from vllm_qoq.integration.qoq_linear import QoQLinearConfig, fused_parts
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -29,14 +30,14 @@ _MODULE_LISTS = ("modules_in_block_to_quantize", "modules_to_not_convert")
 
 
 class QoQConfig(QuantizationConfig):
-    """Holds one real in-tree config per set and asks each for its part of a layer."""
+    """Holds one real config per set, vLLM's or ours, and asks each for its part of a layer."""
 
     def __init__(self, section: Section) -> None:
         super().__init__()
         self.section = section
         self.set_names = tuple(section.sets)
         self.set_configs = {
-            name: get_quantization_config(config["quant_method"]).from_config(dict(config))
+            name: _config_class(config["quant_method"]).from_config(dict(config))
             for name, config in section.sets.items()
         }
         self.counter_stem = new_counter_name()
@@ -178,10 +179,7 @@ class QoQConfig(QuantizationConfig):
         return self._used
 
     def _parts(self, prefix: str) -> list[str]:
-        """The checkpoint layers that vLLM fuses into `prefix`."""
-        parent, dot, leaf = prefix.rpartition(".")
-        fused = self.packed_modules_mapping.get(leaf, [leaf])
-        return [f"{parent}{dot}{part}" for part in fused]
+        return fused_parts(prefix, self.packed_modules_mapping)
 
     def _map_name(self, name: str) -> str:
         mapped = self._mapper._map_name(name) if self._mapper is not None else None
@@ -191,3 +189,7 @@ class QoQConfig(QuantizationConfig):
         """Module names read from the checkpoint, without the other sets' and without prefix."""
         split = (split_name(module, self.set_names) for module in modules)
         return [module for owner, module in split if owner in (None, name)]
+
+
+def _config_class(quant_method: str) -> type[QuantizationConfig]:
+    return QoQLinearConfig if quant_method == QOQ_LINEAR else get_quantization_config(quant_method)

@@ -103,7 +103,10 @@ class WeightSet(nn.Module):
         """Bring the loaded weights into the form that the method's kernel reads."""
         if self.bias is not None and self.bias.numel() == 0:
             self.bias = None
-        self.linear_method.process_weights_after_loading(self)
+        try:
+            self.linear_method.process_weights_after_loading(self)
+        except FormatError as error:
+            raise FormatError(f"set {self.set_name!r}: {error}") from None
         # Plain attributes: a module finds its parameters by a slower way, which methods take
         # several times per call. Assigning a parameter anew removes the plain one.
         vars(self).update(self._parameters)

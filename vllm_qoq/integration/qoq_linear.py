@@ -1,0 +1,237 @@
+"""The method of a set with `"quant_method": "qoq_linear"`: 4-bit weights, int8 activations.
+
+The tensors are those of `vllm_qoq.format.QoQSet`. Nothing in them is permuted, so
+vLLM's own parameter classes slice them for tensor parallelism; where a row-parallel
+layer is per channel, every rank has the whole channel_scale and channel_zero and its
+own row sum, and the products add up over the ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.parameter import (
+    ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
+    PackedvLLMParameter,
+)
+
+from vllm_qoq import ops, reference
+from vllm_qoq.format import QOQ_LINEAR, FormatError, QoQSet
+
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
+
+_TENSORS = ("qweight", "channel_scale", "channel_zero", "group_scale", "group_offset")
+
+
+class QoQLinearConfig(QuantizationConfig):
+    """One qoq_linear set in vLLM's words."""
+
+    def __init__(self, qoq_set: QoQSet) -> None:
+        super().__init__()
+        self.qoq_set = qoq_set
+
+    @classmethod
+    def get_name(cls) -> str:
+        """The `quant_method` of the set."""
+        return QOQ_LINEAR
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """The dtypes that the ops can write."""
+        return [torch.bfloat16, torch.float16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Ampere: the first with int8 tensor cores that asynchronous copies can feed."""
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: everything is in config.json."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> QoQLinearConfig:
+        """Read one entry of `sets`; FormatError says what is wrong."""
+        return cls(QoQSet.parse(config, QOQ_LINEAR))
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        """Follow a model whose layers have other names in vLLM than in the checkpoint."""
+        ignore = tuple(hf_to_vllm_mapper.apply_list(list(self.qoq_set.ignore)))
+        self.qoq_set = self.qoq_set.model_copy(update={"ignore": ignore})
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+        """The method of a linear layer; None for everything else, which stays unquantized."""
+        if not isinstance(layer, LinearBase):
+            return None
+        parts = fused_parts(prefix, self.packed_modules_mapping)
+        ignored = [part for part in parts if self.qoq_set.ignores(part)]
+        if not ignored:
+            return QoQLinearMethod(self.qoq_set, prefix, parts)
+        if len(ignored) < len(parts):
+            raise FormatError(
+                f"the ignore list of a {QOQ_LINEAR} set has {ignored[0]} but not all of "
+                f"{', '.join(parts)}, which vLLM computes as one layer; quantize all or none"
+            )
+        return UnquantizedLinearMethod()
+
+
+def fused_parts(prefix: str, packed_modules_mapping: Mapping[str, list[str]]) -> list[str]:
+    """The checkpoint layers that vLLM fuses into `prefix`."""
+    parent, dot, leaf = prefix.rpartition(".")
+    return [f"{parent}{dot}{part}" for part in packed_modules_mapping.get(leaf, [leaf])]
+
+
+@register_weight_loader_v2_supported_method
+class QoQLinearMethod(LinearMethodBase):
+    """Computes one linear layer with QoQ weights.
+
+    prefix  the layer's name in vLLM
+    parts   the checkpoint layers fused in it
+    """
+
+    def __init__(self, qoq_set: QoQSet, prefix: str, parts: list[str]) -> None:
+        self.qoq_set, self.prefix, self.parts = qoq_set, prefix, parts
+
+    def create_weights(
+        self,
+        layer: LinearBase,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Create this rank's slice of every tensor; FormatError for a size that cannot be."""
+        n, k, group = sum(output_partition_sizes), input_size_per_partition, self.qoq_set.group_size
+        self._check_size(k, input_size)
+        self.output_partition_sizes = output_partition_sizes
+        load = {"weight_loader": extra_weight_attrs["weight_loader"]}
+        self.is_dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        both = {"input_dim": 1, "output_dim": 0, **load}
+        for name in _TENSORS:
+            layer.register_parameter(name, None)
+        layer.qweight = PackedvLLMParameter(
+            data=torch.empty(n, k // 2, dtype=torch.uint8), packed_dim=1, packed_factor=2, **both
+        )
+        layer.channel_scale = _per_channel(n, load)
+        if group == -1:
+            layer.channel_zero = _per_channel(n, load)
+            return
+        shape = (n, k // group)
+        layer.group_scale = GroupQuantScaleParameter(
+            data=torch.empty(shape, dtype=torch.uint8), **both
+        )
+        layer.group_offset = GroupQuantScaleParameter(
+            data=torch.empty(shape, dtype=torch.int8), **both
+        )
+
+    def process_weights_after_loading(self, layer: LinearBase) -> None:
+        """Check the values and unpack the weight to int8 [N, K], once."""
+        device = layer.qweight.device.type
+        if not ops.has_kernels(device):
+            raise RuntimeError(
+                f"{self.prefix}: this build of vllm-qoq has no {device.upper()} kernels for "
+                f"{QOQ_LINEAR}; use another set of the checkpoint, for example with "
+                """--additional-config '{"qoq": {"force_set": "w8a8"}}', or serve on the CPU"""
+            )
+        if self.is_dummy:
+            _make_valid(layer)
+        n, half_k = layer.qweight.shape
+        weight = torch.empty(n, 2 * half_k, dtype=torch.int8, device=layer.qweight.device)
+        for part, rows in self._rows():
+            tensors = {
+                name: parameter.data[rows]
+                for name in _TENSORS
+                if (parameter := getattr(layer, name)) is not None
+            }
+            try:
+                _check_floats(tensors)
+                weight[rows] = reference.int8_weight(tensors)
+            except ValueError as error:
+                raise FormatError(
+                    f"{part}.{error}; run `vllm-qoq verify` on the checkpoint, download or "
+                    "quantize it again"
+                ) from None
+        layer.weight = Parameter(weight, requires_grad=False)
+        del layer.qweight
+        layer.group_scale = layer.group_offset = None
+
+    def apply(
+        self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """y = x @ W.T + bias, x [..., K] in the model's dtype."""
+        codes, scale, row_sum = torch.ops.qoq.quantize_per_token(x.reshape(-1, x.shape[-1]))
+        y = torch.ops.qoq.w4a8_gemm(
+            codes,
+            scale,
+            row_sum,
+            layer.weight,
+            layer.channel_scale,
+            layer.channel_zero,
+            layer.group_scale,
+            layer.group_offset,
+            bias,
+            x.dtype,
+        )
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _check_size(self, k: int, input_size: int) -> None:
+        multiple = 2 if self.qoq_set.group_size == -1 else self.qoq_set.group_size
+        if k % multiple == 0:
+            return
+        # The layer that owns this one adds the remedy for a split.
+        remedy = "; quantize again with this layer in `ignore`" if k == input_size else ""
+        raise FormatError(
+            f"{k} inputs are not a multiple of {multiple}, as {QOQ_LINEAR} with group_size "
+            f"{self.qoq_set.group_size} needs{remedy}"
+        )
+
+    def _rows(self) -> Iterator[tuple[str, slice]]:
+        """The checkpoint layers and their rows in the fused weight."""
+        sizes = self.output_partition_sizes
+        parts = self.parts
+        if len(parts) != len(sizes):  # fused on disk, too
+            parts, sizes = [self.prefix], [sum(sizes)]
+        start = 0
+        for part, size in zip(parts, sizes, strict=True):
+            yield part, slice(start, start + size)
+            start += size
+
+
+def _per_channel(size: int, load: dict[str, Any]) -> ChannelQuantScaleParameter:
+    data = torch.empty(size, dtype=torch.float32)
+    return ChannelQuantScaleParameter(data=data, output_dim=0, **load)
+
+
+def _make_valid(layer: LinearBase) -> None:
+    """`--load-format dummy` leaves random bytes, which are codes but not scales."""
+    layer.channel_scale.data.fill_(1e-3)
+    if layer.channel_zero is not None:
+        layer.channel_zero.data.zero_()
+    else:
+        layer.group_scale.data.fill_(1)
+        layer.group_offset.data.zero_()
+
+
+def _check_floats(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError, beginning with the tensor's name, unless scales and zeros are sound."""
+    scale, zero = tensors["channel_scale"], tensors.get("channel_zero")
+    if not (scale.isfinite() & (scale > 0)).all():
+        raise ValueError("channel_scale: holds a scale that is not finite and positive")
+    if zero is not None and not zero.isfinite().all():
+        raise ValueError("channel_zero: holds NaN or infinity")
