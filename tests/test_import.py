@@ -312,7 +312,8 @@ def test_deepcompressors_order_is_found_repaired_and_reported(place, run, monkey
 def test_where_both_orders_make_sense_the_user_decides(place, run, order):
     tensors, weights = model(lambda n, k: g128(n, k, order, is_ambiguous=True))
     torch.save(tensors, place / "src" / "pytorch_model.bin")
-    assert run(*(["--s2-order", order] if order == "deepcompressor" else []))[0] == 0
+    code, report = run(*(["--s2-order", order] if order == "deepcompressor" else []))
+    assert code == 0 and ("which no layer proves" in str(report["notes"])) == (order == "qserve")
     assert_weights(place, weights)
 
 
@@ -548,6 +549,16 @@ def test_a_full_disk_leaves_nothing_behind(place, run, grouped, monkeypatch):
 
     monkeypatch.setattr("merge_tools.writer.os.fsync", full)
     assert_refused(place, run(), "No space left")
+
+
+def test_the_source_may_be_the_base_and_people_get_a_summary(place, monkeypatch, capsys, grouped):
+    torch.save(grouped[0], place / "base" / "pytorch_model.bin")
+    paths = (place / "base", "-o", place / "out", "--base", place / "base")
+    monkeypatch.setattr(sys, "argv", ["vllm-qoq", "import", *map(str, paths)])
+    assert cli.main() == 0
+    out, err = capsys.readouterr()
+    assert "QoQ g128, 14 layers" in out and "check values" in err
+    assert not (place / "out" / "pytorch_model.bin").exists()
 
 
 def test_dry_run_and_overwrite(place, run, grouped):

@@ -77,6 +77,11 @@ def _notes(opened: Any) -> list[str]:
             "put level-2 scales and zeros from deepcompressor's channel order right; "
             f"{opened.layers.proofs} of {len(opened.model.linears)} layers prove that order"
         )
+    elif opened.layers.is_order_guessed:
+        notes.append(
+            "took level-2 scales and zeros in QServe's channel order, which no layer proves; if "
+            "the model talks nonsense, import it again with --s2-order deepcompressor"
+        )
     return notes
 
 

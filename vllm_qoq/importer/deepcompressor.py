@@ -32,7 +32,7 @@ _SIGNED = 8  # what signed codes -8..7 lack to 0..15
 class RawLayers:
     """Linear layers of `model.pt` and `scale.pt`, in our tensors. See `PackedLayers`."""
 
-    repaired, proofs = False, 0
+    repaired, proofs, is_order_guessed = False, 0, False
 
     def __init__(self, model: Source, scales: Source, kind: Kind) -> None:
         self._model, self._scales, self._kind = model, scales, kind

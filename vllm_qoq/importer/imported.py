@@ -61,6 +61,7 @@ class Layers(Protocol):
 
     repaired: bool
     proofs: int
+    is_order_guessed: bool
 
     def check(self, layer: str) -> dict[str, torch.Tensor]: ...
     def settle(self) -> None: ...

@@ -20,16 +20,17 @@ from vllm_qoq.packing import pack_nibbles
 class PackedLayers:
     """Linear layers of `source`. `check` every one before `settle`, then `vectors` and `weights`.
 
-    order     the order of `s2_scales` that the caller knows, or None to find it out
-    repaired  after `settle`: whether it was deepcompressor's
-    proofs    after `settle`: how many layers allow that order only
+    order             the order of `s2_scales` that the caller knows, or None to find it out
+    repaired          after `settle`: whether it was deepcompressor's
+    proofs            after `settle`: how many layers allow that order only
+    is_order_guessed  after `settle`: neither a layer nor the caller says it
     """
 
     def __init__(self, source: Source, kind: Kind, order: S2Order | None) -> None:
         self._source, self._kind, self._asked = source, kind, order
         self._ranks: dict[str, dict[S2Order, int]] = {}
         self._order: S2Order = order or "qserve"
-        self.repaired, self.proofs = False, 0
+        self.repaired, self.proofs, self.is_order_guessed = False, 0, False
 
     def check(self, layer: str) -> dict[str, torch.Tensor]:
         """Look at every number of a layer.
@@ -67,6 +68,7 @@ class PackedLayers:
             self._order = order
         self.repaired = self._order == "deepcompressor"
         self.proofs = Counter(proofs.values())[self._order]
+        self.is_order_guessed = self._asked is None and not self.proofs
 
     def weights(self, layer: str) -> dict[str, torch.Tensor]:
         """Our other tensors."""
