@@ -49,12 +49,17 @@ def generate(llm: LLM, prompts: tuple[str, ...] = PROMPTS, max_tokens: int = 12)
 
 
 def largest_gap(a: Generation, b: Generation) -> float:
-    """Largest difference of log-probabilities while both runs agree on the tokens so far."""
+    """Largest difference of log-probabilities while both runs agree on the tokens so far.
+
+    Infinite where the token that one run chose is not among the likeliest of the other.
+    """
     gaps = [0.0]
     for (tokens_a, logprobs_a), (tokens_b, logprobs_b) in zip(a, b, strict=True):
         for token_a, token_b, left, right in zip(
             tokens_a, tokens_b, logprobs_a, logprobs_b, strict=True
         ):
+            if token_a not in right or token_b not in left:
+                gaps.append(float("inf"))
             gaps += [abs(left[token] - right[token]) for token in left.keys() & right.keys()]
             if token_a != token_b:
                 break

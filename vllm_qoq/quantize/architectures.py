@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from vllm_qoq.quantize import QuantizeError
 
 
@@ -100,6 +98,10 @@ class Shape:
         return self.heads // self.kv_heads
 
 
-def blocks(model: nn.Module, arch: Architecture) -> list[nn.Module]:
+Module = Any
+"""An `nn.Module`, untyped: mypy takes each attribute of one for either a tensor or a module."""
+
+
+def blocks(model: Module, arch: Architecture) -> list[Module]:
     """The decoder blocks in order."""
     return list(model.get_submodule(arch.blocks).children())

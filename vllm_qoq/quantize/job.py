@@ -194,21 +194,15 @@ def _quantize(
 
 
 def _pipeline(model: Any, step: Any, samples: list[list[int]]) -> None:
-    from datasets import Dataset
     from llmcompressor import oneshot
 
-    data = Dataset.from_dict(
-        {"input_ids": samples, "attention_mask": [[1] * len(piece) for piece in samples]}
-    )
-    oneshot(
-        model=model,
-        recipe=[step],
-        dataset=data,
-        num_calibration_samples=len(samples),
-        max_seq_length=len(samples[0]),
-        shuffle_calibration_samples=False,  # a resumed run must see the same order
-        pipeline="sequential",
-    )
+    batches: Any = [
+        {"input_ids": torch.tensor([tokens]), "attention_mask": torch.ones(1, len(tokens)).long()}
+        for tokens in samples
+    ]
+    # In this order always: a resumed run must see the same.
+    data: Any = torch.utils.data.DataLoader(batches, batch_size=None, shuffle=False)
+    oneshot(model=model, recipe=[step], dataset=data, pipeline="sequential")
 
 
 def _shared(model: Any, arch: Architecture) -> dict[str, torch.Tensor]:

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from llmcompressor.modifiers import Modifier
 from pydantic import ConfigDict, PrivateAttr
-from torch import nn
 
 from vllm_qoq.quantize import gptq, smooth
-from vllm_qoq.quantize.architectures import Architecture, Shape, blocks
+from vllm_qoq.quantize.architectures import Architecture, Module, Shape, blocks
 from vllm_qoq.quantize.evaluate import to_int8
 from vllm_qoq.quantize.report import LayerError
 from vllm_qoq.quantize.sets import SetKind
@@ -40,14 +39,14 @@ class _BlockPass(Modifier):
     arch: Architecture
     shape: Shape
 
-    _blocks: list[nn.Module] = PrivateAttr(default_factory=list)
+    _blocks: list[Module] = PrivateAttr(default_factory=list)
 
     def on_initialize(self, state: Any, **kwargs: Any) -> bool:
         self._blocks = blocks(state.model, self.arch)
         return True
 
     def on_sequential_epoch_end(
-        self, state: Any, event: Any, modules: list[nn.Module], **kwargs: Any
+        self, state: Any, event: Any, modules: list[Module], **kwargs: Any
     ) -> None:
         """Finish the blocks that this step ran: one, or none for the step of lm_head."""
         seen = set(map(id, modules))
@@ -58,7 +57,7 @@ class _BlockPass(Modifier):
     def on_calibration_end(self, state: Any, event: Any, **kwargs: Any) -> None:
         self.remove_hooks()
 
-    def finish(self, index: int, block: nn.Module) -> None:
+    def finish(self, index: int, block: Module) -> None:
         """Change the weights of a block whose inputs have all been seen."""
         raise NotImplementedError
 
@@ -86,14 +85,14 @@ class MagnitudePass(_BlockPass):
             self.register_hook(keys, self._keys_hook(index), "forward")
             self.register_hook(down, self._down_hook(index), "forward_pre")
 
-    def finish(self, index: int, block: nn.Module) -> None:
+    def finish(self, index: int, block: Module) -> None:
         found = smooth.transforms(self._seen.pop(index), block, self.arch, self.options)
         smooth.apply(block, found, self.arch, self.shape)
         self._found |= {f"{index}.{name}": tensor for name, tensor in found.items()}
         self.done(index)
 
     def _keys_hook(self, index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        def hook(module: Module, args: Any, output: torch.Tensor) -> None:
             seen = self._seen[index]
             pairs = smooth.key_pair_magnitude(output, self.shape).cpu()
             seen.key_pairs = torch.maximum(seen.key_pairs, pairs)
@@ -101,7 +100,7 @@ class MagnitudePass(_BlockPass):
         return hook
 
     def _down_hook(self, index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        def hook(module: Module, args: tuple[torch.Tensor, ...]) -> None:
             seen = self._seen[index]
             largest = args[0].detach().float().abs().flatten(0, -2).amax(dim=0).cpu()
             seen.down = torch.maximum(seen.down, largest)
@@ -110,7 +109,7 @@ class MagnitudePass(_BlockPass):
 
 
 def apply_saved(
-    model: nn.Module, found: dict[str, torch.Tensor], arch: Architecture, shape: Shape
+    model: Module, found: dict[str, torch.Tensor], arch: Architecture, shape: Shape
 ) -> None:
     """Smooth with what an earlier run found."""
     for index, block in enumerate(blocks(model, arch)):
@@ -154,7 +153,7 @@ class QuantizePass(_BlockPass):
         for hook in self._input_hooks:
             hook.remove()
 
-    def finish(self, index: int, block: nn.Module) -> None:
+    def finish(self, index: int, block: Module) -> None:
         name = piece(index)
         if not self.work.has(name):
             self.work.save(name, *self._quantize(index, block))
@@ -167,7 +166,7 @@ class QuantizePass(_BlockPass):
         self.done(index)
 
     def _quantize(
-        self, index: int, block: nn.Module
+        self, index: int, block: Module
     ) -> tuple[dict[str, torch.Tensor], list[LayerError]]:
         tensors: dict[str, torch.Tensor] = {}
         errors: list[LayerError] = []
@@ -202,7 +201,7 @@ class QuantizePass(_BlockPass):
     def _hessian_hook(self, index: int, name: str) -> Callable[..., None]:
         key = (index, name)
 
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        def hook(module: Module, args: tuple[torch.Tensor, ...]) -> None:
             x = args[0].detach().float().flatten(0, -2)
             if key not in self._hessians:
                 k = x.shape[1]

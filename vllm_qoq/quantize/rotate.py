@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from vllm_qoq.quantize import QuantizeError
-from vllm_qoq.quantize.architectures import Architecture, Shape, blocks
+from vllm_qoq.quantize.architectures import Architecture, Module, Shape, blocks
 from vllm_qoq.quantize.weights import assign
 
 _SEED = 0
@@ -39,7 +39,7 @@ def hadamard(size: int, seed: int = _SEED) -> torch.Tensor:
 
 
 @torch.no_grad()
-def fold_norms(model: nn.Module, arch: Architecture) -> None:
+def fold_norms(model: Module, arch: Architecture) -> None:
     """Move the weights of the norms into the layers that read them."""
     for block in blocks(model, arch):
         for norm, readers in arch.norms.items():
@@ -48,7 +48,7 @@ def fold_norms(model: nn.Module, arch: Architecture) -> None:
 
 
 @torch.no_grad()
-def untie(model: nn.Module, arch: Architecture) -> None:
+def untie(model: Module, arch: Architecture) -> None:
     """Give lm_head a weight of its own: it reads the folded norm, the embedding does not."""
     head, embedding = model.get_submodule(arch.head), model.get_submodule(arch.embedding)
     if head.weight is embedding.weight:
@@ -57,7 +57,7 @@ def untie(model: nn.Module, arch: Architecture) -> None:
 
 
 @torch.no_grad()
-def rotate_stream(model: nn.Module, arch: Architecture, shape: Shape) -> None:
+def rotate_stream(model: Module, arch: Architecture, shape: Shape) -> None:
     """Apply R1. The norms must be folded."""
     rotation = hadamard(shape.hidden)
     turn_inputs(model.get_submodule(arch.embedding), rotation)
@@ -70,7 +70,7 @@ def rotate_stream(model: nn.Module, arch: Architecture, shape: Shape) -> None:
 
 
 @torch.no_grad()
-def rotate_values(model: nn.Module, arch: Architecture, shape: Shape) -> None:
+def rotate_values(model: Module, arch: Architecture, shape: Shape) -> None:
     """Apply R2 to every head."""
     rotation = hadamard(shape.head_dim)
     for block in blocks(model, arch):
@@ -78,7 +78,7 @@ def rotate_values(model: nn.Module, arch: Architecture, shape: Shape) -> None:
         turn_inputs(block.get_submodule(arch.o), rotation)
 
 
-def turn_inputs(layer: nn.Module, rotation: torch.Tensor) -> None:
+def turn_inputs(layer: Module, rotation: torch.Tensor) -> None:
     """W [N, K] -> W @ R, block by block where R is smaller than K."""
     weight = layer.weight.data
     size = len(rotation)
@@ -86,7 +86,7 @@ def turn_inputs(layer: nn.Module, rotation: torch.Tensor) -> None:
     assign(layer, "weight", (blocked @ rotation).view_as(weight).to(weight.dtype))
 
 
-def turn_outputs(layer: nn.Module, rotation: torch.Tensor) -> None:
+def turn_outputs(layer: Module, rotation: torch.Tensor) -> None:
     """W [N, K] -> R.T @ W and b -> R.T @ b, block by block where R is smaller than N."""
     weight, size = layer.weight.data, len(rotation)
     blocked = weight.double().view(-1, size, weight.shape[1])
@@ -97,7 +97,7 @@ def turn_outputs(layer: nn.Module, rotation: torch.Tensor) -> None:
         assign(layer, "bias", turned.view_as(bias).to(bias.dtype))
 
 
-def _fold(norm: nn.Module, readers: list[nn.Module]) -> None:
+def _fold(norm: Module, readers: list[Module]) -> None:
     scale = norm.weight.data.double()
     for reader in readers:
         weight = reader.weight.data

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from vllm_qoq import reference
 from vllm_qoq.format import QoQSet
 from vllm_qoq.quantize.grid import Grid, PerChannel, Symmetric, TwoLevel
 from vllm_qoq.reference import GROUP_SIZE
@@ -76,3 +78,16 @@ class SetKind:
 
 
 NAMES = ("w8a8", "w4a8", "w4a16")
+
+
+def dequantize(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """float32 [N, K]: the weight that a layer's tensors, by leaf, stand for in any of the sets."""
+    if "qweight" in tensors:
+        return reference.dequantize(dict(tensors))
+    scale = tensors["weight_scale"].float()
+    if "weight_packed" in tensors:
+        words = tensors["weight_packed"]
+        codes = torch.stack([(words >> (4 * i)) & 15 for i in range(8)], dim=-1).flatten(1) - 8
+    else:
+        codes = tensors["weight"]
+    return codes.float() * scale.repeat_interleave(codes.shape[1] // scale.shape[1], dim=1)

@@ -16,9 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from vllm_qoq.quantize.architectures import Architecture, Shape
+from vllm_qoq.quantize.architectures import Architecture, Module, Shape
 from vllm_qoq.quantize.weights import assign
 
 _TINY = 1e-5
@@ -58,7 +57,7 @@ def key_pair_magnitude(keys: torch.Tensor, shape: Shape) -> torch.Tensor:
 
 
 def transforms(
-    seen: Magnitudes, block: nn.Module, arch: Architecture, options: SmoothOptions
+    seen: Magnitudes, block: Module, arch: Architecture, options: SmoothOptions
 ) -> dict[str, torch.Tensor]:
     """The tensors that `apply` needs, for one block.
 
@@ -81,9 +80,7 @@ def transforms(
 
 
 @torch.no_grad()
-def apply(
-    block: nn.Module, found: dict[str, torch.Tensor], arch: Architecture, shape: Shape
-) -> None:
+def apply(block: Module, found: dict[str, torch.Tensor], arch: Architecture, shape: Shape) -> None:
     """Change the weights of one block. The function stays, but for rounding to their dtype."""
     _smooth_keys(block, found["key_scale"].double(), arch, shape)
     scale = found["down_scale"].double()
@@ -100,7 +97,7 @@ def apply(
         assign(down, "weight", down.weight.data[:, order.to(down.weight.device)].contiguous())
 
 
-def _smooth_keys(block: nn.Module, scale: torch.Tensor, arch: Architecture, shape: Shape) -> None:
+def _smooth_keys(block: Module, scale: torch.Tensor, arch: Architecture, shape: Shape) -> None:
     per_kv_head = torch.cat((scale, scale), dim=1)  # both halves of each pair
     if arch.k_norm is not None and arch.q_norm is not None:
         _scale_vector(block.get_submodule(arch.k_norm), 1 / per_kv_head[0])
@@ -117,12 +114,12 @@ def _scale(magnitude: torch.Tensor, strength: float) -> torch.Tensor:
     return (logarithm - logarithm.mean()).exp()
 
 
-def _scale_vector(norm: nn.Module, factor: torch.Tensor) -> None:
+def _scale_vector(norm: Module, factor: torch.Tensor) -> None:
     weight = norm.weight.data
     assign(norm, "weight", (weight.double() * factor.to(weight.device)).to(weight.dtype))
 
 
-def _scale_rows(layer: nn.Module, factor: torch.Tensor) -> None:
+def _scale_rows(layer: Module, factor: torch.Tensor) -> None:
     weight = layer.weight.data
     factor = factor.to(weight.device)
     assign(layer, "weight", (weight.double() * factor[:, None]).to(weight.dtype))
@@ -130,6 +127,6 @@ def _scale_rows(layer: nn.Module, factor: torch.Tensor) -> None:
         assign(layer, "bias", (layer.bias.data.double() * factor).to(layer.bias.dtype))
 
 
-def _scale_columns(layer: nn.Module, factor: torch.Tensor) -> None:
+def _scale_columns(layer: Module, factor: torch.Tensor) -> None:
     weight = layer.weight.data
     assign(layer, "weight", (weight.double() * factor.to(weight.device)).to(weight.dtype))

@@ -15,7 +15,7 @@ def pieces(path: Path, tokenizer: Any, seqlen: int, samples: int | None) -> list
     QuantizeError if the text is too short.
     """
     tokens = tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False).input_ids
-    starts = range(0, len(tokens) - seqlen + 1, seqlen)
+    starts = list(range(0, len(tokens) - seqlen + 1, seqlen))
     if not starts:
         raise QuantizeError(
             f"{path}: {len(tokens)} tokens, fewer than one piece of {seqlen}; give a longer text "

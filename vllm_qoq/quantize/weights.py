@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+
+from vllm_qoq.quantize.architectures import Module
 
 
-def assign(layer: nn.Module, name: str, value: torch.Tensor) -> None:
+def assign(layer: Module, name: str, value: torch.Tensor) -> None:
     """Give the parameter `name` of `layer` the content of `value`, also if it is offloaded."""
     from compressed_tensors.offload import update_offload_parameter
 

@@ -20,6 +20,7 @@ from vllm_qoq.quantize import QuantizeError
 
 Resume = Literal["auto", "required", "never"]
 _FINGERPRINT = "fingerprint.json"
+_FINGERPRINT_BYTES = 1 << 20
 
 
 class WorkDir:
@@ -32,7 +33,7 @@ class WorkDir:
             self.remove()
         known = path / _FINGERPRINT
         if known.exists():
-            _compare(read_json(known), fingerprint, path)
+            _compare(read_json(known, _FINGERPRINT_BYTES), fingerprint, path)
         elif resume == "required":
             raise QuantizeError(f"{path}: nothing to resume there; start without --resume required")
         elif path.exists() and any(path.iterdir()):
