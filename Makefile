@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv/bin
 TESTS ?= tests
+WORKERS ?= 2
 
 # One thread per engine: several engines that spin on a machine of two cores take
 # many times as long. No usage statistics and no look-ups on the Hub.
@@ -26,7 +27,7 @@ demo: setup  ## quantize a tiny model twice, merge, measure, serve and ask it so
 	@$(VENV)/python examples/demo.py
 
 test: setup lint  ## every test that this machine can run
-	@$(VENV)/python -m pytest $(TESTS)
+	@$(VENV)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
 lint: setup  ## ruff and mypy
 	@$(VENV)/ruff check .

@@ -3,41 +3,25 @@
     python examples/accuracy.py MODEL --text calibration.txt --heldout heldout.txt -o OUT
         [--compare NAME=CHECKPOINT ...]
 
-Quantizes MODEL with `vllm-qoq quantize` once as it comes and once per step left out,
-and measures each in plain transformers with a 16-bit and a simulated 4-bit KV cache.
-`--compare` adds finished checkpoints, e.g. llmcompressor's. Writes OUT/accuracy.json,
-OUT/accuracy.md and OUT/accuracy.png.
+Quantizes MODEL as `vllm-qoq quantize` does, once as it comes and once per step left
+out, and measures each in plain transformers with a 16-bit and a simulated 4-bit KV
+cache. `--compare` adds finished compressed-tensors checkpoints, e.g. llmcompressor's.
+Writes OUT/accuracy.json, OUT/accuracy.md and OUT/accuracy.png.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
 import sys
 import tempfile
-import time
 from pathlib import Path
+from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from vllm_qoq.checkpoint import Checkpoint
-from vllm_qoq.format import split_layer, split_name
-from vllm_qoq.quantize import evaluate
-from vllm_qoq.quantize.architectures import architecture
-from vllm_qoq.quantize.job import Job, run
-from vllm_qoq.quantize.options import Options
-from vllm_qoq.quantize.sets import NAMES, dequantize
-from vllm_qoq.quantize.text import pieces
-
-ROUND_TO_NEAREST = {
-    "rotate": False,
-    "smooth_attention": 0.0,
-    "reorder": False,
-    "clip": False,
-    "gptq": False,
-}
+PLAIN = {"rotate": False, "smooth_attention": 0.0, "reorder": False, "clip": False, "gptq": False}
 # Name of the run -> sets and options. The table has a row per set.
-RUNS = {
-    "round to nearest": {"sets": ("w8a8", "w4a8"), **ROUND_TO_NEAREST},
+RUNS: dict[str, dict[str, Any]] = {
+    "round to nearest": {"sets": ("w8a8", "w4a8"), **PLAIN},
     "QoQ": {"sets": ("w8a8", "w4a16", "w4a8")},
     "QoQ per channel": {"sets": ("w4a8",), "group_size": -1},
     "QoQ without rotation": {"sets": ("w4a8",), "rotate": False},
@@ -47,99 +31,99 @@ RUNS = {
     "QoQ without clipping": {"sets": ("w4a8",), "clip": False},
     "QoQ without GPTQ": {"sets": ("w4a8",), "gptq": False},
 }
-KV_BITS = (16, 4)
+Row = dict[str, Any]
 
 
-class Measurer:
-    """Measures sets of checkpoints against one float model."""
+def rows_of(name: str, args: argparse.Namespace, folder: Path) -> list[Row]:
+    """Quantize once and measure before and after."""
+    from vllm_qoq.quantize.job import run
+    from vllm_qoq.quantize.options import Options
+    from vllm_qoq.quantize.plan import Job
 
-    def __init__(self, model: Path, heldout: Path, seqlen: int) -> None:
-        self.model = model
-        config = json.loads((model / "config.json").read_text())
-        self.arch = architecture(config)
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        self.windows = pieces(heldout, tokenizer, seqlen, None)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-
-    def float_model(self) -> torch.nn.Module:
-        """The unquantized model."""
-        loaded = AutoModelForCausalLM.from_pretrained(self.model, dtype="auto")
-        return loaded.to(self.device).eval()
-
-    def base(self) -> dict[str, float]:
-        """Of the unquantized model."""
-        return self._perplexities(self.float_model())
-
-    def of_set(self, checkpoint: Checkpoint, set_name: str | None, int8: bool) -> dict[str, float]:
-        """Of one set; None for a checkpoint without sets."""
-        layers: dict[str, dict[str, torch.Tensor]] = {}
-        weights = {}
-        for name in checkpoint.tensors:
-            owner, tensor = split_name(name, NAMES if set_name else ())
-            if owner not in (None, set_name):
-                continue
-            layer, leaf = split_layer(tensor)
-            if (
-                owner is not None
-                or leaf.startswith("weight_")
-                or f"{layer}.weight_scale" in checkpoint.tensors
-            ):
-                layers.setdefault(layer, {})[leaf] = checkpoint.get(name)
-            else:
-                weights[tensor] = checkpoint.get(name)
-        for layer, tensors in layers.items():
-            weights[f"{layer}.weight"] = dequantize(tensors)
-            if "bias" in tensors:
-                weights[f"{layer}.bias"] = tensors["bias"]
-        model = self.float_model()
-        evaluate.load_set(model, self.arch, weights, int8)
-        return self._perplexities(model)
-
-    def _perplexities(self, model: torch.nn.Module) -> dict[str, float]:
-        return {f"KV{bits}": evaluate.perplexity(model, self.windows, bits) for bits in KV_BITS}
+    options = Options.parse({**RUNS[name], "samples": args.samples, "seqlen": args.seqlen}, name)
+    job = Job(
+        model=args.model,
+        out=folder / "checkpoint",
+        text=args.text,
+        work_dir=folder / "work",
+        eval_text=args.heldout,
+        overwrite=True,
+        quiet=True,
+    )
+    report = run(job, options)
+    facts = {"seconds": report["seconds"], "memory_bytes": report["peak_memory_bytes"]}
+    float_row = {"version": "float", "set": "", **report["before"]["perplexity"]}
+    sets = report["after"].items()
+    return [
+        float_row,
+        *({"version": name, "set": s, **found["perplexity"], **facts} for s, found in sets),
+    ]
 
 
-def quantize(model: Path, text: Path, values: dict, samples: int, seqlen: int, out: Path) -> dict:
-    """One run of the quantizer into `out`; returns its report."""
-    options = Options.parse({**values, "samples": samples, "seqlen": seqlen}, "run")
-    work = out.with_name(out.name + ".work")
-    job = Job(model, out, text, work, "never", True, 5 << 30, True)
-    return run(job, options)
+def compared(name: str, folder: str, args: argparse.Namespace) -> Row:
+    """Measure a compressed-tensors checkpoint in the same way."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from vllm_qoq.checkpoint import Checkpoint
+    from vllm_qoq.quantize import evaluate
+    from vllm_qoq.quantize.architectures import architecture
+    from vllm_qoq.quantize.check import Check
+    from vllm_qoq.quantize.sets import dequantize
+    from vllm_qoq.quantize.text import pieces
+
+    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval()
+    state, checkpoint = model.state_dict(), Checkpoint.open(folder)
+    for weight in state:
+        stem = weight.removesuffix("weight")
+        leaves = {
+            key.removeprefix(stem): checkpoint.get(key)
+            for key in checkpoint.tensors
+            if key.startswith(stem)
+        }
+        state[weight].copy_(dequantize(leaves) if "weight_scale" in leaves else leaves["weight"])
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    check = Check(tokenizer, pieces(args.heldout, tokenizer, args.seqlen, None), [], (16, 4), True)
+    groups = checkpoint.config["quantization_config"]["config_groups"].values()
+    has_int8 = any(group["input_activations"] for group in groups)
+    with evaluate.int8_inputs(
+        model, architecture({"model_type": model.config.model_type}), has_int8
+    ):
+        return {"version": name, "set": "", **check.measure(model, name)["perplexity"]}
 
 
-def table(rows: list[dict]) -> str:
-    """Markdown: perplexity and its distance from bf16, for both KV settings."""
-    base = rows[0]["KV16"]
-    lines = ["| version | set | KV16 | | KV4 (simulated) | |", "|---|---|---|---|---|---|"]
+def table(rows: list[Row]) -> str:
+    """Markdown: perplexity and its distance from the float model, for both KV precisions."""
+    base = rows[0]["kv16"]
+    lines = ["| version | set | KV16 | | KV4, simulated | |", "|---|---|---|---|---|---|"]
     for row in rows:
         cells = [
             cell
-            for key in ("KV16", "KV4")
+            for key in ("kv16", "kv4")
             for cell in (f"{row[key]:.4f}", f"{row[key] / base - 1:+.2%}")
         ]
         lines.append(f"| {row['version']} | {row['set']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def plot(rows: list[dict], path: Path) -> None:
-    """Distance from bf16 per row."""
+def plot(rows: list[Row], path: Path) -> None:
+    """Distance from the float model per row."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    base, labels = rows[0]["KV16"], [f"{row['version']}: {row['set']}" for row in rows[1:]]
+    base, labels = rows[0]["kv16"], [f"{row['version']}: {row['set']}" for row in rows[1:]]
     figure, axes = plt.subplots(figsize=(9, 0.4 * len(labels) + 1.5))
-    for offset, key, colour in ((0.2, "KV16", "tab:blue"), (-0.2, "KV4", "tab:orange")):
+    for offset, key, colour in ((0.2, "kv16", "tab:blue"), (-0.2, "kv4", "tab:orange")):
         places = [len(labels) - i + offset for i in range(len(labels))]
         values = [100 * (row[key] / base - 1) for row in rows[1:]]
-        axes.barh(places, values, height=0.38, label=key, color=colour)
+        axes.barh(places, values, height=0.38, label=key.upper(), color=colour)
     axes.set_yticks([len(labels) - i for i in range(len(labels))], labels)
-    axes.set_xlabel("perplexity above bf16, %")
+    axes.set_xlabel("perplexity above the float model's, %")
     axes.set_xlim(0, 15)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -154,33 +138,17 @@ def main() -> None:
     parser.add_argument("--compare", nargs="*", default=[], metavar="NAME=CHECKPOINT")
     parser.add_argument("--only", nargs="*", metavar="RUN", help="of: " + "; ".join(RUNS))
     args = parser.parse_args()
+
     args.output.mkdir(parents=True, exist_ok=True)
-    measurer = Measurer(args.model, args.heldout, args.seqlen)
-    rows = [{"version": "bf16", "set": "", **measurer.base()}]
-
-    def add(row: dict) -> None:
-        rows.append(row)
-        (args.output / "accuracy.json").write_text(json.dumps(rows, indent=2))
-        print(table([rows[0], row]).splitlines()[-1], file=sys.stderr, flush=True)
-
-    for item in args.compare:
-        name, _, folder = item.partition("=")
-        checkpoint = Checkpoint.open(folder)
-        groups = checkpoint.config["quantization_config"]["config_groups"].values()
-        int8 = any(group["input_activations"] for group in groups)
-        add({"version": name, "set": "", **measurer.of_set(checkpoint, None, int8)})
+    rows: list[Row] = []
+    compare = [item.partition("=") for item in args.compare]
     with tempfile.TemporaryDirectory() as folder:
-        for name, values in RUNS.items():
-            if args.only is not None and name not in args.only:
-                continue
-            started = time.monotonic()
-            out = Path(folder) / "checkpoint"
-            report = quantize(args.model, args.text, values, args.samples, args.seqlen, out)
-            seconds = time.monotonic() - started
-            for set_name in values["sets"]:
-                found = measurer.of_set(Checkpoint.open(out), set_name, set_name.endswith("a8"))
-                facts = {"seconds": seconds, "memory_bytes": report["peak_memory_bytes"]}
-                add({"version": name, "set": set_name, **found, **facts})
+        for name in RUNS if args.only is None else args.only:
+            found = rows_of(name, args, Path(folder))
+            rows += found[bool(rows) :]
+            print(table(found), file=sys.stderr, flush=True)
+    rows += [compared(name, path, args) for name, _, path in compare]
+    (args.output / "accuracy.json").write_text(json.dumps(rows, indent=2))
     (args.output / "accuracy.md").write_text(table(rows))
     plot(rows, args.output / "accuracy.png")
     print(table(rows))

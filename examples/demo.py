@@ -3,6 +3,7 @@
 Run by `make demo`; everything is written below `demo-output/`.
 """
 
+import argparse
 import json
 import os
 import re
@@ -23,7 +24,6 @@ DATA, OUT = ROOT / "tests" / "data", ROOT / "demo-output"
 MODEL, CALIBRATION, HELDOUT = DATA / "tiny-llama", DATA / "calibration.txt", DATA / "heldout.txt"
 BIN = Path(sys.executable).parent
 START_SECONDS = 300
-
 
 STARTED = time.monotonic()
 
@@ -134,6 +134,7 @@ def size(folder: Path) -> str:
 
 def main() -> None:
     """Run the demo."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir()
     step("Quantizing to W8A8 with llmcompressor")

@@ -19,7 +19,6 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 NORM_FACTORS, KEY_FACTORS = (32.0, 64.0), (8.0, 16.0)
 VALUE_FACTORS, INNER_FACTORS = (8.0, 16.0), (16.0, 32.0, 64.0)
@@ -78,6 +77,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     if any(getattr(m, "bias", None) is not None for m in model.model.modules()):

@@ -7,21 +7,25 @@ activation outliers into the weights (SmoothQuant), W4A16 quantizes weights in
 groups of 128; both round with GPTQ, and leave the embeddings and lm_head alone.
 """
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from datasets import Dataset
-from llmcompressor import oneshot
-from llmcompressor.modifiers import Modifier
-from llmcompressor.modifiers.gptq import GPTQModifier
-from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from llmcompressor.modifiers import Modifier
+    from transformers import PreTrainedTokenizerBase
 
 SCHEMES = ("w8a8", "w4a16")
 
 
 def recipe(scheme: str) -> list[Modifier]:
     """The modifiers that llmcompressor applies in turn."""
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+
     gptq = GPTQModifier(targets="Linear", scheme=scheme.upper(), ignore=["lm_head"])
     return [SmoothQuantModifier(smoothing_strength=0.8), gptq] if scheme == "w8a8" else [gptq]
 
@@ -30,6 +34,8 @@ def calibration_set(
     text: Path, tokenizer: PreTrainedTokenizerBase, samples: int, seqlen: int
 ) -> Dataset:
     """Up to `samples` consecutive pieces of the file, `seqlen` tokens each."""
+    from datasets import Dataset
+
     tokens = tokenizer(text.read_text(encoding="utf-8")).input_ids
     pieces = [tokens[i : i + seqlen] for i in range(0, len(tokens) - seqlen + 1, seqlen)][:samples]
     if not pieces:
@@ -47,6 +53,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128, help="pieces of text (default: 128)")
     parser.add_argument("--seqlen", type=int, default=512, help="tokens a piece (default: 512)")
     args = parser.parse_args()
+
+    from llmcompressor import oneshot  # takes half a minute, so --help does without
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(args.model)

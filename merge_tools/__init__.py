@@ -15,6 +15,8 @@ The way of a merge, a module each:
     execute      stream the tensors out, verify, rename
 """
 
+from vllm_qoq.errors import UserError
 
-class MergeError(ValueError):
+
+class MergeError(UserError):
     """A merge that cannot be done as asked. The message says why, and what to do instead."""

@@ -1,9 +1,9 @@
-"""The model card of a merged checkpoint."""
+"""The model card of a checkpoint."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from merge_tools.plan import Plan
 from merge_tools.progress import human_bytes
@@ -11,7 +11,13 @@ from merge_tools.sources import WeightSet
 from vllm_qoq.format import Section
 
 
-def text(plan: Plan, sources: Mapping[str, WeightSet], section: Section, name: str) -> str:
+def text(
+    plan: Plan,
+    sources: Mapping[str, WeightSet],
+    section: Section,
+    name: str,
+    notes: Sequence[str] = (),
+) -> str:
     """README.md with the front matter that the Hugging Face Hub reads."""
     rows = [
         f"| `{set_name}` | {sources[set_name].config['quant_method']} | "
@@ -48,5 +54,6 @@ def text(plan: Plan, sources: Mapping[str, WeightSet], section: Section, name: s
             json.dumps(section.routing.to_json(), indent=2),
             "```",
             "",
+            *(f"- {note}" for note in notes),
         ]
     )

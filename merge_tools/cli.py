@@ -34,7 +34,7 @@ def add_parsers(commands: Any) -> None:
         metavar="FILE",
         help="JSON file with the whole routing table, layer rules too; instead of the two above",
     )
-    merge.add_argument("--max-shard-size", default="5GB", type=_size, metavar="SIZE")
+    merge.add_argument("--max-shard-size", default="5GB", type=size, metavar="SIZE")
     merge.add_argument("--dry-run", action="store_true", help="check and show the plan, then stop")
     merge.add_argument("--overwrite", action="store_true", help="replace OUT once done")
     merge.add_argument("--no-model-card", action="store_true", help="write no README.md")
@@ -49,13 +49,11 @@ def add_parsers(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Call the handler and turn what it raises into a message and an exit code."""
-    from merge_tools import MergeError
-    from vllm_qoq.format import FormatError
-    from vllm_qoq.routing import RoutingError
+    from vllm_qoq.errors import UserError
 
     try:
         return int(args.run(args))
-    except (MergeError, FormatError, RoutingError, OSError) as error:
+    except (UserError, OSError) as error:
         if args.debug:
             raise
         print(f"error: {_printable(str(error))}", file=sys.stderr)
@@ -204,7 +202,8 @@ def _verify(args: argparse.Namespace) -> int:
     return 1 if findings else 0
 
 
-def _size(text: str) -> int:
+def size(text: str) -> int:
+    """`5GB` -> 5000000000; for `argparse`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)", text.strip().upper())
     if match is None or float(match[1]) <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")

@@ -37,10 +37,14 @@ def execute(
     overwrite: bool,
     progress: Progress,
     model_card: bool = True,
+    notes: Sequence[str] = (),
 ) -> None:
-    """Write the checkpoint `out`. MergeError, FormatError or OSError leave nothing behind."""
+    """Write the checkpoint `out`; `notes` go into its model card.
+
+    MergeError, FormatError or OSError leave nothing behind.
+    """
     with replacing(out, overwrite) as folder:
-        with progress.stage("merge", plan.total_bytes) as advance:
+        with progress.stage("write", plan.total_bytes) as advance:
             for file, shard in plan.shards.items():
                 _write(folder / file, shard, sources, plan.prefill, advance)
         config = dict(sources[plan.prefill].checkpoint.config)
@@ -49,10 +53,11 @@ def execute(
         write_json(folder / CONFIG, config)
         _copy_other_files(folder, sources, plan.prefill)
         if model_card:
-            write_bytes(folder / _README, card.text(plan, sources, section, out.name).encode())
+            text = card.text(plan, sources, section, out.name, notes)
+            write_bytes(folder / _README, text.encode())
         sync_folder(folder)
         if findings := verify.structure(folder):
-            raise MergeError(f"the merged checkpoint is not sound: {findings[0]}")
+            raise MergeError(f"the written checkpoint is not sound: {findings[0]}")
 
 
 def _write(
@@ -114,7 +119,7 @@ def replacing(out: Path, overwrite: bool) -> Iterator[Path]:
             yield partial
             if out.exists():
                 if not overwrite:
-                    raise MergeError(f"{out}: appeared while merging; choose another folder")
+                    raise MergeError(f"{out}: appeared in the meantime; choose another folder")
                 out.rename(old)
             try:
                 partial.rename(out)

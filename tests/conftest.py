@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -83,7 +84,11 @@ def _quantized(model: Path, scheme: str) -> Path:
     for file in (QUANTIZE, text, model / "model.safetensors", model / "tokenizer.json"):
         digest.update(file.read_bytes())
     out = ROOT / ".cache" / "test-checkpoints" / f"{scheme}-{digest.hexdigest()[:16]}"
-    if not out.exists():
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out.parent / f"{scheme}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in several processes
+        if out.exists():
+            return out
         partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
         options = ["--scheme", scheme, "--text", str(text), "--samples", "64", "--seqlen", "256"]
         command = [sys.executable, str(QUANTIZE), str(model), str(partial), *options]

@@ -27,9 +27,6 @@ PACKAGES = ("vllm_qoq/", "merge_tools/")
 VLLM_AT = "vllm_qoq/integration/"
 LLMCOMPRESSOR_AT = "vllm_qoq/quantize/"
 
-# Not run with --help: one takes no arguments, the other takes long to import llmcompressor.
-WITHOUT_HELP = ("demo.py", "quantize_llmcompressor.py")
-
 # A developer's folders. Examples such as a file directly in /tmp are fine.
 MACHINE_PATH = re.compile(rb"(?<![\w.~])/(?:work|root|home/\w+|Users/\w+|tmp/[\w.-]+)/[\w.-]*")
 
@@ -217,7 +214,7 @@ def test_documented_files_exist(page):
 
 @pytest.mark.parametrize(
     "example",
-    sorted(path.name for path in (ROOT / "examples").glob("*.py") if path.name not in WITHOUT_HELP),
+    sorted(path.name for path in (ROOT / "examples").glob("*.py")),
 )
 def test_examples_answer_help(example):
     done = subprocess.run(

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
 from merge_tools import cli as merge_cli
 from merge_tools.spelling import kebab_case
 from vllm_qoq import __version__
 from vllm_qoq.importer import cli as import_cli
+from vllm_qoq.output import stdout_for
+from vllm_qoq.quantize import cli as quantize_cli
 
 
 def main() -> int:
@@ -24,6 +22,7 @@ def main() -> int:
     )
     parser.add_argument("--version", action="version", version=f"vllm-qoq {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    quantize_cli.add_parser(commands)
     merge_cli.add_parsers(commands)
     import_cli.add_parser(commands)
     _add_perplexity(commands)
@@ -44,7 +43,7 @@ def _add_perplexity(commands: argparse._SubParsersAction[argparse.ArgumentParser
 
 
 def _perplexity(args: argparse.Namespace) -> int:
-    with _stdout_for(sys.stderr.fileno()) as out:
+    with stdout_for(sys.stderr.fileno()) as out:
         from vllm_qoq.integration.perplexity import run
 
         return run(args, out)
@@ -62,21 +61,6 @@ def _env(args: argparse.Namespace) -> int:
     report = describe()
     print(json.dumps(report) if args.json else table(report))
     return 0
-
-
-@contextmanager
-def _stdout_for(descriptor: int) -> Iterator[TextIO]:
-    """Send what vLLM and its processes print to `descriptor`, the result to the real stdout."""
-    sys.stdout.flush()
-    real = os.dup(1)
-    os.dup2(descriptor, 1)
-    try:
-        with open(real, "w", closefd=False) as out:
-            yield out
-    finally:
-        sys.stdout.flush()
-        # Not undone: processes that vLLM leaves to the end of this one print there, too.
-        os.close(real)
 
 
 if __name__ == "__main__":

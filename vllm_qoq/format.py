@@ -58,6 +58,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
+from vllm_qoq.errors import UserError
 from vllm_qoq.routing import Routing, RoutingError, one_line
 
 FORMAT_VERSION = 1
@@ -78,7 +79,7 @@ _RESERVED = frozenset(
 )
 
 
-class FormatError(ValueError):
+class FormatError(UserError):
     """A checkpoint that breaks the contract. The message names file, tensor or key.
 
     Names come out of untrusted files, so what a terminal would obey is escaped.

@@ -30,8 +30,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
+from vllm_qoq.errors import UserError
 
-class RoutingError(ValueError):
+
+class RoutingError(UserError):
     """A routing table that is incomplete, out of order, or names what is not there."""
 
 

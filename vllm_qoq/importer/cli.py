@@ -43,9 +43,9 @@ def add_parser(commands: Any) -> None:
 
 def _import(args: argparse.Namespace) -> int:
     from merge_tools import preflight
+    from merge_tools.execute import execute
     from merge_tools.progress import Progress
     from vllm_qoq.importer import imported
-    from vllm_qoq.importer.write import write
 
     preflight.check_output(args.output, (args.source, args.base), args.overwrite)
     progress = Progress(args.quiet or args.json)
@@ -55,7 +55,8 @@ def _import(args: argparse.Namespace) -> int:
     preflight.check_space(args.output, plan.total_bytes)
     notes = _notes(opened)
     if not args.dry_run:
-        write(plan, result, section, args.output, args.overwrite, progress, notes)
+        sources = {result.name: result}
+        execute(plan, sources, section, args.output, args.overwrite, progress, notes=notes)
     _report(args, opened, plan, section, notes)
     return 0
 

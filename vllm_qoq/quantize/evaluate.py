@@ -9,22 +9,31 @@ are rounded to 4 or 8 bits per token and head. The protocol is that of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from vllm_qoq.quantize.architectures import Architecture, blocks
+from vllm_qoq.quantize.architectures import Architecture, Module, blocks
 from vllm_qoq.reference import quantize_per_token
 
 _ATTENTION = "qoq_simulated_kv"
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, windows: Iterable[list[int]], kv_bits: int = 16) -> float:
-    """exp of the mean negative log-likelihood of every token but the first of each window."""
-    device = next(model.parameters()).device
+def perplexity(
+    model: Module,
+    windows: Iterable[list[int]],
+    kv_bits: int = 16,
+    done: Callable[[], object] = lambda: None,
+) -> float:
+    """exp of the mean negative log-likelihood of every token but the first of each window.
+
+    `done` is called after each window.
+    """
+    device = device_of(model)
     total, count = 0.0, 0
     with _simulated_cache(model, kv_bits):
         for window in windows:
@@ -32,29 +41,30 @@ def perplexity(model: nn.Module, windows: Iterable[list[int]], kv_bits: int = 16
             logits = model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
             losses = nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum")
             total, count = total + float(losses), count + len(window) - 1
+            done()
     return math.exp(total / count)
 
 
-def load_set(
-    model: nn.Module,
-    arch: Architecture,
-    weights: Mapping[str, torch.Tensor],
-    int8_inputs: bool,
-) -> None:
-    """Put dequantized `weights`, by parameter name, into a float model of the same shape.
+def device_of(model: Module) -> torch.device:
+    """Where the model computes, also if its weights are kept elsewhere."""
+    from compressed_tensors.offload import get_execution_device
 
-    With `int8_inputs`, the inputs of the quantized layers are rounded to int8 per token.
-    """
-    state = model.state_dict()
-    for name, weight in weights.items():
-        state[name].copy_(weight)
-    if int8_inputs:
-        for block in blocks(model, arch):
-            for name in arch.linears:
-                block.get_submodule(name).register_forward_pre_hook(to_int8)
+    return get_execution_device(model.get_input_embeddings())
 
 
-def to_int8(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+@contextmanager
+def int8_inputs(model: Module, arch: Architecture, is_wanted: bool) -> Iterator[None]:
+    """Round the inputs of the quantized layers to int8 per token meanwhile, if `is_wanted`."""
+    layers = [block.get_submodule(name) for block in blocks(model, arch) for name in arch.linears]
+    hooks = [layer.register_forward_pre_hook(to_int8) for layer in layers if is_wanted]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def to_int8(module: Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """A forward pre-hook: round the input [..., K] to int8 per token and back."""
     x = args[0]
     codes, scale, _ = quantize_per_token(x.flatten(0, -2))
@@ -93,7 +103,7 @@ def _register(bits: int) -> None:
     from transformers.masking_utils import sdpa_mask
 
     def attention(
-        module: nn.Module,
+        module: Module,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,

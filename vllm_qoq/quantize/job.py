@@ -4,135 +4,104 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from merge_tools import preflight
-from vllm_qoq.checkpoint import CONFIG, Checkpoint
-from vllm_qoq.quantize import QuantizeError, rotate
-from vllm_qoq.quantize.architectures import Architecture, Shape, architecture, blocks
+from vllm_qoq.checkpoint import Checkpoint
+from vllm_qoq.quantize import rotate
+from vllm_qoq.quantize.architectures import Architecture, Shape, blocks
 from vllm_qoq.quantize.assemble import SHARED, write_checkpoint
+from vllm_qoq.quantize.check import PROMPT_TOKENS, Check
+from vllm_qoq.quantize.clock import Clock
 from vllm_qoq.quantize.modifiers import MagnitudePass, QuantizePass, apply_saved, piece
 from vllm_qoq.quantize.options import Options
+from vllm_qoq.quantize.plan import Job, Plan, make_plan
 from vllm_qoq.quantize.report import LayerError, summary
 from vllm_qoq.quantize.smooth import SmoothOptions
-from vllm_qoq.quantize.text import pieces
-from vllm_qoq.quantize.workdir import Resume, WorkDir
-from vllm_qoq.reference import GROUP_SIZE
+from vllm_qoq.quantize.workdir import WorkDir
 
 _SMOOTHING = "smoothing"
-
-
-@dataclass(frozen=True)
-class Job:
-    """Where a quantization reads and writes, besides its `Options`."""
-
-    model: Path
-    out: Path
-    text: Path
-    work_dir: Path
-    resume: Resume
-    overwrite: bool
-    max_shard_bytes: int
-    quiet: bool
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is known before the weights are read. Bytes."""
-
-    parameters: int
-    quantized_parameters: int
-    output_bytes: int
-    work_bytes: int
-    memory_bytes: int
-
-
-def plan(job: Job, options: Options) -> Plan:
-    """Check everything that headers and options tell; QuantizeError or FormatError says what."""
-    checkpoint = Checkpoint.open(job.model)
-    arch = architecture(checkpoint.config)
-    shape = Shape.of(checkpoint.config)
-    preflight.check_output(job.out, [job.model], job.overwrite)
-    if not job.text.is_file():
-        raise QuantizeError(f"--text {job.text}: no such file")
-    quantized = 0
-    largest = 0
-    for index in range(shape.layers):
-        for name in arch.linears:
-            tensor = f"{arch.blocks}.{index}.{name}.weight"
-            if tensor not in checkpoint.tensors:
-                raise QuantizeError(f"{job.model}: {tensor} is missing")
-            n, k = checkpoint.tensors[tensor].shape
-            if k % GROUP_SIZE or n % 8:
-                raise QuantizeError(
-                    f"{tensor}: [{n}, {k}] cannot be quantized: inputs must be a multiple of "
-                    f"{GROUP_SIZE} and outputs of 8"
-                )
-            quantized += n * k
-            largest = max(largest, k)
-    parameters = sum(info.nbytes for info in checkpoint.tensors.values()) // 2
-    rest = 2 * (parameters - quantized)
-    sets = sum(int(quantized * kind.bits / 8) for kind in options.kinds)
-    found = Plan(
-        parameters=parameters,
-        quantized_parameters=quantized,
-        output_bytes=rest + sets,
-        work_bytes=rest + sets + 2 * quantized,
-        memory_bytes=2 * parameters + 16 * largest * largest,
-    )
-    preflight.check_space(job.out, found.output_bytes + found.work_bytes)
-    return found
+_PROMPTS = 2
 
 
 def run(job: Job, options: Options) -> dict[str, Any]:
     """Quantize; returns the report. A stopped run leaves only its work folder."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     started = time.monotonic()
-    plan(job, options)
-    content = json.loads((job.model / CONFIG).read_text(encoding="utf-8"))
-    arch, shape = architecture(content), Shape.of(content)
-    tokenizer = AutoTokenizer.from_pretrained(job.model)
-    samples = pieces(job.text, tokenizer, options.seqlen, options.samples)
-    work = WorkDir(job.work_dir, fingerprint(job, options), job.resume)
+    plan = make_plan(job, options)
+    arch, shape, samples = plan.arch, plan.shape, plan.samples
+    check = _check(job, options, plan)
 
-    model: Any = AutoModelForCausalLM.from_pretrained(job.model, dtype="auto")
-    rotate.untie(model, arch)
-    if options.rotate:
-        rotate.fold_norms(model, arch)
-        rotate.rotate_stream(model, arch, shape)
-        rotate.rotate_values(model, arch, shape)
-    _smooth(model, arch, shape, options, samples, work, job.quiet)
-    if not work.has(SHARED):
-        work.save(SHARED, _shared(model, arch), {})
-    if not all(work.has(piece(i)) for i in range(shape.layers)):
-        _quantize(model, arch, shape, options, samples, work, job.quiet)
+    with WorkDir.open(job.work_dir, fingerprint(job, options), job.resume) as work:
+        model = _load(job.model, arch)
+        before = check.measure(model, "the model")
+        _rotate(model, arch, shape, options)
+        _smooth(model, arch, shape, options, samples, work, job.quiet)
+        if not work.has(SHARED):
+            work.save(SHARED, _shared(model, arch), {})
+        if not all(work.has(piece(i)) for i in range(shape.layers)):
+            _quantize(model, arch, shape, options, samples, work, job.quiet)
 
-    errors: list[LayerError] = [row for i in range(shape.layers) for row in work.load(piece(i))[1]]
-    report = {
-        "model": job.model.name,
-        "options": options.model_dump(mode="json"),
-        **summary(errors, time.monotonic() - started),
-    }
-    write_checkpoint(
-        job.out,
-        job.model,
-        work,
-        arch,
-        shape.layers,
-        options,
-        report,
-        job.max_shard_bytes,
-        job.overwrite,
-    )
-    work.remove()
+        errors: list[LayerError] = [
+            row for index in range(shape.layers) for row in work.load(piece(index))[1]
+        ]
+        after = {
+            kind.name: check.measure_set(model, arch, kind, _results(work, shape.layers))
+            for kind in options.kinds
+        }
+        report = {
+            "model": job.model.name,
+            "options": options.model_dump(mode="json"),
+            **summary(errors, time.monotonic() - started),
+            **({"before": before, "after": after} if before else {}),
+        }
+        write_checkpoint(
+            job.out,
+            job.model,
+            work,
+            arch,
+            shape.layers,
+            options,
+            report,
+            job.max_shard_bytes,
+            job.overwrite,
+        )
+        work.remove()
     return report
+
+
+def _results(work: WorkDir, layers: int) -> Iterator[dict[str, torch.Tensor]]:
+    return (work.load(piece(index))[0] for index in range(layers))
+
+
+def _check(job: Job, options: Options, plan: Plan) -> Check:
+    prompts = plan.samples[:_PROMPTS] if job.sanity_check else []
+    prompts = [sample[:PROMPT_TOKENS] for sample in prompts]
+    kv_bits = (16,) if options.kv_bits == 16 else (16, options.kv_bits)
+    return Check(plan.tokenizer, plan.windows, prompts, kv_bits, job.quiet)
+
+
+def _load(folder: Path, arch: Architecture) -> Any:
+    """The model in the CPU's memory; what runs or reads a layer brings it to the GPU, if any."""
+    from compressed_tensors.offload import set_onload_device
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    rotate.untie(model, arch)
+    if torch.cuda.is_available():
+        set_onload_device(model, torch.device("cuda"))
+    return model
+
+
+def _rotate(model: Any, arch: Architecture, shape: Shape, options: Options) -> None:
+    if not options.rotate:
+        return
+    rotate.fold_norms(model, arch)
+    rotate.rotate_stream(model, arch, shape)
+    rotate.rotate_values(model, arch, shape)
 
 
 def fingerprint(job: Job, options: Options) -> dict[str, Any]:
@@ -166,7 +135,7 @@ def _smooth(
         apply_saved(model, found, arch, shape)
         return
     step = MagnitudePass(
-        arch=arch, shape=shape, options=wanted, done=_Clock("smoothed", shape.layers, quiet)
+        arch=arch, shape=shape, options=wanted, done=Clock("smoothing, block", shape.layers, quiet)
     )
     _pipeline(model, step, samples)
     work.save(_SMOOTHING, step.found, {})
@@ -188,7 +157,7 @@ def _quantize(
         use_gptq=options.gptq,
         clip=options.clip,
         work=work,
-        done=_Clock("quantized", shape.layers, quiet),
+        done=Clock("quantizing, block", shape.layers, quiet),
     )
     _pipeline(model, step, samples)
 
@@ -214,21 +183,3 @@ def _shared(model: Any, arch: Architecture) -> dict[str, torch.Tensor]:
     }
     state = model.state_dict()
     return {k: v for k, v in state.items() if k.rpartition(".")[0] + "." not in mine}
-
-
-class _Clock:
-    """Says on stderr how far the run is, and how long the rest will take."""
-
-    def __init__(self, verb: str, total: int, quiet: bool) -> None:
-        self._verb, self._total, self._quiet = verb, total, quiet
-        self._started, self._done = time.monotonic(), 0
-
-    def __call__(self, index: int) -> None:
-        self._done += 1
-        left = (time.monotonic() - self._started) / self._done * (self._total - self._done)
-        if not self._quiet:
-            print(
-                f"{self._verb} block {index + 1} of {self._total}, about {left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )

@@ -27,7 +27,7 @@ from vllm_qoq.quantize.sets import SetKind
 from vllm_qoq.quantize.weights import assign
 from vllm_qoq.quantize.workdir import WorkDir
 
-Done = Callable[[int], None]
+Done = Callable[[], None]
 
 
 class _BlockPass(Modifier):
@@ -89,7 +89,7 @@ class MagnitudePass(_BlockPass):
         found = smooth.transforms(self._seen.pop(index), block, self.arch, self.options)
         smooth.apply(block, found, self.arch, self.shape)
         self._found |= {f"{index}.{name}": tensor for name, tensor in found.items()}
-        self.done(index)
+        self.done()
 
     def _keys_hook(self, index: int) -> Callable[..., None]:
         def hook(module: Module, args: Any, output: torch.Tensor) -> None:
@@ -163,7 +163,7 @@ class QuantizePass(_BlockPass):
             kept = tensors[f"propagated.{layer}"]
             target = block.get_submodule(layer)
             assign(target, "weight", kept.to(target.weight.device))
-        self.done(index)
+        self.done()
 
     def _quantize(
         self, index: int, block: Module

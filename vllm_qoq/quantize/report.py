@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Iterable
 from typing import Any, TypedDict
+
+from merge_tools.progress import human_bytes
+from vllm_qoq.quantize.clock import duration
 
 
 class LayerError(TypedDict):
@@ -31,11 +35,12 @@ def summary(errors: list[LayerError], seconds: float) -> dict[str, Any]:
     }
 
 
-def table(errors: list[LayerError]) -> str:
-    """Mean and worst output error by kind of layer and set, as plain text."""
+def table(report: dict[str, Any]) -> str:
+    """The report as plain text: errors by kind of layer and set, time, memory, what was checked."""
+    errors: list[LayerError] = report["layers"]
     sets = list(dict.fromkeys(row["set"] for row in errors))
     kinds = list(dict.fromkeys(row["layer"].rpartition(".")[2] for row in errors))
-    lines = ["output error, mean (worst)".ljust(28) + "".join(name.rjust(18) for name in sets)]
+    lines = [_row("output error, mean (worst)", sets)]
     for kind in kinds:
         cells = []
         for name in sets:
@@ -44,6 +49,41 @@ def table(errors: list[LayerError]) -> str:
                 for row in errors
                 if row["set"] == name and row["layer"].endswith("." + kind)
             ]
-            cells.append(f"{sum(mine) / len(mine):.4f} ({max(mine):.4f})".rjust(18))
-        lines.append(f"  {kind}".ljust(28) + "".join(cells))
+            cells.append(f"{sum(mine) / len(mine):.4f} ({max(mine):.4f})")
+        lines.append(_row(f"  {kind}", cells))
+    lines += _perplexities(report, sets) + _texts(report)
+    gpu = report["peak_gpu_memory_bytes"]
+    lines.append(
+        f"{duration(report['seconds'])}, peak memory {human_bytes(report['peak_memory_bytes'])}"
+        + (f", on the GPU {human_bytes(gpu)}" if gpu else "")
+    )
     return "\n".join(lines)
+
+
+def _perplexities(report: dict[str, Any], sets: list[str]) -> list[str]:
+    before = report.get("before", {}).get("perplexity")
+    if before is None:
+        return []
+    lines = [_row("perplexity", ["before", *sets])]
+    for cache, value in before.items():
+        label = "  KV16" if cache == "kv16" else f"  {cache.upper()}, simulated"
+        cells = [f"{value:.4f}"]
+        for name in sets:
+            found = report["after"][name]["perplexity"][cache]
+            cells.append(f"{found:.4f} ({found / before['kv16'] - 1:+.2%})")
+        lines.append(_row(label, cells))
+    return lines
+
+
+def _texts(report: dict[str, Any]) -> list[str]:
+    lines = []
+    for index, text in enumerate(report.get("before", {}).get("generated", ())):
+        lines.append(f"before   {text!r}")
+        lines += [
+            f"{name:8} {found['generated'][index]!r}" for name, found in report["after"].items()
+        ]
+    return lines
+
+
+def _row(label: str, cells: Iterable[str]) -> str:
+    return label.ljust(28) + "".join(cell.rjust(19) for cell in cells)

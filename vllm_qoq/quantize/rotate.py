@@ -83,12 +83,13 @@ def turn_inputs(layer: Module, rotation: torch.Tensor) -> None:
     weight = layer.weight.data
     size = len(rotation)
     blocked = weight.double().view(weight.shape[0], -1, size)
-    assign(layer, "weight", (blocked @ rotation).view_as(weight).to(weight.dtype))
+    assign(layer, "weight", (blocked @ rotation.to(weight.device)).view_as(weight).to(weight.dtype))
 
 
 def turn_outputs(layer: Module, rotation: torch.Tensor) -> None:
     """W [N, K] -> R.T @ W and b -> R.T @ b, block by block where R is smaller than N."""
     weight, size = layer.weight.data, len(rotation)
+    rotation = rotation.to(weight.device)
     blocked = weight.double().view(-1, size, weight.shape[1])
     assign(layer, "weight", (rotation.t() @ blocked).view_as(weight).to(weight.dtype))
     if layer.bias is not None:
@@ -101,5 +102,5 @@ def _fold(norm: Module, readers: list[Module]) -> None:
     scale = norm.weight.data.double()
     for reader in readers:
         weight = reader.weight.data
-        assign(reader, "weight", (weight.double() * scale).to(weight.dtype))
+        assign(reader, "weight", (weight.double() * scale.to(weight.device)).to(weight.dtype))
     assign(norm, "weight", torch.ones_like(norm.weight.data))

@@ -7,9 +7,11 @@ they are complete.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,26 +23,37 @@ from vllm_qoq.quantize import QuantizeError
 Resume = Literal["auto", "required", "never"]
 _FINGERPRINT = "fingerprint.json"
 _FINGERPRINT_BYTES = 1 << 20
+_LOCK = "lock"
 
 
 class WorkDir:
-    """Finished pieces by name."""
+    """Finished pieces by name. `open` makes it."""
 
-    def __init__(self, path: Path, fingerprint: dict[str, Any], resume: Resume) -> None:
-        """Open or begin the folder; QuantizeError if it belongs to another run."""
+    def __init__(self, path: Path) -> None:
         self.path = path
-        if resume == "never" and path.exists():
-            self.remove()
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: Path, fingerprint: dict[str, Any], resume: Resume) -> Iterator[WorkDir]:
+        """Go on with the folder or begin it, for this process alone.
+
+        QuantizeError if the folder belongs to another run or is not one of ours.
+        """
         known = path / _FINGERPRINT
-        if known.exists():
-            _compare(read_json(known, _FINGERPRINT_BYTES), fingerprint, path)
-        elif resume == "required":
-            raise QuantizeError(f"{path}: nothing to resume there; start without --resume required")
-        elif path.exists() and any(path.iterdir()):
-            raise QuantizeError(f"{path}: not a work folder of vllm-qoq; choose another --work-dir")
-        else:
+        if not known.exists():
+            if resume == "required":
+                raise QuantizeError(f"{path}: nothing to resume there; leave out --resume required")
+            if path.exists() and not (path.is_dir() and all(map(_is_ours, path.iterdir()))):
+                raise QuantizeError(f"{path}: not a work folder of ours; choose another --work-dir")
             path.mkdir(parents=True, exist_ok=True)
-            self._write(_FINGERPRINT, json.dumps(fingerprint, indent=2).encode())
+        with _lock(path):
+            work = cls(path)
+            if known.exists() and resume != "never":
+                _compare(read_json(known, _FINGERPRINT_BYTES), fingerprint, path)
+            else:
+                work._clear()
+                work._write(_FINGERPRINT, json.dumps(fingerprint, indent=2).encode())
+            yield work
 
     def has(self, name: str) -> bool:
         """Whether the piece is finished."""
@@ -63,14 +76,20 @@ class WorkDir:
             return tensors, json.loads(file.metadata()["facts"])
 
     def remove(self) -> None:
-        """Delete the folder if it is one of ours."""
-        if not (self.path / _FINGERPRINT).exists():
-            raise QuantizeError(f"{self.path}: not a work folder of vllm-qoq; it is left alone")
-        shutil.rmtree(self.path)
+        """Delete the pieces, and the folder if it holds nothing else."""
+        self._clear()
+        (self.path / _LOCK).unlink()
+        with suppress(OSError):
+            self.path.rmdir()
 
     def file(self, name: str) -> Path:
         """Where the piece is, or will be."""
         return self.path / f"{name}.safetensors"
+
+    def _clear(self) -> None:
+        for file in self.path.iterdir():
+            if _is_ours(file) and file.name != _LOCK:
+                file.unlink()
 
     def _write(self, name: str, content: bytes) -> None:
         partial = self.path / f".{name}.partial"
@@ -79,6 +98,23 @@ class WorkDir:
             file.flush()
             os.fsync(file.fileno())
         partial.rename(self.path / name)
+
+
+def _is_ours(file: Path) -> bool:
+    return file.name in (_FINGERPRINT, _LOCK) or file.name.endswith((".safetensors", ".partial"))
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Keep other processes out of the folder. The system lets go of it with the process."""
+    with open(path / _LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise QuantizeError(
+                f"{path}: another process quantizes there; wait for it or choose another --work-dir"
+            ) from None
+        yield
 
 
 def _compare(known: dict[str, Any], fingerprint: dict[str, Any], path: Path) -> None:

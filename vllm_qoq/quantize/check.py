@@ -1,0 +1,86 @@
+"""What the user asks to see of the model before and after: perplexity, a few generated tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_qoq.quantize import QuantizeError, evaluate
+from vllm_qoq.quantize.architectures import Architecture, Module, blocks
+from vllm_qoq.quantize.clock import Clock
+from vllm_qoq.quantize.sets import SetKind, dequantize
+from vllm_qoq.quantize.weights import assign
+
+PROMPT_TOKENS, NEW_TOKENS = 16, 16
+_REMEDY = "check the model in its own dtype, then switch single steps off to find the cause"
+
+
+@dataclass(frozen=True)
+class Check:
+    """What to measure. Without windows and prompts, nothing.
+
+    windows  token ids to measure the perplexity on
+    prompts  token ids to continue
+    kv_bits  precisions of the KV cache to measure with, simulated below 16
+    """
+
+    tokenizer: Any
+    windows: list[list[int]]
+    prompts: list[list[int]]
+    kv_bits: tuple[int, ...]
+    quiet: bool
+
+    def measure(self, model: Module, label: str) -> dict[str, Any]:
+        """`perplexity` by KV precision ("kv16", "kv4") and `generated` texts, where asked for."""
+        found: dict[str, Any] = {}
+        if self.windows:
+            found["perplexity"] = {
+                f"kv{bits}": self._perplexity(model, bits, label) for bits in self.kv_bits
+            }
+        if self.prompts:
+            found["generated"] = [self._continue(model, prompt, label) for prompt in self.prompts]
+        return found
+
+    def measure_set(
+        self,
+        model: Module,
+        arch: Architecture,
+        kind: SetKind,
+        layers: Iterable[Mapping[str, torch.Tensor]],
+    ) -> dict[str, Any]:
+        """The same of one set; `layers` has the tensors of each block as `SET.LAYER.LEAF`.
+
+        The transformed `model` gets the set's weights.
+        """
+        if not (self.windows or self.prompts):
+            return {}
+        for block, tensors in zip(blocks(model, arch), layers, strict=True):
+            for name in arch.linears:
+                prefix = f"{kind.name}.{name}."
+                leaves = {k[len(prefix) :]: t for k, t in tensors.items() if k.startswith(prefix)}
+                layer = block.get_submodule(name)
+                assign(layer, "weight", dequantize(leaves).to(layer.weight.device))
+        with evaluate.int8_inputs(model, arch, kind.has_int8_activations):
+            return self.measure(model, kind.name)
+
+    def _perplexity(self, model: Module, bits: int, label: str) -> float:
+        clock = Clock(f"perplexity of {label}, KV{bits}", len(self.windows), self.quiet)
+        found = evaluate.perplexity(model, self.windows, bits, clock)
+        if not math.isfinite(found):
+            raise QuantizeError(f"{label}: perplexity {found}; {_REMEDY}")
+        return found
+
+    @torch.no_grad()
+    def _continue(self, model: Module, prompt: list[int], label: str) -> str:
+        tokens = list(prompt)
+        device = evaluate.device_of(model)
+        for _ in range(NEW_TOKENS):
+            logits = model(input_ids=torch.tensor([tokens], device=device), use_cache=False).logits
+            if not logits.isfinite().all():
+                raise QuantizeError(f"{label}: the model computes NaN or infinity; {_REMEDY}")
+            tokens.append(int(logits[0, -1].argmax()))
+        return str(self.tokenizer.decode(tokens[len(prompt) :]))

@@ -1,0 +1,177 @@
+"""The command `quantize`: arguments and output. Handlers import torch, `--help` does not."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+from merge_tools.cli import size
+from vllm_qoq.output import stdout_for
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the result of `ArgumentParser.add_subparsers`.
+
+    Options that a recipe may set have no default here: what is not given is the recipe's.
+    """
+    parser = commands.add_parser("quantize", help="make all sets from a Hugging Face model")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="folder, bf16 or fp16")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT")
+    parser.add_argument("--text", type=Path, required=True, help="calibration text, UTF-8")
+    parser.add_argument(
+        "--sets",
+        metavar="NAME,...",
+        help="of w8a8, w4a8, w4a16; prompts run in the first, generation in the last "
+        "(default: w8a8,w4a8)",
+    )
+    parser.add_argument("--group-size", type=int, choices=(128, -1), help="default: 128")
+    parser.add_argument(
+        "--kv-bits", type=int, choices=(4, 8, 16), help="KV cache to prepare for (default: 4)"
+    )
+    parser.add_argument("--samples", type=int, help="pieces of text (default: 128)")
+    parser.add_argument("--seqlen", type=int, help="tokens a piece (default: 1024)")
+    parser.add_argument("--recipe", type=Path, metavar="FILE", help="JSON object of these options")
+    _add_steps(parser.add_argument_group("steps to switch off or change, for ablations"))
+    parser.add_argument("--eval-text", type=Path, help="measure perplexity before and after")
+    parser.add_argument(
+        "--sanity-check", action="store_true", help="show a few generated words before and after"
+    )
+    parser.add_argument(
+        "--work-dir", type=Path, help="for finished layers (default: OUT with .work behind)"
+    )
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="required",
+        default="auto",
+        choices=("auto", "required", "never"),
+        help="whether to go on with what --work-dir holds (default: auto)",
+    )
+    parser.add_argument("--max-shard-size", default="5GB", type=size, metavar="SIZE")
+    parser.add_argument("--dry-run", action="store_true", help="check and show the plan, then stop")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT once done")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.set_defaults(run=_quantize)
+
+
+def _add_steps(group: Any) -> None:
+    group.add_argument("--no-rotate", dest="rotate", action="store_false", default=None)
+    group.add_argument("--smooth-attention", type=float, metavar="EXPONENT", help="default: 0.5")
+    group.add_argument("--smooth-output", type=float, metavar="EXPONENT", help="default: 0")
+    group.add_argument("--no-reorder", dest="reorder", action="store_false", default=None)
+    group.add_argument("--no-clip", dest="clip", action="store_false", default=None)
+    group.add_argument("--no-gptq", dest="gptq", action="store_false", default=None)
+
+
+_OPTIONS = (
+    *("group_size", "kv_bits", "samples", "seqlen"),
+    *("rotate", "smooth_attention", "smooth_output", "reorder", "clip", "gptq"),
+)
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from vllm_qoq.quantize import QuantizeError
+
+    if args.json:
+        args.quiet = True
+    if args.quiet or not sys.stderr.isatty():
+        # llmcompressor's bars; ours are lines. tqdm reads this when it is imported.
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    with stdout_for(sys.stderr.fileno()) as out:  # llmcompressor logs there
+        try:
+            import llmcompressor  # noqa: F401
+        except ImportError as error:
+            raise QuantizeError(f"{error}; install it: pip install 'vllm-qoq[quantize]'") from None
+        try:
+            return _run(args, out)
+        except KeyboardInterrupt:
+            print(
+                f"interrupted; {_work_dir(args)} has what is done, the same command goes on there",
+                file=sys.stderr,
+            )
+            return 130
+
+
+def _run(args: argparse.Namespace, out: TextIO) -> int:
+    from llmcompressor import LoggerConfig, configure_logger
+
+    from vllm_qoq.quantize.job import run
+    from vllm_qoq.quantize.options import Options
+    from vllm_qoq.quantize.plan import Job, make_plan
+
+    configure_logger(LoggerConfig(console_log_level="WARNING"))
+    given = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
+    if args.sets is not None:
+        given["sets"] = args.sets.split(",")
+    options = Options.read(args.recipe, given)
+    job = Job(
+        model=args.model,
+        out=args.output,
+        text=args.text,
+        work_dir=_work_dir(args),
+        eval_text=args.eval_text,
+        sanity_check=args.sanity_check,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        max_shard_bytes=args.max_shard_size,
+        quiet=args.quiet,
+    )
+    if args.dry_run:
+        _show_plan(args, make_plan(job, options), options, out)
+    else:
+        _show_report(args, run(job, options), out)
+    return 0
+
+
+def _show_plan(args: argparse.Namespace, plan: Any, options: Any, out: TextIO) -> None:
+    import torch
+
+    from merge_tools.progress import human_bytes
+    from vllm_qoq.quantize import estimate
+    from vllm_qoq.quantize.clock import duration
+
+    seconds = estimate.seconds(plan.linears, options, len(plan.samples), torch.bfloat16)
+    if args.json:
+        report = {
+            "output": str(args.output),
+            "dry_run": True,
+            "options": options.model_dump(mode="json"),
+            "parameters": plan.parameters,
+            "quantized_layers": len(plan.linears),
+            "samples": len(plan.samples),
+            "output_bytes": plan.output_bytes,
+            "work_bytes": plan.work_bytes,
+            "memory_bytes": plan.memory_bytes,
+            "seconds": round(seconds),
+        }
+        print(json.dumps(report), file=out)
+        return
+    print(
+        f"would write {args.output}: {human_bytes(plan.output_bytes)}, sets "
+        f"{', '.join(options.sets)} of {len(plan.linears)} layers\n"
+        f"calibration: {len(plan.samples)} pieces of {options.seqlen} tokens\n"
+        f"memory: {human_bytes(plan.memory_bytes)} for weights and Hessians; "
+        f"disk: {human_bytes(plan.work_bytes)} more in {_work_dir(args)} until done\n"
+        f"time: about {duration(seconds)}, estimated from a second of the same work here",
+        file=out,
+    )
+
+
+def _show_report(args: argparse.Namespace, report: dict[str, Any], out: TextIO) -> None:
+    from vllm_qoq.quantize.report import table
+
+    if args.json:
+        print(json.dumps({"output": str(args.output), "dry_run": False, **report}), file=out)
+        return
+    print(f"{table(report)}\nwrote {args.output}", file=out)
+
+
+def _work_dir(args: argparse.Namespace) -> Path:
+    beside: Path = args.output.with_name(args.output.name + ".work")
+    return args.work_dir or beside
