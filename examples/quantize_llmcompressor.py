@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from llmcompressor.modifiers import Modifier
+    from torch.utils.data import DataLoader
     from transformers import PreTrainedTokenizerBase
 
 SCHEMES = ("w8a8", "w4a16")
@@ -32,15 +32,18 @@ def recipe(scheme: str) -> list[Modifier]:
 
 def calibration_set(
     text: Path, tokenizer: PreTrainedTokenizerBase, samples: int, seqlen: int
-) -> Dataset:
+) -> DataLoader:
     """Up to `samples` consecutive pieces of the file, `seqlen` tokens each."""
-    from datasets import Dataset
+    import torch
+    from torch.utils.data import DataLoader
 
     tokens = tokenizer(text.read_text(encoding="utf-8")).input_ids
     pieces = [tokens[i : i + seqlen] for i in range(0, len(tokens) - seqlen + 1, seqlen)][:samples]
     if not pieces:
         raise SystemExit(f"error: {text} has {len(tokens)} tokens, fewer than --seqlen {seqlen}")
-    return Dataset.from_dict({"input_ids": pieces, "attention_mask": [[1] * seqlen] * len(pieces)})
+    mask = torch.ones(1, seqlen, dtype=torch.int64)
+    batches = [{"input_ids": torch.tensor([piece]), "attention_mask": mask} for piece in pieces]
+    return DataLoader(batches, batch_size=None)
 
 
 def main() -> None:
@@ -60,13 +63,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     calibration = calibration_set(args.text, tokenizer, args.samples, args.seqlen)
-    oneshot(
-        model=model,
-        recipe=recipe(args.scheme),
-        dataset=calibration,
-        num_calibration_samples=len(calibration),
-        max_seq_length=args.seqlen,
-    )
+    oneshot(model=model, recipe=recipe(args.scheme), dataset=calibration)
     model.save_pretrained(args.out)  # writes the generation config, too
     tokenizer.save_pretrained(args.out)
     print(f"saved {args.scheme} to {args.out}")
