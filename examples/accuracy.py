@@ -18,18 +18,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-PLAIN = {"rotate": False, "smooth_attention": 0.0, "reorder": False, "clip": False, "gptq": False}
+STEPS = ("rotate", "smooth_attention", "smooth_outputs", "reorder", "clip", "gptq")
+PLAIN = dict.fromkeys(STEPS, False)
 # Name of the run -> sets and options. The table has a row per set.
 RUNS: dict[str, dict[str, Any]] = {
     "round to nearest": {"sets": ("w8a8", "w4a8"), **PLAIN},
     "QoQ": {"sets": ("w8a8", "w4a16", "w4a8")},
     "QoQ per channel": {"sets": ("w4a8",), "group_size": -1},
-    "QoQ without rotation": {"sets": ("w4a8",), "rotate": False},
-    "QoQ without SmoothAttention": {"sets": ("w4a8",), "smooth_attention": 0.0},
-    "QoQ with smoothed outputs (0.3)": {"sets": ("w4a8",), "smooth_output": 0.3},
-    "QoQ without reordering": {"sets": ("w4a8",), "reorder": False},
-    "QoQ without clipping": {"sets": ("w4a8",), "clip": False},
-    "QoQ without GPTQ": {"sets": ("w4a8",), "gptq": False},
+    **{f"QoQ without {step}": {"sets": ("w4a8",), step: False} for step in STEPS},
 }
 Row = dict[str, Any]
 

@@ -15,6 +15,8 @@ from transformers import (
 
 from vllm_qoq.quantize import QuantizeError, rotate, smooth
 from vllm_qoq.quantize.architectures import Shape, architecture, blocks
+from vllm_qoq.quantize.evaluate import round_cache
+from vllm_qoq.quantize.observe import Observer
 
 SIZES = {
     "hidden_size": 96,  # a Hadamard matrix that is no power of two
@@ -37,7 +39,7 @@ MODELS = {
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SIZES)),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES)),
 }
-STEPS = ("fold_norms", "R1", "R2", "SmoothAttention", "smooth outputs", "reorder", "all")
+STEPS = ("fold_norms", "R1", "R2", "SmoothAttention", "smooth_outputs", "reorder", "all")
 
 
 class Model:
@@ -60,15 +62,35 @@ class Model:
         tokens = torch.randint(64, (2, 40), generator=torch.Generator().manual_seed(1))
         return self.model(tokens).logits
 
-    def smooth(self, **options):
-        wanted = smooth.SmoothOptions(**{"attention": 0.0, "reorder": False} | options)
-        for block in blocks(self.model, self.arch):
-            seen = smooth.Magnitudes(
-                key_pairs=torch.rand(self.shape.kv_heads, self.shape.head_dim // 2) * 9 + 1,
-                down=torch.rand(256) * 9 + 1,
-            )
-            found = smooth.transforms(seen, block, self.arch, wanted)
-            smooth.apply(block, found, self.arch, self.shape)
+    def smooth(self, index=None, **options):
+        """Smooth one block or all, with what random tokens show of it."""
+        off = {"attention": False, "outputs": False, "reorder": False}
+        wanted = smooth.SmoothOptions(**off | options, kv_bits=4, weight_bits=4)
+        for i, block in enumerate(blocks(self.model, self.arch)):
+            if index in (None, i):
+                found = smooth.transforms(self.seen(i), block, self.arch, self.shape, wanted)
+                smooth.apply(block, found, self.arch, self.shape)
+
+    def seen(self, index):
+        block, observer = blocks(self.model, self.arch)[index], Observer(self.arch, self.shape, 4)
+        hooks = [
+            block.get_submodule(name).register_forward_hook(lambda m, a, out, see=see: see(out))
+            for name, see in observer.outputs.items()
+        ]
+        hooks += [
+            block.get_submodule(name).register_forward_pre_hook(lambda m, a, see=see: see(a[0]))
+            for name, see in observer.inputs.items()
+        ]
+        self.logits()
+        for hook in hooks:
+            hook.remove()
+        return observer.seen()
+
+    def key_error(self, index):
+        """What 4-bit keys cost the products with the queries."""
+        seen = self.seen(index)
+        lost = round_cache(seen.keys.float(), 4) - seen.keys.float()
+        return float((lost * torch.cat((seen.query_pairs, seen.query_pairs), 1)).square().sum())
 
     def step(self, name):
         if name in ("fold_norms", "R1", "all"):
@@ -78,9 +100,9 @@ class Model:
         if name in ("R2", "all"):
             rotate.rotate_values(self.model, self.arch, self.shape)
         if name in ("SmoothAttention", "all"):
-            self.smooth(attention=0.5)
-        if name in ("smooth outputs", "all"):
-            self.smooth(output=0.4)
+            self.smooth(attention=True)
+        if name in ("smooth_outputs", "all"):
+            self.smooth(outputs=True)
         if name in ("reorder", "all"):
             self.smooth(reorder=True)
 
@@ -119,49 +141,51 @@ def test_rotation_spreads_an_outlier_channel():
 
 def test_smooth_attention_evens_out_the_keys():
     model = Model("llama")
-    k = blocks(model.model, model.arch)[0].get_submodule(model.arch.k)
-    with torch.no_grad():
-        k.weight[3] *= 30
-        k.weight[3 + 16] *= 30  # the other half of the pair
-
-    def magnitudes():
-        seen = []
-        hook = k.register_forward_hook(
-            lambda m, a, out: seen.append(smooth.key_pair_magnitude(out, model.shape))
-        )
-        model.logits()
-        hook.remove()
-        return seen[0]
-
-    before = magnitudes()
     block = blocks(model.model, model.arch)[0]
-    found = smooth.transforms(
-        smooth.Magnitudes(before, torch.ones(256)),
-        block,
-        model.arch,
-        smooth.SmoothOptions(attention=0.5, reorder=False),
-    )
-    smooth.apply(block, found, model.arch, model.shape)
-    after = magnitudes()
-    assert before[0].max() / before[0].median() > 20
-    assert after[0].max() / after[0].median() < 8
+    k, q = (block.get_submodule(name) for name in (model.arch.k, model.arch.q))
+    with torch.no_grad():
+        for channel in (3, 3 + 16):  # both halves of the pair
+            k.weight[channel] *= 30
+            q.weight[channel::32] /= 30
+    before, error_before = model.seen(0), model.key_error(0)
+    model.smooth(0, attention=True)
+    after, error_after = model.seen(0), model.key_error(0)
+    assert before.key_pairs[0].max() / before.key_pairs[0].median() > 20
+    assert after.key_pairs[0].max() / after.key_pairs[0].median() < 8
+    assert error_after < 0.3 * error_before
+
+
+def test_values_and_their_readers_become_equally_large():
+    model = Model("llama")
+    block = blocks(model.model, model.arch)[0]
+    v, o = (block.get_submodule(name) for name in (model.arch.v, model.arch.o))
+    with torch.no_grad():
+        v.weight[::7] *= 16
+    model.smooth(0, outputs=True)
+    values = model.seen(0).values
+    readers = o.weight.square().sum(0).view(2, 2, 32).sum(1).sqrt()
+    ratio = values / readers
+    assert (ratio / ratio.mean(1, keepdim=True) - 1).abs().max() < 1e-3
+
+
+def test_the_inputs_of_down_proj_are_smoothed_where_that_helps():
+    model = Model("llama")
+    block = blocks(model.model, model.arch)[0]
+    up, down = (block.get_submodule(name) for name in (model.arch.up, model.arch.down))
+    with torch.no_grad():
+        up.weight[5] *= 100
+        down.weight[:, 5] /= 100
+    before = model.seen(0)
+    model.smooth(0, outputs=True)
+    after = model.seen(0)
+    assert before.down.max() / before.down.median() > 40
+    assert after.down.max() / after.down.median() < 0.3 * before.down.max() / before.down.median()
 
 
 def test_reordering_sorts_the_inputs_of_down_proj():
     model = Model("llama")
-    block = blocks(model.model, model.arch)[0]
-    inputs = []
-    down = block.get_submodule(model.arch.down)
-    down.register_forward_pre_hook(lambda m, args: inputs.append(args[0].abs().flatten(0, -2)))
-    model.logits()
-    seen = smooth.Magnitudes(torch.ones(2, 16), inputs[0].amax(0).float())
-    options = smooth.SmoothOptions(attention=0.0, reorder=True)
-    smooth.apply(
-        block, smooth.transforms(seen, block, model.arch, options), model.arch, model.shape
-    )
-    model.logits()
-    largest = inputs[1].amax(0)
-    assert (largest.diff() <= 1e-12).all()
+    model.smooth(0, reorder=True)
+    assert (model.seen(0).down.diff() <= 1e-6).all()
 
 
 def test_a_size_without_a_hadamard_matrix_is_refused():

@@ -35,7 +35,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--samples", type=int, help="pieces of text (default: 128)")
     parser.add_argument("--seqlen", type=int, help="tokens a piece (default: 1024)")
     parser.add_argument("--recipe", type=Path, metavar="FILE", help="JSON object of these options")
-    _add_steps(parser.add_argument_group("steps to switch off or change, for ablations"))
+    _add_steps(parser.add_argument_group("steps to leave out, for ablations"))
     parser.add_argument("--eval-text", type=Path, help="measure perplexity before and after")
     parser.add_argument(
         "--sanity-check", action="store_true", help="show a few generated words before and after"
@@ -60,18 +60,25 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=_quantize)
 
 
+_STEPS = {
+    "rotate": "Hadamard rotations of the residual stream and of V",
+    "smooth_attention": "scales that make K even",
+    "smooth_outputs": "scales that make the inputs of o_proj and down_proj even",
+    "reorder": "order of down_proj's inputs",
+    "clip": "search of scales that clip",
+    "gptq": "passing rounding errors on",
+}
+
+
 def _add_steps(group: Any) -> None:
-    group.add_argument("--no-rotate", dest="rotate", action="store_false", default=None)
-    group.add_argument("--smooth-attention", type=float, metavar="EXPONENT", help="default: 0.5")
-    group.add_argument("--smooth-output", type=float, metavar="EXPONENT", help="default: 0")
-    group.add_argument("--no-reorder", dest="reorder", action="store_false", default=None)
-    group.add_argument("--no-clip", dest="clip", action="store_false", default=None)
-    group.add_argument("--no-gptq", dest="gptq", action="store_false", default=None)
+    for name, text in _STEPS.items():
+        option = "--no-" + name.replace("_", "-")
+        group.add_argument(option, dest=name, action="store_false", default=None, help=text)
 
 
 _OPTIONS = (
     *("group_size", "kv_bits", "samples", "seqlen"),
-    *("rotate", "smooth_attention", "smooth_output", "reorder", "clip", "gptq"),
+    *_STEPS,
 )
 
 

@@ -29,7 +29,7 @@ def seconds(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes = list(linears)
     tokens = samples * options.seqlen
-    has_smoothing = bool(options.smooth_attention or options.smooth_output or options.reorder)
+    has_smoothing = bool(options.smooth_attention or options.smooth_outputs or options.reorder)
     forward = 2 * tokens * _RUNS[has_smoothing] * sum(n * k for n, k in sizes)
     hessians = 2 * tokens * sum(k * k for _, k in sizes)
     total = forward * _seconds_per_flop(device, dtype)

@@ -17,7 +17,7 @@ from vllm_qoq.quantize.architectures import Architecture, Shape, blocks
 from vllm_qoq.quantize.assemble import SHARED, write_checkpoint
 from vllm_qoq.quantize.check import PROMPT_TOKENS, Check
 from vllm_qoq.quantize.clock import Clock
-from vllm_qoq.quantize.modifiers import MagnitudePass, QuantizePass, apply_saved, piece
+from vllm_qoq.quantize.modifiers import QuantizePass, SmoothPass, apply_saved, piece
 from vllm_qoq.quantize.options import Options
 from vllm_qoq.quantize.plan import Job, Plan, make_plan
 from vllm_qoq.quantize.report import LayerError, summary
@@ -38,8 +38,12 @@ def run(job: Job, options: Options) -> dict[str, Any]:
     with WorkDir.open(job.work_dir, fingerprint(job, options), job.resume) as work:
         model = _load(job.model, arch)
         before = check.measure(model, "the model")
-        _rotate(model, arch, shape, options)
+        if options.rotate:
+            rotate.fold_norms(model, arch)
+            rotate.rotate_stream(model, arch, shape)
         _smooth(model, arch, shape, options, samples, work, job.quiet)
+        if options.rotate:
+            rotate.rotate_values(model, arch, shape)  # of channels that are smooth already
         if not work.has(SHARED):
             work.save(SHARED, _shared(model, arch), {})
         if not all(work.has(piece(i)) for i in range(shape.layers)):
@@ -96,14 +100,6 @@ def _load(folder: Path, arch: Architecture) -> Any:
     return model
 
 
-def _rotate(model: Any, arch: Architecture, shape: Shape, options: Options) -> None:
-    if not options.rotate:
-        return
-    rotate.fold_norms(model, arch)
-    rotate.rotate_stream(model, arch, shape)
-    rotate.rotate_values(model, arch, shape)
-
-
 def fingerprint(job: Job, options: Options) -> dict[str, Any]:
     """What the pieces in a work folder depend on."""
     checkpoint = Checkpoint.open(job.model)
@@ -127,15 +123,25 @@ def _smooth(
     work: WorkDir,
     quiet: bool,
 ) -> None:
-    wanted = SmoothOptions(options.smooth_attention, options.smooth_output, options.reorder)
-    if not (wanted.attention or wanted.output or wanted.reorder):
+    wanted = SmoothOptions(
+        options.smooth_attention,
+        options.smooth_outputs,
+        options.reorder,
+        kv_bits=options.kv_bits,
+        weight_bits=min(int(kind.bits) for kind in options.kinds),
+    )
+    if not (wanted.attention or wanted.outputs or wanted.reorder):
         return
     if work.has(_SMOOTHING):
         found, _ = work.load(_SMOOTHING)
         apply_saved(model, found, arch, shape)
         return
-    step = MagnitudePass(
-        arch=arch, shape=shape, options=wanted, done=Clock("smoothing, block", shape.layers, quiet)
+    step = SmoothPass(
+        arch=arch,
+        shape=shape,
+        options=wanted,
+        samples=len(samples),
+        done=Clock("smoothing, block", shape.layers, quiet),
     )
     _pipeline(model, step, samples)
     work.save(_SMOOTHING, step.found, {})

@@ -4,7 +4,7 @@ Its sequential pipeline runs the model block by block: it shows a block all inpu
 calls `on_sequential_epoch_end`, and runs the block again with its new weights to
 make the inputs of the next one. Only one block has to be on the GPU.
 
-`MagnitudePass` measures and smooths (`smooth`). `QuantizePass` measures the Hessians
+`SmoothPass` observes and smooths (`smooth`). `QuantizePass` measures the Hessians
 and quantizes into every set. They are separate because the inputs that the second
 one measures, rounded to int8 per token, depend on the smoothing.
 """
@@ -22,6 +22,7 @@ from pydantic import ConfigDict, PrivateAttr
 from vllm_qoq.quantize import gptq, smooth
 from vllm_qoq.quantize.architectures import Architecture, Module, Shape, blocks
 from vllm_qoq.quantize.evaluate import to_int8
+from vllm_qoq.quantize.observe import Observer
 from vllm_qoq.quantize.report import LayerError
 from vllm_qoq.quantize.sets import SetKind
 from vllm_qoq.quantize.weights import assign
@@ -62,13 +63,14 @@ class _BlockPass(Modifier):
         raise NotImplementedError
 
 
-class MagnitudePass(_BlockPass):
-    """Measures magnitudes and smooths block by block."""
+class SmoothPass(_BlockPass):
+    """Watches every block and smooths it."""
 
     options: smooth.SmoothOptions
+    samples: int
     done: Done
 
-    _seen: dict[int, smooth.Magnitudes] = PrivateAttr(default_factory=dict)
+    _observers: dict[int, Observer] = PrivateAttr(default_factory=dict)
     _found: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
 
     @property
@@ -78,34 +80,34 @@ class MagnitudePass(_BlockPass):
 
     def on_calibration_start(self, state: Any, event: Any, **kwargs: Any) -> None:
         for index, block in enumerate(self._blocks):
-            down = block.get_submodule(self.arch.down)
-            pairs = torch.zeros(self.shape.kv_heads, self.shape.head_dim // 2)
-            self._seen[index] = smooth.Magnitudes(pairs, torch.zeros(down.weight.shape[1]))
-            keys = block.get_submodule(self.arch.k_norm or self.arch.k)
-            self.register_hook(keys, self._keys_hook(index), "forward")
-            self.register_hook(down, self._down_hook(index), "forward_pre")
+            observer = self._observers[index] = Observer(self.arch, self.shape, self.samples)
+            for name, see in observer.outputs.items():
+                self.register_hook(block.get_submodule(name), _output_hook(see), "forward")
+            for name, see in observer.inputs.items():
+                self.register_hook(block.get_submodule(name), _input_hook(see), "forward_pre")
 
     def finish(self, index: int, block: Module) -> None:
-        found = smooth.transforms(self._seen.pop(index), block, self.arch, self.options)
+        seen = self._observers.pop(index).seen()
+        found = smooth.transforms(seen, block, self.arch, self.shape, self.options)
+        # From the CPU, as a resumed run has them.
+        found = {name: tensor.cpu() for name, tensor in found.items()}
         smooth.apply(block, found, self.arch, self.shape)
         self._found |= {f"{index}.{name}": tensor for name, tensor in found.items()}
         self.done()
 
-    def _keys_hook(self, index: int) -> Callable[..., None]:
-        def hook(module: Module, args: Any, output: torch.Tensor) -> None:
-            seen = self._seen[index]
-            pairs = smooth.key_pair_magnitude(output, self.shape).cpu()
-            seen.key_pairs = torch.maximum(seen.key_pairs, pairs)
 
-        return hook
+def _output_hook(see: Callable[[torch.Tensor], None]) -> Callable[..., None]:
+    def hook(module: Module, args: Any, output: torch.Tensor) -> None:
+        see(output)
 
-    def _down_hook(self, index: int) -> Callable[..., None]:
-        def hook(module: Module, args: tuple[torch.Tensor, ...]) -> None:
-            seen = self._seen[index]
-            largest = args[0].detach().float().abs().flatten(0, -2).amax(dim=0).cpu()
-            seen.down = torch.maximum(seen.down, largest)
+    return hook
 
-        return hook
+
+def _input_hook(see: Callable[[torch.Tensor], None]) -> Callable[..., None]:
+    def hook(module: Module, args: tuple[torch.Tensor, ...]) -> None:
+        see(args[0])
+
+    return hook
 
 
 def apply_saved(

@@ -21,8 +21,8 @@ class Options(BaseModel):
     kv_bits          what the K and V are prepared for and the server is told
     samples, seqlen  pieces of the calibration text, and tokens in each
     rotate           fold the norms, R1 on the residual stream, R2 on the values
-    smooth_attention exponent of SmoothAttention on K, 0 for none
-    smooth_output    exponent of the smoothing of down_proj's inputs, 0 for none
+    smooth_attention SmoothAttention on K
+    smooth_outputs   smooth the inputs of o_proj and down_proj
     reorder          sort the inputs of down_proj by magnitude
     clip             try scales that clip
     gptq             pass rounding errors on; else round to nearest
@@ -36,8 +36,8 @@ class Options(BaseModel):
     samples: PositiveInt = 128
     seqlen: PositiveInt = 1024
     rotate: bool = True
-    smooth_attention: float = 0.5
-    smooth_output: float = 0.0
+    smooth_attention: bool = True
+    smooth_outputs: bool = True
     reorder: bool = True
     clip: bool = True
     gptq: bool = True

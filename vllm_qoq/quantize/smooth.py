@@ -6,9 +6,10 @@ two share a scale; the magnitude of such a pair does not change under RoPE, so i
 measured before. Where a norm follows k_proj (Qwen3), its weight takes the scale, for
 all heads alike.
 
-Output smoothing divides the inputs of down_proj by a scale and multiplies
-up_proj's rows by less. `order` sorts the inputs of down_proj by magnitude, so that
-a group of 128 holds channels of one size. Both are QServe's (arXiv 2405.04532).
+Outputs of a block are smoothed in its last products: v_proj's rows are divided by a
+scale and o_proj's columns multiplied, and up_proj's and down_proj's likewise. `order`
+sorts the inputs of down_proj by magnitude, so that a group of 128 holds channels of
+one size. These are QServe's steps (arXiv 2405.04532); `strength` chooses the scales.
 """
 
 from __future__ import annotations
@@ -17,84 +18,102 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_qoq.quantize import strength
 from vllm_qoq.quantize.architectures import Architecture, Module, Shape
 from vllm_qoq.quantize.weights import assign
-
-_TINY = 1e-5
 
 
 @dataclass(frozen=True)
 class SmoothOptions:
-    """Strengths, 0 for none.
+    """What to smooth, and the precisions that the scales are chosen for.
 
-    attention  exponent of K's magnitude in its scale
-    output     exponent of the activations' magnitude in the scale of down_proj's inputs
-    reorder    whether to sort down_proj's inputs
+    attention  SmoothAttention on K
+    outputs    the inputs of o_proj and down_proj
+    reorder    sort down_proj's inputs
     """
 
-    attention: float = 0.5
-    output: float = 0.0
-    reorder: bool = True
+    attention: bool
+    outputs: bool
+    reorder: bool
+    kv_bits: int
+    weight_bits: int
 
 
-@dataclass
-class Magnitudes:
-    """What the calibration text showed of one block, largest absolute values.
+@dataclass(frozen=True)
+class Seen:
+    """What the calibration text showed of one block.
 
-    key_pairs  float32 [kv_heads, head_dim / 2]: sqrt(k_i^2 + k_(i + D/2)^2)
-    down       float32 [intermediate]: the inputs of down_proj
+    keys         float [tokens, kv_heads, head_dim] before RoPE, a sample
+    key_pairs    float32 [kv_heads, head_dim / 2]: largest sqrt(k_i^2 + k_(i + D/2)^2)
+    query_pairs  float32 [kv_heads, head_dim / 2]: root mean square of the queries' pairs
+    values       float32 [kv_heads, head_dim]: root mean square
+    down_inputs  float [tokens, intermediate], a sample
+    down         float32 [intermediate]: largest inputs of down_proj
     """
 
+    keys: torch.Tensor
     key_pairs: torch.Tensor
+    query_pairs: torch.Tensor
+    values: torch.Tensor
+    down_inputs: torch.Tensor
     down: torch.Tensor
 
 
-def key_pair_magnitude(keys: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """float32 [kv_heads, head_dim / 2] of keys before RoPE, [..., kv_heads * head_dim] or
-    [..., kv_heads, head_dim]."""
-    halves = keys.float().reshape(-1, shape.kv_heads, 2, shape.head_dim // 2)
-    return halves.norm(dim=2).amax(dim=0)
+def pairs(x: torch.Tensor) -> torch.Tensor:
+    """float32 [..., head_dim / 2] of [..., head_dim]: the magnitude of each pair that RoPE turns."""
+    halves = x.float().unflatten(-1, (2, -1))
+    return halves.norm(dim=-2)
 
 
+@torch.no_grad()
 def transforms(
-    seen: Magnitudes, block: Module, arch: Architecture, options: SmoothOptions
+    seen: Seen, block: Module, arch: Architecture, shape: Shape, options: SmoothOptions
 ) -> dict[str, torch.Tensor]:
-    """The tensors that `apply` needs, for one block.
+    """The tensors that `apply` needs, for one block; only those that `options` ask for.
 
-    key_scale   float32 [kv_heads, head_dim / 2]
-    down_scale  float32 [intermediate]
-    down_order  int64 [intermediate], only with `reorder`
+    key_scale    float32 [kv_heads, head_dim / 2]
+    value_scale  float32 [kv_heads, head_dim]
+    down_scale   float32 [intermediate]
+    down_order   int64 [intermediate]
     """
-    pairs = seen.key_pairs
-    if arch.k_norm is not None:  # one weight for all heads
-        pairs = pairs.amax(dim=0, keepdim=True).expand_as(pairs)
-    down_weight = block.get_submodule(arch.down).weight.detach().float().abs().amax(dim=0)
-    found = {
-        "key_scale": _scale(pairs, options.attention),
-        "down_scale": _scale(seen.down, options.output)
-        / _scale(down_weight, 1 - options.output if options.output else 0.0),
-    }
+    found = {}
+    if options.attention:
+        largest, queries = seen.key_pairs, seen.query_pairs
+        if arch.k_norm is not None:  # one weight for all heads
+            largest = largest.amax(dim=0, keepdim=True).expand_as(largest)
+            queries = queries.square().mean(dim=0, keepdim=True).sqrt().expand_as(queries)
+        found["key_scale"] = strength.key_scale(seen.keys, largest, queries, options.kv_bits)
+    if options.outputs:
+        readers = block.get_submodule(arch.o).weight.detach().float().square().sum(dim=0)
+        readers = readers.view(shape.kv_heads, shape.queries_per_kv, -1).sum(dim=1).sqrt()
+        found["value_scale"] = strength.value_scale(seen.values, readers)
+        found["down_scale"] = strength.down_scale(
+            seen.down_inputs,
+            seen.down,
+            block.get_submodule(arch.down).weight.detach(),
+            options.weight_bits,
+        )
     if options.reorder:
-        found["down_order"] = (seen.down / found["down_scale"]).argsort(descending=True)
+        found["down_order"] = (seen.down / found.get("down_scale", 1)).argsort(descending=True)
     return found
 
 
 @torch.no_grad()
 def apply(block: Module, found: dict[str, torch.Tensor], arch: Architecture, shape: Shape) -> None:
     """Change the weights of one block. The function stays, but for rounding to their dtype."""
-    _smooth_keys(block, found["key_scale"].double(), arch, shape)
-    scale = found["down_scale"].double()
-    _scale_rows(block.get_submodule(arch.up), 1 / scale)
-    _scale_columns(block.get_submodule(arch.down), scale)
+    if "key_scale" in found:
+        _smooth_keys(block, found["key_scale"].double(), arch, shape)
+    if "value_scale" in found:
+        scale = found["value_scale"].double()
+        _scale_rows(block.get_submodule(arch.v), 1 / scale.flatten())
+        per_head = scale.repeat_interleave(shape.queries_per_kv, dim=0)
+        _scale_columns(block.get_submodule(arch.o), per_head.flatten())
+    if "down_scale" in found:
+        scale = found["down_scale"].double()
+        _scale_rows(block.get_submodule(arch.up), 1 / scale)
+        _scale_columns(block.get_submodule(arch.down), scale)
     if "down_order" in found:
-        order = found["down_order"]
-        for name in (arch.gate, arch.up):
-            layer = block.get_submodule(name)
-            assign(layer, "weight", layer.weight.data[order.to(layer.weight.device)].contiguous())
-            if layer.bias is not None:
-                assign(layer, "bias", layer.bias.data[order.to(layer.bias.device)].contiguous())
-        down = block.get_submodule(arch.down)
-        assign(down, "weight", down.weight.data[:, order.to(down.weight.device)].contiguous())
+        _reorder(block, found["down_order"], arch)
 
 
 def _smooth_keys(block: Module, scale: torch.Tensor, arch: Architecture, shape: Shape) -> None:
@@ -108,10 +127,14 @@ def _smooth_keys(block: Module, scale: torch.Tensor, arch: Architecture, shape: 
     _scale_rows(block.get_submodule(arch.q), per_head.flatten())
 
 
-def _scale(magnitude: torch.Tensor, strength: float) -> torch.Tensor:
-    """magnitude ** strength, with a geometric mean of 1 so that nothing grows as a whole."""
-    logarithm = magnitude.float().clamp_min(_TINY).log() * strength
-    return (logarithm - logarithm.mean()).exp()
+def _reorder(block: Module, order: torch.Tensor, arch: Architecture) -> None:
+    for name in (arch.gate, arch.up):
+        layer = block.get_submodule(name)
+        assign(layer, "weight", layer.weight.data[order.to(layer.weight.device)].contiguous())
+        if layer.bias is not None:
+            assign(layer, "bias", layer.bias.data[order.to(layer.bias.device)].contiguous())
+    down = block.get_submodule(arch.down)
+    assign(down, "weight", down.weight.data[:, order.to(down.weight.device)].contiguous())
 
 
 def _scale_vector(norm: Module, factor: torch.Tensor) -> None:
