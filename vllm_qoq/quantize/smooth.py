@@ -60,7 +60,7 @@ class Seen:
 
 
 def pairs(x: torch.Tensor) -> torch.Tensor:
-    """float32 [..., head_dim / 2] of [..., head_dim]: the magnitude of each pair that RoPE turns."""
+    """float32 [..., head_dim / 2] of [..., head_dim]: the magnitude of each pair of RoPE."""
     halves = x.float().unflatten(-1, (2, -1))
     return halves.norm(dim=-2)
 
