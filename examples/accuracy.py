@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ Row = dict[str, Any]
 
 def rows_of(name: str, args: argparse.Namespace, folder: Path) -> list[Row]:
     """Quantize once and measure before and after."""
+    folder.mkdir()
     from vllm_qoq.quantize.job import run
     from vllm_qoq.quantize.options import Options
     from vllm_qoq.quantize.plan import Job
@@ -132,15 +135,21 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--compare", nargs="*", default=[], metavar="NAME=CHECKPOINT")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--only", nargs="*", metavar="RUN", help="of: " + "; ".join(RUNS))
     args = parser.parse_args()
 
     args.output.mkdir(parents=True, exist_ok=True)
-    rows: list[Row] = []
     compare = [item.partition("=") for item in args.compare]
-    with tempfile.TemporaryDirectory() as folder:
-        for name in RUNS if args.only is None else args.only:
-            found = rows_of(name, args, Path(folder))
+    spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    rows: list[Row] = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool,
+    ):
+        names = list(RUNS) if args.only is None else args.only
+        folders = [Path(folder) / str(index) for index in range(len(names))]
+        for found in pool.map(rows_of, names, [args] * len(names), folders):
             rows += found[bool(rows) :]
             print(table(found), file=sys.stderr, flush=True)
     rows += [compared(name, path, args) for name, _, path in compare]

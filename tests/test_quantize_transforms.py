@@ -17,6 +17,7 @@ from vllm_qoq.quantize import QuantizeError, rotate, smooth
 from vllm_qoq.quantize.architectures import Shape, architecture, blocks
 from vllm_qoq.quantize.evaluate import round_cache
 from vllm_qoq.quantize.observe import Observer
+from vllm_qoq.quantize.strength import pairs, with_rope
 
 SIZES = {
     "hidden_size": 96,  # a Hadamard matrix that is no power of two
@@ -68,7 +69,9 @@ class Model:
         wanted = smooth.SmoothOptions(**off | options, kv_bits=4, weight_bits=4)
         for i, block in enumerate(blocks(self.model, self.arch)):
             if index in (None, i):
-                found = smooth.transforms(self.seen(i), block, self.arch, self.shape, wanted)
+                inv_freq = self.model.get_submodule(self.arch.rotary).inv_freq
+                seen = self.seen(i)
+                found = smooth.transforms(seen, block, self.arch, self.shape, inv_freq, wanted)
                 smooth.apply(block, found, self.arch, self.shape)
 
     def seen(self, index):
@@ -89,8 +92,13 @@ class Model:
     def key_error(self, index):
         """What 4-bit keys cost the products with the queries."""
         seen = self.seen(index)
-        lost = round_cache(seen.keys.float(), 4) - seen.keys.float()
+        keys = self.with_rope(seen)
+        lost = round_cache(keys, 4) - keys
         return float((lost * torch.cat((seen.query_pairs, seen.query_pairs), 1)).square().sum())
+
+    def with_rope(self, seen):
+        inv_freq = self.model.get_submodule(self.arch.rotary).inv_freq
+        return with_rope(seen.keys, seen.positions, inv_freq)
 
     def step(self, name):
         if name in ("fold_norms", "R1", "all"):
@@ -150,9 +158,21 @@ def test_smooth_attention_evens_out_the_keys():
     before, error_before = model.seen(0), model.key_error(0)
     model.smooth(0, attention=True)
     after, error_after = model.seen(0), model.key_error(0)
-    assert before.key_pairs[0].max() / before.key_pairs[0].median() > 20
-    assert after.key_pairs[0].max() / after.key_pairs[0].median() < 8
+    before, after = (pairs(seen.keys).amax(0)[0] for seen in (before, after))
+    assert before.max() / before.median() > 20 and after.max() / after.median() < 8
     assert error_after < 0.3 * error_before
+
+
+def test_rope_is_that_of_the_model():
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    model = Model("llama")
+    x, positions = torch.randn(5, 2, 32), torch.tensor([0, 3, 4, 9, 39])
+    rotary = model.model.get_submodule(model.arch.rotary)
+    cos, sin = rotary(x, positions[None])
+    expected = apply_rotary_pos_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], cos, sin)[1]
+    ours = with_rope(x, positions, rotary.inv_freq.float())
+    assert torch.allclose(ours, expected[0].transpose(0, 1).float(), atol=1e-5)
 
 
 def test_values_and_their_readers_become_equally_large():

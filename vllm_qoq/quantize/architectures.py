@@ -21,6 +21,7 @@ class Architecture:
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     head: str = "lm_head"
+    rotary: str = "model.rotary_emb"
     attention: str = "self_attn"
     q: str = "self_attn.q_proj"
     k: str = "self_attn.k_proj"

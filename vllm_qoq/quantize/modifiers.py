@@ -72,6 +72,7 @@ class SmoothPass(_BlockPass):
 
     _observers: dict[int, Observer] = PrivateAttr(default_factory=dict)
     _found: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
+    _inv_freq: torch.Tensor = PrivateAttr()
 
     @property
     def found(self) -> dict[str, torch.Tensor]:
@@ -79,6 +80,7 @@ class SmoothPass(_BlockPass):
         return self._found
 
     def on_calibration_start(self, state: Any, event: Any, **kwargs: Any) -> None:
+        self._inv_freq = state.model.get_submodule(self.arch.rotary).inv_freq.detach().float()
         for index, block in enumerate(self._blocks):
             observer = self._observers[index] = Observer(self.arch, self.shape, self.samples)
             for name, see in observer.outputs.items():
@@ -88,7 +90,7 @@ class SmoothPass(_BlockPass):
 
     def finish(self, index: int, block: Module) -> None:
         seen = self._observers.pop(index).seen()
-        found = smooth.transforms(seen, block, self.arch, self.shape, self.options)
+        found = smooth.transforms(seen, block, self.arch, self.shape, self._inv_freq, self.options)
         # From the CPU, as a resumed run has them.
         found = {name: tensor.cpu() for name, tensor in found.items()}
         smooth.apply(block, found, self.arch, self.shape)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 
 from vllm_qoq.quantize.architectures import Architecture, Shape
-from vllm_qoq.quantize.smooth import Seen, pairs
+from vllm_qoq.quantize.smooth import Seen
+from vllm_qoq.quantize.strength import pairs
 
 _SAMPLE_TOKENS = 1024
 
@@ -15,12 +16,14 @@ _SAMPLE_TOKENS = 1024
 class Observer:
     """Gathers `Seen` from the outputs of q, k and v and the inputs of down_proj.
 
-    A few tokens of every piece of text are kept, `_SAMPLE_TOKENS` in all.
+    It is called with one piece of text at a time, and keeps a few tokens of each,
+    `_SAMPLE_TOKENS` in all.
     """
 
     def __init__(self, arch: Architecture, shape: Shape, samples: int) -> None:
         self._shape = shape
         self._tokens_per_sample = max(1, _SAMPLE_TOKENS // samples)
+        self._positions: list[torch.Tensor] = []
         self._sampled: dict[str, list[torch.Tensor]] = {}
         self._largest: dict[str, torch.Tensor] = {}
         self._squares: dict[str, torch.Tensor] = {}
@@ -39,7 +42,7 @@ class Observer:
         )
         return Seen(
             keys=torch.cat(self._sampled["keys"]),
-            key_pairs=self._largest["keys"],
+            positions=torch.cat(self._positions),
             query_pairs=queries.mean(dim=1).sqrt(),
             values=self._mean_square("values").sqrt(),
             down_inputs=torch.cat(self._sampled["down"]),
@@ -51,8 +54,8 @@ class Observer:
 
     def _keys(self, x: torch.Tensor) -> None:
         keys = self._heads(x, self._shape.kv_heads)
-        self._sample("keys", keys)
-        self._add_largest("keys", pairs(keys))
+        rows = self._sample("keys", keys)
+        self._positions.append(rows)
 
     def _values(self, x: torch.Tensor) -> None:
         self._add_squares("values", self._heads(x, self._shape.kv_heads))
@@ -65,10 +68,13 @@ class Observer:
     def _heads(self, x: torch.Tensor, heads: int) -> torch.Tensor:
         return x.detach().reshape(-1, heads, self._shape.head_dim)
 
-    def _sample(self, name: str, tokens: torch.Tensor) -> None:
+    def _sample(self, name: str, tokens: torch.Tensor) -> torch.Tensor:
+        """Keep a few rows, and say which."""
         step = max(1, len(tokens) // self._tokens_per_sample)
-        kept = tokens[step // 2 :: step][: self._tokens_per_sample]
-        self._sampled.setdefault(name, []).append(kept.clone())
+        rows = torch.arange(step // 2, len(tokens), step, device=tokens.device)
+        rows = rows[: self._tokens_per_sample]
+        self._sampled.setdefault(name, []).append(tokens[rows])
+        return rows
 
     def _add_largest(self, name: str, x: torch.Tensor) -> None:
         largest = x.float().abs().amax(dim=0)

@@ -2,9 +2,8 @@
 
 SmoothAttention divides the channels of K, and multiplies those of Q, by a scale
 that K's large channels ask for. RoPE mixes channel i with i + D/2 of a head, so the
-two share a scale; the magnitude of such a pair does not change under RoPE, so it is
-measured before. Where a norm follows k_proj (Qwen3), its weight takes the scale, for
-all heads alike.
+two share a scale. Where a norm follows k_proj (Qwen3), its weight takes the scale,
+for all heads alike.
 
 Outputs of a block are smoothed in its last products: v_proj's rows are divided by a
 scale and o_proj's columns multiplied, and up_proj's and down_proj's likewise. `order`
@@ -44,7 +43,7 @@ class Seen:
     """What the calibration text showed of one block.
 
     keys         float [tokens, kv_heads, head_dim] before RoPE, a sample
-    key_pairs    float32 [kv_heads, head_dim / 2]: largest sqrt(k_i^2 + k_(i + D/2)^2)
+    positions    int64 [tokens] of these keys in their pieces of text
     query_pairs  float32 [kv_heads, head_dim / 2]: root mean square of the queries' pairs
     values       float32 [kv_heads, head_dim]: root mean square
     down_inputs  float [tokens, intermediate], a sample
@@ -52,24 +51,25 @@ class Seen:
     """
 
     keys: torch.Tensor
-    key_pairs: torch.Tensor
+    positions: torch.Tensor
     query_pairs: torch.Tensor
     values: torch.Tensor
     down_inputs: torch.Tensor
     down: torch.Tensor
 
 
-def pairs(x: torch.Tensor) -> torch.Tensor:
-    """float32 [..., head_dim / 2] of [..., head_dim]: the magnitude of each pair of RoPE."""
-    halves = x.float().unflatten(-1, (2, -1))
-    return halves.norm(dim=-2)
-
-
 @torch.no_grad()
 def transforms(
-    seen: Seen, block: Module, arch: Architecture, shape: Shape, options: SmoothOptions
+    seen: Seen,
+    block: Module,
+    arch: Architecture,
+    shape: Shape,
+    inv_freq: torch.Tensor,
+    options: SmoothOptions,
 ) -> dict[str, torch.Tensor]:
     """The tensors that `apply` needs, for one block; only those that `options` ask for.
+
+    inv_freq float32 [head_dim / 2] is RoPE's.
 
     key_scale    float32 [kv_heads, head_dim / 2]
     value_scale  float32 [kv_heads, head_dim]
@@ -78,11 +78,13 @@ def transforms(
     """
     found = {}
     if options.attention:
-        largest, queries = seen.key_pairs, seen.query_pairs
+        keys = strength.with_rope(seen.keys, seen.positions, inv_freq.to(seen.keys.device))
+        queries = seen.query_pairs
         if arch.k_norm is not None:  # one weight for all heads
-            largest = largest.amax(dim=0, keepdim=True).expand_as(largest)
-            queries = queries.square().mean(dim=0, keepdim=True).sqrt().expand_as(queries)
-        found["key_scale"] = strength.key_scale(seen.keys, largest, queries, options.kv_bits)
+            keys = keys.flatten(0, 1)[:, None]
+            queries = queries.square().mean(dim=0, keepdim=True).sqrt()
+        scale = strength.key_scale(keys, queries, options.kv_bits)
+        found["key_scale"] = scale.expand(shape.kv_heads, -1).contiguous()
     if options.outputs:
         readers = block.get_submodule(arch.o).weight.detach().float().square().sum(dim=0)
         readers = readers.view(shape.kv_heads, shape.queries_per_kv, -1).sum(dim=1).sqrt()

@@ -1,7 +1,7 @@
 """How strongly to smooth: scales whose rounding errors, measured on a few tokens, are least.
 
-Every search tries the scales `a^x / b^y` of a few exponents, with a what is divided by
-the scale and b what is multiplied, and keeps the best per block.
+The searches try the scales `a^x / b^y` of a few exponents, with a what is divided by
+the scale and b what is multiplied, and keep the best.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from vllm_qoq.reference import GROUP_SIZE, quantize_per_token
 
 _TINY = 1e-5
 _DOWN_EXPONENTS = ((0.0, 0.0), *((x / 10, 1 - x / 10) for x in range(1, 10)))
-_KEY_EXPONENTS = ((0.0, 0.0), *((x / 4, y / 4) for x in range(1, 5) for y in range(0, 3)))
+_KEY_EXPONENTS = ((0.0, 0.0), (0.5, 0.0), (0.5, 0.5), (1.0, 0.0))
+_STEPS, _RATE = 200, 0.02
 
 
 def scale(
@@ -50,24 +51,67 @@ def down_scale(
     return _best(candidates, error)
 
 
-def key_scale(
-    keys: torch.Tensor, largest_pairs: torch.Tensor, query_pairs: torch.Tensor, bits: int
-) -> torch.Tensor:
-    """float32 [kv_heads, head_dim / 2] for the pairs of the keys.
+def key_scale(keys: torch.Tensor, query_pairs: torch.Tensor, bits: int) -> torch.Tensor:
+    """float32 [heads, head_dim / 2] for the pairs of the keys, head by head.
 
-    keys           float [tokens, kv_heads, head_dim] before RoPE, a sample
-    largest_pairs  float32 [kv_heads, head_dim / 2]: largest magnitude of each pair
-    query_pairs    float32 [kv_heads, head_dim / 2]: root mean square of the queries' pairs
+    keys         float [tokens, heads, head_dim] after RoPE, a sample
+    query_pairs  float32 [heads, head_dim / 2]: root mean square of the queries' pairs
+
+    A key's error is about its range over the head, whatever the channel, and a query
+    weights it. The product of both is brought down from the best of a few starts.
     """
-    queries = torch.cat((query_pairs, query_pairs), dim=1)
+    keys = keys.float()
 
-    def error(candidate: torch.Tensor) -> float:
-        both = torch.cat((candidate, candidate), dim=1)
-        lost = round_cache(keys.float() / both, bits) * both - keys.float()
-        return float((lost * queries).square().sum())
+    def lost(candidate: torch.Tensor) -> torch.Tensor:
+        both = torch.cat((candidate, candidate), dim=-1)
+        error = (round_cache(keys / both, bits) * both - keys) * query_pairs.repeat(1, 2)
+        return error.square().mean(dim=0).sum(dim=-1)
 
-    candidates = (scale(largest_pairs, x, query_pairs, y) for x, y in _KEY_EXPONENTS)
-    return _best(candidates, error)
+    magnitude = pairs(keys).square().mean(dim=0).sqrt()
+    starts = [scale(magnitude, x, query_pairs, y) for x, y in _KEY_EXPONENTS]
+    start = _best_of_each_head(starts, lost)
+    return _best_of_each_head([start, _descend(keys, query_pairs, start)], lost)
+
+
+def pairs(x: torch.Tensor) -> torch.Tensor:
+    """float32 [..., head_dim / 2] of [..., head_dim]: the magnitude of each pair of RoPE."""
+    return x.float().unflatten(-1, (2, -1)).norm(dim=-2)
+
+
+def with_rope(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
+    """x [tokens, heads, head_dim] turned as in the attention of the Llama family.
+
+    positions int64 [tokens], inv_freq float32 [head_dim / 2]
+    """
+    angles = positions[:, None, None] * inv_freq
+    low, high = x.float().chunk(2, dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+
+
+@torch.enable_grad()
+def _descend(keys: torch.Tensor, query_pairs: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    logarithm = start.log().requires_grad_(True)
+    optimizer = torch.optim.Adam([logarithm], lr=_RATE)
+    weights = query_pairs.repeat(1, 2)
+    for _ in range(_STEPS):
+        both = logarithm.exp().repeat(1, 2)
+        scaled = keys / both
+        span = scaled.amax(dim=-1) - scaled.amin(dim=-1)
+        error = span.square().mean(dim=0) * (both * weights).square().sum(dim=-1)
+        loss = error.log().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return logarithm.detach().exp()
+
+
+def _best_of_each_head(
+    candidates: list[torch.Tensor], lost: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    best = torch.stack([lost(candidate) for candidate in candidates]).argmin(dim=0)
+    stacked = torch.stack(candidates)
+    return stacked[best, torch.arange(stacked.shape[1], device=best.device)]
 
 
 def value_scale(values: torch.Tensor, readers: torch.Tensor) -> torch.Tensor:
