@@ -1,4 +1,4 @@
-"""The whole way on a tiny trained model: quantize twice, merge, measure, serve, ask.
+"""The whole way on a tiny trained model: quantize, merge, measure, serve, ask.
 
 Run by `make demo`; everything is written below `demo-output/`.
 """
@@ -51,6 +51,14 @@ def quantize(scheme: str) -> Path:
     options = ("--scheme", scheme, "--text", CALIBRATION, "--samples", "64", "--seqlen", "256")
     script = ROOT / "examples" / "quantize_llmcompressor.py"
     run(sys.executable, script, MODEL, out, *options, log=f"quantize-{scheme}.log")
+    return out
+
+
+def quantize_all() -> Path:
+    """W8A8 and QoQ's W4A8 of one transformed model, in one checkpoint."""
+    out = OUT / "qoq"
+    options = ("--sets", "w8a8,w4a8", "--text", CALIBRATION, "--samples", "64", "--seqlen", "256")
+    print(run(BIN / "vllm-qoq", "quantize", MODEL, "-o", out, *options, log="quantize.log"), end="")
     return out
 
 
@@ -146,6 +154,8 @@ def main() -> None:
     sets = (f"w8a8={w8a8}", f"w4a16={w4a16}")
     routing = ("--prefill", "w8a8", "--decode", "16:w4a16,w8a8")
     print(run(BIN / "vllm-qoq", "merge", *sets, "-o", merged, *routing), end="")
+    step("Quantizing to W8A8 and W4A8 at once with vllm-qoq quantize")
+    qoq = quantize_all()
     step("Measuring perplexity, with an engine for each")
     measured = [
         ("bf16", MODEL, None),
@@ -153,6 +163,8 @@ def main() -> None:
         ("W4A16", w4a16, None),
         ("merged: prompts in W8A8", merged, None),
         ("merged: W4A16 forced", merged, "w4a16"),
+        ("QoQ: prompts in W8A8", qoq, None),
+        ("QoQ: W4A8 forced", qoq, "w4a8"),
     ]
     rows = []
     for name, checkpoint, force_set in measured:

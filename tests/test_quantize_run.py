@@ -100,7 +100,8 @@ def test_vllm_computes_what_the_report_says(quantized, name, loss):
     out, text, report = quantized
     before, after = report["before"]["perplexity"], report["after"][name]["perplexity"]
     served = perplexity(engine(out, {"force_set": name}), text.read_text(), 256)["perplexity"]
-    assert served == pytest.approx(after["kv16"], rel=0.003)
+    # transformers rounds dequantized weights and inputs to bf16, the ops of a set do not
+    assert served == pytest.approx(after["kv16"], rel=0.006)
     assert after["kv16"] < before["kv16"] * (1 + loss)
     assert after["kv16"] < after["kv4"] < after["kv16"] * 1.06
 

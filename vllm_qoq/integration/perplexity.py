@@ -32,14 +32,19 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         disable_log_stats=True,
     )
     result = perplexity(llm, args.text.read_text(), tokens_per_window)
-    result |= {"checkpoint": str(args.checkpoint), "text": str(args.text), "set": args.force_set}
+    result |= {
+        "checkpoint": str(args.checkpoint),
+        "text": str(args.text),
+        "set": args.force_set,
+        "kv_cache_dtype": llm.llm_engine.vllm_config.cache_config.cache_dtype,
+    }
     if args.json:
         print(json.dumps(result), file=out)
     else:
         print(
             f"perplexity {result['perplexity']:.4f}  ({result['scored_tokens']} tokens in "
             f"{result['windows']} windows of {tokens_per_window}, "
-            f"set {args.force_set or 'as routed'})",
+            f"set {args.force_set or 'as routed'}, KV cache {result['kv_cache_dtype']})",
             file=out,
         )
     return 0

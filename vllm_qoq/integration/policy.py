@@ -104,6 +104,12 @@ class Policy:
                 torch.device(vllm_config.device_config.device_type),
             )
         logger.info("Routing in force: %s", json.dumps(self.routing.to_json()))
+        if section.kv_cache is not None and section.kv_cache.bits < 16:
+            logger.info(
+                "The checkpoint is prepared for a %d-bit KV cache; this engine's is %s",
+                section.kv_cache.bits,
+                vllm_config.cache_config.cache_dtype,
+            )
 
     def route(self, prefix: str, parts: list[str]) -> LayerRoute:
         """The route of the layer `prefix`, which fuses the checkpoint layers `parts`."""
