@@ -148,6 +148,18 @@ def test_the_error_of_a_column_is_passed_on():
     assert pairs[1].square().mean() < 0.65 * pairs[0].square().mean()
 
 
+@EVERY_KIND
+def test_descent_finds_what_gptq_left(kind, monkeypatch):
+    weight, x = weights(), inputs()
+    hessian = x.t() @ x / len(x)
+    errors = []
+    for passes in (0, 1, 3):
+        monkeypatch.setattr(gptq, "_PASSES", passes)
+        result = quantized(kind, weight, hessian).dequantized()
+        errors.append(gptq.output_error(weight, result, hessian))
+    assert errors[2] < errors[1] < 0.99 * errors[0]
+
+
 def test_channels_that_are_never_used_do_not_break_it():
     weight, x = weights(), inputs()
     x[:, 10:40] = 0

@@ -1,7 +1,8 @@
 """The grids of the sets: how a column of weights becomes codes and what they stand for.
 
 A grid is filled by `gptq.quantize`: `prepare` sees the whole weight, `start` the next
-columns as they are after the errors of earlier ones were passed on, `round` one column.
+columns as they are after the errors of earlier ones were passed on, `round` one column,
+and again when a later pass looks at it anew.
 
 `importance` float32 [K] is what an error in a column costs, 1 / d^2 with d the diagonal
 of the Cholesky factor of the inverse Hessian: the loss that GPTQ itself adds up.
