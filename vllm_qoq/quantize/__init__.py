@@ -2,6 +2,8 @@
 
     architectures  which layers read which norm, by model type
     rotate         norms folded, R1 on the residual stream, R2 on V and O
+    observe        what is gathered of a block: samples, magnitudes
+    strength       the scales for which rounding costs least
     smooth         SmoothAttention on K, smoothing and order of block outputs
     grid           the grids that weights are rounded to
     gptq           rounding column by column, with what is known of the inputs
