@@ -1,15 +1,19 @@
 """The ops `qoq::*`: schemas, fakes and CPU implementations. Kernels add the CUDA key.
 
 Defined in Python, so that they exist, trace and run on the CPU in every build. What
-they compute is in `reference`.
+they compute is in `reference`. A build with VLLM_QOQ_CUDA=1 has `_C.so` beside this file,
+which is loaded where torch has CUDA; a library that cannot be loaded is an error.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
+
 import torch
 from torch.library import Library, register_fake
 
-from vllm_qoq import reference
+from vllm_qoq import reference, w4a8_layout
 from vllm_qoq.packing import unpack_nibbles
 
 _OUTPUTS = (torch.bfloat16, torch.float16)
@@ -22,6 +26,17 @@ def has_kernels(device_type: str) -> bool:
     return key is not None and all(
         torch._C._dispatch_has_kernel_for_dispatch_key(f"qoq::{name}", key) for name in _SCHEMAS
     )
+
+
+@cache
+def workspace(device: torch.device) -> torch.Tensor:
+    """Where the blocks of one GEMM on `device` add up what they share: int32, all zero.
+
+    Every GEMM leaves it zero, so all layers use the same one; two GEMMs that run at the same
+    time in two streams need one each. The sizes are those of csrc/w4a8_gemm_config.h.
+    """
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return torch.zeros(1024 + processors * 256 * 128, dtype=torch.int32, device=device)
 
 
 def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -42,6 +57,7 @@ def w4a8_gemm(
     group_offset: torch.Tensor | None,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
+    workspace: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y = dequant(x) @ dequant(weight).T + bias, [M, N] in `out_dtype`, bfloat16 or float16.
 
@@ -49,12 +65,16 @@ def w4a8_gemm(
     x_scale        float32 [M]
     x_row_sum      int32 [M]
     weight         uint8 [N, K / 2]        as stored (`vllm_qoq.format`), or
-                   int8 [N, K]             reference.int8_weight of it, made once at load
+                   int8 [N, K]             reference.int8_weight of it, made once at load, or
+                   uint8 [ceil(N / 64), K / 128, bytes]  w4a8_layout.pack of it with its groups
     channel_scale  float32 [N]
     channel_zero   float32 [N]             without groups
     group_scale    uint8 [N, K / 128]      with groups, and only with a stored weight
     group_offset   int8 [N, K / 128]
     bias           float [N]
+    workspace      int32 [...]             of `workspace`, for CUDA
+
+    CUDA takes the packed weight alone, N a multiple of 8 and K of 128.
     """
     if x.ndim != 2 or channel_scale.ndim != 1:
         raise ValueError(
@@ -93,6 +113,11 @@ def _unpacked(
             raise ValueError("w4a8_gemm: an int8 weight has its groups in it already")
         _expect("weight", weight, torch.int8, n, k)
         return weight
+    if weight.ndim == 3:
+        if group_scale is not None or group_offset is not None:
+            raise ValueError("w4a8_gemm: a packed weight has its groups in it already")
+        _expect_packed(weight, channel_zero is None, n, k)
+        weight, group_scale, group_offset = w4a8_layout.unpack(weight, n)
     if k % 2:
         raise ValueError(f"w4a8_gemm: {k} inputs, but a stored weight has two in a byte")
     _expect("weight", weight, torch.uint8, n, k // 2)
@@ -108,6 +133,14 @@ def _unpacked(
     _expect("group_scale", group_scale, torch.uint8, n, groups)
     _expect("group_offset", group_offset, torch.int8, n, groups)
     return reference.level1_int8(weight, group_scale, group_offset)
+
+
+def _expect_packed(weight: torch.Tensor, is_grouped: bool, n: int, k: int) -> None:
+    blocks = -(-n // w4a8_layout.BLOCK_N)
+    _expect(
+        *("weight", weight, torch.uint8),
+        *(blocks, k // w4a8_layout.BLOCK_K, w4a8_layout.packed_bytes(is_grouped)),
+    )
 
 
 def _expect(name: str, tensor: torch.Tensor, dtype: torch.dtype, *shape: int) -> None:
@@ -142,6 +175,7 @@ def _w4a8_gemm_fake(
     group_offset: torch.Tensor | None,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
+    workspace: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return x.new_empty((x.shape[0], channel_scale.shape[0]), dtype=out_dtype)
 
@@ -151,7 +185,7 @@ _SCHEMAS = {
     "w4a8_gemm": (
         "(Tensor x, Tensor x_scale, Tensor x_row_sum, Tensor weight, Tensor channel_scale, "
         "Tensor? channel_zero, Tensor? group_scale, Tensor? group_offset, Tensor? bias, "
-        "ScalarType out_dtype) -> Tensor"
+        "ScalarType out_dtype, Tensor? workspace=None) -> Tensor"
     ),
 }
 # The ops live as long as this object.
@@ -162,3 +196,8 @@ _library.impl("quantize_per_token", quantize_per_token, "CPU")
 _library.impl("w4a8_gemm", w4a8_gemm, "CPU")
 register_fake("qoq::quantize_per_token", _quantize_per_token_fake, lib=_library)
 register_fake("qoq::w4a8_gemm", _w4a8_gemm_fake, lib=_library)
+
+_LIBRARY = Path(__file__).with_name("_C.so")
+# It links torch's CUDA libraries, which a CPU build of torch has not.
+if _LIBRARY.exists() and torch.version.cuda is not None:
+    torch.ops.load_library(_LIBRARY)

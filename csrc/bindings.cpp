@@ -1,0 +1,9 @@
+// Adds the CUDA key to the ops that vllm_qoq/ops.py defines.
+#include <torch/csrc/stable/library.h>
+
+#include "ops.h"
+
+STABLE_TORCH_LIBRARY_IMPL(qoq, CUDA, m) {
+  m.impl("w4a8_gemm", TORCH_BOX(&qoq::w4a8_gemm));
+  m.impl("quantize_per_token", TORCH_BOX(&qoq::quantize_per_token));
+}

@@ -1,0 +1,23 @@
+// The CUDA implementations of `qoq::*`. Schemas and meaning: vllm_qoq/ops.py.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <tuple>
+
+namespace qoq {
+
+using torch::stable::Tensor;
+
+Tensor w4a8_gemm(const Tensor& x, const Tensor& x_scale, const Tensor& x_row_sum,
+                 const Tensor& weight, const Tensor& channel_scale,
+                 const std::optional<Tensor>& channel_zero,
+                 const std::optional<Tensor>& group_scale,
+                 const std::optional<Tensor>& group_offset, const std::optional<Tensor>& bias,
+                 torch::headeronly::ScalarType out_dtype, const std::optional<Tensor>& workspace);
+
+std::tuple<Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x);
+
+}  // namespace qoq
