@@ -58,45 +58,78 @@ CUtensorMap x_tensor_map(const void* x, int m, int k, int tokens) {
 
 int divide_up(int a, int b) { return (a + b - 1) / b; }
 
-// Whole tiles while they come in full rounds of the multiprocessors; what is left over is cut
-// along k, so that all finish together. Returns the number of blocks.
-int schedule(Params& p, int processors) {
+// Whole tiles while they come in full rounds of `slots`; what is left over is one more round or
+// cut along k, so that all finish together. Returns how many of the slots are used.
+int schedule(Params& p, int slots) {
+  // Adding up partial sums in the L2 costs as much as this many k_blocks.
+  constexpr int kReductionCost = 10;
   const int tiles = p.tiles_m * p.tiles_n;
-  const int rounds = tiles / processors, rest = tiles % processors;
-  // A last round that is nearly full costs less than adding up partial sums.
-  const bool is_last_nearly_full = rest * 10 >= processors * 9;
-  p.whole_tiles = rest == 0 || is_last_nearly_full ? tiles : rounds * processors;
-  const int units = (tiles - p.whole_tiles) * p.k_blocks;
-  p.piece = divide_up(units, processors);
-  if (units == 0) return std::min(tiles, processors);
-  return p.whole_tiles > 0 ? processors : divide_up(units, p.piece);
+  const int rounds = tiles / slots, rest = tiles % slots;
+  const int cut = divide_up(rest * p.k_blocks, slots);
+  p.whole_tiles = cut + kReductionCost < p.k_blocks ? rounds * slots : tiles;
+  p.piece = p.whole_tiles == tiles ? 0 : cut;
+  if (p.whole_tiles > 0) return std::min(tiles, slots);
+  return divide_up(rest * p.k_blocks, cut);
 }
+
+// How to launch one tile on one device.
+struct Plan {
+  int clusters[kMaxCluster + 1];  // that run at a time, by their size
+};
+
+template <class Tile, bool kGrouped>
+struct Launcher {
+  static constexpr auto* kKernel = w4a8_gemm_kernel<Tile, kGrouped>;
+  static constexpr int kSharedBytes = Tile::template kSharedBytes<kGrouped>;
+
+  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchConfig_t config = {};
+
+  Launcher(int blocks, int cluster, cudaStream_t stream) {
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = kSharedBytes;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = 2;
+  }
+
+  // Asked once: the answer depends on how many multiprocessors each part of the chip has.
+  static const Plan& plan(int device) {
+    static std::once_flag is_made[kMaxDevices];
+    static Plan plans[kMaxDevices];
+    std::call_once(is_made[device], [&] {
+      CHECK_CUDA(
+          cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+      for (int size = 1; size <= kMaxCluster; ++size) {
+        const Launcher launcher(size, size, nullptr);
+        CHECK_CUDA(cudaOccupancyMaxActiveClusters(&plans[device].clusters[size], kKernel,
+                                                  &launcher.config));
+      }
+    });
+    return plans[device];
+  }
+};
 
 template <class Tile, bool kGrouped>
 void launch(const void* x, Params p, int device, cudaStream_t stream) {
-  constexpr auto* kernel = w4a8_gemm_kernel<Tile, kGrouped>;
-  constexpr int kSharedBytes = Tile::template kSharedBytes<kGrouped>;
-  static std::once_flag is_prepared[kMaxDevices];
-  std::call_once(is_prepared[device], [&] {
-    CHECK_CUDA(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  });
+  using Launch = Launcher<Tile, kGrouped>;
+  const Plan& plan = Launch::plan(device);
   p.tiles_m = divide_up(p.m, Tile::kTokens);
-  p.tiles_n = divide_up(p.n, Tile::kChannels);
-  const int blocks = schedule(p, multiprocessors(device));
-  const CUtensorMap x_map = x_tensor_map(x, p.m, p.k_blocks * kBlockK, Tile::kTokens);
-
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kSharedBytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, x_map, p));
+  p.tiles_n = divide_up(p.n, Tile::kChannels * Tile::kShare);
+  const int tiles = p.tiles_m * p.tiles_n;
+  p.split = 1;
+  for (int split = 2; split <= std::min(kMaxCluster / Tile::kShare, p.k_blocks); ++split)
+    if (tiles <= plan.clusters[split * Tile::kShare]) p.split = split;
+  const int used = p.split > 1 ? tiles * p.split : schedule(p, plan.clusters[Tile::kShare]);
+  const CUtensorMap x_map =
+      x_tensor_map(x, p.m, p.k_blocks * kBlockK, Tile::kTokens / Tile::kShare);
+  const Launch launcher(used * Tile::kShare, p.split * Tile::kShare, stream);
+  CHECK_CUDA(cudaLaunchKernelEx(&launcher.config, Launch::kKernel, x_map, p));
 }
 
 template <bool kGrouped>
@@ -105,7 +138,8 @@ void dispatch(const void* x, const Params& p, int device, cudaStream_t stream) {
   if (p.m <= 16) return launch<Tile16, kGrouped>(x, p, device, stream);
   if (p.m <= 32) return launch<Tile32, kGrouped>(x, p, device, stream);
   if (p.m <= 64) return launch<Tile64, kGrouped>(x, p, device, stream);
-  return launch<Tile128, kGrouped>(x, p, device, stream);
+  if (p.m <= 512) return launch<Tile128, kGrouped>(x, p, device, stream);
+  return launch<TileLarge, kGrouped>(x, p, device, stream);
 }
 
 Bias bias_type(const Tensor& bias) {

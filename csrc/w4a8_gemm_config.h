@@ -28,12 +28,14 @@ inline constexpr int kThreads = kConsumers + 128;  // and one that loads, of whi
 // kStages        stages in flight
 // kResident      blocks of threads an SM holds at once. Two let the next kernel of the stream
 //                fetch its weights while this one ends.
-template <int kWeightBlocks_, int kTokens_, int kStages_, int kResident_>
+// kShare         blocks of a cluster that share the tokens: each fetches a part for all
+template <int kWeightBlocks_, int kTokens_, int kStages_, int kResident_, int kShare_ = 1>
 struct Tile {
   static constexpr int kWeightBlocks = kWeightBlocks_;
   static constexpr int kTokens = kTokens_;
   static constexpr int kStages = kStages_;
   static constexpr int kResident = kResident_;
+  static constexpr int kShare = kShare_;
 
   // Registers a thread. At the start all have the same share of 64 Ki; those who load give most of
   // theirs to those who multiply.
@@ -56,6 +58,8 @@ struct Tile {
   static constexpr int kOutputBytes = kConsumerGroups * kChunk * kRowBytes;
   static constexpr int kConstantBytes = kChannels * 12 + kTokens * 8;
   static constexpr int kBarrierBytes = 2 * kStages * 8 + 16;
+  // Sums that a cluster adds up lie where the ring was. 4: no bank conflicts.
+  static constexpr int kSumPitch = kChannels + 4;
   template <bool kGrouped>
   static constexpr int kWeightBytes = kBlocks * kBlockBytes<kGrouped>;
   template <bool kGrouped>
@@ -63,24 +67,28 @@ struct Tile {
                                       kOutputBytes + kConstantBytes + kBarrierBytes;
 
   static_assert(kTokens % 8 == 0 && kTokens <= 256 && kXBytes % 1024 == 0);
+  static_assert(kXBytes / kShare % 1024 == 0);
+  static_assert(kTokens * kSumPitch * 4 <= kStages * (kXBytes + kWeightBytes<false>));
   static_assert(kTokens % kChunk == 0 && kChunk % 8 == 0);
   // 228 KiB an SM, of which the system takes 1 KiB a block.
   static_assert(kResident * (kSharedBytes<true> + 1024) <= 228 * 1024);
 };
 
-//                      blocks tokens stages resident
-using Tile8 = Tile<2, 8, 5, 2>;
-using Tile16 = Tile<2, 16, 5, 2>;
-using Tile32 = Tile<2, 32, 4, 2>;
-using Tile64 = Tile<2, 64, 7, 1>;
-using Tile128 = Tile<2, 128, 5, 1>;
-using Tile256 = Tile<1, 256, 4, 1>;
+//                    blocks tokens stages resident share
+using Tile8 = Tile<1, 8, 10, 2>;
+using Tile16 = Tile<1, 16, 10, 2>;
+using Tile32 = Tile<1, 32, 8, 2>;
+using Tile64 = Tile<1, 64, 6, 2, 2>;
+using Tile128 = Tile<1, 128, 7, 1, 2>;
+using TileLarge = Tile<2, 128, 5, 1, 2>;
+
+inline constexpr int kMaxCluster = 8;  // the largest cluster that every Hopper can run
 
 // The workspace is int32: counters, then sums of the tiles that several blocks share. The kernel
 // finds it zero and leaves it zero.
 inline constexpr int kCounters = 1024;
-inline constexpr int kMaxTileInts = Tile128::kTileInts;
-static_assert(Tile256::kTileInts <= kMaxTileInts && Tile64::kTileInts <= kMaxTileInts);
+inline constexpr int kMaxTileInts = TileLarge::kTileInts;
+static_assert(Tile128::kTileInts <= kMaxTileInts && 2 * Tile64::kTileInts <= kMaxTileInts);
 
 enum class Output : int { kBfloat16, kFloat16 };
 enum class Bias : int { kNone, kFloat32, kBfloat16, kFloat16 };
@@ -100,9 +108,10 @@ struct Params {
   int m, n, k_blocks, weight_blocks;
   Bias bias_type;
   Output out_type;
-  // The work. Tiles below `whole_tiles` are done by one block each; the k_blocks of the others
-  // are one row, cut into pieces of `piece`, so that every block gets as much.
-  int tiles_m, tiles_n, whole_tiles, piece;
+  // The work. tiles_n counts kShare neighbours as one. split > 1: a tile is done by so many times
+  // kShare blocks, each a part of k. Else tiles below `whole_tiles` are done by kShare blocks,
+  // and the k_blocks of the others are one row, cut into pieces of `piece` units.
+  int tiles_m, tiles_n, split, whole_tiles, piece;
 };
 
 }  // namespace qoq::w4a8

@@ -9,8 +9,9 @@
 // as one 32-bit multiply-add of four bytes. Nothing carries: every byte stays in 0..255
 // (`vllm_qoq.format`). The 128 leaves in the epilogue with the row sum of x.
 //
-// Tiles that several blocks share are summed in the L2 as int32, so the order does not matter and
-// the result is always the same. The last block to arrive writes the output and clears the sums.
+// A tile whose k is split is summed as int32, so the order does not matter and the result is always
+// the same: over the shared memory of a cluster while there are few tiles, in the L2 where the last
+// round of many tiles leaves multiprocessors idle.
 //
 // The pipeline carries blocks of bytes that `unpack_half` alone understands: a second plane of
 // 4-bit weights means longer blocks and one more 16-byte load there.
@@ -30,10 +31,18 @@ struct Work {
 };
 
 // The pieces of one block of threads, in the same order for those who load and who multiply.
+template <int kShare>
 class WorkList {
  public:
-  __device__ explicit WorkList(const Params& p)
-      : p_(p), whole_(blockIdx.x), unit_(blockIdx.x * p.piece) {
+  __device__ explicit WorkList(const Params& p) : p_(p), whole_(blockIdx.x / kShare) {
+    if (p.split > 1) {
+      const int tile = whole_ / p.split, rank = whole_ - tile * p.split;
+      unit_ = tile * p.k_blocks + rank * p.k_blocks / p.split;
+      unit_end_ = tile * p.k_blocks + (rank + 1) * p.k_blocks / p.split;
+      whole_ = p.whole_tiles;
+      return;
+    }
+    unit_ = whole_ * p.piece;
     const int units = (p.tiles_m * p.tiles_n - p.whole_tiles) * p.k_blocks;
     unit_end_ = min(unit_ + p.piece, units);
   }
@@ -41,7 +50,7 @@ class WorkList {
   __device__ bool next(Work& work) {
     if (whole_ < p_.whole_tiles) {
       work = {whole_, 0, p_.k_blocks};
-      whole_ += gridDim.x;
+      whole_ += gridDim.x / kShare;
       return true;
     }
     if (unit_ >= unit_end_) return false;
@@ -63,7 +72,8 @@ struct TilePosition {
 };
 
 // Neighbouring tiles share weights, and no more than kBand x-tiles are in use at a time, so that
-// both stay in the L2.
+// both stay in the L2. Params::tiles_n counts clusters where blocks share tokens.
+template <int kShare>
 __device__ inline TilePosition position(int tile, const Params& p) {
   constexpr int kBand = 16;
   const int per_band = kBand * p.tiles_n;
@@ -71,7 +81,8 @@ __device__ inline TilePosition position(int tile, const Params& p) {
   const int in_band = tile - band * per_band;
   const int height = min(kBand, p.tiles_m - band * kBand);
   const int n = in_band / height;
-  return {band * kBand + in_band - n * height, n};
+  const int rank = kShare == 1 ? 0 : blockIdx.x % kShare;
+  return {band * kBand + in_band - n * height, n * kShare + rank};
 }
 
 // Addresses of one stage and its barriers.
@@ -118,7 +129,7 @@ __device__ void load(const CUtensorMap& x_map, const Params& p,
   auto load_weight = [&](int stage, int tile_n, int k) {
     ptx::mbarrier_arrive_expect_tx(shared.full(stage),
                                    Tile::kXBytes + Tile::template kWeightBytes<kGrouped>);
-    const int first = tile_n * Tile::kBlocks;
+    const int first = min(tile_n * Tile::kBlocks, p.weight_blocks - 1);
     const uint8_t* source = p.weight + (static_cast<int64_t>(first) * p.k_blocks + k) * kBytes;
     uint32_t destination = shared.weight(stage, 0);
 #pragma unroll 1
@@ -132,11 +143,11 @@ __device__ void load(const CUtensorMap& x_map, const Params& p,
 
   // 1. Weights do not depend on the kernel before this one.
   {
-    WorkList list(p);
+    WorkList<Tile::kShare> list(p);
     Work work;
     int filled = 0;
     while (filled < Tile::kStages && list.next(work)) {
-      const int n = position(work.tile, p).n;
+      const int n = position<Tile::kShare>(work.tile, p).n;
       for (int k = work.k_begin; k < work.k_end && filled < Tile::kStages; ++k)
         load_weight(filled++, n, k);
     }
@@ -144,19 +155,29 @@ __device__ void load(const CUtensorMap& x_map, const Params& p,
   ptx::griddepcontrol_wait();
 
   // 2. Everything else.
-  WorkList list(p);
+  WorkList<Tile::kShare> list(p);
   Work work;
   RingPosition<Tile::kStages> ring;
   int count = 0;
   while (list.next(work)) {
-    const auto [m, n] = position(work.tile, p);
+    const auto [m, n] = position<Tile::kShare>(work.tile, p);
     for (int k = work.k_begin; k < work.k_end; ++k, ++count) {
       if (count >= Tile::kStages) {
         ptx::mbarrier_wait(shared.empty(ring.stage), ring.parity ^ 1);
         load_weight(ring.stage, n, k);
       }
-      ptx::cp_async_bulk_tensor_2d(shared.x(ring.stage), &x_map, k * kBlockK, m * Tile::kTokens,
-                                   shared.full(ring.stage));
+      if constexpr (Tile::kShare == 1) {
+        ptx::cp_async_bulk_tensor_2d(shared.x(ring.stage), &x_map, k * kBlockK, m * Tile::kTokens,
+                                     shared.full(ring.stage));
+      } else {
+        constexpr int kPart = Tile::kTokens / Tile::kShare;
+        const int part = blockIdx.x % Tile::kShare;
+        const uint32_t first = ptx::cluster_rank() - part;
+        ptx::cp_async_bulk_tensor_2d_multicast(
+            shared.x(ring.stage) + part * kPart * kBlockK, &x_map, k * kBlockK,
+            m * Tile::kTokens + part * kPart, shared.full(ring.stage),
+            ((1 << Tile::kShare) - 1) << first);
+      }
       ring.advance();
     }
   }
@@ -262,6 +283,19 @@ struct SharedConstants {
   }
 };
 
+// The stage may be filled again, by all whose tokens it holds.
+template <class Tile, bool kGrouped>
+__device__ inline void release(const SharedMemory<Tile, kGrouped>& shared, int stage) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (Tile::kShare == 1) {
+    if (lane == 0) ptx::mbarrier_arrive(shared.empty(stage));
+  } else {
+    const uint32_t first = ptx::cluster_rank() / Tile::kShare * Tile::kShare;
+    if (lane < Tile::kShare)
+      ptx::mbarrier_arrive_cluster(ptx::map_to_rank(shared.empty(stage), first + lane));
+  }
+}
+
 template <class Tile>
 using Accumulators = int32_t[Tile::kWeightBlocks][Tile::kAccumulators];
 
@@ -271,7 +305,7 @@ template <class Tile, bool kGrouped>
 __device__ bool add_to_shared_tile(Accumulators<Tile>& acc, const Params& p, const Work& work,
                                    const SharedMemory<Tile, kGrouped>& shared, char* shared_base) {
   const int thread = threadIdx.x;
-  const int slot = work.tile - p.whole_tiles;
+  const int slot = (work.tile - p.whole_tiles) * Tile::kShare + blockIdx.x % Tile::kShare;
   int32_t* sums = p.workspace + kCounters + static_cast<int64_t>(slot) * Tile::kTileInts + thread;
 #pragma unroll
   for (int b = 0; b < Tile::kWeightBlocks; ++b)
@@ -305,6 +339,78 @@ __device__ bool add_to_shared_tile(Accumulators<Tile>& acc, const Params& p, con
   return true;
 }
 
+// The order of `reference.epilogue`, and no fused multiply-adds.
+template <bool kGrouped>
+__device__ inline float epilogue(int32_t sum, float x_scale, int32_t row_sum, float scale,
+                                 float zero, float bias, bool has_bias) {
+  if constexpr (kGrouped) sum -= 128 * row_sum;
+  float y = __fmul_rn(__int2float_rn(sum), scale);
+  if constexpr (!kGrouped) y = __fsub_rn(y, __fmul_rn(__int2float_rn(row_sum), zero));
+  y = __fmul_rn(y, x_scale);
+  return has_bias ? __fadd_rn(y, bias) : y;
+}
+
+// Adds up the tile of a cluster: every block puts its sums into its own shared memory, then takes
+// an equal part of the output and reads all the others' sums of it.
+template <class Tile, bool kGrouped>
+__device__ void add_up_cluster(const Accumulators<Tile>& acc, const Params& p, TilePosition at,
+                               const SharedMemory<Tile, kGrouped>& shared, char* shared_base) {
+  const int thread = threadIdx.x, lane = thread % 32;
+  const int group = thread / 128, warp = thread % 128 / 32;
+  ptx::named_barrier_sync(1, kConsumers);  // nobody reads the ring any more
+
+  // 1. Registers to [token][channel].
+#pragma unroll
+  for (int b = 0; b < Tile::kWeightBlocks; ++b) {
+    const int channel = group * Tile::kGroupChannels + b * kBlockN + warp * 16 + lane / 4;
+    const uint32_t sums = shared.base + (2 * (lane % 4) * Tile::kSumPitch + channel) * 4;
+#pragma unroll
+    for (int i = 0; i < Tile::kAccumulators; ++i) {
+      const int token = i / 4 * 8 + i % 2, half = i / 2 % 2;
+      ptx::store_shared_4(sums + (token * Tile::kSumPitch + half * 8) * 4, acc[b][i]);
+    }
+  }
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+
+  // 2. Eight channels of a token at a time.
+  constexpr int kVectors = Tile::kChannels / 8;
+  const SharedConstants<Tile> constants(shared_base + (shared.constants() - shared.base));
+  const int first_token = at.m * Tile::kTokens, first_channel = at.n * Tile::kChannels;
+  const int items = min(Tile::kTokens, p.m - first_token) * kVectors;
+  const bool has_bias = p.bias_type != Bias::kNone;
+  const uint32_t share = ptx::cluster_rank() % Tile::kShare, part = ptx::cluster_rank() / Tile::kShare;
+  for (int i = part * kConsumers + thread; i < items; i += p.split * kConsumers) {
+    const int token = i / kVectors, channel = i % kVectors * 8;
+    if (first_channel + channel >= p.n) continue;
+    const uint32_t address = shared.base + (token * Tile::kSumPitch + channel) * 4;
+    int32_t sums[8] = {};
+#pragma unroll 4
+    for (int rank = 0; rank < p.split; ++rank) {
+      const uint32_t mapped = ptx::map_to_rank(address, rank * Tile::kShare + share);
+      const int4 low = ptx::load_cluster_16(mapped), high = ptx::load_cluster_16(mapped + 16);
+      const int32_t values[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sums[j] += values[j];
+    }
+    const float x_scale = constants.x_scale[token];
+    const int32_t row_sum = constants.row_sum[token];
+    float y[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+      y[j] = epilogue<kGrouped>(sums[j], x_scale, row_sum, constants.scale[channel + j],
+                                constants.zero[channel + j], constants.bias[channel + j], has_bias);
+    uint4 v;
+    v.x = round_to_output(p.out_type, y[0], y[1]);
+    v.y = round_to_output(p.out_type, y[2], y[3]);
+    v.z = round_to_output(p.out_type, y[4], y[5]);
+    v.w = round_to_output(p.out_type, y[6], y[7]);
+    char* out = static_cast<char*>(p.out) +
+                (static_cast<int64_t>(first_token + token) * p.n + first_channel + channel) * 2;
+    *reinterpret_cast<uint4*>(out) = v;
+  }
+}
+
 // Writes kChunk tokens at a time: registers to rows in shared memory, rows to `out`.
 template <class Tile, bool kGrouped>
 __device__ void write_output(const Accumulators<Tile>& acc, const Params& p, TilePosition at,
@@ -333,21 +439,14 @@ __device__ void write_output(const Accumulators<Tile>& acc, const Params& p, Til
         for (int half = 0; half < 2; ++half) {
           const int channel =
               group * Tile::kGroupChannels + b * kBlockN + warp * 16 + half * 8 + lane / 4;
-          const float scale = constants.scale[channel];
-          float y[2];
-#pragma unroll
-          for (int v = 0; v < 2; ++v) {
-            const int32_t sum = v == 0 ? row_sum.x : row_sum.y;
-            int32_t exact = acc[b][4 * j + 2 * half + v];
-            if constexpr (kGrouped) exact -= 128 * sum;
-            // The order of `reference.epilogue`, and no fused multiply-adds.
-            y[v] = __fmul_rn(__int2float_rn(exact), scale);
-            if constexpr (!kGrouped)
-              y[v] = __fsub_rn(y[v], __fmul_rn(__int2float_rn(sum), constants.zero[channel]));
-            y[v] = __fmul_rn(y[v], v == 0 ? x_scale.x : x_scale.y);
-            if (p.bias_type != Bias::kNone) y[v] = __fadd_rn(y[v], constants.bias[channel]);
-          }
-          fragments[2 * b + half] = round_to_output(p.out_type, y[0], y[1]);
+          const float scale = constants.scale[channel], zero = constants.zero[channel];
+          const float bias = constants.bias[channel];
+          const int i = 4 * j + 2 * half;
+          const float low = epilogue<kGrouped>(acc[b][i], x_scale.x, row_sum.x, scale, zero, bias,
+                                               p.bias_type != Bias::kNone);
+          const float high = epilogue<kGrouped>(acc[b][i + 1], x_scale.y, row_sum.y, scale, zero,
+                                                bias, p.bias_type != Bias::kNone);
+          fragments[2 * b + half] = round_to_output(p.out_type, low, high);
         }
       }
       const uint32_t row = rows + (8 * j8 + lane % 8) * kRowBytes + warp * 32;
@@ -378,15 +477,14 @@ template <class Tile, bool kGrouped>
 __device__ void multiply(const Params& p, const SharedMemory<Tile, kGrouped>& shared,
                          char* shared_base) {
   const int group = threadIdx.x / 128, thread = threadIdx.x % 128;
-  const int lane = threadIdx.x % 32;
   const SharedConstants<Tile> constants(shared_base + (shared.constants() - shared.base));
   ptx::griddepcontrol_wait();  // for x_scale, the workspace and `out`
 
-  WorkList list(p);
+  WorkList<Tile::kShare> list(p);
   Work work;
   RingPosition<Tile::kStages> ring;
   while (list.next(work)) {
-    const TilePosition at = position(work.tile, p);
+    const TilePosition at = position<Tile::kShare>(work.tile, p);
     Constants<Tile> fetched;
     fetched.fetch(p, at.m * Tile::kTokens, at.n * Tile::kChannels, threadIdx.x);
 
@@ -414,8 +512,7 @@ __device__ void multiply(const Params& p, const SharedMemory<Tile, kGrouped>& sh
           const uint4 codes = ptx::load_shared_16(block + half * (kCodeBytes / 2) + thread * 16);
           ptx::wgmma_wait_group<1>();
           ptx::keep_in_registers(a[half]);
-          if (b == 0 && half == 1 && previous >= 0 && lane == 0)
-            ptx::mbarrier_arrive(shared.empty(previous));
+          if (b == 0 && half == 1 && previous >= 0) release(shared, previous);
           unpack_half<kGrouped>(codes, params, a[half]);
           ptx::keep_in_registers(a[half]);
           ptx::wgmma_fence();
@@ -432,9 +529,13 @@ __device__ void multiply(const Params& p, const SharedMemory<Tile, kGrouped>& sh
     ptx::wgmma_wait_group<0>();
 #pragma unroll
     for (int b = 0; b < Tile::kWeightBlocks; ++b) ptx::keep_in_registers(acc[b]);
-    if (lane == 0) ptx::mbarrier_arrive(shared.empty(previous));
+    release(shared, previous);
 
     constants.store(fetched, threadIdx.x);
+    if (p.split > 1) {
+      add_up_cluster<Tile, kGrouped>(acc, p, at, shared, shared_base);
+      return;
+    }
     const bool is_whole = work.k_end - work.k_begin == p.k_blocks;
     if (is_whole) {
       ptx::named_barrier_sync(1, kConsumers);
@@ -458,11 +559,18 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
   if (threadIdx.x == 0) {
     for (int i = 0; i < Tile::kStages; ++i) {
       ptx::mbarrier_init(shared.full(i), 1);
-      ptx::mbarrier_init(shared.empty(i), kConsumers / 32);
+      ptx::mbarrier_init(shared.empty(i), Tile::kShare * kConsumers / 32);
     }
     ptx::fence_mbarrier_init();
   }
-  __syncthreads();
+  const bool is_cluster = Tile::kShare > 1 || p.split > 1;
+  __syncwarp();
+  if (Tile::kShare > 1) {
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+  } else {
+    __syncthreads();
+  }
 
   if (threadIdx.x >= kConsumers) {
     ptx::setmaxnreg_decrease<Tile::kLoadRegisters>();
@@ -473,6 +581,12 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
   } else {
     ptx::setmaxnreg_increase<Tile::kMultiplyRegisters>();
     multiply<Tile, kGrouped>(p, shared, shared_base);
+    // Others may still read what is in shared memory here, or arrive at its barriers.
+    if (is_cluster) {
+      __syncwarp();
+      ptx::cluster_arrive();
+      ptx::cluster_wait();
+    }
   }
 }
 

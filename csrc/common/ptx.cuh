@@ -71,6 +71,17 @@ __device__ inline void cp_async_bulk_tensor_2d(uint32_t destination, const CUten
       : "memory");
 }
 
+// The same into every block of the cluster whose bit is set in `blocks`, at the same addresses.
+__device__ inline void cp_async_bulk_tensor_2d_multicast(uint32_t destination,
+                                                         const CUtensorMap* map, int x, int y,
+                                                         uint32_t barrier, uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(destination),
+      "l"(map), "r"(x), "r"(y), "r"(barrier), "h"(blocks)
+      : "memory");
+}
+
 __device__ inline void prefetch_tensormap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -98,6 +109,44 @@ __device__ inline void griddepcontrol_wait() {
 
 __device__ inline void griddepcontrol_launch_dependents() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// ---- clusters ------------------------------------------------------------------------
+
+__device__ inline uint32_t cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ inline void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+// Waits for every thread of the cluster that has not ended.
+__device__ inline void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Where another block of the cluster has what is at `address` here.
+__device__ inline uint32_t map_to_rank(uint32_t address, uint32_t rank) {
+  uint32_t mapped;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+  return mapped;
+}
+
+__device__ inline int4 load_cluster_16(uint32_t mapped) {
+  int4 v;
+  asm volatile("ld.shared::cluster.v4.s32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(mapped)
+               : "memory");
+  return v;
+}
+
+__device__ inline void mbarrier_arrive_cluster(uint32_t mapped) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(mapped)
+               : "memory");
 }
 
 // ---- barriers among some of a block's threads ----------------------------------------
@@ -132,6 +181,10 @@ __device__ inline uint32_t load_shared_4(uint32_t address) {
   uint32_t v;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(address));
   return v;
+}
+
+__device__ inline void store_shared_4(uint32_t address, int32_t v) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
 }
 
 // Four 8x8 matrices of 16-bit elements, each stored transposed: lane 8 q + i has the address
