@@ -1,5 +1,77 @@
-"""Metadata lives in pyproject.toml; this file exists for extension modules."""
+"""Builds the CUDA kernels of csrc/ where that is possible or asked for; metadata is in pyproject.toml.
+
+VLLM_QOQ_CUDA   1     build them; anything missing is an error
+                0     pure Python
+                auto  (default) build them where nvcc and a CUDA build of torch are there
+
+The kernels are one library for torch 2.11 and later and every Python: `pip install
+--no-build-isolation .`, because an isolated build sees no torch.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
 
 from setuptools import setup
 
-setup()
+# The oldest torch that the library runs on: 2.11.
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+OPTIMIZE = "-O3"
+SOURCES = ["csrc/bindings.cpp", "csrc/quantize_per_token.cu", "csrc/w4a8_gemm.cu"]
+
+
+def why_no_cuda() -> str | None:
+    """What is missing for a build of the kernels."""
+    try:
+        import torch
+        from torch.utils.cpp_extension import CUDA_HOME
+    except ImportError:
+        return "torch is not installed here (with pip, use --no-build-isolation)"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").exists():
+        return "there is no nvcc; install the CUDA toolkit or set CUDA_HOME"
+    return None
+
+
+def kernels() -> dict[str, Any]:
+    """The arguments of `setup` that build the library."""
+    from torch.utils.cpp_extension import BuildExtension, CUDAExtension
+
+    # sm_90a and nothing else: wgmma exists only there. torch adds no architectures of its own
+    # where -gencode is given.
+    nvcc = ["-std=c++20", OPTIMIZE, TORCH_TARGET, "-DUSE_CUDA"]
+    nvcc += ["-gencode=arch=compute_90a,code=sm_90a"]
+    extension = CUDAExtension(
+        "vllm_qoq._C",
+        SOURCES,
+        include_dirs=[str(Path(__file__).parent / "csrc")],
+        depends=[str(path) for path in Path("csrc").rglob("*.*h")],
+        extra_compile_args={"cxx": ["-std=c++20", OPTIMIZE, TORCH_TARGET], "nvcc": nvcc},
+        py_limited_api=True,
+    )
+    return {
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+def arguments() -> dict[str, Any]:
+    """What VLLM_QOQ_CUDA asks for."""
+    choice = os.environ.get("VLLM_QOQ_CUDA", "auto")
+    if choice not in ("auto", "0", "1"):
+        raise SystemExit(f"VLLM_QOQ_CUDA={choice}: expected auto, 0 or 1")
+    if choice == "0":
+        return {}
+    missing = why_no_cuda()
+    if missing is None:
+        return kernels()
+    if choice == "1":
+        raise SystemExit(f"VLLM_QOQ_CUDA=1, but {missing}")
+    return {}
+
+
+setup(**arguments())

@@ -283,16 +283,16 @@ struct SharedConstants {
   }
 };
 
-// The stage may be filled again, by all whose tokens it holds.
+// The stage may be filled again, by all whose tokens it holds. Nothing for stage -1.
 template <class Tile, bool kGrouped>
 __device__ inline void release(const SharedMemory<Tile, kGrouped>& shared, int stage) {
   const int lane = threadIdx.x % 32;
   if constexpr (Tile::kShare == 1) {
-    if (lane == 0) ptx::mbarrier_arrive(shared.empty(stage));
+    ptx::mbarrier_arrive_if(lane == 0 && stage >= 0, shared.empty(stage));
   } else {
     const uint32_t first = ptx::cluster_rank() / Tile::kShare * Tile::kShare;
-    if (lane < Tile::kShare)
-      ptx::mbarrier_arrive_cluster(ptx::map_to_rank(shared.empty(stage), first + lane));
+    ptx::mbarrier_arrive_cluster_if(lane < Tile::kShare && stage >= 0,
+                                    ptx::map_to_rank(shared.empty(max(stage, 0)), first + lane % Tile::kShare));
   }
 }
 
@@ -512,7 +512,7 @@ __device__ void multiply(const Params& p, const SharedMemory<Tile, kGrouped>& sh
           const uint4 codes = ptx::load_shared_16(block + half * (kCodeBytes / 2) + thread * 16);
           ptx::wgmma_wait_group<1>();
           ptx::keep_in_registers(a[half]);
-          if (b == 0 && half == 1 && previous >= 0) release(shared, previous);
+          if (b == 0 && half == 1) release(shared, previous);
           unpack_half<kGrouped>(codes, params, a[half]);
           ptx::keep_in_registers(a[half]);
           ptx::wgmma_fence();

@@ -61,9 +61,7 @@ def test_the_cpu_op_reads_packed_weights(grouped):
     x, x_scale, x_row_sum = ops.quantize_per_token(torch.randn(m, k))
     scale, zero = torch.rand(n) + 0.5, None if grouped else torch.randn(n)
     common = (x, x_scale, x_row_sum)
-    expected = ops.w4a8_gemm(
-        *common, stored[0], scale, zero, *stored[1:], None, torch.bfloat16
-    )
+    expected = ops.w4a8_gemm(*common, stored[0], scale, zero, *stored[1:], None, torch.bfloat16)
     packed = w4a8_layout.pack(*stored)
     got = torch.ops.qoq.w4a8_gemm(*common, packed, scale, zero, None, None, None, torch.bfloat16)
     assert torch.equal(got, expected)

@@ -26,8 +26,16 @@ __device__ inline void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-__device__ inline void mbarrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+// The two that arrive take a predicate, because a branch between wgmmas serialises them (C7513).
+__device__ inline void mbarrier_arrive_if(bool is_arriving, uint32_t barrier) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %0, 0;\n"
+      "@p mbarrier.arrive.shared::cta.b64 _, [%1];\n"
+      "}\n" ::"r"(static_cast<uint32_t>(is_arriving)),
+      "r"(barrier)
+      : "memory");
 }
 
 __device__ inline void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
@@ -144,9 +152,15 @@ __device__ inline int4 load_cluster_16(uint32_t mapped) {
   return v;
 }
 
-__device__ inline void mbarrier_arrive_cluster(uint32_t mapped) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(mapped)
-               : "memory");
+__device__ inline void mbarrier_arrive_cluster_if(bool is_arriving, uint32_t mapped) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %0, 0;\n"
+      "@p mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%1];\n"
+      "}\n" ::"r"(static_cast<uint32_t>(is_arriving)),
+      "r"(mapped)
+      : "memory");
 }
 
 // ---- barriers among some of a block's threads ----------------------------------------

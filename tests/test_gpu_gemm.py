@@ -1,0 +1,201 @@
+"""The CUDA kernels against exact integers: every linear shape of four models, and the edges."""
+
+import math
+
+import pytest
+import torch
+
+from vllm_qoq import ops, reference, w4a8_layout
+from vllm_qoq.packing import pack_nibbles
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not ops.has_kernels("cuda"), reason="this build has no CUDA kernels (VLLM_QOQ_CUDA=1)"
+    ),
+]
+
+# (N, K) of qkv, o, gate_up and down.
+SHAPES = {
+    "llama-3-8b": [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)],
+    "llama-3-70b-tp8": [(1280, 8192), (8192, 1024), (7168, 8192), (8192, 3584)],
+    "qwen2.5-7b": [(4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)],
+    "qwen3-32b-tp4": [(2560, 5120), (5120, 2048), (12800, 5120), (5120, 6400)],
+}
+TOKENS = [0, 1, 3, 16, 17, 64, 100, 128, 257, 1024, 4096]
+DEVICE = torch.device("cuda")
+
+
+class Layer:
+    """A random layer on the GPU: stored tensors, packed weight and the int8 it stands for.
+
+    codes  "random", "min", "max", or "unused": group offsets for which codes above 1, which do
+           not occur, would leave int8
+    """
+
+    def __init__(self, n, k, is_grouped, codes="random"):
+        self.n, self.k = n, k
+        q = torch.randint(0, 16, (n, k), device=DEVICE)
+        q = {"min": q * 0, "max": q * 0 + 15, "unused": q % 2}.get(codes, q)
+        self.channel_scale = torch.rand(n, device=DEVICE) * 0.02 + 1e-3
+        self.channel_zero = None
+        if not is_grouped:
+            self.channel_zero = torch.rand(n, device=DEVICE) * 0.1 - 0.02
+            self.int8 = q.to(torch.int8)
+            self.packed = w4a8_layout.pack(pack_nibbles(q))
+            return
+        scale = torch.randint(1, 17, (n, k // 128), device=DEVICE)
+        offset = -128 + (torch.rand(scale.shape, device=DEVICE) * (256 - 15 * scale)).long()
+        if codes != "random":
+            scale.fill_(16)
+            offset.fill_({"min": -128, "max": -113, "unused": 100}[codes])
+        w8 = (q.view(n, -1, 128) * scale[..., None] + offset[..., None]).view(n, k)
+        assert -128 <= int(w8.min()) <= int(w8.max()) <= 127
+        self.int8 = w8.to(torch.int8)
+        self.packed = w4a8_layout.pack(
+            pack_nibbles(q), scale.to(torch.uint8), offset.to(torch.int8)
+        )
+
+    def __call__(self, x, x_scale, row_sum, bias=None, dtype=torch.bfloat16):
+        return torch.ops.qoq.w4a8_gemm(
+            *(x, x_scale, row_sum, self.packed, self.channel_scale, self.channel_zero),
+            *(None, None, bias, dtype, ops.workspace(DEVICE)),
+        )
+
+    def expected(self, x, x_scale, row_sum, bias=None, dtype=torch.bfloat16):
+        """float64 holds every sum exactly."""
+        exact = (x.double() @ self.int8.double().t()).to(torch.int64).to(torch.int32)
+        return reference.epilogue(
+            exact, x_scale, self.channel_scale, row_sum, self.channel_zero, bias, dtype
+        )
+
+
+def tokens(m, k, fill=None):
+    """Random activations; all equal to `fill` where it is given."""
+    x = torch.randint(-127, 128, (m, k), device=DEVICE, dtype=torch.int8)
+    if fill is not None:
+        x.fill_(fill)
+    return x, torch.rand(m, device=DEVICE) * 0.05 + 1e-3, x.sum(1, dtype=torch.int32)
+
+
+def poison(m, n, dtype=torch.bfloat16):
+    """Leaves NaN in the memory that the allocator hands out next."""
+    torch.full((m, n), math.nan, dtype=dtype, device=DEVICE)
+
+
+def assert_exact(layer, x, **options):
+    poison(x[0].shape[0], layer.n, options.get("dtype", torch.bfloat16))
+    assert torch.equal(layer(*x, **options), layer.expected(*x, **options))
+    assert not ops.workspace(DEVICE).any()
+
+
+@pytest.mark.parametrize("is_grouped", [True, False], ids=["g128", "per-channel"])
+@pytest.mark.parametrize("n, k", [shape for model in SHAPES.values() for shape in model])
+def test_every_number_of_tokens_is_exact(n, k, is_grouped):
+    layer = Layer(n, k, is_grouped)
+    for m in TOKENS:
+        assert_exact(layer, tokens(m, k))
+
+
+@pytest.mark.parametrize("is_grouped", [True, False], ids=["g128", "per-channel"])
+@pytest.mark.parametrize("n, k", [(8, 128), (72, 256), (136, 384), (1000, 2048)])
+def test_channels_need_only_be_a_multiple_of_eight(n, k, is_grouped):
+    layer = Layer(n, k, is_grouped)
+    for m in (1, 8, 9, 33, 65, 130, 600):
+        assert_exact(layer, tokens(m, k))
+
+
+@pytest.mark.parametrize("fill", [-127, 127])
+@pytest.mark.parametrize(
+    "codes, is_grouped",
+    [("min", True), ("max", True), ("unused", True), ("min", False), ("max", False)],
+)
+def test_extreme_values_are_exact(codes, is_grouped, fill):
+    layer = Layer(512, 14336, is_grouped, codes)
+    for m in (1, 40, 100, 600):
+        assert_exact(layer, tokens(m, 14336, fill))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [torch.bfloat16, torch.float16, torch.float32])
+def test_bias_is_added_before_the_one_rounding(dtype, bias):
+    for is_grouped in (True, False):
+        layer = Layer(1280, 2048, is_grouped)
+        values = torch.randn(1280, device=DEVICE).to(bias)
+        for m in (5, 90, 700):
+            assert_exact(layer, tokens(m, 2048), bias=values, dtype=dtype)
+
+
+def test_cupy_agrees_with_the_oracle():
+    cupy = pytest.importorskip("cupy")
+    layer = Layer(1280, 2048, True)
+    x, x_scale, row_sum = tokens(33, 2048)
+    exact = cupy.asarray(x).astype(cupy.int32) @ cupy.asarray(layer.int8).astype(cupy.int32).T
+    expected = reference.epilogue(
+        *(torch.from_dlpack(exact), x_scale, layer.channel_scale, row_sum, None, None),
+        torch.bfloat16,
+    )
+    assert torch.equal(layer(x, x_scale, row_sum), expected)
+
+
+@pytest.mark.parametrize("m", [1, 16, 64, 257, 1024])
+def test_another_stream_and_graph_replay_with_changed_inputs(m):
+    layer = Layer(6144, 4096, True)
+    x = tokens(m, 4096)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        y = layer(*x)
+    stream.synchronize()
+    assert torch.equal(y, layer.expected(*x))
+
+    floats = torch.randn(m, 4096, device=DEVICE, dtype=torch.bfloat16)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        quantized = torch.ops.qoq.quantize_per_token(floats)
+        outputs = [layer(*quantized) for _ in range(10)]
+    for _ in range(3):
+        floats.normal_()
+        for y in outputs:
+            y.fill_(math.nan)
+        graph.replay()
+        expected = layer.expected(*[t.to(DEVICE) for t in quantized_on_cpu(floats)])
+        for y in outputs:
+            assert torch.equal(y, expected)
+
+
+def quantized_on_cpu(x):
+    """torch divides by a scalar on the GPU as a product with its inverse, on the CPU exactly."""
+    return reference.quantize_per_token(x.cpu())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("m, k", [(0, 128), (1, 4096), (33, 14336), (7, 100), (1024, 4096)])
+def test_quantize_per_token_equals_the_reference(m, k, dtype):
+    x = torch.randn(m, k, device=DEVICE).to(dtype) * 3
+    if m > 2:
+        x[1] = 0
+        x[2, 0] = 1000
+    for got, expected in zip(ops_quantize(x), quantized_on_cpu(x), strict=True):
+        assert torch.equal(got.cpu(), expected)
+
+
+def test_quantize_per_token_reads_a_slice_of_columns():
+    x = torch.randn(64, 3 * 4096, device=DEVICE, dtype=torch.bfloat16)[:, 4096:8192]
+    for got, expected in zip(ops_quantize(x), quantized_on_cpu(x), strict=True):
+        assert torch.equal(got.cpu(), expected)
+
+
+def ops_quantize(x):
+    return torch.ops.qoq.quantize_per_token(x)
+
+
+def test_refusals_name_the_value():
+    layer = Layer(64, 256, True)
+    x = tokens(4, 256)
+    with pytest.raises(RuntimeError, match=r"x_scale is Float \[3\], expected Float \[4\]"):
+        layer(x[0], x[1][:3], x[2])
+    with pytest.raises(RuntimeError, match="K=192 must be a multiple of 128"):
+        layer(*tokens(4, 192))
+    with pytest.raises(RuntimeError, match="float16, not"):
+        layer(*x, dtype=torch.float32)
