@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels of csrc/ where that is possible or asked for; metadata is in pyproject.toml.
+"""Builds the CUDA kernels of csrc/, where possible or asked for; metadata is in pyproject.toml.
 
 VLLM_QOQ_CUDA   1     build them; anything missing is an error
                 0     pure Python

@@ -11,6 +11,7 @@
 #include "common/checks.h"
 #include "ops.h"
 #include "w4a8_gemm_kernel.cuh"
+#include "w4a8_gemm_schedule.h"
 
 namespace qoq {
 namespace {
@@ -56,22 +57,6 @@ CUtensorMap x_tensor_map(const void* x, int m, int k, int tokens) {
   return map;
 }
 
-int divide_up(int a, int b) { return (a + b - 1) / b; }
-
-// Whole tiles while they come in full rounds of `slots`; what is left over is one more round or
-// cut along k, so that all finish together. Returns how many of the slots are used.
-int schedule(Params& p, int slots) {
-  // Adding up partial sums in the L2 costs as much as this many k_blocks.
-  constexpr int kReductionCost = 10;
-  const int tiles = p.tiles_m * p.tiles_n;
-  const int rounds = tiles / slots, rest = tiles % slots;
-  const int cut = divide_up(rest * p.k_blocks, slots);
-  p.whole_tiles = cut + kReductionCost < p.k_blocks ? rounds * slots : tiles;
-  p.piece = p.whole_tiles == tiles ? 0 : cut;
-  if (p.whole_tiles > 0) return std::min(tiles, slots);
-  return divide_up(rest * p.k_blocks, cut);
-}
-
 // How to launch one tile on one device.
 struct Plan {
   int clusters[kMaxCluster + 1];  // that run at a time, by their size
@@ -86,10 +71,10 @@ struct Launcher {
   cudaLaunchConfig_t config = {};
 
   Launcher(int blocks, int cluster, cudaStream_t stream) {
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
     config.gridDim = dim3(blocks);
     config.blockDim = dim3(kThreads);
     config.dynamicSmemBytes = kSharedBytes;
@@ -106,7 +91,8 @@ struct Launcher {
       CHECK_CUDA(
           cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
       for (int size = 1; size <= kMaxCluster; ++size) {
-        const Launcher launcher(size, size, nullptr);
+        Launcher launcher(size, size, nullptr);
+        launcher.config.numAttrs = 1;  // the cluster alone
         CHECK_CUDA(cudaOccupancyMaxActiveClusters(&plans[device].clusters[size], kKernel,
                                                   &launcher.config));
       }
@@ -121,11 +107,7 @@ void launch(const void* x, Params p, int device, cudaStream_t stream) {
   const Plan& plan = Launch::plan(device);
   p.tiles_m = divide_up(p.m, Tile::kTokens);
   p.tiles_n = divide_up(p.n, Tile::kChannels * Tile::kShare);
-  const int tiles = p.tiles_m * p.tiles_n;
-  p.split = 1;
-  for (int split = 2; split <= std::min(kMaxCluster / Tile::kShare, p.k_blocks); ++split)
-    if (tiles <= plan.clusters[split * Tile::kShare]) p.split = split;
-  const int used = p.split > 1 ? tiles * p.split : schedule(p, plan.clusters[Tile::kShare]);
+  const int used = schedule(p, Tile::kShare, plan.clusters);
   const CUtensorMap x_map =
       x_tensor_map(x, p.m, p.k_blocks * kBlockK, Tile::kTokens / Tile::kShare);
   const Launch launcher(used * Tile::kShare, p.split * Tile::kShare, stream);
