@@ -209,6 +209,25 @@ __device__ inline void unpack_half(uint4 codes, uint32_t params, uint32_t (&a)[8
   }
 }
 
+// What one thread multiplies of a stage.
+template <class Tile, bool kGrouped>
+struct Fragments {
+  uint4 codes[Tile::kWeightBlocks][2];
+  uint32_t params[Tile::kWeightBlocks];
+
+  __device__ void fetch(const SharedMemory<Tile, kGrouped>& shared, int stage) {
+    const int group = threadIdx.x / 128, thread = threadIdx.x % 128;
+#pragma unroll
+    for (int b = 0; b < Tile::kWeightBlocks; ++b) {
+      const uint32_t block = shared.weight(stage, group * Tile::kWeightBlocks + b);
+      params[b] = kGrouped ? ptx::load_shared_4(block + kCodeBytes + thread / 4 * 4) : 0;
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        codes[b][half] = ptx::load_shared_16(block + half * (kCodeBytes / 2) + thread * 16);
+    }
+  }
+};
+
 __device__ inline float load_bias(const Params& p, int channel) {
   switch (p.bias_type) {
     case Bias::kFloat32:
@@ -476,7 +495,6 @@ __device__ void write_output(const Accumulators<Tile>& acc, const Params& p, Til
 template <class Tile, bool kGrouped>
 __device__ void multiply(const Params& p, const SharedMemory<Tile, kGrouped>& shared,
                          char* shared_base) {
-  const int group = threadIdx.x / 128, thread = threadIdx.x % 128;
   const SharedConstants<Tile> constants(shared_base + (shared.constants() - shared.base));
   ptx::griddepcontrol_wait();  // for x_scale, the workspace and `out`
 
@@ -494,26 +512,25 @@ __device__ void multiply(const Params& p, const SharedMemory<Tile, kGrouped>& sh
 #pragma unroll
       for (int i = 0; i < Tile::kAccumulators; ++i) acc[b][i] = 0;
 
-    // Two sets of A registers: one is filled while the wgmmas of the other run.
+    // Two sets of A registers: one is filled while the wgmmas of the other run. The codes of a
+    // stage are fetched while the wgmmas of the one before it run.
     uint32_t a[2][8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) a[0][i] = a[1][i] = 0;
-    int previous = -1;
-    for (int k = work.k_begin; k < work.k_end; ++k) {
-      ptx::mbarrier_wait(shared.full(ring.stage), ring.parity);
+    Fragments<Tile, kGrouped> fragments;
+    ptx::mbarrier_wait(shared.full(ring.stage), ring.parity);
+    fragments.fetch(shared, ring.stage);
+    int previous = -1, k = work.k_begin;
+    while (true) {
       const uint64_t x = ptx::descriptor_k_major_128b(shared.x(ring.stage));
 #pragma unroll
       for (int b = 0; b < Tile::kWeightBlocks; ++b) {
-        const uint32_t block = shared.weight(ring.stage, group * Tile::kWeightBlocks + b);
-        uint32_t params = 0;
-        if constexpr (kGrouped) params = ptx::load_shared_4(block + kCodeBytes + thread / 4 * 4);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const uint4 codes = ptx::load_shared_16(block + half * (kCodeBytes / 2) + thread * 16);
           ptx::wgmma_wait_group<1>();
           ptx::keep_in_registers(a[half]);
           if (b == 0 && half == 1) release(shared, previous);
-          unpack_half<kGrouped>(codes, params, a[half]);
+          unpack_half<kGrouped>(fragments.codes[b][half], fragments.params[b], a[half]);
           ptx::keep_in_registers(a[half]);
           ptx::wgmma_fence();
 #pragma unroll
@@ -525,6 +542,9 @@ __device__ void multiply(const Params& p, const SharedMemory<Tile, kGrouped>& sh
       }
       previous = ring.stage;
       ring.advance();
+      if (++k == work.k_end) break;
+      ptx::mbarrier_wait(shared.full(ring.stage), ring.parity);
+      fragments.fetch(shared, ring.stage);
     }
     ptx::wgmma_wait_group<0>();
 #pragma unroll
