@@ -94,11 +94,10 @@ void launch(const Tensor& x, Tensor& codes, Tensor& scale, Tensor& row_sum, cuda
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  CHECK_CUDA(cudaLaunchKernelEx(&config, quantize_kernel<T, kVector>,
-                                static_cast<const T*>(x.data_ptr()), x.stride(0),
-                                static_cast<int>(x.size(1)), static_cast<int8_t*>(codes.data_ptr()),
-                                static_cast<float*>(scale.data_ptr()),
-                                static_cast<int32_t*>(row_sum.data_ptr())));
+  CHECK_CUDA(cudaLaunchKernelEx(
+      &config, quantize_kernel<T, kVector>, static_cast<const T*>(x.data_ptr()), x.stride(0),
+      static_cast<int>(x.size(1)), static_cast<int8_t*>(codes.data_ptr()),
+      static_cast<float*>(scale.data_ptr()), static_cast<int32_t*>(row_sum.data_ptr())));
 }
 
 // 16 bytes at a time where every row begins at a multiple of 16.

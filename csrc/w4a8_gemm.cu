@@ -168,8 +168,7 @@ Tensor w4a8_gemm(const Tensor& x, const Tensor& x_scale, const Tensor& x_row_sum
   check_tensor(kOp, "weight", weight, device, ScalarType::Byte,
                {weight_blocks, k / kBlockK, is_grouped ? kBlockBytes<true> : kBlockBytes<false>});
   check_tensor(kOp, "channel_scale", channel_scale, device, ScalarType::Float, {n});
-  if (!is_grouped)
-    check_tensor(kOp, "channel_zero", *channel_zero, device, ScalarType::Float, {n});
+  if (!is_grouped) check_tensor(kOp, "channel_zero", *channel_zero, device, ScalarType::Float, {n});
   if (bias.has_value()) check_tensor(kOp, "bias", *bias, device, bias->scalar_type(), {n});
   STD_TORCH_CHECK(workspace.has_value(), kOp, ": on CUDA a workspace is needed (ops.workspace)");
   const int64_t ints = kCounters + int64_t{multiprocessors(device)} * kMaxTileInts;
@@ -183,8 +182,7 @@ Tensor w4a8_gemm(const Tensor& x, const Tensor& x_scale, const Tensor& x_row_sum
       .x_scale = static_cast<const float*>(x_scale.data_ptr()),
       .x_row_sum = static_cast<const int32_t*>(x_row_sum.data_ptr()),
       .channel_scale = static_cast<const float*>(channel_scale.data_ptr()),
-      .channel_zero =
-          is_grouped ? nullptr : static_cast<const float*>(channel_zero->data_ptr()),
+      .channel_zero = is_grouped ? nullptr : static_cast<const float*>(channel_zero->data_ptr()),
       .bias = bias.has_value() ? bias->data_ptr() : nullptr,
       .out = out.data_ptr(),
       .workspace = static_cast<int32_t*>(workspace->data_ptr()),

@@ -63,8 +63,9 @@ struct Tile {
   template <bool kGrouped>
   static constexpr int kWeightBytes = kBlocks * kBlockBytes<kGrouped>;
   template <bool kGrouped>
-  static constexpr int kSharedBytes = 1024 + kStages * (kXBytes + kWeightBytes<kGrouped>) +
-                                      kOutputBytes + kConstantBytes + kBarrierBytes;
+  static constexpr int kSharedBytes =
+      1024 + kStages * (kXBytes + kWeightBytes<kGrouped>)+kOutputBytes + kConstantBytes +
+      kBarrierBytes;
 
   static_assert(kTokens % 8 == 0 && kTokens <= 256 && kXBytes % 1024 == 0);
   static_assert(kXBytes / kShare % 1024 == 0);

@@ -124,7 +124,8 @@ __device__ void load(const CUtensorMap& x_map, const Params& p,
                      const SharedMemory<Tile, kGrouped>& shared) {
   constexpr int kBytes = kBlockBytes<kGrouped>;
   const bool is_streamed = p.tiles_m == 1;
-  const uint64_t policy = is_streamed ? ptx::l2_policy_evict_first() : ptx::l2_policy_evict_normal();
+  const uint64_t policy =
+      is_streamed ? ptx::l2_policy_evict_first() : ptx::l2_policy_evict_normal();
 
   auto load_weight = [&](int stage, int tile_n, int k) {
     ptx::mbarrier_arrive_expect_tx(shared.full(stage),
@@ -310,8 +311,9 @@ __device__ inline void release(const SharedMemory<Tile, kGrouped>& shared, int s
     ptx::mbarrier_arrive_if(lane == 0 && stage >= 0, shared.empty(stage));
   } else {
     const uint32_t first = ptx::cluster_rank() / Tile::kShare * Tile::kShare;
-    ptx::mbarrier_arrive_cluster_if(lane < Tile::kShare && stage >= 0,
-                                    ptx::map_to_rank(shared.empty(max(stage, 0)), first + lane % Tile::kShare));
+    ptx::mbarrier_arrive_cluster_if(
+        lane < Tile::kShare && stage >= 0,
+        ptx::map_to_rank(shared.empty(max(stage, 0)), first + lane % Tile::kShare));
   }
 }
 
@@ -398,7 +400,8 @@ __device__ void add_up_cluster(const Accumulators<Tile>& acc, const Params& p, T
   const int first_token = at.m * Tile::kTokens, first_channel = at.n * Tile::kChannels;
   const int items = min(Tile::kTokens, p.m - first_token) * kVectors;
   const bool has_bias = p.bias_type != Bias::kNone;
-  const uint32_t share = ptx::cluster_rank() % Tile::kShare, part = ptx::cluster_rank() / Tile::kShare;
+  const uint32_t share = ptx::cluster_rank() % Tile::kShare,
+                 part = ptx::cluster_rank() / Tile::kShare;
   for (int i = part * kConsumers + thread; i < items; i += p.split * kConsumers) {
     const int token = i / kVectors, channel = i % kVectors * 8;
     if (first_channel + channel >= p.n) continue;
@@ -483,7 +486,8 @@ __device__ void write_output(const Accumulators<Tile>& acc, const Params& p, Til
       const int token = first_token + chunk * kChunk + row;
       const int channel = first_channel + column * 8;
       if (token < p.m && channel < p.n) {
-        const uint4 v = *reinterpret_cast<const uint4*>(rows_pointer + row * kRowBytes + column * 16);
+        const uint4 v =
+            *reinterpret_cast<const uint4*>(rows_pointer + row * kRowBytes + column * 16);
         char* out = static_cast<char*>(p.out) + (static_cast<int64_t>(token) * p.n + channel) * 2;
         *reinterpret_cast<uint4*>(out) = v;
       }

@@ -9,8 +9,8 @@ namespace qoq::w4a8 {
 
 inline int divide_up(int a, int b) { return (a + b - 1) / b; }
 
-// Fills in the work of `p` from its tiles, of which `share` blocks do one. `clusters[size]` clusters
-// of `size` blocks run at a time. Returns the number of blocks over `share`.
+// Fills in the work of `p` from its tiles, of which `share` blocks do one. `clusters[size]`
+// clusters of `size` blocks run at a time. Returns the number of blocks over `share`.
 //
 // Few tiles: k is split over as many blocks of a cluster as run at the same time. Many: whole tiles
 // while they fill rounds, and what is left over is one more round, or is cut along k so that all

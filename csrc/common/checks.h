@@ -12,10 +12,10 @@
 #include <initializer_list>
 #include <string>
 
-#define CHECK_CUDA(call)                                                                  \
-  do {                                                                                    \
-    const cudaError_t error_ = (call);                                                    \
-    STD_TORCH_CHECK(error_ == cudaSuccess, #call, ": ", cudaGetErrorString(error_));      \
+#define CHECK_CUDA(call)                                                             \
+  do {                                                                               \
+    const cudaError_t error_ = (call);                                               \
+    STD_TORCH_CHECK(error_ == cudaSuccess, #call, ": ", cudaGetErrorString(error_)); \
   } while (0)
 
 namespace qoq {
@@ -54,9 +54,10 @@ inline void check_tensor(const char* op, const char* name, const Tensor& tensor,
     is_right = is_right && tensor.size(i) == size;
     expected += (i++ == 0 ? "" : ", ") + std::to_string(size);
   }
-  STD_TORCH_CHECK(is_right, op, ": ", name, " is ", torch::headeronly::toString(tensor.scalar_type()),
-                  " ", shape_text(tensor), tensor.is_contiguous() ? "" : " (not contiguous)",
-                  ", expected ", torch::headeronly::toString(type), " [", expected, "]");
+  STD_TORCH_CHECK(is_right, op, ": ", name, " is ",
+                  torch::headeronly::toString(tensor.scalar_type()), " ", shape_text(tensor),
+                  tensor.is_contiguous() ? "" : " (not contiguous)", ", expected ",
+                  torch::headeronly::toString(type), " [", expected, "]");
   STD_TORCH_CHECK(tensor.is_cuda() && device_of(tensor) == device, op, ": ", name,
                   " is not on CUDA device ", device, ", where x is");
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0 || tensor.numel() == 0,

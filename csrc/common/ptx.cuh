@@ -111,9 +111,7 @@ __device__ inline uint64_t l2_policy_evict_normal() {
 
 // Until here a kernel may run beside the one before it in the stream; from here on all that
 // the earlier one wrote is visible.
-__device__ inline void griddepcontrol_wait() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
+__device__ inline void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 __device__ inline void griddepcontrol_launch_dependents() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -204,10 +202,10 @@ __device__ inline void store_shared_4(uint32_t address, int32_t v) {
 // Four 8x8 matrices of 16-bit elements, each stored transposed: lane 8 q + i has the address
 // of row i of matrix q, which is column i of the fragment.
 __device__ inline void stmatrix_x4_trans(uint32_t address, const uint32_t (&r)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                   address),
-               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
-               : "memory");
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+      "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+      : "memory");
 }
 
 __device__ inline void stmatrix_x2_trans(uint32_t address, uint32_t r0, uint32_t r1) {
@@ -253,8 +251,8 @@ __device__ inline uint64_t descriptor_k_major_128b(uint32_t address) {
 }
 
 // d[64, kN] += a[64, 32] b[kN, 32]^T, a unsigned in registers, b signed in shared memory.
-//   a register r of lane l in warp w: row 16 w + l / 4 + 8 (r % 2), k = 4 (l % 4) + byte + 16 (r / 2)
-//   d register 4 j + 2 h + v:         row 16 w + l / 4 + 8 h,       column 8 j + 2 (l % 4) + v
+//   a register r of lane l in warp w: row 16 w + l / 4 + 8 (r % 2), k = 4 (l % 4) + byte + 16 (r /
+//   2) d register 4 j + 2 h + v:         row 16 w + l / 4 + 8 h,       column 8 j + 2 (l % 4) + v
 template <int kN>
 struct WgmmaU8S8;
 

@@ -28,7 +28,7 @@ from vllm.model_executor.parameter import (
     PackedvLLMParameter,
 )
 
-from vllm_qoq import ops, reference
+from vllm_qoq import ops, reference, w4a8_layout
 from vllm_qoq.format import QOQ_LINEAR, FormatError, QoQSet
 
 if TYPE_CHECKING:
@@ -141,18 +141,21 @@ class QoQLinearMethod(LinearMethodBase):
         )
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
-        """Check the values and unpack the weight to int8 [N, K], once."""
-        device = layer.qweight.device.type
-        if not ops.has_kernels(device):
+        """Check the values and bring the weight into the order of the kernels, once."""
+        device = layer.qweight.device
+        if not ops.has_kernels(device.type):
             raise RuntimeError(
-                f"{self.prefix}: this build of vllm-qoq has no {device.upper()} kernels for "
+                f"{self.prefix}: this build of vllm-qoq has no {device.type.upper()} kernels for "
                 f"{QOQ_LINEAR}; use another set of the checkpoint, for example with "
                 """--additional-config '{"qoq": {"force_set": "w8a8"}}', or serve on the CPU"""
             )
         if self.is_dummy:
             _make_valid(layer)
         n, half_k = layer.qweight.shape
-        weight = torch.empty(n, 2 * half_k, dtype=torch.int8, device=layer.qweight.device)
+        is_packed = device.type == "cuda"
+        if is_packed:
+            self._check_size_of_kernel(n, 2 * half_k)
+        weight = torch.empty(0 if is_packed else n, 2 * half_k, dtype=torch.int8, device=device)
         for part, rows in self._rows():
             tensors = {
                 name: parameter.data[rows]
@@ -161,12 +164,20 @@ class QoQLinearMethod(LinearMethodBase):
             }
             try:
                 _check_floats(tensors)
-                weight[rows] = reference.int8_weight(tensors)
+                checked = reference.int8_weight(tensors)
             except ValueError as error:
                 raise FormatError(
                     f"{part}.{error}; run `vllm-qoq verify` on the checkpoint, download or "
                     "quantize it again"
                 ) from None
+            if not is_packed:
+                weight[rows] = checked
+        layer.workspace = None
+        if is_packed:
+            weight = w4a8_layout.pack(layer.qweight, layer.group_scale, layer.group_offset)
+            layer.workspace = ops.workspace(device)
+            # The kernel fetches weights before the kernel ahead of it has ended.
+            torch.cuda.synchronize(device)
         layer.weight = Parameter(weight, requires_grad=False)
         del layer.qweight
         layer.group_scale = layer.group_offset = None
@@ -187,6 +198,7 @@ class QoQLinearMethod(LinearMethodBase):
             layer.group_offset,
             bias,
             x.dtype,
+            layer.workspace,
         )
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -200,6 +212,14 @@ class QoQLinearMethod(LinearMethodBase):
             f"{k} inputs are not a multiple of {multiple}, as {QOQ_LINEAR} with group_size "
             f"{self.qoq_set.group_size} needs{remedy}"
         )
+
+    def _check_size_of_kernel(self, n: int, k: int) -> None:
+        if n % 8 or k % w4a8_layout.BLOCK_K:
+            raise FormatError(
+                f"{self.prefix}: the CUDA kernel for {QOQ_LINEAR} needs a multiple of 8 outputs "
+                f"and of {w4a8_layout.BLOCK_K} inputs, this rank has {n} and {k}; use fewer ranks, "
+                "or quantize again with this layer in `ignore`"
+            )
 
     def _rows(self) -> Iterator[tuple[str, slice]]:
         """The checkpoint layers and their rows in the fused weight."""

@@ -1,0 +1,460 @@
+// A model of the parts of Hopper that csrc/w4a8_gemm_kernel.cuh uses, for machines without a GPU.
+//
+// Every thread is a fiber; those that can run do so in random order. Copies of the copy engine
+// happen at once, wgmmas as late as their group is waited for: so a stage that is given back too
+// early is overwritten, and a barrier that counts wrong stands still. It knows nothing of memory
+// order, registers or time. Takes the place of csrc/common/ptx.cuh.
+#pragma once
+
+#include <cuda.h>
+#include <ucontext.h>
+#include <vector_functions.h>
+#include <vector_types.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <vector>
+
+namespace model {
+
+constexpr int kBlockThreads = 384;
+constexpr uint32_t kFirstAddress = 0x440;  // of shared memory: not a multiple of 1024
+constexpr uint32_t kAddressBits = 24;      // above: 1 + rank in the cluster
+constexpr uint32_t kAddressMask = (1u << kAddressBits) - 1;
+
+[[noreturn]] inline void fail(const char* what) {
+  std::printf("the model stops: %s\n", what);
+  std::fflush(stdout);
+  std::abort();
+}
+
+inline void check(bool is_right, const char* what) {
+  if (!is_right) fail(what);
+}
+
+struct Mbarrier {
+  int expected = 0, pending = 0;
+  long bytes = 0;
+  uint32_t phase = 0;
+  bool is_initialised = false;
+
+  void update() {
+    check(pending >= 0, "too many arrivals at a barrier");
+    if (pending > 0 || bytes != 0) return;
+    phase ^= 1;
+    pending = expected;
+  }
+};
+
+// Threads that wait for each other: bar.sync, or a warp's stmatrix.
+struct Rendezvous {
+  int count = 0, generation = 0;
+};
+
+struct Wgmma {
+  int n;
+  uint64_t descriptor;
+  int issued = 0;  // by how many of the 128 threads
+  std::array<std::array<uint32_t, 4>, 128> a;
+  std::array<int32_t*, 128> d;
+};
+
+struct WgmmaGroup {
+  std::deque<Wgmma> instructions;
+  bool is_done = false;
+};
+
+struct Stmatrix : Rendezvous {
+  uint32_t address[32], registers[32][4];
+};
+
+struct Cluster;
+
+struct Block {
+  int index, rank;
+  Cluster* cluster;
+  std::vector<char> shared;
+  std::map<uint32_t, Mbarrier> mbarriers;
+  std::map<int, Rendezvous> named;
+  std::deque<WgmmaGroup> wgmmas[kBlockThreads / 128];
+  Stmatrix stmatrix[kBlockThreads / 32];
+};
+
+struct Cluster {
+  std::vector<Block> blocks;
+  int arrived = 0, generation = 0, alive = 0;
+
+  // Threads that have ended do not hold the others up.
+  void update() {
+    if (alive == 0 || arrived < alive) return;
+    arrived = 0;
+    ++generation;
+  }
+};
+
+struct Thread {
+  ucontext_t context;
+  std::vector<char> stack;
+  int index;
+  Block* block;
+  bool has_ended = false;
+  size_t group = 0, instruction = 0;  // of its next wgmma
+  int cluster_generation = 0;
+};
+
+inline ucontext_t scheduler;
+inline Thread* self;
+inline int grid_blocks;
+inline std::mt19937 random_order;
+inline std::function<void()> kernel;
+
+inline void yield() { swapcontext(&self->context, &scheduler); }
+
+template <class Condition>
+void wait_until(Condition condition) {
+  while (!condition()) yield();
+}
+
+inline void meet(Rendezvous& r, int threads, const std::function<void()>& last = [] {}) {
+  const int generation = r.generation;
+  if (++r.count == threads) {
+    last();
+    r.count = 0;
+    ++r.generation;
+  }
+  wait_until([&] { return r.generation != generation; });
+}
+
+inline Block& block_of(uint32_t address) {
+  const uint32_t tag = address >> kAddressBits;
+  return tag == 0 ? *self->block : self->block->cluster->blocks.at(tag - 1);
+}
+
+inline char* shared_pointer(uint32_t address) {
+  Block& block = block_of(address);
+  const uint32_t offset = (address & kAddressMask) - kFirstAddress;
+  check(offset < block.shared.size(), "an address outside of shared memory");
+  return block.shared.data() + offset;
+}
+
+inline char* shared_begin() { return self->block->shared.data(); }
+
+inline uint32_t swizzle_128b(uint32_t address) { return address ^ ((address >> 7 & 7) << 4); }
+
+// What the model puts in the place of a tensor map.
+struct TensorMap {
+  const int8_t* x;
+  int rows, columns, box_rows;
+};
+
+inline void multiply(Block& block, Wgmma& w) {
+  const uint32_t start = (w.descriptor & 0x3FFF) << 4;
+  for (int n = 0; n < w.n; ++n) {
+    int b[32];
+    for (int k = 0; k < 32; ++k) {
+      const uint32_t address = swizzle_128b(start + n / 8 * 1024 + n % 8 * 128 + k);
+      b[k] = static_cast<int8_t>(block.shared.at(address - kFirstAddress));
+    }
+    for (int row = 0; row < 64; ++row) {
+      const int half = row % 16 / 8, quad = row / 16 * 32 + row % 8 * 4;  // first of 4 threads
+      int sum = 0;
+      for (int k = 0; k < 32; ++k) {
+        const uint32_t a = w.a[quad + k % 16 / 4][half + 2 * (k / 16)];
+        sum += static_cast<int>(a >> 8 * (k % 4) & 255) * b[k];
+      }
+      w.d[quad + n % 8 / 2][n / 8 * 4 + 2 * half + n % 2] += sum;
+    }
+  }
+}
+
+inline void run_thread() {
+  kernel();
+  self->has_ended = true;
+  --self->block->cluster->alive;
+  self->block->cluster->update();
+  swapcontext(&self->context, &scheduler);
+}
+
+inline void run_until_all_end(const std::vector<std::unique_ptr<Thread>>& threads) {
+  std::vector<Thread*> live;
+  for (const auto& thread : threads) live.push_back(thread.get());
+  for (int round = 0; !live.empty(); ++round) {
+    check(round < 100000, "deadlock");
+    std::shuffle(live.begin(), live.end(), random_order);
+    for (Thread* thread : live) {
+      self = thread;
+      swapcontext(&scheduler, &thread->context);
+    }
+    std::erase_if(live, [](const Thread* thread) { return thread->has_ended; });
+  }
+}
+
+// Runs a grid, so many clusters at a time.
+inline void launch(int blocks, int cluster_size, int shared_bytes, int clusters_at_a_time,
+                   std::function<void()> body) {
+  kernel = std::move(body);
+  grid_blocks = blocks;
+  const int clusters = blocks / cluster_size;
+  for (int first = 0; first < clusters; first += clusters_at_a_time) {
+    std::deque<Cluster> running;
+    std::vector<std::unique_ptr<Thread>> threads;
+    for (int c = first; c < std::min(first + clusters_at_a_time, clusters); ++c) {
+      Cluster& cluster = running.emplace_back();
+      cluster.blocks.resize(cluster_size);
+      cluster.alive = cluster_size * kBlockThreads;
+      for (int rank = 0; rank < cluster_size; ++rank) {
+        Block& block = cluster.blocks[rank];
+        block.index = c * cluster_size + rank;
+        block.rank = rank;
+        block.cluster = &cluster;
+        block.shared.assign(shared_bytes, 0x5A);
+        for (int i = 0; i < kBlockThreads; ++i) {
+          Thread& thread = *threads.emplace_back(std::make_unique<Thread>());
+          thread.index = i;
+          thread.block = &block;
+          thread.stack.resize(24 << 10);
+          getcontext(&thread.context);
+          thread.context.uc_stack.ss_sp = thread.stack.data();
+          thread.context.uc_stack.ss_size = thread.stack.size();
+          thread.context.uc_link = nullptr;
+          makecontext(&thread.context, run_thread, 0);
+        }
+      }
+    }
+    run_until_all_end(threads);
+  }
+}
+
+struct Dimension {
+  int x;
+};
+
+}  // namespace model
+
+// ---- what nvcc knows -----------------------------------------------------------------
+
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+#define threadIdx (model::Dimension{model::self->index})
+#define blockIdx (model::Dimension{model::self->block->index})
+#define gridDim (model::Dimension{model::grid_blocks})
+
+using std::max;
+using std::min;
+
+inline void __syncthreads() { model::meet(model::self->block->named[0], model::kBlockThreads); }
+inline void __syncwarp() {}
+inline void __threadfence() { model::yield(); }
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
+template <class T>
+T __ldcg(const T* p) {
+  return *p;
+}
+inline void __stcg(int* p, int v) { *p = v; }
+inline int atomicAdd(int* p, int v) {
+  *p += v;
+  return *p - v;
+}
+inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
+  const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i)
+    result |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  return result;
+}
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __int2float_rn(int a) { return static_cast<float>(a); }
+
+// ---- csrc/common/ptx.cuh -------------------------------------------------------------
+
+namespace qoq::ptx {
+
+using namespace model;
+
+inline uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(static_cast<const char*>(p) - shared_begin()) + kFirstAddress;
+}
+
+inline Mbarrier& mbarrier(uint32_t address) {
+  Mbarrier& barrier = block_of(address).mbarriers[address & kAddressMask];
+  check(barrier.is_initialised, "a barrier that is not initialised");
+  return barrier;
+}
+inline void mbarrier_init(uint32_t address, uint32_t arrivals) {
+  const int n = static_cast<int>(arrivals);
+  self->block->mbarriers[address] = {n, n, 0, 0, true};
+}
+inline void fence_mbarrier_init() {}
+inline void mbarrier_arrive_if(bool is_arriving, uint32_t address) {
+  if (!is_arriving) return;
+  --mbarrier(address).pending;
+  mbarrier(address).update();
+  yield();
+}
+inline void mbarrier_arrive_cluster_if(bool is_arriving, uint32_t mapped) {
+  mbarrier_arrive_if(is_arriving, mapped);
+}
+inline void mbarrier_arrive_expect_tx(uint32_t address, uint32_t bytes) {
+  mbarrier(address).bytes += bytes;
+  mbarrier_arrive_if(true, address);
+}
+inline void mbarrier_wait(uint32_t address, uint32_t parity) {
+  wait_until([&] { return mbarrier(address).phase != parity; });
+}
+
+inline void complete(uint32_t barrier, long bytes) {
+  mbarrier(barrier).bytes -= bytes;
+  mbarrier(barrier).update();
+  yield();
+}
+inline void cp_async_bulk(uint32_t destination, const void* source, uint32_t bytes,
+                          uint32_t barrier, uint64_t) {
+  check(destination % 16 == 0 && bytes % 16 == 0, "an unaligned bulk copy");
+  std::memcpy(shared_pointer(destination), source, bytes);
+  complete(barrier, bytes);
+}
+inline void copy_box(uint32_t destination, const CUtensorMap* map, int x, int y, uint32_t barrier,
+                     uint32_t tag) {
+  TensorMap t;
+  std::memcpy(&t, map, sizeof t);
+  check(destination % 1024 == 0, "an unaligned box");
+  for (int row = 0; row < t.box_rows; ++row)
+    for (int column = 0; column < 128; ++column) {
+      const int64_t index = static_cast<int64_t>(y + row) * t.columns + x + column;
+      *shared_pointer(swizzle_128b(destination + row * 128 + column) | tag) =
+          y + row < t.rows ? t.x[index] : 0;
+    }
+  complete(barrier | tag, t.box_rows * 128);
+}
+inline void cp_async_bulk_tensor_2d(uint32_t destination, const CUtensorMap* map, int x, int y,
+                                    uint32_t barrier) {
+  copy_box(destination, map, x, y, barrier, 0);
+}
+inline void cp_async_bulk_tensor_2d_multicast(uint32_t destination, const CUtensorMap* map, int x,
+                                              int y, uint32_t barrier, uint16_t blocks) {
+  for (uint32_t rank = 0; rank < 16; ++rank)
+    if (blocks >> rank & 1) copy_box(destination, map, x, y, barrier, (rank + 1) << kAddressBits);
+}
+inline void prefetch_tensormap(const CUtensorMap*) {}
+inline uint64_t l2_policy_evict_first() { return 0; }
+inline uint64_t l2_policy_evict_normal() { return 0; }
+inline void griddepcontrol_wait() {}
+inline void griddepcontrol_launch_dependents() {}
+template <int kRegisters>
+void setmaxnreg_increase() {}
+template <int kRegisters>
+void setmaxnreg_decrease() {}
+
+inline uint32_t cluster_rank() { return self->block->rank; }
+inline void cluster_arrive() {
+  Cluster& cluster = *self->block->cluster;
+  self->cluster_generation = cluster.generation;
+  ++cluster.arrived;
+  cluster.update();
+}
+inline void cluster_wait() {
+  wait_until([] { return self->block->cluster->generation != self->cluster_generation; });
+}
+inline uint32_t map_to_rank(uint32_t address, uint32_t rank) {
+  check(rank < self->block->cluster->blocks.size(), "a rank outside of the cluster");
+  return (address & kAddressMask) | (rank + 1) << kAddressBits;
+}
+inline void named_barrier_sync(int id, int threads) { meet(self->block->named[id], threads); }
+
+template <class T>
+T load(uint32_t address) {
+  check(address % sizeof(T) == 0, "an unaligned load");
+  T v;
+  std::memcpy(&v, shared_pointer(address), sizeof v);
+  return v;
+}
+inline int4 load_cluster_16(uint32_t mapped) { return load<int4>(mapped); }
+inline uint4 load_shared_16(uint32_t address) { return load<uint4>(address); }
+inline uint32_t load_shared_4(uint32_t address) { return load<uint32_t>(address); }
+inline void store_shared_4(uint32_t address, int32_t v) {
+  std::memcpy(shared_pointer(address), &v, sizeof v);
+}
+inline void red_add(int32_t* address, int32_t value) { *address += value; }
+
+template <int kMatrices>
+void stmatrix_trans(uint32_t address, const uint32_t* registers) {
+  Stmatrix& s = self->block->stmatrix[self->index / 32];
+  const int lane = self->index % 32;
+  s.address[lane] = address;
+  std::copy_n(registers, kMatrices, s.registers[lane]);
+  meet(s, 32, [&] {
+    for (int q = 0; q < kMatrices; ++q)
+      for (int row = 0; row < 8; ++row)
+        for (int column = 0; column < 8; ++column) {
+          const uint16_t v = s.registers[column * 4 + row / 2][q] >> 16 * (row % 2);
+          std::memcpy(shared_pointer(s.address[8 * q + row]) + 2 * column, &v, sizeof v);
+        }
+  });
+}
+inline void stmatrix_x4_trans(uint32_t address, const uint32_t (&r)[4]) {
+  stmatrix_trans<4>(address, r);
+}
+inline void stmatrix_x2_trans(uint32_t address, uint32_t r0, uint32_t r1) {
+  const uint32_t r[2] = {r0, r1};
+  stmatrix_trans<2>(address, r);
+}
+
+inline void wgmma_fence() {}
+template <class T, int kCount>
+void keep_in_registers(T (&)[kCount]) {}
+inline WgmmaGroup& wgmma_group(size_t index) {
+  auto& groups = self->block->wgmmas[self->index / 128];
+  if (groups.size() <= index) groups.resize(index + 1);
+  return groups[index];
+}
+inline void wgmma_commit_group() {
+  ++self->group;
+  self->instruction = 0;
+}
+template <int kPending>
+void wgmma_wait_group() {
+  yield();
+  for (size_t g = 0; g + kPending < self->group; ++g) {
+    WgmmaGroup& group = wgmma_group(g);
+    wait_until([&] {
+      return std::all_of(group.instructions.begin(), group.instructions.end(),
+                         [](const Wgmma& w) { return w.issued == 128; });
+    });
+    if (group.is_done) continue;
+    for (Wgmma& w : group.instructions) multiply(*self->block, w);
+    group.instructions.clear();
+    group.is_done = true;
+  }
+}
+inline uint64_t descriptor_k_major_128b(uint32_t address) {
+  check(address % 1024 == 0, "an operand that is not aligned to its swizzle");
+  return (address & 0x3FFFF) >> 4;
+}
+template <int kN>
+struct WgmmaU8S8 {
+  static void issue(int32_t (&d)[kN / 2], const uint32_t* a, uint64_t b) {
+    auto& instructions = wgmma_group(self->group).instructions;
+    if (instructions.size() <= self->instruction) instructions.push_back({kN, b});
+    Wgmma& w = instructions[self->instruction++];
+    check(w.descriptor == b && w.n == kN, "a warpgroup that does not agree");
+    std::copy_n(a, 4, w.a[self->index % 128].begin());
+    w.d[self->index % 128] = d;
+    ++w.issued;
+  }
+};
+
+}  // namespace qoq::ptx

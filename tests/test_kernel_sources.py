@@ -1,0 +1,68 @@
+"""The CUDA sources without a GPU: what nvcc says of them, and the GEMM on a model of Hopper."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+CSRC = ROOT / "csrc"
+MODEL = ROOT / "tests" / "kernel_model"
+TORCH = Path(torch.__file__).parent / "include"
+
+NVCC = shutil.which("nvcc")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="there is no nvcc here")
+
+
+def run(*command, **options):
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, check=False, **options
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", sorted(CSRC.glob("*.cu")), ids=lambda path: path.stem)
+def test_kernels_compile_without_spills_or_serialised_wgmmas(source, tmp_path):
+    said = run(
+        *(NVCC, "-gencode=arch=compute_90a,code=sm_90a", "-std=c++20", "-O3", "-Xptxas=-v"),
+        *("-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA", "-I", CSRC, "-I", TORCH),
+        *("-c", source, "-o", tmp_path / "object.o"),
+    )
+    assert not re.findall(r"\(C75\d\d\).*", said)
+    spills = re.findall(r"(\d+) bytes spill stores", said)
+    assert spills
+    assert set(spills) == {"0"}
+
+
+@pytest.fixture(scope="module")
+def gemm_on_the_model(tmp_path_factory):
+    """The kernel as a program for this machine: shared memory and ptx.cuh are the model's."""
+    folder = tmp_path_factory.mktemp("model")
+    kernel = (CSRC / "w4a8_gemm_kernel.cuh").read_text()
+    for device, host in (
+        ("extern __shared__ char unaligned[];", "char* unaligned = model::shared_begin();"),
+        ('#include "common/ptx.cuh"', ""),
+        ("const __grid_constant__", "const"),
+    ):
+        assert device in kernel
+        kernel = kernel.replace(device, host)
+    (folder / "kernel.h").write_text(kernel)
+    # Fused multiply-adds would round the expected values differently.
+    run(
+        *(NVCC, "-std=c++20", "-O2", "-Xcompiler=-w,-ffp-contract=off", MODEL / "gemm.cpp"),
+        *("-I", folder, "-I", CSRC, "-o", folder / "gemm"),
+    )
+    return folder / "gemm"
+
+
+@needs_nvcc
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the model's fibers are for x86-64")
+@pytest.mark.parametrize("seed", [1, 2])
+def test_every_tile_and_schedule_is_exact_in_any_order_of_threads(gemm_on_the_model, seed):
+    assert "split 8" in run(gemm_on_the_model, seed, timeout=300)
