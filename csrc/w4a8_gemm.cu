@@ -101,17 +101,35 @@ struct Launcher {
   }
 };
 
+// The work of a launch with this tile.
+struct Arrangement {
+  Params params;
+  int used;  // blocks over kShare
+  int path;
+};
+
 template <class Tile, bool kGrouped>
-void launch(const void* x, Params p, int device, cudaStream_t stream) {
-  using Launch = Launcher<Tile, kGrouped>;
-  const Plan& plan = Launch::plan(device);
+Arrangement arrange(Params p, int device) {
+  const Plan& plan = Launcher<Tile, kGrouped>::plan(device);
   p.tiles_m = divide_up(p.m, Tile::kTokens);
   p.tiles_n = divide_up(p.n, Tile::kChannels * Tile::kShare);
   const int used = schedule(p, Tile::kShare, plan.clusters);
+  return {p, used, longest_path(p, Tile::kShare, plan.clusters)};
+}
+
+template <class Tile, bool kGrouped>
+void launch(const void* x, const Arrangement& work, cudaStream_t stream) {
+  using Launch = Launcher<Tile, kGrouped>;
+  const Params& p = work.params;
   const CUtensorMap x_map =
       x_tensor_map(x, p.m, p.k_blocks * kBlockK, Tile::kTokens / Tile::kShare);
-  const Launch launcher(used * Tile::kShare, p.split * Tile::kShare, stream);
+  const Launch launcher(work.used * Tile::kShare, p.split * Tile::kShare, stream);
   CHECK_CUDA(cudaLaunchKernelEx(&launcher.config, Launch::kKernel, x_map, p));
+}
+
+template <class Tile, bool kGrouped>
+void launch(const void* x, const Params& p, int device, cudaStream_t stream) {
+  launch<Tile, kGrouped>(x, arrange<Tile, kGrouped>(p, device), stream);
 }
 
 template <bool kGrouped>
@@ -120,8 +138,11 @@ void dispatch(const void* x, const Params& p, int device, cudaStream_t stream) {
   if (p.m <= 16) return launch<Tile16, kGrouped>(x, p, device, stream);
   if (p.m <= 32) return launch<Tile32, kGrouped>(x, p, device, stream);
   if (p.m <= 64) return launch<Tile64, kGrouped>(x, p, device, stream);
-  if (p.m <= 512) return launch<Tile128, kGrouped>(x, p, device, stream);
-  return launch<TileLarge, kGrouped>(x, p, device, stream);
+  const Arrangement small = arrange<Tile128, kGrouped>(p, device);
+  const Arrangement large = arrange<TileLarge, kGrouped>(p, device);
+  if (small.path * kClocks128 < large.path * kClocksLarge)
+    return launch<Tile128, kGrouped>(x, small, stream);
+  return launch<TileLarge, kGrouped>(x, large, stream);
 }
 
 Bias bias_type(const Tensor& bias) {

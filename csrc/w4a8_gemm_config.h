@@ -83,6 +83,10 @@ using Tile64 = Tile<1, 64, 6, 2, 2>;
 using Tile128 = Tile<1, 128, 7, 1, 2>;
 using TileLarge = Tile<2, 128, 5, 1, 2>;
 
+// Clocks of a k_block: of the tensor cores 512 and 1024, but the L2 delivers about 26 bytes a clock
+// to each multiprocessor, and the small tile needs 16.6 KB. Estimates, to be measured.
+inline constexpr int kClocks128 = 650, kClocksLarge = 1050;
+
 inline constexpr int kMaxCluster = 8;  // the largest cluster that every Hopper can run
 
 // The workspace is int32: counters, then sums of the tiles that several blocks share. The kernel
