@@ -1,8 +1,7 @@
 // Runs the W4A8 kernel on the model of Hopper and compares it with plain loops, bit by bit.
 //   gemm SEED    returns 1 where an element differs
-#include "hopper.h"
-// After the model, which takes the place of ptx.cuh.
-#include "kernel.h"
+#include "common/ptx.cuh"  // the model
+#include "w4a8_gemm_kernel.cuh"
 #include "w4a8_gemm_schedule.h"
 
 using namespace qoq::w4a8;
