@@ -32,6 +32,8 @@ def quantize(monkeypatch, capfd):
 
     def run(model, out, *arguments):
         arguments = ["vllm-qoq", "quantize", model, "-o", out, "--text", TEXT, *arguments]
+        # The command sets it for its process; vLLM divides by zero with bars switched off.
+        monkeypatch.setenv("TQDM_DISABLE", "1")
         monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
         try:
             code = cli.main()
@@ -100,7 +102,8 @@ def test_vllm_computes_what_the_report_says(quantized, name, loss):
     out, text, report = quantized
     before, after = report["before"]["perplexity"], report["after"][name]["perplexity"]
     served = perplexity(engine(out, {"force_set": name}), text.read_text(), 256)["perplexity"]
-    # transformers rounds dequantized weights and inputs to bf16, the ops of a set do not
+    # vLLM was 0.2 to 0.5 % lower in all sets, also against a report computed in float32, so
+    # bf16 in transformers is not the reason. Unexplained: tighten this when it is found.
     assert served == pytest.approx(after["kv16"], rel=0.006)
     assert after["kv16"] < before["kv16"] * (1 + loss)
     assert after["kv16"] < after["kv4"] < after["kv16"] * 1.06
