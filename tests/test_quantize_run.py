@@ -134,6 +134,8 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tiny_model, tmp_path, qua
 
     code, _, err = quantize(tiny_model, again, *FEW, "--group-size", "-1", "--resume")
     assert code == 2 and "group_size was 128 and is -1 now" in err
+    code, _, err = quantize(tiny_model, again, *FEW, "--kv-bits", "8", "--resume")
+    assert code == 2 and "kv_bits was 4 and is 8 now" in err  # K's scales depend on it
     with safe_open(work / "block-0000.safetensors", "pt") as file:
         first = json.loads(file.metadata()["facts"])
     code, _, err = quantize(tiny_model, again, *FEW, "--resume")
@@ -201,7 +203,9 @@ def test_the_size_of_a_dry_run_is_the_size_of_the_checkpoint(quantized, tmp_path
 
 def test_a_recipe_and_options_over_it(tiny_model, tmp_path, quantize):
     recipe = tmp_path / "recipe.json"
-    recipe.write_text(json.dumps({"sets": ["w4a8"], "group_size": -1, "gptq": False, "samples": 4}))
+    recipe.write_text(
+        json.dumps({"sets": ["w4a8"], "group_size": -1, "gptq": False, "samples": 4, "kv_bits": 16})
+    )
     out = tmp_path / "out"
     code, _, err = quantize(
         tiny_model, out, "--recipe", recipe, "--samples", "2", "--seqlen", "64", "--no-clip"
@@ -212,4 +216,5 @@ def test_a_recipe_and_options_over_it(tiny_model, tmp_path, quantize):
     assert not options["gptq"] and not options["clip"] and options["rotate"]
     checkpoint = Checkpoint.open(out)
     assert "w4a8.model.layers.0.mlp.up_proj.channel_zero" in checkpoint.tensors
+    assert checkpoint.section.kv_cache.bits == 16
     assert verify.structure(out) == []

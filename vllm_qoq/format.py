@@ -61,7 +61,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, mo
 from vllm_qoq.errors import UserError
 from vllm_qoq.routing import Routing, RoutingError, one_line
 
-FORMAT_VERSION = 1
 QUANT_METHOD = "qoq"
 SECTION = "quantization_config"
 INPUT_RATIO = "input_ratio"

@@ -76,10 +76,7 @@ def _add_steps(group: Any) -> None:
         group.add_argument(option, dest=name, action="store_false", default=None, help=text)
 
 
-_OPTIONS = (
-    *("group_size", "kv_bits", "samples", "seqlen"),
-    *_STEPS,
-)
+_OPTIONS = ("group_size", "kv_bits", "samples", "seqlen", *_STEPS)
 
 
 def _quantize(args: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ import torch
 
 from vllm_qoq.checkpoint import Checkpoint
 from vllm_qoq.quantize import rotate
-from vllm_qoq.quantize.architectures import Architecture, Shape, blocks
+from vllm_qoq.quantize.architectures import Architecture, blocks
 from vllm_qoq.quantize.assemble import SHARED, write_checkpoint
 from vllm_qoq.quantize.check import PROMPT_TOKENS, Check
 from vllm_qoq.quantize.clock import Clock
@@ -32,7 +32,7 @@ def run(job: Job, options: Options) -> dict[str, Any]:
     """Quantize; returns the report. A stopped run leaves only its work folder."""
     started = time.monotonic()
     plan = make_plan(job, options)
-    arch, shape, samples = plan.arch, plan.shape, plan.samples
+    arch, shape = plan.arch, plan.shape
     check = _check(job, options, plan)
 
     with WorkDir.open(job.work_dir, fingerprint(job, options), job.resume) as work:
@@ -41,13 +41,13 @@ def run(job: Job, options: Options) -> dict[str, Any]:
         if options.rotate:
             rotate.fold_norms(model, arch)
             rotate.rotate_stream(model, arch, shape)
-        _smooth(model, arch, shape, options, samples, work, job.quiet)
+        _smooth(model, plan, options, work, job.quiet)
         if options.rotate:
             rotate.rotate_values(model, arch, shape)  # of channels that are smooth already
         if not work.has(SHARED):
             work.save(SHARED, _shared(model, arch), {})
         if not all(work.has(piece(i)) for i in range(shape.layers)):
-            _quantize(model, arch, shape, options, samples, work, job.quiet)
+            _quantize(model, plan, options, work, job.quiet)
 
         errors: list[LayerError] = [
             row for index in range(shape.layers) for row in work.load(piece(index))[1]
@@ -110,21 +110,14 @@ def fingerprint(job: Job, options: Options) -> dict[str, Any]:
     return {
         "model": digest.hexdigest(),
         "text": hashlib.sha256(job.text.read_bytes()).hexdigest(),
-        **options.model_dump(mode="json", exclude={"kv_bits"}),
+        **options.model_dump(mode="json"),
     }
 
 
-def _smooth(
-    model: Any,
-    arch: Architecture,
-    shape: Shape,
-    options: Options,
-    samples: list[list[int]],
-    work: WorkDir,
-    quiet: bool,
-) -> None:
+def _smooth(model: Any, plan: Plan, options: Options, work: WorkDir, quiet: bool) -> None:
     wanted = SmoothOptions(
-        options.smooth_attention,
+        # A 16-bit cache rounds nothing that a scale could help.
+        options.smooth_attention and options.kv_bits < 16,
         options.smooth_outputs,
         options.reorder,
         kv_bits=options.kv_bits,
@@ -134,38 +127,30 @@ def _smooth(
         return
     if work.has(_SMOOTHING):
         found, _ = work.load(_SMOOTHING)
-        apply_saved(model, found, arch, shape)
+        apply_saved(model, found, plan.arch, plan.shape)
         return
     step = SmoothPass(
-        arch=arch,
-        shape=shape,
+        arch=plan.arch,
+        shape=plan.shape,
         options=wanted,
-        samples=len(samples),
-        done=Clock("smoothing, block", shape.layers, quiet),
+        samples=len(plan.samples),
+        done=Clock("smoothing, block", plan.shape.layers, quiet),
     )
-    _pipeline(model, step, samples)
+    _pipeline(model, step, plan.samples)
     work.save(_SMOOTHING, step.found, {})
 
 
-def _quantize(
-    model: Any,
-    arch: Architecture,
-    shape: Shape,
-    options: Options,
-    samples: list[list[int]],
-    work: WorkDir,
-    quiet: bool,
-) -> None:
+def _quantize(model: Any, plan: Plan, options: Options, work: WorkDir, quiet: bool) -> None:
     step = QuantizePass(
-        arch=arch,
-        shape=shape,
+        arch=plan.arch,
+        shape=plan.shape,
         sets=options.kinds,
         use_gptq=options.gptq,
         clip=options.clip,
         work=work,
-        done=Clock("quantizing, block", shape.layers, quiet),
+        done=Clock("quantizing, block", plan.shape.layers, quiet),
     )
-    _pipeline(model, step, samples)
+    _pipeline(model, step, plan.samples)
 
 
 def _pipeline(model: Any, step: Any, samples: list[list[int]]) -> None:
