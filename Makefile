@@ -10,6 +10,9 @@ WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 export VLLM_NO_USAGE_STATS := 1
 export HF_HUB_OFFLINE := 1
+# Container images like to set it. Python would compile all of torch and vLLM anew in every
+# process, which doubles the time of each import, 15 s.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format clean

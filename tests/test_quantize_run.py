@@ -101,10 +101,14 @@ def test_the_report_has_every_layer_and_what_was_asked_for(quantized):
 def test_vllm_computes_what_the_report_says(quantized, name, loss):
     out, text, report = quantized
     before, after = report["before"]["perplexity"], report["after"][name]["perplexity"]
-    served = perplexity(engine(out, {"force_set": name}), text.read_text(), 256)["perplexity"]
-    # vLLM was 0.2 to 0.5 % lower in all sets, also against a report computed in float32, so
-    # bf16 in transformers is not the reason. Unexplained: tighten this when it is found.
-    assert served == pytest.approx(after["kv16"], rel=0.006)
+    # In bf16, vLLM is 0.3 to 0.5 % lower on a CPU without AVX512_BF16: its attention, RoPE and
+    # matrix products drop the last 16 bits there, which makes everything 0.3 % smaller. To fp16
+    # they round.
+    llm = engine(out, {"force_set": name}, dtype="float16")
+    served = perplexity(llm, text.read_text(), 256)["perplexity"]
+    # Four standard errors: int8 inputs that round differently change a token's loss by 0.065,
+    # and the text has 8670 tokens.
+    assert served == pytest.approx(after["kv16"], rel=0.003)
     assert after["kv16"] < before["kv16"] * (1 + loss)
     assert after["kv16"] < after["kv4"] < after["kv16"] * 1.06
 
