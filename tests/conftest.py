@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from qoq_checkpoints import PER_CHANNEL, write_checkpoint, write_plain
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
@@ -68,6 +69,36 @@ def merged_for_w4a16_dir(
     """The same with the roles exchanged: it keeps W4A16's norms, so W4A16 is exact."""
     out = tmp_path_factory.mktemp("merged-w4a16") / "checkpoint"
     return merge(out, f"w8a8={w8a8_dir}", f"w4a16={w4a16_dir}", "--prefill", "w4a16")
+
+
+@pytest.fixture(scope="session")
+def w4a8_dir(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One QoQ set in groups of 128, by rounding."""
+    return write_checkpoint(tiny_model, tmp_path_factory.mktemp("w4a8") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def w4a8_per_channel_dir(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same per channel."""
+    out = tmp_path_factory.mktemp("w4a8-channel") / "checkpoint"
+    return write_checkpoint(tiny_model, out, PER_CHANNEL)
+
+
+@pytest.fixture(scope="session")
+def two_sets_dir(
+    tiny_model: Path, w8a8_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """llmcompressor's W8A8 for prompts, QoQ for generation up to a batch of 4."""
+    folder = tmp_path_factory.mktemp("two-sets")
+    plain = write_plain(tiny_model, folder / "w4a8")
+    arguments = (f"w8a8={w8a8_dir}", f"w4a8={plain}", "--decode", "4:w4a8,w8a8")
+    return merge(folder / "checkpoint", *arguments)
+
+
+@pytest.fixture(params=["0", "1"], ids=["runner-v1", "runner-v2"])
+def runner(request: pytest.FixtureRequest) -> dict[str, str]:
+    """The environment that selects one of vLLM's model runners."""
+    return {"VLLM_USE_V2_MODEL_RUNNER": request.param}
 
 
 def merge(out: Path, *arguments: str) -> Path:

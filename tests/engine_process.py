@@ -16,6 +16,25 @@ from typing import Any
 from engines import engine, generate
 
 import vllm_qoq
+from vllm_qoq.integration.perplexity import perplexity
+
+# Options of an engine that compiles and captures graphs.
+DEFAULT = {
+    "enforce_eager": False,
+    "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]},
+}
+# Eager and captured steps run the same kernels in these two, so their results can be compared
+# bit by bit; Inductor's fusions round differently.
+SAME_OPS = {"custom_ops": ["all"]}
+EAGER = {"enforce_eager": True, "compilation_config": SAME_OPS}
+GRAPHS = {
+    "enforce_eager": False,
+    "compilation_config": {
+        **SAME_OPS,
+        "backend": "eager",
+        "cudagraph_capture_sizes": [1, 2, 4, 8, 16],
+    },
+}
 
 
 def run_engines(
@@ -23,9 +42,10 @@ def run_engines(
 ) -> list[dict[str, Any]]:
     """Run the engines that `specs` describe, one after the other, and return what each did.
 
-    A spec is {"checkpoint": PATH, "qoq": {...}, "options": {...}, "max_tokens": N}; a
-    result has the `generation`, the `counts` of steps in it ("decode w4a16": n) and
-    how many routing decisions were `traced` during it, if the spec asks for a trace.
+    A spec is {"checkpoint": PATH, "qoq": {...}, "options": {...}, "max_tokens": N, "text": T}; a
+    result has the `generation`, the `counts` of steps in it ("decode w4a16": n), how many
+    routing decisions were `traced` during it, if the spec asks for a trace, and the
+    `perplexity` of the text, if there is one.
     """
     (folder / "specs.json").write_text(json.dumps(specs))
     command = [sys.executable, __file__, str(folder / "specs.json"), str(folder / "results.json")]
@@ -52,6 +72,8 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
         "counts": {key: n - counts[key] for key, n in _counts(llm).items()},
         "traced": _lines(qoq.get("trace")) - traced,
     }
+    if "text" in spec:
+        result["perplexity"] = perplexity(llm, spec["text"], 256)["perplexity"]
     if spec.get("options", {}).get("tensor_parallel_size", 1) > 1:
         llm.llm_engine.engine_core.shutdown()  # its workers would spin beside the next engine's
     return result

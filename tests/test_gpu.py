@@ -2,32 +2,9 @@
 
 import pytest
 import torch
-from engine_process import run_engines
+from engine_process import DEFAULT, EAGER, GRAPHS, run_engines
 
 pytestmark = pytest.mark.gpu
-
-DEFAULT = {
-    "enforce_eager": False,
-    "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]},
-}
-# Eager and captured steps run the same kernels in these two, so their results can be compared
-# bit by bit; Inductor's fusions round differently.
-SAME_OPS = {"custom_ops": ["all"]}
-EAGER = {"enforce_eager": True, "compilation_config": SAME_OPS}
-GRAPHS = {
-    "enforce_eager": False,
-    "compilation_config": {
-        **SAME_OPS,
-        "backend": "eager",
-        "cudagraph_capture_sizes": [1, 2, 4, 8, 16],
-    },
-}
-
-
-@pytest.fixture(params=["0", "1"], ids=["runner-v1", "runner-v2"])
-def runner(request):
-    """The environment that selects one of vLLM's model runners."""
-    return {"VLLM_USE_V2_MODEL_RUNNER": request.param}
 
 
 def test_forced_sets_equal_single_sets_and_decode_replays_full_graphs(

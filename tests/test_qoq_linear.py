@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from conftest import merge
 from engines import PROMPTS, engine, generate
 from plugin_units import (
     HEAD,
@@ -19,14 +18,7 @@ from plugin_units import (
     tensors,
     vllm_config,
 )
-from qoq_checkpoints import (
-    GROUP,
-    PER_CHANNEL,
-    round_to_nearest,
-    write_checkpoint,
-    write_dequantized,
-    write_plain,
-)
+from qoq_checkpoints import GROUP, PER_CHANNEL, round_to_nearest, write_dequantized
 from safetensors.torch import load_file, save_file
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -303,26 +295,6 @@ def test_the_ignore_list_follows_the_names_of_the_model():
 def test_an_unknown_key_is_refused():
     with pytest.raises(FormatError, match=r"qoq_linear.*zero_point"):
         QoQLinearConfig.from_config(set_config(GROUP, zero_point=True))
-
-
-@pytest.fixture(scope="session")
-def w4a8_dir(tiny_model, tmp_path_factory):
-    return write_checkpoint(tiny_model, tmp_path_factory.mktemp("w4a8") / "checkpoint")
-
-
-@pytest.fixture(scope="session")
-def w4a8_per_channel_dir(tiny_model, tmp_path_factory):
-    out = tmp_path_factory.mktemp("w4a8-channel") / "checkpoint"
-    return write_checkpoint(tiny_model, out, PER_CHANNEL)
-
-
-@pytest.fixture(scope="session")
-def two_sets_dir(tiny_model, w8a8_dir, tmp_path_factory):
-    """llmcompressor's W8A8 for prompts, QoQ for generation up to a batch of 4."""
-    folder = tmp_path_factory.mktemp("two-sets")
-    plain = write_plain(tiny_model, folder / "w4a8")
-    arguments = (f"w8a8={w8a8_dir}", f"w4a8={plain}", "--decode", "4:w4a8,w8a8")
-    return merge(folder / "checkpoint", *arguments)
 
 
 @pytest.fixture
