@@ -1,8 +1,8 @@
 """Builds the CUDA kernels of csrc/, where possible or asked for; metadata is in pyproject.toml.
 
-VLLM_QOQ_CUDA   0     (default) pure Python, until the kernels have been measured on a GPU
+VLLM_QOQ_CUDA   auto  (default) build them where nvcc and a CUDA build of torch are there
                 1     build them; anything missing is an error
-                auto  build them where nvcc and a CUDA build of torch are there
+                0     pure Python
 
 The kernels are one library for torch 2.11 and later and every Python: `pip install
 --no-build-isolation .`, because an isolated build sees no torch.
@@ -61,7 +61,7 @@ def kernels() -> dict[str, Any]:
 
 def arguments() -> dict[str, Any]:
     """What VLLM_QOQ_CUDA asks for."""
-    choice = os.environ.get("VLLM_QOQ_CUDA", "0")
+    choice = os.environ.get("VLLM_QOQ_CUDA", "auto")
     if choice not in ("auto", "0", "1"):
         raise SystemExit(f"VLLM_QOQ_CUDA={choice}: expected auto, 0 or 1")
     if choice == "0":

@@ -70,6 +70,8 @@ def main() -> int:
     try:
         create_venv()
         install(kind)
+        if kind == "gpu":
+            build_kernels()
         say("Checking that vLLM and llmcompressor can be imported")
         run([PYTHON, "-c", SMOKE_TEST])
     except subprocess.CalledProcessError as error:
@@ -149,6 +151,18 @@ def install(kind: str) -> None:
     ):
         command += ["--torch-backend", "cpu"]
     run(command, environment)
+
+
+def build_kernels() -> None:
+    """Install the project once more, with the torch that is in `.venv` now, for its kernels."""
+    toolkit = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    if shutil.which("nvcc") is None and not Path(toolkit, "bin", "nvcc").exists():
+        say("There is no nvcc, so the kernels are not built: w4a8 sets cannot run on this GPU")
+        return
+    say("Building the CUDA kernels (1 to 2 minutes)")
+    command = [VENV / "bin" / "uv", "pip", "install", "--python", PYTHON, "--no-build-isolation"]
+    command += ["--no-deps", "--reinstall", "--editable", ROOT]
+    run(command, {**uv_environment(), "VLLM_QOQ_CUDA": "1"})
 
 
 def uv_environment() -> dict[str, str]:

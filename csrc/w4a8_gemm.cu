@@ -41,27 +41,41 @@ PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return encoder;
 }
 
-// x int8 [m, k] in boxes of `tokens` x 128. Tokens past the last read as zero.
-CUtensorMap x_tensor_map(const void* x, int m, int k, int tokens) {
+// Of `rank` dimensions, the first without gaps; boxes in the copy engine's 128-byte swizzle. What
+// lies outside reads as zero and is not written.
+template <int kRank>
+CUtensorMap tensor_map(const void* base, CUtensorMapDataType type, const cuuint64_t (&sizes)[kRank],
+                       const cuuint64_t (&strides)[kRank - 1], const cuuint32_t (&box)[kRank]) {
   CUtensorMap map;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(k), static_cast<cuuint64_t>(m)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(k)};
-  const cuuint32_t box[2] = {kBlockK, static_cast<cuuint32_t>(tokens)};
-  const cuuint32_t element_strides[2] = {1, 1};
+  cuuint32_t element_strides[kRank];
+  std::fill(element_strides, element_strides + kRank, 1);
   const CUresult result = tensor_map_encoder()(
-      &map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(x), sizes, strides, box,
-      element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      &map, type, kRank, const_cast<void*>(base), sizes, strides, box, element_strides,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   STD_TORCH_CHECK(result == CUDA_SUCCESS, kOp, ": cuTensorMapEncodeTiled returned ",
-                  static_cast<int>(result), " for x [", m, ", ", k, "]");
+                  static_cast<int>(result));
   return map;
 }
 
-// How to launch one tile on one device.
-struct Plan {
-  int clusters[kMaxCluster + 1];  // that run at a time, by their size
-};
+// x int8 [m, k] as [k_blocks][m][128].
+CUtensorMap x_tensor_map(const void* x, const Params& p, int tokens, int k_blocks) {
+  const uint64_t k = uint64_t{kBlockK} * p.k_blocks;
+  return tensor_map<3>(
+      x, CU_TENSOR_MAP_DATA_TYPE_UINT8,
+      {kBlockK, static_cast<cuuint64_t>(p.m), static_cast<cuuint64_t>(p.k_blocks)}, {k, kBlockK},
+      {kBlockK, static_cast<cuuint32_t>(tokens), static_cast<cuuint32_t>(k_blocks)});
+}
 
+// The output [m, n]; its 16 bits are copied as they are.
+CUtensorMap out_tensor_map(const Params& p, int tokens) {
+  return tensor_map<2>(p.out, CU_TENSOR_MAP_DATA_TYPE_UINT16,
+                       {static_cast<cuuint64_t>(p.n), static_cast<cuuint64_t>(p.m)},
+                       {static_cast<cuuint64_t>(p.n) * 2},
+                       {kBlockN, static_cast<cuuint32_t>(tokens)});
+}
+
+// How one tile is launched.
 template <class Tile, bool kGrouped>
 struct Launcher {
   static constexpr auto* kKernel = w4a8_gemm_kernel<Tile, kGrouped>;
@@ -70,79 +84,82 @@ struct Launcher {
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
 
-  Launcher(int blocks, int cluster, cudaStream_t stream) {
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  Launcher(int blocks, cudaStream_t stream) {
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {Tile::kCluster, 1, 1};
     config.gridDim = dim3(blocks);
-    config.blockDim = dim3(kThreads);
+    config.blockDim = dim3(Tile::kThreads);
     config.dynamicSmemBytes = kSharedBytes;
     config.stream = stream;
     config.attrs = attributes;
-    config.numAttrs = 2;
+    config.numAttrs = Tile::kCluster > 1 ? 2 : 1;
   }
 
-  // Asked once: the answer depends on how many multiprocessors each part of the chip has.
-  static const Plan& plan(int device) {
+  // Clusters that run at a time. Asked once: the answer depends on how many multiprocessors each
+  // part of the chip has.
+  static int slots(int device) {
     static std::once_flag is_made[kMaxDevices];
-    static Plan plans[kMaxDevices];
+    static int counts[kMaxDevices];
     std::call_once(is_made[device], [&] {
       CHECK_CUDA(
           cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-      for (int size = 1; size <= kMaxCluster; ++size) {
-        Launcher launcher(size, size, nullptr);
-        launcher.config.numAttrs = 1;  // the cluster alone
-        CHECK_CUDA(cudaOccupancyMaxActiveClusters(&plans[device].clusters[size], kKernel,
-                                                  &launcher.config));
+      if constexpr (Tile::kCluster > 1) {
+        Launcher launcher(Tile::kCluster, nullptr);
+        ++launcher.config.attrs;  // the cluster alone
+        launcher.config.numAttrs = 1;
+        CHECK_CUDA(cudaOccupancyMaxActiveClusters(&counts[device], kKernel, &launcher.config));
+      } else {
+        CHECK_CUDA(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&counts[device], kKernel,
+                                                                 Tile::kThreads, kSharedBytes));
+        counts[device] *= multiprocessors(device);
       }
     });
-    return plans[device];
+    return counts[device];
   }
 };
 
-// The work of a launch with this tile.
-struct Arrangement {
-  Params params;
-  int used;  // blocks over kShare
-  int path;
-};
-
 template <class Tile, bool kGrouped>
-Arrangement arrange(Params p, int device) {
-  const Plan& plan = Launcher<Tile, kGrouped>::plan(device);
-  p.tiles_m = divide_up(p.m, Tile::kTokens);
-  p.tiles_n = divide_up(p.n, Tile::kChannels * Tile::kShare);
-  const int used = schedule(p, Tile::kShare, plan.clusters);
-  return {p, used, longest_path(p, Tile::kShare, plan.clusters)};
-}
-
-template <class Tile, bool kGrouped>
-void launch(const void* x, const Arrangement& work, cudaStream_t stream) {
+void launch(const void* x, const Params& p, int clusters, cudaStream_t stream) {
   using Launch = Launcher<Tile, kGrouped>;
-  const Params& p = work.params;
   const CUtensorMap x_map =
-      x_tensor_map(x, p.m, p.k_blocks * kBlockK, Tile::kTokens / Tile::kShare);
-  const Launch launcher(work.used * Tile::kShare, p.split * Tile::kShare, stream);
-  CHECK_CUDA(cudaLaunchKernelEx(&launcher.config, Launch::kKernel, x_map, p));
+      x_tensor_map(x, p, Tile::kTokens / Tile::kClusterTiles, Tile::kStepBlocks);
+  const CUtensorMap x_tail_map = x_tensor_map(x, p, p.tail_tokens, Tile::kStepBlocks);
+  const CUtensorMap out_map = out_tensor_map(p, Tile::kUnitTokens);
+  const Launch launcher(clusters * Tile::kCluster, stream);
+  CHECK_CUDA(cudaLaunchKernelEx(&launcher.config, Launch::kKernel, x_map, x_tail_map, out_map, p));
 }
 
-template <class Tile, bool kGrouped>
-void launch(const void* x, const Params& p, int device, cudaStream_t stream) {
-  launch<Tile, kGrouped>(x, arrange<Tile, kGrouped>(p, device), stream);
+// Launches the tile that takes the least time by `schedule`.
+template <bool kGrouped, class... Tiles>
+void launch_fastest(const void* x, const Params& params, int device, cudaStream_t stream) {
+  constexpr int kCount = sizeof...(Tiles);
+  Params work[kCount];
+  int clusters[kCount], time[kCount], i = 0;
+  ((work[i] = params,
+    time[i] = schedule<Tiles>(work[i], Launcher<Tiles, kGrouped>::slots(device), clusters[i]), ++i),
+   ...);
+  const int best = std::min_element(time, time + kCount) - time;
+  i = 0;
+  ((i++ == best ? launch<Tiles, kGrouped>(x, work[best], clusters[best], stream) : void()), ...);
 }
 
 template <bool kGrouped>
 void dispatch(const void* x, const Params& p, int device, cudaStream_t stream) {
-  if (p.m <= 8) return launch<Tile8, kGrouped>(x, p, device, stream);
-  if (p.m <= 16) return launch<Tile16, kGrouped>(x, p, device, stream);
-  if (p.m <= 32) return launch<Tile32, kGrouped>(x, p, device, stream);
-  if (p.m <= 64) return launch<Tile64, kGrouped>(x, p, device, stream);
-  const Arrangement small = arrange<Tile128, kGrouped>(p, device);
-  const Arrangement large = arrange<TileLarge, kGrouped>(p, device);
-  if (small.path * kClocks128 < large.path * kClocksLarge)
-    return launch<Tile128, kGrouped>(x, small, stream);
-  return launch<TileLarge, kGrouped>(x, large, stream);
+  if (p.m <= 8) {
+    launch_fastest<kGrouped, Tile8>(x, p, device, stream);
+  } else if (p.m <= 16) {
+    launch_fastest<kGrouped, Tile16>(x, p, device, stream);
+  } else if (p.m <= 32) {
+    launch_fastest<kGrouped, Tile32>(x, p, device, stream);
+  } else if (p.m <= 64) {
+    launch_fastest<kGrouped, Tile64, Inputs64, Inputs64Deep>(x, p, device, stream);
+  } else if (p.m <= 128) {
+    launch_fastest<kGrouped, Tile128, Tile128Wide, Inputs128, Inputs128Pair>(x, p, device, stream);
+  } else {
+    launch_fastest<kGrouped, Tile128, Tile256>(x, p, device, stream);
+  }
 }
 
 Bias bias_type(const Tensor& bias) {

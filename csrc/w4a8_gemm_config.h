@@ -1,12 +1,13 @@
-// Numbers of the W4A8 GEMM: what the packed weight looks like and which tile runs when.
+// Numbers of the W4A8 GEMM: what the packed weight looks like and which tiles there are.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace qoq::w4a8 {
 
-// One wgmma multiplies 64 output channels; a stage of the pipeline is 128 inputs, which is a
-// group of the weights and one row of the copy engine's 128-byte swizzle.
+// One wgmma multiplies 64 output channels; 128 inputs, a k_block, are a group of the weights and
+// one row of the copy engine's 128-byte swizzle.
 inline constexpr int kBlockN = 64;
 inline constexpr int kBlockK = 128;
 
@@ -19,47 +20,67 @@ inline constexpr int kParamBytes = kBlockN * 2;
 template <bool kGrouped>
 inline constexpr int kBlockBytes = kCodeBytes + (kGrouped ? kParamBytes : 0);
 
-inline constexpr int kConsumerGroups = 2;  // warpgroups that multiply
-inline constexpr int kConsumers = kConsumerGroups * 128;
-inline constexpr int kThreads = kConsumers + 128;  // and one that loads, of which one thread works
+// What the warpgroups of a block of threads divide among them.
+enum class Divide { kChannels, kInputs };
 
-// kWeightBlocks  blocks of 64 channels that one warpgroup multiplies
+// kDivide        channels: each warpgroup has kWeightBlocks blocks of 64 channels of its own.
+//                inputs: all have the same 64 channels, each every kGroups-th k_block; they add up
+//                over shared memory. A block of threads then does one piece of work and ends.
+// kGroups        warpgroups that multiply; one more loads, of which one thread works
 // kTokens        tokens of a tile: the n of wgmma
 // kStages        stages in flight
 // kResident      blocks of threads an SM holds at once. Two let the next kernel of the stream
 //                fetch its weights while this one ends.
-// kShare         blocks of a cluster that share the tokens: each fetches a part for all
-template <int kWeightBlocks_, int kTokens_, int kStages_, int kResident_, int kShare_ = 1>
+// kCluster       blocks of a cluster. channels: they have the same tokens, of which each fetches a
+//                part for all. inputs: they divide k further.
+template <Divide kDivide, int kGroups_, int kWeightBlocks_, int kTokens_, int kStages_,
+          int kResident_, int kCluster_ = 1>
 struct Tile {
+  static constexpr bool kByInputs = kDivide == Divide::kInputs;
+  static constexpr int kGroups = kGroups_;
   static constexpr int kWeightBlocks = kWeightBlocks_;
   static constexpr int kTokens = kTokens_;
   static constexpr int kStages = kStages_;
   static constexpr int kResident = kResident_;
-  static constexpr int kShare = kShare_;
+  static constexpr int kCluster = kCluster_;
+  static_assert(!kByInputs || kWeightBlocks == 1);
+
+  static constexpr int kConsumers = kGroups * 128;
+  static constexpr int kThreads = kConsumers + 128;
 
   // Registers a thread. At the start all have the same share of 64 Ki; those who load give most of
   // theirs to those who multiply.
   static constexpr int kSharedRegisters = 65536 / (kResident * kThreads) / 8 * 8;
-  static constexpr int kLoadRegisters = kResident == 1 ? 40 : 32;
-  static constexpr int kMultiplyRegisters = (3 * kSharedRegisters - kLoadRegisters) / 16 * 8;
-  static_assert(kConsumerGroups == 2 && kMultiplyRegisters <= 255);
+  static constexpr int kLoadRegisters = 48;
+  static constexpr int kMultiplyRegisters =
+      ((kGroups + 1) * kSharedRegisters - kLoadRegisters) / kGroups / 8 * 8;
+  static_assert(kMultiplyRegisters <= 255);
 
-  static constexpr int kBlocks = kConsumerGroups * kWeightBlocks;
-  static constexpr int kChannels = kBlocks * kBlockN;
-  static constexpr int kGroupChannels = kWeightBlocks * kBlockN;
+  static constexpr int kBlocks = kGroups * kWeightBlocks;         // of weights, in a stage
+  static constexpr int kStepBlocks = kByInputs ? kGroups : 1;     // k_blocks of a stage
+  static constexpr int kClusterTiles = kByInputs ? 1 : kCluster;  // neighbours in channels
+  static constexpr int kChannels = kByInputs ? kBlockN : kBlocks * kBlockN;
   static constexpr int kAccumulators = kTokens / 2;  // registers per block of 64 channels
-  static constexpr int kTileInts = kChannels * kTokens;
+
+  // What a warpgroup has of the output: all tokens of its channels, or a part of the tokens.
+  static constexpr int kOutTokens =
+      kByInputs ? std::max(8, kTokens / (kGroups * kCluster)) : kTokens;
+  static constexpr int kOutAccumulators = kOutTokens / 2;
+  static constexpr int kTileInts = kWeightBlocks * kOutAccumulators * kConsumers;
+  static_assert(kResident * kTileInts <= 256 * 128);
 
   // Shared memory, from an address that is a multiple of 1024:
-  // [x of all stages][weights of all stages][output rows][epilogue constants][barriers]
-  static constexpr int kXBytes = kTokens * kBlockK;
-  static constexpr int kChunk = kTokens < 16 ? kTokens : 16;  // tokens written at a time
-  static constexpr int kRowBytes = kGroupChannels * 2 + 16;   // 16: no bank conflicts
-  static constexpr int kOutputBytes = kConsumerGroups * kChunk * kRowBytes;
+  // [x of all stages][output][weights of all stages][epilogue constants][barriers]
+  static constexpr int kXBlockBytes = kTokens * kBlockK;
+  static constexpr int kXBytes = kStepBlocks * kXBlockBytes;
+  // The output leaves in units of 64 channels x kUnitTokens, from two buffers in turn.
+  static constexpr int kUnitTokens = kOutTokens < 64 ? kOutTokens : 64;
+  static constexpr int kUnits = kWeightBlocks * kOutTokens / kUnitTokens;
+  static constexpr int kOutputBuffers = kUnits > 1 ? 2 : 1;
+  static constexpr int kUnitBytes = kUnitTokens * kBlockN * 2;
+  static constexpr int kOutputBytes = kGroups * kOutputBuffers * kUnitBytes;
   static constexpr int kConstantBytes = kChannels * 12 + kTokens * 8;
   static constexpr int kBarrierBytes = 2 * kStages * 8 + 16;
-  // Sums that a cluster adds up lie where the ring was. 4: no bank conflicts.
-  static constexpr int kSumPitch = kChannels + 4;
   template <bool kGrouped>
   static constexpr int kWeightBytes = kBlocks * kBlockBytes<kGrouped>;
   template <bool kGrouped>
@@ -67,33 +88,35 @@ struct Tile {
       1024 + kStages * (kXBytes + kWeightBytes<kGrouped>)+kOutputBytes + kConstantBytes +
       kBarrierBytes;
 
-  static_assert(kTokens % 8 == 0 && kTokens <= 256 && kXBytes % 1024 == 0);
-  static_assert(kXBytes / kShare % 1024 == 0);
-  static_assert(kTokens * kSumPitch * 4 <= kStages * (kXBytes + kWeightBytes<false>));
-  static_assert(kTokens % kChunk == 0 && kChunk % 8 == 0);
+  static_assert(kTokens % 8 == 0 && kTokens <= 256 && kTokens <= kConsumers);
+  static_assert(kXBlockBytes / kClusterTiles % 1024 == 0);
+  static_assert(kOutTokens % kUnitTokens == 0 && kUnitBytes % 1024 == 0);
+  // Sums that warpgroups add up lie where the ring was.
+  static_assert(!kByInputs ||
+                kConsumers * kAccumulators * 4 <= kStages * (kXBytes + kWeightBytes<false>));
   // 228 KiB an SM, of which the system takes 1 KiB a block.
   static_assert(kResident * (kSharedBytes<true> + 1024) <= 228 * 1024);
 };
 
-//                    blocks tokens stages resident share
-using Tile8 = Tile<1, 8, 10, 2>;
-using Tile16 = Tile<1, 16, 10, 2>;
-using Tile32 = Tile<1, 32, 8, 2>;
-using Tile64 = Tile<1, 64, 6, 2, 2>;
-using Tile128 = Tile<1, 128, 7, 1, 2>;
-using TileLarge = Tile<2, 128, 5, 1, 2>;
-
-// Clocks of a k_block: of the tensor cores 512 and 1024, but the L2 delivers about 26 bytes a clock
-// to each multiprocessor, and the small tile needs 16.6 KB. Estimates, to be measured.
-inline constexpr int kClocks128 = 650, kClocksLarge = 1050;
-
-inline constexpr int kMaxCluster = 8;  // the largest cluster that every Hopper can run
+// By channels, for any number of them.
+//                                   groups blocks tokens stages resident cluster
+using Tile8 = Tile<Divide::kChannels, 2, 1, 8, 10, 2>;
+using Tile16 = Tile<Divide::kChannels, 2, 1, 16, 10, 2>;
+using Tile32 = Tile<Divide::kChannels, 2, 1, 32, 8, 2>;
+using Tile64 = Tile<Divide::kChannels, 2, 1, 64, 5, 2>;
+using Tile128 = Tile<Divide::kChannels, 2, 1, 128, 6, 1>;
+using Tile128Wide = Tile<Divide::kChannels, 2, 2, 128, 5, 1, 2>;
+using Tile256 = Tile<Divide::kChannels, 2, 1, 256, 4, 1, 2>;
+// By inputs, for few channels: fewer sums leave a multiprocessor.
+using Inputs64 = Tile<Divide::kInputs, 2, 1, 64, 4, 2>;
+using Inputs64Deep = Tile<Divide::kInputs, 4, 1, 64, 4, 1>;
+using Inputs128 = Tile<Divide::kInputs, 2, 1, 128, 4, 1>;
+using Inputs128Pair = Tile<Divide::kInputs, 2, 1, 128, 4, 1, 2>;
 
 // The workspace is int32: counters, then sums of the tiles that several blocks share. The kernel
-// finds it zero and leaves it zero.
+// finds it zero and leaves it zero. So many tiles are shared at most as blocks run at a time.
 inline constexpr int kCounters = 1024;
-inline constexpr int kMaxTileInts = TileLarge::kTileInts;
-static_assert(Tile128::kTileInts <= kMaxTileInts && 2 * Tile64::kTileInts <= kMaxTileInts);
+inline constexpr int kMaxTileInts = 256 * 128;  // a multiprocessor
 
 enum class Output : int { kBfloat16, kFloat16 };
 enum class Bias : int { kNone, kFloat32, kBfloat16, kFloat16 };
@@ -111,12 +134,14 @@ struct Params {
   void* out;
   int32_t* workspace;
   int m, n, k_blocks, weight_blocks;
+  int tail_tokens;  // that a copy of x brings for the last tiles along m
   Bias bias_type;
   Output out_type;
-  // The work. tiles_n counts kShare neighbours as one. split > 1: a tile is done by so many times
-  // kShare blocks, each a part of k. Else tiles below `whole_tiles` are done by kShare blocks,
-  // and the k_blocks of the others are one row, cut into pieces of `piece` units.
-  int tiles_m, tiles_n, split, whole_tiles, piece;
+  // The work, in steps of k: a stage each. tiles_n counts kClusterTiles neighbours as one.
+  // split > 0: every tile is done by so many clusters, each a part of k. Else tiles below
+  // `whole_tiles` are done by one cluster each, and the steps of the others are one row, cut into
+  // pieces of `piece` steps.
+  int tiles_m, tiles_n, steps, split, whole_tiles, piece;
 };
 
 }  // namespace qoq::w4a8

@@ -1,4 +1,4 @@
-// From the sums in registers to the output: over the L2, over a cluster, or straight.
+// From the sums in registers to the output: over a block and its cluster, over the L2, or straight.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -86,44 +86,97 @@ struct SharedConstants {
 
 template <class Tile>
 using Accumulators = int32_t[Tile::kWeightBlocks][Tile::kAccumulators];
+template <class Tile>
+using OutAccumulators = int32_t[Tile::kWeightBlocks][Tile::kOutAccumulators];
+
+// The first token of this thread's warpgroup in the tile.
+template <class Tile>
+__device__ inline int first_out_token() {
+  if constexpr (!Tile::kByInputs) return 0;
+  const int rank = Tile::kCluster == 1 ? 0 : ptx::cluster_rank();
+  return (rank * Tile::kGroups + threadIdx.x / 128) * Tile::kOutTokens;
+}
+
+// Where the warpgroups have divided k: each gets the sums of its share of the tokens.
+template <class Tile, bool kGrouped>
+__device__ void add_up_groups(const Accumulators<Tile>& acc, OutAccumulators<Tile>& sums,
+                              const SharedMemory<Tile, kGrouped>& shared) {
+  if constexpr (!Tile::kByInputs) {
+#pragma unroll
+    for (int b = 0; b < Tile::kWeightBlocks; ++b)
+#pragma unroll
+      for (int i = 0; i < Tile::kAccumulators; ++i) sums[b][i] = acc[b][i];
+  } else {
+    constexpr int kOctets = Tile::kTokens / 8;  // of tokens, 4 registers each
+    const int group = threadIdx.x / 128, thread = threadIdx.x % 128;
+    auto address = [&](int part, int octet) {
+      return shared.base + ((part * kOctets + octet) * 128 + thread) * 16;
+    };
+    ptx::named_barrier_sync(1, Tile::kConsumers);  // nobody reads the ring any more
+#pragma unroll
+    for (int octet = 0; octet < kOctets; ++octet)
+      ptx::store_shared_16(address(group, octet), &acc[0][4 * octet]);
+    if constexpr (Tile::kCluster == 1) {
+      ptx::named_barrier_sync(1, Tile::kConsumers);
+    } else {
+      ptx::cluster_arrive();
+      ptx::cluster_wait();
+    }
+    const int first = first_out_token<Tile>() / 8;
+#pragma unroll
+    for (int i = 0; i < Tile::kOutAccumulators; ++i) sums[0][i] = 0;
+    if (first >= kOctets) return;
+#pragma unroll
+    for (int octet = 0; octet < Tile::kOutTokens / 8; ++octet) {
+#pragma unroll
+      for (int rank = 0; rank < Tile::kCluster; ++rank) {
+#pragma unroll
+        for (int part = 0; part < Tile::kGroups; ++part) {
+          const uint32_t from = address(part, first + octet);
+          const uint4 v = Tile::kCluster == 1 ? ptx::load_shared_16(from)
+                                              : ptx::load_cluster_16(ptx::map_to_rank(from, rank));
+          const uint32_t values[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sums[0][4 * octet + i] += static_cast<int32_t>(values[i]);
+        }
+      }
+    }
+  }
+}
 
 // Adds this block's share of a tile to the others'. True in the block that completes the sum,
 // which then holds it in its registers.
 template <class Tile, bool kGrouped>
-__device__ bool add_to_shared_tile(Accumulators<Tile>& acc, const Params& p, const Work& work,
+__device__ bool add_to_shared_tile(OutAccumulators<Tile>& acc, const Params& p, const Work& work,
                                    const SharedMemory<Tile, kGrouped>& shared, char* shared_base) {
+  constexpr int kCount = Tile::kWeightBlocks * Tile::kOutAccumulators;
   const int thread = threadIdx.x;
-  const int slot = (work.tile - p.whole_tiles) * Tile::kShare + blockIdx.x % Tile::kShare;
+  const bool is_active = first_out_token<Tile>() < Tile::kTokens;
+  const int slot = (work.tile - p.whole_tiles) * Tile::kCluster + blockIdx.x % Tile::kCluster;
   int32_t* sums = p.workspace + kCounters + static_cast<int64_t>(slot) * Tile::kTileInts + thread;
+  int32_t* values = &acc[0][0];
+  if (is_active) {
 #pragma unroll
-  for (int b = 0; b < Tile::kWeightBlocks; ++b)
-#pragma unroll
-    for (int i = 0; i < Tile::kAccumulators; ++i)
-      ptx::red_add(sums + (b * Tile::kAccumulators + i) * kConsumers, acc[b][i]);
+    for (int i = 0; i < kCount; ++i) ptx::red_add(sums + i * Tile::kConsumers, values[i]);
+  }
 
   int* is_last = reinterpret_cast<int*>(shared_base + (shared.flag() - shared.base));
-  ptx::named_barrier_sync(1, kConsumers);
+  ptx::named_barrier_sync(1, Tile::kConsumers);
   if (thread == 0) {
-    __threadfence();
-    const int share = work.k_end - work.k_begin;
-    const int before = atomicAdd(p.workspace + slot, share);
-    *is_last = before + share == p.k_blocks;
-    __threadfence();
+    const int share = work.end - work.begin;
+    *is_last = ptx::atomic_add_acq_rel(p.workspace + slot, share) + share == p.steps;
   }
-  ptx::named_barrier_sync(1, kConsumers);
+  __syncwarp();
+  ptx::named_barrier_sync(1, Tile::kConsumers);
   if (!*is_last) return false;
 
   if (thread == 0) p.workspace[slot] = 0;
+  if (is_active) {
 #pragma unroll
-  for (int b = 0; b < Tile::kWeightBlocks; ++b)
+    for (int i = 0; i < kCount; ++i) values[i] = __ldcg(sums + i * Tile::kConsumers);
 #pragma unroll
-    for (int i = 0; i < Tile::kAccumulators; ++i)
-      acc[b][i] = __ldcg(sums + (b * Tile::kAccumulators + i) * kConsumers);
-#pragma unroll
-  for (int b = 0; b < Tile::kWeightBlocks; ++b)
-#pragma unroll
-    for (int i = 0; i < Tile::kAccumulators; ++i)
-      __stcg(sums + (b * Tile::kAccumulators + i) * kConsumers, 0);
+    for (int i = 0; i < kCount; ++i) __stcg(sums + i * Tile::kConsumers, 0);
+  }
   return true;
 }
 
@@ -138,128 +191,77 @@ __device__ inline float epilogue(int32_t sum, float x_scale, int32_t row_sum, fl
   return has_bias ? __fadd_rn(y, bias) : y;
 }
 
-// Adds up the tile of a cluster: every block puts its sums into its own shared memory, then takes
-// an equal part of the output and reads all the others' sums of it.
+// Writes a tile: registers, through shared memory that holds 64 channels of a token as a row of 128
+// bytes in the copy engine's swizzle, to `out`. Returns before the last units have left.
 template <class Tile, bool kGrouped>
-__device__ void add_up_cluster(const Accumulators<Tile>& acc, const Params& p, TilePosition at,
-                               const SharedMemory<Tile, kGrouped>& shared, char* shared_base) {
-  const int thread = threadIdx.x, lane = thread % 32;
-  const int group = thread / 128, warp = thread % 128 / 32;
-  ptx::named_barrier_sync(1, kConsumers);  // nobody reads the ring any more
-
-  // 1. Registers to [token][channel].
-#pragma unroll
-  for (int b = 0; b < Tile::kWeightBlocks; ++b) {
-    const int channel = group * Tile::kGroupChannels + b * kBlockN + warp * 16 + lane / 4;
-    const uint32_t sums = shared.base + (2 * (lane % 4) * Tile::kSumPitch + channel) * 4;
-#pragma unroll
-    for (int i = 0; i < Tile::kAccumulators; ++i) {
-      const int token = i / 4 * 8 + i % 2, half = i / 2 % 2;
-      ptx::store_shared_4(sums + (token * Tile::kSumPitch + half * 8) * 4, acc[b][i]);
-    }
-  }
-  ptx::cluster_arrive();
-  ptx::cluster_wait();
-
-  // 2. Eight channels of a token at a time.
-  constexpr int kVectors = Tile::kChannels / 8;
-  const SharedConstants<Tile> constants(shared_base + (shared.constants() - shared.base));
-  const int first_token = at.m * Tile::kTokens, first_channel = at.n * Tile::kChannels;
-  const int items = min(Tile::kTokens, p.m - first_token) * kVectors;
-  const bool has_bias = p.bias_type != Bias::kNone;
-  const uint32_t share = ptx::cluster_rank() % Tile::kShare,
-                 part = ptx::cluster_rank() / Tile::kShare;
-  for (int i = part * kConsumers + thread; i < items; i += p.split * kConsumers) {
-    const int token = i / kVectors, channel = i % kVectors * 8;
-    if (first_channel + channel >= p.n) continue;
-    const uint32_t address = shared.base + (token * Tile::kSumPitch + channel) * 4;
-    int32_t sums[8] = {};
-#pragma unroll 4
-    for (int rank = 0; rank < p.split; ++rank) {
-      const uint32_t mapped = ptx::map_to_rank(address, rank * Tile::kShare + share);
-      const int4 low = ptx::load_cluster_16(mapped), high = ptx::load_cluster_16(mapped + 16);
-      const int32_t values[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-      for (int j = 0; j < 8; ++j) sums[j] += values[j];
-    }
-    const float x_scale = constants.x_scale[token];
-    const int32_t row_sum = constants.row_sum[token];
-    float y[8];
-#pragma unroll
-    for (int j = 0; j < 8; ++j)
-      y[j] = epilogue<kGrouped>(sums[j], x_scale, row_sum, constants.scale[channel + j],
-                                constants.zero[channel + j], constants.bias[channel + j], has_bias);
-    uint4 v;
-    v.x = round_to_output(p.out_type, y[0], y[1]);
-    v.y = round_to_output(p.out_type, y[2], y[3]);
-    v.z = round_to_output(p.out_type, y[4], y[5]);
-    v.w = round_to_output(p.out_type, y[6], y[7]);
-    char* out = static_cast<char*>(p.out) +
-                (static_cast<int64_t>(first_token + token) * p.n + first_channel + channel) * 2;
-    *reinterpret_cast<uint4*>(out) = v;
-  }
-}
-
-// Writes kChunk tokens at a time: registers to rows in shared memory, rows to `out`.
-template <class Tile, bool kGrouped>
-__device__ void write_output(const Accumulators<Tile>& acc, const Params& p, TilePosition at,
+__device__ void write_output(const OutAccumulators<Tile>& acc, const CUtensorMap& out_map,
+                             const Params& p, TilePosition at,
                              const SharedMemory<Tile, kGrouped>& shared, char* shared_base) {
-  constexpr int kChunk = Tile::kChunk, kRowBytes = Tile::kRowBytes;
   const int group = threadIdx.x / 128, thread = threadIdx.x % 128;
   const int warp = thread / 32, lane = thread % 32;
   const SharedConstants<Tile> constants(shared_base + (shared.constants() - shared.base));
-  const uint32_t rows = shared.output() + group * kChunk * kRowBytes;
-  const char* rows_pointer = shared_base + (rows - shared.base);
-  const int first_channel = at.n * Tile::kChannels + group * Tile::kGroupChannels;
-  const int first_token = at.m * Tile::kTokens;
+  const uint32_t buffers = shared.output() + group * Tile::kOutputBuffers * Tile::kUnitBytes;
+  const bool has_bias = p.bias_type != Bias::kNone;
+  const int first_token = first_out_token<Tile>();  // in the tile
+  if (first_token >= Tile::kTokens) return;
+  constexpr int kMatrices = Tile::kUnitTokens > 8 ? 2 : 1;  // of 8 tokens x 16 channels at a time
 
+  int unit = 0;
 #pragma unroll
-  for (int chunk = 0; chunk < Tile::kTokens / kChunk; ++chunk) {
+  for (int b = 0; b < Tile::kWeightBlocks; ++b) {
+    const int first_channel = Tile::kByInputs ? 0 : (group * Tile::kWeightBlocks + b) * kBlockN;
+    float scale[2], zero[2], bias[2];
 #pragma unroll
-    for (int j8 = 0; j8 < kChunk / 8; ++j8) {
-      const int j = chunk * (kChunk / 8) + j8;
-      const int token = 8 * j + 2 * (lane % 4);
-      const float2 x_scale = *reinterpret_cast<const float2*>(constants.x_scale + token);
-      const int2 row_sum = *reinterpret_cast<const int2*>(constants.row_sum + token);
-      uint32_t fragments[2 * Tile::kWeightBlocks];
+    for (int half = 0; half < 2; ++half) {
+      const int channel = first_channel + warp * 16 + half * 8 + lane / 4;
+      scale[half] = constants.scale[channel];
+      zero[half] = constants.zero[channel];
+      bias[half] = constants.bias[channel];
+    }
 #pragma unroll
-      for (int b = 0; b < Tile::kWeightBlocks; ++b) {
+    for (int first = 0; first < Tile::kOutTokens; first += Tile::kUnitTokens, ++unit) {
+      const uint32_t buffer = buffers + unit % Tile::kOutputBuffers * Tile::kUnitBytes;
+      if (thread == 0) ptx::cp_async_bulk_wait_group_read<Tile::kOutputBuffers - 1>();
+      __syncwarp();
+      ptx::named_barrier_sync(2 + group, 128);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int channel =
-              group * Tile::kGroupChannels + b * kBlockN + warp * 16 + half * 8 + lane / 4;
-          const float scale = constants.scale[channel], zero = constants.zero[channel];
-          const float bias = constants.bias[channel];
-          const int i = 4 * j + 2 * half;
-          const float low = epilogue<kGrouped>(acc[b][i], x_scale.x, row_sum.x, scale, zero, bias,
-                                               p.bias_type != Bias::kNone);
-          const float high = epilogue<kGrouped>(acc[b][i + 1], x_scale.y, row_sum.y, scale, zero,
-                                                bias, p.bias_type != Bias::kNone);
-          fragments[2 * b + half] = round_to_output(p.out_type, low, high);
+      for (int row = 0; row < Tile::kUnitTokens; row += 8 * kMatrices) {
+        uint32_t fragments[4];
+#pragma unroll
+        for (int matrix = 0; matrix < kMatrices; ++matrix) {
+          const int j = (first + row) / 8 + matrix;
+          const int token = first_token + 8 * j + 2 * (lane % 4);
+          const float2 x_scale = *reinterpret_cast<const float2*>(constants.x_scale + token);
+          const int2 row_sum = *reinterpret_cast<const int2*>(constants.row_sum + token);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int i = 4 * j + 2 * half;
+            const float low = epilogue<kGrouped>(acc[b][i], x_scale.x, row_sum.x, scale[half],
+                                                 zero[half], bias[half], has_bias);
+            const float high = epilogue<kGrouped>(acc[b][i + 1], x_scale.y, row_sum.y, scale[half],
+                                                  zero[half], bias[half], has_bias);
+            fragments[2 * matrix + half] = round_to_output(p.out_type, low, high);
+          }
+        }
+        // Lane 8 q + i has the address of row i of matrix q.
+        const int q = lane / 8 % (2 * kMatrices), unit_row = row + q / 2 * 8 + lane % 8;
+        const uint32_t address =
+            buffer + unit_row * (kBlockN * 2) + (((2 * warp + q % 2) ^ (unit_row % 8)) * 16);
+        if constexpr (kMatrices == 2) {
+          ptx::stmatrix_x4_trans(address, fragments);
+        } else {
+          ptx::stmatrix_x2_trans(address, fragments[0], fragments[1]);
         }
       }
-      const uint32_t row = rows + (8 * j8 + lane % 8) * kRowBytes + warp * 32;
-      const int matrix = lane / 8;
-      if constexpr (Tile::kWeightBlocks == 2) {
-        ptx::stmatrix_x4_trans(row + (matrix / 2) * (kBlockN * 2) + (matrix % 2) * 16, fragments);
-      } else {
-        ptx::stmatrix_x2_trans(row + (matrix % 2) * 16, fragments[0], fragments[1]);
+      ptx::fence_proxy_async_shared();
+      ptx::named_barrier_sync(2 + group, 128);
+      if (thread == 0) {
+        ptx::cp_async_bulk_tensor_2d_store(&out_map, at.n * Tile::kChannels + first_channel,
+                                           at.m * Tile::kTokens + first_token + first, buffer);
+        ptx::cp_async_bulk_commit_group();
       }
+      __syncwarp();
     }
-    ptx::named_barrier_sync(2 + group, 128);
-    constexpr int kVectors = Tile::kGroupChannels / 8;  // of 16 bytes, in a row
-    for (int i = thread; i < kChunk * kVectors; i += 128) {
-      const int row = i / kVectors, column = i % kVectors;
-      const int token = first_token + chunk * kChunk + row;
-      const int channel = first_channel + column * 8;
-      if (token < p.m && channel < p.n) {
-        const uint4 v =
-            *reinterpret_cast<const uint4*>(rows_pointer + row * kRowBytes + column * 16);
-        char* out = static_cast<char*>(p.out) + (static_cast<int64_t>(token) * p.n + channel) * 2;
-        *reinterpret_cast<uint4*>(out) = v;
-      }
-    }
-    ptx::named_barrier_sync(2 + group, 128);
   }
 }
 

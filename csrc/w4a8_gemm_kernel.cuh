@@ -3,21 +3,22 @@
 //   global --bulk copy--> shared ring --16-byte loads--> registers --4 to 8 bits--> wgmma
 //   x      --bulk tensor copy--> shared ring, 128-byte swizzle -------------------> wgmma
 //
-// One warp keeps the ring full, two warpgroups empty it. A thread finds the codes of its fragment
-// in 16 bytes, and turns four codes at once into what wgmma reads, u8 = W8 + 128:
+// One warp keeps the ring full, two or four warpgroups empty it. A thread finds the codes of its
+// fragment in 16 bytes, and turns four codes at once into what wgmma reads, u8 = W8 + 128:
 //   q group_scale + (group_offset + 128)
 // as one 32-bit multiply-add of four bytes. Nothing carries: every byte stays in 0..255
 // (`vllm_qoq.format`). The 128 leaves in the epilogue with the row sum of x.
 //
-// A tile whose k is split is summed as int32, so the order does not matter and the result is always
-// the same: over the shared memory of a cluster while there are few tiles, in the L2 where the last
-// round of many tiles leaves multiprocessors idle.
+// Where k is divided, sums are added up as int32, so the order does not matter and the result is
+// always the same: over shared memory among the warpgroups of a block and the blocks of a cluster,
+// in the L2 among blocks that know nothing of each other.
 //
 // The pipeline carries blocks of bytes that `unpack_half` alone understands: a second plane of
 // 4-bit weights means longer blocks and one more 16-byte load there.
 #pragma once
 
 #include "common/ptx.cuh"
+#include "common/wgmma.cuh"
 #include "w4a8_gemm_config.h"
 #include "w4a8_gemm_epilogue.cuh"
 #include "w4a8_gemm_work.cuh"
@@ -27,64 +28,78 @@ namespace qoq::w4a8 {
 // ---- the loading warp ----------------------------------------------------------------
 
 template <class Tile, bool kGrouped>
-__device__ void load(const CUtensorMap& x_map, const Params& p,
+__device__ void load(const CUtensorMap& x_map, const CUtensorMap& x_tail_map, const Params& p,
                      const SharedMemory<Tile, kGrouped>& shared) {
   constexpr int kBytes = kBlockBytes<kGrouped>;
   const bool is_streamed = p.tiles_m == 1;
   const uint64_t policy =
       is_streamed ? ptx::l2_policy_evict_first() : ptx::l2_policy_evict_normal();
 
-  auto load_weight = [&](int stage, int tile_n, int k) {
-    ptx::mbarrier_arrive_expect_tx(shared.full(stage),
-                                   Tile::kXBytes + Tile::template kWeightBytes<kGrouped>);
-    const int first = min(tile_n * Tile::kBlocks, p.weight_blocks - 1);
-    const uint8_t* source = p.weight + (static_cast<int64_t>(first) * p.k_blocks + k) * kBytes;
-    uint32_t destination = shared.weight(stage, 0);
+  auto load_weight = [&](int stage, TilePosition at, int step) {
+    const int x_bytes =
+        Tile::kStepBlocks * Tile::kClusterTiles * tokens_of_copy<Tile>(at, p) * kBlockK;
+    if constexpr (Tile::kByInputs) {
+      // Neighbours in memory. Past the last k_block x is zero, so that any weight will do.
+      const int k = step * Tile::kStepBlocks;
+      const int bytes = min(Tile::kStepBlocks, p.k_blocks - k) * kBytes;
+      ptx::mbarrier_arrive_expect_tx(shared.full(stage), x_bytes + bytes);
+      ptx::cp_async_bulk(shared.weight(stage, 0),
+                         p.weight + (static_cast<int64_t>(at.n) * p.k_blocks + k) * kBytes, bytes,
+                         shared.full(stage), policy);
+    } else {
+      ptx::mbarrier_arrive_expect_tx(shared.full(stage),
+                                     x_bytes + Tile::template kWeightBytes<kGrouped>);
+      const int first = min(at.n * Tile::kBlocks, p.weight_blocks - 1);
+      const uint8_t* source = p.weight + (static_cast<int64_t>(first) * p.k_blocks + step) * kBytes;
+      uint32_t destination = shared.weight(stage, 0);
 #pragma unroll 1
-    for (int i = 0; i < Tile::kBlocks; ++i) {
-      ptx::cp_async_bulk(destination, source, kBytes, shared.full(stage), policy);
-      destination += kBytes;
-      // Past the last channel: any block will do, nothing of it is written.
-      if (first + i + 1 < p.weight_blocks) source += p.k_blocks * kBytes;
+      for (int i = 0; i < Tile::kBlocks; ++i) {
+        ptx::cp_async_bulk(destination, source, kBytes, shared.full(stage), policy);
+        destination += kBytes;
+        // Past the last channel: any block will do, nothing of it is written.
+        if (first + i + 1 < p.weight_blocks) source += p.k_blocks * kBytes;
+      }
     }
   };
 
   // 1. Weights do not depend on the kernel before this one.
   {
-    WorkList<Tile::kShare> list(p);
+    WorkList<Tile> list(p);
     Work work;
     int filled = 0;
     while (filled < Tile::kStages && list.next(work)) {
-      const int n = position<Tile::kShare>(work.tile, p).n;
-      for (int k = work.k_begin; k < work.k_end && filled < Tile::kStages; ++k)
-        load_weight(filled++, n, k);
+      const TilePosition at = position<Tile>(work.tile, p);
+      const auto [begin, end] = steps_of_block<Tile>(work);
+      for (int step = begin; step < end && filled < Tile::kStages; ++step)
+        load_weight(filled++, at, step);
     }
   }
   ptx::griddepcontrol_wait();
 
   // 2. Everything else.
-  WorkList<Tile::kShare> list(p);
+  WorkList<Tile> list(p);
   Work work;
   RingPosition<Tile::kStages> ring;
   int count = 0;
   while (list.next(work)) {
-    const auto [m, n] = position<Tile::kShare>(work.tile, p);
-    for (int k = work.k_begin; k < work.k_end; ++k, ++count) {
+    const TilePosition at = position<Tile>(work.tile, p);
+    const int tokens = tokens_of_copy<Tile>(at, p);
+    const CUtensorMap* map = at.m == p.tiles_m - 1 ? &x_tail_map : &x_map;
+    const auto [begin, end] = steps_of_block<Tile>(work);
+    for (int step = begin; step < end; ++step, ++count) {
       if (count >= Tile::kStages) {
         ptx::mbarrier_wait(shared.empty(ring.stage), ring.parity ^ 1);
-        load_weight(ring.stage, n, k);
+        load_weight(ring.stage, at, step);
       }
-      if constexpr (Tile::kShare == 1) {
-        ptx::cp_async_bulk_tensor_2d(shared.x(ring.stage), &x_map, k * kBlockK, m * Tile::kTokens,
+      const int k_block = step * Tile::kStepBlocks;
+      if constexpr (Tile::kClusterTiles == 1) {
+        ptx::cp_async_bulk_tensor_3d(shared.x(ring.stage), map, 0, at.m * Tile::kTokens, k_block,
                                      shared.full(ring.stage));
       } else {
-        constexpr int kPart = Tile::kTokens / Tile::kShare;
-        const int part = blockIdx.x % Tile::kShare;
-        const uint32_t first = ptx::cluster_rank() - part;
-        ptx::cp_async_bulk_tensor_2d_multicast(
-            shared.x(ring.stage) + part * kPart * kBlockK, &x_map, k * kBlockK,
-            m * Tile::kTokens + part * kPart, shared.full(ring.stage),
-            ((1 << Tile::kShare) - 1) << first);
+        const int first = ptx::cluster_rank() * tokens;
+        ptx::cp_async_bulk_tensor_3d_multicast(shared.x(ring.stage) + first * kBlockK, map, 0,
+                                               at.m * Tile::kTokens + first, k_block,
+                                               shared.full(ring.stage), (1 << Tile::kCluster) - 1);
       }
       ring.advance();
     }
@@ -140,27 +155,28 @@ struct Fragments {
 template <class Tile, bool kGrouped>
 __device__ inline void release(const SharedMemory<Tile, kGrouped>& shared, int stage) {
   const int lane = threadIdx.x % 32;
-  if constexpr (Tile::kShare == 1) {
+  __syncwarp();  // one lane speaks for all
+  if constexpr (Tile::kClusterTiles == 1) {
     ptx::mbarrier_arrive_if(lane == 0 && stage >= 0, shared.empty(stage));
   } else {
-    const uint32_t first = ptx::cluster_rank() / Tile::kShare * Tile::kShare;
     ptx::mbarrier_arrive_cluster_if(
-        lane < Tile::kShare && stage >= 0,
-        ptx::map_to_rank(shared.empty(max(stage, 0)), first + lane % Tile::kShare));
+        lane < Tile::kCluster && stage >= 0,
+        ptx::map_to_rank(shared.empty(max(stage, 0)), lane % Tile::kCluster));
   }
 }
 
 template <class Tile, bool kGrouped>
-__device__ void multiply(const Params& p, const SharedMemory<Tile, kGrouped>& shared,
-                         char* shared_base) {
+__device__ void multiply(const CUtensorMap& out_map, const Params& p,
+                         const SharedMemory<Tile, kGrouped>& shared, char* shared_base) {
   const SharedConstants<Tile> constants(shared_base + (shared.constants() - shared.base));
   ptx::griddepcontrol_wait();  // for x_scale, the workspace and `out`
 
-  WorkList<Tile::kShare> list(p);
+  WorkList<Tile> list(p);
   Work work;
   RingPosition<Tile::kStages> ring;
   while (list.next(work)) {
-    const TilePosition at = position<Tile::kShare>(work.tile, p);
+    const TilePosition at = position<Tile>(work.tile, p);
+    const int copy_tokens = tokens_of_copy<Tile>(at, p);
     Constants<Tile> fetched;
     fetched.fetch(p, at.m * Tile::kTokens, at.n * Tile::kChannels, threadIdx.x);
 
@@ -176,11 +192,14 @@ __device__ void multiply(const Params& p, const SharedMemory<Tile, kGrouped>& sh
 #pragma unroll
     for (int i = 0; i < 8; ++i) a[0][i] = a[1][i] = 0;
     Fragments<Tile, kGrouped> fragments;
-    ptx::mbarrier_wait(shared.full(ring.stage), ring.parity);
-    fragments.fetch(shared, ring.stage);
-    int previous = -1, k = work.k_begin;
-    while (true) {
-      const uint64_t x = ptx::descriptor_k_major_128b(shared.x(ring.stage));
+    int previous = -1;
+    auto [step, end] = steps_of_block<Tile>(work);
+    if (step < end) {
+      ptx::mbarrier_wait(shared.full(ring.stage), ring.parity);
+      fragments.fetch(shared, ring.stage);
+    }
+    while (step < end) {
+      const uint64_t x = ptx::descriptor_k_major_128b(shared.x_of_group(ring.stage, copy_tokens));
 #pragma unroll
       for (int b = 0; b < Tile::kWeightBlocks; ++b) {
 #pragma unroll
@@ -192,15 +211,15 @@ __device__ void multiply(const Params& p, const SharedMemory<Tile, kGrouped>& sh
           ptx::keep_in_registers(a[half]);
           ptx::wgmma_fence();
 #pragma unroll
-          for (int step = 0; step < 2; ++step)
-            ptx::WgmmaU8S8<Tile::kTokens>::issue(acc[b], &a[half][4 * step],
-                                                 x + 2 * (2 * half + step));
+          for (int part = 0; part < 2; ++part)
+            ptx::WgmmaU8S8<Tile::kTokens>::issue(acc[b], &a[half][4 * part],
+                                                 x + 2 * (2 * half + part));
           ptx::wgmma_commit_group();
         }
       }
       previous = ring.stage;
       ring.advance();
-      if (++k == work.k_end) break;
+      if (++step == end) break;
       ptx::mbarrier_wait(shared.full(ring.stage), ring.parity);
       fragments.fetch(shared, ring.stage);
     }
@@ -210,24 +229,26 @@ __device__ void multiply(const Params& p, const SharedMemory<Tile, kGrouped>& sh
     release(shared, previous);
 
     constants.store(fetched, threadIdx.x);
-    if (p.split > 1) {
-      add_up_cluster<Tile, kGrouped>(acc, p, at, shared, shared_base);
-      return;
-    }
-    const bool is_whole = work.k_end - work.k_begin == p.k_blocks;
+    OutAccumulators<Tile> sums;
+    add_up_groups<Tile, kGrouped>(acc, sums, shared);
+    const bool is_whole = work.end - work.begin == p.steps;
     if (is_whole) {
-      ptx::named_barrier_sync(1, kConsumers);
-    } else if (!add_to_shared_tile<Tile, kGrouped>(acc, p, work, shared, shared_base)) {
+      ptx::named_barrier_sync(1, Tile::kConsumers);
+    } else if (!add_to_shared_tile<Tile, kGrouped>(sums, p, work, shared, shared_base)) {
       continue;
     }
-    write_output<Tile, kGrouped>(acc, p, at, shared, shared_base);
-    ptx::named_barrier_sync(1, kConsumers);  // the constants may be overwritten
+    write_output<Tile, kGrouped>(sums, out_map, p, at, shared, shared_base);
+    ptx::named_barrier_sync(1, Tile::kConsumers);  // the constants may be overwritten
   }
+  ptx::cp_async_bulk_wait_group_read<0>();
 }
 
 template <class Tile, bool kGrouped>
-__global__ void __launch_bounds__(kThreads, Tile::kResident)
-    w4a8_gemm_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
+    w4a8_gemm_kernel(const __grid_constant__ CUtensorMap x_map,
+                     const __grid_constant__ CUtensorMap x_tail_map,
+                     const __grid_constant__ CUtensorMap out_map,
+                     const __grid_constant__ Params p) {
   extern __shared__ char unaligned[];
   const uint32_t offset = -ptx::shared_address(unaligned) & 1023;
   char* shared_base = unaligned + offset;
@@ -237,32 +258,31 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
   if (threadIdx.x == 0) {
     for (int i = 0; i < Tile::kStages; ++i) {
       ptx::mbarrier_init(shared.full(i), 1);
-      ptx::mbarrier_init(shared.empty(i), Tile::kShare * kConsumers / 32);
+      ptx::mbarrier_init(shared.empty(i), Tile::kClusterTiles * Tile::kConsumers / 32);
     }
     ptx::fence_mbarrier_init();
   }
-  const bool is_cluster = Tile::kShare > 1 || p.split > 1;
   __syncwarp();
-  if (Tile::kShare > 1) {
-    ptx::cluster_arrive();
+  if (Tile::kCluster > 1) {
+    ptx::cluster_arrive_relaxed();
     ptx::cluster_wait();
   } else {
     __syncthreads();
   }
 
-  if (threadIdx.x >= kConsumers) {
+  if (threadIdx.x >= Tile::kConsumers) {
     ptx::setmaxnreg_decrease<Tile::kLoadRegisters>();
-    if (threadIdx.x == kConsumers) {
-      ptx::prefetch_tensormap(&x_map);
-      load<Tile, kGrouped>(x_map, p, shared);
+    if (threadIdx.x == Tile::kConsumers) {
+      ptx::prefetch_tensormap(p.tiles_m == 1 ? &x_tail_map : &x_map);
+      load<Tile, kGrouped>(x_map, x_tail_map, p, shared);
     }
   } else {
     ptx::setmaxnreg_increase<Tile::kMultiplyRegisters>();
-    multiply<Tile, kGrouped>(p, shared, shared_base);
+    multiply<Tile, kGrouped>(out_map, p, shared, shared_base);
     // Others may still read what is in shared memory here, or arrive at its barriers.
-    if (is_cluster) {
+    if (Tile::kCluster > 1) {
       __syncwarp();
-      ptx::cluster_arrive();
+      ptx::cluster_arrive_relaxed();
       ptx::cluster_wait();
     }
   }

@@ -7,40 +7,78 @@
 
 namespace qoq::w4a8 {
 
-// Adding up partial sums takes as long as so many k_blocks: in the L2, within a cluster.
-inline constexpr int kSumInL2 = 10, kSumInCluster = 4;
-
 inline int divide_up(int a, int b) { return (a + b - 1) / b; }
 
-// Fills in the work of `p` from its tiles, of which `share` blocks do one. `clusters[size]`
-// clusters of `size` blocks run at a time. Returns the number of blocks over `share`.
-//
-// Few tiles: k is split over as many blocks of a cluster as run at the same time. Many: whole tiles
-// while they fill rounds, and what is left over is one more round, or is cut along k so that all
-// finish together.
-inline int schedule(Params& p, int share, const int (&clusters)[kMaxCluster + 1]) {
-  const int tiles = p.tiles_m * p.tiles_n, slots = clusters[share];
-  p.split = 1;
-  for (int split = 2; split <= std::min(kMaxCluster / share, p.k_blocks); ++split)
-    if (tiles <= clusters[split * share]) p.split = split;
-  if (p.split > 1) {
-    p.whole_tiles = p.piece = 0;
-    return tiles * p.split;
-  }
-  const int rounds = tiles / slots, rest = tiles % slots;
-  const int cut = divide_up(rest * p.k_blocks, slots);
-  const bool is_cut = rest > 0 && cut + kSumInL2 < p.k_blocks;
-  p.whole_tiles = is_cut ? rounds * slots : tiles;
-  p.piece = is_cut ? cut : 0;
-  if (p.whole_tiles > 0) return std::min(tiles, slots);
-  return divide_up(rest * p.k_blocks, cut);
-}
+// What a tile takes, in nanoseconds on one H200: a step of k with all multiprocessors busy, writing
+// the output, and adding up in the L2 first. csrc/README.md says how they were measured.
+struct Cost {
+  int step, output, sum;
+};
 
-// How many k_blocks the busiest block does one after the other.
-inline int longest_path(const Params& p, int share, const int (&clusters)[kMaxCluster + 1]) {
-  if (p.split > 1) return divide_up(p.k_blocks, p.split) + kSumInCluster;
-  const int whole = divide_up(p.whole_tiles, clusters[share]) * p.k_blocks;
-  return whole + (p.piece > 0 ? p.piece + kSumInL2 : 0);
+template <class Tile>
+inline constexpr Cost kCost = {};
+template <>
+inline constexpr Cost kCost<Tile8> = {400, 300, 1100};
+template <>
+inline constexpr Cost kCost<Tile16> = {400, 300, 1500};
+template <>
+inline constexpr Cost kCost<Tile32> = {430, 500, 2000};
+template <>
+inline constexpr Cost kCost<Tile64> = {500, 1100, 3200};
+template <>
+inline constexpr Cost kCost<Tile128> = {396, 950, 4300};
+template <>
+inline constexpr Cost kCost<Tile128Wide> = {645, 3500, 9000};
+template <>
+inline constexpr Cost kCost<Tile256> = {620, 2500, 15000};
+template <>
+inline constexpr Cost kCost<Inputs64> = {630, 1100, 950};
+template <>
+inline constexpr Cost kCost<Inputs64Deep> = {475, 1100, 1900};
+template <>
+inline constexpr Cost kCost<Inputs128> = {350, 1400, 3200};
+template <>
+inline constexpr Cost kCost<Inputs128Pair> = {420, 2600, 4000};
+
+inline constexpr int kImpossible = 1 << 30;  // nanoseconds
+
+// Fills in the work of `p` from its size. So many clusters run at a time as there are slots.
+// Returns nanoseconds, launch and first fetch not counted; `clusters` is the size of the grid.
+//
+// Few tiles: k of each is divided over as many clusters as pay. Many: whole tiles while they fill
+// rounds, and what is left over is one more round, or is cut along k so that all end together.
+template <class Tile>
+int schedule(Params& p, int slots, int& clusters) {
+  constexpr Cost kTile = kCost<Tile>;
+  p.tiles_m = divide_up(p.m, Tile::kTokens);
+  p.tiles_n = divide_up(p.n, Tile::kChannels * Tile::kClusterTiles);
+  p.steps = divide_up(p.k_blocks, Tile::kStepBlocks);
+  // Copies that reach far past the last token are slow.
+  const int tail = p.m - (p.tiles_m - 1) * Tile::kTokens;
+  p.tail_tokens = divide_up(tail, 8 * Tile::kClusterTiles) * 8;
+  p.split = p.whole_tiles = p.piece = 0;
+  const int tiles = p.tiles_m * p.tiles_n;
+  int best = kImpossible;
+  for (int split = 1; split <= std::min(slots / tiles, p.steps); ++split) {
+    // A cluster divides its steps further.
+    const int steps = divide_up(divide_up(p.steps, split), Tile::kCluster / Tile::kClusterTiles);
+    const int time = steps * kTile.step + kTile.output + (split > 1 ? kTile.sum : 0);
+    if (time >= best) continue;
+    best = time;
+    p.split = split;
+    clusters = tiles * split;
+  }
+  if (Tile::kByInputs || best < kImpossible) return best;
+
+  const int rounds = tiles / slots, rest = tiles % slots;
+  const int whole = p.steps * kTile.step + kTile.output;
+  const int piece = divide_up(rest * p.steps, slots);
+  const int cut = piece * kTile.step + kTile.output + kTile.sum;
+  const bool is_cut = rest > 0 && cut < whole;
+  p.whole_tiles = is_cut ? rounds * slots : tiles;
+  p.piece = is_cut ? piece : 0;
+  clusters = slots;
+  return rounds * whole + (is_cut ? cut : rest > 0 ? whole : 0);
 }
 
 }  // namespace qoq::w4a8
