@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vllm_qoq import ops, reference, w4a8_layout
+from vllm_qoq.bench.cases import SHAPES, TOKENS
 from vllm_qoq.packing import pack_nibbles
 
 pytestmark = [
@@ -15,14 +16,6 @@ pytestmark = [
     ),
 ]
 
-# (N, K) of qkv, o, gate_up and down.
-SHAPES = {
-    "llama-3-8b": [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)],
-    "llama-3-70b-tp8": [(1280, 8192), (8192, 1024), (7168, 8192), (8192, 3584)],
-    "qwen2.5-7b": [(4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)],
-    "qwen3-32b-tp4": [(2560, 5120), (5120, 2048), (12800, 5120), (5120, 6400)],
-}
-TOKENS = [0, 1, 3, 16, 17, 64, 100, 128, 257, 1024, 4096]
 DEVICE = torch.device("cuda")
 
 

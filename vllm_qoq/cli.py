@@ -10,6 +10,7 @@ from pathlib import Path
 from merge_tools import cli as merge_cli
 from merge_tools.spelling import kebab_case
 from vllm_qoq import __version__
+from vllm_qoq.bench import cli as bench_cli
 from vllm_qoq.importer import cli as import_cli
 from vllm_qoq.output import stdout_for
 from vllm_qoq.quantize import cli as quantize_cli
@@ -26,6 +27,7 @@ def main() -> int:
     merge_cli.add_parsers(commands)
     import_cli.add_parser(commands)
     _add_perplexity(commands)
+    bench_cli.add_parser(commands)
     _add_env(commands)
     return merge_cli.run(parser.parse_args(kebab_case(sys.argv[1:])))
 

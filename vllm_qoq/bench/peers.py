@@ -1,0 +1,206 @@
+"""Every kernel that can be measured: N and K to its calls for a number of tokens.
+
+A preparation makes copies of one random weight [N, K] in the kernel's own layout, once per layer.
+What it returns takes M and gives one call per copy, with one input x [M, K] for all; y is
+bfloat16 [M, N]. Scales are random, too: times do not depend on them. Quantizing x is not timed.
+
+A peer that is not installed raises ImportError, one that refuses a shape whatever it likes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from vllm_qoq import ops, w4a8_layout
+from vllm_qoq.bench import humming_peer
+from vllm_qoq.bench.timing import Call
+
+Calls = Callable[[int], list[Call]]
+
+# Copies of a weight: more bytes than any L2, but not so many that preparing them takes long.
+_BYTES = 300e6
+_FEWEST_COPIES, _MOST_COPIES = 2, 24
+_GROUP_SIZE = 128
+
+
+def copies(weight_bytes: float) -> int:
+    """How many copies of a weight the calls go round."""
+    return max(_FEWEST_COPIES, min(_MOST_COPIES, math.ceil(_BYTES / weight_bytes)))
+
+
+def qoq(n: int, k: int, is_grouped: bool) -> Calls:
+    """Our kernel, qoq::w4a8_gemm, with a level of groups or without."""
+    block_bytes = w4a8_layout.packed_bytes(is_grouped)
+    shape = (-(-n // w4a8_layout.BLOCK_N), k // w4a8_layout.BLOCK_K, block_bytes)
+    weights = [
+        torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
+        for _ in range(copies(math.prod(shape)))
+    ]
+    scale, zero = _scale(n), None if is_grouped else _scale(n)
+
+    def calls(m: int) -> list[Call]:
+        x = _int8(m, k)
+        tokens = (x, _scale(m), x.sum(1, dtype=torch.int32))
+        rest = (scale, zero, None, None, None, torch.bfloat16, ops.workspace(x.device))
+        return [partial(torch.ops.qoq.w4a8_gemm, *tokens, weight, *rest) for weight in weights]
+
+    return calls
+
+
+def cublas_bf16(n: int, k: int) -> Calls:
+    """What an unquantized layer runs."""
+    weights = [_bf16(n, k) for _ in range(copies(2 * n * k))]
+
+    def calls(m: int) -> list[Call]:
+        x = _bf16(m, k)
+        return [partial(torch.nn.functional.linear, x, weight) for weight in weights]
+
+    return calls
+
+
+def cutlass_w8a8(n: int, k: int, random: Callable[[int, int], torch.Tensor]) -> Calls:
+    """vLLM's CUTLASS, a scale per channel and token; `random` makes the int8 or fp8 numbers."""
+    from vllm import _custom_ops as vllm_ops
+
+    weights = [random(n, k).t() for _ in range(copies(n * k))]
+    scale = _scale(n, 1)
+
+    def calls(m: int) -> list[Call]:
+        x, x_scale = random(m, k), _scale(m, 1)
+        rest = (x_scale, scale, torch.bfloat16)
+        return [partial(vllm_ops.cutlass_scaled_mm, x, weight, *rest) for weight in weights]
+
+    return calls
+
+
+def marlin(n: int, k: int, has_int8_inputs: bool) -> Calls:
+    """vLLM's Marlin, symmetric int4 in groups of 128, inputs bf16 or int8."""
+    from vllm import _custom_ops as vllm_ops
+    from vllm.model_executor.layers.quantization.utils import marlin_utils
+    from vllm.scalar_type import scalar_types
+
+    weights = _int4(k // 16, 2 * n, copies(n * k / 2))
+    scale = _scale(k // _GROUP_SIZE, n).to(torch.bfloat16)
+    if has_int8_inputs:
+        scale, _ = marlin_utils.marlin_act_int8_process_scales(scale)
+    fixed: dict[str, Any] = {
+        **dict.fromkeys(("c", "b_bias", "global_scale", "b_zeros")),
+        "b_scales": scale,
+        "workspace": marlin_utils.marlin_make_workspace_new(scale.device),
+        "b_q_type": scalar_types.uint4b8,
+        "use_fp32_reduce": True,
+    }
+    # Later vLLM has no act-order and does not take them.
+    for name in {"g_idx", "perm"} & set(inspect.signature(vllm_ops.marlin_gemm).parameters):
+        fixed[name] = torch.empty(0, dtype=torch.int32, device="cuda")
+
+    def calls(m: int) -> list[Call]:
+        x, x_scale = (_int8(m, k), _scale(m, 1)) if has_int8_inputs else (_bf16(m, k), None)
+        case = {**fixed, "a": x, "a_scales": x_scale, "size_m": m, "size_n": n, "size_k": k}
+        return [partial(vllm_ops.marlin_gemm, b_q_weight=weight, **case) for weight in weights]
+
+    return calls
+
+
+def machete_w4a16(n: int, k: int) -> Calls:
+    """vLLM's Machete, symmetric int4 in groups of 128, inputs bf16."""
+    from vllm import _custom_ops as vllm_ops
+    from vllm.scalar_type import scalar_types
+
+    kind, bf16 = scalar_types.uint4b8, torch.bfloat16
+    # [K / 8, N] with K contiguous.
+    stored = [weight.t() for weight in _int4(n, k // 8, copies(n * k / 2))]
+    weights = [vllm_ops.machete_prepack_B(weight, bf16, kind, bf16) for weight in stored]
+    scale = _scale(k // _GROUP_SIZE, n).to(bf16)
+
+    def calls(m: int) -> list[Call]:
+        rest = {"b_type": kind, "b_group_scales": scale, "b_group_size": _GROUP_SIZE}
+        call = partial(vllm_ops.machete_mm, _bf16(m, k), out_type=bf16, **rest)
+        return [partial(call, b_q=weight) for weight in weights]
+
+    return calls
+
+
+def cutlass_w4a8_fp8(n: int, k: int) -> Calls:
+    """vLLM's CUTLASS, int4 with fp8 scales in groups of 128 and per channel, inputs fp8."""
+    from vllm import _custom_ops as vllm_ops
+
+    # [K / 8, N] with K contiguous.
+    stored = [weight.t() for weight in _int4(n, k // 8, copies(n * k / 2))]
+    weights = [vllm_ops.cutlass_encode_and_reorder_int4b(weight) for weight in stored]
+    group_scale = _scale(k // _GROUP_SIZE, n).to(torch.float8_e4m3fn)
+    fixed: dict[str, Any] = {
+        "b_group_scales": vllm_ops.cutlass_pack_scale_fp8(group_scale),
+        "b_group_size": _GROUP_SIZE,
+        "b_channel_scales": _scale(n, 1),
+        "out_type": torch.bfloat16,
+    }
+
+    def calls(m: int) -> list[Call]:
+        case = {**fixed, "a": _fp8(m, k), "a_token_scales": _scale(m, 1)}
+        return [partial(vllm_ops.cutlass_w4a8_mm, b_q=weight, **case) for weight in weights]
+
+    return calls
+
+
+def humming(n: int, k: int, group_size: int) -> Calls:
+    """humming, symmetric int4 in groups of 128 or per channel (0), inputs int8."""
+    layers = [humming_peer.layer(_bf16(n, k), group_size) for _ in range(copies(n * k / 2))]
+
+    def calls(m: int) -> list[Call]:
+        rest = humming_peer.arguments(_bf16(m, k), layers[0])
+        return [partial(layer, **rest) for layer in layers]
+
+    return calls
+
+
+def _scale(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, device="cuda") * 0.01 + 0.001
+
+
+def _bf16(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+
+
+def _fp8(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, device="cuda").to(torch.float8_e4m3fn)
+
+
+def _int8(*shape: int) -> torch.Tensor:
+    return torch.randint(-127, 128, shape, dtype=torch.int8, device="cuda")
+
+
+def _int4(rows: int, columns: int, count: int) -> list[torch.Tensor]:
+    """`count` weights of eight codes in an int32."""
+    limits, shape = (-(2**31), 2**31 - 1), (rows, columns)
+    return [torch.randint(*limits, shape, dtype=torch.int32, device="cuda") for _ in range(count)]
+
+
+# In the order of cases.KERNELS.
+PREPARE: dict[str, Callable[[int, int], Calls]] = {
+    "qoq-g128": partial(qoq, is_grouped=True),
+    "qoq-channel": partial(qoq, is_grouped=False),
+    "cublas-bf16": cublas_bf16,
+    "cutlass-int8": partial(cutlass_w8a8, random=_int8),
+    "cutlass-fp8": partial(cutlass_w8a8, random=_fp8),
+    "marlin-w4a16": partial(marlin, has_int8_inputs=False),
+    "marlin-w4a8-int8": partial(marlin, has_int8_inputs=True),
+    "machete-w4a16": machete_w4a16,
+    "cutlass-w4a8-fp8": cutlass_w4a8_fp8,
+    "humming-g128": partial(humming, group_size=_GROUP_SIZE),
+    "humming-channel": partial(humming, group_size=0),
+}
+# What is compiled before anything is measured: shapes (N, K) and numbers of tokens to work for
+# threads.
+COMPILE: dict[
+    str, Callable[[Sequence[tuple[int, int]], Sequence[int]], list[Callable[[], object]]]
+] = {
+    "humming-g128": partial(humming_peer.compilations, _GROUP_SIZE),
+    "humming-channel": partial(humming_peer.compilations, 0),
+}

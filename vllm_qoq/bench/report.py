@@ -1,0 +1,107 @@
+"""The result for people: Markdown that is readable in a terminal, too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from vllm_qoq.bench.cases import KERNELS, OURS, Case
+from vllm_qoq.bench.result import SUBJECT, Result, speedups
+from vllm_qoq.bench.roofline import INT8_RATE, bytes_moved, operations
+
+MISSING = "-"
+
+
+def markdown(result: Result) -> str:
+    """The whole of gemm.md: how it was measured, a table per layer, the summary."""
+    return "\n".join((*_head(result), *_layers(result), *_summary(result), *_left_out(result)))
+
+
+def command(result: Result) -> str:
+    """What measures the same again."""
+    line = f"vllm-qoq bench gemm --model {result.model} --tokens {_commas(result.tokens)}"
+    return line if result.kernels == KERNELS else f"{line} --kernels {_commas(result.kernels)}"
+
+
+def _head(result: Result) -> Iterator[str]:
+    packages = result.environment["packages"]
+    versions = ", ".join(f"{name} {packages[name]}" for name in packages if packages[name])
+    yield f"# W4A8 GEMM, {result.model}, {result.device}\n"
+    yield f"    {command(result)}\n"
+    yield (
+        "Microseconds of a call, the median of CUDA-graph replays over weights larger than the\n"
+        "L2; random numbers, 16-bit output, inputs quantized beforehand. TB/s: weights, inputs\n"
+        "and outputs. Floor: the longer of those bytes at the speed of a 2 GiB copy,\n"
+        f"{result.copy_rate / 1e12:.2f} TB/s in this run, and the operations at "
+        f"{INT8_RATE / 1e12:.0f} TOPS, the int8 rate\nmeasured on an H200 "
+        "(wgmma u8.s8, random operands), not in this run.\n"
+    )
+    yield f"{versions}, CUDA {result.environment['cuda']}.\n"
+
+
+def _layers(result: Result) -> Iterator[str]:
+    for cases in zip(*map(result.cases, result.tokens), strict=True):
+        layer, n, k, _ = cases[0]
+        yield f"## {layer}, N={n} K={k}\n"
+        lines = [
+            [name, *(_microseconds(result, name, case) for case in cases)]
+            for name in result.kernels
+        ]
+        for name in result.kernels:
+            if name in OURS:
+                lines += _ours(result, name, cases)
+        yield _table(["microseconds at M =", *map(str, result.tokens)], lines)
+
+
+def _ours(result: Result, name: str, cases: Sequence[Case]) -> Iterator[list[str]]:
+    times = [result.seconds[case].get(name) for case in cases]
+    pairs = list(zip(cases, times, strict=True))
+    moved = [t and bytes_moved(case, OURS[name]) / t / 1e12 for case, t in pairs]
+    done = [t and operations(case) / t / 1e12 for case, t in pairs]
+    shares = [result.share_of_floor(name, case) for case in cases]
+    yield [f"{name}, TB/s", *(_text(value, ".2f") for value in moved)]
+    yield [f"{name}, TOPS", *(_text(value, ".0f") for value in done)]
+    yield [f"{name}, share of the floor", *(_text(value, ".0%") for value in shares)]
+
+
+def _summary(result: Result) -> Iterator[str]:
+    yield f"## {SUBJECT} against its peers\n"
+    yield "Time of the peer / time of ours, geometric mean of the layers; above 1 ours is faster.\n"
+    rows = [
+        [label, *(_text(value, ".2f") for value in values)]
+        for label, values in speedups(result).items()
+    ]
+    yield _table(["at M =", *map(str, result.tokens)], rows)
+
+
+def _left_out(result: Result) -> Iterator[str]:
+    """One line a kernel and reason."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for one in result.left_out:
+        places.setdefault((one.kernel, one.reason), []).append(one.where)
+    if places:
+        yield "Left out:\n"
+        yield from (f"- {name}, {'; '.join(found)}: {why}" for (name, why), found in places.items())
+        yield ""
+
+
+def _microseconds(result: Result, kernel: str, case: Case) -> str:
+    measured = result.seconds[case].get(kernel)
+    return _text(measured and 1e6 * measured, ".1f")
+
+
+def _text(value: float | None, form: str) -> str:
+    return MISSING if value is None else format(value, form)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = (
+        " | ".join((row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])))
+        for row in (head, rule, *rows)
+    )
+    return "\n".join(f"| {line} |" for line in lines) + "\n"
+
+
+def _commas(values: Sequence[object]) -> str:
+    return ",".join(map(str, values))

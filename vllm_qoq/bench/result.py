@@ -1,0 +1,123 @@
+"""What a run measured, and what follows from it. No GPU and no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_qoq.bench.cases import LAYERS, OURS, PEERS, SHAPES, Case
+from vllm_qoq.bench.roofline import INT8_RATE, bytes_moved, floor_seconds, operations
+
+# The kernel that the summary is about, and those of its kind: 8-bit inputs, 4- or 8-bit weights.
+SUBJECT = "qoq-g128"
+RIVALS = tuple(name for name, input_bits in PEERS.items() if input_bits == 8)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A kernel that could not be measured."""
+
+    kernel: str
+    where: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.kernel}, {self.where}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run.
+
+    environment  of `vllm_qoq.environment.describe`, with what the peers add
+    copy_rate    bytes a second, read plus written
+    seconds      of a call, by case and kernel; a kernel that was left out is absent
+    """
+
+    model: str
+    device: str
+    environment: Mapping[str, Any]
+    copy_rate: float
+    tokens: tuple[int, ...]
+    kernels: tuple[str, ...]
+    seconds: Mapping[Case, Mapping[str, float]]
+    left_out: tuple[LeftOut, ...]
+
+    def cases(self, m: int) -> list[Case]:
+        """The model's layers at m tokens."""
+        shapes = zip(LAYERS, SHAPES[self.model], strict=True)
+        return [Case(layer, n, k, m) for layer, (n, k) in shapes]
+
+    def best_rival(self, case: Case) -> float | None:
+        """Seconds of the fastest peer of our kind."""
+        times = self.seconds[case]
+        return min((times[name] for name in RIVALS if name in times), default=None)
+
+    def share_of_floor(self, kernel: str, case: Case) -> float | None:
+        """Of one of our kernels; 1 is as fast as this GPU can be."""
+        measured = self.seconds[case].get(kernel)
+        return measured and floor_seconds(kernel, case, self.copy_rate) / measured
+
+
+def speedups(result: Result) -> dict[str, list[float | None]]:
+    """Label -> per number of tokens, the geometric mean over all layers of peer / SUBJECT.
+
+    None where any layer lacks either of the two.
+    """
+    peers: dict[str, Callable[[Case], float | None]] = {
+        "best W4A8 or W8A8 peer": result.best_rival,
+        "cutlass-int8": lambda case: result.seconds[case].get("cutlass-int8"),
+        "humming-g128": lambda case: result.seconds[case].get("humming-g128"),
+    }
+    return {
+        label: [_speedup(result, m, peer) for m in result.tokens] for label, peer in peers.items()
+    }
+
+
+def _speedup(result: Result, m: int, peer: Callable[[Case], float | None]) -> float | None:
+    cases = result.cases(m)
+    theirs, ours = map(peer, cases), (result.seconds[case].get(SUBJECT) for case in cases)
+    ratios = [a / b for a, b in zip(theirs, ours, strict=True) if a and b]
+    if len(ratios) < len(cases):
+        return None
+    return math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
+
+
+def to_json(result: Result) -> dict[str, Any]:
+    """The document of --json and gemm.json; microseconds, null where a kernel was left out."""
+    return {
+        "benchmark": "gemm",
+        "model": result.model,
+        "device": result.device,
+        "environment": dict(result.environment),
+        "copy_bytes_per_second": result.copy_rate,
+        "int8_operations_per_second": INT8_RATE,
+        "int8_rate_measured_on": "NVIDIA H200, not in this run",
+        "kernels": list(result.kernels),
+        "tokens": list(result.tokens),
+        "cases": [_case(result, case) for case in result.seconds],
+        "speed_against_peers": speedups(result),
+        "left_out": [vars(one) for one in result.left_out],
+    }
+
+
+def _case(result: Result, case: Case) -> dict[str, Any]:
+    times = result.seconds[case]
+    return {
+        **case._asdict(),
+        "operations": operations(case),
+        "microseconds": {
+            name: 1e6 * times[name] if name in times else None for name in result.kernels
+        },
+        "ours": {
+            name: {
+                "bytes": bytes_moved(case, OURS[name]),
+                "floor_microseconds": 1e6 * floor_seconds(name, case, result.copy_rate),
+                "share_of_floor": result.share_of_floor(name, case),
+            }
+            for name in OURS
+            if name in times
+        },
+    }

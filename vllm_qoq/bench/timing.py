@@ -1,0 +1,68 @@
+"""Seconds of a call on the GPU."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+Call = Callable[[], torch.Tensor]
+
+COPY_BYTES = 2 << 30
+_COPIES = 10
+# Replays of a graph: 20, or as many as fit into the time, but 3.
+_REPLAYS, _FEWEST_REPLAYS = 20, 3
+_SECONDS = 0.15
+# A graph of few short calls would measure its own launch: such calls are repeated in it.
+_CALLS = 12
+_SHORT_SECONDS = 2e-3
+
+
+def seconds(calls: Sequence[Call]) -> float:
+    """Of one call: the median over replays of a CUDA graph that holds all of `calls`.
+
+    calls  read different weights, more than the L2 holds in all, so that each finds its own
+           weights in memory. They are made in order; inputs may be shared.
+    """
+    rounds = _rounds(calls)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        # All outputs are kept: each call writes to memory of its own.
+        outputs = [call() for _ in range(rounds) for call in calls]
+    warm = _intervals(graph.replay, 2)[-1]
+    replays = max(_FEWEST_REPLAYS, min(_REPLAYS, int(_SECONDS / warm)))
+    return statistics.median(_intervals(graph.replay, replays)) / len(outputs)
+
+
+def copy_rate() -> float:
+    """Bytes a second, read plus written, of a copy of 2 GiB within the GPU's memory."""
+    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    times = _intervals(partial(target.copy_, source), _COPIES)
+    return 2 * COPY_BYTES / statistics.median(times)
+
+
+def _rounds(calls: Sequence[Call]) -> int:
+    """How often a graph holds each call. Also warms up, off the stream that is captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls[0]()  # may compile
+        once = _intervals(lambda: [call() for call in calls], 1)[0]
+    torch.cuda.synchronize()
+    return math.ceil(_CALLS / len(calls)) if once < _SHORT_SECONDS else 1
+
+
+def _intervals(launch: Callable[[], object], count: int) -> list[float]:
+    """Seconds of each of `count` launches, queued without a gap; the first may have waited."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
+        launch()
+        event.record()
+    events[-1].synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(events)]
