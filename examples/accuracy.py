@@ -125,6 +125,14 @@ def plot(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def save(rows: list[Row], folder: Path) -> None:
+    """Write what has been measured so far."""
+    for name, text in (("accuracy.json", json.dumps(rows, indent=2)), ("accuracy.md", table(rows))):
+        partial = folder / f"{name}.partial"
+        partial.write_text(text)
+        partial.replace(folder / name)
+
+
 def main() -> None:
     """Run everything and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -147,14 +155,15 @@ def main() -> None:
         tempfile.TemporaryDirectory() as folder,
         ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool,
     ):
+        others = [pool.submit(compared, name, path, args) for name, _, path in compare]
         names = list(RUNS) if args.only is None else args.only
         folders = [Path(folder) / str(index) for index in range(len(names))]
         for found in pool.map(rows_of, names, [args] * len(names), folders):
             rows += found[bool(rows) :]
             print(table(found), file=sys.stderr, flush=True)
-    rows += [compared(name, path, args) for name, _, path in compare]
-    (args.output / "accuracy.json").write_text(json.dumps(rows, indent=2))
-    (args.output / "accuracy.md").write_text(table(rows))
+            save([*rows, *(other.result() for other in others if other.done())], args.output)
+        rows += [other.result() for other in others]
+    save(rows, args.output)
     plot(rows, args.output / "accuracy.png")
     print(table(rows))
 

@@ -1,12 +1,13 @@
 """Write W8A8 and W4A16 checkpoints of one random model, to measure speed without a download.
 
-    python examples/make_random_checkpoints.py OUT [--layers 32]
+    python examples/make_random_checkpoints.py OUT [--layers 32] [--only-configs]
 
 The shape is Llama-3-8B's. Both checkpoints quantize the same random weights by
 rounding, and W8A8 moves random scales from the norms into the weights, as
 SmoothQuant does; so they merge like an honest pair, with an input_ratio for W4A16.
 OUT/w8a8 and OUT/w4a16 take 9.1 and 5.7 GB. The text that such a model produces
-means nothing.
+means nothing. `--only-configs` writes no weights, for `--load-format dummy`, and
+adds OUT/fp8 and OUT/w4a8 (QoQ in groups of 128).
 """
 
 import argparse
@@ -37,8 +38,20 @@ WEIGHTS = {
 }
 
 
+QOQ = {
+    "quant_method": "qoq",
+    "format_version": 1,
+    "sets": {"w4a8": {"quant_method": "qoq_linear", "group_size": GROUP, "ignore": ["lm_head"]}},
+    "routing": {"prefill": "w4a8", "decode": [{"set": "w4a8"}]},
+}
+
+
 def config(scheme: str, layers: int) -> dict:
     """The config.json of one checkpoint."""
+    if scheme == "w4a8":
+        return {**config("w8a8", layers), "quantization_config": QOQ}
+    if scheme == "fp8":
+        return fp8(config("w8a8", layers))
     integer = {"type": "int", "symmetric": True}
     activations = {"num_bits": 8, **integer, "strategy": "token", "dynamic": True}
     group = {
@@ -72,6 +85,16 @@ def config(scheme: str, layers: int) -> dict:
             "config_groups": {"group_0": group},
         },
     }
+
+
+def fp8(w8a8: dict) -> dict:
+    """The config.json of W8A8 with 8-bit floats for 8-bit integers."""
+    section = json.loads(json.dumps(w8a8["quantization_config"]))
+    section["format"] = "float-quantized"
+    group = section["config_groups"]["group_0"]
+    for part in (group["weights"], group["input_activations"]):
+        part["type"] = "float"
+    return {**w8a8, "quantization_config": section}
 
 
 def int8_per_channel(weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -126,7 +149,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--only-configs", action="store_true")
     args = parser.parse_args()
+    if args.only_configs:
+        for scheme in (*WEIGHTS, "fp8", "w4a8"):
+            Writer(args.out / scheme).finish(config(scheme, args.layers))
+        return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
 
