@@ -259,3 +259,11 @@ def test_tokens_that_are_no_matrix_of_floats_are_refused():
 def test_the_cpu_has_kernels_and_an_unknown_device_has_none():
     assert ops.has_kernels("cpu")
     assert not ops.has_kernels("xpu")
+
+
+def test_only_hopper_has_the_cuda_kernels(monkeypatch):
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, expected in (((9, 0), True), ((8, 9), False), ((10, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda c=capability: c)
+        assert ops.has_kernels("cuda") is expected

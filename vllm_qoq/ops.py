@@ -21,10 +21,15 @@ _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 
 def has_kernels(device_type: str) -> bool:
-    """Whether this build computes the ops on `device_type` ("cpu", "cuda")."""
+    """Whether this build computes the ops on this machine's "cpu" or "cuda"."""
     key = _DISPATCH_KEYS.get(device_type)
-    return key is not None and all(
+    if key is None or not all(
         torch._C._dispatch_has_kernel_for_dispatch_key(f"qoq::{name}", key) for name in _SCHEMAS
+    ):
+        return False
+    # The kernels are compiled for sm_90a, which no other generation runs.
+    return device_type != "cuda" or (
+        torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
     )
 
 

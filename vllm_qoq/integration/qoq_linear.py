@@ -55,8 +55,8 @@ class QoQLinearConfig(QuantizationConfig):
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Ampere: the first with int8 tensor cores that asynchronous copies can feed."""
-        return 80
+        """Hopper, which the kernels are for."""
+        return 90
 
     @staticmethod
     def get_config_filenames() -> list[str]:
@@ -146,7 +146,8 @@ class QoQLinearMethod(LinearMethodBase):
         if not ops.has_kernels(device.type):
             raise RuntimeError(
                 f"{self.prefix}: this build of vllm-qoq has no {device.type.upper()} kernels for "
-                f"{QOQ_LINEAR}; use another set of the checkpoint, for example with "
+                f"{QOQ_LINEAR} on this machine; on a Hopper GPU build them (README, Install), else "
+                "use another set of the checkpoint, for example with "
                 """--additional-config '{"qoq": {"force_set": "w8a8"}}', or serve on the CPU"""
             )
         if self.is_dummy:
