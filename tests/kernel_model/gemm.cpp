@@ -1,5 +1,8 @@
 // Runs the W4A8 kernel on the model of Hopper and compares it with plain loops, bit by bit.
-//   gemm SEED    returns 1 where an element differs
+//   gemm SEED    one line a launch; returns 1 where an element differs or a schedule is wrong
+// The work of a launch is laid out here, so that every kind is reached whatever it costs; what
+// `schedule` lays out for real sizes is checked without a launch. It knows nothing of w4a8_gemm.cu:
+// the tensor maps are written a second time.
 #include "common/ptx.cuh"  // the model
 #include "w4a8_gemm_kernel.cuh"
 #include "w4a8_gemm_schedule.h"
@@ -7,11 +10,6 @@
 using namespace qoq::w4a8;
 
 namespace {
-
-struct Problem {
-  int m, n, k;
-  bool has_bias;
-};
 
 std::mt19937 values;
 int random_int(int low, int high) { return low + static_cast<int>(values() % (high - low)); }
@@ -41,22 +39,57 @@ std::vector<uint8_t> pack(const std::vector<int>& q, const std::vector<int>& sca
   return packed;
 }
 
-uint16_t to_bfloat16(float v) {
-  const __nv_bfloat16 rounded = __float2bfloat16(v);
+template <class T>
+uint16_t bits_of(T v) {
   uint16_t bits;
-  std::memcpy(&bits, &rounded, sizeof bits);
+  std::memcpy(&bits, &v, sizeof bits);
   return bits;
 }
+uint16_t to_16_bits(bool is_bfloat16, float v) {
+  return is_bfloat16 ? bits_of(__float2bfloat16(v)) : bits_of(__float2half(v));
+}
 
-// slots: blocks that run at a time; cluster: the largest that can.
+CUtensorMap tensor_map(const model::TensorMap& fields) {
+  CUtensorMap map;
+  static_assert(sizeof fields <= sizeof map);
+  std::memcpy(&map, &fields, sizeof fields);
+  return map;
+}
+
+// The fields of Params of the same names, and the size of the grid.
+struct Schedule {
+  int clusters, split, whole_tiles, piece;
+};
+
+struct Problem {
+  int m, n, k_blocks;
+  Schedule schedule;
+  Bias bias = Bias::kNone;
+  Output output = Output::kBfloat16;
+};
+
+template <class Tile>
+std::string kind_of(const Params& p) {
+  constexpr int kRanks = Tile::kCluster / Tile::kClusterTiles;  // that divide steps
+  std::string kind = p.split == 1        ? "one cluster a tile"
+                     : p.split > 1       ? "split"
+                     : p.piece == 0      ? "rounds"
+                     : p.whole_tiles > 0 ? "rounds and a cut one"
+                                         : "cut";
+  if (p.k_blocks % Tile::kStepBlocks != 0) kind += ", part of a step";
+  if (p.split > 0 && p.steps / p.split < kRanks) kind += ", idle rank";
+  return kind;
+}
+
 template <class Tile, bool kGrouped>
-int count_wrong(const Problem& problem, int slots, int cluster) {
-  const auto [m, n, k, has_bias] = problem;
-  const int k_blocks = k / kBlockK, blocks = divide_up(n, kBlockN);
+int count_wrong(const char* name, const Problem& problem) {
+  const int m = problem.m, n = problem.n, k_blocks = problem.k_blocks;
+  const int k = k_blocks * kBlockK, blocks = divide_up(n, kBlockN);
   std::vector<int> q(blocks * kBlockN * k), scale(blocks * kBlockN * k_blocks);
   std::vector<int> offset(scale.size()), row_sum(m);
   std::vector<int8_t> x(m * k);
   std::vector<float> x_scale(m), channel_scale(n), zero(n), bias(n);
+  std::vector<uint16_t> bias_16(n);
   for (auto& v : q) v = random_int(0, 16);
   for (auto& v : x) v = random_int(-127, 128);
   for (size_t i = 0; i < scale.size(); ++i) {
@@ -70,11 +103,11 @@ int count_wrong(const Problem& problem, int slots, int cluster) {
   for (int i = 0; i < n; ++i) {
     channel_scale[i] = random_int(1, 100) / 1e4f;
     zero[i] = random_int(-100, 100) / 1e4f;
-    bias[i] = random_int(-100, 100) / 10.f;
+    bias[i] = random_int(-100, 100) / 8.f;  // 16 bits hold it
+    bias_16[i] = to_16_bits(problem.bias == Bias::kBfloat16, bias[i]);
   }
   const std::vector<uint8_t> packed = pack<kGrouped>(q, scale, offset, blocks, k);
-  std::vector<uint16_t> out(static_cast<size_t>(m) * n, 0x7FC0);  // NaN
-  std::vector<int> workspace(kCounters + slots * kMaxTileInts);
+  std::vector<uint16_t> out(static_cast<size_t>(m) * n, 0x7FFF);  // NaN
 
   Params p{
       .weight = packed.data(),
@@ -82,73 +115,160 @@ int count_wrong(const Problem& problem, int slots, int cluster) {
       .x_row_sum = row_sum.data(),
       .channel_scale = channel_scale.data(),
       .channel_zero = kGrouped ? nullptr : zero.data(),
-      .bias = has_bias ? bias.data() : nullptr,
+      .bias = problem.bias == Bias::kFloat32 ? static_cast<void*>(bias.data()) : bias_16.data(),
       .out = out.data(),
-      .workspace = workspace.data(),
       .m = m,
       .n = n,
       .k_blocks = k_blocks,
       .weight_blocks = blocks,
-      .bias_type = has_bias ? Bias::kFloat32 : Bias::kNone,
-      .out_type = Output::kBfloat16,
-      .tiles_m = divide_up(m, Tile::kTokens),
-      .tiles_n = divide_up(n, Tile::kChannels * Tile::kShare),
+      .bias_type = problem.bias,
+      .out_type = problem.output,
   };
-  int clusters[kMaxCluster + 1] = {};
-  for (int size = 1; size <= cluster; ++size) clusters[size] = slots / size;
-  const int used = schedule(p, Tile::kShare, clusters);
-  CUtensorMap map;
-  const model::TensorMap x_map{x.data(), m, k, Tile::kTokens / Tile::kShare};
-  std::memcpy(&map, &x_map, sizeof x_map);
-  model::launch(used * Tile::kShare, p.split * Tile::kShare, Tile::template kSharedBytes<kGrouped>,
-                random_int(1, 4), [&] { w4a8_gemm_kernel<Tile, kGrouped>(map, p); });
+  int clusters;
+  schedule<Tile>(p, 1, clusters);  // tiles and steps
+  p.split = problem.schedule.split;
+  p.whole_tiles = problem.schedule.whole_tiles;
+  p.piece = problem.schedule.piece;
+  const int shared_tiles = p.tiles_m * p.tiles_n - p.whole_tiles;
+  std::vector<int> workspace(kCounters + shared_tiles * Tile::kCluster * Tile::kTileInts);
+  p.workspace = workspace.data();
+  auto x_tensor_map = [&](int tokens) {
+    return tensor_map({.base = reinterpret_cast<char*>(x.data()),
+                       .element_bytes = 1,
+                       .sizes = {kBlockK, m, k_blocks},
+                       .strides = {1, k, kBlockK},
+                       .box = {kBlockK, tokens, Tile::kStepBlocks}});
+  };
+  const CUtensorMap x_map = x_tensor_map(Tile::kTokens / Tile::kClusterTiles);
+  const CUtensorMap x_tail_map = x_tensor_map(p.tail_tokens);
+  const CUtensorMap out_map = tensor_map({.base = reinterpret_cast<char*>(out.data()),
+                                          .element_bytes = 2,
+                                          .sizes = {n, m, 1},
+                                          .strides = {2, 2 * n, 0},
+                                          .box = {kBlockN, Tile::kUnitTokens, 1}});
+  model::bulk_memory = packed;
+  model::launch(problem.schedule.clusters, Tile::kCluster, Tile::kThreads,
+                Tile::template kSharedBytes<kGrouped>, random_int(1, 4),
+                [&] { w4a8_gemm_kernel<Tile, kGrouped>(x_map, x_tail_map, out_map, p); });
 
   int wrong = 0;
-  for (int i = 0; i < m; ++i)
-    for (int j = 0; j < n; ++j) {
+  std::vector<int> w(k);
+  for (int j = 0; j < n; ++j) {
+    for (int t = 0; t < k; ++t) {
+      const int group = j * k_blocks + t / kBlockK;
+      w[t] = kGrouped ? q[j * k + t] * scale[group] + offset[group] : q[j * k + t];
+    }
+    for (int i = 0; i < m; ++i) {
       int sum = 0;
-      for (int t = 0; t < k; ++t) {
-        const int group = j * k_blocks + t / kBlockK;
-        const int w = kGrouped ? q[j * k + t] * scale[group] + offset[group] : q[j * k + t];
-        sum += w * x[i * k + t];
-      }
+      for (int t = 0; t < k; ++t) sum += w[t] * x[i * k + t];
       float y = static_cast<float>(sum) * channel_scale[j];
       if (!kGrouped) y -= static_cast<float>(row_sum[i]) * zero[j];
       y *= x_scale[i];
-      if (has_bias) y += bias[j];
-      wrong += to_bfloat16(y) != out[static_cast<size_t>(i) * n + j];
+      if (problem.bias != Bias::kNone) y += bias[j];
+      wrong +=
+          to_16_bits(problem.output == Output::kBfloat16, y) != out[static_cast<size_t>(i) * n + j];
     }
+  }
   for (const int v : workspace) wrong += v != 0;
-  std::printf(
-      "tile %3d x %3d, share %d, %s, M %3d N %4d K %4d: split %d, whole %d, piece %d: %d wrong\n",
-      Tile::kChannels, Tile::kTokens, Tile::kShare, kGrouped ? "g128       " : "per-channel", m, n,
-      k, p.split, p.whole_tiles, p.piece, wrong);
+  std::printf("%s %s: %s: M %d N %d K %d, %d wrong\n", name, kGrouped ? "g128" : "per channel",
+              kind_of<Tile>(p).c_str(), m, n, k, wrong);
   std::fflush(stdout);
   return wrong;
 }
 
-template <class Tile>
-int count_wrong_of_tile(int m) {
-  constexpr int kN = Tile::kChannels * Tile::kShare, kShare = Tile::kShare;
+template <class Tile, bool kGrouped>
+int count_wrong_of_kinds(const char* name) {
+  constexpr int kTokens = Tile::kTokens, kChannels = Tile::kChannels * Tile::kClusterTiles;
+  constexpr int kStepBlocks = Tile::kStepBlocks;
+  constexpr int kRing = Tile::kStages * Tile::kCluster / Tile::kClusterTiles;  // in steps
+  std::vector<Problem> problems;
+  if (Tile::kByInputs) {
+    problems = {
+        // Two channel tiles, the last one in part; the ring comes round; a part of a step left.
+        {kTokens - 3, kChannels + 72, (kRing + 2) * kStepBlocks + 1, {3, 1}, Bias::kFloat32},
+        {5, kChannels, 7 * kStepBlocks, {3, 3}, Bias::kBfloat16, Output::kFloat16},
+        {kTokens, kChannels, 3 * kStepBlocks - 1, {3, 3}},
+    };
+  } else {
+    // Four tiles, of which three are not full: whole ones, and a last one over three clusters.
+    const int m = kTokens + 3, n = kChannels + 72;
+    problems = {
+        {kTokens - 3, n, Tile::kStages + 3, {2, 1}, Bias::kFloat32},
+        {3, kChannels, 7, {3, 3}, Bias::kFloat16},
+        {m, n, Tile::kStages, {3, 0, 4}, Bias::kBfloat16, Output::kFloat16},
+        {m, n, 5, {3, 0, 3, 2}},
+        // Two tiles of four steps: the second cluster works on both, the last on none.
+        {m, kChannels, 4, {4, 0, 0, 3}, Bias::kFloat32},
+    };
+  }
   int wrong = 0;
-  // One tile over a cluster of eight; N and K that do not divide; k cut in pieces without and
-  // with whole tiles before; whole tiles alone.
-  wrong += count_wrong<Tile, true>({m, kN, 1024, false}, 8 * kShare, 8);
-  wrong += count_wrong<Tile, false>({m, kN + 72, 1408, true}, 6 * kShare, 8);
-  wrong += count_wrong<Tile, true>({m, 2 * kN, 2560, true}, 5 * kShare, kShare);
-  wrong += count_wrong<Tile, true>({3, 4 * kN - 8, 2688, false}, 3 * kShare, kShare);
-  wrong += count_wrong<Tile, false>({m + Tile::kTokens, kN, 256, false}, 3 * kShare, 8);
+  for (const Problem& problem : problems) wrong += count_wrong<Tile, kGrouped>(name, problem);
   return wrong;
 }
 
+// Whether what `schedule` lays out for so many multiprocessors does every step of every tile once,
+// and has room for its sums.
+template <class Tile>
+bool is_schedule_right(int m, int n, int k_blocks, int multiprocessors) {
+  Params p{.m = m, .n = n, .k_blocks = k_blocks};
+  const int slots = multiprocessors * Tile::kResident / Tile::kCluster;
+  int clusters = 0;
+  if (schedule<Tile>(p, slots, clusters) == kImpossible)
+    return Tile::kByInputs && p.tiles_m * p.tiles_n > slots;
+  const int tiles_n = p.tiles_n * Tile::kClusterTiles;
+  std::vector<int> done(p.tiles_m * tiles_n * p.steps);
+  bool is_right = clusters <= slots;
+  model::as_each_block(clusters, Tile::kCluster, [&] {
+    WorkList<Tile> list(p);
+    Work work;
+    for (int i = 0; list.next(work); ++i) {
+      is_right &= i == 0 || !Tile::kByInputs;  // the sums of these overwrite the ring
+      const auto [tile_m, tile_n] = position<Tile>(work.tile, p);
+      const auto [begin, end] = steps_of_block<Tile>(work);
+      for (int step = begin; step < end; ++step)
+        ++done.at((tile_m * tiles_n + tile_n) * p.steps + step);
+      const int sums = (work.tile - p.whole_tiles + 1) * Tile::kCluster;
+      if (work.end - work.begin < p.steps)
+        is_right &= sums <= kCounters && sums * Tile::kTileInts <= multiprocessors * kMaxTileInts;
+    }
+  });
+  return is_right && std::all_of(done.begin(), done.end(), [](int times) { return times == 1; });
+}
+
+template <class Tile>
+int count_wrong_schedules(const char* name) {
+  constexpr int kLayers[][2] = {{8, 1}, {1032, 3}, {6144, 32}, {28672, 32}, {4096, 112}};
+  std::vector<int> sizes = {1, Tile::kTokens};
+  if (!Tile::kByInputs) sizes.push_back(17 * Tile::kTokens - 1);  // more than a band
+  int wrong = 0;
+  for (const int multiprocessors : {9, 116, 132})
+    for (const int m : sizes)
+      for (const auto& [n, k_blocks] : kLayers) {
+        if (is_schedule_right<Tile>(m, n, k_blocks, multiprocessors)) continue;
+        ++wrong;
+        std::printf("%s: the schedule of M %d N %d K %d on %d multiprocessors is wrong\n", name, m,
+                    n, k_blocks * kBlockK, multiprocessors);
+      }
+  return wrong;
+}
+
+template <class Tile>
+int count_wrong_of_tile(const char* name) {
+  return count_wrong_schedules<Tile>(name) + count_wrong_of_kinds<Tile, true>(name) +
+         count_wrong_of_kinds<Tile, false>(name);
+}
+
 }  // namespace
+
+#define COUNT_WRONG(tile) count_wrong_of_tile<tile>(#tile)
 
 int main(int, char** arguments) {
   const int seed = std::atoi(arguments[1]);
   model::random_order.seed(seed);
   values.seed(seed);
-  int wrong = count_wrong_of_tile<Tile8>(5) + count_wrong_of_tile<Tile16>(16) +
-              count_wrong_of_tile<Tile32>(23) + count_wrong_of_tile<Tile64>(61) +
-              count_wrong_of_tile<Tile128>(100) + count_wrong_of_tile<TileLarge>(128);
+  const int wrong = COUNT_WRONG(Tile8) + COUNT_WRONG(Tile16) + COUNT_WRONG(Tile32) +
+                    COUNT_WRONG(Tile64) + COUNT_WRONG(Tile128) + COUNT_WRONG(Tile128Wide) +
+                    COUNT_WRONG(Tile256) + COUNT_WRONG(Inputs64) + COUNT_WRONG(Inputs64Deep) +
+                    COUNT_WRONG(Inputs128) + COUNT_WRONG(Inputs128Pair);
   return wrong != 0;
 }

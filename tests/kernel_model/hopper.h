@@ -1,9 +1,10 @@
 // A model of the parts of Hopper that csrc/w4a8_gemm_kernel.cuh uses, for machines without a GPU.
 //
-// Every thread is a fiber; those that can run do so in random order. Copies of the copy engine
-// happen at once, wgmmas as late as their group is waited for: so a stage that is given back too
-// early is overwritten, and a barrier that counts wrong stands still. It knows nothing of memory
-// order, registers or time. Takes the place of csrc/common/ptx.cuh.
+// Every thread is a fiber; those that can run do so in random order. Copies into shared memory
+// happen at once, wgmmas and copies out of it as late as they are waited for: so what is given back
+// too early is overwritten, and a barrier that counts wrong stands still. It knows nothing of time
+// or memory order, but that the copy engine needs a fence and a kernel waits for the one before it.
+// Takes the place of csrc/common/ptx.cuh and wgmma.cuh.
 #pragma once
 
 #include <cuda.h>
@@ -22,14 +23,16 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <set>
+#include <span>
 #include <vector>
 
 namespace model {
 
-constexpr int kBlockThreads = 384;
 constexpr uint32_t kFirstAddress = 0x440;  // of shared memory: not a multiple of 1024
 constexpr uint32_t kAddressBits = 24;      // above: 1 + rank in the cluster
 constexpr uint32_t kAddressMask = (1u << kAddressBits) - 1;
+constexpr int kLongestSleep = 64;  // rounds
 
 [[noreturn]] inline void fail(const char* what) {
   std::printf("the model stops: %s\n", what);
@@ -64,12 +67,13 @@ struct Wgmma {
   int n;
   uint64_t descriptor;
   int issued = 0;  // by how many of the 128 threads
-  std::array<std::array<uint32_t, 4>, 128> a;
+  std::array<const uint32_t*, 128> a;
   std::array<int32_t*, 128> d;
 };
 
 struct WgmmaGroup {
   std::deque<Wgmma> instructions;
+  int first_round;  // in which it may be complete
   bool is_done = false;
 };
 
@@ -80,13 +84,14 @@ struct Stmatrix : Rendezvous {
 struct Cluster;
 
 struct Block {
-  int index, rank;
+  int index, rank, alive;
   Cluster* cluster;
   std::vector<char> shared;
   std::map<uint32_t, Mbarrier> mbarriers;
   std::map<int, Rendezvous> named;
-  std::deque<WgmmaGroup> wgmmas[kBlockThreads / 128];
-  Stmatrix stmatrix[kBlockThreads / 32];
+  std::map<int, std::deque<WgmmaGroup>> wgmmas;  // by warpgroup
+  std::map<int, Stmatrix> stmatrix;              // by warp
+  std::set<uint32_t> unfenced;  // addresses of 16 bytes that the copy engine may not see yet
 };
 
 struct Cluster {
@@ -101,6 +106,22 @@ struct Cluster {
   }
 };
 
+// What the model puts in the place of a tensor map. The first dimension is without gaps.
+struct TensorMap {
+  char* base;
+  int element_bytes;
+  std::array<int64_t, 3> sizes, strides;  // in elements, in bytes
+  std::array<int, 3> box;
+};
+
+// A copy out of shared memory.
+struct Store {
+  TensorMap map;
+  std::array<int, 3> at;
+  uint32_t source;
+  std::vector<std::array<char, 16>> bytes;  // as they were when it was issued
+};
+
 struct Thread {
   ucontext_t context;
   std::vector<char> stack;
@@ -109,15 +130,23 @@ struct Thread {
   bool has_ended = false;
   size_t group = 0, instruction = 0;  // of its next wgmma
   int cluster_generation = 0;
+  bool is_after_previous_kernel = false;
+  std::vector<uint32_t> unfenced;                // what it wrote of Block::unfenced
+  std::deque<std::vector<Store>> stores = {{}};  // groups; the last one is not committed
 };
 
 inline ucontext_t scheduler;
 inline Thread* self;
-inline int grid_blocks;
+inline int grid_blocks, block_threads;
+inline int round_now;                         // every thread that does not sleep runs once
+inline std::span<const uint8_t> bulk_memory;  // where bulk copies may read
 inline std::mt19937 random_order;
 inline std::function<void()> kernel;
 
 inline void yield() { swapcontext(&self->context, &scheduler); }
+inline void yield_perhaps() {
+  if (random_order() % 4 == 0) yield();
+}
 
 template <class Condition>
 void wait_until(Condition condition) {
@@ -136,13 +165,15 @@ inline void meet(Rendezvous& r, int threads, const std::function<void()>& last =
 
 inline Block& block_of(uint32_t address) {
   const uint32_t tag = address >> kAddressBits;
-  return tag == 0 ? *self->block : self->block->cluster->blocks.at(tag - 1);
+  Block& block = tag == 0 ? *self->block : self->block->cluster->blocks.at(tag - 1);
+  check(block.alive > 0, "shared memory of a block that has ended");
+  return block;
 }
 
-inline char* shared_pointer(uint32_t address) {
+inline char* shared_pointer(uint32_t address, uint32_t bytes) {
   Block& block = block_of(address);
   const uint32_t offset = (address & kAddressMask) - kFirstAddress;
-  check(offset < block.shared.size(), "an address outside of shared memory");
+  check(offset + bytes <= block.shared.size(), "an address outside of shared memory");
   return block.shared.data() + offset;
 }
 
@@ -150,11 +181,41 @@ inline char* shared_begin() { return self->block->shared.data(); }
 
 inline uint32_t swizzle_128b(uint32_t address) { return address ^ ((address >> 7 & 7) << 4); }
 
-// What the model puts in the place of a tensor map.
-struct TensorMap {
-  const int8_t* x;
-  int rows, columns, box_rows;
-};
+// Visits a box in pieces of 16 bytes, which the swizzle leaves together: where each lies in shared
+// memory, and in the tensor (null outside).
+template <class Visit>
+void visit_box(const TensorMap& map, const std::array<int, 3>& at, uint32_t address, Visit visit) {
+  const int elements = 16 / map.element_bytes;
+  check(address % 128 == 0 && map.box[0] * map.element_bytes == 128 && map.sizes[0] % elements == 0,
+        "a box that does not suit its swizzle");
+  auto is_inside = [&](int d, int i) { return i >= 0 && i < map.sizes[d]; };
+  for (int z = at[2]; z < at[2] + map.box[2]; ++z)
+    for (int y = at[1]; y < at[1] + map.box[1]; ++y)
+      for (int x = at[0]; x < at[0] + map.box[0]; x += elements, address += 16) {
+        char* global = map.base + x * map.element_bytes + y * map.strides[1] + z * map.strides[2];
+        visit(swizzle_128b(address),
+              is_inside(0, x) && is_inside(1, y) && is_inside(2, z) ? global : nullptr);
+      }
+}
+
+inline TensorMap tensor_map(const CUtensorMap* map) {
+  TensorMap t;
+  std::memcpy(&t, map, sizeof t);
+  return t;
+}
+
+// The latest moment at which a store may read its source.
+inline void finish(const std::vector<Store>& stores) {
+  for (const Store& s : stores) {
+    size_t i = 0;
+    visit_box(s.map, s.at, s.source, [&](uint32_t address, char* global) {
+      const char* from = shared_pointer(address, 16);
+      check(std::memcmp(from, s.bytes[i++].data(), 16) == 0,
+            "the source of a store changes before it is read");
+      if (global != nullptr) std::memcpy(global, from, 16);
+    });
+  }
+}
 
 inline void multiply(Block& block, Wgmma& w) {
   const uint32_t start = (w.descriptor & 0x3FFF) << 4;
@@ -178,7 +239,10 @@ inline void multiply(Block& block, Wgmma& w) {
 
 inline void run_thread() {
   kernel();
+  check(self->stores.size() == 1 && self->stores[0].empty(),
+        "a thread ends before its stores have read");
   self->has_ended = true;
+  --self->block->alive;
   --self->block->cluster->alive;
   self->block->cluster->update();
   swapcontext(&self->context, &scheduler);
@@ -187,10 +251,21 @@ inline void run_thread() {
 inline void run_until_all_end(const std::vector<std::unique_ptr<Thread>>& threads) {
   std::vector<Thread*> live;
   for (const auto& thread : threads) live.push_back(thread.get());
-  for (int round = 0; !live.empty(); ++round) {
-    check(round < 100000, "deadlock");
+  // Some warps or warpgroups sleep for some rounds, so that others get as far ahead as the barriers
+  // let them.
+  uint32_t asleep = 0;
+  int sleepers = 32;  // threads that sleep together
+  int until = 0;
+  for (round_now = 0; !live.empty(); ++round_now) {
+    check(round_now < 100000, "deadlock");
+    if (round_now == until) {
+      asleep = random_order() & random_order();
+      sleepers = random_order() % 2 == 0 ? 32 : 128;
+      until += 1 + random_order() % kLongestSleep;
+    }
     std::shuffle(live.begin(), live.end(), random_order);
     for (Thread* thread : live) {
+      if (asleep >> (16 * thread->block->rank + thread->index / sleepers) % 32 & 1) continue;
       self = thread;
       swapcontext(&scheduler, &thread->context);
     }
@@ -199,25 +274,26 @@ inline void run_until_all_end(const std::vector<std::unique_ptr<Thread>>& thread
 }
 
 // Runs a grid, so many clusters at a time.
-inline void launch(int blocks, int cluster_size, int shared_bytes, int clusters_at_a_time,
-                   std::function<void()> body) {
+inline void launch(int clusters, int cluster_size, int threads_of_block, int shared_bytes,
+                   int clusters_at_a_time, std::function<void()> body) {
   kernel = std::move(body);
-  grid_blocks = blocks;
-  const int clusters = blocks / cluster_size;
+  grid_blocks = clusters * cluster_size;
+  block_threads = threads_of_block;
   for (int first = 0; first < clusters; first += clusters_at_a_time) {
     std::deque<Cluster> running;
     std::vector<std::unique_ptr<Thread>> threads;
     for (int c = first; c < std::min(first + clusters_at_a_time, clusters); ++c) {
       Cluster& cluster = running.emplace_back();
       cluster.blocks.resize(cluster_size);
-      cluster.alive = cluster_size * kBlockThreads;
+      cluster.alive = cluster_size * block_threads;
       for (int rank = 0; rank < cluster_size; ++rank) {
         Block& block = cluster.blocks[rank];
         block.index = c * cluster_size + rank;
         block.rank = rank;
+        block.alive = block_threads;
         block.cluster = &cluster;
         block.shared.assign(shared_bytes, 0x5A);
-        for (int i = 0; i < kBlockThreads; ++i) {
+        for (int i = 0; i < block_threads; ++i) {
           Thread& thread = *threads.emplace_back(std::make_unique<Thread>());
           thread.index = i;
           thread.block = &block;
@@ -232,6 +308,24 @@ inline void launch(int blocks, int cluster_size, int shared_bytes, int clusters_
     }
     run_until_all_end(threads);
   }
+}
+
+// Runs `body` outside of a launch, as a thread of each block of a grid.
+inline void as_each_block(int clusters, int cluster_size, const std::function<void()>& body) {
+  grid_blocks = clusters * cluster_size;
+  Thread thread;
+  Block block;
+  thread.block = &block;
+  self = &thread;
+  for (block.index = 0; block.index < grid_blocks; ++block.index) {
+    block.rank = block.index % cluster_size;
+    body();
+  }
+}
+
+// What the kernel before this one in the stream may still write.
+inline void check_previous_kernel() {
+  check(self->is_after_previous_kernel, "memory that the previous kernel may still write");
 }
 
 struct Dimension {
@@ -251,22 +345,18 @@ struct Dimension {
 using std::max;
 using std::min;
 
-inline void __syncthreads() { model::meet(model::self->block->named[0], model::kBlockThreads); }
+inline void __syncthreads() { model::meet(model::self->block->named[0], model::block_threads); }
 inline void __syncwarp() {}
-inline void __threadfence() { model::yield(); }
 template <class T>
 T __ldg(const T* p) {
   return *p;
 }
 template <class T>
 T __ldcg(const T* p) {
+  model::check_previous_kernel();
   return *p;
 }
 inline void __stcg(int* p, int v) { *p = v; }
-inline int atomicAdd(int* p, int v) {
-  *p += v;
-  return *p - v;
-}
 inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
   uint32_t result = 0;
@@ -279,7 +369,7 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __int2float_rn(int a) { return static_cast<float>(a); }
 
-// ---- csrc/common/ptx.cuh -------------------------------------------------------------
+// ---- csrc/common/ptx.cuh and wgmma.cuh -----------------------------------------------
 
 namespace qoq::ptx {
 
@@ -303,7 +393,7 @@ inline void mbarrier_arrive_if(bool is_arriving, uint32_t address) {
   if (!is_arriving) return;
   --mbarrier(address).pending;
   mbarrier(address).update();
-  yield();
+  yield_perhaps();
 }
 inline void mbarrier_arrive_cluster_if(bool is_arriving, uint32_t mapped) {
   mbarrier_arrive_if(is_arriving, mapped);
@@ -319,40 +409,59 @@ inline void mbarrier_wait(uint32_t address, uint32_t parity) {
 inline void complete(uint32_t barrier, long bytes) {
   mbarrier(barrier).bytes -= bytes;
   mbarrier(barrier).update();
-  yield();
+  yield_perhaps();
 }
 inline void cp_async_bulk(uint32_t destination, const void* source, uint32_t bytes,
                           uint32_t barrier, uint64_t) {
   check(destination % 16 == 0 && bytes % 16 == 0, "an unaligned bulk copy");
-  std::memcpy(shared_pointer(destination), source, bytes);
+  const ptrdiff_t first = static_cast<const uint8_t*>(source) - bulk_memory.data();
+  check(first >= 0 && first + bytes <= bulk_memory.size(), "a bulk copy from outside");
+  std::memcpy(shared_pointer(destination, bytes), source, bytes);
   complete(barrier, bytes);
 }
-inline void copy_box(uint32_t destination, const CUtensorMap* map, int x, int y, uint32_t barrier,
-                     uint32_t tag) {
-  TensorMap t;
-  std::memcpy(&t, map, sizeof t);
-  check(destination % 1024 == 0, "an unaligned box");
-  for (int row = 0; row < t.box_rows; ++row)
-    for (int column = 0; column < 128; ++column) {
-      const int64_t index = static_cast<int64_t>(y + row) * t.columns + x + column;
-      *shared_pointer(swizzle_128b(destination + row * 128 + column) | tag) =
-          y + row < t.rows ? t.x[index] : 0;
-    }
-  complete(barrier | tag, t.box_rows * 128);
+inline void copy_box(uint32_t destination, const CUtensorMap* map, std::array<int, 3> at,
+                     uint32_t barrier, uint32_t tag) {
+  check_previous_kernel();
+  const TensorMap t = tensor_map(map);
+  visit_box(t, at, destination, [&](uint32_t address, const char* global) {
+    constexpr char kZeros[16] = {};
+    std::memcpy(shared_pointer(address | tag, 16), global != nullptr ? global : kZeros, 16);
+  });
+  complete(barrier | tag, t.element_bytes * t.box[0] * t.box[1] * t.box[2]);
 }
-inline void cp_async_bulk_tensor_2d(uint32_t destination, const CUtensorMap* map, int x, int y,
-                                    uint32_t barrier) {
-  copy_box(destination, map, x, y, barrier, 0);
+inline void cp_async_bulk_tensor_3d(uint32_t destination, const CUtensorMap* map, int x, int y,
+                                    int z, uint32_t barrier) {
+  copy_box(destination, map, {x, y, z}, barrier, 0);
 }
-inline void cp_async_bulk_tensor_2d_multicast(uint32_t destination, const CUtensorMap* map, int x,
-                                              int y, uint32_t barrier, uint16_t blocks) {
+inline void cp_async_bulk_tensor_3d_multicast(uint32_t destination, const CUtensorMap* map, int x,
+                                              int y, int z, uint32_t barrier, uint16_t blocks) {
   for (uint32_t rank = 0; rank < 16; ++rank)
-    if (blocks >> rank & 1) copy_box(destination, map, x, y, barrier, (rank + 1) << kAddressBits);
+    if (blocks >> rank & 1)
+      copy_box(destination, map, {x, y, z}, barrier, (rank + 1) << kAddressBits);
+}
+inline void cp_async_bulk_tensor_2d_store(const CUtensorMap* map, int x, int y, uint32_t source) {
+  check_previous_kernel();
+  Store store{tensor_map(map), {x, y, 0}, source};
+  visit_box(store.map, store.at, source, [&](uint32_t address, char*) {
+    check(!self->block->unfenced.contains(address), "a store without a fence before it");
+    std::memcpy(store.bytes.emplace_back().data(), shared_pointer(address, 16), 16);
+  });
+  self->stores.back().push_back(std::move(store));
+  yield_perhaps();
+}
+inline void cp_async_bulk_commit_group() { self->stores.emplace_back(); }
+template <int kPending>
+void cp_async_bulk_wait_group_read() {
+  for (; self->stores.size() > kPending + 1; self->stores.pop_front()) finish(self->stores.front());
+}
+inline void fence_proxy_async_shared() {
+  for (const uint32_t address : self->unfenced) self->block->unfenced.erase(address);
+  self->unfenced.clear();
 }
 inline void prefetch_tensormap(const CUtensorMap*) {}
 inline uint64_t l2_policy_evict_first() { return 0; }
 inline uint64_t l2_policy_evict_normal() { return 0; }
-inline void griddepcontrol_wait() {}
+inline void griddepcontrol_wait() { self->is_after_previous_kernel = true; }
 inline void griddepcontrol_launch_dependents() {}
 template <int kRegisters>
 void setmaxnreg_increase() {}
@@ -366,6 +475,7 @@ inline void cluster_arrive() {
   ++cluster.arrived;
   cluster.update();
 }
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
 inline void cluster_wait() {
   wait_until([] { return self->block->cluster->generation != self->cluster_generation; });
 }
@@ -379,16 +489,26 @@ template <class T>
 T load(uint32_t address) {
   check(address % sizeof(T) == 0, "an unaligned load");
   T v;
-  std::memcpy(&v, shared_pointer(address), sizeof v);
+  std::memcpy(&v, shared_pointer(address, sizeof v), sizeof v);
   return v;
 }
-inline int4 load_cluster_16(uint32_t mapped) { return load<int4>(mapped); }
+inline uint4 load_cluster_16(uint32_t mapped) { return load<uint4>(mapped); }
 inline uint4 load_shared_16(uint32_t address) { return load<uint4>(address); }
 inline uint32_t load_shared_4(uint32_t address) { return load<uint32_t>(address); }
-inline void store_shared_4(uint32_t address, int32_t v) {
-  std::memcpy(shared_pointer(address), &v, sizeof v);
+inline void store_shared_16(uint32_t address, const int32_t* v) {
+  check(address % 16 == 0, "an unaligned store");
+  std::memcpy(shared_pointer(address, 16), v, 16);
 }
-inline void red_add(int32_t* address, int32_t value) { *address += value; }
+inline void red_add(int32_t* address, int32_t value) {
+  check_previous_kernel();
+  *address += value;
+}
+inline int atomic_add_acq_rel(int32_t* address, int32_t value) {
+  red_add(address, value);
+  const int before = *address - value;
+  yield_perhaps();
+  return before;
+}
 
 template <int kMatrices>
 void stmatrix_trans(uint32_t address, const uint32_t* registers) {
@@ -396,12 +516,16 @@ void stmatrix_trans(uint32_t address, const uint32_t* registers) {
   const int lane = self->index % 32;
   s.address[lane] = address;
   std::copy_n(registers, kMatrices, s.registers[lane]);
+  if (lane < 8 * kMatrices) {
+    self->block->unfenced.insert(address);
+    self->unfenced.push_back(address);
+  }
   meet(s, 32, [&] {
     for (int q = 0; q < kMatrices; ++q)
       for (int row = 0; row < 8; ++row)
         for (int column = 0; column < 8; ++column) {
           const uint16_t v = s.registers[column * 4 + row / 2][q] >> 16 * (row % 2);
-          std::memcpy(shared_pointer(s.address[8 * q + row]) + 2 * column, &v, sizeof v);
+          std::memcpy(shared_pointer(s.address[8 * q + row], 16) + 2 * column, &v, sizeof v);
         }
   });
 }
@@ -418,7 +542,11 @@ template <class T, int kCount>
 void keep_in_registers(T (&)[kCount]) {}
 inline WgmmaGroup& wgmma_group(size_t index) {
   auto& groups = self->block->wgmmas[self->index / 128];
-  if (groups.size() <= index) groups.resize(index + 1);
+  if (groups.size() <= index) {
+    groups.resize(index + 1);
+    const int delay = random_order() % 4 == 0 ? random_order() % 16 : 0;
+    groups[index].first_round = round_now + 1 + delay;
+  }
   return groups[index];
 }
 inline void wgmma_commit_group() {
@@ -427,11 +555,11 @@ inline void wgmma_commit_group() {
 }
 template <int kPending>
 void wgmma_wait_group() {
-  yield();
   for (size_t g = 0; g + kPending < self->group; ++g) {
     WgmmaGroup& group = wgmma_group(g);
     wait_until([&] {
-      return std::all_of(group.instructions.begin(), group.instructions.end(),
+      return round_now >= group.first_round &&
+             std::all_of(group.instructions.begin(), group.instructions.end(),
                          [](const Wgmma& w) { return w.issued == 128; });
     });
     if (group.is_done) continue;
@@ -451,7 +579,7 @@ struct WgmmaU8S8 {
     if (instructions.size() <= self->instruction) instructions.push_back({kN, b});
     Wgmma& w = instructions[self->instruction++];
     check(w.descriptor == b && w.n == kN, "a warpgroup that does not agree");
-    std::copy_n(a, 4, w.a[self->index % 128].begin());
+    w.a[self->index % 128] = a;
     w.d[self->index % 128] = d;
     ++w.issued;
   }
