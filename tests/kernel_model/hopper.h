@@ -144,8 +144,8 @@ inline std::mt19937 random_order;
 inline std::function<void()> kernel;
 
 inline void yield() { swapcontext(&self->context, &scheduler); }
-inline void yield_perhaps() {
-  if (random_order() % 4 == 0) yield();
+inline void yield_perhaps(int one_in = 4) {
+  if (random_order() % one_in == 0) yield();
 }
 
 template <class Condition>
@@ -257,7 +257,7 @@ inline void run_until_all_end(const std::vector<std::unique_ptr<Thread>>& thread
   int sleepers = 32;  // threads that sleep together
   int until = 0;
   for (round_now = 0; !live.empty(); ++round_now) {
-    check(round_now < 100000, "deadlock");
+    check(round_now < 10000, "deadlock");
     if (round_now == until) {
       asleep = random_order() & random_order();
       sleepers = random_order() % 2 == 0 ? 32 : 128;
@@ -502,10 +502,12 @@ inline void store_shared_16(uint32_t address, const int32_t* v) {
 inline void red_add(int32_t* address, int32_t value) {
   check_previous_kernel();
   *address += value;
+  yield_perhaps(64);
 }
 inline int atomic_add_acq_rel(int32_t* address, int32_t value) {
-  red_add(address, value);
-  const int before = *address - value;
+  check_previous_kernel();
+  const int before = *address;
+  *address += value;
   yield_perhaps();
   return before;
 }
