@@ -19,7 +19,7 @@ from setuptools import setup
 # The oldest torch that the library runs on: 2.11.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 OPTIMIZE = "-O3"
-SOURCES = ["csrc/bindings.cpp", "csrc/quantize_per_token.cu", "csrc/w4a8_gemm.cu"]
+SOURCES = ["csrc/bindings.cpp", *(str(path) for path in sorted(Path("csrc").glob("*.cu")))]
 
 
 def why_no_cuda() -> str | None:

@@ -6,4 +6,6 @@
 STABLE_TORCH_LIBRARY_IMPL(qoq, CUDA, m) {
   m.impl("w4a8_gemm", TORCH_BOX(&qoq::w4a8_gemm));
   m.impl("quantize_per_token", TORCH_BOX(&qoq::quantize_per_token));
+  m.impl("add_rms_norm_quantize", TORCH_BOX(&qoq::add_rms_norm_quantize));
+  m.impl("silu_and_mul_quantize", TORCH_BOX(&qoq::silu_and_mul_quantize));
 }

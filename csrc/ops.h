@@ -19,5 +19,10 @@ Tensor w4a8_gemm(const Tensor& x, const Tensor& x_scale, const Tensor& x_row_sum
                  torch::headeronly::ScalarType out_dtype, const std::optional<Tensor>& workspace);
 
 std::tuple<Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x);
+std::tuple<Tensor, Tensor, Tensor> silu_and_mul_quantize(const Tensor& x);
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_rms_norm_quantize(const Tensor& x,
+                                                                 const Tensor& residual,
+                                                                 const Tensor& weight,
+                                                                 double epsilon);
 
 }  // namespace qoq

@@ -211,7 +211,10 @@ def test_ops_are_registered_as_pytorch_expects(is_grouped):
         del tensors["group_scale"], tensors["group_offset"]
         tensors["channel_zero"] = torch.randn(4)
     arguments = gemm_arguments(tensors, 3, torch.randn(4).bfloat16())
-    torch.library.opcheck(torch.ops.qoq.quantize_per_token.default, (torch.randn(3, 8).bfloat16(),))
+    x = torch.randn(3, 8).bfloat16()
+    torch.library.opcheck(torch.ops.qoq.quantize_per_token.default, (x,))
+    torch.library.opcheck(torch.ops.qoq.silu_and_mul_quantize.default, (x,))
+    torch.library.opcheck(torch.ops.qoq.add_rms_norm_quantize.default, (x, x + 1, x[0], 1e-5))
     torch.library.opcheck(torch.ops.qoq.w4a8_gemm.default, tuple(arguments))
 
 

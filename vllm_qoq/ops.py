@@ -16,7 +16,7 @@ from torch.library import Library, register_fake
 from vllm_qoq import reference, w4a8_layout
 from vllm_qoq.packing import unpack_nibbles
 
-_OUTPUTS = (torch.bfloat16, torch.float16)
+_HALVES = (torch.bfloat16, torch.float16)
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 
@@ -24,7 +24,7 @@ def has_kernels(device_type: str) -> bool:
     """Whether this build computes the ops on this machine's "cpu" or "cuda"."""
     key = _DISPATCH_KEYS.get(device_type)
     if key is None or not all(
-        torch._C._dispatch_has_kernel_for_dispatch_key(f"qoq::{name}", key) for name in _SCHEMAS
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"qoq::{name}", key) for name in _OPS
     ):
         return False
     # The kernels are compiled for sm_90a, which no other generation runs.
@@ -49,6 +49,33 @@ def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
     if x.ndim != 2 or not x.is_floating_point():
         raise ValueError(f"quantize_per_token: x is {_text(x)}, expected floats [M, K]")
     return reference.quantize_per_token(x)
+
+
+def add_rms_norm_quantize(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`reference.add_rms_norm_quantize`: codes, scale, row sum, and x + residual.
+
+    x, residual [M, K] and weight [K], all bfloat16 or all float16.
+    """
+    is_right = x.ndim == 2 and residual.shape == x.shape and weight.shape == x.shape[1:]
+    if not is_right or not x.dtype == residual.dtype == weight.dtype or x.dtype not in _HALVES:
+        raise ValueError(
+            f"add_rms_norm_quantize: x is {_text(x)}, residual {_text(residual)} and weight "
+            f"{_text(weight)}, expected [M, K], [M, K] and [K], all bfloat16 or all float16"
+        )
+    return reference.add_rms_norm_quantize(x, residual, weight, epsilon)
+
+
+def silu_and_mul_quantize(
+    x: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`reference.silu_and_mul_quantize`: x [M, 2 K], bfloat16 or float16, gate beside up."""
+    if x.ndim != 2 or x.shape[1] % 2 or x.dtype not in _HALVES:
+        raise ValueError(
+            f"silu_and_mul_quantize: x is {_text(x)}, expected bfloat16 or float16 [M, 2 K]"
+        )
+    return reference.silu_and_mul_quantize(x)
 
 
 def w4a8_gemm(
@@ -86,7 +113,7 @@ def w4a8_gemm(
             f"w4a8_gemm: x is {_text(x)} and channel_scale {_text(channel_scale)}, "
             "expected int8 [M, K] and float32 [N]"
         )
-    if out_dtype not in _OUTPUTS:
+    if out_dtype not in _HALVES:
         raise ValueError(f"w4a8_gemm: the output is bfloat16 or float16, not {out_dtype}")
     (m, k), n = x.shape, channel_scale.shape[0]
     _expect("x", x, torch.int8, m, k)
@@ -158,15 +185,32 @@ def _text(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
+def _quantized_fake(
+    x: torch.Tensor, m: int, k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        x.new_empty((m, k), dtype=torch.int8),
+        x.new_empty((m,), dtype=torch.float32),
+        x.new_empty((m,), dtype=torch.int32),
+    )
+
+
 def _quantize_per_token_fake(
     x: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows = x.shape[:-1]
-    return (
-        x.new_empty(x.shape, dtype=torch.int8),
-        x.new_empty(rows, dtype=torch.float32),
-        x.new_empty(rows, dtype=torch.int32),
-    )
+    return _quantized_fake(x, x.shape[0], x.shape[1])
+
+
+def _add_rms_norm_quantize_fake(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return *_quantized_fake(x, x.shape[0], x.shape[1]), x.new_empty(x.shape)
+
+
+def _silu_and_mul_quantize_fake(
+    x: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _quantized_fake(x, x.shape[0], x.shape[1] // 2)
 
 
 def _w4a8_gemm_fake(
@@ -185,22 +229,38 @@ def _w4a8_gemm_fake(
     return x.new_empty((x.shape[0], channel_scale.shape[0]), dtype=out_dtype)
 
 
-_SCHEMAS = {
-    "quantize_per_token": "(Tensor x) -> (Tensor codes, Tensor scale, Tensor row_sum)",
+_QUANTIZED = "Tensor codes, Tensor scale, Tensor row_sum"
+# The schema of each op, its meaning and its fake.
+_OPS = {
+    "quantize_per_token": (
+        f"(Tensor x) -> ({_QUANTIZED})",
+        quantize_per_token,
+        _quantize_per_token_fake,
+    ),
+    "add_rms_norm_quantize": (
+        f"(Tensor x, Tensor residual, Tensor weight, float epsilon) -> ({_QUANTIZED}, Tensor sum)",
+        add_rms_norm_quantize,
+        _add_rms_norm_quantize_fake,
+    ),
+    "silu_and_mul_quantize": (
+        f"(Tensor x) -> ({_QUANTIZED})",
+        silu_and_mul_quantize,
+        _silu_and_mul_quantize_fake,
+    ),
     "w4a8_gemm": (
         "(Tensor x, Tensor x_scale, Tensor x_row_sum, Tensor weight, Tensor channel_scale, "
         "Tensor? channel_zero, Tensor? group_scale, Tensor? group_offset, Tensor? bias, "
-        "ScalarType out_dtype, Tensor? workspace=None) -> Tensor"
+        "ScalarType out_dtype, Tensor? workspace=None) -> Tensor",
+        w4a8_gemm,
+        _w4a8_gemm_fake,
     ),
 }
 # The ops live as long as this object.
 _library = Library("qoq", "DEF")
-for _name, _schema in _SCHEMAS.items():
+for _name, (_schema, _implementation, _fake) in _OPS.items():
     _library.define(_name + _schema)
-_library.impl("quantize_per_token", quantize_per_token, "CPU")
-_library.impl("w4a8_gemm", w4a8_gemm, "CPU")
-register_fake("qoq::quantize_per_token", _quantize_per_token_fake, lib=_library)
-register_fake("qoq::w4a8_gemm", _w4a8_gemm_fake, lib=_library)
+    _library.impl(_name, _implementation, "CPU")
+    register_fake(f"qoq::{_name}", _fake, lib=_library)
 
 _LIBRARY = Path(__file__).with_name("_C.so")
 # It links torch's CUDA libraries, which a CPU build of torch has not.

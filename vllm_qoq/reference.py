@@ -32,6 +32,29 @@ def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
     return codes, scale, codes.sum(dim=-1, dtype=torch.int32)
 
 
+def add_rms_norm_quantize(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`quantize_per_token` of RMSNorm(x + residual), and the sum x + residual.
+
+    x, residual [M, K] and weight [K] in one dtype, as in vLLM's fused_add_rms_norm, with its
+    roundings: the norm reads the sum before it is rounded, and rounds before the product with
+    the weight and after it.
+    """
+    total = x.float() + residual.float()
+    unit = total * torch.rsqrt(total.square().mean(dim=-1, keepdim=True) + epsilon)
+    normed = unit.to(x.dtype) * weight
+    return *quantize_per_token(normed), total.to(x.dtype)
+
+
+def silu_and_mul_quantize(
+    x: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`quantize_per_token` of silu(gate) * up, x [M, 2 K] = gate beside up, in float32."""
+    gate, up = x.float().chunk(2, dim=-1)
+    return quantize_per_token(torch.nn.functional.silu(gate) * up)
+
+
 def level1_int8(
     qweight: torch.Tensor, group_scale: torch.Tensor, group_offset: torch.Tensor
 ) -> torch.Tensor:

@@ -10,12 +10,17 @@ and the newest version.
   one graph for all layers (vllm.utils.torch_utils).
 * `has_loader_v2`: vLLM picks the loader of a linear layer by the class name of
   its quantization method (vllm.model_executor.layers.linear).
+* `InductorPass`, `enable_fake_mode`: a pass of ours over vLLM's compiled graphs, which runs under
+  the platform's `pass_key` of `inductor_compile_config` (vllm.compilation.passes).
+* `fused_add_rms_norm`: how such a graph spells the norm (vllm.ir).
 * `device_view`: host memory as the GPU sees it (vllm.utils.torch_utils).
 """
 
 from __future__ import annotations
 
 import torch
+from vllm import ir
+from vllm.compilation.passes.inductor_pass import InductorPass, enable_fake_mode
 from vllm.model_executor.layers.linear import WEIGHT_LOADER_V2_SUPPORTED, LinearMethodBase
 from vllm.utils.torch_utils import (
     LayerNameType,
@@ -25,12 +30,17 @@ from vllm.utils.torch_utils import _encode_layer_name as encode_layer_name
 from vllm.utils.torch_utils import _resolve_layer_name as resolve_layer_name
 
 __all__ = [
+    "InductorPass",
     "LayerNameType",
     "device_view",
+    "enable_fake_mode",
     "encode_layer_name",
+    "fused_add_rms_norm",
     "has_loader_v2",
     "resolve_layer_name",
 ]
+
+fused_add_rms_norm = ir.ops.fused_add_rms_norm.torch_op
 
 _REGISTER_PORTABLE_AND_MAPPED = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
 

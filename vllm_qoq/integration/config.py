@@ -18,6 +18,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 
 from vllm_qoq.format import QOQ_LINEAR, QUANT_METHOD, FormatError, Section, split_name
 from vllm_qoq.integration.counters import new_counter_name
+from vllm_qoq.integration.fusion import install as install_fusion
 from vllm_qoq.integration.linear import FlexLinearMethod, SetMethod
 from vllm_qoq.integration.policy import Policy
 from vllm_qoq.integration.qoq_linear import QoQLinearConfig, fused_parts
@@ -125,6 +126,7 @@ class QoQConfig(QuantizationConfig):
                     "quantization 'qoq' does not serve LoRA adapters yet; merge the adapter into "
                     "the model before quantizing, or start without --enable-lora"
                 )
+            install_fusion(vllm_config.compilation_config)
             self._policy = Policy(self.section, vllm_config, self.counter_stem, self._map_name)
             self._used: set[str] = set()
             self._unreachable: list[tuple[str, str]] = []

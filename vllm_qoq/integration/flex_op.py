@@ -1,4 +1,4 @@
-"""`qoq::flex_linear`: one opaque op per linear layer, in which the set is chosen.
+"""`qoq::flex_linear` and `_int8`: one opaque op per linear layer, in which the set is chosen.
 
 vLLM traces a model once and drops guards, so a Python branch in a layer would
 be frozen to what the profiling run took. Inside an op the branch runs at every
@@ -46,8 +46,44 @@ def _flex_linear_fake(
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-# The op lives as long as this object.
+def flex_linear_int8(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    row_sum: torch.Tensor,
+    out_dtype: torch.dtype,
+    add_bias: bool,
+    out_features: int,
+    layer_name: LayerNameType,
+) -> torch.Tensor:
+    """`flex_linear` where every set of the layer reads what `qoq::quantize_per_token` writes.
+
+    The quantization is outside, so that the kernel of the norm or SiLU before can do it.
+
+    codes, scale, row_sum   int8 [M, in_features], float32 [M], int32 [M]
+    out_dtype               of the output [M, out_features]
+    """
+    context = get_forward_context()
+    layer = context.no_compile_layers[resolve_layer_name(layer_name)]
+    return layer.quant_method.run_int8((codes, scale, row_sum), out_dtype, add_bias, context)
+
+
+def _flex_linear_int8_fake(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    row_sum: torch.Tensor,
+    out_dtype: torch.dtype,
+    add_bias: bool,
+    out_features: int,
+    layer_name: LayerNameType,
+) -> torch.Tensor:
+    return codes.new_empty((codes.shape[0], out_features), dtype=out_dtype)
+
+
+# The ops live as long as this object.
 _library = Library("qoq", "FRAGMENT")
 direct_register_custom_op(
     "flex_linear", flex_linear, fake_impl=_flex_linear_fake, target_lib=_library
+)
+direct_register_custom_op(
+    "flex_linear_int8", flex_linear_int8, fake_impl=_flex_linear_int8_fake, target_lib=_library
 )

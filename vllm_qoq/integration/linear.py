@@ -20,6 +20,7 @@ from vllm_qoq.format import FormatError
 from vllm_qoq.integration import flex_op  # noqa: F401  (defines torch.ops.qoq.flex_linear)
 from vllm_qoq.integration.compat import encode_layer_name
 from vllm_qoq.integration.policy import Policy
+from vllm_qoq.integration.qoq_linear import QoQLinearMethod, QuantizedTokens
 from vllm_qoq.integration.step import current_step
 from vllm_qoq.integration.weight_set import WeightSet
 from vllm_qoq.routing import LayerRoute
@@ -56,6 +57,11 @@ class FlexLinearMethod(LinearMethodBase):
         self.prefix, self.parts, self.sets = prefix, parts, sets
         self.route, self.policy = route, policy
         self.key = f"{prefix}.qoq"
+        # Then one quantization serves all sets, outside the opaque op.
+        self._reads_int8 = all(
+            isinstance(choice.method, QoQLinearMethod) and not choice.has_input_ratio
+            for choice in sets.values()
+        )
         self._weights: dict[str, WeightSet] = {}
 
     def create_weights(
@@ -110,20 +116,26 @@ class FlexLinearMethod(LinearMethodBase):
     def apply(
         self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Traced by torch.compile: the inputs of the sets, and one call of the opaque op.
+        """Traced by torch.compile: the inputs of the sets, and one call of an opaque op.
 
         `bias` only says whether this rank adds one; each set has its own. The products with
         an input_ratio are out here, where Inductor writes them in the kernel of the norm
         before the layer; inside the op each would be a kernel of its own.
         """
+        key = encode_layer_name(self.key)
+        if self._reads_int8:
+            rows = x if x.ndim == 2 else x.flatten(0, -2)
+            quantized = torch.ops.qoq.quantize_per_token(rows)
+            y = torch.ops.qoq.flex_linear_int8(
+                *quantized, x.dtype, bias is not None, self.out_features, key
+            )
+            return y if x.ndim == 2 else y.unflatten(0, x.shape[:-1])
         scaled = [
             (x * weights.input_ratio).to(x.dtype)
             for weights in (getattr(layer, name) for name in self.sets)
             if weights.input_ratio is not None
         ]
-        return torch.ops.qoq.flex_linear(
-            x, scaled, bias is not None, self.out_features, encode_layer_name(self.key)
-        )
+        return torch.ops.qoq.flex_linear(x, scaled, bias is not None, self.out_features, key)
 
     def run(
         self, x: torch.Tensor, scaled: list[torch.Tensor], add_bias: bool, context: ForwardContext
@@ -133,6 +145,18 @@ class FlexLinearMethod(LinearMethodBase):
         name = self.route.choose(step)
         index = self._index_of_scaled.get(name)
         return self._weights[name].apply(x if index is None else scaled[index], add_bias)
+
+    def run_int8(
+        self,
+        quantized: QuantizedTokens,
+        out_dtype: torch.dtype,
+        add_bias: bool,
+        context: ForwardContext,
+    ) -> torch.Tensor:
+        """`run` for inputs that are quantized already."""
+        step = current_step(context, quantized[0].shape[0], self.policy)
+        weights = self._weights[self.route.choose(step)]
+        return weights.apply_int8(quantized, out_dtype, add_bias)
 
     @contextmanager
     def _named(self, set_name: str, size: int, size_per_rank: int) -> Iterator[None]:

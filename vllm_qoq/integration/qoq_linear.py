@@ -34,6 +34,9 @@ from vllm_qoq.format import QOQ_LINEAR, FormatError, QoQSet
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
 
+# Codes int8 [M, K], scale float32 [M] and row sum int32 [M] of `qoq::quantize_per_token`.
+QuantizedTokens = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
 _TENSORS = ("qweight", "channel_scale", "channel_zero", "group_scale", "group_offset")
 
 
@@ -187,21 +190,29 @@ class QoQLinearMethod(LinearMethodBase):
         self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """y = x @ W.T + bias, x [..., K] in the model's dtype."""
-        codes, scale, row_sum = torch.ops.qoq.quantize_per_token(x.reshape(-1, x.shape[-1]))
-        y = torch.ops.qoq.w4a8_gemm(
-            codes,
-            scale,
-            row_sum,
+        quantized = torch.ops.qoq.quantize_per_token(x.reshape(-1, x.shape[-1]))
+        y = self.apply_int8(layer, quantized, bias, x.dtype)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def apply_int8(
+        self,
+        layer: LinearBase,
+        quantized: QuantizedTokens,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """y [M, N] in `out_dtype` of inputs that are quantized already."""
+        return torch.ops.qoq.w4a8_gemm(
+            *quantized,
             layer.weight,
             layer.channel_scale,
             layer.channel_zero,
             layer.group_scale,
             layer.group_offset,
             bias,
-            x.dtype,
+            out_dtype,
             layer.workspace,
         )
-        return y.view(*x.shape[:-1], y.shape[-1])
 
     def _check_size(self, k: int, input_size: int) -> None:
         multiple = 2 if self.qoq_set.group_size == -1 else self.qoq_set.group_size

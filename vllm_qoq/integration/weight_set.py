@@ -13,6 +13,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_qoq.format import INPUT_RATIO, FormatError, join_name
 from vllm_qoq.integration.compat import has_loader_v2
+from vllm_qoq.integration.qoq_linear import QuantizedTokens
 
 Loader = Callable[..., None]
 
@@ -114,6 +115,13 @@ class WeightSet(nn.Module):
     def apply(self, x: torch.Tensor, add_bias: bool) -> torch.Tensor:  # type: ignore[override]
         """y = x @ W.T + bias, x [..., in_features] already multiplied by `input_ratio`."""
         return self.linear_method.apply(self, x, self.bias if add_bias else None)
+
+    def apply_int8(
+        self, quantized: QuantizedTokens, out_dtype: torch.dtype, add_bias: bool
+    ) -> torch.Tensor:
+        """`apply` of a QoQ set for inputs that are quantized already."""
+        bias = self.bias if add_bias else None
+        return self.linear_method.apply_int8(self, quantized, bias, out_dtype)
 
     def _recorded(self, load: Loader) -> Loader:
         def load_and_record(parameter: Parameter, tensor: torch.Tensor, *shard: Any) -> None:

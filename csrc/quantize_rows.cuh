@@ -1,0 +1,239 @@
+// Rows of floats to int8 codes, scale and row sum, whatever the floats come from.
+//
+// A Source makes a row's values, kVector at a time, in float32:
+//   Constants    what does not depend on the kernels before this one, read before waiting for them
+//   kNormalises  whether values are multiplied by 1 / sqrt(mean square + epsilon) and the constants
+//   constants(i), load<kIsFirst>(row, i, values), normalise(constants, factor, values)
+// kIsFirst: the one time that every vector is loaded for the first time; long rows are read again.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "common/checks.h"
+#include "common/ptx.cuh"
+
+namespace qoq {
+
+constexpr int kManyTokens = 512;  // that fill the GPU with small blocks
+constexpr float kInt8Max = 127.f;
+constexpr float kMinScale = 1e-10f;
+
+__device__ inline float to_float(float v) { return v; }
+__device__ inline float to_float(__half v) { return __half2float(v); }
+__device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+template <typename T>
+__device__ T from_float(float v);
+template <>
+__device__ inline __half from_float(float v) {
+  return __float2half_rn(v);
+}
+template <>
+__device__ inline __nv_bfloat16 from_float(float v) {
+  return __float2bfloat16_rn(v);
+}
+
+template <typename T, int kVector>
+struct alignas(sizeof(T) * kVector) Vector {
+  T values[kVector];
+};
+
+struct QuantizedRows {
+  int8_t* codes;
+  float* scales;
+  int32_t* sums;
+};
+
+struct NoConstants {};
+
+// round(x / scale), to the bit of the division, which is left to the few cases near a tie: a
+// product with the inverse is off by less than 127 * 2^-22.
+__device__ inline float quotient(float x, float scale, float inverse) {
+  const float product = x * inverse, rounded = rintf(product);
+  if (fabsf(product - rounded) < 0.4999f) return rounded;
+  return rintf(__fdiv_rn(x, scale));
+}
+
+// A block of up to kThreads a row. A thread holds kHeld vectors of kVector values in registers;
+// what a longer row has beyond them is made twice, three times where it is normalised.
+template <typename Source, int kVector, int kHeld, int kThreads>
+__global__ void __launch_bounds__(kThreads, 1)
+    quantize_rows_kernel(const Source source, int k, QuantizedRows out) {
+  __shared__ float squares[kThreads / 32];
+  __shared__ uint32_t largest[kThreads / 32];
+  __shared__ int32_t sums[kThreads / 32];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warps = blockDim.x / 32, vectors = k / kVector;
+  const int rest = kHeld * blockDim.x + threadIdx.x;
+  const int64_t row = blockIdx.x;
+  using Constants = typename Source::Constants;
+
+  ptx::griddepcontrol_launch_dependents();
+  Constants constants[kHeld];
+#pragma unroll
+  for (int h = 0; h < kHeld; ++h)
+    if (const int i = h * blockDim.x + threadIdx.x; i < vectors) constants[h] = source.constants(i);
+  ptx::griddepcontrol_wait();
+
+  float held[kHeld][kVector];
+#pragma unroll
+  for (int h = 0; h < kHeld; ++h)
+    if (const int i = h * blockDim.x + threadIdx.x; i < vectors)
+      source.template load<true>(row, i, held[h]);
+
+  // 1. The norm.
+  float factor = 1.f;
+  if constexpr (Source::kNormalises) {
+    float square = 0.f, v[kVector];
+    auto add = [&](const float* values) {
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) square = fmaf(values[j], values[j], square);
+    };
+#pragma unroll
+    for (int h = 0; h < kHeld; ++h)
+      if (h * blockDim.x + threadIdx.x < vectors) add(held[h]);
+    for (int i = rest; i < vectors; i += blockDim.x) {
+      source.template load<true>(row, i, v);
+      add(v);
+    }
+    for (int step = 16; step > 0; step /= 2) square += __shfl_xor_sync(0xFFFFFFFF, square, step);
+    if (lane == 0) squares[warp] = square;
+    __syncthreads();
+    square = lane < warps ? squares[lane] : 0.f;
+    for (int step = 16; step > 0; step /= 2) square += __shfl_xor_sync(0xFFFFFFFF, square, step);
+    factor = rsqrtf(square / k + source.epsilon);
+#pragma unroll
+    for (int h = 0; h < kHeld; ++h)
+      if (h * blockDim.x + threadIdx.x < vectors) source.normalise(constants[h], factor, held[h]);
+  }
+  auto make = [&](int i, float* values) {
+    source.template load<!Source::kNormalises>(row, i, values);
+    if constexpr (Source::kNormalises) source.normalise(source.constants(i), factor, values);
+  };
+
+  // 2. The largest magnitude. As integers, so that NaN is the largest of all and not lost.
+  uint32_t bits = 0;
+  auto look_at = [&](const float* values) {
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) bits = max(bits, __float_as_uint(values[j]) & 0x7FFFFFFF);
+  };
+#pragma unroll
+  for (int h = 0; h < kHeld; ++h)
+    if (h * blockDim.x + threadIdx.x < vectors) look_at(held[h]);
+  for (int i = rest; i < vectors; i += blockDim.x) {
+    float v[kVector];
+    make(i, v);
+    look_at(v);
+  }
+  bits = __reduce_max_sync(0xFFFFFFFF, bits);
+  if (lane == 0) largest[warp] = bits;
+  __syncthreads();
+  bits = __reduce_max_sync(0xFFFFFFFF, lane < warps ? largest[lane] : 0);
+  const float exact = __fdiv_rn(__uint_as_float(bits), kInt8Max);
+  const float scale = exact < kMinScale ? kMinScale : exact;
+  const float inverse = __frcp_rn(scale);
+
+  // 3. Codes.
+  int32_t sum = 0;
+  using Codes = Vector<int8_t, kVector>;
+  auto* codes = reinterpret_cast<Codes*>(out.codes + row * k);
+  auto write = [&](const float* values, int i) {
+    Codes rounded;
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) {
+      const float code = quotient(values[j], scale, inverse);
+      rounded.values[j] = static_cast<int8_t>(fminf(fmaxf(code, -kInt8Max), kInt8Max));
+      sum += rounded.values[j];
+    }
+    codes[i] = rounded;
+  };
+#pragma unroll
+  for (int h = 0; h < kHeld; ++h)
+    if (const int i = h * blockDim.x + threadIdx.x; i < vectors) write(held[h], i);
+  for (int i = rest; i < vectors; i += blockDim.x) {
+    float v[kVector];
+    make(i, v);
+    write(v, i);
+  }
+  sum = __reduce_add_sync(0xFFFFFFFF, sum);
+  if (lane == 0) sums[warp] = sum;
+  __syncthreads();
+  if (warp > 0) return;
+  sum = __reduce_add_sync(0xFFFFFFFF, lane < warps ? sums[lane] : 0);
+  if (lane == 0) {
+    out.scales[row] = scale;
+    out.sums[row] = sum;
+  }
+}
+
+template <int kVector, int kHeld, int kThreads, typename Source>
+void launch_quantize_rows(const Source& source, int64_t m, int k, const QuantizedRows& out,
+                          cudaStream_t stream) {
+  const int vectors = k / kVector;
+  // Few tokens: a vector a thread, where a block has so many threads.
+  const int per_thread = kThreads == 1024 && vectors <= kThreads ? 1 : kHeld;
+  const int warps = (vectors / per_thread + 31) / 32;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(m);
+  config.blockDim = dim3(std::clamp(warps, 1, kThreads / 32) * 32);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  CHECK_CUDA(cudaLaunchKernelEx(&config, quantize_rows_kernel<Source, kVector, kHeld, kThreads>,
+                                source, k, out));
+}
+
+// make_source<kVector>() is the source; 16 bytes of T at a time where `is_aligned`.
+template <typename T, typename MakeSource>
+void quantize_rows(const MakeSource& make_source, bool is_aligned, int64_t m, int k,
+                   const QuantizedRows& out, cudaStream_t stream) {
+  constexpr int kVector = 16 / sizeof(T);
+  if (!is_aligned)
+    launch_quantize_rows<1, 4, 256>(make_source.template operator()<1>(), m, k, out, stream);
+  else if (m >= kManyTokens)
+    launch_quantize_rows<kVector, 4, 512>(make_source.template operator()<kVector>(), m, k, out,
+                                          stream);
+  else
+    launch_quantize_rows<kVector, 2, 1024>(make_source.template operator()<kVector>(), m, k, out,
+                                           stream);
+}
+
+template <typename T>
+bool is_aligned(const Tensor& x) {
+  constexpr int kVector = 16 / sizeof(T);
+  return reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 && x.stride(0) % kVector == 0;
+}
+
+// The outputs for m rows of k columns on x's device, and where they are.
+struct QuantizedTensors {
+  Tensor codes, scale, row_sum;
+
+  QuantizedTensors(const Tensor& x, int64_t m, int64_t k)
+      : codes(torch::stable::new_empty(x, std::vector{m, k}, ScalarType::Char)),
+        scale(torch::stable::new_empty(x, std::vector{m}, ScalarType::Float)),
+        row_sum(torch::stable::new_empty(x, std::vector{m}, ScalarType::Int)) {}
+
+  QuantizedRows rows() {
+    return {static_cast<int8_t*>(codes.data_ptr()), static_cast<float*>(scale.data_ptr()),
+            static_cast<int32_t*>(row_sum.data_ptr())};
+  }
+};
+
+inline void check_rows(const char* op, const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 2, op, ": x is ", shape_text(x), ", expected floats [M, K]");
+  const int64_t m = x.size(0), k = x.size(1);
+  STD_TORCH_CHECK(k > 0 && k <= 1 << 24 && m < int64_t{1} << 31, op, ": x is ", shape_text(x),
+                  ", expected 1 to 2^24 columns");
+  STD_TORCH_CHECK(x.stride(1) == 1 || m == 0, op, ": the columns of x are not contiguous");
+}
+
+}  // namespace qoq
