@@ -81,12 +81,12 @@ def compared(name: str, folder: str, args: argparse.Namespace) -> Row:
         }
         state[weight].copy_(dequantize(leaves) if "weight_scale" in leaves else leaves["weight"])
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    check = Check(tokenizer, pieces(args.heldout, tokenizer, args.seqlen, None), [], (16, 4), True)
+    windows = pieces(args.heldout, tokenizer, args.seqlen, None)
+    check = Check(tokenizer, windows, [], (16, 4), has_int8_head=False, quiet=True)
     groups = checkpoint.config["quantization_config"]["config_groups"].values()
     has_int8 = any(group["input_activations"] for group in groups)
-    with evaluate.int8_inputs(
-        model, architecture({"model_type": model.config.model_type}), has_int8
-    ):
+    arch = architecture({"model_type": model.config.model_type})
+    with evaluate.int8_inputs(evaluate.linears(model, arch) if has_int8 else ()):
         return {"version": name, "set": "", **check.measure(model, name)["perplexity"]}
 
 

@@ -7,7 +7,7 @@ rounding, and W8A8 moves random scales from the norms into the weights, as
 SmoothQuant does; so they merge like an honest pair, with an input_ratio for W4A16.
 OUT/w8a8 and OUT/w4a16 take 9.1 and 5.7 GB. The text that such a model produces
 means nothing. `--only-configs` writes no weights, for `--load-format dummy`, and
-adds OUT/fp8 and OUT/w4a8 (QoQ in groups of 128).
+adds OUT/fp8, OUT/w4a8 (QoQ in groups of 128) and OUT/w4a8-head8 (with an int8 lm_head).
 """
 
 import argparse
@@ -48,8 +48,9 @@ QOQ = {
 
 def config(scheme: str, layers: int) -> dict:
     """The config.json of one checkpoint."""
-    if scheme == "w4a8":
-        return {**config("w8a8", layers), "quantization_config": QOQ}
+    if scheme.startswith("w4a8"):
+        head = {"lm_head": {"bits": 8}} if scheme == "w4a8-head8" else {}
+        return {**config("w8a8", layers), "quantization_config": QOQ | head}
     if scheme == "fp8":
         return fp8(config("w8a8", layers))
     integer = {"type": "int", "symmetric": True}
@@ -152,7 +153,7 @@ def main() -> None:
     parser.add_argument("--only-configs", action="store_true")
     args = parser.parse_args()
     if args.only_configs:
-        for scheme in (*WEIGHTS, "fp8", "w4a8"):
+        for scheme in (*WEIGHTS, "fp8", "w4a8", "w4a8-head8"):
             Writer(args.out / scheme).finish(config(scheme, args.layers))
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"

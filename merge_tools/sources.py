@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,8 @@ class WeightSet:
     config: Mapping[str, Any]
     """The `quantization_config` of this set."""
     tensors: Mapping[str, TensorInfo]
+    shared_layers: frozenset[str] = field(default=frozenset(), kw_only=True)
+    """Layers that are quantized alike for all sets, and so in none."""
 
     @cached_property
     def layers(self) -> dict[str, dict[str, TensorInfo]]:
@@ -39,7 +41,8 @@ class WeightSet:
     @cached_property
     def quantized(self) -> frozenset[str]:
         """The layers that are quantized in this set."""
-        return frozenset(name for name, leaves in self.layers.items() if is_quantized(leaves))
+        found = (name for name, leaves in self.layers.items() if is_quantized(leaves))
+        return frozenset(found) - self.shared_layers
 
     def describe(self, layer: str) -> Layout:
         """How `layer` is stored; FormatError when its tensors do not fit together."""

@@ -12,6 +12,8 @@ from merge_tools.sources import WeightSet
 from vllm_qoq.checkpoint import CONFIG, Checkpoint, TensorInfo
 from vllm_qoq.format import (
     INPUT_RATIO,
+    INT8_HEAD_TENSORS,
+    LM_HEAD,
     QOQ_LINEAR,
     SECTION,
     FormatError,
@@ -31,8 +33,9 @@ def open_merged(folder: Path) -> tuple[Checkpoint, Section, list[WeightSet]]:
     for name, info in checkpoint.tensors.items():
         owner, tensor = split_name(name, section.sets)
         owned[owner][tensor] = info
+    shared = frozenset({LM_HEAD}) if section.lm_head is not None else frozenset[str]()
     sets = [
-        WeightSet(name, checkpoint, config, {**owned[None], **owned[name]})
+        WeightSet(name, checkpoint, config, {**owned[None], **owned[name]}, shared_layers=shared)
         for name, config in section.sets.items()
     ]
     return checkpoint, section, sets
@@ -40,8 +43,9 @@ def open_merged(folder: Path) -> tuple[Checkpoint, Section, list[WeightSet]]:
 
 def structure(folder: Path) -> list[str]:
     """What is wrong with names, dtypes and shapes; reads headers only."""
-    _, section, sets = open_merged(folder)
-    return list(_structure(section, sets))
+    checkpoint, section, sets = open_merged(folder)
+    head = _int8_head(checkpoint) if section.lm_head is not None else ()
+    return [*head, *_structure(section, sets)]
 
 
 def contents(folder: Path, progress: Progress) -> list[str]:
@@ -69,6 +73,26 @@ def _structure(section: Section, sets: list[WeightSet]) -> Iterator[str]:
     quantized = frozenset().union(*(weights.quantized for weights in sets))
     for glob in rules.unmatched(section.routing, quantized):
         yield f"{CONFIG}: {SECTION}.routing.layers: {glob!r} matches no quantized layer"
+
+
+def _int8_head(checkpoint: Checkpoint) -> Iterator[str]:
+    tensors = [checkpoint.tensors.get(f"{LM_HEAD}.{leaf}") for leaf in INT8_HEAD_TENSORS]
+    for info, leaf, dtype, columns in zip(
+        tensors, INT8_HEAD_TENSORS, ("I8", "F32"), (None, 1), strict=True
+    ):
+        if info is None:
+            yield f"{LM_HEAD}.{leaf}: {CONFIG} announces an int8 {LM_HEAD}, but it is missing"
+        elif info.dtype != dtype or len(info.shape) != 2 or columns not in (None, info.shape[1]):
+            shape = "[V, 1]" if columns else "[V, K]"
+            yield (
+                f"{info.file}: {info.name}: is {info.dtype} {list(info.shape)}, expected "
+                f"{dtype} {shape}"
+            )
+    weight, scale = tensors
+    if weight is not None and scale is not None and weight.shape[:1] != scale.shape[:1]:
+        yield (
+            f"{scale.file}: {scale.name}: has {scale.shape[0]} rows, the weight {weight.shape[0]}"
+        )
 
 
 def _ratios(section: Section, weights: WeightSet) -> Iterator[str]:

@@ -9,7 +9,8 @@ model's `architectures` and adds one section:
                "w4a16": {"quant_method": "compressed-tensors", ...}},
       "routing": {...},                                  # vllm_qoq.routing
       "input_ratio": {"w4a16": ["model.layers.*.self_attn.q_proj", ...]},
-      "kv_cache": {"bits": 4}                            # what K and V were prepared for
+      "kv_cache": {"bits": 4},                           # what K and V were prepared for
+      "lm_head": {"bits": 8}                             # absent: in the model's dtype
     }
 
 Tensors. A layer that is quantized in at least one set has its tensors once per
@@ -25,6 +26,9 @@ prefill set; a layer of another set that reads such a norm carries
 
 which multiplies the layer's input. The section lists the layers that have one
 as globs over layer names, so that a lost tensor is noticed.
+
+`lm_head`. In int8 it is `lm_head.weight` int8 [V, K], `lm_head.weight_scale` float32 [V, 1],
+for all sets; its input is rounded to int8 per token.
 
 QoQ. A set with `{"quant_method": "qoq_linear", "group_size": 128}` (`QoQSet`) holds,
 for a layer with N outputs and K inputs,
@@ -65,6 +69,10 @@ QUANT_METHOD = "qoq"
 SECTION = "quantization_config"
 INPUT_RATIO = "input_ratio"
 QOQ_LINEAR = "qoq_linear"
+
+LM_HEAD = "lm_head"
+# Leaves of an int8 lm_head.
+INT8_HEAD_TENSORS = ("weight", "weight_scale")
 
 _SET_NAME = re.compile(r"[a-z][a-z0-9]{0,31}")
 # First components of tensor names in Hugging Face checkpoints, and attributes of
@@ -135,6 +143,14 @@ class KVCache(BaseModel):
     bits: Literal[4, 8, 16]
 
 
+class LMHead(BaseModel):
+    """How the lm_head is stored, where it is not in the model's dtype."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bits: Literal[8]
+
+
 class Section(BaseModel):
     """The `quantization_config` of a checkpoint. Unknown keys are refused."""
 
@@ -146,6 +162,7 @@ class Section(BaseModel):
     routing: Routing
     input_ratio: dict[str, tuple[str, ...]] = {}
     kv_cache: KVCache | None = None
+    lm_head: LMHead | None = None
 
     @field_validator("sets")
     @classmethod
@@ -190,6 +207,8 @@ class Section(BaseModel):
             section["input_ratio"] = {name: list(globs) for name, globs in self.input_ratio.items()}
         if self.kv_cache is not None:
             section["kv_cache"] = {"bits": self.kv_cache.bits}
+        if self.lm_head is not None:
+            section["lm_head"] = {"bits": self.lm_head.bits}
         return section
 
     def has_input_ratio(self, set_name: str, layer: str) -> bool:

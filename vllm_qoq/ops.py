@@ -7,8 +7,10 @@ which is loaded where torch has CUDA; a library that cannot be loaded is an erro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.library import Library, register_fake
@@ -231,7 +233,7 @@ def _w4a8_gemm_fake(
 
 _QUANTIZED = "Tensor codes, Tensor scale, Tensor row_sum"
 # The schema of each op, its meaning and its fake.
-_OPS = {
+_OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
     "quantize_per_token": (
         f"(Tensor x) -> ({_QUANTIZED})",
         quantize_per_token,

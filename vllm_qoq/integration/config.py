@@ -15,10 +15,12 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from vllm_qoq.format import QOQ_LINEAR, QUANT_METHOD, FormatError, Section, split_name
 from vllm_qoq.integration.counters import new_counter_name
 from vllm_qoq.integration.fusion import install as install_fusion
+from vllm_qoq.integration.int8_head import Int8HeadMethod
 from vllm_qoq.integration.linear import FlexLinearMethod, SetMethod
 from vllm_qoq.integration.policy import Policy
 from vllm_qoq.integration.qoq_linear import QoQLinearConfig, fused_parts
@@ -110,6 +112,8 @@ class QoQConfig(QuantizationConfig):
         """The method of `layer`: routed if a set quantizes it, vLLM's own otherwise."""
         if isinstance(layer, Attention):
             return None
+        if self.section.lm_head is not None and isinstance(layer, ParallelLMHead):
+            return self._int8_head(prefix)
         methods = self._ask_sets(layer, prefix)
         if not isinstance(layer, LinearBase):
             return self._unrouted(layer, prefix, methods)
@@ -175,6 +179,15 @@ class QoQConfig(QuantizationConfig):
                     "linear layers can be routed; quantize the set again with this layer ignored"
                 )
         return next(iter(methods.values())).method
+
+    def _int8_head(self, prefix: str) -> Int8HeadMethod:
+        vllm_config = get_current_vllm_config()
+        if getattr(vllm_config.model_config.hf_text_config, "tie_word_embeddings", False):
+            raise FormatError(
+                "quantization_config.lm_head: the model's lm_head is its embedding "
+                "(tie_word_embeddings), which is not quantized; take lm_head out of the section"
+            )
+        return Int8HeadMethod(prefix, vllm_config.load_config.load_format)
 
     def _sets_in_use(self) -> set[str]:
         self.policy()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._inductor.pattern_matcher as pm
@@ -62,8 +63,8 @@ def install(compilation: CompilationConfig) -> None:
 
 
 def _fuse_norm(graph: fx.Graph, quantize: fx.Node) -> None:
-    normed = quantize.args[0]
-    if not (isinstance(normed, fx.Node) and normed.target is operator.getitem):
+    normed: Any = quantize.args[0]
+    if normed.target is not operator.getitem:
         return
     norm, index = normed.args
     if norm.target is not fused_add_rms_norm or index != 0 or len(normed.users) > 1:
@@ -84,19 +85,17 @@ def _fuse_norm(graph: fx.Graph, quantize: fx.Node) -> None:
     fused.meta["val"] = (*quantize.meta["val"], norm.meta["val"][1])
     for part, value in zip(parts, fused.meta["val"], strict=True):
         part.meta["val"] = value
-    for user in list(quantize.users):
-        _replace(graph, user, parts[user.args[1]])
-    graph.erase_node(quantize)
-    for user in list(norm.users):
-        if user is normed:
-            graph.erase_node(user)
-        else:
-            _replace(graph, user, parts[3])
-    graph.erase_node(norm)
+    _replace(graph, quantize, parts[:3])
+    graph.erase_node(normed)
+    _replace(graph, norm, [normed, parts[3]])
 
 
-def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
-    old.replace_all_uses_with(new)
+def _replace(graph: fx.Graph, old: fx.Node, parts: list[fx.Node]) -> None:
+    """Put `parts` in the place of the outputs of `old`."""
+    for output in list(old.users):
+        index: Any = output.args[1]
+        output.replace_all_uses_with(parts[index])
+        graph.erase_node(output)
     graph.erase_node(old)
 
 

@@ -22,11 +22,8 @@ from vllm_qoq.integration.compat import encode_layer_name
 from vllm_qoq.integration.policy import Policy
 from vllm_qoq.integration.qoq_linear import QoQLinearMethod, QuantizedTokens
 from vllm_qoq.integration.step import current_step
-from vllm_qoq.integration.weight_set import WeightSet
+from vllm_qoq.integration.weight_set import UNTRACKED_LOADERS, WeightSet
 from vllm_qoq.routing import LayerRoute
-
-# Loaders that fill parameters without their weight_loader and check completeness themselves.
-_UNTRACKED_LOADERS = ("dummy", "sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache")
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ class FlexLinearMethod(LinearMethodBase):
         """Add one `WeightSet` per set and make the layer known to the op."""
         vllm_config = get_current_vllm_config()
         self.out_features = sum(output_partition_sizes)
-        self.is_tracked = vllm_config.load_config.load_format not in _UNTRACKED_LOADERS
+        self.is_tracked = vllm_config.load_config.load_format not in UNTRACKED_LOADERS
         for name, choice in self.sets.items():
             if hasattr(layer, name):
                 raise FormatError(f"{self.prefix} has an attribute {name!r}; rename the set")

@@ -15,6 +15,9 @@ from vllm_qoq.format import INPUT_RATIO, FormatError, join_name
 from vllm_qoq.integration.compat import has_loader_v2
 from vllm_qoq.integration.qoq_linear import QuantizedTokens
 
+# Loaders that fill parameters without their weight_loader and check completeness themselves.
+UNTRACKED_LOADERS = ("dummy", "sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache")
+
 Loader = Callable[..., None]
 
 

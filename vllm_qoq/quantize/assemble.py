@@ -15,7 +15,7 @@ from merge_tools import verify
 from merge_tools.execute import replacing
 from merge_tools.writer import copy_file, sync_folder, write_bytes, write_json, write_shard
 from vllm_qoq.checkpoint import CONFIG, INDEX, ITEM_BYTES, TensorInfo
-from vllm_qoq.format import SECTION, KVCache, Section, join_name
+from vllm_qoq.format import SECTION, KVCache, LMHead, Section, join_name
 from vllm_qoq.quantize import QuantizeError
 from vllm_qoq.quantize.architectures import Architecture
 from vllm_qoq.quantize.modifiers import piece
@@ -85,6 +85,7 @@ def section(options: Options) -> Section:
         sets={kind.name: kind.config() for kind in options.kinds},
         routing=Routing(prefill=options.sets[0], decode=(DecodeRow(set_name=options.sets[-1]),)),
         kv_cache=KVCache(bits=options.kv_bits),
+        lm_head=LMHead(bits=8) if options.lm_head_bits == 8 else None,
     )
 
 

@@ -26,12 +26,14 @@ class Check:
     windows  token ids to measure the perplexity on
     prompts  token ids to continue
     kv_bits  precisions of the KV cache to measure with, simulated below 16
+    has_int8_head  whether the quantized model rounds the lm_head's inputs
     """
 
     tokenizer: Any
     windows: list[list[int]]
     prompts: list[list[int]]
     kv_bits: tuple[int, ...]
+    has_int8_head: bool
     quiet: bool
 
     def measure(self, model: Module, label: str) -> dict[str, Any]:
@@ -64,7 +66,10 @@ class Check:
                 leaves = {k[len(prefix) :]: t for k, t in tensors.items() if k.startswith(prefix)}
                 layer = block.get_submodule(name)
                 assign(layer, "weight", dequantize(leaves).to(layer.weight.device))
-        with evaluate.int8_inputs(model, arch, kind.has_int8_activations):
+        rounded = list(evaluate.linears(model, arch)) if kind.has_int8_activations else []
+        if self.has_int8_head:
+            rounded.append(model.get_submodule(arch.head))
+        with evaluate.int8_inputs(rounded):
             return self.measure(model, kind.name)
 
     def _perplexity(self, model: Module, bits: int, label: str) -> float:

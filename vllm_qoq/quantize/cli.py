@@ -32,6 +32,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--kv-bits", type=int, choices=(4, 8, 16), help="KV cache to prepare for (default: 4)"
     )
+    parser.add_argument(
+        "--lm-head-bits", type=int, choices=(8, 16), help="8 for an int8 lm_head (default: 16)"
+    )
     parser.add_argument("--samples", type=int, help="pieces of text (default: 128)")
     parser.add_argument("--seqlen", type=int, help="tokens a piece (default: 1024)")
     parser.add_argument("--recipe", type=Path, metavar="FILE", help="JSON object of these options")
@@ -76,7 +79,7 @@ def _add_steps(group: Any) -> None:
         group.add_argument(option, dest=name, action="store_false", default=None, help=text)
 
 
-_OPTIONS = ("group_size", "kv_bits", "samples", "seqlen", *_STEPS)
+_OPTIONS = ("group_size", "kv_bits", "lm_head_bits", "samples", "seqlen", *_STEPS)
 
 
 def _quantize(args: argparse.Namespace) -> int:

@@ -52,11 +52,15 @@ def device_of(model: Module) -> torch.device:
     return get_execution_device(model.get_input_embeddings())
 
 
+def linears(model: Module, arch: Architecture) -> Iterator[Module]:
+    """The layers that every set quantizes."""
+    return (block.get_submodule(name) for block in blocks(model, arch) for name in arch.linears)
+
+
 @contextmanager
-def int8_inputs(model: Module, arch: Architecture, is_wanted: bool) -> Iterator[None]:
-    """Round the inputs of the quantized layers to int8 per token meanwhile, if `is_wanted`."""
-    layers = [block.get_submodule(name) for block in blocks(model, arch) for name in arch.linears]
-    hooks = [layer.register_forward_pre_hook(to_int8) for layer in layers if is_wanted]
+def int8_inputs(layers: Iterable[Module]) -> Iterator[None]:
+    """Round the inputs of `layers` to int8 per token meanwhile."""
+    hooks = [layer.register_forward_pre_hook(to_int8) for layer in layers]
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vllm_qoq.checkpoint import Checkpoint
-from vllm_qoq.quantize import rotate
+from vllm_qoq.quantize import head, rotate
 from vllm_qoq.quantize.architectures import Architecture, blocks
 from vllm_qoq.quantize.assemble import SHARED, write_checkpoint
 from vllm_qoq.quantize.check import PROMPT_TOKENS, Check
@@ -45,10 +45,12 @@ def run(job: Job, options: Options) -> dict[str, Any]:
         if options.rotate:
             rotate.rotate_values(model, arch, shape)  # of channels that are smooth already
         if not work.has(SHARED):
-            work.save(SHARED, _shared(model, arch), {})
+            work.save(SHARED, _shared(model, arch, options), {})
         if not all(work.has(piece(i)) for i in range(shape.layers)):
             _quantize(model, plan, options, work, job.quiet)
 
+        if options.lm_head_bits == 8:
+            head.round_weight(model, arch)
         errors: list[LayerError] = [
             row for index in range(shape.layers) for row in work.load(piece(index))[1]
         ]
@@ -85,7 +87,8 @@ def _check(job: Job, options: Options, plan: Plan) -> Check:
     prompts = plan.samples[:_PROMPTS] if job.sanity_check else []
     prompts = [sample[:PROMPT_TOKENS] for sample in prompts]
     kv_bits = (16,) if options.kv_bits == 16 else (16, options.kv_bits)
-    return Check(plan.tokenizer, plan.windows, prompts, kv_bits, job.quiet)
+    has_int8_head = options.lm_head_bits == 8
+    return Check(plan.tokenizer, plan.windows, prompts, kv_bits, has_int8_head, job.quiet)
 
 
 def _load(folder: Path, arch: Architecture) -> Any:
@@ -165,12 +168,13 @@ def _pipeline(model: Any, step: Any, samples: list[list[int]]) -> None:
     oneshot(model=model, recipe=[step], dataset=data, pipeline="sequential")
 
 
-def _shared(model: Any, arch: Architecture) -> dict[str, torch.Tensor]:
-    """Everything but the quantized layers."""
+def _shared(model: Any, arch: Architecture, options: Options) -> dict[str, torch.Tensor]:
+    """Everything but the layers that are in each set."""
     mine = {
         f"{arch.blocks}.{i}.{name}."
         for i in range(len(blocks(model, arch)))
         for name in arch.linears
     }
     state = model.state_dict()
-    return {k: v for k, v in state.items() if k.rpartition(".")[0] + "." not in mine}
+    shared = {k: v for k, v in state.items() if k.rpartition(".")[0] + "." not in mine}
+    return shared | (head.int8_tensors(model, arch) if options.lm_head_bits == 8 else {})

@@ -19,6 +19,7 @@ class Options(BaseModel):
     sets             which sets, the first for prompts and the last for generation
     group_size       128, or -1 for a scale per output channel (w4a8, w4a16)
     kv_bits          what the K and V are prepared for and the server is told
+    lm_head_bits     16 leaves the lm_head in the model's dtype
     samples, seqlen  pieces of the calibration text, and tokens in each
     rotate           fold the norms, R1 on the residual stream, R2 on the values
     smooth_attention SmoothAttention on K
@@ -33,6 +34,7 @@ class Options(BaseModel):
     sets: tuple[Literal["w8a8", "w4a8", "w4a16"], ...] = ("w8a8", "w4a8")
     group_size: Literal[128, -1] = 128
     kv_bits: Literal[4, 8, 16] = 4
+    lm_head_bits: Literal[8, 16] = 16
     samples: PositiveInt = 128
     seqlen: PositiveInt = 1024
     rotate: bool = True

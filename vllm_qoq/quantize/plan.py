@@ -78,6 +78,11 @@ def make_plan(job: Job, options: Options) -> Plan:
     parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
     quantized = sum(n * k for n, k in linears)
     shared = _BYTES_16_BIT * (parameters - quantized)
+    if options.lm_head_bits == 8:
+        # Where the embedding was the lm_head, the int8 one is new.
+        vocabulary, hidden = checkpoint.tensors[f"{arch.embedding}.weight"].shape
+        is_stored = f"{arch.head}.weight" in checkpoint.tensors
+        shared += vocabulary * hidden * (1 - _BYTES_16_BIT if is_stored else 1)
     output = shared + sum(int(quantized * kind.bits / 8) for kind in options.kinds)
     work = output + _BYTES_16_BIT * quantized  # the weights that make the next block's inputs
     preflight.check_space(job.out, output)

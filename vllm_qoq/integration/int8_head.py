@@ -1,0 +1,72 @@
+"""The lm_head in int8, which all sets of a checkpoint share: half the bytes of the bf16 one.
+
+Computed as W8A8 by the scheme that vLLM has for linear layers; the vocabulary may be split.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.linear import LinearMethodBase
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+    CompressedTensorsW8A8Int8,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+from vllm_qoq.format import INT8_HEAD_TENSORS, FormatError
+from vllm_qoq.integration.weight_set import UNTRACKED_LOADERS
+
+
+class Int8HeadMethod(LinearMethodBase):
+    """Computes logits with the tensors `lm_head.weight` and `lm_head.weight_scale`."""
+
+    def __init__(self, prefix: str, load_format: str) -> None:
+        self.prefix = prefix
+        self.is_tracked = load_format not in UNTRACKED_LOADERS
+        self.scheme = CompressedTensorsW8A8Int8(
+            strategy="channel", is_static_input_scheme=False, input_symmetric=True
+        )
+        self._loaded: set[int] = set()
+
+    def create_weights(
+        self,
+        layer: ParallelLMHead,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Create this rank's rows of both tensors."""
+        load = extra_weight_attrs["weight_loader"]
+
+        def load_and_record(parameter: torch.nn.Parameter, tensor: torch.Tensor) -> None:
+            load(parameter, tensor)
+            self._loaded.add(id(parameter))
+
+        self.scheme.create_weights(
+            layer,
+            output_partition_sizes=output_partition_sizes,
+            input_size_per_partition=input_size_per_partition,
+            params_dtype=params_dtype,
+            weight_loader=load_and_record,
+        )
+
+    def process_weights_after_loading(self, layer: ParallelLMHead) -> None:
+        """Check that both tensors arrived, then let vLLM's kernel prepare them."""
+        for name in INT8_HEAD_TENSORS if self.is_tracked else ():
+            if id(getattr(layer, name)) not in self._loaded:
+                raise FormatError(
+                    f"the checkpoint did not fill {self.prefix}.{name}, which its "
+                    "quantization_config.lm_head announces; run `vllm-qoq verify` on the checkpoint"
+                )
+        self.scheme.process_weights_after_loading(layer)
+
+    def apply(
+        self, layer: ParallelLMHead, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits [num_tokens, vocabulary of this rank] of x [num_tokens, K], in x's dtype."""
+        logits: torch.Tensor = self.scheme.apply_weights(layer, x, bias)
+        return logits
