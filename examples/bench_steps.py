@@ -1,13 +1,14 @@
 """Time of a step and of a prefill in several formats, in one run.
 
     python examples/make_random_checkpoints.py W --only-configs
-    python examples/bench_steps.py w8a8=W/w8a8 fp8=W/fp8 w4a16=W/w4a16 w4a8=W/w4a8
+    python examples/bench_steps.py w8a8=W/w8a8 fp8=W/fp8 w4a16=W/w4a16 w4a8=W/w4a8 \\
+        w4a8-head8=W/w4a8-head8 --ours w4a8,w4a8-head8
 
 The weights are vLLM's dummies, so only config.json is read. Each format runs in a process of its
 own with vLLM's default compilation and CUDA graphs: prefill is 256 prompts of 1024 random tokens;
 a step is what each token after the first takes, at batches of 1, 16 and 64 after prompts of 128
-tokens and of 256 after prompts of 1024. Medians over repeated runs. The last column is the best
-of the others over the last format.
+tokens and of 256 after prompts of 1024. Medians over repeated runs. The last columns are the best
+of the others over each of --ours.
 """
 
 import argparse
@@ -66,15 +67,16 @@ def measure(folder: str, repeats: int) -> dict[str, float]:
     return result
 
 
-def table(results: dict[str, dict[str, float]]) -> str:
-    """One row per number, one column per format, and how the last compares with the best other."""
-    *peers, last = results
-    heads = ["ms (prefill: s)", *results, *([f"best other / {last}"] if peers else [])]
+def table(results: dict[str, dict[str, float]], ours: list[str]) -> str:
+    """One row per number, one column per format, and how ours compare with the best other."""
+    peers = [found for name, found in results.items() if name not in ours]
+    compared = {name: results[name] for name in ours if name in results and peers}
+    heads = ["ms (prefill: s)", *results, *(f"best other / {name}" for name in compared)]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for key in results[last]:
+    for key in next(iter(results.values())):
         cells = [f"{found[key]:.3f}" for found in results.values()]
-        if peers:
-            cells.append(f"{min(results[name][key] for name in peers) / results[last][key]:.2f}")
+        best = min((peer[key] for peer in peers), default=0.0)
+        cells += [f"{best / found[key]:.2f}" for found in compared.values()]
         lines.append(f"| {key} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -84,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoints", nargs="+", metavar="NAME=DIR")
     parser.add_argument("--repeats", type=int, default=3, help="runs per number")
+    parser.add_argument("--ours", default="", metavar="NAME,...", help="compared with the others")
     parser.add_argument("--output-json", type=Path)
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -91,7 +94,7 @@ def main() -> None:
         print("RESULT " + json.dumps(measure(args.only, args.repeats)))
         return
 
-    results = {}
+    results, ours = {}, args.ours.split(",")
     for item in args.checkpoints:
         name, _, folder = item.partition("=")
         print(f"measuring {name} ({folder})", file=sys.stderr, flush=True)
@@ -101,10 +104,10 @@ def main() -> None:
         if line is None:
             sys.exit(f"error: {name} could not be measured (status {done.returncode}), see above")
         results[name] = json.loads(line.removeprefix("RESULT "))
-        print(table(results), file=sys.stderr, flush=True)
+        print(table(results, ours), file=sys.stderr, flush=True)
     if args.output_json:
         args.output_json.write_text(json.dumps(results, indent=2))
-    print(table(results))
+    print(table(results, ours))
 
 
 if __name__ == "__main__":
