@@ -123,9 +123,9 @@ class QuantizedKVCache:
 
 
 def check_without_sets(kv_cache: KVCache | None, vllm_config: VllmConfig) -> None:
-    """UserError unless the KV cache is all that the options of a model without sets ask for."""
+    """UserError unless the KV cache, and nothing else, is asked for of a model without sets."""
     options = Options.of(vllm_config)
-    if not kv_cache_in_force(kv_cache, options).is_quantized():
+    if kv_cache is None and options.kv_bits is None:
         raise UserError(
             "this model has no quantized weights, so quantization 'qoq' can only quantize its KV "
             "cache: --additional-config '{\"qoq\": {\"kv_bits\": 4}}', or leave out --quantization"
