@@ -15,6 +15,7 @@ from plugin_units import section, tensor_parallel, vllm_config
 from vllm.config import ModelConfig, SpeculativeConfig
 from vllm.model_executor.layers.attention import Attention, EncoderOnlyAttention, MLAAttention
 from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
+from vllm.platforms.interface import Platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
@@ -59,11 +60,11 @@ def kv_config(kv_cache):
     return QoQConfig.from_config({"quant_method": "qoq", "kv_cache": kv_cache})
 
 
-def attention(quant_config, config, index=0, layer_class=Attention, dtype=torch.bfloat16, **changes):
+def attention(quant_config, config, index=0, layer_class=Attention, **changes):
     """An attention layer of a model, made as vLLM makes it."""
     options = {"num_heads": 4, "head_size": HEAD, "scale": 0.1, "num_kv_heads": KV_HEADS} | changes
     default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(torch.bfloat16)
     try:
         with tensor_parallel(0, 1, config):
             return layer_class(
@@ -195,12 +196,21 @@ def groups_of(config, specs):
     return import_module(name).get_kv_cache_groups(config, specs)
 
 
-def test_vllm_sees_sixty_four_tokens_in_a_block_and_takes_others(engine_config):
+def test_blocks_of_sixty_four_tokens_are_preferred_and_others_served():
     assert CPUKV4Backend.get_preferred_block_size(16) == PREFERRED_BLOCK_SIZE == 64
     assert CPUKV4Backend.get_preferred_block_size(128) == 128
     assert [CPUKV4Backend.supports_block_size(size) for size in (8, 16, 48, 24)] == [
         *(False, True, True, False)
     ]
+
+
+def test_vllm_makes_blocks_of_sixty_four_tokens_on_a_gpu(engine_config):
+    """Without --block-size. The CPU platform has its own rule and takes 128."""
+    for is_given, expected in ((False, 64), (True, BLOCK)):
+        config = engine_config(user_specified_block_size=is_given)
+        attention(kv_config(KV4), config)
+        Platform.update_block_size_for_backend(config)
+        assert config.cache_config.block_size == expected
 
 
 def test_a_head_is_contiguous_however_far_apart_blocks_are():

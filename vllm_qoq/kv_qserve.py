@@ -17,9 +17,7 @@ import torch
 from vllm_qoq.kv_layout import block_tokens, code_bytes, record_positions
 
 
-def to_qserve(
-    pages: torch.Tensor, head_size: int, bits: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def to_qserve(pages: torch.Tensor, head_size: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """uint8 [num_blocks, H, head_bytes]  ->  K and V pages, uint8 [num_blocks, H * N * (B + 4)]."""
     positions = record_positions(block_tokens(pages, head_size, bits), head_size, bits)
     records = pages[:, :, positions.flatten()].unflatten(-1, positions.shape)

@@ -100,9 +100,7 @@ def attention(
         if num_new <= 0:  # CUDA graphs are padded with empty requests
             continue
         num_read = length if num_new == 1 else length - num_new
-        keys, values = kv_layout.read(
-            pages, block_table[request], num_read, query.shape[-1], bits
-        )
+        keys, values = kv_layout.read(pages, block_table[request], num_read, query.shape[-1], bits)
         if num_new > 1:
             keys = torch.cat([keys, key[rows].float()])
             values = torch.cat([values, value[rows].float()])

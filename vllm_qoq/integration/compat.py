@@ -9,11 +9,11 @@ tests/test_vllm_sources.py imports this package against the oldest and the newes
 * `has_loader_v2`: vLLM picks the loader of a linear layer by the class name of
   its quantization method (vllm.model_executor.layers.linear).
 * `device_view`: host memory as the GPU sees it (vllm.utils.torch_utils).
-* `backends_size_pages`, `set_kv_cache_spec`, `kv_cache_layouts`: who says how large the pages of the KV cache are. Up to
-  0.31 the attention layer (`Attention.get_kv_cache_spec`), and each backend orders the dimensions
-  of its cache; from 0.32 the layer's backend (`customize_spec`), and all backends of a model agree
-  on one order. There, 0.26's way is not refused but ignored, and the pages stay as large as
-  without quantization.
+* `backends_size_pages`, `set_kv_cache_spec`, `kv_cache_layouts`: who says how large the pages of
+  the KV cache are. Before 0.32 it is the attention layer (`Attention.get_kv_cache_spec`), and each
+  backend orders the dimensions of its cache; from 0.32 on it is the layer's backend
+  (`customize_spec`), and all backends of a model agree on one order. There, the old way is not
+  refused but ignored, and the pages stay as large as without quantization.
 """
 
 from __future__ import annotations

@@ -142,9 +142,7 @@ class QoQConfig(QuantizationConfig):
             vllm_config = get_current_vllm_config()
             if self.section is None:
                 check_without_sets(self.checkpoint_kv_cache, vllm_config)
-            self._kv_cache = QuantizedKVCache(
-                self.checkpoint_kv_cache, vllm_config, self._map_name
-            )
+            self._kv_cache = QuantizedKVCache(self.checkpoint_kv_cache, vllm_config, self._map_name)
         return self._kv_cache
 
     def policy(self) -> Policy:

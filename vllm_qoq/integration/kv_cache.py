@@ -128,7 +128,7 @@ def check_without_sets(kv_cache: KVCache | None, vllm_config: VllmConfig) -> Non
     if kv_cache is None and options.kv_bits is None:
         raise UserError(
             "this model has no quantized weights, so quantization 'qoq' can only quantize its KV "
-            "cache: --additional-config '{\"qoq\": {\"kv_bits\": 4}}', or leave out --quantization"
+            'cache: --additional-config \'{"qoq": {"kv_bits": 4}}\', or leave out --quantization'
         )
     for key in ("force_set", "routing", "trace"):
         if getattr(options, key) is not None:

@@ -15,7 +15,7 @@ from vllm_qoq.integration.compat import backends_size_pages
 from vllm_qoq.kv_config import KVCache
 from vllm_qoq.kv_layout import BLOCK_MULTIPLE, HEAD_SIZES
 
-REMEDY = "serve with vLLM's own cache: --additional-config '{\"qoq\": {\"kv_bits\": 16}}'"
+REMEDY = 'serve with vLLM\'s own cache: --additional-config \'{"qoq": {"kv_bits": 16}}\''
 _LAYER_REMEDY = f"give the layer 16 bits in kv_cache.layers of config.json, or {REMEDY}"
 
 

@@ -21,6 +21,7 @@ from vllm_qoq.routing import LayerRoute, Routing, RoutingError, Step
 
 logger = init_logger("vllm." + __name__)  # under vLLM's logger, so that its settings apply
 
+
 def routing_in_force(section: Section, options: Options) -> Routing:
     """The checkpoint's table unless the options replace it."""
     sets = section.sets
