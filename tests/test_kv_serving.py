@@ -1,7 +1,6 @@
 """The quantized KV cache end to end in vLLM on the CPU."""
 
 import pytest
-from engine_process import run_engines
 from engines import PROMPTS, engine, generate, largest_gap
 
 from vllm_qoq.integration.perplexity import perplexity
@@ -123,15 +122,7 @@ def test_w4a8_weights_and_a_quantized_cache(w4a8_dir, text):
     assert capacity(four) > 3.5 * capacity(engine(w4a8_dir))
 
 
-def test_compiled_and_with_one_kv_head_on_each_of_two_ranks(tiny_model, serve, text, tmp_path):
-    text = text[:1500]
-    spec = {"checkpoint": str(tiny_model), "qoq": {"kv_bits": 4}, "text": text, "max_tokens": 2}
-    common = {"quantization": "qoq", "kv_cache_memory_bytes": 8 << 20} | CHUNKED
-    # Without Inductor, which would take most of the time: the graph is traced and cut all the same.
+def test_a_compiled_model_computes_the_same(serve):
+    """Traced and cut at the attention; without Inductor, which would take most of the time."""
     compiled = {"enforce_eager": False, "compilation_config": {"backend": "eager"}}
-    variants = [compiled, {"tensor_parallel_size": 2}]
-    specs = [spec | {"options": common | variant} for variant in variants]
-    eager = measure(serve(4, **CHUNKED), text)
-    compiled, parallel = run_engines(tmp_path, specs, VLLM_CPU_OMP_THREADS_BIND="0|1")
-    assert compiled["perplexity"] == pytest.approx(eager, rel=0.003)
-    assert parallel["perplexity"] == pytest.approx(eager, rel=0.003)
+    assert largest_gap(generate(serve(4, **compiled)), generate(serve(4))) < ROUNDING
