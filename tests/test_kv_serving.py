@@ -125,4 +125,4 @@ def test_w4a8_weights_and_a_quantized_cache(w4a8_dir, text):
 def test_a_compiled_model_computes_the_same(serve):
     """Traced and cut at the attention; without Inductor, which would take most of the time."""
     compiled = {"enforce_eager": False, "compilation_config": {"backend": "eager"}}
-    assert largest_gap(generate(serve(4, **compiled)), generate(serve(4))) < ROUNDING
+    assert largest_gap(generate(serve(8, **compiled)), generate(serve(8))) < 2 * ROUNDING

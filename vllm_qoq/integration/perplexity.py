@@ -7,6 +7,9 @@ Perplexity is exp of the mean negative log-likelihood over all scored tokens,
 so it is per token of the model's own tokenizer. A window is one prompt: it runs
 in the prefill set unless a set is forced.
 
+With a quantized KV cache, a window that fits in one step reads its own tokens unquantized, so the
+result says nothing of the cache (vllm_qoq.reference_attention).
+
 On x86 CPUs without AVX512_BF16, vLLM's attention, RoPE, W8A8 and W4A16 kernels truncate
 float32 to bf16 (csrc/cpu/cpu_types_x86.hpp), which makes their outputs 0.3 to 0.4 %
 smaller and lowers the perplexity of the test model by 0.1 to 0.5 %. To fp16 they round.
