@@ -53,7 +53,7 @@ def run_engines(
         command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return json.loads((folder / "results.json").read_text())
+    return json.loads((folder / "results.json").read_text(), object_hook=_with_tokens)
 
 
 def main(specs_file: str, results_file: str) -> None:
@@ -77,6 +77,11 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
     if spec.get("options", {}).get("tensor_parallel_size", 1) > 1:
         llm.llm_engine.engine_core.shutdown()  # its workers would spin beside the next engine's
     return result
+
+
+def _with_tokens(entry: dict[str, Any]) -> dict[Any, Any]:
+    """JSON has only strings as keys; those of log-probabilities are tokens."""
+    return {int(key) if key.isdecimal() else key: value for key, value in entry.items()}
 
 
 def _counts(llm: Any) -> dict[str, int]:

@@ -164,6 +164,7 @@ def test_tensor_parallel_equals_the_single_set(
         {"checkpoint": str(merged_dir), "qoq": {"force_set": "w8a8"}},
         {"checkpoint": str(w4a16_dir)},
         {"checkpoint": str(merged_for_w4a16_dir), "qoq": {"force_set": "w4a16"}},
+        {"checkpoint": str(merged_dir), "qoq": {"force_set": "w8a8", "kv_bits": 8}},
         {"checkpoint": str(merged_dir)},
     ]
     results = run_engines(
@@ -171,10 +172,11 @@ def test_tensor_parallel_equals_the_single_set(
         [spec | {"options": options} for spec in specs],
         VLLM_CPU_OMP_THREADS_BIND="0|1",
     )
-    w8a8, forced_w8a8, w4a16, forced_w4a16, routed = (r["generation"] for r in results)
+    w8a8, forced_w8a8, w4a16, forced_w4a16, small_cache, routed = (r["generation"] for r in results)
     assert forced_w8a8 == w8a8
     assert forced_w4a16 == w4a16
     assert [g[0][0] for g in routed] == [g[0][0] for g in w8a8]
+    assert small_cache != w8a8 and largest_gap(small_cache, w8a8) < 2 * BF16_ROUNDING
     # Only the first rank counts, in a process of its own, and the front end reads it.
     assert results[-1]["counts"] == {
         "prefill w8a8": 1,

@@ -9,7 +9,7 @@ model's `architectures` and adds one section:
                "w4a16": {"quant_method": "compressed-tensors", ...}},
       "routing": {...},                                  # vllm_qoq.routing
       "input_ratio": {"w4a16": ["model.layers.*.self_attn.q_proj", ...]},
-      "kv_cache": {"bits": 4},                           # what K and V were prepared for
+      "kv_cache": {"bits": 4},                           # vllm_qoq.kv_config
       "lm_head": {"bits": 8}                             # absent: in the model's dtype
     }
 
@@ -51,6 +51,10 @@ and with `"group_size": -1`
 
 Rows are output channels and nothing is permuted, so tensor parallelism can slice
 every tensor. A bias keeps its name and the model's dtype.
+
+A model without quantized weights may have the section, too, for its KV cache alone (`KVSection`):
+
+    "quantization_config": {"quant_method": "qoq", "kv_cache": {"bits": 4}}
 """
 
 from __future__ import annotations
@@ -63,6 +67,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from vllm_qoq.errors import UserError
+from vllm_qoq.kv_config import KVCache
 from vllm_qoq.routing import Routing, RoutingError, one_line
 
 QUANT_METHOD = "qoq"
@@ -135,12 +140,22 @@ class QoQSet(BaseModel):
         }
 
 
-class KVCache(BaseModel):
-    """What the keys and values of the checkpoint were prepared for."""
+class KVSection(BaseModel):
+    """The `quantization_config` of a model of which only the KV cache is quantized."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    bits: Literal[4, 8, 16]
+    quant_method: Literal["qoq"] = "qoq"
+    format_version: Literal[1] = 1
+    kv_cache: KVCache
+
+    @classmethod
+    def parse(cls, section: Mapping[str, Any]) -> KVSection:
+        """Validate the section of a `config.json`; FormatError says what is wrong."""
+        try:
+            return cls.model_validate(section)
+        except ValidationError as error:
+            raise FormatError(one_line(error, SECTION)) from None
 
 
 class LMHead(BaseModel):
@@ -206,7 +221,7 @@ class Section(BaseModel):
         if self.input_ratio:
             section["input_ratio"] = {name: list(globs) for name, globs in self.input_ratio.items()}
         if self.kv_cache is not None:
-            section["kv_cache"] = {"bits": self.kv_cache.bits}
+            section["kv_cache"] = self.kv_cache.to_json()
         if self.lm_head is not None:
             section["lm_head"] = {"bits": self.lm_head.bits}
         return section

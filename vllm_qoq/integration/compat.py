@@ -1,9 +1,7 @@
 """What vllm-qoq takes from vLLM beyond its public interface, and every branch on a version.
 
-Served: vLLM 0.26 to 0.33, where all of this is the same, so there is no branch
-today. A name that a newer version moves or drops is probed for here, and
-nowhere else; tests/test_vllm_sources.py imports this package against the oldest
-and the newest version.
+Served: vLLM 0.26 to 0.33. What differs between them is probed for here, and nowhere else;
+tests/test_vllm_sources.py imports this package against the oldest and the newest version.
 
 * `encode_layer_name`, `resolve_layer_name`, `LayerNameType`: how a custom op
   receives the name of its layer as a graph input, so that torch.compile reuses
@@ -14,13 +12,22 @@ and the newest version.
   the platform's `pass_key` of `inductor_compile_config` (vllm.compilation.passes).
 * `fused_add_rms_norm`: how such a graph spells the norm (vllm.ir).
 * `device_view`: host memory as the GPU sees it (vllm.utils.torch_utils).
+* `backends_size_pages`, `set_kv_cache_spec`, `kv_cache_layouts`: who says how large the pages of
+  the KV cache are. Before 0.32 it is the attention layer (`Attention.get_kv_cache_spec`), and each
+  backend orders the dimensions of its cache; from 0.32 on it is the layer's backend
+  (`customize_spec`), and all backends of a model agree on one order. There, the old way is not
+  refused but ignored, and the pages stay as large as without quantization.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from vllm import ir
 from vllm.compilation.passes.inductor_pass import InductorPass, enable_fake_mode
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import WEIGHT_LOADER_V2_SUPPORTED, LinearMethodBase
 from vllm.utils.torch_utils import (
     LayerNameType,
@@ -28,16 +35,20 @@ from vllm.utils.torch_utils import (
 )
 from vllm.utils.torch_utils import _encode_layer_name as encode_layer_name
 from vllm.utils.torch_utils import _resolve_layer_name as resolve_layer_name
+from vllm.v1.attention.backend import AttentionBackend
 
 __all__ = [
     "InductorPass",
     "LayerNameType",
+    "backends_size_pages",
     "device_view",
     "enable_fake_mode",
     "encode_layer_name",
     "fused_add_rms_norm",
     "has_loader_v2",
+    "kv_cache_layouts",
     "resolve_layer_name",
+    "set_kv_cache_spec",
 ]
 
 fused_add_rms_norm = ir.ops.fused_add_rms_norm.torch_op
@@ -61,3 +72,28 @@ def device_view(host: torch.Tensor) -> torch.Tensor:
     )
     torch.cuda.check_error(int(status))
     return get_accelerator_view_from_cpu_tensor(host)
+
+
+def backends_size_pages() -> bool:
+    """Whether the backend of a layer says how large its pages are (vLLM 0.32+), not the layer."""
+    return hasattr(AttentionBackend, "customize_spec")
+
+
+def set_kv_cache_spec(layer: Attention, spec_of: Callable[[Any], Any]) -> None:
+    """Make vLLM size the cache of `layer` by `spec_of(vllm_config)`.
+
+    From 0.32 on nothing is to be done: vLLM asks the `customize_spec` of the layer's backend.
+    """
+    if not backends_size_pages():
+        layer.get_kv_cache_spec = spec_of
+
+
+def kv_cache_layouts() -> tuple[Any, ...]:
+    """The orders of dimensions in which the bytes of one block and head are contiguous (0.32+).
+
+    BLHNC has all layers of a block side by side, which vLLM needs for models that mix page sizes
+    and sliding windows, and which KV connectors prefer.
+    """
+    from vllm.v1.kv_cache_layout import KVCacheLayout
+
+    return KVCacheLayout.LBHNC, KVCacheLayout.BLHNC

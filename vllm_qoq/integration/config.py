@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from vllm.config import get_current_vllm_config
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.quantization.base_config import (
@@ -17,10 +17,11 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from vllm_qoq.format import QOQ_LINEAR, QUANT_METHOD, FormatError, Section, split_name
+from vllm_qoq.format import QOQ_LINEAR, QUANT_METHOD, FormatError, KVSection, Section, split_name
 from vllm_qoq.integration.counters import new_counter_name
 from vllm_qoq.integration.fusion import install as install_fusion
 from vllm_qoq.integration.int8_head import Int8HeadMethod
+from vllm_qoq.integration.kv_cache import QuantizedKVCache, check_without_sets
 from vllm_qoq.integration.linear import FlexLinearMethod, SetMethod
 from vllm_qoq.integration.policy import Policy
 from vllm_qoq.integration.qoq_linear import QoQLinearConfig, fused_parts
@@ -33,19 +34,29 @@ _MODULE_LISTS = ("modules_in_block_to_quantize", "modules_to_not_convert")
 
 
 class QoQConfig(QuantizationConfig):
-    """Holds one real config per set, vLLM's or ours, and asks each for its part of a layer."""
+    """Holds one real config per set, vLLM's or ours, and asks each for its part of a layer.
 
-    def __init__(self, section: Section) -> None:
+    Without `Section`, that is without sets, linear layers stay as they are and only the KV cache
+    is quantized: by the `KVSection` of the model, or by `kv_bits` of `--additional-config` where
+    the model has no section at all, for which vLLM calls this without arguments.
+    """
+
+    def __init__(self, section: Section | KVSection | None = None) -> None:
         super().__init__()
-        self.section = section
-        self.set_names = tuple(section.sets)
+        self.section = section if isinstance(section, Section) else None
+        self.checkpoint_kv_cache = section.kv_cache if section is not None else None
+        sets = self.section.sets if self.section is not None else {}
+        self.set_names = tuple(sets)
         self.set_configs = {
             name: _config_class(config["quant_method"]).from_config(dict(config))
-            for name, config in section.sets.items()
+            for name, config in sets.items()
         }
         self.counter_stem = new_counter_name()
         self._policy: Policy | None = None
+        self._kv_cache: QuantizedKVCache | None = None
         self._mapper: WeightsMapper | None = None
+        self._used: set[str] = set()
+        self._unreachable: list[tuple[str, str]] = []
 
     @classmethod
     def get_name(cls) -> str:
@@ -54,8 +65,10 @@ class QoQConfig(QuantizationConfig):
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         """The activation dtypes that all sets support."""
-        common = [set(config.get_supported_act_dtypes()) for config in self.set_configs.values()]
-        return sorted(set.intersection(*common), key=str)
+        common = {torch.bfloat16, torch.float16, torch.float32}
+        for config in self.set_configs.values():
+            common &= set(config.get_supported_act_dtypes())
+        return sorted(common, key=str)
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -70,6 +83,8 @@ class QoQConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QoQConfig:
         """Read the section of config.json; FormatError says what is wrong."""
+        if "kv_cache" in config and "sets" not in config:
+            return cls(KVSection.parse(config))
         return cls(Section.parse(config))
 
     def maybe_update_config(self, model_name: str, **kwargs: Any) -> None:
@@ -89,6 +104,7 @@ class QoQConfig(QuantizationConfig):
         """
         from vllm.model_executor.models.utils import WeightsMapper
 
+        self.kv_cache().check_layers()
         rules: dict[re.Pattern[str], str | None] = {}
         in_use = self._sets_in_use()
         # A layer rule may keep single layers out of a set that others use.
@@ -110,8 +126,12 @@ class QoQConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method of `layer`: routed if a set quantizes it, vLLM's own otherwise."""
-        if isinstance(layer, Attention):
+        kv_cache = self.kv_cache()
+        if isinstance(layer, Attention | MLAAttention):
+            kv_cache.attach(layer, prefix)
             return None
+        if self.section is None:
+            return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
         if self.section.lm_head is not None and isinstance(layer, ParallelLMHead):
             return self._int8_head(prefix)
         methods = self._ask_sets(layer, prefix)
@@ -121,9 +141,19 @@ class QoQConfig(QuantizationConfig):
             return UnquantizedLinearMethod()
         return self._routed(layer, prefix, methods)
 
+    def kv_cache(self) -> QuantizedKVCache:
+        """The KV cache of the engine, decided when the first layer asks for it."""
+        if self._kv_cache is None:
+            vllm_config = get_current_vllm_config()
+            if self.section is None:
+                check_without_sets(self.checkpoint_kv_cache, vllm_config)
+            self._kv_cache = QuantizedKVCache(self.checkpoint_kv_cache, vllm_config, self._map_name)
+        return self._kv_cache
+
     def policy(self) -> Policy:
         """The routing in force, made when the first layer asks for it."""
         if self._policy is None:
+            assert self.section is not None
             vllm_config = get_current_vllm_config()
             if vllm_config.lora_config is not None:
                 raise ValueError(
@@ -132,8 +162,6 @@ class QoQConfig(QuantizationConfig):
                 )
             install_fusion(vllm_config.compilation_config)
             self._policy = Policy(self.section, vllm_config, self.counter_stem, self._map_name)
-            self._used: set[str] = set()
-            self._unreachable: list[tuple[str, str]] = []
         return self._policy
 
     def _routed(
@@ -159,6 +187,7 @@ class QoQConfig(QuantizationConfig):
             state = {key: value for key, value in vars(layer).items() if key not in before}
             for key in state:  # e.g. `scheme`, which every set would overwrite
                 delattr(layer, key)
+            assert self.section is not None
             ratios = [part for part in parts if self.section.has_input_ratio(name, part)]
             if ratios and len(ratios) != len(parts):
                 raise FormatError(
@@ -190,7 +219,8 @@ class QoQConfig(QuantizationConfig):
         return Int8HeadMethod(prefix, vllm_config.load_config.load_format)
 
     def _sets_in_use(self) -> set[str]:
-        self.policy()
+        if self.section is not None:
+            self.policy()
         return self._used
 
     def _parts(self, prefix: str) -> list[str]:

@@ -7,6 +7,9 @@ Perplexity is exp of the mean negative log-likelihood over all scored tokens,
 so it is per token of the model's own tokenizer. A window is one prompt: it runs
 in the prefill set unless a set is forced.
 
+With a quantized KV cache, a window that fits in one step reads its own tokens unquantized, so the
+result says nothing of the cache (vllm_qoq.reference_attention).
+
 On x86 CPUs without AVX512_BF16, vLLM's attention, RoPE, W8A8 and W4A16 kernels truncate
 float32 to bf16 (csrc/cpu/cpu_types_x86.hpp), which makes their outputs 0.3 to 0.4 %
 smaller and lowers the perplexity of the test model by 0.1 to 0.5 %. To fp16 they round.
@@ -20,8 +23,11 @@ import math
 from typing import Any, TextIO
 
 from vllm import LLM, SamplingParams
+from vllm.config import VllmConfig
 
 from vllm_qoq.format import FormatError
+from vllm_qoq.integration.config import QoQConfig
+from vllm_qoq.integration.kv_cache import describe
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
@@ -40,7 +46,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         "checkpoint": str(args.checkpoint),
         "text": str(args.text),
         "set": args.force_set,
-        "kv_cache_dtype": llm.llm_engine.vllm_config.cache_config.cache_dtype,
+        "kv_cache": _kv_cache(llm.llm_engine.vllm_config),
     }
     if args.json:
         print(json.dumps(result), file=out)
@@ -48,7 +54,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         print(
             f"perplexity {result['perplexity']:.4f}  ({result['scored_tokens']} tokens in "
             f"{result['windows']} windows of {tokens_per_window}, "
-            f"set {args.force_set or 'as routed'}, KV cache {result['kv_cache_dtype']})",
+            f"set {args.force_set or 'as routed'}, KV cache {result['kv_cache']})",
             file=out,
         )
     return 0
@@ -83,3 +89,9 @@ def perplexity(llm: LLM, text: str, seqlen: int) -> dict[str, Any]:
 
 def _options(force_set: str | None) -> dict[str, Any]:
     return {"qoq": {"force_set": force_set}} if force_set is not None else {}
+
+
+def _kv_cache(vllm_config: VllmConfig) -> str:
+    config = vllm_config.quant_config
+    own = config.checkpoint_kv_cache if isinstance(config, QoQConfig) else None
+    return describe(own, vllm_config)

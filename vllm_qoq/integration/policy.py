@@ -1,23 +1,11 @@
-"""The routing in force in one engine: the checkpoint's, or what the user says instead.
-
-Users steer it with vLLM's own flag,
-
-    --additional-config '{"qoq": {"force_set": "w8a8"}}'
-    --additional-config '{"qoq": {"routing": {"prefill": "w8a8", "decode": "w4a16"}}}'
-    --additional-config '{"qoq": {"trace": "/tmp/routing.jsonl"}}'
-
-`force_set` uses one set for everything, `routing` replaces the checkpoint's
-table, `trace` writes every decision as a line of JSON.
-"""
+"""The routing in force in one engine: the checkpoint's, or what the user says instead."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from vllm.config import CompilationConfig, VllmConfig
 from vllm.distributed import (
     get_pp_group,
@@ -28,35 +16,10 @@ from vllm.logger import init_logger
 
 from vllm_qoq.format import Section
 from vllm_qoq.integration.counters import StepCounters, counter_file
-from vllm_qoq.routing import LayerRoute, Routing, RoutingError, Step, one_line
+from vllm_qoq.integration.options import NAMESPACE, Options
+from vllm_qoq.routing import LayerRoute, Routing, RoutingError, Step
 
 logger = init_logger("vllm." + __name__)  # under vLLM's logger, so that its settings apply
-
-NAMESPACE = "qoq"
-
-
-class Options(BaseModel):
-    """The object under `qoq` in `--additional-config`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    force_set: str | None = None
-    routing: dict[str, Any] | None = None
-    trace: str | None = None
-
-    @classmethod
-    def of(cls, vllm_config: VllmConfig) -> Options:
-        """Read the options of an engine; RoutingError names the key that is wrong."""
-        extra = vllm_config.additional_config
-        given = extra.get(NAMESPACE, {}) if isinstance(extra, dict) else {}
-        where = f"--additional-config: {NAMESPACE}"
-        try:
-            options = cls.model_validate(given)
-        except ValidationError as error:
-            raise RoutingError(one_line(error, where)) from None
-        if options.force_set is not None and options.routing is not None:
-            raise RoutingError(f"{where}: give either 'force_set' or 'routing', not both")
-        return options
 
 
 def routing_in_force(section: Section, options: Options) -> Routing:
@@ -104,12 +67,6 @@ class Policy:
                 torch.device(vllm_config.device_config.device_type),
             )
         logger.info("Routing in force: %s", json.dumps(self.routing.to_json()))
-        if section.kv_cache is not None and section.kv_cache.bits < 16:
-            logger.info(
-                "The checkpoint is prepared for a %d-bit KV cache; this engine's is %s",
-                section.kv_cache.bits,
-                vllm_config.cache_config.cache_dtype,
-            )
 
     def route(self, prefix: str, parts: list[str]) -> LayerRoute:
         """The route of the layer `prefix`, which fuses the checkpoint layers `parts`."""

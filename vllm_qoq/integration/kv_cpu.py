@@ -1,0 +1,95 @@
+"""Attention over the quantized KV cache on a CPU: the reference, step by step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import AttentionImpl
+
+from vllm_qoq import reference_attention
+from vllm_qoq.integration.kv_backend import KVMetadata, QuantizedKVBackend, head_pages
+
+
+class CPUQuantizedKVImpl(AttentionImpl[KVMetadata]):
+    """The attention of one layer; `vllm_qoq.reference_attention` says what it computes."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        *,
+        sliding_window: int | None,
+        bits: int,
+        use_hadamard: bool,
+    ) -> None:
+        self.num_heads, self.head_size, self.num_kv_heads = num_heads, head_size, num_kv_heads
+        self.scale = scale
+        self.sliding_window = sliding_window
+        self.bits, self.use_hadamard = bits, use_hadamard
+        self.kv_cache_dtype = "auto"  # to vLLM an ordinary cache
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Quantize the new tokens into their pages; vLLM calls it before `forward`."""
+        pages = head_pages(kv_cache)
+        reference_attention.update(pages, key, value, slot_mapping, self.bits, self.use_hadamard)
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: KVMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """query [>= T, Hq, D], key and value [>= T, H, D]; writes the T rows of `output`."""
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("attention that quantizes its output")
+        if attn_metadata is None:  # a profiling run has no cache yet
+            return output.zero_()
+        num_tokens = attn_metadata.num_actual_tokens
+        attended = reference_attention.attention(
+            query[:num_tokens],
+            key[:num_tokens],
+            value[:num_tokens],
+            head_pages(kv_cache),
+            attn_metadata.block_table,
+            attn_metadata.seq_lens,
+            attn_metadata.query_start_loc,
+            scale=self.scale,
+            bits=self.bits,
+            sliding_window=self.sliding_window,
+            use_hadamard=self.use_hadamard,
+        )
+        output[:num_tokens] = attended.view(output[:num_tokens].shape)
+        return output
+
+
+class CPUKV4Backend(QuantizedKVBackend):
+    """4 bits."""
+
+    bits = 4
+
+    @staticmethod
+    def get_impl_cls() -> type[Any]:
+        """The implementation, whatever the bits."""
+        return CPUQuantizedKVImpl
+
+
+class CPUKV8Backend(CPUKV4Backend):
+    """8 bits."""
+
+    bits = 8

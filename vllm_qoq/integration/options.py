@@ -1,0 +1,48 @@
+"""What users say about one server, with vLLM's own flag.
+
+    --additional-config '{"qoq": {"force_set": "w8a8"}}'
+    --additional-config '{"qoq": {"routing": {"prefill": "w8a8", "decode": "w4a16"}}}'
+    --additional-config '{"qoq": {"trace": "/tmp/routing.jsonl"}}'
+    --additional-config '{"qoq": {"kv_bits": 4}}'
+
+`force_set` uses one set for everything, `routing` replaces the checkpoint's table, `trace` writes
+every decision as a line of JSON. `kv_bits` stores the keys and values of every layer in that many
+bits; 16 is vLLM's own cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from vllm.config import VllmConfig
+
+from vllm_qoq.kv_config import Bits
+from vllm_qoq.routing import RoutingError, one_line
+
+NAMESPACE = "qoq"
+
+
+class Options(BaseModel):
+    """The object under `qoq` in `--additional-config`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    force_set: str | None = None
+    routing: dict[str, Any] | None = None
+    trace: str | None = None
+    kv_bits: Bits | None = None
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig) -> Options:
+        """Read the options of an engine; RoutingError names the key that is wrong."""
+        extra = vllm_config.additional_config
+        given = extra.get(NAMESPACE, {}) if isinstance(extra, dict) else {}
+        where = f"--additional-config: {NAMESPACE}"
+        try:
+            options = cls.model_validate(given)
+        except ValidationError as error:
+            raise RoutingError(one_line(error, where)) from None
+        if options.force_set is not None and options.routing is not None:
+            raise RoutingError(f"{where}: give either 'force_set' or 'routing', not both")
+        return options
