@@ -1,10 +1,13 @@
-// Adds the CUDA key to the ops that vllm_qoq/ops.py defines.
+// Adds the CUDA key to the ops that vllm_qoq/ops.py and kv_ops.py define.
 #include <torch/csrc/stable/library.h>
 
 #include "ops.h"
 
 STABLE_TORCH_LIBRARY_IMPL(qoq, CUDA, m) {
   m.impl("w4a8_gemm", TORCH_BOX(&qoq::w4a8_gemm));
+  m.impl("kv_decode", TORCH_BOX(&qoq::kv_decode));
+  m.impl("kv_write", TORCH_BOX(&qoq::kv_write));
+  m.impl("kv_dequantize", TORCH_BOX(&qoq::kv_dequantize));
   m.impl("quantize_per_token", TORCH_BOX(&qoq::quantize_per_token));
   m.impl("add_rms_norm_quantize", TORCH_BOX(&qoq::add_rms_norm_quantize));
   m.impl("silu_and_mul_quantize", TORCH_BOX(&qoq::silu_and_mul_quantize));

@@ -1,4 +1,4 @@
-// The CUDA implementations of `qoq::*`. Schemas and meaning: vllm_qoq/ops.py.
+// The CUDA implementations of `qoq::*`. Schemas and meaning: vllm_qoq/ops.py, kv_ops.py.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -24,5 +24,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_rms_norm_quantize(const Tensor& x
                                                                  const Tensor& residual,
                                                                  const Tensor& weight,
                                                                  double epsilon);
+
+void kv_decode(const Tensor& q, const Tensor& cache, const Tensor& block_table,
+               const Tensor& seq_lens, double scale, int64_t bits, int64_t window, bool hadamard,
+               Tensor out, Tensor workspace);
+
+void kv_write(const Tensor& key, const Tensor& value, const Tensor& slots, int64_t bits,
+              bool hadamard, Tensor cache);
+
+void kv_dequantize(const Tensor& cache, const Tensor& block_table, const Tensor& first_token,
+                   const Tensor& row_start, int64_t bits, bool hadamard, Tensor key, Tensor value);
 
 }  // namespace qoq

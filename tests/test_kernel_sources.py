@@ -1,4 +1,4 @@
-"""The CUDA sources without a GPU: what nvcc says of them, and the GEMM on a model of Hopper."""
+"""The CUDA sources without a GPU: what nvcc says of them, and kernels on a model of Hopper."""
 
 import os
 import re
@@ -24,6 +24,11 @@ KINDS = {
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="there is no nvcc here")
 
 
+def needs_the_model(test):
+    is_here = os.uname().machine == "x86_64"
+    return needs_nvcc(pytest.mark.skipif(not is_here, reason="its fibers are for x86-64")(test))
+
+
 def run(*command, **options):
     done = subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, check=False, **options
@@ -46,29 +51,47 @@ def test_kernels_compile_without_spills_or_serialised_wgmmas(source, tmp_path):
     assert set(spills) == {"0"}
 
 
+# What only nvcc knows, and what stands for it.
+FOR_THE_MODEL = {
+    "const __grid_constant__": "const",
+    "extern __shared__ char unaligned[];": "char* unaligned = model::shared_begin();",
+    "__shared__ Place places[kDequantizeRows];": (
+        "auto* places = reinterpret_cast<Place*>(model::shared_begin());"
+    ),
+}
+
+
 @pytest.fixture(scope="module")
-def gemm_on_the_model(tmp_path_factory):
-    """The kernel as a program for this machine: shared memory and all PTX are the model's."""
+def build_for_the_model(tmp_path_factory):
+    """Makes a program for this machine of kernels: shared memory and all PTX are the model's."""
     folder = tmp_path_factory.mktemp("model")
     for header in (*CSRC.glob("*.h"), *CSRC.glob("*.cuh")):
-        text = header.read_text().replace("const __grid_constant__", "const")
-        text = text.replace(
-            "extern __shared__ char unaligned[];", "char* unaligned = model::shared_begin();"
-        )
+        text = header.read_text()
+        for original, ours in FOR_THE_MODEL.items():
+            text = text.replace(original, ours)
         (folder / header.name).write_text(text)
     (folder / "common").mkdir()
     shutil.copy(MODEL / "hopper.h", folder / "common" / "ptx.cuh")
+    shutil.copy(MODEL / "warp.h", folder / "common" / "mma.cuh")
     (folder / "common" / "wgmma.cuh").write_text('#include "ptx.cuh"\n')
-    # Fused multiply-adds would round the expected values differently.
-    run(
-        *(NVCC, "-std=c++20", "-O2", "-Xcompiler=-w,-ffp-contract=off", MODEL / "gemm.cpp"),
-        *("-I", folder, "-o", folder / "gemm"),
-    )
-    return folder / "gemm"
+
+    def build(name):
+        # Fused multiply-adds would round the expected values differently.
+        run(
+            *(NVCC, "-std=c++20", "-O2", "-Xcompiler=-w,-ffp-contract=off", MODEL / f"{name}.cpp"),
+            *("-I", folder, "-o", folder / name),
+        )
+        return folder / name
+
+    return build
 
 
-@needs_nvcc
-@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the model's fibers are for x86-64")
+@pytest.fixture(scope="module")
+def gemm_on_the_model(build_for_the_model):
+    return build_for_the_model("gemm")
+
+
+@needs_the_model
 @pytest.mark.parametrize("seed", [1, 2])
 def test_every_tile_and_schedule_is_exact_in_any_order_of_threads(gemm_on_the_model, seed):
     said = run(gemm_on_the_model, seed, timeout=300)
@@ -83,3 +106,13 @@ def test_every_tile_and_schedule_is_exact_in_any_order_of_threads(gemm_on_the_mo
         for weights in ("g128", "per channel")
     }
     assert reached == wanted
+
+
+@needs_the_model
+@pytest.mark.parametrize("program", ["kv_decode", "kv_pages"])
+def test_kv_kernels_are_right_in_any_order_of_threads(build_for_the_model, program):
+    binary = build_for_the_model(program)
+    for seed in (1, 2):
+        said = run(binary, seed, timeout=300)
+        # Both head sizes and bits, and query heads that share a KV head in one tile or two.
+        assert len(re.findall(r"^D (?:64|128), [48] bits, .* 0 wrong", said, re.M)) >= 12

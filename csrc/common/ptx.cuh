@@ -218,10 +218,20 @@ __device__ inline uint4 load_shared_16(uint32_t address) {
   return v;
 }
 
+__device__ inline uint2 load_shared_8(uint32_t address) {
+  uint2 v;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
+  return v;
+}
+
 __device__ inline uint32_t load_shared_4(uint32_t address) {
   uint32_t v;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(address));
   return v;
+}
+
+__device__ inline void store_shared_4(uint32_t address, uint32_t v) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
 }
 
 __device__ inline void store_shared_16(uint32_t address, const int32_t* v) {

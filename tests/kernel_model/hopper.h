@@ -88,7 +88,7 @@ struct Block {
   Cluster* cluster;
   std::vector<char> shared;
   std::map<uint32_t, Mbarrier> mbarriers;
-  std::map<int, Rendezvous> named;
+  std::map<int, Rendezvous> named, warps;
   std::map<int, std::deque<WgmmaGroup>> wgmmas;  // by warpgroup
   std::map<int, Stmatrix> stmatrix;              // by warp
   std::set<uint32_t> unfenced;  // addresses of 16 bytes that the copy engine may not see yet
@@ -139,6 +139,7 @@ inline ucontext_t scheduler;
 inline Thread* self;
 inline int grid_blocks, block_threads;
 inline int round_now;                         // every thread that does not sleep runs once
+inline int most_rounds = 10000;               // more of them are a deadlock
 inline std::span<const uint8_t> bulk_memory;  // where bulk copies may read
 inline std::mt19937 random_order;
 inline std::function<void()> kernel;
@@ -257,7 +258,7 @@ inline void run_until_all_end(const std::vector<std::unique_ptr<Thread>>& thread
   int sleepers = 32;  // threads that sleep together
   int until = 0;
   for (round_now = 0; !live.empty(); ++round_now) {
-    check(round_now < 10000, "deadlock");
+    check(round_now < most_rounds, "deadlock");
     if (round_now == until) {
       asleep = random_order() & random_order();
       sleepers = random_order() % 2 == 0 ? 32 : 128;
@@ -346,7 +347,7 @@ using std::max;
 using std::min;
 
 inline void __syncthreads() { model::meet(model::self->block->named[0], model::block_threads); }
-inline void __syncwarp() {}
+inline void __syncwarp() { model::meet(model::self->block->warps[model::self->index / 32], 32); }
 template <class T>
 T __ldg(const T* p) {
   return *p;
@@ -494,7 +495,12 @@ T load(uint32_t address) {
 }
 inline uint4 load_cluster_16(uint32_t mapped) { return load<uint4>(mapped); }
 inline uint4 load_shared_16(uint32_t address) { return load<uint4>(address); }
+inline uint2 load_shared_8(uint32_t address) { return load<uint2>(address); }
 inline uint32_t load_shared_4(uint32_t address) { return load<uint32_t>(address); }
+inline void store_shared_4(uint32_t address, uint32_t v) {
+  check(address % 4 == 0, "an unaligned store");
+  std::memcpy(shared_pointer(address, 4), &v, 4);
+}
 inline void store_shared_16(uint32_t address, const int32_t* v) {
   check(address % 16 == 0, "an unaligned store");
   std::memcpy(shared_pointer(address, 16), v, 16);

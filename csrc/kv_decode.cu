@@ -1,0 +1,120 @@
+// Host side of the decode attention: checks and launch.
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <mutex>
+#include <numbers>
+
+#include "kv_decode_kernel.cuh"
+#include "kv_host.h"
+#include "ops.h"
+
+namespace qoq {
+namespace {
+
+using namespace kv;
+
+constexpr const char* kOp = "kv_decode";
+constexpr int kMaxDevices = 64;
+
+template <class A>
+void launch_decode(Params& p, const Tensor& workspace, int device, cudaStream_t stream) {
+  const int blocks = std::min(kMaxBlocks, multiprocessors(device) * A::kResident);
+  const int64_t ints = kMaxBlocks + int64_t{blocks} * 2 * p.group * A::kPartial;
+  STD_TORCH_CHECK(workspace.numel() >= ints, kOp, ": the workspace has ", workspace.numel(),
+                  " integers, expected at least ", ints, " (kv_ops.workspace)");
+  static std::once_flag is_set[kMaxDevices];
+  std::call_once(is_set[device], [] {
+    CHECK_CUDA(cudaFuncSetAttribute(kv_decode_kernel<A>,
+                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    A::shared_bytes(kMaxGroup)));
+  });
+  lay_out<A>(p);
+  launch(kv_decode_kernel<A>, blocks, kThreads, A::shared_bytes(p.group), stream, p);
+}
+
+template <int kHeadSize, int kBits>
+void dispatch_group(Params& p, const Tensor& workspace, int device, cudaStream_t stream) {
+  if (p.group <= kHeadsOfTile)
+    launch_decode<Attention<kHeadSize, kBits, 1>>(p, workspace, device, stream);
+  else
+    launch_decode<Attention<kHeadSize, kBits, 2>>(p, workspace, device, stream);
+}
+
+}  // namespace
+
+void kv_decode(const Tensor& q, const Tensor& cache, const Tensor& block_table,
+               const Tensor& seq_lens, double scale, int64_t bits, int64_t window, bool hadamard,
+               Tensor out, Tensor workspace) {
+  const int device = device_of(cache);
+  check_heads(kOp, "q", q, device);
+  check_heads(kOp, "out", out, device);
+  const int64_t sequences = q.size(0), heads = q.size(1), head_size = q.size(2);
+  const int page_tokens = check_cache(kOp, cache, head_size, bits);
+  STD_TORCH_CHECK(out.scalar_type() == q.scalar_type() && out.size(0) == sequences &&
+                      out.size(1) == heads && out.size(2) == head_size,
+                  kOp, ": out is ", type_text(out), " ", shape_text(out), ", but q is ",
+                  type_text(q), " ", shape_text(q));
+  const int64_t kv_heads = cache.size(1);
+  STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0 && heads <= kMaxGroup * kv_heads, kOp, ": ",
+                  heads, " query heads for ", kv_heads, " KV heads, expected 1 to ", kMaxGroup,
+                  " for each");
+  check_block_table(kOp, block_table, sequences, device);
+  check_ints(kOp, "seq_lens", seq_lens, sequences, device);
+  STD_TORCH_CHECK(scale > 0, kOp, ": scale is ", scale, ", expected a positive number");
+  STD_TORCH_CHECK(window >= 0 && window < int64_t{1} << 31, kOp, ": window is ", window,
+                  ", expected 0 (all tokens) or more");
+  const int64_t max_tokens = block_table.size(1) * page_tokens;
+  const int64_t tiles = sequences * kv_heads * (max_tokens / kTileTokens + 1);
+  const bool is_divisible = max_tokens / kTokenMultiple * page_tokens / kTokenMultiple < 1 << 30;
+  STD_TORCH_CHECK(max_tokens < 1 << 30 && tiles < 1 << 30 && is_divisible, kOp, ": ", sequences,
+                  " sequences of up to ", max_tokens, " tokens are too many");
+  STD_TORCH_CHECK(workspace.scalar_type() == ScalarType::Int && workspace.is_contiguous() &&
+                      reinterpret_cast<uintptr_t>(workspace.data_ptr()) % 16 == 0,
+                  kOp, ": the workspace is not contiguous Int at a multiple of 16 bytes");
+  check_device(kOp, "the workspace", workspace, device);
+  if (sequences == 0) return;
+  auto* counters = static_cast<int32_t*>(workspace.data_ptr());
+  Params params{
+      .q = q.data_ptr(),
+      .cache = static_cast<const uint8_t*>(cache.data_ptr()),
+      .block_table = static_cast<const int32_t*>(block_table.data_ptr()),
+      .seq_lens = static_cast<const int32_t*>(seq_lens.data_ptr()),
+      .out = out.data_ptr(),
+      .counters = counters,
+      .partials = reinterpret_cast<float*>(counters + kMaxBlocks),
+      .q_stride = q.stride(0),
+      .q_head_stride = q.stride(1),
+      .out_stride = out.stride(0),
+      .out_head_stride = out.stride(1),
+      .block_stride = cache.stride(0),
+      .head_stride = cache.stride(1),
+      .table_stride = block_table.stride(0),
+      .sequences = static_cast<int>(sequences),
+      .kv_heads = static_cast<int>(kv_heads),
+      .group = static_cast<int>(heads / kv_heads),
+      .page_tokens = page_tokens,
+      .max_tokens = static_cast<int>(max_tokens),
+      .window = static_cast<int>(window),
+      .scale_log2 = static_cast<float>(scale * std::numbers::log2e),
+      .is_bfloat16 = q.scalar_type() == ScalarType::BFloat16,
+      .is_rotated = hadamard,
+  };
+  // A rotation's 1 / sqrt(head size) is left to the scores.
+  if (hadamard) params.scale_log2 /= std::sqrt(static_cast<float>(head_size));
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const cudaStream_t stream = current_stream(device);
+  if (head_size == 128 && bits == 4) {
+    dispatch_group<128, 4>(params, workspace, device, stream);
+  } else if (head_size == 128) {
+    dispatch_group<128, 8>(params, workspace, device, stream);
+  } else if (bits == 4) {
+    dispatch_group<64, 4>(params, workspace, device, stream);
+  } else {
+    dispatch_group<64, 8>(params, workspace, device, stream);
+  }
+}
+
+}  // namespace qoq

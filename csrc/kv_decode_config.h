@@ -1,0 +1,125 @@
+// Numbers of the decode attention: tiles, shared memory, parameters.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "kv_page.h"
+
+namespace qoq::kv {
+
+constexpr int kTileTokens = 32;  // a warp's step: two m16 tiles of K
+constexpr int kTileSteps = kTileTokens / 16;
+constexpr int kMostCopies = 8;   // of a tile: of four parts of two pages
+constexpr int kHeadsOfTile = 8;  // query heads: the n of the mma
+constexpr int kMaxGroup = 16;    // query heads of a KV head
+constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * 32;
+// Two for every warp: with fewer, a block costs more than what it does.
+constexpr int kMinTilesOfBlock = 2 * kWarps;
+constexpr int kMaxBlocks = 1024;  // and as many counters at the beginning of the workspace
+// Partial sums carry their two numbers, the maximum and the sum of weights, behind the channels.
+constexpr int kPartialPadding = 4;
+
+// What is known when the kernel is compiled.
+template <int kHeadSizeValue, int kBitsValue, int kHeadTilesValue>
+struct Attention : Page<kHeadSizeValue, kBitsValue> {
+  using Base = Page<kHeadSizeValue, kBitsValue>;
+  static constexpr int kHeadTiles = kHeadTilesValue;  // of kHeadsOfTile query heads
+  static constexpr int kResident = Base::kBits == 4 && kHeadTiles == 1 ? 4 : 2;
+  static constexpr int kStages = Base::kHeadSize == 64 ? 4 : 2;  // of a warp's ring
+  static constexpr int kStageBytes = kTileTokens * Base::kTokenBytes;
+  static constexpr int kRingBytes = kWarps * kStages * kStageBytes;
+  static constexpr int kBarrierBytes = kWarps * kStages * 8;
+
+  // A thread's share of a row of K, and of a pair's row of V, in 32-bit words.
+  static constexpr int kWords = Base::kRow / 16;
+  static constexpr int kPieceBytes = kWords < 4 ? 4 * kWords : 16;  // as many as one load has
+  static constexpr int kMultiplies = Base::kHeadSize / 16;          // m16n8k16 over all channels
+  static constexpr int kWordMultiplies = kMultiplies / kWords;
+  static constexpr int kChannels = Base::kHeadSize / 8;  // of a thread, in the output
+  static constexpr int kVector = Base::kHeadSize / 32;   // channels of a thread when adding up
+  static constexpr int kPartial = Base::kHeadSize + kPartialPadding;  // floats of a query head
+
+  // Codes are given to the mma as they are: v in the lowest bits of an fp16 is v * 2^-24, which the
+  // matrix units know, and a nibble four bits higher is v * 2^-20.
+  static constexpr float kLowUnit = 1.f / (1 << 24);
+  static constexpr float kHighUnit = Base::kBits == 4 ? 16 * kLowUnit : kLowUnit;
+  // The largest |q| becomes 2^kQueryExponent or up to twice as much; that of the channels which
+  // meet low nibbles 16 times that. Below 2^16 in all.
+  static constexpr int kQueryExponent = Base::kBits == 4 ? 10 : 14;
+  // exp2(score - maximum) is at most 2^kWeightExponent. Times the largest scale, 2 * 65504 /
+  // levels, it stays below 65504, and small weights keep more bits.
+  static constexpr int kWeightExponent = Base::kBits == 4 ? 2 : 6;
+
+  static constexpr int shared_bytes(int group) {
+    const int heads = group < kHeadsOfTile ? group : kHeadsOfTile;
+    return 128 + kRingBytes + kBarrierBytes + 16 + kWarps * heads * kPartial * 4;
+  }
+};
+
+// A bulk copy of a tile's part, from token `token` of the tile on, into shared memory.
+struct Copy {
+  int token;
+  int source, source_step;  // in the page: of its first token, and of one more
+  int destination, bytes;   // in the stage
+};
+
+struct Params {
+  const void* q;  // [sequences, query heads, head size], bfloat16 or float16
+  const uint8_t* cache;
+  const int32_t* block_table;
+  const int32_t* seq_lens;
+  void* out;
+  int32_t* counters;
+  float* partials;                                               // [blocks, 2, group, kPartial]
+  int64_t q_stride, q_head_stride, out_stride, out_head_stride;  // in elements
+  int64_t block_stride, head_stride;                             // of the cache, in bytes
+  int64_t table_stride;
+  int sequences, kv_heads, group;
+  int page_tokens, max_tokens;  // of a sequence: what the block table has room for
+  uint32_t inverse_page;        // 2^31 / (page_tokens / 16), rounded up
+  int window;                   // the last tokens that are seen; 0: all
+  float scale_log2;             // softmax scale * log2(e), and what a rotation leaves out
+  bool is_bfloat16, is_rotated;
+  // How a tile lies in shared memory: whole pages, or as if pages were of 32 tokens.
+  int unit_tokens, unit_bytes;
+  Copy copies[kMostCopies];
+  int copy_count;
+  int v_offset, k_scale_offset, v_scale_offset, step_bytes, scale_step_bytes;
+};
+
+// The part of Params that follows from `page_tokens`.
+template <class A>
+void lay_out(Params& p) {
+  const int unit = p.page_tokens % kTileTokens == 0 ? kTileTokens : kTokenMultiple;
+  // floor(n / d) is n * ceil(2^31 / d) >> 31 while n d < 2^31.
+  const uint32_t d = p.page_tokens / kTokenMultiple;
+  p.inverse_page = ((uint32_t{1} << 31) + d - 1) / d;
+  p.unit_tokens = unit;
+  p.unit_bytes = unit * A::kTokenBytes;
+  p.v_offset = A::v_codes(unit, 0);
+  p.k_scale_offset = A::k_scales(unit, 0);
+  p.v_scale_offset = A::v_scales(unit, 0);
+  const bool is_whole = unit == kTileTokens;
+  p.step_bytes = is_whole ? kTokenMultiple * A::kRow : p.unit_bytes;
+  p.scale_step_bytes = is_whole ? kTokenMultiple * kScaleBytes : p.unit_bytes;
+  p.copy_count = 0;
+  for (int token = 0; token < kTileTokens; token += unit) {
+    const int to = token / unit * p.unit_bytes, page = p.page_tokens;
+    if (unit == page) {
+      p.copies[p.copy_count++] = {token, 0, 0, to, p.unit_bytes};
+      continue;
+    }
+    auto copy = [&](int source, int step, int destination) {
+      p.copies[p.copy_count++] = {token, source, step, to + destination, unit * step};
+    };
+    copy(0, A::kRow, 0);
+    copy(A::v_codes(page, 0), A::kRow, p.v_offset);
+    copy(A::k_scales(page, 0), kScaleBytes, p.k_scale_offset);
+    copy(A::v_scales(page, 0), kScaleBytes, p.v_scale_offset);
+  }
+}
+
+}  // namespace qoq::kv

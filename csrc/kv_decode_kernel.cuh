@@ -1,0 +1,81 @@
+// Attention of one query token a sequence over its quantized pages.
+//
+// The tiles of all sequences and KV heads are cut into as many equal ranges as there are blocks,
+// from the lengths on the device: so a graph stays right when they change. Of a block's range, warp
+// w computes every fourth tile and loads them for itself.
+#pragma once
+
+#include "kv_decode_load.cuh"
+#include "kv_decode_merge.cuh"
+
+namespace qoq::kv {
+
+// Sequences without a token that is seen.
+template <class A>
+__device__ inline void write_zeros(const Params& p) {
+  const int elements = p.kv_heads * p.group * A::kHeadSize;
+  for (int i = blockIdx.x; i < p.sequences; i += gridDim.x) {
+    if (__ldcg(p.seq_lens + i) > 0) continue;
+    auto* out = static_cast<uint16_t*>(p.out) + i * p.out_stride;
+    for (int j = threadIdx.x; j < elements; j += kThreads)
+      out[j / A::kHeadSize * p.out_head_stride + j % A::kHeadSize] = 0;
+  }
+}
+
+template <class A>
+__global__ void __launch_bounds__(kThreads, A::kResident)
+    kv_decode_kernel(const __grid_constant__ Params p) {
+  extern __shared__ char unaligned[];
+  const int warp = threadIdx.x / 32;
+  const uint32_t start = ptx::shared_address(unaligned), ring_of_block = (start + 127) / 128 * 128;
+  char* shared = unaligned + (ring_of_block - start);
+  const uint32_t ring = ring_of_block + warp * (A::kStages * A::kStageBytes);
+  const uint32_t barriers = ring_of_block + A::kRingBytes + warp * (A::kStages * 8);
+  int* is_last = reinterpret_cast<int*>(shared + A::kRingBytes + A::kBarrierBytes);
+  float* sums_of_block = reinterpret_cast<float*>(is_last + 4);
+  if (threadIdx.x % 32 == 0) {
+    for (int i = 0; i < A::kStages; ++i) ptx::mbarrier_init(barriers + i * 8, 1);
+    ptx::fence_mbarrier_init();
+  }
+  __syncwarp();
+  ptx::griddepcontrol_launch_dependents();
+  ptx::griddepcontrol_wait();
+
+  const Range range = range_of_block(p);
+  if (range.begin == range.end) return write_zeros<A>(p);
+  uint2 raw_query[A::kHeadTiles][Query<A>::kRaw];
+  Query<A>::fetch(p, range.first, raw_query);
+  Loader<A> loader(p, range, ring, barriers);
+  for (int i = 0; i < A::kStages; ++i) loader.load_next();
+  write_zeros<A>(p);
+
+  Merger<A> merger(p, sums_of_block, is_last);
+  Segment segment = range.first;
+  int tile = range.begin + warp, stage = 0;
+  uint32_t parity = 0;
+  while (true) {
+    const int end = min(segment.end(), range.end);
+    Query<A> query;
+    query.set(p, raw_query);
+    Sums<A> sums;
+    sums.clear();
+    for (; tile < end; tile += kWarps) {
+      ptx::mbarrier_wait(barriers + stage * 8, parity);
+      const int token = (segment.first_tile + tile - segment.begin) * kTileTokens;
+      Tile<A>(p, ring + stage * A::kStageBytes, segment.first_token - token, segment.length - token)
+          .attend(query, sums);
+      __syncwarp();
+      loader.load_next();
+      if (++stage == A::kStages) {
+        stage = 0;
+        parity ^= 1;
+      }
+    }
+    merger.finish(range, segment, query, sums);
+    if (end == range.end) return;
+    segment.next(p);
+    Query<A>::fetch(p, segment, raw_query);
+  }
+}
+
+}  // namespace qoq::kv

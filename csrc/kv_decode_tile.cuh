@@ -1,0 +1,256 @@
+// One tile of 32 tokens: scores, weights (online softmax) and the weighted sum of V, by one warp.
+//
+// Lane 4 g + c. Tokens are the rows of the first product, so that lanes with the same c share a
+// query head; channels are the rows of the second, whose B operand is the transposed weights:
+//   scores [16 tokens, 8 heads] = K codes [16, 128] q [128, 8]        for 2 steps of 16 tokens
+//   sums [128 channels, 8 heads] += V codes^T [128, 16] weights [16, 8]
+#pragma once
+
+#include <cmath>
+
+#include "common/mma.cuh"
+#include "common/ptx.cuh"
+#include "kv_decode_query.cuh"
+
+namespace qoq::kv {
+
+// The codes of a word as fp16 with the value code * 2^-24 or, fragments 1 and 3 of 4 bits,
+// code * 2^-20. Each pair of fragments is the a0 and a2 of one mma for K.
+//   4 bits: nibbles (0, 4), (1, 5), (2, 6), (3, 7) of the word
+//   8 bits: bytes (0, 1), (2, 3) for K; (0, 2), (1, 3) for V, of which the low 16 bits are one
+//   token
+//           and the high ones the next
+template <class A, bool kIsValue>
+__device__ inline void expand(uint32_t word, uint32_t (&halves)[2 * A::kWordMultiplies]) {
+  if constexpr (A::kBits == 4) {
+    halves[0] = word & 0x000F000F;
+    halves[1] = word & 0x00F000F0;
+    const uint32_t upper = word >> 8;
+    halves[2] = upper & 0x000F000F;
+    halves[3] = upper & 0x00F000F0;
+  } else {
+    halves[0] = __byte_perm(word, 0, kIsValue ? 0x4240 : 0x4140);
+    halves[1] = __byte_perm(word, 0, kIsValue ? 0x4341 : 0x4342);
+  }
+}
+
+// `kWords` words in pieces of up to 16 bytes, `stride` apart.
+template <int kWords>
+__device__ inline void load_words(uint32_t (&words)[kWords], uint32_t address, int stride) {
+  if constexpr (kWords == 2) {
+    const uint2 v = ptx::load_shared_8(address);
+    words[0] = v.x, words[1] = v.y;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWords; i += 4) {
+      const uint4 v = ptx::load_shared_16(address + i / 4 * stride);
+      words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
+    }
+  }
+}
+
+// What a warp has added up for a segment, for query heads 2 c and 2 c + 1 of each head tile.
+template <class A>
+struct Sums {
+  float values[A::kHeadTiles][A::kMultiplies][4];  // of channels kChannels * g + 2 m (+ 1)
+  float zeros[A::kHeadTiles][4];                   // of weight * scale * zero; two copies
+  float maximum[A::kHeadTiles][2], weights[A::kHeadTiles][2];
+
+  __device__ void clear() {
+#pragma unroll
+    for (int t = 0; t < A::kHeadTiles; ++t) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        zeros[t][j] = 0;
+#pragma unroll
+        for (int m = 0; m < A::kMultiplies; ++m) values[t][m][j] = 0;
+      }
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        maximum[t][j] = -INFINITY;
+        weights[t][j] = 0;
+      }
+    }
+  }
+
+  __device__ void multiply(int t, const float (&factor)[2]) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      zeros[t][j] *= factor[j % 2];
+#pragma unroll
+      for (int m = 0; m < A::kMultiplies; ++m) values[t][m][j] *= factor[j % 2];
+    }
+    for (int j = 0; j < 2; ++j) weights[t][j] *= factor[j];
+  }
+};
+
+// A tile in shared memory: `address` is its stage. Tokens outside of [first_seen, end_seen),
+// counted from its first, are not seen, and what is stored of them may be anything.
+template <class A>
+class Tile {
+ public:
+  __device__ Tile(const Params& p, uint32_t address, int first_seen, int end_seen)
+      : p_(p),
+        address_(address),
+        g_(threadIdx.x % 32 / 4),
+        c_(threadIdx.x % 4),
+        first_seen_(first_seen),
+        end_seen_(end_seen),
+        is_partial_(first_seen > 0 || end_seen < kTileTokens) {}
+
+  __device__ void attend(const Query<A>& query, Sums<A>& sums) const {
+    if (is_partial_) clear_unseen();
+    float scores[A::kHeadTiles][kTileSteps][4];
+#pragma unroll
+    for (int step = 0; step < kTileSteps; ++step) score(step, query, scores);
+    if (is_partial_) hide_unseen(scores);
+    uint32_t weights[A::kHeadTiles][kTileSteps][2];
+#pragma unroll
+    for (int t = 0; t < A::kHeadTiles; ++t) weigh(t, query, scores[t], sums, weights[t]);
+#pragma unroll
+    for (int step = 0; step < kTileSteps; ++step) add_values(step, weights, sums);
+  }
+
+ private:
+  // Zeros in the place of scales and zeros that may be NaN.
+  __device__ void clear_unseen() const {
+    const int token = threadIdx.x % 32, step = token / 16;
+    const uint32_t scales = address_ + step * p_.scale_step_bytes + token % 16 * kScaleBytes;
+    if (!is_seen(token)) {
+      ptx::store_shared_4(scales + p_.k_scale_offset, 0);
+      ptx::store_shared_4(scales + p_.v_scale_offset, 0);
+      ptx::fence_proxy_async_shared();  // the copy engine writes there next
+    }
+    __syncwarp();
+  }
+
+  __device__ void hide_unseen(float (&scores)[A::kHeadTiles][kTileSteps][4]) const {
+#pragma unroll
+    for (int step = 0; step < kTileSteps; ++step)
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+#pragma unroll
+        for (int t = 0; t < A::kHeadTiles; ++t)
+          if (!is_seen(16 * step + g_ + j / 2 * 8)) scores[t][step][j] = -INFINITY;
+  }
+
+  // Of tokens g and g + 8 of the step: in units of 1 / query.to_log2.
+  __device__ void score(int step, const Query<A>& query,
+                        float (&scores)[A::kHeadTiles][kTileSteps][4]) const {
+    const uint32_t codes = address_ + step * p_.step_bytes + g_ * A::kRow + c_ * A::kPieceBytes;
+    const uint32_t scales = address_ + p_.k_scale_offset + step * p_.scale_step_bytes;
+    uint32_t words[2][A::kWords], parameters[2];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      load_words(words[row], codes + row * 8 * A::kRow, 64);
+      parameters[row] = ptx::load_shared_4(scales + (g_ + 8 * row) * kScaleBytes);
+    }
+#pragma unroll
+    for (int t = 0; t < A::kHeadTiles; ++t)
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        scores[t][step][j] = -zero_of(parameters[j / 2]) * query.sum[t][j % 2];
+#pragma unroll
+    for (int w = 0; w < A::kWords; ++w) {
+      uint32_t a[2][2 * A::kWordMultiplies];
+#pragma unroll
+      for (int row = 0; row < 2; ++row) expand<A, false>(words[row][w], a[row]);
+#pragma unroll
+      for (int e = 0; e < A::kWordMultiplies; ++e)
+#pragma unroll
+        for (int t = 0; t < A::kHeadTiles; ++t)
+          ptx::mma_m16n8k16(scores[t][step], a[0][2 * e], a[1][2 * e], a[0][2 * e + 1],
+                            a[1][2 * e + 1], query.fragments[t][w * A::kWordMultiplies + e]);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float scale = scale_of(parameters[j / 2]);
+#pragma unroll
+      for (int t = 0; t < A::kHeadTiles; ++t) scores[t][step][j] *= scale;
+    }
+  }
+
+  // 2^(score - maximum) as the B operand. What was added up before is brought to a new maximum.
+  __device__ void weigh(int t, const Query<A>& query, const float (&scores)[kTileSteps][4],
+                        Sums<A>& sums, uint32_t (&weights)[kTileSteps][2]) const {
+    float offset[2], factor[2];
+    bool is_larger = false;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      float largest = sums.maximum[t][j];
+#pragma unroll
+      for (int step = 0; step < kTileSteps; ++step)
+        largest = fmaxf(largest, fmaxf(scores[step][j], scores[step][2 + j]));
+#pragma unroll
+      for (int lanes = 4; lanes < 32; lanes *= 2)
+        largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, lanes));
+      is_larger |= largest != sums.maximum[t][j];
+      factor[j] = (sums.maximum[t][j] - largest) * query.to_log2[t][j];
+      offset[j] = A::kWeightExponent - largest * query.to_log2[t][j];
+      sums.maximum[t][j] = largest;
+    }
+    if (__any_sync(kAllLanes, is_larger)) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) factor[j] = ptx::exp2_approx(factor[j]);
+      sums.multiply(t, factor);
+    }
+#pragma unroll
+    for (int step = 0; step < kTileSteps; ++step) {
+      float weight[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        weight[j] = ptx::exp2_approx(fmaf(scores[step][j], query.to_log2[t][j % 2], offset[j % 2]));
+        sums.weights[t][j % 2] += weight[j];
+      }
+#pragma unroll
+      for (int row = 0; row < 2; ++row)
+        weights[step][row] =
+            ptx::movmatrix_trans(ptx::convert_to_half2(weight[2 * row], weight[2 * row + 1]));
+    }
+  }
+
+  __device__ void add_values(int step, const uint32_t (&weights)[A::kHeadTiles][kTileSteps][2],
+                             Sums<A>& sums) const {
+    // Token pairs c and c + 4 of the step; 16 channels of 128 each.
+    const uint32_t codes = address_ + p_.v_offset + step * p_.step_bytes + c_ * 2 * A::kRow +
+                           (g_ * (A::kRow / 4) + 32 * c_) % (2 * A::kRow);
+    const uint32_t scales = address_ + p_.v_scale_offset + step * p_.scale_step_bytes;
+    uint32_t words[2][A::kWords], scale[2], zero[2];
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      load_words(words[pair], codes + pair * 8 * A::kRow, 16);
+      const uint2 two = ptx::load_shared_8(scales + (c_ + 4 * pair) * 2 * kScaleBytes);
+      scale[pair] = __byte_perm(two.x, two.y, 0x5410);
+      zero[pair] = __byte_perm(two.x, two.y, 0x7632);
+    }
+    uint32_t b[A::kHeadTiles][2];
+#pragma unroll
+    for (int t = 0; t < A::kHeadTiles; ++t) {
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair)
+        b[t][pair] = ptx::multiply_half2(weights[t][step][pair], scale[pair]);
+      ptx::mma_m16n8k16(sums.zeros[t], zero[0], zero[0], zero[1], zero[1], b[t]);
+    }
+#pragma unroll
+    for (int w = 0; w < A::kWords; ++w) {
+      uint32_t a[2][2 * A::kWordMultiplies];
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair) expand<A, true>(words[pair][w], a[pair]);
+#pragma unroll
+      for (int e = 0; e < A::kWordMultiplies; ++e)
+#pragma unroll
+        for (int t = 0; t < A::kHeadTiles; ++t)
+          ptx::mma_m16n8k16(sums.values[t][w * A::kWordMultiplies + e], a[0][2 * e],
+                            a[0][2 * e + 1], a[1][2 * e], a[1][2 * e + 1], b[t]);
+    }
+  }
+
+  __device__ bool is_seen(int token) const { return token >= first_seen_ && token < end_seen_; }
+
+  const Params& p_;
+  const uint32_t address_;
+  const int g_, c_, first_seen_, end_seen_;
+  const bool is_partial_;
+};
+
+}  // namespace qoq::kv

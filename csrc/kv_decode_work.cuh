@@ -1,0 +1,102 @@
+// Who computes what: the tiles of all sequences and KV heads in a row, cut into equal ranges.
+#pragma once
+
+#include "kv_decode_config.h"
+
+namespace qoq::kv {
+
+constexpr uint32_t kAllLanes = 0xFFFFFFFF;
+
+// The tiles of one KV head of one sequence. `begin` counts the tiles of all segments before it.
+struct Segment {
+  int sequence, head, begin, tiles;
+  int first_tile, length, first_token;  // tokens [first_token, length) are seen
+
+  // Positions at head 0 of a sequence.
+  __device__ void read(const Params& p, int index) {
+    place(p, index, max(0, min(__ldcg(p.seq_lens + index), p.max_tokens)));
+  }
+
+  __device__ void place(const Params& p, int index, int tokens) {
+    sequence = index;
+    head = 0;
+    length = tokens;
+    first_token = p.window > 0 ? max(0, length - p.window) : 0;
+    first_tile = first_token / kTileTokens;
+    tiles = divide_up(length, kTileTokens) - first_tile;
+  }
+
+  // Only where another segment follows.
+  __device__ void next(const Params& p) {
+    begin += tiles;
+    if (++head < p.kv_heads) return;
+    do read(p, sequence + 1);
+    while (tiles == 0);
+  }
+
+  __device__ int end() const { return begin + tiles; }
+};
+
+// The tiles [begin, end) of a block, and the segment with the first of them.
+struct Range {
+  int begin, end, length;  // `length` of every range but the last
+  Segment first;
+
+  __device__ int owner(int tile) const { return tile / length; }
+};
+
+__device__ inline int inclusive_sum(int v, int lane) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int before = __shfl_up_sync(kAllLanes, v, step);
+    if (lane >= step) v += before;
+  }
+  return v;
+}
+
+// From the lengths alone, so that it is the same in every run; every warp finds it for itself.
+__device__ inline Range range_of_block(const Params& p) {
+  const int lane = threadIdx.x % 32;
+  // 1. Every lane adds up some sequences.
+  int count = divide_up(p.sequences, 32);
+  const int first = lane * count;
+  Segment mine;
+  int tiles = 0;
+  for (int i = first; i < min(first + count, p.sequences); ++i) {
+    mine.read(p, i);
+    tiles += mine.tiles;
+  }
+  int sum = inclusive_sum(tiles, lane);
+  const int total = __shfl_sync(kAllLanes, sum, 31) * p.kv_heads;
+  Range r;
+  r.length = max(kMinTilesOfBlock, divide_up(total, gridDim.x));
+  r.begin = min(total, static_cast<int>(blockIdx.x) * r.length);
+  r.end = min(total, r.begin + r.length);
+  if (r.begin == r.end) return r;
+  // 2. The lane with the first tile; then, of that lane's sequences, one a lane.
+  int before = 0;  // tiles of a head before those of lane 0
+  auto find = [&] {
+    const uint32_t lanes = __ballot_sync(kAllLanes, (before + sum) * p.kv_heads > r.begin);
+    const int found = lanes == 0 ? 32 : __ffs(lanes) - 1;
+    before += __shfl_sync(kAllLanes, lanes == 0 ? sum : sum - tiles, min(found, 31));
+    return found;
+  };
+  int found = find(), sequence = found * count;
+  for (bool is_found = count == 1; !is_found; is_found = found < 32) {
+    tiles = 0;
+    if (lane < count && sequence + lane < p.sequences) {
+      mine.read(p, sequence + lane);
+      tiles = mine.tiles;
+    }
+    sum = inclusive_sum(tiles, lane);
+    found = find();
+    sequence += found;
+    count -= 32;
+  }
+  r.first.place(p, sequence, __shfl_sync(kAllLanes, mine.length, found));
+  r.first.head = (r.begin - before * p.kv_heads) / r.first.tiles;
+  r.first.begin = before * p.kv_heads + r.first.head * r.first.tiles;
+  return r;
+}
+
+}  // namespace qoq::kv

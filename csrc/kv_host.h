@@ -1,0 +1,99 @@
+// What the host code of the KV cache's kernels shares: checks of the cache, launches.
+#pragma once
+
+#include "common/checks.h"
+#include "kv_page.h"
+
+namespace qoq::kv {
+
+inline bool is_16_bits(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::BFloat16 || tensor.scalar_type() == ScalarType::Half;
+}
+
+inline const char* type_text(const Tensor& tensor) {
+  return torch::headeronly::toString(tensor.scalar_type());
+}
+
+inline void check_device(const char* op, const char* name, const Tensor& tensor, int device) {
+  STD_TORCH_CHECK(tensor.is_cuda() && device_of(tensor) == device, op, ": ", name,
+                  " is not on CUDA device ", device, ", where the cache is");
+}
+
+// Heads of bfloat16 or float16 [rows, heads, head size] that are read or written 8 bytes at a time.
+inline void check_heads(const char* op, const char* name, const Tensor& tensor, int device) {
+  STD_TORCH_CHECK(is_16_bits(tensor) && tensor.dim() == 3, op, ": ", name, " is ",
+                  type_text(tensor), " ", shape_text(tensor),
+                  ", expected BFloat16 or Half [rows, heads, head size]");
+  check_device(op, name, tensor, device);
+  const bool is_aligned = reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 8 == 0 &&
+                          tensor.stride(0) % 4 == 0 && tensor.stride(1) % 4 == 0;
+  STD_TORCH_CHECK(tensor.numel() == 0 || (tensor.stride(2) == 1 && is_aligned), op,
+                  ": the heads of ", name,
+                  " are not contiguous, or do not begin at multiples of 8 bytes; clone it");
+}
+
+// uint8 [blocks, KV heads, bytes of a page], each page in one piece. Returns a page's tokens.
+inline int check_cache(const char* op, const Tensor& cache, int64_t head_size, int64_t bits) {
+  STD_TORCH_CHECK(bits == 4 || bits == 8, op, ": bits is ", bits, ", expected 4 or 8");
+  STD_TORCH_CHECK(head_size == 64 || head_size == 128, op, ": the head size is ", head_size,
+                  ", expected 64 or 128");
+  const int64_t token_bytes = 2 * (head_size * bits / 8 + kScaleBytes);
+  STD_TORCH_CHECK(cache.scalar_type() == ScalarType::Byte && cache.dim() == 3, op,
+                  ": the cache is ", type_text(cache), " ", shape_text(cache),
+                  ", expected Byte [blocks, KV heads, bytes of a page]");
+  const int64_t bytes = cache.size(2);
+  STD_TORCH_CHECK(bytes > 0 && bytes % (token_bytes * kTokenMultiple) == 0 && bytes < 1 << 30, op,
+                  ": the cache is ", shape_text(cache), ", but a page of ", bits,
+                  " bits and heads of ", head_size, " has ", token_bytes,
+                  " bytes a token, for a multiple of ", kTokenMultiple, " tokens");
+  const bool is_aligned = reinterpret_cast<uintptr_t>(cache.data_ptr()) % 16 == 0 &&
+                          cache.stride(0) % 16 == 0 && cache.stride(1) % 16 == 0;
+  STD_TORCH_CHECK(cache.is_cuda() && cache.stride(2) == 1 && is_aligned, op,
+                  ": pages of the cache are not contiguous CUDA memory, or do not begin at "
+                  "multiples of 16 bytes");
+  return static_cast<int>(bytes / token_bytes);
+}
+
+// int32 [count]; 4 bytes at a time, so that it may be a slice.
+inline void check_ints(const char* op, const char* name, const Tensor& tensor, int64_t count,
+                       int device) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Int && tensor.dim() == 1 &&
+                      tensor.size(0) == count && tensor.is_contiguous(),
+                  op, ": ", name, " is ", type_text(tensor), " ", shape_text(tensor),
+                  ", expected contiguous Int [", count, "]");
+  check_device(op, name, tensor, device);
+}
+
+// int32 [sequences, blocks of the longest] with its rows in one piece.
+inline void check_block_table(const char* op, const Tensor& table, int64_t sequences, int device) {
+  STD_TORCH_CHECK(table.scalar_type() == ScalarType::Int && table.dim() == 2 &&
+                      table.size(0) == sequences && (table.numel() == 0 || table.stride(1) == 1),
+                  op, ": block_table is ", type_text(table), " ", shape_text(table),
+                  ", expected Int [", sequences, ", blocks] with contiguous rows");
+  check_device(op, "block_table", table, device);
+}
+
+inline int multiprocessors(int device) {
+  int count = 0;
+  CHECK_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
+// Launches a kernel that begins before the one ahead of it in the stream has ended.
+template <class... Kernel, class... Arguments>
+void launch(void (*kernel)(Kernel...), int blocks, int threads, int shared_bytes,
+            cudaStream_t stream, const Arguments&... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+}  // namespace qoq::kv

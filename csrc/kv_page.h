@@ -1,0 +1,52 @@
+// A page of the quantized KV cache: N tokens of one KV head in one piece (vllm_qoq/kv_layout.py).
+//
+//   K codes    N rows of kRow bytes; 4 bits: the channel with the even number in the low nibble
+//   V codes    N / 2 rows of 2 kRow bytes, one a pair of tokens. Their 16-bit units alternate, so
+//              that a 32-bit word holds the same channels of both; row j is rotated by 32 (j % 4)
+//              bytes, so that threads that read rows j..j + 3 meet no bank twice
+//   K scales   N x (fp16 scale, fp16 zero)
+//   V scales   the same
+//   x ~ scale (code - zero)
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace qoq::kv {
+
+constexpr int kTokenMultiple = 16;  // a page's tokens are a multiple of it
+constexpr int kScaleBytes = 4;      // scale and zero
+
+__host__ __device__ constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }
+
+template <int kHeadSizeValue, int kBitsValue>
+struct Page {
+  static constexpr int kHeadSize = kHeadSizeValue;
+  static constexpr int kBits = kBitsValue;
+  static constexpr int kRow = kHeadSize * kBits / 8;
+  static constexpr int kTokenBytes = 2 * (kRow + kScaleBytes);
+  static constexpr int kLevels = (1 << kBits) - 1;
+  static_assert(kBits == 4 || kBits == 8);
+  static_assert(kHeadSize % 32 == 0, "a rotation by 32 bytes, pieces of 16");
+
+  // Where the four parts of a page of `tokens` begin.
+  __host__ __device__ static constexpr int k_codes(int token) { return token * kRow; }
+  __host__ __device__ static constexpr int v_codes(int tokens, int token) {
+    return tokens * kRow + token * kRow;
+  }
+  __host__ __device__ static constexpr int k_scales(int tokens, int token) {
+    return 2 * tokens * kRow + token * kScaleBytes;
+  }
+  __host__ __device__ static constexpr int v_scales(int tokens, int token) {
+    return 2 * tokens * kRow + (tokens + token) * kScaleBytes;
+  }
+
+  // Where byte `i` of a token's V codes lies in the row of its pair.
+  __host__ __device__ static constexpr int v_byte(int token, int i) {
+    const int offset = i / 2 * 4 + token % 2 * 2 + i % 2;
+    return (offset + 32 * (token / 2 % 4)) % (2 * kRow);
+  }
+};
+
+}  // namespace qoq::kv

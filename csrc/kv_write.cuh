@@ -1,0 +1,131 @@
+// Keys and values of new tokens, quantized into their pages (vllm_qoq/kv_layout.py, to the bit).
+#pragma once
+
+#include "common/ptx.cuh"
+#include "kv_floats.cuh"
+#include "kv_hadamard.cuh"
+#include "kv_page.h"
+
+namespace qoq::kv {
+
+constexpr int kWriteThreads = 256;
+constexpr int kWriteChannels = 4;  // of a thread
+constexpr float kLargest = 65504;  // of fp16
+// The scale stays a normal fp16, and a zero below 2^15.
+constexpr double kSmallestScale = 6.2e-5;
+template <class P>
+constexpr float kSmallestRange =
+    P::kBits == 4 ? 1.f / 1024 : 1.f / 128;  // of the largest magnitude
+
+struct WriteParams {
+  const void *key, *value;  // [tokens, KV heads, head size]
+  const int64_t* slots;     // page * page_tokens + place in it; outside of the cache: not written
+  uint8_t* cache;
+  int64_t key_stride, key_head_stride, value_stride, value_head_stride;  // in elements
+  int64_t block_stride, head_stride;                                     // of the cache, in bytes
+  int64_t slot_count;                                                    // of the cache
+  int tokens, kv_heads, page_tokens;
+  bool is_bfloat16, is_rotated;
+};
+
+// Four codes, one a byte, and the scale and zero that a group of kLanes threads shares.
+struct Quantized {
+  uint32_t codes, parameters;
+};
+
+template <class P, int kLanes>
+__device__ inline Quantized quantize(const float (&x)[kWriteChannels]) {
+  constexpr float kLevels = P::kLevels;
+  constexpr auto kLeastRange = static_cast<float>(kSmallestScale * P::kLevels);
+  float low = kLargest, high = -kLargest, clamped[kWriteChannels];
+  bool is_nan = false;
+#pragma unroll
+  for (int i = 0; i < kWriteChannels; ++i) {
+    clamped[i] = fminf(fmaxf(x[i], -kLargest), kLargest);
+    is_nan |= x[i] != x[i];
+    low = fminf(low, clamped[i]);
+    high = fmaxf(high, clamped[i]);
+  }
+#pragma unroll
+  for (int step = 1; step < kLanes; step *= 2) {
+    low = fminf(low, __shfl_xor_sync(0xFFFFFFFF, low, step));
+    high = fmaxf(high, __shfl_xor_sync(0xFFFFFFFF, high, step));
+    is_nan |= __shfl_xor_sync(0xFFFFFFFF, static_cast<int>(is_nan), step) != 0;
+  }
+  const float size = fmaxf(-low, high);  // of the largest magnitude
+  float range = __fsub_rn(high, low);
+  range = fmaxf(range, fmaxf(size * kSmallestRange<P>, kLeastRange));
+  float zero = __fdiv_rn(__fmul_rn(-kLevels, low), range);
+  const float inverse = __fmul_rn(__frcp_rn(range), kLevels);  // torch's `levels / range`
+  float scale = __fdiv_rn(range, kLevels);
+  // minimum and maximum know nothing of NaN, which has to stay.
+  if (is_nan) scale = zero = __uint_as_float(0x7FC00000);
+  Quantized q = {0, ptx::convert_to_half2(scale, zero)};
+#pragma unroll
+  for (int i = 0; i < kWriteChannels; ++i) {
+    const float code = rintf(__fadd_rn(__fmul_rn(clamped[i], inverse), zero));
+    q.codes |= static_cast<uint32_t>(fminf(fmaxf(code, 0.f), kLevels)) << 8 * i;
+  }
+  return q;
+}
+
+__device__ inline void read_channels(float (&x)[kWriteChannels], const void* from, int64_t at,
+                                     bool is_bfloat16) {
+  const uint2 four =
+      __ldcg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(from) + at));
+  const float2 low = to_float2(four.x, is_bfloat16), high = to_float2(four.y, is_bfloat16);
+  x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
+}
+
+// kHeadSize / 4 neighbouring threads write one KV head of a token.
+template <class P>
+__global__ void __launch_bounds__(kWriteThreads)
+    kv_write_kernel(const __grid_constant__ WriteParams p) {
+  constexpr int kLanes = P::kHeadSize / kWriteChannels;
+  ptx::griddepcontrol_launch_dependents();
+  ptx::griddepcontrol_wait();
+  const int group = (blockIdx.x * kWriteThreads + threadIdx.x) / kLanes;
+  const int lane = threadIdx.x % kLanes, token = group / p.kv_heads;
+  const int head = group - token * p.kv_heads;
+  const int64_t slot = token < p.tokens ? __ldcg(p.slots + token) : -1;
+  const bool is_written = slot >= 0 && slot < p.slot_count;
+  float k[kWriteChannels] = {}, v[kWriteChannels] = {};
+  if (is_written) {
+    const int channel = lane * kWriteChannels;
+    read_channels(k, p.key, token * p.key_stride + head * p.key_head_stride + channel,
+                  p.is_bfloat16);
+    read_channels(v, p.value, token * p.value_stride + head * p.value_head_stride + channel,
+                  p.is_bfloat16);
+  }
+  if (p.is_rotated) rotate_normalized<kLanes>(k);
+  const Quantized key = quantize<P, kLanes>(k), value = quantize<P, kLanes>(v);
+  if (!is_written) return;
+
+  const int64_t page = slot / p.page_tokens;
+  const int place = static_cast<int>(slot - page * p.page_tokens), tokens = p.page_tokens;
+  uint8_t* base = p.cache + page * p.block_stride + head * p.head_stride;
+  uint8_t* k_row = base + P::k_codes(place);
+  uint8_t* v_row = base + P::v_codes(tokens, place / 2 * 2);
+  auto store_2 = [](uint8_t* at, uint32_t v) {
+    *reinterpret_cast<uint16_t*>(at) = static_cast<uint16_t>(v);
+  };
+  if constexpr (P::kBits == 4) {
+    // Bytes 0 and 1, each with a second one's low nibble in its high one.
+    auto nibbles = [](uint32_t codes) {
+      const uint32_t pairs = codes | codes >> 4;
+      return (pairs & 0xFF) | (pairs >> 8 & 0xFF00);
+    };
+    store_2(k_row + 2 * lane, nibbles(key.codes));
+    store_2(v_row + P::v_byte(place, 2 * lane), nibbles(value.codes));
+  } else {
+    *reinterpret_cast<uint32_t*>(k_row + 4 * lane) = key.codes;
+    store_2(v_row + P::v_byte(place, 4 * lane), value.codes);
+    store_2(v_row + P::v_byte(place, 4 * lane + 2), value.codes >> 16);
+  }
+  if (lane == 0) {
+    *reinterpret_cast<uint32_t*>(base + P::k_scales(tokens, place)) = key.parameters;
+    *reinterpret_cast<uint32_t*>(base + P::v_scales(tokens, place)) = value.parameters;
+  }
+}
+
+}  // namespace qoq::kv

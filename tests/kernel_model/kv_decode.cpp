@@ -1,0 +1,221 @@
+// Runs the decode attention on the model of Hopper and compares it with plain loops in double.
+//   kv_decode SEED    one line a launch; returns 1 where a value is off or a launch differs from
+//   the
+//                     same launch in another order of threads
+#include "common/mma.cuh"  // the model
+#include "kv_decode_kernel.cuh"
+
+using namespace qoq::kv;
+
+namespace {
+
+std::mt19937 values;
+int random_int(int low, int high) { return low + static_cast<int>(values() % (high - low)); }
+float random_float(float low, float high) { return low + (high - low) * (values() % 4096) / 4096; }
+
+uint16_t bits_of(__half v) { return static_cast<__half_raw>(v).x; }
+float from_16_bits(bool is_bfloat16, uint16_t bits) {
+  return is_bfloat16 ? std::bit_cast<float>(uint32_t{bits} << 16) : model::half_of(bits, 0);
+}
+uint16_t to_16_bits(bool is_bfloat16, float v) {
+  return is_bfloat16 ? static_cast<__nv_bfloat16_raw>(__float2bfloat16(v)).x
+                     : bits_of(__float2half(v));
+}
+
+struct Problem {
+  std::vector<int> lengths;
+  int group, kv_heads, page_tokens, blocks;
+  int window = 0;
+  bool is_bfloat16 = false;
+  float query_size = 1;
+};
+
+// Codes, scales and zeros of one token and head, and where they lie in a page of the contract.
+struct Token {
+  std::vector<int> codes;
+  float scale, zero;
+  double at(int i) const { return double{scale} * (codes[i] - double{zero}); }
+};
+
+template <class A>
+struct Cache {
+  int page_tokens, head_bytes, kv_heads;
+  std::vector<uint8_t> bytes;
+
+  Cache(int pages, int kv_heads, int page_tokens)
+      : page_tokens(page_tokens),
+        head_bytes(page_tokens * (2 * A::kRow + 8)),
+        kv_heads(kv_heads),
+        bytes(static_cast<size_t>(pages) * kv_heads * head_bytes) {
+    for (auto& b : bytes) b = random_int(0, 256);  // what is not written may be NaN
+  }
+
+  void write(int page, int head, int slot, bool is_value, const Token& t) {
+    uint8_t* base = bytes.data() + (static_cast<size_t>(page) * kv_heads + head) * head_bytes;
+    const int row = A::kRow, n = page_tokens;
+    for (int i = 0; i < row; ++i) {
+      const int byte = A::kBits == 4 ? t.codes[2 * i] | t.codes[2 * i + 1] << 4 : t.codes[i];
+      const int pair = slot / 2, unit = 2 * (i / 2) + slot % 2;
+      const int offset = (2 * unit + i % 2 + 32 * (pair % 4)) % (2 * row);
+      base[is_value ? n * row + pair * 2 * row + offset : slot * row + i] = byte;
+    }
+    const uint16_t parameters[2] = {bits_of(__float2half(t.scale)), bits_of(__float2half(t.zero))};
+    std::memcpy(base + 2 * n * row + (is_value ? 4 * n : 0) + 4 * slot, parameters, 4);
+  }
+};
+
+template <class A>
+Token random_token(float size) {
+  Token t;
+  constexpr int kCodes = 1 << A::kBits;
+  for (int i = 0; i < A::kHeadSize; ++i) t.codes.push_back(random_int(0, kCodes));
+  t.scale = __half2float(__float2half(size * random_float(0.5f, 1.5f) / kCodes));
+  t.zero = __half2float(__float2half(random_float(0.2f, 0.8f) * kCodes));
+  return t;
+}
+
+template <class A>
+int count_wrong(const Problem& problem) {
+  const auto& [lengths, group, kv_heads, page_tokens, blocks, window, is_bfloat16, size] = problem;
+  const int sequences = lengths.size(), heads = group * kv_heads, d = A::kHeadSize;
+  const int table_pages = divide_up(std::max(1, *std::ranges::max_element(lengths)), page_tokens);
+  std::vector<int> table(sequences * table_pages, 1 << 30), free_pages;
+  int pages = 0;
+  for (const int length : lengths) pages += divide_up(length, page_tokens);
+  for (int i = 0; i < pages; ++i) free_pages.push_back(i);
+  std::shuffle(free_pages.begin(), free_pages.end(), values);
+  Cache<A> cache(pages, kv_heads, page_tokens);
+  std::vector<uint16_t> q(sequences * heads * d), out(q.size(), 0x7FFF);
+  for (auto& v : q) v = to_16_bits(is_bfloat16, size * random_float(-1, 1));
+  const float scale = 1 / std::sqrt(static_cast<float>(d));
+
+  std::vector<double> expected(q.size()), tolerance(q.size());
+  for (int s = 0; s < sequences; ++s) {
+    const int first = window > 0 ? std::max(0, lengths[s] - window) : 0;
+    for (int i = 0; i < divide_up(lengths[s], page_tokens); ++i) {
+      table[s * table_pages + i] = free_pages.back();
+      free_pages.pop_back();
+    }
+    for (int h = 0; h < kv_heads; ++h) {
+      std::vector<Token> k, v;
+      for (int t = 0; t < lengths[s]; ++t) {
+        k.push_back(random_token<A>(4));
+        v.push_back(random_token<A>(1));
+        const int page = table[s * table_pages + t / page_tokens];
+        if (t < first) continue;
+        cache.write(page, h, t % page_tokens, false, k.back());
+        cache.write(page, h, t % page_tokens, true, v.back());
+      }
+      for (int j = 0; j < group && lengths[s] > 0; ++j) {
+        const int row = (s * heads + h * group + j) * d;
+        std::vector<double> scores(lengths[s], -INFINITY);
+        for (int t = first; t < lengths[s]; ++t) {
+          scores[t] = 0;
+          for (int i = 0; i < d; ++i)
+            scores[t] += from_16_bits(is_bfloat16, q[row + i]) * k[t].at(i) * scale;
+        }
+        const double largest = *std::ranges::max_element(scores);
+        double sum = 0;
+        for (int t = first; t < lengths[s]; ++t) {
+          const double weight = std::exp(scores[t] - largest);
+          sum += weight;
+          for (int i = 0; i < d; ++i) {
+            expected[row + i] += weight * v[t].at(i);
+            tolerance[row + i] += weight * std::abs(v[t].at(i));
+          }
+        }
+        for (int i = 0; i < d; ++i) {
+          expected[row + i] /= sum;
+          // The output's rounding, two roundings of a weight to fp16, and for weights or values of
+          // next to nothing a millionth of what values are.
+          tolerance[row + i] *= ((is_bfloat16 ? 0x1p-8 : 0x1p-11) + 0x1p-10) / sum;
+          tolerance[row + i] += 1e-6;
+        }
+      }
+    }
+  }
+
+  std::vector<int> counters(kMaxBlocks);
+  std::vector<float> partials(blocks * 2 * group * A::kPartial, NAN);
+  Params p{
+      .q = q.data(),
+      .cache = cache.bytes.data(),
+      .block_table = table.data(),
+      .seq_lens = lengths.data(),
+      .out = out.data(),
+      .counters = counters.data(),
+      .partials = partials.data(),
+      .q_stride = heads * d,
+      .q_head_stride = d,
+      .out_stride = heads * d,
+      .out_head_stride = d,
+      .block_stride = int64_t{kv_heads} * cache.head_bytes,
+      .head_stride = cache.head_bytes,
+      .table_stride = table_pages,
+      .sequences = sequences,
+      .kv_heads = kv_heads,
+      .group = group,
+      .page_tokens = page_tokens,
+      .max_tokens = table_pages * page_tokens,
+      .window = window,
+      .scale_log2 = scale * std::numbers::log2e_v<float>,
+      .is_bfloat16 = is_bfloat16,
+  };
+  lay_out<A>(p);
+  model::bulk_memory = cache.bytes;
+  auto run = [&] {
+    std::ranges::fill(out, 0x7FFF);
+    model::exchanges.clear();
+    model::launch(blocks, 1, kThreads, A::shared_bytes(group), random_int(1, 4),
+                  [&] { kv_decode_kernel<A>(p); });
+  };
+  run();
+  const std::vector<uint16_t> once = out;
+  run();
+  int wrong = once != out;
+  double worst = 0;
+  for (size_t i = 0; i < out.size(); ++i) {
+    const double off = std::abs(from_16_bits(is_bfloat16, out[i]) - expected[i]);
+    worst = std::max(worst, off / (tolerance[i] + 1e-9));
+    wrong += !(off <= tolerance[i]);
+  }
+  for (const int v : counters) wrong += v != 0;
+  std::printf("D %d, %d bits, %d x %d heads, pages of %d, %zu sequences, %d blocks, window %d: ", d,
+              A::kBits, kv_heads, group, page_tokens, lengths.size(), blocks, window);
+  std::printf("%d wrong, at most %.2f of what is allowed\n", wrong, worst);
+  std::fflush(stdout);
+  return wrong;
+}
+
+std::vector<int> random_lengths(int count, int most) {
+  std::vector<int> lengths;
+  for (int i = 0; i < count; ++i) lengths.push_back(random_int(0, most));
+  return lengths;
+}
+
+template <int kHeadSize, int kBits>
+int count_wrong_of() {
+  using One = Attention<kHeadSize, kBits, 1>;
+  using Two = Attention<kHeadSize, kBits, 2>;
+  int wrong = 0;
+  // Edges of pages and tiles, and rows that a graph has left empty.
+  wrong += count_wrong<One>({{0, 1, 0, 16, 17, 31, 32, 33, 64, 0}, 4, 2, 16, 3});
+  wrong += count_wrong<One>({{700}, 1, 1, 64, 5, 0, true});              // one over many blocks
+  wrong += count_wrong<One>({random_lengths(5, 200), 8, 1, 32, 2, 50});  // a window
+  wrong += count_wrong<One>({random_lengths(70, 40), 7, 1, 48, 4, 0, true, 50});
+  wrong += count_wrong<Two>({random_lengths(4, 150), 16, 1, 16, 6});
+  wrong += count_wrong<Two>({random_lengths(3, 300), 11, 2, 128, 3, 100, true});
+  return wrong;
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  const int seed = std::atoi(arguments[1]);
+  model::random_order.seed(seed);
+  model::most_rounds = 1 << 24;
+  values.seed(seed);
+  const int wrong = count_wrong_of<128, 4>() + count_wrong_of<64, 4>() + count_wrong_of<128, 8>() +
+                    count_wrong_of<64, 8>();
+  return wrong != 0;
+}

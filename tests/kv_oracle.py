@@ -1,0 +1,94 @@
+"""The quantized KV cache written a second time, as loops over the page's definition say it."""
+
+import math
+from functools import cache
+
+import torch
+
+
+def code_bytes(head_size, bits):
+    return head_size * bits // 8
+
+
+def page_bytes(page_tokens, head_size, bits):
+    return page_tokens * (2 * code_bytes(head_size, bits) + 8)
+
+
+def quantize(x, bits):
+    """x [..., D] -> codes [..., D], scale and zero float16 [...]; float32, on the CPU."""
+    levels = float(2**bits - 1)
+    x = x.float().cpu().clamp(-65504, 65504)
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    least = torch.maximum(-low, high) / (1024 if bits == 4 else 128)
+    span = torch.maximum(high - low, least.clamp_min(6.2e-5 * levels))
+    zero = -levels * low / span
+    codes = (x * (levels / span) + zero).round().clamp(0, levels).nan_to_num()
+    return codes.to(torch.uint8), (span / levels).squeeze(-1).half(), zero.squeeze(-1).half()
+
+
+def rotate(x):
+    """x @ Sylvester's matrix / sqrt(D): one butterfly after the other."""
+    x, size = x.float(), x.shape[-1]
+    for bit in range(size.bit_length() - 1):
+        index = torch.arange(size, device=x.device)
+        other = x[..., index ^ (1 << bit)]
+        x = torch.where((index >> bit & 1).bool(), other - x, x + other)
+    return x / math.sqrt(size)
+
+
+@cache
+def byte_offsets(page_tokens, head_size, bits):
+    """Where a page has the bytes of each token: K codes and V codes [N, B], parameters [N, 4]."""
+    row = code_bytes(head_size, bits)
+    k, v = ([[0] * row for _ in range(page_tokens)] for _ in range(2))
+    for token in range(page_tokens):
+        pair = token // 2
+        for i in range(row):
+            unit = 2 * (i // 2) + token % 2
+            k[token][i] = token * row + i
+            offset = (2 * unit + i % 2 + 32 * (pair % 4)) % (2 * row)
+            v[token][i] = page_tokens * row + pair * 2 * row + offset
+    parameters = 2 * page_tokens * row + torch.arange(4 * page_tokens).view(-1, 4)
+    return torch.tensor(k), torch.tensor(v), parameters, parameters + 4 * page_tokens
+
+
+def write(pages, slots, key, value, bits, hadamard=False):
+    """Quantizes key and value [T, H, D] into `pages`, on the CPU."""
+    head_size = key.shape[-1]
+    tokens = pages.shape[-1] // page_bytes(1, head_size, bits)
+    k_at, v_at, k_parameters, v_parameters = byte_offsets(tokens, head_size, bits)
+    key = rotate(key.cpu()) if hadamard else key
+    for x, at, parameters_at in ((key, k_at, k_parameters), (value, v_at, v_parameters)):
+        codes, scale, zero = quantize(x, bits)
+        if bits == 4:
+            codes = codes[..., 0::2] | codes[..., 1::2] << 4
+        parameters = torch.stack([scale, zero], -1).view(torch.uint8)
+        for i, slot in enumerate(slots.tolist()):
+            if slot >= 0:
+                pages[slot // tokens][:, at[slot % tokens]] = codes[i]
+                pages[slot // tokens][:, parameters_at[slot % tokens]] = parameters[i]
+
+
+def read(pages, blocks, head_size, bits):
+    """Keys and values float32 [tokens, H, D] of the blocks."""
+    tokens = pages.shape[-1] // page_bytes(1, head_size, bits)
+    offsets = [at.to(pages.device) for at in byte_offsets(tokens, head_size, bits)]
+    pages = pages[blocks.long()]
+    heads = []
+    for at, parameters_at in zip(offsets[:2], offsets[2:], strict=True):
+        codes = pages[..., at]
+        if bits == 4:
+            codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
+        scale, zero = pages[..., parameters_at].view(torch.float16).float().unbind(-1)
+        x = scale[..., None] * (codes.float() - zero[..., None])
+        heads.append(x.transpose(1, 2).flatten(0, 1))
+    return heads
+
+
+def attention(query, key, value, length, scale, window=0):
+    """query [Hq, D] of the last of `length` tokens; float64 [Hq, D]."""
+    first = max(0, length - window) if window else 0
+    key, value = key[first:length].double(), value[first:length].double()
+    groups = query.double().unflatten(0, (key.shape[1], -1))
+    scores = torch.einsum("hgd,thd->hgt", groups, key) * scale
+    return torch.einsum("hgt,thd->hgd", scores.softmax(-1), value).flatten(0, 1)
