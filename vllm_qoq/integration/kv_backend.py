@@ -1,11 +1,12 @@
 """What every attention backend over the quantized KV cache shares: page, block size, metadata.
 
 A device adds the implementation: a subclass per bit width with `bits` and `get_impl_cls`
-(`kv_cpu`), listed in `kv_cache.BACKENDS`.
+(`kv_cpu`, `kv_cuda`), known to `kv_cache`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -115,6 +116,16 @@ class QuantizedKVBackend(AttentionBackend):
     def supports_sliding_window(cls) -> bool:
         """Yes."""
         return True
+
+    @classmethod
+    def impl_options(cls, vllm_config: Any) -> dict[str, Any]:
+        """More arguments of the implementation, that depend on the engine."""
+        return {}
+
+    @classmethod
+    def obstacles(cls, layer: Any, dtype: torch.dtype) -> Iterator[str]:
+        """What this device does not serve of a layer that computes in `dtype`."""
+        return iter(())
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:

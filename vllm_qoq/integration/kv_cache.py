@@ -30,10 +30,16 @@ from vllm_qoq.kv_config import UNQUANTIZED, KVCache
 
 logger = init_logger("vllm." + __name__)
 
-# Device type -> bits -> backend.
-BACKENDS: dict[str, dict[int, type[QuantizedKVBackend]]] = {
-    "cpu": {4: CPUKV4Backend, 8: CPUKV8Backend}
-}
+DEVICES = ("cpu", "cuda")
+
+
+def backends_of(device_type: str) -> dict[int, type[QuantizedKVBackend]]:
+    """Bits -> backend. That of a GPU imports what vLLM has only there."""
+    if device_type == "cpu":
+        return {4: CPUKV4Backend, 8: CPUKV8Backend}
+    from vllm_qoq.integration.kv_cuda import CUDAKV4Backend, CUDAKV8Backend
+
+    return {4: CUDAKV4Backend, 8: CUDAKV8Backend}
 
 
 def kv_cache_in_force(kv_cache: KVCache | None, options: Options) -> KVCache:
@@ -61,12 +67,12 @@ class QuantizedKVCache:
             return
         kv_refusals.check_engine(vllm_config)
         device = vllm_config.device_config.device_type
-        if device not in BACKENDS:
+        if device not in DEVICES:
             raise UserError(
-                f"the quantized KV cache runs on {', '.join(BACKENDS)} only, not on {device}; "
+                f"the quantized KV cache runs on {' and '.join(DEVICES)}, not on {device}; "
                 f"{kv_refusals.REMEDY}"
             )
-        self._backends = BACKENDS[device]
+        self._backends = backends_of(device)
         logger.info("Quantized KV cache: %s", self.kv_cache.to_json())
 
     def attach(self, layer: nn.Module, prefix: str) -> None:
@@ -77,7 +83,9 @@ class QuantizedKVCache:
         self._layers[prefix] = bits
         if bits == UNQUANTIZED:
             return
-        kv_refusals.check_layer(layer, prefix, self.kv_cache.hadamard)
+        backend, dtype = self._backends[bits], self._vllm_config.model_config.dtype
+        of_device = partial(backend.obstacles, dtype=dtype)
+        kv_refusals.check_layer(layer, prefix, self.kv_cache.hadamard, of_device)
         if layer.sliding_window is not None:
             kv_refusals.check_mixed_windows(self.kv_cache, self._vllm_config)
         self._swap(layer, bits)
@@ -117,6 +125,7 @@ class QuantizedKVCache:
             sliding_window=layer.sliding_window,
             bits=bits,
             use_hadamard=self.kv_cache.hadamard,
+            **backend.impl_options(self._vllm_config),
         )
         layer.backend = AttentionBackendEnum[backend.get_name()]
         set_kv_cache_spec(layer, partial(spec_of_layer, layer, bits))

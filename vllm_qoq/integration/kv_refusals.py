@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -25,9 +26,14 @@ def check_engine(vllm_config: VllmConfig) -> None:
         raise UserError(f"the quantized KV cache does not work with {what}; {remedy}, or {REMEDY}")
 
 
-def check_layer(layer: nn.Module, prefix: str, use_hadamard: bool) -> None:
-    """UserError for a kind of attention that the quantized cache does not serve."""
-    for what in _layer_obstacles(layer, use_hadamard):
+def check_layer(
+    layer: nn.Module, prefix: str, use_hadamard: bool, of_device: Callable[[Any], Iterator[str]]
+) -> None:
+    """UserError for a kind of attention that the quantized cache does not serve.
+
+    `of_device` says what the device adds to that.
+    """
+    for what in chain(_layer_obstacles(layer, use_hadamard), of_device(layer)):
         raise UserError(f"{prefix}: the quantized KV cache does not serve {what}; {_LAYER_REMEDY}")
 
 
