@@ -288,8 +288,8 @@ def with_a_hybrid_model(config):
     config.model_config = SimpleNamespace(model="MIX", is_hybrid=True, is_mm_prefix_lm=False)
 
 
-def with_a_gpu(config):
-    config.device_config.device_type = "cuda"
+def with_another_device(config):
+    config.device_config.device_type = "xpu"
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def with_a_gpu(config):
         (with_speculation, "speculative decoding"),
         (with_context_parallelism, "decode-context-parallel"),
         (with_a_hybrid_model, "hybrid models such as MIX"),
-        (with_a_gpu, "not on cuda.*kv_bits"),
+        (with_another_device, "not on xpu.*kv_bits"),
     ],
 )
 def test_engines_that_are_not_served_are_refused(engine_config, change, message):
