@@ -44,8 +44,8 @@ def run_engines(
 
     A spec is {"checkpoint": PATH, "qoq": {...}, "options": {...}, "max_tokens": N, "text": T}; a
     result has the `generation`, the `counts` of steps in it ("decode w4a16": n), how many
-    routing decisions were `traced` during it, if the spec asks for a trace, and the
-    `perplexity` of the text, if there is one.
+    routing decisions were `traced` during it, if the spec asks for a trace, how many
+    `cache_tokens` the KV cache holds, and the `perplexity` of the text, if there is one.
     """
     (folder / "specs.json").write_text(json.dumps(specs))
     command = [sys.executable, __file__, str(folder / "specs.json"), str(folder / "results.json")]
@@ -71,12 +71,18 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
         "generation": generation,
         "counts": {key: n - counts[key] for key, n in _counts(llm).items()},
         "traced": _lines(qoq.get("trace")) - traced,
+        "cache_tokens": _cache_tokens(llm),
     }
     if "text" in spec:
         result["perplexity"] = perplexity(llm, spec["text"], 256)["perplexity"]
     if spec.get("options", {}).get("tensor_parallel_size", 1) > 1:
         llm.llm_engine.engine_core.shutdown()  # its workers would spin beside the next engine's
     return result
+
+
+def _cache_tokens(llm: Any) -> int:
+    config = llm.llm_engine.vllm_config.cache_config
+    return config.num_gpu_blocks * config.block_size
 
 
 def _with_tokens(entry: dict[str, Any]) -> dict[Any, Any]:

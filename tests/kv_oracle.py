@@ -89,6 +89,20 @@ def attention(query, key, value, length, scale, window=0):
     """query [Hq, D] of the last of `length` tokens; float64 [Hq, D]."""
     first = max(0, length - window) if window else 0
     key, value = key[first:length].double(), value[first:length].double()
+    weights = _scores(query, key, scale).softmax(-1)
+    return torch.einsum("hgt,thd->hgd", weights, value).flatten(0, 1)
+
+
+def score_error(query, key, value, length, scale):
+    """How far the output of each head moves if scores are off by 2^-22 of the largest: [Hq]."""
+    key, value = key[:length].double(), value[:length].double()
+    scores = _scores(query, key, scale)
+    weights = scores.softmax(-1)
+    out = torch.einsum("hgt,thd->hgd", weights, value)
+    distance = (value.transpose(0, 1)[:, None] - out[:, :, None]).norm(dim=-1)
+    return (2**-22 * scores.abs().amax(-1) * (weights * distance).sum(-1)).flatten()
+
+
+def _scores(query, key, scale):
     groups = query.double().unflatten(0, (key.shape[1], -1))
-    scores = torch.einsum("hgd,thd->hgt", groups, key) * scale
-    return torch.einsum("hgt,thd->hgd", scores.softmax(-1), value).flatten(0, 1)
+    return torch.einsum("hgd,thd->hgt", groups, key) * scale

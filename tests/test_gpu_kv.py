@@ -67,11 +67,11 @@ def decode(cache, query, *, window=0, hadamard=False, out=None):
     return out
 
 
-def assert_close(out, expected):
-    """By row: the output's rounding, and weights that are rounded to fp16."""
+def assert_close(out, expected, more=0.0):
+    """By row: the output's rounding, weights that are rounded to fp16, and `more`."""
     error = (out.double() - expected).norm(dim=-1)
-    allowed = 3e-3 if out.dtype == torch.bfloat16 else 8e-4
-    assert (error <= allowed * expected.norm(dim=-1)).all()
+    allowed = torch.finfo(out.dtype).eps / 2 + torch.finfo(torch.half).eps / 2 + 1e-5
+    assert (error <= allowed * expected.norm(dim=-1) + more).all()
 
 
 @pytest.mark.parametrize("bits, head_size", BITS_AND_SIZES)
@@ -108,7 +108,13 @@ def test_decode_divides_any_batch_and_repeats_to_the_bit(lengths):
 def test_decode_takes_queries_of_any_size(size):
     cache = Cache(EDGES, 2, 128, 4, 16)
     query = (torch.randn(len(EDGES), 8, 128, device=DEVICE) * size).clamp(-6e4, 6e4).half()
-    assert_close(decode(cache, query), cache.expected(query, 128**-0.5, 0))
+    # Scores are float32, so those of large queries do not say which of two near tokens is first.
+    allowed = torch.zeros(query.shape[:2], dtype=torch.float64, device=DEVICE)
+    for i, length in enumerate(cache.lengths):
+        if length > 0:
+            key, value = kv_oracle.read(cache.pages, cache.table[i], 128, 4)
+            allowed[i] = kv_oracle.score_error(query[i], key, value, length, 128**-0.5)
+    assert_close(decode(cache, query), cache.expected(query, 128**-0.5, 0), allowed)
 
 
 def test_decode_shows_nan():

@@ -1,0 +1,50 @@
+"""The quantized KV cache in vLLM on a GPU: graphs, both model runners, prompts in pieces."""
+
+import pytest
+from engine_process import EAGER, GRAPHS, run_engines
+
+from vllm_qoq import kv_ops
+from vllm_qoq.kv_layout import slot_bytes
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not kv_ops.has_kernels(), reason="this build has no CUDA kernels (VLLM_QOQ_CUDA=1)"
+    ),
+]
+
+HEAD, KV_HEADS, LAYERS = 64, 2, 2  # tests/data/tiny-llama
+MODEL = {"quantization": "qoq"}  # it has no section, only its cache is quantized
+# Prompts in pieces of 16 tokens, whose history is quantized, as generated tokens' history is.
+CHUNKED = {"max_num_batched_tokens": 16, "enable_chunked_prefill": True}
+
+
+def spec(model, bits, options, **more):
+    return {
+        "checkpoint": str(model),
+        "qoq": {"kv_bits": bits},
+        "options": MODEL | options,
+        **more,
+    }
+
+
+def test_graphs_equal_eager(runner, tiny_model, tmp_path):
+    specs = [spec(tiny_model, 4, options, max_tokens=40) for options in (EAGER, GRAPHS)]
+    eager, graphs = run_engines(tmp_path, specs, **runner)
+    assert graphs["generation"] == eager["generation"]
+
+
+def test_perplexity_over_quantized_history(tiny_model, heldout_text, tmp_path):
+    text = heldout_text.read_text()[:8000]
+    specs = [
+        spec(tiny_model, bits, EAGER | options, text=text)
+        for bits, options in ((8, {}), (8, CHUNKED), (4, CHUNKED))
+    ]
+    whole, eight, four = run_engines(tmp_path, specs)
+    assert eight["perplexity"] == pytest.approx(whole["perplexity"], rel=0.003)
+    assert four["perplexity"] == pytest.approx(whole["perplexity"], rel=0.025)
+    assert four["perplexity"] > whole["perplexity"] * 1.001
+    # The pool of 64 MiB, by vLLM's count.
+    for result, bits in ((eight, 8), (four, 4)):
+        bytes_per_token = LAYERS * KV_HEADS * slot_bytes(HEAD, bits)
+        assert result["cache_tokens"] == pytest.approx((64 << 20) / bytes_per_token, rel=0.01)
