@@ -68,9 +68,12 @@ def decode(cache, query, *, window=0, hadamard=False, out=None):
 
 
 def assert_close(out, expected, more=0.0):
-    """By row: the output's rounding, weights that are rounded to fp16, and `more`."""
+    """By row: the output's rounding, weights that are rounded to fp16, and `more`.
+
+    Where one token has all the weight, its rounding, up to 2^-11, moves the whole row.
+    """
     error = (out.double() - expected).norm(dim=-1)
-    allowed = torch.finfo(out.dtype).eps / 2 + torch.finfo(torch.half).eps / 2 + 1e-5
+    allowed = 3e-3 if out.dtype == torch.bfloat16 else 2 * 2**-11
     assert (error <= allowed * expected.norm(dim=-1) + more).all()
 
 

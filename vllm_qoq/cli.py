@@ -38,6 +38,16 @@ def _add_perplexity(commands: argparse._SubParsersAction[argparse.ArgumentParser
     parser.add_argument("--text", type=Path, required=True, help="text to score, UTF-8")
     parser.add_argument("--force-set", metavar="NAME", help="run everything in one set")
     parser.add_argument("--seqlen", type=int, default=2048, help="tokens a window (default: 2048)")
+    parser.add_argument(
+        "--chunk",
+        type=int,
+        metavar="N",
+        help="run each window N tokens a step, so that it reads the rest from the KV cache",
+    )
+    parser.add_argument(
+        "--kv-bits", type=int, choices=(4, 8, 16), help="KV cache (default: the checkpoint's)"
+    )
+    parser.add_argument("--dtype", default="auto", help="vLLM's --dtype (default: auto)")
     parser.add_argument("--enforce-eager", action="store_true", help="start faster, run slower")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")

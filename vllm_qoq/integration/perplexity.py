@@ -8,7 +8,8 @@ so it is per token of the model's own tokenizer. A window is one prompt: it runs
 in the prefill set unless a set is forced.
 
 With a quantized KV cache, a window that fits in one step reads its own tokens unquantized, so the
-result says nothing of the cache (vllm_qoq.reference_attention).
+result says nothing of the cache (vllm_qoq.reference_attention). `--chunk N` runs one window at a
+time, N tokens a step; all but those N are read from the cache.
 
 On x86 CPUs without AVX512_BF16, vLLM's attention, RoPE, W8A8 and W4A16 kernels truncate
 float32 to bf16 (csrc/cpu/cpu_types_x86.hpp), which makes their outputs 0.3 to 0.4 %
@@ -25,21 +26,31 @@ from typing import Any, TextIO
 from vllm import LLM, SamplingParams
 from vllm.config import VllmConfig
 
-from vllm_qoq.format import FormatError
+from vllm_qoq.format import QUANT_METHOD, FormatError
 from vllm_qoq.integration.config import QoQConfig
 from vllm_qoq.integration.kv_cache import describe
+from vllm_qoq.integration.options import NAMESPACE
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     """Handler of the command: writes one line, or one JSON document with --json, to `out`."""
     tokens_per_window = args.seqlen
+    options = {"force_set": args.force_set, "kv_bits": args.kv_bits}
+    options = {key: value for key, value in options.items() if value is not None}
+    engine: dict[str, Any] = {}
+    if args.chunk is not None:
+        engine = {"max_num_batched_tokens": args.chunk, "max_num_seqs": 1}
+    if args.kv_bits is not None:
+        engine["quantization"] = QUANT_METHOD  # also where the model has no section of ours
     llm = LLM(
         str(args.checkpoint),
         max_model_len=tokens_per_window + 1,
-        additional_config=_options(args.force_set),
+        additional_config={NAMESPACE: options} if options else {},
         enable_prefix_caching=False,
         enforce_eager=args.enforce_eager,
+        dtype=args.dtype,
         disable_log_stats=True,
+        **engine,
     )
     result = perplexity(llm, args.text.read_text(), tokens_per_window)
     result |= {
@@ -47,6 +58,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         "text": str(args.text),
         "set": args.force_set,
         "kv_cache": _kv_cache(llm.llm_engine.vllm_config),
+        "chunk": args.chunk,
     }
     if args.json:
         print(json.dumps(result), file=out)
@@ -85,10 +97,6 @@ def perplexity(llm: LLM, text: str, seqlen: int) -> dict[str, Any]:
         "windows": len(windows),
         "seqlen": seqlen,
     }
-
-
-def _options(force_set: str | None) -> dict[str, Any]:
-    return {"qoq": {"force_set": force_set}} if force_set is not None else {}
 
 
 def _kv_cache(vllm_config: VllmConfig) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vllm_qoq import kv_layout
 from vllm_qoq.quantize.architectures import Architecture, Module, blocks
 from vllm_qoq.reference import quantize_per_token
 
@@ -76,13 +77,8 @@ def to_int8(module: Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tenso
 
 
 def round_cache(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Asymmetric `bits` per token and head, over the last axis; fp16 scale and zero, as QServe."""
-    low, high = x.float().amin(-1, keepdim=True), x.float().amax(-1, keepdim=True)
-    levels = (1 << bits) - 1
-    scale = ((high - low) / levels).clamp_min(1e-6).half().float()
-    zero = (-low / scale).half().float()
-    codes = (x.float() / scale + zero).round().clamp(0, levels)
-    return ((codes - zero) * scale).to(x.dtype)
+    """What the cache gives back of keys or values [..., D], in their dtype."""
+    return kv_layout.dequantize(*kv_layout.quantize(x, bits)).to(x.dtype)
 
 
 class _simulated_cache:
