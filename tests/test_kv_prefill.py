@@ -73,9 +73,20 @@ class Kernels:
         return keys, values
 
     def flash(
-        self, query, key, value, query_start, key_start, longest_query, longest_key, causal, window
+        self,
+        query,
+        key,
+        value,
+        query_start,
+        key_start,
+        longest_query,
+        longest_key,
+        causal,
+        window,
+        out=None,
     ):
-        out, lse = torch.zeros_like(query), torch.full(query.shape[1::-1], -math.inf)
+        result = torch.zeros_like(query), torch.full(query.shape[1::-1], -math.inf)
+        out, lse = result if out is None else (out, result[1])
         assert longest_query >= int(query_start.diff().max())
         assert longest_key >= int(key_start.diff().max())
         starts = zip(query_start.tolist(), key_start.tolist(), strict=True)

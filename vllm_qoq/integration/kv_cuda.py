@@ -222,8 +222,9 @@ class _Kernels:
         longest_key: int,
         is_causal: bool,
         window: int | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = flash_attn_varlen_func(
+        out: torch.Tensor | None = None,
+    ) -> Any:
+        return flash_attn_varlen_func(
             q=query,
             k=key,
             v=value,
@@ -234,10 +235,10 @@ class _Kernels:
             softmax_scale=self.impl.scale,
             causal=is_causal,
             window_size=[-1, -1] if window is None else [window - 1, 0],
-            return_softmax_lse=True,
+            return_softmax_lse=out is None,
+            out=out,
             fa_version=self.impl._flash_version,
         )
-        return out, lse
 
     def merge(self, out: torch.Tensor, out_lse: torch.Tensor, *parts: torch.Tensor) -> None:
         merge_attn_states(out, *parts, out_lse)

@@ -174,7 +174,8 @@ def attend_prefill(
     query, out  [T, Hq, D]     key, value  [T, H, D], of this step, unquantized
     kernels     `read(piece)` -> keys and values [rows, H, D] of the pages,
                 `flash(query, key, value, query_start, key_start, longest_query, longest_key,
-                is_causal, window)` -> attention and its log-sum-exp [Hq, T],
+                is_causal, window)` -> attention and its log-sum-exp [Hq, T]; with `out=` it
+                writes there and returns nothing,
                 `merge(out, out_lse, a, a_lse, b, b_lse)`
     """
     if window is not None and plan.pieces:
@@ -182,15 +183,20 @@ def attend_prefill(
             keys, values = kernels.read(piece)
             keys.index_copy_(0, piece.new_rows, key[piece.tokens])
             values.index_copy_(0, piece.new_rows, value[piece.tokens])
-            out[piece.tokens], _ = kernels.flash(
+            kernels.flash(
                 *(query[piece.tokens], keys, values, piece.query_start, piece.row_start),
                 *(plan.max_query_len, piece.longest, True, window),
+                out=out[piece.tokens],
             )
         return
-    attended, lse = kernels.flash(
+    among_themselves = (
         *(query, key, value, plan.query_start, plan.query_start),
         *(plan.max_query_len, plan.max_query_len, True, window),
     )
+    if not plan.pieces:
+        kernels.flash(*among_themselves, out=out)
+        return
+    attended, lse = kernels.flash(*among_themselves)
     for piece in plan.pieces:
         keys, values = kernels.read(piece)
         part, part_lse = kernels.flash(
