@@ -13,7 +13,17 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vllm_qoq import cli, ops
-from vllm_qoq.bench import BenchError, measure, peers, plot, report, result, roofline, timing
+from vllm_qoq.bench import (
+    BenchError,
+    command,
+    measure,
+    peers,
+    plot,
+    report,
+    result,
+    roofline,
+    timing,
+)
 from vllm_qoq.bench import cli as bench_cli
 from vllm_qoq.bench.attempts import Attempts
 from vllm_qoq.bench.cases import KERNELS, OURS, PEERS, SHAPES, TIMED_TOKENS, Case
@@ -57,7 +67,7 @@ def run(monkeypatch, capfd):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     monkeypatch.setattr(ops, "has_kernels", lambda device: True)
     monkeypatch.setattr(measure, "measure", lambda model, tokens, kernels, quiet: made_up(kernels))
-    monkeypatch.setattr(bench_cli, "stdout_for", lambda file: contextlib.nullcontext(sys.stdout))
+    monkeypatch.setattr(command, "stdout_for", lambda file: contextlib.nullcontext(sys.stdout))
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["vllm-qoq", "bench", "gemm", *map(str, arguments)])
@@ -207,12 +217,12 @@ def test_bad_arguments_name_the_value(run, arguments, message):
 
 def test_tokens_and_kernels_are_put_in_order():
     assert bench_cli.tokens("64,1,64") == (1, 64)
-    assert bench_cli.kernels("humming-g128,qoq-g128") == ("qoq-g128", "humming-g128")
+    assert command.kernels_of(KERNELS)("humming-g128,qoq-g128") == ("qoq-g128", "humming-g128")
 
 
 def test_what_is_missing_is_said_before_work_begins(run, tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "measure", None)
-    monkeypatch.setattr(bench_cli, "find_spec", lambda name: None)
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
     code, _, stderr = run("-o", tmp_path / "out")
     assert code == 2 and "pip install matplotlib" in stderr
     code, _, stderr = run("-o", tmp_path / "no" / "out")

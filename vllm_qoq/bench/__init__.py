@@ -9,7 +9,9 @@
     roofline     the floor that no kernel undercuts
     result       what was measured, and what follows from it
     report, plot gemm.json, gemm.md and gemm.png
-    progress, cli what the user sees
+    progress, command, cli  what the user sees
+
+`bench attention` has attention_cases, _kernels, _measure, _result, _report and _plot of its own.
 
 Only `peers` imports vLLM, and only inside functions.
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from typing import TypeVar
 
 import torch
@@ -13,14 +13,15 @@ from vllm_qoq.bench.progress import say
 from vllm_qoq.bench.result import LeftOut
 
 _T = TypeVar("_T")
-_EVERYWHERE = "everywhere"
+EVERYWHERE = "everywhere"
 _LONGEST_REASON = 200
 
 
 class Attempts:
     """Keeps what was left out. A reason is printed the first time, on stderr."""
 
-    def __init__(self) -> None:
+    def __init__(self, ours: Container[str] = OURS, kernels: Iterable[str] = KERNELS) -> None:
+        self._ours, self._kernels = ours, tuple(kernels)
         self.left_out: list[LeftOut] = []
         self.absent: set[str] = set()  # not installed
 
@@ -29,11 +30,11 @@ class Attempts:
         try:
             return work()
         except Exception as error:
-            if kernel in OURS:
+            if kernel in self._ours:
                 raise
             if isinstance(error, ImportError):
                 self.absent.add(kernel)
-                where = _EVERYWHERE
+                where = EVERYWHERE
             found = LeftOut(kernel, where, _reason(error))
         # The error is gone, and with it the frames that held the GPU's memory.
         if all((one.kernel, one.reason) != (kernel, found.reason) for one in self.left_out):
@@ -42,7 +43,7 @@ class Attempts:
         try:
             torch.cuda.synchronize()
         except RuntimeError as error:
-            others = ",".join(name for name in KERNELS if name != kernel)
+            others = ",".join(name for name in self._kernels if name != kernel)
             raise BenchError(
                 f"{found}. That broke the CUDA context, so nothing can be measured after it; "
                 f"leave the kernel out: --kernels {others}"

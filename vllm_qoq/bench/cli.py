@@ -1,145 +1,164 @@
-"""The command `bench gemm`: arguments, checks, output. Handlers import torch, `--help` does not."""
+"""The commands `bench gemm` and `bench attention`: arguments and checks.
+
+Handlers import torch, `--help` does not.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from collections.abc import Sequence
-from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
-from vllm_qoq.bench import BenchError
-from vllm_qoq.bench.cases import KERNELS, OURS, SHAPES, TIMED_TOKENS
-from vllm_qoq.output import stdout_for
-
-if TYPE_CHECKING:
-    from vllm_qoq.bench.result import Result
-
-_HOPPER = (9, 0)
+from vllm_qoq.bench import BenchError, attention_cases, cases, command
+from vllm_qoq.bench.attention_cases import DECODES, Decode, Heads
 
 
 def add_parser(commands: Any) -> None:
     """Add the command to the result of `ArgumentParser.add_subparsers`."""
     bench = commands.add_parser("bench", help="our kernels beside what vLLM offers")
     benchmarks = bench.add_subparsers(required=True, metavar="BENCHMARK")
+    _add_gemm(benchmarks)
+    _add_attention(benchmarks)
+
+
+def _add_gemm(benchmarks: Any) -> None:
     gemm = benchmarks.add_parser(
         "gemm", help="the W4A8 GEMM beside cuBLAS, CUTLASS, Marlin, Machete and humming"
     )
     gemm.add_argument(
         "--model",
-        choices=tuple(SHAPES),
+        choices=tuple(cases.SHAPES),
         default="llama-3-8b",
         help="whose layers (default: llama-3-8b)",
     )
     gemm.add_argument(
         "--tokens",
         type=tokens,
-        default=TIMED_TOKENS,
+        default=cases.TIMED_TOKENS,
         metavar="M,...",
-        help=f"numbers of tokens (default: {','.join(map(str, TIMED_TOKENS))})",
+        help=f"numbers of tokens (default: {','.join(map(str, cases.TIMED_TOKENS))})",
     )
-    gemm.add_argument(
-        "--kernels",
-        type=kernels,
-        default=KERNELS,
-        metavar="NAME,...",
-        help=f"of {', '.join(KERNELS)} (default: all)",
-    )
-    gemm.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        metavar="OUT",
-        help="folder for gemm.json, gemm.md and gemm.png",
-    )
-    gemm.add_argument("--overwrite", action="store_true", help="replace OUT once done")
-    gemm.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    gemm.add_argument("-q", "--quiet", action="store_true", help="no progress")
-    gemm.add_argument("--debug", action="store_true", help="show tracebacks")
+    command.add_options(gemm, "gemm", cases.KERNELS)
     gemm.set_defaults(run=_gemm)
+
+
+def _add_attention(benchmarks: Any) -> None:
+    attention = benchmarks.add_parser(
+        "attention",
+        help="decode attention over the quantized KV cache beside FlashAttention 3 and Triton",
+    )
+    attention.add_argument(
+        "--cases",
+        type=decodes,
+        default=DECODES,
+        metavar="BxC,...",
+        help=f"B sequences of C tokens (default: {','.join(map(str, DECODES))})",
+    )
+    heads = Heads()
+    for option, value, text in (
+        ("--heads", heads.query, "query heads"),
+        ("--kv-heads", heads.kv, "KV heads"),
+        ("--head-size", heads.size, "size of a head"),
+        ("--block-size", heads.block_tokens, "tokens of a block of the cache, of every kernel"),
+    ):
+        attention.add_argument(
+            option, type=positive, default=value, metavar="N", help=f"{text} (default: {value})"
+        )
+    command.add_options(attention, "attention", attention_cases.KERNELS)
+    attention.set_defaults(run=_attention)
 
 
 def tokens(text: str) -> tuple[int, ...]:
     """`64,1` -> (1, 64); for `argparse`."""
     parts = text.split(",")
-    if not all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts):
+    if not all(map(_is_positive, parts)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of positive numbers like 1,16")
     return tuple(sorted(set(map(int, parts))))
 
 
-def kernels(text: str) -> tuple[str, ...]:
-    """`cutlass-int8,qoq-g128` -> both, in our order; for `argparse`."""
-    asked = text.split(",")
-    for name in asked:
-        if name not in KERNELS:
-            known = ", ".join(KERNELS)
-            raise argparse.ArgumentTypeError(f"{name!r} is not a kernel; choose from {known}")
-    return tuple(name for name in KERNELS if name in asked)
+def decodes(text: str) -> tuple[Decode, ...]:
+    """`16x1024,1x8192` -> both, as given; for `argparse`."""
+    pairs = [part.split("x") for part in text.split(",")]
+    if not all(len(pair) == 2 and all(map(_is_positive, pair)) for pair in pairs):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of sequences x tokens like 1x8192,64x1024"
+        )
+    return tuple(dict.fromkeys(Decode(int(batch), int(context)) for batch, context in pairs))
+
+
+def positive(text: str) -> int:
+    """For `argparse`."""
+    if not _is_positive(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def _is_positive(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and int(text) > 0
 
 
 def _gemm(args: argparse.Namespace) -> int:
-    if args.output is not None:
-        _check_output(args.output, args.overwrite)
-    with stdout_for(sys.stderr.fileno()) as out:  # vLLM and humming print
-        _check_gpu(args.kernels)
-        from vllm_qoq.bench import report
+    def check() -> None:
+        from vllm_qoq import ops
+
+        has_kernels = partial(ops.has_kernels, "cuda")
+        command.check_gpu(args.kernels, cases.OURS, cases.KERNELS, has_kernels)
+
+    def work() -> command.Finished:
+        from vllm_qoq.bench import plot, report
         from vllm_qoq.bench.measure import measure
         from vllm_qoq.bench.result import to_json
 
         result = measure(args.model, args.tokens, args.kernels, args.quiet or args.json)
-        text = json.dumps(to_json(result)) if args.json else report.markdown(result)
-        print(text, file=out, flush=True)  # first: a full disk should not cost the run
-        if args.output is not None:
-            write(result, args.output, args.overwrite)
-            if not args.json:
-                print(f"wrote {args.output}", file=out)
-    return 0
+        drawn = partial(plot.save, result)
+        return command.Finished(to_json(result), report.markdown(result), drawn)
+
+    return command.run(args, "gemm", check, work)
 
 
-def write(result: Result, output: Path, overwrite: bool) -> None:
-    """gemm.json, gemm.md and gemm.png in the folder `output`, all or none."""
-    from merge_tools.execute import replacing
-    from vllm_qoq.bench import plot, report
-    from vllm_qoq.bench.result import to_json
+def _attention(args: argparse.Namespace) -> int:
+    heads = Heads(args.heads, args.kv_heads, args.head_size, args.block_size)
+    _check_heads(heads, args.kernels)
 
-    with replacing(output, overwrite) as folder:
-        (folder / "gemm.json").write_text(json.dumps(to_json(result), indent=1) + "\n")
-        (folder / "gemm.md").write_text(report.markdown(result))
-        plot.save(result, folder / "gemm.png")
+    def check() -> None:
+        from vllm_qoq import kv_ops
+
+        known = attention_cases.KERNELS
+        command.check_gpu(args.kernels, attention_cases.OURS, known, kv_ops.has_kernels)
+
+    def work() -> command.Finished:
+        from vllm_qoq.bench import attention_plot, attention_report
+        from vllm_qoq.bench.attention_measure import measure
+        from vllm_qoq.bench.attention_result import to_json
+
+        result = measure(heads, args.cases, args.kernels, args.quiet or args.json)
+        drawn = partial(attention_plot.save, result)
+        return command.Finished(to_json(result), attention_report.markdown(result), drawn)
+
+    return command.run(args, "attention", check, work)
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
-    from merge_tools.preflight import check_output
-
-    check_output(output, (), overwrite)
-    if find_spec("matplotlib") is None:
+def _check_heads(heads: Heads, names: tuple[str, ...]) -> None:
+    if heads.query % heads.kv:
         raise BenchError(
-            "matplotlib, which -o draws gemm.png with, is not installed; pip install matplotlib, "
-            "or leave out -o: --json prints all numbers"
+            f"--heads {heads.query} is not a multiple of --kv-heads {heads.kv}; each KV head has "
+            "the same number of query heads"
         )
-
-
-def _check_gpu(names: Sequence[str]) -> None:
-    import torch
-
-    from vllm_qoq import ops
-
-    if not torch.cuda.is_available():
-        raise BenchError(
-            "torch finds no NVIDIA GPU to measure on; `vllm-qoq env` shows what is here"
-        )
-    if not any(name in OURS for name in names):
+    multiple = attention_cases.BLOCK_MULTIPLE
+    if heads.block_tokens % multiple:
+        raise BenchError(f"--block-size {heads.block_tokens} is not a multiple of {multiple}")
+    if not any(name in attention_cases.OURS for name in names):
         return
-    others = ",".join(name for name in KERNELS if name not in OURS)
-    if not ops.has_kernels("cuda"):
+    others = f"--kernels {','.join(attention_cases.PEERS)}"
+    if heads.size not in attention_cases.HEAD_SIZES:
+        sizes = " and ".join(map(str, attention_cases.HEAD_SIZES))
         raise BenchError(
-            "this build has no CUDA kernels; build them from a clone: VLLM_QOQ_CUDA=1 pip install "
-            f"--no-build-isolation . (or measure the peers alone: --kernels {others})"
+            f"our kernels serve heads of {sizes}, not --head-size {heads.size} "
+            f"(measure the peers alone: {others})"
         )
-    if (found := torch.cuda.get_device_capability()) != _HOPPER:
+    if (group := heads.query // heads.kv) > attention_cases.MAX_GROUP:
         raise BenchError(
-            f"our kernels are for Hopper, compute capability 9.0; {torch.cuda.get_device_name()} "
-            f"has {found[0]}.{found[1]} (measure the peers alone: --kernels {others})"
+            f"--heads {heads.query} and --kv-heads {heads.kv} are {group} query heads for a KV "
+            f"head; our kernels serve up to {attention_cases.MAX_GROUP} "
+            f"(measure the peers alone: {others})"
         )

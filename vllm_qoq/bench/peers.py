@@ -5,6 +5,8 @@ What it returns takes M and gives one call per copy, with one input x [M, K] for
 bfloat16 [M, N]. Scales are random, too: times do not depend on them. Quantizing x is not timed.
 
 A peer that is not installed raises ImportError, one that refuses a shape whatever it likes.
+
+Below are vLLM's functions for `attention_kernels`, too: this is the one file that imports vLLM.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 
 from vllm_qoq import ops, w4a8_layout
 from vllm_qoq.bench import humming_peer
+from vllm_qoq.bench.attention_cases import Decode, Heads
 from vllm_qoq.bench.timing import Call
 
 Calls = Callable[[int], list[Call]]
@@ -27,6 +30,11 @@ Calls = Callable[[int], list[Call]]
 _BYTES = 300e6
 _FEWEST_COPIES, _MOST_COPIES = 2, 24
 _GROUP_SIZE = 128
+
+# vLLM's bound of FlashAttention 3's divisions of a sequence, in CUDA graphs.
+_SPLITS = 32
+# Its Triton attention divides a sequence by 16 where fewer programs would run than these.
+_TRITON_GRID, _TRITON_SEGMENTS = 128, 16
 
 
 def copies(weight_bytes: float) -> int:
@@ -158,6 +166,142 @@ def humming(n: int, k: int, group_size: int) -> Calls:
         return [partial(layer, **rest) for layer in layers]
 
     return calls
+
+
+def flash_attention_3() -> Callable[..., Callable[..., object]]:
+    """vLLM's FlashAttention 3 for decode attention, with what vLLM computes once a step.
+
+    What it returns takes the query [R, Hq, D], key and value [blocks, tokens, H, D], int32 lengths
+    [R] and the output, and gives a call that takes block_table, int32 [R, blocks of a sequence].
+    """
+    from vllm.vllm_flash_attn import (
+        fa_version_unsupported_reason,
+        flash_attn_varlen_func,
+        get_scheduler_metadata,
+        is_fa_version_supported,
+    )
+
+    if not is_fa_version_supported(3):
+        raise RuntimeError(fa_version_unsupported_reason(3))
+
+    def attend(
+        heads: Heads,
+        case: Decode,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        lengths: torch.Tensor,
+        out: torch.Tensor,
+    ) -> Callable[..., object]:
+        starts = torch.arange(case.batch + 1, dtype=torch.int32, device=query.device)
+        limits = {"max_seqlen_q": 1, "max_seqlen_k": case.context}
+        shared = {"cu_seqlens_q": starts, "causal": True, "num_splits": _SPLITS}
+        metadata = get_scheduler_metadata(
+            batch_size=case.batch,
+            num_heads_q=heads.query,
+            num_heads_kv=heads.kv,
+            headdim=heads.size,
+            cache_seqlens=lengths,
+            qkv_dtype=query.dtype,
+            page_size=heads.block_tokens,
+            **limits,
+            **shared,
+        )
+        scales: dict[str, torch.Tensor] = {}
+        if query.dtype != torch.bfloat16:
+            one = torch.ones((), device=query.device).expand(case.batch, heads.kv)
+            scales = dict.fromkeys(("q_descale", "k_descale", "v_descale"), one)
+        return partial(
+            flash_attn_varlen_func,
+            q=query,
+            k=key,
+            v=value,
+            out=out,
+            seqused_k=lengths,
+            softmax_scale=heads.size**-0.5,
+            scheduler_metadata=metadata,
+            fa_version=3,
+            **limits,
+            **shared,
+            **scales,
+        )
+
+    return attend
+
+
+def reshape_and_cache() -> Callable[..., object]:
+    """vLLM's write of K and V for FlashAttention."""
+    from vllm import _custom_ops as vllm_ops
+
+    return vllm_ops.reshape_and_cache_flash
+
+
+def int4_attention(heads: Heads) -> Callable[..., Callable[..., object]]:
+    """vLLM's Triton attention over kv_cache_dtype int4_per_token_head, for decode.
+
+    What it returns takes the query [R, Hq, D], the bytes of K and V [blocks, tokens, H, D / 2 + 4],
+    their scales [blocks, tokens, H], int32 lengths [R] and the output, and gives a call that takes
+    block_table.
+    """
+    from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+    from vllm.v1.kv_cache_interface import KVQuantMode
+
+    # As vLLM's backend: few sequences are divided into segments, whose results are here.
+    divided = max(1, _TRITON_GRID // heads.kv)
+    segments = (divided, heads.query, _TRITON_SEGMENTS)
+    padded = 1 << (heads.size - 1).bit_length()
+    segment_output = torch.empty((*segments, padded), dtype=torch.float32, device="cuda")
+    largest, sums = torch.empty((2, *segments), dtype=torch.float32, device="cuda")
+
+    def attend(
+        case: Decode,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        k_scale: torch.Tensor,
+        v_scale: torch.Tensor,
+        lengths: torch.Tensor,
+        out: torch.Tensor,
+    ) -> Callable[..., object]:
+        return partial(
+            unified_attention,
+            q=query,
+            k=key,
+            v=value,
+            out=out,
+            cu_seqlens_q=torch.arange(case.batch + 1, dtype=torch.int32, device=query.device),
+            max_seqlen_q=1,
+            seqused_k=lengths,
+            max_seqlen_k=case.context,
+            softmax_scale=heads.size**-0.5,
+            causal=True,
+            window_size=(-1, -1),
+            softcap=0,
+            q_descale=None,
+            k_descale=None,
+            v_descale=None,
+            seq_threshold_3D=divided,
+            num_par_softmax_segments=_TRITON_SEGMENTS,
+            softmax_segm_output=segment_output,
+            softmax_segm_max=largest,
+            softmax_segm_expsum=sums,
+            kv_quant_mode=KVQuantMode.INT4_PER_TOKEN_HEAD,
+            k_scale_cache=k_scale,
+            v_scale_cache=v_scale,
+        )
+
+    return attend
+
+
+def int4_reshape_and_cache() -> Callable[..., object]:
+    """vLLM's write of K and V for `int4_attention`."""
+    from vllm.v1.attention.ops.triton_reshape_and_cache_flash import (
+        triton_reshape_and_cache_flash_per_token_head_quant,
+    )
+    from vllm.v1.kv_cache_interface import KVQuantMode
+
+    mode = KVQuantMode.INT4_PER_TOKEN_HEAD
+    return partial(triton_reshape_and_cache_flash_per_token_head_quant, kv_quant_mode=mode)
 
 
 def _scale(*shape: int) -> torch.Tensor:

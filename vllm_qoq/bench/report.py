@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from vllm_qoq.bench.cases import KERNELS, OURS, Case
-from vllm_qoq.bench.result import SUBJECT, Result, speedups
+from vllm_qoq.bench.result import SUBJECT, LeftOut, Result, speedups
 from vllm_qoq.bench.roofline import INT8_RATE, bytes_moved, operations
 
 MISSING = "-"
@@ -13,18 +14,18 @@ MISSING = "-"
 
 def markdown(result: Result) -> str:
     """The whole of gemm.md: how it was measured, a table per layer, the summary."""
-    return "\n".join((*_head(result), *_layers(result), *_summary(result), *_left_out(result)))
+    return "\n".join(
+        (*_head(result), *_layers(result), *_summary(result), *left_out(result.left_out))
+    )
 
 
 def command(result: Result) -> str:
     """What measures the same again."""
-    line = f"vllm-qoq bench gemm --model {result.model} --tokens {_commas(result.tokens)}"
-    return line if result.kernels == KERNELS else f"{line} --kernels {_commas(result.kernels)}"
+    line = f"vllm-qoq bench gemm --model {result.model} --tokens {commas(result.tokens)}"
+    return line if result.kernels == KERNELS else f"{line} --kernels {commas(result.kernels)}"
 
 
 def _head(result: Result) -> Iterator[str]:
-    packages = result.environment["packages"]
-    versions = ", ".join(f"{name} {packages[name]}" for name in packages if packages[name])
     yield f"# W4A8 GEMM, {result.model}, {result.device}\n"
     yield f"    {command(result)}\n"
     yield (
@@ -35,7 +36,14 @@ def _head(result: Result) -> Iterator[str]:
         f"{INT8_RATE / 1e12:.0f} TOPS, the int8 rate\nmeasured on an H200 "
         "(wgmma u8.s8, random operands), not in this run.\n"
     )
-    yield f"{versions}, CUDA {result.environment['cuda']}.\n"
+    yield versions(result.environment)
+
+
+def versions(environment: Mapping[str, Any]) -> str:
+    """The line that names the packages which a run used."""
+    packages = environment["packages"]
+    named = ", ".join(f"{name} {packages[name]}" for name in packages if packages[name])
+    return f"{named}, CUDA {environment['cuda']}.\n"
 
 
 def _layers(result: Result) -> Iterator[str]:
@@ -49,7 +57,7 @@ def _layers(result: Result) -> Iterator[str]:
         for name in result.kernels:
             if name in OURS:
                 lines += _ours(result, name, cases)
-        yield _table(["microseconds at M =", *map(str, result.tokens)], lines)
+        yield table(["microseconds at M =", *map(str, result.tokens)], lines)
 
 
 def _ours(result: Result, name: str, cases: Sequence[Case]) -> Iterator[list[str]]:
@@ -58,25 +66,25 @@ def _ours(result: Result, name: str, cases: Sequence[Case]) -> Iterator[list[str
     moved = [t and bytes_moved(case, OURS[name]) / t / 1e12 for case, t in pairs]
     done = [t and operations(case) / t / 1e12 for case, t in pairs]
     shares = [result.share_of_floor(name, case) for case in cases]
-    yield [f"{name}, TB/s", *(_text(value, ".2f") for value in moved)]
-    yield [f"{name}, TOPS", *(_text(value, ".0f") for value in done)]
-    yield [f"{name}, share of the floor", *(_text(value, ".0%") for value in shares)]
+    yield [f"{name}, TB/s", *(number(value, ".2f") for value in moved)]
+    yield [f"{name}, TOPS", *(number(value, ".0f") for value in done)]
+    yield [f"{name}, share of the floor", *(number(value, ".0%") for value in shares)]
 
 
 def _summary(result: Result) -> Iterator[str]:
     yield f"## {SUBJECT} against its peers\n"
     yield "Time of the peer / time of ours, geometric mean of the layers; above 1 ours is faster.\n"
     rows = [
-        [label, *(_text(value, ".2f") for value in values)]
+        [label, *(number(value, ".2f") for value in values)]
         for label, values in speedups(result).items()
     ]
-    yield _table(["at M =", *map(str, result.tokens)], rows)
+    yield table(["at M =", *map(str, result.tokens)], rows)
 
 
-def _left_out(result: Result) -> Iterator[str]:
+def left_out(missing: Iterable[LeftOut]) -> Iterator[str]:
     """One line a kernel and reason."""
     places: dict[tuple[str, str], list[str]] = {}
-    for one in result.left_out:
+    for one in missing:
         places.setdefault((one.kernel, one.reason), []).append(one.where)
     if places:
         yield "Left out:\n"
@@ -86,14 +94,16 @@ def _left_out(result: Result) -> Iterator[str]:
 
 def _microseconds(result: Result, kernel: str, case: Case) -> str:
     measured = result.seconds[case].get(kernel)
-    return _text(measured and 1e6 * measured, ".1f")
+    return number(measured and 1e6 * measured, ".1f")
 
 
-def _text(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
+    """The number, or a dash for a missing one."""
     return MISSING if value is None else format(value, form)
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """All columns but the first to the right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = (
@@ -103,5 +113,6 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {line} |" for line in lines) + "\n"
 
 
-def _commas(values: Sequence[object]) -> str:
+def commas(values: Sequence[object]) -> str:
+    """For the command line."""
     return ",".join(map(str, values))

@@ -1,0 +1,173 @@
+"""Every decode attention that can be measured: heads and a number of blocks to its calls.
+
+A preparation makes one cache of random numbers in the kernel's own layout. Its `decode` gives the
+calls of a case, each with a block table of its own: random blocks, which no other of the calls
+reads. Its `write` gives calls that put new tokens into random places of the cache. What a call
+takes besides is shared. The query is bfloat16, quantized beforehand where a kernel wants that.
+
+A peer that is not installed raises ImportError, one that refuses a case whatever it likes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from vllm_qoq import kv_layout, kv_ops
+from vllm_qoq.bench import attention_cases, peers
+from vllm_qoq.bench.attention_cases import WRITTEN_TOKENS, Decode, Heads
+from vllm_qoq.bench.timing import Call
+
+_WRITES = 48
+
+
+class Kernel(NamedTuple):
+    """A kernel with its cache."""
+
+    decode: Callable[[Decode], list[Call]]
+    write: Callable[[], list[Call]]
+
+
+class Inputs(NamedTuple):
+    """What the calls of a case share."""
+
+    query: torch.Tensor  # bfloat16 [R, Hq, D]
+    lengths: torch.Tensor  # int32 [R]
+    out: torch.Tensor  # bfloat16 [R, Hq, D], NaN until a call writes it
+
+
+def qoq(heads: Heads, blocks: int, name: str, bits: int) -> Kernel:
+    """Our kernels, qoq::kv_decode and qoq::kv_write, without the rotation of K."""
+    page_bytes = heads.block_tokens * kv_layout.slot_bytes(heads.size, bits)
+    pages = _bytes(blocks, heads.kv, page_bytes)
+    # Scales that make numbers of about 1, and zeros in the middle of the codes.
+    levels = 2**bits - 1
+    numbers = pages[..., -8 * heads.block_tokens :].view(torch.float16).unflatten(-1, (-1, 2))
+    numbers[..., 0].uniform_(2 / levels, 6 / levels)
+    numbers[..., 1].uniform_(0.3 * levels, 0.7 * levels)
+
+    def decode(case: Decode) -> list[Call]:
+        given = _inputs(heads, case)
+        workspace = kv_ops.workspace(given.query.device, heads.query // heads.kv, heads.size)
+        rest = (given.lengths, heads.size**-0.5, bits, 0, False, given.out, workspace)
+        return [
+            partial(_then, given.out, kv_ops.kv_decode, given.query, pages, table, *rest)
+            for table in _tables(heads, case, blocks, name)
+        ]
+
+    def write() -> list[Call]:
+        key, value = _new_tokens(heads)
+        return [
+            partial(_then, key, kv_ops.kv_write, key, value, slots, bits, False, pages)
+            for slots in _slots(heads, blocks)
+        ]
+
+    return Kernel(decode, write)
+
+
+def fa3(heads: Heads, blocks: int, name: str, is_fp8: bool) -> Kernel:
+    """vLLM's FlashAttention 3, K and V in one block beside each other, as vLLM lays them out."""
+    attend, store = peers.flash_attention_3(), peers.reshape_and_cache()
+    # [blocks, tokens, H, 2 * D]; cut in the middle into K and V.
+    shape = blocks, heads.block_tokens, heads.kv, 2 * heads.size
+    if is_fp8:
+        cache = _bytes(*shape).bitwise_and_(0xBF)  # numbers of less than 2, and no NaN
+        numbers = cache.view(torch.float8_e4m3fn)
+    else:
+        cache = numbers = torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_()
+
+    def decode(case: Decode) -> list[Call]:
+        given = _inputs(heads, case)
+        query = given.query.to(numbers.dtype)
+        call = attend(heads, case, query, *numbers.split(heads.size, -1), given.lengths, given.out)
+        tables = _tables(heads, case, blocks, name)
+        return [partial(_then, given.out, call, block_table=table) for table in tables]
+
+    def write() -> list[Call]:
+        key, value = _new_tokens(heads)
+        one = torch.ones((), device="cuda")
+        parts, rest = cache.split(heads.size, -1), ("fp8" if is_fp8 else "auto", one, one)
+        return [
+            partial(_then, key, store, key, value, *parts, slots, *rest)
+            for slots in _slots(heads, blocks)
+        ]
+
+    return Kernel(decode, write)
+
+
+def triton_int4(heads: Heads, blocks: int, name: str) -> Kernel:
+    """vLLM's kv_cache_dtype int4_per_token_head; it rotates the query and the output back."""
+    attend, store = peers.int4_attention(heads), peers.int4_reshape_and_cache()
+    # [blocks, tokens, H, 2 * (D / 2 + 4)]: of K and then of V, codes and a float32 scale, whose
+    # low bits are the zero.
+    half = heads.size // 2 + 4
+    cache = _bytes(blocks, heads.block_tokens, heads.kv, 2 * half)
+    words = cache.view(torch.float32)
+    k_scale, v_scale = words[..., half // 4 - 1], words[..., half // 2 - 1]
+    for scale in (k_scale, v_scale):
+        scale.uniform_(0.02, 0.06)
+    parts = cache.split(half, -1)
+
+    def decode(case: Decode) -> list[Call]:
+        given = _inputs(heads, case)
+        call = attend(case, given.query, *parts, k_scale, v_scale, given.lengths, given.out)
+        tables = _tables(heads, case, blocks, name)
+        return [partial(_then, given.out, call, block_table=table) for table in tables]
+
+    def write() -> list[Call]:
+        key, value = _new_tokens(heads)
+        return [
+            partial(_then, key, store, key, value, *parts, k_scale, v_scale, slots)
+            for slots in _slots(heads, blocks)
+        ]
+
+    return Kernel(decode, write)
+
+
+def _then(result: torch.Tensor, work: Callable[..., object], *args: Any, **named: Any) -> Any:
+    """`work` writes its result elsewhere; a call returns one."""
+    work(*args, **named)
+    return result
+
+
+def _inputs(heads: Heads, case: Decode) -> Inputs:
+    shape = case.batch, heads.query, heads.size
+    query = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+    lengths = torch.full((case.batch,), case.context, dtype=torch.int32, device="cuda")
+    return Inputs(query, lengths, torch.full_like(query, torch.nan))
+
+
+def _tables(heads: Heads, case: Decode, blocks: int, name: str) -> list[torch.Tensor]:
+    """Block tables int32 [R, blocks of a sequence], all of different blocks."""
+    used, turns = attention_cases.blocks(heads, case), attention_cases.turns(name, heads, case)
+    order = torch.randperm(blocks, device="cuda")[: used * turns].int()
+    return list(order.view(turns, case.batch, -1))
+
+
+def _new_tokens(heads: Heads) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = 2, WRITTEN_TOKENS, heads.kv, heads.size
+    key, value = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+    return key, value
+
+
+def _slots(heads: Heads, blocks: int) -> list[torch.Tensor]:
+    """Random places, int64 [T], for each of some calls."""
+    places = blocks * heads.block_tokens
+    return [torch.randperm(places, device="cuda")[:WRITTEN_TOKENS] for _ in range(_WRITES)]
+
+
+def _bytes(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
+
+
+# In the order of attention_cases.KERNELS.
+PREPARE: dict[str, Callable[[Heads, int], Kernel]] = {
+    "qoq-kv4": partial(qoq, name="qoq-kv4", bits=4),
+    "qoq-kv8": partial(qoq, name="qoq-kv8", bits=8),
+    "fa3-bf16": partial(fa3, name="fa3-bf16", is_fp8=False),
+    "fa3-fp8": partial(fa3, name="fa3-fp8", is_fp8=True),
+    "triton-int4": partial(triton_int4, name="triton-int4"),
+}

@@ -1,0 +1,128 @@
+"""What the benchmarks' commands share: options, checks before work begins, output."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from vllm_qoq.bench import BenchError
+from vllm_qoq.output import stdout_for
+
+_HOPPER = (9, 0)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run: its document for --json, its report, and what draws its plot into a file."""
+
+    document: dict[str, Any]
+    report: str
+    plot: Callable[[Path], None]
+
+
+def add_options(parser: argparse.ArgumentParser, name: str, known: Iterable[str]) -> None:
+    """The options that every benchmark has; NAME.json, NAME.md and NAME.png are its files."""
+    known = tuple(known)
+    parser.add_argument(
+        "--kernels",
+        type=kernels_of(known),
+        default=known,
+        metavar="NAME,...",
+        help=f"of {', '.join(known)} (default: all)",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="OUT",
+        help=f"folder for {name}.json, {name}.md and {name}.png",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT once done")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def kernels_of(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+    """`second,first` -> both, in the order of `known`; for `argparse`."""
+
+    def kernels(text: str) -> tuple[str, ...]:
+        asked = text.split(",")
+        for name in asked:
+            if name not in known:
+                names = ", ".join(known)
+                raise argparse.ArgumentTypeError(f"{name!r} is not a kernel; choose from {names}")
+        return tuple(name for name in known if name in asked)
+
+    return kernels
+
+
+def run(args: argparse.Namespace, name: str, check: Callable[[], None], work: Any) -> int:
+    """Check the output and the GPU, `work() -> Finished`, print and write. The exit code."""
+    if args.output is not None:
+        _check_output(args.output, args.overwrite, name)
+    with stdout_for(sys.stderr.fileno()) as out:  # vLLM and humming print
+        check()
+        finished: Finished = work()
+        text = json.dumps(finished.document) if args.json else finished.report
+        print(text, file=out, flush=True)  # first: a full disk should not cost the run
+        if args.output is not None:
+            _write(finished, name, args.output, args.overwrite)
+            if not args.json:
+                print(f"wrote {args.output}", file=out)
+    return 0
+
+
+def check_gpu(
+    names: Iterable[str],
+    ours: Container[str],
+    known: Iterable[str],
+    has_kernels: Callable[[], bool],
+) -> None:
+    """Whether there is a GPU, and our kernels if they are among `names`."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise BenchError(
+            "torch finds no NVIDIA GPU to measure on; `vllm-qoq env` shows what is here"
+        )
+    if not any(name in ours for name in names):
+        return
+    others = ",".join(name for name in known if name not in ours)
+    if not has_kernels():
+        raise BenchError(
+            "this build has no CUDA kernels; build them from a clone: VLLM_QOQ_CUDA=1 pip install "
+            f"--no-build-isolation . (or measure the peers alone: --kernels {others})"
+        )
+    if (found := torch.cuda.get_device_capability()) != _HOPPER:
+        raise BenchError(
+            f"our kernels are for Hopper, compute capability 9.0; {torch.cuda.get_device_name()} "
+            f"has {found[0]}.{found[1]} (measure the peers alone: --kernels {others})"
+        )
+
+
+def _write(finished: Finished, name: str, output: Path, overwrite: bool) -> None:
+    """The three files in the folder `output`, all or none."""
+    from merge_tools.execute import replacing
+
+    with replacing(output, overwrite) as folder:
+        (folder / f"{name}.json").write_text(json.dumps(finished.document, indent=1) + "\n")
+        (folder / f"{name}.md").write_text(finished.report)
+        finished.plot(folder / f"{name}.png")
+
+
+def _check_output(output: Path, overwrite: bool, name: str) -> None:
+    from merge_tools.preflight import check_output
+
+    check_output(output, (), overwrite)
+    if find_spec("matplotlib") is None:
+        raise BenchError(
+            f"matplotlib, which -o draws {name}.png with, is not installed; pip install "
+            "matplotlib, or leave out -o: --json prints all numbers"
+        )
