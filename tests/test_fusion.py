@@ -14,6 +14,13 @@ EPSILON = 1e-5
 K = 64
 
 
+@pytest.fixture(autouse=True)
+def norms_as_in_a_compiled_model():
+    """An engine on a CPU, which does not compile, switches vLLM's ops for norms off."""
+    with ir.enable_torch_wrap(True):
+        yield
+
+
 class Recorded(CustomGraphPass):
     """Runs a pass and remembers the ops of ours that the graph has afterwards."""
 

@@ -111,7 +111,8 @@ def test_streaming_gives_the_same_text(server):
     prompt = "import sys\n\ndef main("
     stream = server.complete(prompt, stream=True, max_tokens=16)
     events = [line.removeprefix("data: ") for line in stream.splitlines() if line]
-    assert events[-1] == "[DONE]" and len(events) > 10
+    # vLLM puts tokens together that were made before the connection took those ahead of them.
+    assert events[-1] == "[DONE]" and len(events) > 4
     pieces = [json.loads(event)["choices"][0]["text"] for event in events[:-1]]
     assert "".join(pieces) == server.text(prompt, max_tokens=16)
 
