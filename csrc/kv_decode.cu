@@ -106,15 +106,9 @@ void kv_decode(const Tensor& q, const Tensor& cache, const Tensor& block_table,
   if (hadamard) params.scale_log2 /= std::sqrt(static_cast<float>(head_size));
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
-  if (head_size == 128 && bits == 4) {
-    dispatch_group<128, 4>(params, workspace, device, stream);
-  } else if (head_size == 128) {
-    dispatch_group<128, 8>(params, workspace, device, stream);
-  } else if (bits == 4) {
-    dispatch_group<64, 4>(params, workspace, device, stream);
-  } else {
-    dispatch_group<64, 8>(params, workspace, device, stream);
-  }
+  dispatch_page(head_size, bits, [&]<class P>() {
+    dispatch_group<P::kHeadSize, P::kBits>(params, workspace, device, stream);
+  });
 }
 
 }  // namespace qoq

@@ -73,15 +73,7 @@ void kv_dequantize(const Tensor& cache, const Tensor& block_table, const Tensor&
   };
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
-  if (head_size == 128 && bits == 4) {
-    launch_dequantize<Page<128, 4>>(params, stream);
-  } else if (head_size == 128) {
-    launch_dequantize<Page<128, 8>>(params, stream);
-  } else if (bits == 4) {
-    launch_dequantize<Page<64, 4>>(params, stream);
-  } else {
-    launch_dequantize<Page<64, 8>>(params, stream);
-  }
+  dispatch_page(head_size, bits, [&]<class P>() { launch_dequantize<P>(params, stream); });
 }
 
 }  // namespace qoq

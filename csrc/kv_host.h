@@ -54,6 +54,20 @@ inline int check_cache(const char* op, const Tensor& cache, int64_t head_size, i
   return static_cast<int>(bytes / token_bytes);
 }
 
+// Calls `function` for the Page of a head size and bits that `check_cache` let pass.
+template <class Function>
+void dispatch_page(int64_t head_size, int64_t bits, const Function& function) {
+  if (head_size == 128 && bits == 4) {
+    function.template operator()<Page<128, 4>>();
+  } else if (head_size == 128) {
+    function.template operator()<Page<128, 8>>();
+  } else if (bits == 4) {
+    function.template operator()<Page<64, 4>>();
+  } else {
+    function.template operator()<Page<64, 8>>();
+  }
+}
+
 // int32 [count]; 4 bytes at a time, so that it may be a slice.
 inline void check_ints(const char* op, const char* name, const Tensor& tensor, int64_t count,
                        int device) {

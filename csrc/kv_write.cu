@@ -63,15 +63,7 @@ void kv_write(const Tensor& key, const Tensor& value, const Tensor& slots, int64
   };
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
-  if (head_size == 128 && bits == 4) {
-    launch_write<Page<128, 4>>(params, stream);
-  } else if (head_size == 128) {
-    launch_write<Page<128, 8>>(params, stream);
-  } else if (bits == 4) {
-    launch_write<Page<64, 4>>(params, stream);
-  } else {
-    launch_write<Page<64, 8>>(params, stream);
-  }
+  dispatch_page(head_size, bits, [&]<class P>() { launch_write<P>(params, stream); });
 }
 
 }  // namespace qoq

@@ -1,6 +1,5 @@
 """`vllm-qoq bench attention` without a GPU: made-up results, refused peers, mistakes of users."""
 
-import contextlib
 import importlib.util
 import json
 import subprocess
@@ -11,9 +10,9 @@ from unittest import mock
 
 import pytest
 import torch
+from bench_units import bench_command, cells
 from torch.overrides import TorchFunctionMode
 
-from vllm_qoq import cli as main_cli
 from vllm_qoq import kv_layout, kv_ops
 from vllm_qoq.bench import (
     BenchError,
@@ -23,7 +22,6 @@ from vllm_qoq.bench import (
     attention_report,
     attention_result,
     cli,
-    command,
     timing,
 )
 from vllm_qoq.bench.attention_cases import (
@@ -79,33 +77,13 @@ def made_up(kernels=KERNELS, cases=(SMALL, LARGE), heads=HEADS, without=()):
 @pytest.fixture
 def run(monkeypatch, capfd):
     """run(ARGUMENTS): exit code, stdout and stderr of the command, on a made-up GPU."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     monkeypatch.setattr(kv_ops, "has_kernels", lambda: True)
 
     def measure(heads, cases, kernels, quiet):
         return made_up(kernels, cases, heads)
 
     monkeypatch.setattr(attention_measure, "measure", measure)
-    monkeypatch.setattr(command, "stdout_for", lambda file: contextlib.nullcontext(sys.stdout))
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["vllm-qoq", "bench", "attention", *map(str, arguments)])
-        try:
-            code = main_cli.main()
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capfd.readouterr()
-
-    return call
-
-
-def cells(text, heading, label):
-    """The cells of a row in the table below a heading."""
-    table = text.split(f"## {heading}")[1].split("\n## ")[0]
-    row = next(line for line in table.splitlines() if line.startswith(f"| {label} "))
-    return [cell.strip() for cell in row.strip("|").split("|")][1:]
+    return bench_command("attention", monkeypatch, capfd)
 
 
 # Bytes

@@ -10,9 +10,10 @@ from unittest import mock
 
 import pytest
 import torch
+from bench_units import bench_command, cells
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vllm_qoq import cli, ops
+from vllm_qoq import ops
 from vllm_qoq.bench import (
     BenchError,
     command,
@@ -62,29 +63,9 @@ def made_up(kernels=KERNELS, tokens=TOKENS, without=()):
 @pytest.fixture
 def run(monkeypatch, capfd):
     """run(ARGUMENTS): exit code, stdout and stderr of `vllm-qoq bench gemm`, on a made-up GPU."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     monkeypatch.setattr(ops, "has_kernels", lambda device: True)
     monkeypatch.setattr(measure, "measure", lambda model, tokens, kernels, quiet: made_up(kernels))
-    monkeypatch.setattr(command, "stdout_for", lambda file: contextlib.nullcontext(sys.stdout))
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["vllm-qoq", "bench", "gemm", *map(str, arguments)])
-        try:
-            code = cli.main()
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capfd.readouterr()
-
-    return call
-
-
-def cells(text, heading, label):
-    """The cells of a row in the table below a heading."""
-    table = text.split(f"## {heading}")[1].split("\n## ")[0]
-    row = next(line for line in table.splitlines() if line.startswith(f"| {label} "))
-    return [cell.strip() for cell in row.strip("|").split("|")][1:]
+    return bench_command("gemm", monkeypatch, capfd)
 
 
 # Results

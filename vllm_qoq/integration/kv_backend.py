@@ -6,13 +6,15 @@ A device adds the implementation: a subclass per bit width with `bits` and `get_
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionImpl,
     AttentionMetadata,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
@@ -74,6 +76,67 @@ class KVMetadataBuilder(AttentionMetadataBuilder[KVMetadata]):
             block_table=common.block_table_tensor,
             slot_mapping=common.slot_mapping,
         )
+
+
+M = TypeVar("M", bound=KVMetadata)
+
+
+class QuantizedKVImpl(AttentionImpl[M], Generic[M]):
+    """The attention of one layer; a device adds `do_kv_cache_update` and `attend`.
+
+    scale           of the scores
+    sliding_window  a token sees itself and the sliding_window - 1 before it; None: all
+    use_hadamard    rotate K, and Q to match
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        *,
+        sliding_window: int | None,
+        bits: int,
+        use_hadamard: bool,
+    ) -> None:
+        self.num_heads, self.head_size, self.num_kv_heads = num_heads, head_size, num_kv_heads
+        self.scale = scale
+        self.sliding_window = sliding_window
+        self.bits, self.use_hadamard = bits, use_hadamard
+        self.kv_cache_dtype = "auto"  # to vLLM an ordinary cache
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: M | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """query [>= T, Hq, D], key and value [>= T, H, D]; writes the T rows of `output`."""
+        if output_scale is not None or output_block_scale is not None:
+            raise ValueError(
+                "the quantized KV cache does not quantize the attention's output; leave "
+                "fuse_attn_quant out of --compilation-config"
+            )
+        return self.attend(query, key, value, kv_cache, attn_metadata, output)
+
+    @abstractmethod
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: M | None,
+        output: torch.Tensor,
+    ) -> torch.Tensor:
+        """`forward` without what only vLLM's interface has; without metadata a profiling run."""
 
 
 class QuantizedKVBackend(AttentionBackend):

@@ -5,31 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from vllm.v1.attention.backend import AttentionImpl
 
 from vllm_qoq import reference_attention
-from vllm_qoq.integration.kv_backend import KVMetadata, QuantizedKVBackend, head_pages
+from vllm_qoq.integration.kv_backend import (
+    KVMetadata,
+    QuantizedKVBackend,
+    QuantizedKVImpl,
+    head_pages,
+)
 
 
-class CPUQuantizedKVImpl(AttentionImpl[KVMetadata]):
+class CPUQuantizedKVImpl(QuantizedKVImpl[KVMetadata]):
     """The attention of one layer; `vllm_qoq.reference_attention` says what it computes."""
-
-    def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int,
-        *,
-        sliding_window: int | None,
-        bits: int,
-        use_hadamard: bool,
-    ) -> None:
-        self.num_heads, self.head_size, self.num_kv_heads = num_heads, head_size, num_kv_heads
-        self.scale = scale
-        self.sliding_window = sliding_window
-        self.bits, self.use_hadamard = bits, use_hadamard
-        self.kv_cache_dtype = "auto"  # to vLLM an ordinary cache
 
     def do_kv_cache_update(
         self,
@@ -43,21 +30,16 @@ class CPUQuantizedKVImpl(AttentionImpl[KVMetadata]):
         pages = head_pages(kv_cache)
         reference_attention.update(pages, key, value, slot_mapping, self.bits, self.use_hadamard)
 
-    def forward(
+    def attend(
         self,
-        layer: torch.nn.Module,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
         attn_metadata: KVMetadata | None,
         output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """query [>= T, Hq, D], key and value [>= T, H, D]; writes the T rows of `output`."""
-        if output_scale is not None or output_block_scale is not None:
-            raise NotImplementedError("attention that quantizes its output")
+        """`forward` without what only vLLM's interface has."""
         if attn_metadata is None:  # a profiling run has no cache yet
             return output.zero_()
         num_tokens = attn_metadata.num_actual_tokens

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import torch
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
-    AttentionImpl,
     CommonAttentionMetadata,
 )
 from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
@@ -24,6 +23,7 @@ from vllm_qoq.integration.kv_backend import (
     KVMetadata,
     KVMetadataBuilder,
     QuantizedKVBackend,
+    QuantizedKVImpl,
     head_pages,
 )
 from vllm_qoq.integration.kv_prefill import (
@@ -95,27 +95,12 @@ class CUDAKVMetadataBuilder(KVMetadataBuilder):
         )
 
 
-class CUDAQuantizedKVImpl(AttentionImpl[CUDAKVMetadata]):
+class CUDAQuantizedKVImpl(QuantizedKVImpl[CUDAKVMetadata]):
     """The attention of one layer; `vllm_qoq.reference_attention` says what it computes."""
 
-    def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int,
-        *,
-        sliding_window: int | None,
-        bits: int,
-        use_hadamard: bool,
-        max_new_tokens: int,
-    ) -> None:
-        self.num_heads, self.head_size, self.num_kv_heads = num_heads, head_size, num_kv_heads
-        self.scale = scale
-        self.sliding_window = sliding_window
-        self.bits, self.use_hadamard = bits, use_hadamard
-        self.kv_cache_dtype = "auto"  # to vLLM an ordinary cache
-        self._buffer_rows = buffer_rows(sliding_window, max_new_tokens)
+    def __init__(self, *sizes: Any, max_new_tokens: int, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self._buffer_rows = buffer_rows(self.sliding_window, max_new_tokens)
         self._flash_version = get_flash_attn_version()
 
     def do_kv_cache_update(
@@ -130,21 +115,16 @@ class CUDAQuantizedKVImpl(AttentionImpl[CUDAKVMetadata]):
         pages = head_pages(kv_cache)
         kv_ops.kv_write(key, value, slot_mapping, self.bits, self.use_hadamard, pages)
 
-    def forward(
+    def attend(
         self,
-        layer: torch.nn.Module,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
         attn_metadata: CUDAKVMetadata | None,
         output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """query [>= T, Hq, D], key and value [>= T, H, D]; writes the T rows of `output`."""
-        if output_scale is not None or output_block_scale is not None:
-            raise NotImplementedError("attention that quantizes its output")
+        """`forward` without what only vLLM's interface has."""
         out = output.view(-1, self.num_heads, self.head_size)
         if attn_metadata is None:
             # A profiling run has no cache yet, but shall see the memory that we take.
