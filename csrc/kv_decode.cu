@@ -31,7 +31,7 @@ void launch_decode(Params& p, const Tensor& workspace, int device, cudaStream_t 
                                     cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     A::shared_bytes(kMaxGroup)));
   });
-  lay_out<A>(p);
+  lay_out<A>(p, blocks);
   launch(kv_decode_kernel<A>, blocks, kThreads, A::shared_bytes(p.group), stream, p);
 }
 
@@ -69,6 +69,9 @@ void kv_decode(const Tensor& q, const Tensor& cache, const Tensor& block_table,
   const int64_t max_tokens = block_table.size(1) * page_tokens;
   const int64_t tiles = sequences * kv_heads * (max_tokens / kTileTokens + 1);
   const bool is_divisible = max_tokens / kTokenMultiple * page_tokens / kTokenMultiple < 1 << 30;
+  const int64_t block_bytes = kv_heads * cache.stride(1);
+  STD_TORCH_CHECK(block_bytes < int64_t{1} << 31, kOp, ": ", kv_heads, " KV heads, ",
+                  cache.stride(1), " bytes apart, are too far apart");
   STD_TORCH_CHECK(max_tokens < 1 << 30 && tiles < 1 << 30 && is_divisible, kOp, ": ", sequences,
                   " sequences of up to ", max_tokens, " tokens are too many");
   STD_TORCH_CHECK(workspace.scalar_type() == ScalarType::Int && workspace.is_contiguous() &&
@@ -90,7 +93,7 @@ void kv_decode(const Tensor& q, const Tensor& cache, const Tensor& block_table,
       .out_stride = out.stride(0),
       .out_head_stride = out.stride(1),
       .block_stride = cache.stride(0),
-      .head_stride = cache.stride(1),
+      .head_stride = static_cast<int>(cache.stride(1)),
       .table_stride = block_table.stride(0),
       .sequences = static_cast<int>(sequences),
       .kv_heads = static_cast<int>(kv_heads),

@@ -14,11 +14,12 @@ constexpr int kTileSteps = kTileTokens / 16;
 constexpr int kMostCopies = 8;   // of a tile: of four parts of two pages
 constexpr int kHeadsOfTile = 8;  // query heads: the n of the mma
 constexpr int kMaxGroup = 16;    // query heads of a KV head
-constexpr int kWarps = 4;
+constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
-// Two for every warp: with fewer, a block costs more than what it does.
-constexpr int kMinTilesOfBlock = 2 * kWarps;
 constexpr int kMaxBlocks = 1024;  // and as many counters at the beginning of the workspace
+// A small block table is fetched into the L2 beforehand; rows of a large one are mostly unused.
+constexpr int kLineInts = 32;
+constexpr int kMostLines = 1024;
 // Partial sums carry their two numbers, the maximum and the sum of weights, behind the channels.
 constexpr int kPartialPadding = 4;
 
@@ -27,7 +28,7 @@ template <int kHeadSizeValue, int kBitsValue, int kHeadTilesValue>
 struct Attention : Page<kHeadSizeValue, kBitsValue> {
   using Base = Page<kHeadSizeValue, kBitsValue>;
   static constexpr int kHeadTiles = kHeadTilesValue;  // of kHeadsOfTile query heads
-  static constexpr int kResident = Base::kBits == 4 && kHeadTiles == 1 ? 4 : 2;
+  static constexpr int kResident = Base::kBits == 4 && kHeadTiles == 1 ? 2 : 1;
   static constexpr int kStages = Base::kHeadSize == 64 ? 4 : 2;  // of a warp's ring
   static constexpr int kStageBytes = kTileTokens * Base::kTokenBytes;
   static constexpr int kRingBytes = kWarps * kStages * kStageBytes;
@@ -53,9 +54,11 @@ struct Attention : Page<kHeadSizeValue, kBitsValue> {
   // levels, it stays below 65504, and small weights keep more bits.
   static constexpr int kWeightExponent = Base::kBits == 4 ? 2 : 6;
 
+  static constexpr int kEndsBytes = 64;
+
   static constexpr int shared_bytes(int group) {
     const int heads = group < kHeadsOfTile ? group : kHeadsOfTile;
-    return 128 + kRingBytes + kBarrierBytes + 16 + kWarps * heads * kPartial * 4;
+    return 128 + kRingBytes + kBarrierBytes + kEndsBytes + kWarps * heads * kPartial * 4;
   }
 };
 
@@ -75,11 +78,14 @@ struct Params {
   int32_t* counters;
   float* partials;                                               // [blocks, 2, group, kPartial]
   int64_t q_stride, q_head_stride, out_stride, out_head_stride;  // in elements
-  int64_t block_stride, head_stride;                             // of the cache, in bytes
-  int64_t table_stride;
+  int64_t block_stride;                                          // of the cache, in bytes
+  int head_stride;                                               // the same
+  int64_t table_stride;                                          // in elements
   int sequences, kv_heads, group;
+  int row_lines;                // of the block table, if it is fetched beforehand; otherwise 0
   int page_tokens, max_tokens;  // of a sequence: what the block table has room for
   uint32_t inverse_page;        // 2^31 / (page_tokens / 16), rounded up
+  uint32_t inverse_blocks;      // 2^32 / the blocks of the launch, rounded up
   int window;                   // the last tokens that are seen; 0: all
   float scale_log2;             // softmax scale * log2(e), and what a rotation leaves out
   bool is_bfloat16, is_rotated;
@@ -90,9 +96,12 @@ struct Params {
   int v_offset, k_scale_offset, v_scale_offset, step_bytes, scale_step_bytes;
 };
 
-// The part of Params that follows from `page_tokens`.
+// The part of Params that follows from `page_tokens`, `max_tokens` and the blocks of the launch.
 template <class A>
-void lay_out(Params& p) {
+void lay_out(Params& p, int blocks) {
+  const int row_lines = divide_up(p.max_tokens / p.page_tokens, kLineInts);
+  p.row_lines = p.sequences <= kMostLines / row_lines ? row_lines : 0;
+  p.inverse_blocks = static_cast<uint32_t>(((uint64_t{1} << 32) + blocks - 1) / blocks);
   const int unit = p.page_tokens % kTileTokens == 0 ? kTileTokens : kTokenMultiple;
   // floor(n / d) is n * ceil(2^31 / d) >> 31 while n d < 2^31.
   const uint32_t d = p.page_tokens / kTokenMultiple;

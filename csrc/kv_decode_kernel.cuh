@@ -2,7 +2,7 @@
 //
 // The tiles of all sequences and KV heads are cut into as many equal ranges as there are blocks,
 // from the lengths on the device: so a graph stays right when they change. Of a block's range, warp
-// w computes every fourth tile and loads them for itself.
+// w computes every kWarps-th tile and loads them for itself.
 #pragma once
 
 #include "kv_decode_load.cuh"
@@ -15,11 +15,22 @@ template <class A>
 __device__ inline void write_zeros(const Params& p) {
   const int elements = p.kv_heads * p.group * A::kHeadSize;
   for (int i = blockIdx.x; i < p.sequences; i += gridDim.x) {
-    if (__ldcg(p.seq_lens + i) > 0) continue;
+    if (p.seq_lens[i] > 0) continue;
     auto* out = static_cast<uint16_t*>(p.out) + i * p.out_stride;
     for (int j = threadIdx.x; j < elements; j += kThreads)
       out[j / A::kHeadSize * p.out_head_stride + j % A::kHeadSize] = 0;
   }
+}
+
+// The tables of a step are read first by the first layer, and the weights of a layer may drive them
+// out of the L2. They are fetched while the kernel before still runs; should that write them, the
+// L2 has what it wrote.
+__device__ inline void prefetch(const Params& p) {
+  const int thread = blockIdx.x * kThreads + threadIdx.x;
+  if (thread < p.sequences * p.row_lines)
+    ptx::prefetch_l2(p.block_table + thread / p.row_lines * p.table_stride +
+                     thread % p.row_lines * kLineInts);
+  if (thread < divide_up(p.sequences, kLineInts)) ptx::prefetch_l2(p.seq_lens + thread * kLineInts);
 }
 
 template <class A>
@@ -31,25 +42,28 @@ __global__ void __launch_bounds__(kThreads, A::kResident)
   char* shared = unaligned + (ring_of_block - start);
   const uint32_t ring = ring_of_block + warp * (A::kStages * A::kStageBytes);
   const uint32_t barriers = ring_of_block + A::kRingBytes + warp * (A::kStages * 8);
-  int* is_last = reinterpret_cast<int*>(shared + A::kRingBytes + A::kBarrierBytes);
-  float* sums_of_block = reinterpret_cast<float*>(is_last + 4);
+  Ends* ends = reinterpret_cast<Ends*>(shared + A::kRingBytes + A::kBarrierBytes);
+  float* sums_of_block =
+      reinterpret_cast<float*>(shared + A::kRingBytes + A::kBarrierBytes + A::kEndsBytes);
   if (threadIdx.x % 32 == 0) {
     for (int i = 0; i < A::kStages; ++i) ptx::mbarrier_init(barriers + i * 8, 1);
     ptx::fence_mbarrier_init();
   }
   __syncwarp();
+  const int lane = threadIdx.x % 32;
+  const Copy copy = lane < p.copy_count ? p.copies[lane] : Copy{};
+  prefetch(p);
   ptx::griddepcontrol_launch_dependents();
   ptx::griddepcontrol_wait();
 
-  const Range range = range_of_block(p);
+  const Range range = range_of_block<A::kResident>(p);
   if (range.begin == range.end) return write_zeros<A>(p);
   uint2 raw_query[A::kHeadTiles][Query<A>::kRaw];
   Query<A>::fetch(p, range.first, raw_query);
-  Loader<A> loader(p, range, ring, barriers);
-  for (int i = 0; i < A::kStages; ++i) loader.load_next();
+  Loader<A> loader(p, copy, range, ring, barriers);
   write_zeros<A>(p);
 
-  Merger<A> merger(p, sums_of_block, is_last);
+  Merger<A> merger(p, sums_of_block, ends, range.first);
   Segment segment = range.first;
   int tile = range.begin + warp, stage = 0;
   uint32_t parity = 0;
@@ -72,10 +86,11 @@ __global__ void __launch_bounds__(kThreads, A::kResident)
       }
     }
     merger.finish(range, segment, query, sums);
-    if (end == range.end) return;
+    if (end == range.end) break;
     segment.next(p);
     Query<A>::fetch(p, segment, raw_query);
   }
+  merger.add_blocks(range, segment);
 }
 
 }  // namespace qoq::kv

@@ -28,20 +28,110 @@ struct Partial {
 };
 
 template <class A>
+using Vector = Partial<A::kVector>;
+template <class A>
+using Channels = std::conditional_t<A::kVector == 4, float4, float2>;
+
+// What `count` blocks have added up for one head. `parts` is the first block's slot 0; that block's
+// part is in slot 1, `slot` floats on, the others' in their slot 0.
+//
+// The rest of the GPU has nothing left to do while this waits for memory, and a warp that is alone
+// takes about 5 cycles an instruction. So every quarter of it takes another part, and the first
+// loads are under way before the maximum is known.
+template <class A>
+__device__ inline Vector<A> add_parts(const float* parts, int count, int slot) {
+  constexpr int kQuarters = 4, kBatch = 4;  // parts of a quarter at a time
+  const int lane = threadIdx.x % 32, quarter = lane / 8;
+  auto part = [&](int i) { return parts + (i == 0 ? 1 : 2 * i) * slot; };
+  // Maximum and weights.
+  auto load_numbers = [&](int i) {
+    return i < count ? __ldcg(reinterpret_cast<const float2*>(part(i) + A::kHeadSize))
+                     : float2{-INFINITY, 0};
+  };
+  float2 numbers[kBatch];
+  Channels<A> values[kBatch][kQuarters];
+  auto load = [&](int base) {
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      const int i = base + k * kQuarters + quarter;
+      numbers[k] = load_numbers(i);
+#pragma unroll
+      for (int j = 0; j < kQuarters; ++j)
+        values[k][j] =
+            i < count ? __ldcg(reinterpret_cast<const Channels<A>*>(part(i)) + 8 * j + lane % 8)
+                      : Channels<A>{};
+    }
+  };
+  load(0);
+  float maximum = -INFINITY;
+#pragma unroll 1
+  for (int i = lane; i < count; i += 32) maximum = fmaxf(maximum, load_numbers(i).x);
+#pragma unroll
+  for (int lanes = 1; lanes < 32; lanes *= 2)
+    maximum = fmaxf(maximum, __shfl_xor_sync(kAllLanes, maximum, lanes));
+  float weights = 0, sums[kQuarters][A::kVector] = {};
+#pragma unroll 1
+  for (int base = 0; base < count;) {
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      const float factor = ptx::exp2_approx(numbers[k].x - maximum);
+      weights = fmaf(factor, numbers[k].y, weights);
+#pragma unroll
+      for (int j = 0; j < kQuarters; ++j)
+#pragma unroll
+        for (int e = 0; e < A::kVector; ++e)
+          sums[j][e] = fmaf(factor, reinterpret_cast<const float*>(&values[k][j])[e], sums[j][e]);
+    }
+    base += kBatch * kQuarters;
+    if (base < count) load(base);
+  }
+  // Over the quarters, each of which keeps a quarter of the channels: those of its lanes.
+#pragma unroll
+  for (int lanes = 16; lanes >= 8; lanes /= 2) {
+    const bool is_upper = lane & lanes;
+    weights += __shfl_xor_sync(kAllLanes, weights, lanes);
+#pragma unroll
+    for (int j = 0; j < lanes / 8; ++j)
+#pragma unroll
+      for (int e = 0; e < A::kVector; ++e) {
+        const float low = sums[j][e], high = sums[j + lanes / 8][e];
+        sums[j][e] =
+            (is_upper ? high : low) + __shfl_xor_sync(kAllLanes, is_upper ? low : high, lanes);
+      }
+  }
+  Vector<A> sum;
+  sum.maximum = maximum;
+  sum.weights = weights;
+#pragma unroll
+  for (int e = 0; e < A::kVector; ++e) sum.values[e] = sums[0][e];
+  return sum;
+}
+
+// In shared memory: the first and the last segment of a range, which other blocks may have parts
+// of.
+struct Ends {
+  Segment segments[2];
+  int is_last[2];  // whether this block is the last to come
+};
+
+template <class A>
 class Merger {
  public:
-  using Vector = Partial<A::kVector>;
-  using Channels = std::conditional_t<A::kVector == 4, float4, float2>;
-  static_assert(A::kVector * sizeof(float) == sizeof(Channels));
+  static_assert(A::kVector * sizeof(float) == sizeof(Channels<A>));
+  static_assert(sizeof(Ends) == A::kEndsBytes);
 
   // `shared` holds kWarps * min(group, kHeadsOfTile) * kPartial floats.
-  __device__ Merger(const Params& p, float* shared, int* is_last)
-      : p_(p), shared_(shared), is_last_(is_last), heads_(min(p.group, kHeadsOfTile)) {}
+  // `first` is the segment of the range's first tile.
+  __device__ Merger(const Params& p, float* shared, Ends* ends, const Segment& first)
+      : p_(p), shared_(shared), ends_(ends), heads_(min(p.group, kHeadsOfTile)) {
+    if (threadIdx.x == 0) ends->segments[0] = first;
+  }
 
-  // All threads. The range's part of a segment is complete with these sums of every warp.
+  // All threads. The range's part of a segment is complete with these sums of every warp. What
+  // other blocks have parts of too is left to add_blocks.
   __device__ void finish(const Range& range, const Segment& segment, const Query<A>& query,
                          Sums<A>& sums) {
-    const bool is_whole = segment.begin >= range.begin && segment.end() <= range.end;
+    const bool is_whole = is_in(range, segment);
     // Of a block's segments, only the first can have begun before, and only the last go on.
     const int slot = segment.begin < range.begin ? 0 : 1;
     float* partial = partial_of(blockIdx.x, slot);
@@ -52,7 +142,7 @@ class Merger {
       write(t, query, sums);
       __syncthreads();
       for (int head = warp; head < heads_ && t * kHeadsOfTile + head < p_.group; head += kWarps) {
-        const Vector v = add_warps(head);
+        const Vector<A> v = add_warps(head);
         const int head_of_group = t * kHeadsOfTile + head;
         if (is_whole) {
           write_output(segment, head_of_group, v);
@@ -61,10 +151,54 @@ class Merger {
         }
       }
     }
-    if (!is_whole) add_blocks(range, segment);
+  }
+
+  // All threads, once, at the end: only then are registers free for many loads. `last` is the
+  // segment of the range's last tile. The last block to come adds up the parts of a segment, in the
+  // order of the blocks.
+  __device__ void add_blocks(const Range& range, const Segment& last) {
+    const int warp = threadIdx.x / 32;
+    __syncthreads();  // the partial sums of this block are written
+    if (threadIdx.x % 32 == 0 && warp < 2) {
+      if (warp == 1) ends_->segments[1] = last;
+      const Owners owners = owners_of(range, ends_->segments[warp]);
+      const bool is_same = warp == 0 && last.begin == ends_->segments[0].begin;
+      bool is_last = false;
+      if (owners.first < owners.last && !is_same) {
+        int32_t* counter = p_.counters + owners.first;
+        is_last = ptx::atomic_add_acq_rel(counter, 1) == owners.last - owners.first;
+        if (is_last) *counter = 0;  // for the next launch
+      }
+      ends_->is_last[warp] = is_last;
+    }
+    __syncthreads();
+#pragma unroll 1  // the code once
+    for (int i = 0; i < 2; ++i) {
+      if (!ends_->is_last[i]) continue;
+      const Segment segment = ends_->segments[i];
+      const Owners owners = owners_of(range, segment);
+      for (int head = warp; head < p_.group; head += kWarps) {
+        const float* parts = partial_of(owners.first, 0) + head * A::kPartial;
+        const int count = owners.last - owners.first + 1;
+        write_output(segment, head, add_parts<A>(parts, count, p_.group * A::kPartial));
+      }
+    }
   }
 
  private:
+  // The blocks with a segment's tiles.
+  struct Owners {
+    int first, last;
+  };
+
+  __device__ static Owners owners_of(const Range& range, const Segment& segment) {
+    return {segment.begin / range.length, (segment.end() - 1) / range.length};
+  }
+
+  __device__ static bool is_in(const Range& range, const Segment& segment) {
+    return segment.begin >= range.begin && segment.end() <= range.end;
+  }
+
   __device__ float* partial_of(int block, int slot) const {
     return p_.partials + (int64_t{block} * 2 + slot) * p_.group * A::kPartial;
   }
@@ -95,11 +229,11 @@ class Merger {
     }
   }
 
-  __device__ Vector add_warps(int head) const {
+  __device__ Vector<A> add_warps(int head) const {
     const int channel = threadIdx.x % 32 * A::kVector;
     const float* from = shared_ + head * A::kPartial;
     const int stride = heads_ * A::kPartial;
-    Vector sum;
+    Vector<A> sum;
 #pragma unroll
     for (int warp = 0; warp < kWarps; ++warp)
       sum.maximum = fmaxf(sum.maximum, from[warp * stride + A::kHeadSize]);
@@ -111,64 +245,14 @@ class Merger {
     return sum;
   }
 
-  __device__ void write_partial(float* out, const Vector& v) const {
+  __device__ void write_partial(float* out, const Vector<A>& v) const {
     const int lane = threadIdx.x % 32;
-    reinterpret_cast<Channels*>(out)[lane] = *reinterpret_cast<const Channels*>(v.values);
+    reinterpret_cast<Channels<A>*>(out)[lane] = *reinterpret_cast<const Channels<A>*>(v.values);
     if (lane == 0) *reinterpret_cast<float2*>(out + A::kHeadSize) = {v.maximum, v.weights};
   }
 
-  // The last block to come adds up the parts, in the order of the blocks.
-  __device__ void add_blocks(const Range& range, const Segment& segment) {
-    const int first = range.owner(segment.begin), last = range.owner(segment.end() - 1);
-    __syncthreads();  // the partial sums of this block are written
-    if (threadIdx.x == 0) {
-      int32_t* counter = p_.counters + first;
-      *is_last_ = ptx::atomic_add_acq_rel(counter, 1) == last - first;
-      if (*is_last_) *counter = 0;  // for the next launch
-    }
-    __syncthreads();
-    if (!*is_last_) return;
-    for (int head = threadIdx.x / 32; head < p_.group; head += kWarps)
-      write_output(segment, head, add_parts(first, last, head));
-  }
-
-  // Many loads at a time: the rest of the GPU has nothing left to do while this waits for memory.
-  __device__ Vector add_parts(int first, int last, int head) const {
-    constexpr int kBatch = 16;
-    const int lane = threadIdx.x % 32;
-    auto part = [&](int block) {
-      return partial_of(block, block == first ? 1 : 0) + head * A::kPartial;
-    };
-    Vector sum;
-    for (int block = first + lane; block <= last; block += 32)
-      sum.maximum = fmaxf(sum.maximum, __ldcg(part(block) + A::kHeadSize));
-#pragma unroll
-    for (int lanes = 1; lanes < 32; lanes *= 2)
-      sum.maximum = fmaxf(sum.maximum, __shfl_xor_sync(kAllLanes, sum.maximum, lanes));
-    for (int base = first; base <= last; base += kBatch) {
-      float2 mine = {-INFINITY, 0};  // maximum and weights of part base + lane
-      if (lane < kBatch && base + lane <= last)
-        mine = __ldcg(reinterpret_cast<const float2*>(part(base + lane) + A::kHeadSize));
-      Channels values[kBatch];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i)
-        values[i] = base + i <= last
-                        ? __ldcg(reinterpret_cast<const Channels*>(part(base + i)) + lane)
-                        : Channels{};
-      const float factor = ptx::exp2_approx(mine.x - sum.maximum);
-      sum.weights = fmaf(factor, mine.y, sum.weights);  // of every 16th part
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i)
-        sum.add_values(__shfl_sync(kAllLanes, factor, i),
-                       reinterpret_cast<const float*>(&values[i]));
-    }
-#pragma unroll
-    for (int lanes = 1; lanes < 32; lanes *= 2)
-      sum.weights += __shfl_xor_sync(kAllLanes, sum.weights, lanes);
-    return sum;
-  }
-
-  __device__ void write_output(const Segment& segment, int head_of_group, const Vector& v) const {
+  __device__ void write_output(const Segment& segment, int head_of_group,
+                               const Vector<A>& v) const {
     const int head = segment.head * p_.group + head_of_group;
     auto* out = static_cast<uint16_t*>(p_.out) + segment.sequence * p_.out_stride +
                 head * p_.out_head_stride + threadIdx.x % 32 * A::kVector;
@@ -181,7 +265,7 @@ class Merger {
 
   const Params& p_;
   float* shared_;
-  int* is_last_;
+  Ends* ends_;
   const int heads_;
 };
 

@@ -14,7 +14,7 @@ struct Segment {
 
   // Positions at head 0 of a sequence.
   __device__ void read(const Params& p, int index) {
-    place(p, index, max(0, min(__ldcg(p.seq_lens + index), p.max_tokens)));
+    place(p, index, max(0, min(p.seq_lens[index], p.max_tokens)));
   }
 
   __device__ void place(const Params& p, int index, int tokens) {
@@ -41,8 +41,6 @@ struct Segment {
 struct Range {
   int begin, end, length;  // `length` of every range but the last
   Segment first;
-
-  __device__ int owner(int tile) const { return tile / length; }
 };
 
 __device__ inline int inclusive_sum(int v, int lane) {
@@ -55,7 +53,10 @@ __device__ inline int inclusive_sum(int v, int lane) {
 }
 
 // From the lengths alone, so that it is the same in every run; every warp finds it for itself.
-__device__ inline Range range_of_block(const Params& p) {
+// Every warp gets a tile. Where that leaves a part of the blocks without any, only one of the
+// kResident blocks that a multiprocessor holds works: so the next kernel finds room to begin early.
+template <int kResident>
+__device__ Range range_of_block(const Params& p) {
   const int lane = threadIdx.x % 32;
   // 1. Every lane adds up some sequences.
   int count = divide_up(p.sequences, 32);
@@ -69,7 +70,9 @@ __device__ inline Range range_of_block(const Params& p) {
   int sum = inclusive_sum(tiles, lane);
   const int total = __shfl_sync(kAllLanes, sum, 31) * p.kv_heads;
   Range r;
-  r.length = max(kMinTilesOfBlock, divide_up(total, gridDim.x));
+  // As divide_up(total, blocks) or, of large numbers, one more.
+  r.length = static_cast<int>(__umulhi(max(total - 1, 0), p.inverse_blocks)) + 1;
+  if (r.length <= kWarps) r.length = max(kWarps, r.length * kResident);
   r.begin = min(total, static_cast<int>(blockIdx.x) * r.length);
   r.end = min(total, r.begin + r.length);
   if (r.begin == r.end) return r;

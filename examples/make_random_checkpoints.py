@@ -7,7 +7,8 @@ rounding, and W8A8 moves random scales from the norms into the weights, as
 SmoothQuant does; so they merge like an honest pair, with an input_ratio for W4A16.
 OUT/w8a8 and OUT/w4a16 take 9.1 and 5.7 GB. The text that such a model produces
 means nothing. `--only-configs` writes no weights, for `--load-format dummy`, and
-adds OUT/fp8, OUT/w4a8 (QoQ in groups of 128) and OUT/w4a8-head8 (with an int8 lm_head).
+adds OUT/bf16, OUT/fp8, OUT/w4a8 (QoQ in groups of 128) and OUT/w4a8-head8 (with an
+int8 lm_head).
 """
 
 import argparse
@@ -53,6 +54,8 @@ def config(scheme: str, layers: int) -> dict:
         return {**config("w8a8", layers), "quantization_config": QOQ | head}
     if scheme == "fp8":
         return fp8(config("w8a8", layers))
+    if scheme == "bf16":
+        return {k: v for k, v in config("w8a8", layers).items() if k != "quantization_config"}
     integer = {"type": "int", "symmetric": True}
     activations = {"num_bits": 8, **integer, "strategy": "token", "dynamic": True}
     group = {
@@ -153,7 +156,7 @@ def main() -> None:
     parser.add_argument("--only-configs", action="store_true")
     args = parser.parse_args()
     if args.only_configs:
-        for scheme in (*WEIGHTS, "fp8", "w4a8", "w4a8-head8"):
+        for scheme in (*WEIGHTS, "bf16", "fp8", "w4a8", "w4a8-head8"):
             Writer(args.out / scheme).finish(config(scheme, args.layers))
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from engines import engine, generate
+from engines import PROMPTS, engine, generate
 
 import vllm_qoq
 from vllm_qoq.integration.perplexity import perplexity
@@ -42,10 +42,11 @@ def run_engines(
 ) -> list[dict[str, Any]]:
     """Run the engines that `specs` describe, one after the other, and return what each did.
 
-    A spec is {"checkpoint": PATH, "qoq": {...}, "options": {...}, "max_tokens": N, "text": T}; a
-    result has the `generation`, the `counts` of steps in it ("decode w4a16": n), how many
-    routing decisions were `traced` during it, if the spec asks for a trace, how many
-    `cache_tokens` the KV cache holds, and the `perplexity` of the text, if there is one.
+    A spec is {"checkpoint": PATH, "qoq": {...}, "options": {...}, "prompts": [...], "max_tokens":
+    N, "text": T}; a result has the `generation`, the `counts` of steps in it ("decode w4a16": n),
+    how many routing decisions were `traced` during it, if the spec asks for a trace, how many
+    `cache_tokens` the KV cache holds, the `preemptions` so far, if the options ask for statistics,
+    and the `perplexity` of the text, if there is one.
     """
     (folder / "specs.json").write_text(json.dumps(specs))
     command = [sys.executable, __file__, str(folder / "specs.json"), str(folder / "results.json")]
@@ -66,13 +67,18 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
     qoq = spec.get("qoq", {})
     llm = engine(Path(spec["checkpoint"]), qoq, **spec.get("options", {}))
     counts, traced = _counts(llm), _lines(qoq.get("trace"))
-    generation = generate(llm, max_tokens=spec.get("max_tokens", 12))
+    prompts = tuple(spec.get("prompts", PROMPTS))
+    generation = generate(llm, prompts, spec.get("max_tokens", 12))
     result = {
         "generation": generation,
         "counts": {key: n - counts[key] for key, n in _counts(llm).items()},
         "traced": _lines(qoq.get("trace")) - traced,
         "cache_tokens": _cache_tokens(llm),
     }
+    if spec.get("options", {}).get("disable_log_stats") is False:
+        (result["preemptions"],) = (
+            metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"
+        )
     if "text" in spec:
         result["perplexity"] = perplexity(llm, spec["text"], 256)["perplexity"]
     if spec.get("options", {}).get("tensor_parallel_size", 1) > 1:

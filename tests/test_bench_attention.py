@@ -70,6 +70,9 @@ def made_up(kernels=KERNELS, cases=(SMALL, LARGE), heads=HEADS, without=()):
             for name in kernels
             if (name, None) not in without
         },
+        prefill_seconds={
+            name: 1e-3 * (1 + KERNELS.index(name)) for name in kernels if name != "triton-int4"
+        },
         left_out=tuple(LeftOut(name, str(case), "too odd") for name, case in without),
     )
 
@@ -113,7 +116,7 @@ def test_small_cases_go_round_more_than_an_l2_holds_within_one_pool():
             assert read >= 1e9 and blocks(HEADS, case) * turns(name, HEADS, case) <= pool
     assert turns("qoq-kv4", HEADS, Decode(1, 1)) == 128
     assert pool_blocks("qoq-kv4", HEADS, [Decode(1, 65)]) == 2 * 128
-    assert pool_blocks("qoq-kv4", HEADS._replace(block_tokens=16), [Decode(1, 1)]) == 128
+    assert pool_blocks("qoq-kv4", HEADS._replace(block_tokens=16), [Decode(1, 1)]) == 8192 / 16
 
 
 # Results
@@ -129,6 +132,8 @@ def test_report_has_all_tables_and_says_how_it_was_measured():
     assert cells(text, "Our kernels", "fa3-bf16 / qoq-kv4") == ["3.00", "3.00"]
     assert cells(text, "Our kernels", "fa3-fp8 / qoq-kv8") == ["2.00", "2.00"]
     assert cells(text, "Write of 256 tokens", "qoq-kv4 write") == ["2.0"]
+    assert cells(text, "Prompt of 8192 tokens", "fa3-bf16 prompt") == ["3000"]
+    assert cells(text, "Prompt of 8192 tokens", "triton-int4 prompt") == ["-"]
     assert "4.00 TB/s in\nthis run" in text and "vllm 0.26.0" in text
     assert "qoq-kv4 1088, qoq-kv8 2112, fa3-bf16 4096" in text
     assert "    vllm-qoq bench attention --cases 1x8192,256x4096\n" in text
@@ -168,6 +173,7 @@ def test_json_has_every_number_and_null_for_what_is_missing():
         case["floor_microseconds"]["qoq-kv4"] / case["microseconds"]["qoq-kv4"]
     )
     assert document["write"]["microseconds"]["qoq-kv4"] == pytest.approx(2)
+    assert document["prefill"]["microseconds"]["qoq-kv8"] == pytest.approx(2000)
     assert document["speed_against_peers"]["fa3-bf16 / qoq-kv4"] == [None, pytest.approx(3)]
     assert document["left_out"] == [{"kernel": "fa3-bf16", "where": "1x8192", "reason": "too odd"}]
 
@@ -262,7 +268,10 @@ def test_help_imports_no_torch():
 
 @pytest.fixture
 def no_gpu(monkeypatch):
-    """Timing a call adds its (kernel, case) to what this returns; the case of a write is None."""
+    """Timing a call adds its (kernel, case) to what this returns.
+
+    The case of a write is None, that of a prompt 0.
+    """
     timed = []
 
     def preparation(name):
@@ -273,11 +282,14 @@ def no_gpu(monkeypatch):
             call.what = name, case
             return [call]
 
-        return lambda heads, blocks: attention_kernels.Kernel(calls, lambda: calls(None))
+        prefill = None if name == "triton-int4" else lambda: calls(0)
+        return lambda heads, blocks: attention_kernels.Kernel(calls, lambda: calls(None), prefill)
 
     def seconds(calls):
         timed.append(calls[0].what)
         name, case = calls[0].what
+        if case == 0:
+            return 1e-3 * (1 + KERNELS.index(name))
         return 1e-6 * (2 + KERNELS.index(name)) if case is None else seconds_of(case, name)
 
     monkeypatch.setattr(attention_kernels, "PREPARE", {name: preparation(name) for name in KERNELS})
@@ -304,7 +316,9 @@ def test_the_kernels_of_a_case_are_measured_together_in_changing_order(no_gpu):
     found = measure()
     assert found.seconds == made_up().seconds and not found.left_out
     assert found.write_seconds == made_up().write_seconds
-    groups = [no_gpu[i : i + len(KERNELS)] for i in range(0, len(no_gpu), len(KERNELS))]
+    assert found.prefill_seconds == made_up().prefill_seconds
+    calls = [call for call in no_gpu if call[1] != 0]
+    groups = [calls[i : i + len(KERNELS)] for i in range(0, len(calls), len(KERNELS))]
     assert [{case for _, case in group} for group in groups] == [{SMALL}, {LARGE}, {None}]
     assert all(sorted(name for name, _ in group) == sorted(KERNELS) for group in groups)
     assert len({tuple(name for name, _ in group) for group in groups}) == 3
@@ -318,9 +332,9 @@ def test_a_failing_peer_is_reported_and_the_others_are_measured(no_gpu, monkeypa
     def decode(case):
         return refuse("too long\nand so on")() if case == LARGE else good.decode(case)
 
-    fp8 = attention_kernels.Kernel(decode, good.write)
+    fp8 = attention_kernels.Kernel(decode, good.write, None)
     monkeypatch.setitem(prepare, "fa3-fp8", lambda heads, blocks: fp8)
-    nan = attention_kernels.Kernel(lambda case: [lambda: torch.tensor(torch.nan)], good.write)
+    nan = attention_kernels.Kernel(lambda _: [lambda: torch.tensor(torch.nan)], good.write, None)
     monkeypatch.setitem(prepare, "triton-int4", lambda heads, blocks: nan)
     found = measure(quiet=False)
     text = attention_report.markdown(found)
@@ -332,7 +346,7 @@ def test_a_failing_peer_is_reported_and_the_others_are_measured(no_gpu, monkeypa
     assert "- fa3-fp8, 256x4096: RuntimeError: too long\n" in text
     assert "- triton-int4, 1x8192; 256x4096: ArithmeticError: the output has" in text
     stdout, stderr = capsys.readouterr()
-    assert not stdout and "measure: 15 of 15" in stderr
+    assert not stdout and "measure: 20 of 20" in stderr
     assert stderr.count("left out: triton-int4") == stderr.count("left out: fa3-bf16") == 1
 
 
@@ -424,10 +438,32 @@ def test_calls_have_the_shapes_that_the_kernels_take(vllm_calls, small, name):
         out = calls[-1]()
         assert out.shape == (3, 8, 64) and out.dtype == torch.bfloat16 and out.isnan().all()
         assert kernel.write()[-1]().shape == (256, 2, 64)
+    assert (kernel.prefill is None) == (name == "triton-int4")
     function = vllm_calls[{"qoq": "decode", "fa3": "fa3", "tri": "int4"}[name[:3]]]
     given = function.call_args
     table = given.args[2] if name in OURS else given.kwargs["block_table"]
     assert table.shape == (3, 4) and table.dtype == torch.int32 and table.unique().numel() == 12
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if name != "triton-int4"])
+def test_a_prompt_is_written_and_attends_to_all_of_it(vllm_calls, small, name, monkeypatch):
+    monkeypatch.setattr(attention_kernels, "PREFILL_TOKENS", 100)
+    heads, case = small
+    with OnCPU():
+        out = prepared(name, heads, case)[0].prefill()[-1]()
+    assert out.shape == (100, 8, 64) and out.is_contiguous() and out.isnan().all()
+    given = vllm_calls["fa3"].call_args.kwargs
+    assert given["out"] is out and given["cu_seqlens_q"].tolist() == [0, 100] and given["causal"]
+    assert given["max_seqlen_q"] == given["max_seqlen_k"] == 100
+    written = vllm_calls["write" if name in OURS else "fa3 write"].call_args.args
+    slots = written[2] if name in OURS else written[4]
+    assert written[0].shape == written[1].shape == (100, 2, 64) and slots.unique().numel() == 100
+    if name in OURS:
+        assert given["cu_seqlens_k"].tolist() == [0, 100] and given["k"] is written[0]
+    else:
+        table = given["block_table"]
+        assert torch.equal(slots // 32, table[0].long().repeat_interleave(32)[:100])
+        assert torch.equal(slots % 32, torch.arange(128)[:100] % 32)
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -16,7 +16,7 @@ from torch.library import Library, register_fake
 from vllm_qoq import ops
 
 _COUNTERS = 1024
-_BLOCKS_PER_PROCESSOR = 4
+_BLOCKS_PER_PROCESSOR = 2
 _PARTIAL_PADDING = 4
 _MAX_GROUP = 16
 

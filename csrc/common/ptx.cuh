@@ -119,6 +119,10 @@ __device__ inline void prefetch_tensormap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+__device__ inline void prefetch_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 // Read once, never again: the first to leave the L2.
 __device__ inline uint64_t l2_policy_evict_first() {
   uint64_t policy;

@@ -460,6 +460,7 @@ inline void fence_proxy_async_shared() {
   self->unfenced.clear();
 }
 inline void prefetch_tensormap(const CUtensorMap*) {}
+inline void prefetch_l2(const void*) {}
 inline uint64_t l2_policy_evict_first() { return 0; }
 inline uint64_t l2_policy_evict_normal() { return 0; }
 inline void griddepcontrol_wait() { self->is_after_previous_kernel = true; }

@@ -161,7 +161,7 @@ int count_wrong(const Problem& problem) {
       .scale_log2 = scale * std::numbers::log2e_v<float>,
       .is_bfloat16 = is_bfloat16,
   };
-  lay_out<A>(p);
+  lay_out<A>(p, blocks);
   model::bulk_memory = cache.bytes;
   auto run = [&] {
     std::ranges::fill(out, 0x7FFF);

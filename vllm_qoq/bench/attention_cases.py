@@ -34,6 +34,7 @@ DECODES = tuple(
     )
 )
 WRITTEN_TOKENS = 256
+PREFILL_TOKENS = 8192  # of one prompt, which has no history
 
 # Our kernels and their peers: bits of a number of K or V, and bytes of a scale and zero for each
 # head of K and of V.
@@ -79,8 +80,8 @@ def turns(kernel: str, heads: Heads, case: Decode) -> int:
 
 
 def pool_blocks(kernel: str, heads: Heads, cases: Sequence[Decode]) -> int:
-    """Blocks of the one cache that serves all cases, and the writes."""
-    written = -(-WRITTEN_TOKENS // heads.block_tokens)
+    """Blocks of the one cache that serves all cases, the writes and the prompt."""
+    written = -(-PREFILL_TOKENS // heads.block_tokens)
     return max(written, *(blocks(heads, case) * turns(kernel, heads, case) for case in cases))
 
 

@@ -2,8 +2,9 @@
 
 A preparation makes one cache of random numbers in the kernel's own layout. Its `decode` gives the
 calls of a case, each with a block table of its own: random blocks, which no other of the calls
-reads. Its `write` gives calls that put new tokens into random places of the cache. What a call
-takes besides is shared. The query is bfloat16, quantized beforehand where a kernel wants that.
+reads. Its `write` gives calls that put new tokens into random places of the cache, its `prefill`
+calls that write a prompt and attend to it. What a call takes besides is shared. The query is
+bfloat16, quantized beforehand where a kernel wants that.
 
 A peer that is not installed raises ImportError, one that refuses a case whatever it likes.
 """
@@ -18,10 +19,11 @@ import torch
 
 from vllm_qoq import kv_layout, kv_ops
 from vllm_qoq.bench import attention_cases, peers
-from vllm_qoq.bench.attention_cases import WRITTEN_TOKENS, Decode, Heads
+from vllm_qoq.bench.attention_cases import PREFILL_TOKENS, WRITTEN_TOKENS, Decode, Heads
 from vllm_qoq.bench.timing import Call
 
 _WRITES = 48
+_PROMPTS = 4
 
 
 class Kernel(NamedTuple):
@@ -29,6 +31,7 @@ class Kernel(NamedTuple):
 
     decode: Callable[[Decode], list[Call]]
     write: Callable[[], list[Call]]
+    prefill: Callable[[], list[Call]] | None
 
 
 class Inputs(NamedTuple):
@@ -65,7 +68,20 @@ def qoq(heads: Heads, blocks: int, name: str, bits: int) -> Kernel:
             for slots in _slots(heads, blocks)
         ]
 
-    return Kernel(decode, write)
+    def prefill() -> list[Call]:
+        # As integration/kv_cuda.py: a prompt attends to itself unquantized, in FlashAttention.
+        query, key, value, out = _prompt(heads)
+        attend = peers.flash_attention_3_of_prompt(query, key, value, out)
+        return [
+            partial(
+                _write_then,
+                partial(kv_ops.kv_write, key, value, slots, bits, False, pages),
+                partial(_then, out, attend),
+            )
+            for _, slots in _prompt_places(heads, blocks)
+        ]
+
+    return Kernel(decode, write, prefill)
 
 
 def fa3(heads: Heads, blocks: int, name: str, is_fp8: bool) -> Kernel:
@@ -95,7 +111,22 @@ def fa3(heads: Heads, blocks: int, name: str, is_fp8: bool) -> Kernel:
             for slots in _slots(heads, blocks)
         ]
 
-    return Kernel(decode, write)
+    def prefill() -> list[Call]:
+        (query, key, value, out), one = _prompt(heads), torch.ones((), device="cuda")
+        lengths = torch.full((1,), PREFILL_TOKENS, dtype=torch.int32, device="cuda")
+        case, pair = Decode(1, PREFILL_TOKENS), numbers.split(heads.size, -1)
+        call = attend(heads, case, query.to(numbers.dtype), *pair, lengths, out, PREFILL_TOKENS)
+        parts, rest = cache.split(heads.size, -1), ("fp8" if is_fp8 else "auto", one, one)
+        return [
+            partial(
+                _write_then,
+                partial(store, key, value, *parts, slots, *rest),
+                partial(_then, out, call, block_table=table),
+            )
+            for table, slots in _prompt_places(heads, blocks)
+        ]
+
+    return Kernel(decode, write, prefill)
 
 
 def triton_int4(heads: Heads, blocks: int, name: str) -> Kernel:
@@ -124,7 +155,12 @@ def triton_int4(heads: Heads, blocks: int, name: str) -> Kernel:
             for slots in _slots(heads, blocks)
         ]
 
-    return Kernel(decode, write)
+    return Kernel(decode, write, None)
+
+
+def _write_then(write: Callable[[], object], attend: Call) -> torch.Tensor:
+    write()
+    return attend()
 
 
 def _then(result: torch.Tensor, work: Callable[..., object], *args: Any, **named: Any) -> Any:
@@ -157,6 +193,26 @@ def _slots(heads: Heads, blocks: int) -> list[torch.Tensor]:
     """Random places, int64 [T], for each of some calls."""
     places = blocks * heads.block_tokens
     return [torch.randperm(places, device="cuda")[:WRITTEN_TOKENS] for _ in range(_WRITES)]
+
+
+def _prompt(heads: Heads) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query, key, value and output of a prompt, bfloat16 [T, H, D]."""
+    shape = PREFILL_TOKENS, heads.query + 2 * heads.kv, heads.size
+    numbers = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+    query, key, value = numbers.split([heads.query, heads.kv, heads.kv], 1)
+    return query, key, value, torch.full_like(query, torch.nan).contiguous()
+
+
+def _prompt_places(heads: Heads, blocks: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Block table int32 [1, blocks of the prompt] and slots int64 [T] in it, for some calls."""
+    places = []
+    for _ in range(_PROMPTS):
+        used = -(-PREFILL_TOKENS // heads.block_tokens)
+        table = torch.randperm(blocks, device="cuda")[:used]
+        token = torch.arange(heads.block_tokens, device="cuda")
+        slots = (table[:, None] * heads.block_tokens + token).flatten()[:PREFILL_TOKENS]
+        places.append((table[None].int(), slots))
+    return places
 
 
 def _bytes(*shape: int) -> torch.Tensor:

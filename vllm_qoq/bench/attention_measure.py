@@ -14,6 +14,7 @@ from vllm_qoq.bench.attempts import EVERYWHERE, Attempts
 from vllm_qoq.bench.attention_cases import (
     KERNELS,
     OURS,
+    PREFILL_TOKENS,
     WRITTEN_TOKENS,
     Decode,
     Heads,
@@ -56,12 +57,14 @@ def measure(
         return measured
 
     seconds: dict[Decode, dict[str, float]] = {}
-    with progress("measure", (len(cases) + 1) * len(kernels), quiet) as advance:
+    with progress("measure", (len(cases) + 2) * len(kernels), quiet) as advance:
         for case in cases:
             decodes = {name: partial(kernel.decode, case) for name, kernel in prepared.items()}
             seconds[case] = all_of(str(case), decodes)
         writes = {name: kernel.write for name, kernel in prepared.items()}
         write_seconds = all_of(f"write of {WRITTEN_TOKENS} tokens", writes)
+        prompts = {name: kernel.prefill for name, kernel in prepared.items() if kernel.prefill}
+        prefill_seconds = all_of(f"prompt of {PREFILL_TOKENS} tokens", prompts)
     return AttentionResult(
         heads=heads,
         device=torch.cuda.get_device_name(),
@@ -71,6 +74,7 @@ def measure(
         kernels=tuple(kernels),
         seconds=seconds,
         write_seconds=write_seconds,
+        prefill_seconds=prefill_seconds,
         left_out=tuple(attempts.left_out),
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from vllm_qoq.bench.attention_cases import (
     DECODES,
     KERNELS,
+    PREFILL_TOKENS,
     WRITTEN_TOKENS,
     Decode,
     Heads,
@@ -24,6 +25,7 @@ def markdown(result: AttentionResult) -> str:
             *_times(result),
             *_speedups(result),
             *_writes(result),
+            *_prefills(result),
             *left_out(result.left_out),
         )
     )
@@ -97,6 +99,16 @@ def _writes(result: AttentionResult) -> Iterator[str]:
         for name in result.kernels
     ]
     yield ("K and V of new tokens into random places; fa3 is vLLM's reshape_and_cache_flash.\n")
+    yield table(["kernel", "microseconds"], rows)
+
+
+def _prefills(result: AttentionResult) -> Iterator[str]:
+    yield f"## Prompt of {PREFILL_TOKENS} tokens\n"
+    rows = [
+        [f"{name} prompt", number(_micro(result.prefill_seconds.get(name)), ".0f")]
+        for name in result.kernels
+    ]
+    yield "Written into the cache and attended to; ours unquantized, in FlashAttention 3.\n"
     yield table(["kernel", "microseconds"], rows)
 
 

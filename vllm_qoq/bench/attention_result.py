@@ -9,6 +9,7 @@ from typing import Any
 from vllm_qoq.bench.attention_cases import (
     OURS,
     PEERS,
+    PREFILL_TOKENS,
     WRITTEN_TOKENS,
     Decode,
     Heads,
@@ -27,6 +28,7 @@ class AttentionResult:
     copy_rate      bytes a second, read plus written
     seconds        of a call, by case and kernel; a kernel that was left out is absent
     write_seconds  of writing WRITTEN_TOKENS tokens, by kernel
+    prefill_seconds  of writing a prompt of PREFILL_TOKENS and attending to it, by kernel
     """
 
     heads: Heads
@@ -37,6 +39,7 @@ class AttentionResult:
     kernels: tuple[str, ...]
     seconds: Mapping[Decode, Mapping[str, float]]
     write_seconds: Mapping[str, float]
+    prefill_seconds: Mapping[str, float]
     left_out: tuple[LeftOut, ...]
 
     def rate(self, kernel: str, case: Decode) -> float | None:
@@ -66,7 +69,7 @@ def _ratio(times: Mapping[str, float], peer: str, ours: str) -> float | None:
 
 def to_json(result: AttentionResult) -> dict[str, Any]:
     """The document of --json and attention.json; microseconds, null where a kernel was left out."""
-    heads, writes = result.heads, result.write_seconds
+    heads, writes, prefills = result.heads, result.write_seconds, result.prefill_seconds
     return {
         "benchmark": "attention",
         "device": result.device,
@@ -80,6 +83,7 @@ def to_json(result: AttentionResult) -> dict[str, Any]:
         "cache_bytes_per_token": {name: token_bytes(name, heads) for name in result.kernels},
         "cases": [_case(result, case) for case in result.cases],
         "write": {"tokens": WRITTEN_TOKENS, "microseconds": _microseconds(result, writes)},
+        "prefill": {"tokens": PREFILL_TOKENS, "microseconds": _microseconds(result, prefills)},
         "speed_against_peers": speedups(result),
         "left_out": [vars(one) for one in result.left_out],
     }

@@ -169,10 +169,11 @@ def humming(n: int, k: int, group_size: int) -> Calls:
 
 
 def flash_attention_3() -> Callable[..., Callable[..., object]]:
-    """vLLM's FlashAttention 3 for decode attention, with what vLLM computes once a step.
+    """vLLM's FlashAttention 3 over its cache, with what vLLM computes once a step.
 
-    What it returns takes the query [R, Hq, D], key and value [blocks, tokens, H, D], int32 lengths
-    [R] and the output, and gives a call that takes block_table, int32 [R, blocks of a sequence].
+    What it returns takes the query [R * new tokens, Hq, D], key and value [blocks, tokens, H, D],
+    int32 lengths [R], the output and the new tokens of a sequence, and gives a call that takes
+    block_table, int32 [R, blocks of a sequence].
     """
     from vllm.vllm_flash_attn import (
         fa_version_unsupported_reason,
@@ -192,10 +193,12 @@ def flash_attention_3() -> Callable[..., Callable[..., object]]:
         value: torch.Tensor,
         lengths: torch.Tensor,
         out: torch.Tensor,
+        new_tokens: int = 1,
     ) -> Callable[..., object]:
-        starts = torch.arange(case.batch + 1, dtype=torch.int32, device=query.device)
-        limits = {"max_seqlen_q": 1, "max_seqlen_k": case.context}
-        shared = {"cu_seqlens_q": starts, "causal": True, "num_splits": _SPLITS}
+        starts = torch.arange(case.batch + 1, dtype=torch.int32, device=query.device) * new_tokens
+        limits = {"max_seqlen_q": new_tokens, "max_seqlen_k": case.context}
+        splits = _SPLITS if new_tokens == 1 else 0  # FlashAttention chooses
+        shared = {"cu_seqlens_q": starts, "causal": True, "num_splits": splits}
         metadata = get_scheduler_metadata(
             batch_size=case.batch,
             num_heads_q=heads.query,
@@ -227,6 +230,30 @@ def flash_attention_3() -> Callable[..., Callable[..., object]]:
         )
 
     return attend
+
+
+def flash_attention_3_of_prompt(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor
+) -> Callable[[], object]:
+    """A call of it for one prompt [T, H, D] that attends to itself, and to no cache."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    tokens = len(query)
+    starts = torch.tensor([0, tokens], dtype=torch.int32, device=query.device)
+    return partial(
+        flash_attn_varlen_func,
+        q=query,
+        k=key,
+        v=value,
+        out=out,
+        cu_seqlens_q=starts,
+        cu_seqlens_k=starts,
+        max_seqlen_q=tokens,
+        max_seqlen_k=tokens,
+        softmax_scale=query.shape[-1] ** -0.5,
+        causal=True,
+        fa_version=3,
+    )
 
 
 def reshape_and_cache() -> Callable[..., object]:
