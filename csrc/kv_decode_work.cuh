@@ -70,9 +70,9 @@ __device__ Range range_of_block(const Params& p) {
   int sum = inclusive_sum(tiles, lane);
   const int total = __shfl_sync(kAllLanes, sum, 31) * p.kv_heads;
   Range r;
-  // As divide_up(total, blocks) or, of large numbers, one more.
-  r.length = static_cast<int>(__umulhi(max(total - 1, 0), p.inverse_blocks)) + 1;
-  if (r.length <= kWarps) r.length = max(kWarps, r.length * kResident);
+  // At least divide_up(total, blocks), and as many for every warp.
+  const int length = static_cast<int>(__umulhi(max(total - 1, 0), p.inverse_blocks)) + 1;
+  r.length = divide_up(length <= kWarps ? length * kResident : length, kWarps) * kWarps;
   r.begin = min(total, static_cast<int>(blockIdx.x) * r.length);
   r.end = min(total, r.begin + r.length);
   if (r.begin == r.end) return r;
