@@ -6,8 +6,8 @@
 The weights are vLLM's dummies, so only config.json is read. Every width runs in a process of its
 own with vLLM's default compilation and CUDA graphs: 256 prompts of 1024 random tokens, 512 new
 tokens each; a step is what each token after the first takes. Then an engine with a pool of 8 GiB
-says how many requests of 4096 tokens it holds, by vLLM's own count. The last columns are the
-unquantized and the fp8 cache over ours.
+says how many requests of 4096 tokens it holds, by vLLM's own count. The last columns say how many
+times faster ours is than the unquantized and the fp8 cache, and how many times more it holds.
 """
 
 import argparse
@@ -28,6 +28,7 @@ WIDTHS = {
     "kv8": {"quantization": "qoq", "additional_config": {"qoq": {"kv_bits": 8}}},
     "kv4": {"quantization": "qoq", "additional_config": {"qoq": {"kv_bits": 4}}},
 }
+TIMES = ("prompts, s", "step, ms")  # the other numbers are what a pool holds
 OURS, PEERS = ("kv8", "kv4"), ("bf16", "fp8")
 
 
@@ -76,7 +77,7 @@ def time_steps(folder: str, width: str, repeats: int) -> dict[str, float]:
     first, both = (
         statistics.median(seconds(tokens) for _ in range(repeats)) for tokens in (1, NEW_TOKENS)
     )
-    return {"prompts, s": first, "step, ms": (both - first) / (NEW_TOKENS - 1) * 1e3}
+    return dict(zip(TIMES, (first, (both - first) / (NEW_TOKENS - 1) * 1e3), strict=True))
 
 
 def count_tokens(folder: str, width: str) -> dict[str, float]:
@@ -90,16 +91,18 @@ def count_tokens(folder: str, width: str) -> dict[str, float]:
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    """One row per number, one column per width, and how ours compare."""
+    """One row per number, one column per width, and how many times better ours are."""
     pairs = [(a, b) for b in OURS for a in PEERS if {a, b} <= set(results)]
-    heads = ["", *results, *(f"{peer} / {ours}" for peer, ours in pairs)]
+    heads = ["", *results, *(f"{ours} against {peer}" for peer, ours in pairs)]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for key in next(iter(results.values())):
         cells = [
             f"{found[key]:.0f}" if found[key] > 1000 else f"{found[key]:.3f}"
             for found in results.values()
         ]
-        cells += [f"{results[peer][key] / results[ours][key]:.2f}" for peer, ours in pairs]
+        for peer, ours in pairs:
+            times = results[peer][key] / results[ours][key]
+            cells.append(f"{times if key in TIMES else 1 / times:.2f}")
         lines.append(f"| {key} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
