@@ -44,6 +44,7 @@ from vllm_qoq.bench.result import LeftOut
 ROOT = Path(__file__).resolve().parent.parent
 HEADS = Heads()
 SMALL, LARGE = Decode(1, 8192), Decode(256, 4096)
+WITHOUT_PROMPT = ("triton-int4", "turboquant-4bit")
 PACKAGES = {"torch": "2.11.0", "vllm": "0.26.0"}
 
 
@@ -71,7 +72,7 @@ def made_up(kernels=KERNELS, cases=(SMALL, LARGE), heads=HEADS, without=()):
             if (name, None) not in without
         },
         prefill_seconds={
-            name: 1e-3 * (1 + KERNELS.index(name)) for name in kernels if name != "triton-int4"
+            name: 1e-3 * (1 + KERNELS.index(name)) for name in kernels if name not in WITHOUT_PROMPT
         },
         left_out=tuple(LeftOut(name, str(case), "too odd") for name, case in without),
     )
@@ -94,7 +95,7 @@ def run(monkeypatch, capfd):
 
 def test_bytes_of_a_token_and_head():
     one = HEADS._replace(kv=1)
-    assert [token_bytes(name, one) for name in KERNELS] == [136, 264, 512, 256, 136]
+    assert [token_bytes(name, one) for name in KERNELS] == [136, 264, 512, 256, 136, 134]
     for size in (64, 128):
         for name, bits in (("qoq-kv4", 4), ("qoq-kv8", 8)):
             assert token_bytes(name, one._replace(size=size)) == kv_layout.slot_bytes(size, bits)
@@ -133,7 +134,8 @@ def test_report_has_all_tables_and_says_how_it_was_measured():
     assert cells(text, "Our kernels", "fa3-fp8 / qoq-kv8") == ["2.00", "2.00"]
     assert cells(text, "Write of 256 tokens", "qoq-kv4 write") == ["2.0"]
     assert cells(text, "Prompt of 8192 tokens", "fa3-bf16 prompt") == ["3000"]
-    assert cells(text, "Prompt of 8192 tokens", "triton-int4 prompt") == ["-"]
+    for name in WITHOUT_PROMPT:
+        assert cells(text, "Prompt of 8192 tokens", f"{name} prompt") == ["-"]
     assert "4.00 TB/s in\nthis run" in text and "vllm 0.26.0" in text
     assert "qoq-kv4 1088, qoq-kv8 2112, fa3-bf16 4096" in text
     assert "    vllm-qoq bench attention --cases 1x8192,256x4096\n" in text
@@ -282,7 +284,7 @@ def no_gpu(monkeypatch):
             call.what = name, case
             return [call]
 
-        prefill = None if name == "triton-int4" else lambda: calls(0)
+        prefill = None if name in WITHOUT_PROMPT else lambda: calls(0)
         return lambda heads, blocks: attention_kernels.Kernel(calls, lambda: calls(None), prefill)
 
     def seconds(calls):
@@ -346,7 +348,7 @@ def test_a_failing_peer_is_reported_and_the_others_are_measured(no_gpu, monkeypa
     assert "- fa3-fp8, 256x4096: RuntimeError: too long\n" in text
     assert "- triton-int4, 1x8192; 256x4096: ArithmeticError: the output has" in text
     stdout, stderr = capsys.readouterr()
-    assert not stdout and "measure: 20 of 20" in stderr
+    assert not stdout and "measure: 24 of 24" in stderr
     assert stderr.count("left out: triton-int4") == stderr.count("left out: fa3-bf16") == 1
 
 
@@ -360,13 +362,14 @@ def test_a_peer_that_breaks_the_gpu_ends_the_run_with_the_remedy(no_gpu, monkeyp
     broken = refuse("an illegal memory access")
     monkeypatch.setattr(torch.cuda, "synchronize", broken)
     monkeypatch.setitem(attention_kernels.PREPARE, "fa3-fp8", broken)
-    with pytest.raises(BenchError, match=r"--kernels qoq-kv4,qoq-kv8,fa3-bf16,triton-int4$"):
+    others = "qoq-kv4,qoq-kv8,fa3-bf16,triton-int4,turboquant-4bit"
+    with pytest.raises(BenchError, match=f"--kernels {others}$"):
         measure()
 
 
 def test_too_little_memory_is_said_before_work_begins(no_gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**9, 10**11))
-    with pytest.raises(BenchError, match=r"need 14\.9 GB, but 1\.0 GB .* fewer or smaller --cases"):
+    with pytest.raises(BenchError, match=r"need 16\.1 GB, but 1\.0 GB .* fewer or smaller --cases"):
         measure()
 
 
@@ -387,7 +390,12 @@ class OnCPU(TorchFunctionMode):
 def vllm_calls(monkeypatch):
     """The peers' functions, which only check the signatures of the vLLM that is installed."""
     from vllm import _custom_ops
-    from vllm.v1.attention.ops import triton_reshape_and_cache_flash, triton_unified_attention
+    from vllm.v1.attention.ops import (
+        triton_reshape_and_cache_flash,
+        triton_turboquant_decode,
+        triton_turboquant_store,
+        triton_unified_attention,
+    )
 
     monkeypatch.setattr(kv_ops, "workspace", lambda *_: torch.zeros(1, dtype=torch.int32))
     path = Path(_custom_ops.__file__).parent / "vllm_flash_attn" / "flash_attn_interface.py"
@@ -406,12 +414,15 @@ def vllm_calls(monkeypatch):
         (_custom_ops, "reshape_and_cache_flash"),
         (triton_reshape_and_cache_flash, per_token_head),
         (triton_unified_attention, "unified_attention"),
+        (triton_turboquant_store, "triton_turboquant_store"),
+        (triton_turboquant_decode, "triton_turboquant_decode_attention"),
         (kv_ops, "kv_decode"),
         (kv_ops, "kv_write"),
     ):
         monkeypatch.setattr(module, name, mock.create_autospec(getattr(module, name)))
         made.append(getattr(module, name))
-    names = ("fa3", "metadata", "fa3 write", "int4 write", "int4", "decode", "write")
+    names = ("fa3", "metadata", "fa3 write", "int4 write", "int4")
+    names += ("turboquant write", "turboquant", "decode", "write")
     return dict(zip(names, made, strict=True))
 
 
@@ -438,14 +449,15 @@ def test_calls_have_the_shapes_that_the_kernels_take(vllm_calls, small, name):
         out = calls[-1]()
         assert out.shape == (3, 8, 64) and out.dtype == torch.bfloat16 and out.isnan().all()
         assert kernel.write()[-1]().shape == (256, 2, 64)
-    assert (kernel.prefill is None) == (name == "triton-int4")
-    function = vllm_calls[{"qoq": "decode", "fa3": "fa3", "tri": "int4"}[name[:3]]]
+    assert (kernel.prefill is None) == (name in WITHOUT_PROMPT)
+    functions = {"qoq": "decode", "fa3": "fa3", "triton": "int4", "turboquant": "turboquant"}
+    function = vllm_calls[functions[name.split("-")[0]]]
     given = function.call_args
     table = given.args[2] if name in OURS else given.kwargs["block_table"]
     assert table.shape == (3, 4) and table.dtype == torch.int32 and table.unique().numel() == 12
 
 
-@pytest.mark.parametrize("name", [name for name in KERNELS if name != "triton-int4"])
+@pytest.mark.parametrize("name", [name for name in KERNELS if name not in WITHOUT_PROMPT])
 def test_a_prompt_is_written_and_attends_to_all_of_it(vllm_calls, small, name, monkeypatch):
     monkeypatch.setattr(attention_kernels, "PREFILL_TOKENS", 100)
     heads, case = small
@@ -513,3 +525,34 @@ def test_int4_scales_lie_behind_their_codes(vllm_calls, small):
         assert [4 * step for step in given[scale].stride()] == list(given[part].stride()[:3])
         assert given[scale].min() >= 0.02 and given[scale].max() <= 0.06
     assert given["v"].data_ptr() == given["k"].data_ptr() + 36
+
+
+def test_turboquant_fills_its_cache_with_its_own_write(vllm_calls, small, monkeypatch):
+    from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
+
+    monkeypatch.setattr(attention_kernels, "_FILL_TOKENS", 1000)
+    heads, case = small
+    with OnCPU():
+        calls = prepared("turboquant-4bit", heads, case)[1]
+        out = calls[0]()
+    given = vllm_calls["turboquant"].call_args.kwargs
+    expected = TurboQuantConfig.from_cache_dtype("turboquant_4bit_nc", 64)
+    cache, rotation = given["kv_cache"], given["PiT"]
+    pool = pool_blocks("turboquant-4bit", heads, [case])
+    assert cache.shape == (pool, 32, 2, expected.slot_size_aligned)
+    assert 2 * expected.slot_size_aligned == token_bytes("turboquant-4bit", heads)
+    assert torch.allclose(rotation @ rotation.T, torch.eye(64), atol=1e-6)
+    assert torch.equal(rotation, rotation.T) and given["Pi"] is rotation
+    assert given["norm_correction"] and not given["key_fp8"] and given["centroids"].shape == (16,)
+    # vLLM takes buffers of these shapes and types, and otherwise allocates its own.
+    assert given["mid_o_buf"].shape == (3, 8, given["max_num_kv_splits"], 65)
+    assert given["output_buf"] is out and given["lse_buf"].shape == (3, 8)
+    places = []
+    for call in vllm_calls["turboquant write"].call_args_list:
+        key, value, written, slots = call.args
+        assert written is cache and key.shape == value.shape == (len(slots), 2, 64)
+        assert torch.equal(call.kwargs["PiT"], rotation)
+        middle = call.kwargs["midpoints"]
+        assert (given["centroids"][:-1] < middle).all() and (middle < given["centroids"][1:]).all()
+        places.append(slots)
+    assert len(places) > 1 and torch.equal(torch.cat(places), torch.arange(32 * pool))

@@ -37,9 +37,9 @@ WRITTEN_TOKENS = 256
 PREFILL_TOKENS = 8192  # of one prompt, which has no history
 
 # Our kernels and their peers: bits of a number of K or V, and bytes of a scale and zero for each
-# head of K and of V.
+# head of K and of V; TurboQuant has 2 for K's norm and 4 for V, so 3 on average.
 OURS = {"qoq-kv4": (4, 4), "qoq-kv8": (8, 4)}
-PEERS = {"fa3-bf16": (16, 0), "fa3-fp8": (8, 0), "triton-int4": (4, 4)}
+PEERS = {"fa3-bf16": (16, 0), "fa3-fp8": (8, 0), "triton-int4": (4, 4), "turboquant-4bit": (4, 3)}
 KERNELS = (*OURS, *PEERS)
 
 HEAD_SIZES = (64, 128)  # of our kernels

@@ -23,6 +23,7 @@ from vllm_qoq.bench.attention_cases import PREFILL_TOKENS, WRITTEN_TOKENS, Decod
 from vllm_qoq.bench.timing import Call
 
 _WRITES = 48
+_FILL_TOKENS = 8192  # at a time
 _PROMPTS = 4
 
 
@@ -158,6 +159,32 @@ def triton_int4(heads: Heads, blocks: int, name: str) -> Kernel:
     return Kernel(decode, write, None)
 
 
+def turboquant(heads: Heads, blocks: int, name: str) -> Kernel:
+    """vLLM's kv_cache_dtype turboquant_4bit_nc; it rotates the query, not the output."""
+    attend, store = peers.turboquant_attention(heads), peers.turboquant_store(heads)
+    # [blocks, tokens, H, D / 2 + 2 + D / 2 + 4]: K's codes and float16 norm, V's codes and float16
+    # scale and zero. vLLM 0.26 keeps the heads of a block apart, later vLLM its tokens.
+    shape = blocks, heads.kv, heads.block_tokens, heads.size + 6
+    cache = torch.empty(shape, dtype=torch.uint8, device="cuda").transpose(1, 2)
+    # Random bytes would be norms, scales and zeros that are not finite.
+    for slots in torch.arange(blocks * heads.block_tokens, device="cuda").split(_FILL_TOKENS):
+        store(*_new_tokens(heads, len(slots)), cache, slots)
+
+    def decode(case: Decode) -> list[Call]:
+        given = _inputs(heads, case)
+        call = attend(given.query, cache, given.lengths, given.out)
+        tables = _tables(heads, case, blocks, name)
+        return [partial(_then, given.out, call, block_table=table) for table in tables]
+
+    def write() -> list[Call]:
+        key, value = _new_tokens(heads)
+        return [
+            partial(_then, key, store, key, value, cache, slots) for slots in _slots(heads, blocks)
+        ]
+
+    return Kernel(decode, write, None)
+
+
 def _write_then(write: Callable[[], object], attend: Call) -> torch.Tensor:
     write()
     return attend()
@@ -183,8 +210,8 @@ def _tables(heads: Heads, case: Decode, blocks: int, name: str) -> list[torch.Te
     return list(order.view(turns, case.batch, -1))
 
 
-def _new_tokens(heads: Heads) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = 2, WRITTEN_TOKENS, heads.kv, heads.size
+def _new_tokens(heads: Heads, count: int = WRITTEN_TOKENS) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = 2, count, heads.kv, heads.size
     key, value = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
     return key, value
 
@@ -226,4 +253,5 @@ PREPARE: dict[str, Callable[[Heads, int], Kernel]] = {
     "fa3-bf16": partial(fa3, name="fa3-bf16", is_fp8=False),
     "fa3-fp8": partial(fa3, name="fa3-fp8", is_fp8=True),
     "triton-int4": partial(triton_int4, name="triton-int4"),
+    "turboquant-4bit": partial(turboquant, name="turboquant-4bit"),
 }

@@ -16,6 +16,7 @@ _STYLES = {
     "fa3-bf16": ("tab:gray", "v--"),
     "fa3-fp8": ("tab:blue", "s--"),
     "triton-int4": ("tab:green", "^--"),
+    "turboquant-4bit": ("tab:brown", "D--"),
 }
 
 
@@ -44,7 +45,7 @@ def save(result: AttentionResult, path: Path) -> None:
         f"{result.device}; a copy moves {result.copy_rate / 1e12:.2f} TB/s"
     )
     handles, labels = rates.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6)
+    figure.legend(handles, labels, loc="outside lower center", ncols=7)
     figure.savefig(path, dpi=110)
 
 

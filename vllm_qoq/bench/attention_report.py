@@ -56,7 +56,7 @@ def _head(result: AttentionResult) -> Iterator[str]:
         f"random numbers in a cache of random blocks of {heads.block_tokens} tokens, small cases\n"
         "going round 1 GB of it or 128 calls. FlashAttention 3 with the scheduler's metadata of\n"
         "vLLM's CUDA graphs; it and a query's conversion to fp8 are not timed. The int4 of vLLM\n"
-        "rotates the query and the output, which is.\n"
+        "rotates the query and the output, its TurboQuant the query, which is.\n"
     )
     yield (
         f"TB/s: bytes of the cache, each once. Bytes of a token:\n{sizes}.\n"

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from vllm_qoq import ops, w4a8_layout
+from vllm_qoq import ops, reference_attention, w4a8_layout
 from vllm_qoq.bench import humming_peer
 from vllm_qoq.bench.attention_cases import Decode, Heads
 from vllm_qoq.bench.timing import Call
@@ -31,8 +31,8 @@ _BYTES = 300e6
 _FEWEST_COPIES, _MOST_COPIES = 2, 24
 _GROUP_SIZE = 128
 
-# vLLM's bound of FlashAttention 3's divisions of a sequence, in CUDA graphs.
-_SPLITS = 32
+# vLLM's bounds of FlashAttention 3's and of TurboQuant's divisions of a sequence, in CUDA graphs.
+_SPLITS, _TURBOQUANT_SPLITS = 32, 32
 # Its Triton attention divides a sequence by 16 where fewer programs would run than these.
 _TRITON_GRID, _TRITON_SEGMENTS = 128, 16
 
@@ -329,6 +329,66 @@ def int4_reshape_and_cache() -> Callable[..., object]:
 
     mode = KVQuantMode.INT4_PER_TOKEN_HEAD
     return partial(triton_reshape_and_cache_flash_per_token_head_quant, kv_quant_mode=mode)
+
+
+def turboquant_attention(heads: Heads) -> Callable[..., Callable[..., object]]:
+    """vLLM's Triton attention over kv_cache_dtype turboquant_4bit_nc, for decode.
+
+    What it returns takes the query [R, Hq, D], the cache, uint8 [blocks, tokens, H, D + 6], int32
+    lengths [R] and the output, and gives a call that takes block_table.
+    """
+    from vllm.v1.attention.ops.triton_turboquant_decode import triton_turboquant_decode_attention
+
+    config, centroids, shared = _turboquant(heads)
+
+    def attend(
+        query: torch.Tensor, cache: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor
+    ) -> Callable[..., object]:
+        # As vLLM's backend: the results of the divisions, and the logarithms of their sums.
+        divided = (*query.shape[:2], _TURBOQUANT_SPLITS, heads.size + 1)
+        return partial(
+            triton_turboquant_decode_attention,
+            query=query,
+            kv_cache=cache,
+            seq_lens=lengths,
+            Pi=shared["PiT"],  # which is symmetric
+            centroids=centroids,
+            scale=heads.size**-0.5,
+            norm_correction=config.norm_correction,
+            mid_o_buf=torch.empty(divided, dtype=torch.float32, device=query.device),
+            output_buf=out,
+            lse_buf=torch.empty(query.shape[:2], dtype=torch.float32, device=query.device),
+            max_num_kv_splits=_TURBOQUANT_SPLITS,
+            **shared,
+        )
+
+    return attend
+
+
+def turboquant_store(heads: Heads) -> Callable[..., object]:
+    """vLLM's write of K and V for `turboquant_attention`."""
+    from vllm.v1.attention.ops.triton_turboquant_store import triton_turboquant_store
+
+    _, centroids, shared = _turboquant(heads)
+    midpoints = (centroids[:-1] + centroids[1:]) / 2
+    return partial(triton_turboquant_store, midpoints=midpoints, **shared)
+
+
+def _turboquant(heads: Heads) -> tuple[Any, torch.Tensor, dict[str, Any]]:
+    """Its configuration, K's sorted centroids float32 [16] and what both its functions take."""
+    from vllm.model_executor.layers.quantization.turboquant.centroids import get_centroids
+    from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
+
+    config = TurboQuantConfig.from_cache_dtype("turboquant_4bit_nc", heads.size)
+    centroids, _ = get_centroids(heads.size, config.centroid_bits).to(device="cuda").sort()
+    shared = {
+        "PiT": reference_attention.hadamard(torch.eye(heads.size, device="cuda")),
+        "mse_bits": config.key_mse_bits,
+        "key_packed_size": config.key_packed_size,
+        "value_quant_bits": config.effective_value_quant_bits,
+        "key_fp8": config.key_fp8,
+    }
+    return config, centroids, shared
 
 
 def _scale(*shape: int) -> torch.Tensor:
