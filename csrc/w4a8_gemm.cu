@@ -76,10 +76,10 @@ CUtensorMap out_tensor_map(const Params& p, int tokens) {
 }
 
 // How one tile is launched.
-template <class Tile, bool kGrouped>
+template <class Tile, Weights kWeights>
 struct Launcher {
-  static constexpr auto* kKernel = w4a8_gemm_kernel<Tile, kGrouped>;
-  static constexpr int kSharedBytes = Tile::template kSharedBytes<kGrouped>;
+  static constexpr auto* kKernel = w4a8_gemm_kernel<Tile, kWeights>;
+  static constexpr int kSharedBytes = Tile::template kSharedBytes<kWeights>;
 
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
@@ -120,9 +120,9 @@ struct Launcher {
   }
 };
 
-template <class Tile, bool kGrouped>
+template <class Tile, Weights kWeights>
 void launch(const void* x, const Params& p, int clusters, cudaStream_t stream) {
-  using Launch = Launcher<Tile, kGrouped>;
+  using Launch = Launcher<Tile, kWeights>;
   const CUtensorMap x_map =
       x_tensor_map(x, p, Tile::kTokens / Tile::kClusterTiles, Tile::kStepBlocks);
   const CUtensorMap x_tail_map = x_tensor_map(x, p, p.tail_tokens, Tile::kStepBlocks);
@@ -132,33 +132,46 @@ void launch(const void* x, const Params& p, int clusters, cudaStream_t stream) {
 }
 
 // Launches the tile that takes the least time by `schedule`.
-template <bool kGrouped, class... Tiles>
+template <Weights kWeights, class... Tiles>
 void launch_fastest(const void* x, const Params& params, int device, cudaStream_t stream) {
   constexpr int kCount = sizeof...(Tiles);
   Params work[kCount];
   int clusters[kCount], time[kCount], i = 0;
   ((work[i] = params,
-    time[i] = schedule<Tiles>(work[i], Launcher<Tiles, kGrouped>::slots(device), clusters[i]), ++i),
+    time[i] = schedule<Tiles>(work[i], Launcher<Tiles, kWeights>::slots(device), clusters[i]), ++i),
    ...);
   const int best = std::min_element(time, time + kCount) - time;
   i = 0;
-  ((i++ == best ? launch<Tiles, kGrouped>(x, work[best], clusters[best], stream) : void()), ...);
+  ((i++ == best ? launch<Tiles, kWeights>(x, work[best], clusters[best], stream) : void()), ...);
 }
 
-template <bool kGrouped>
+template <Weights kWeights>
 void dispatch(const void* x, const Params& p, int device, cudaStream_t stream) {
   if (p.m <= 8) {
-    launch_fastest<kGrouped, Tile8>(x, p, device, stream);
+    launch_fastest<kWeights, Tile8>(x, p, device, stream);
   } else if (p.m <= 16) {
-    launch_fastest<kGrouped, Tile16>(x, p, device, stream);
+    launch_fastest<kWeights, Tile16>(x, p, device, stream);
   } else if (p.m <= 32) {
-    launch_fastest<kGrouped, Tile32>(x, p, device, stream);
+    launch_fastest<kWeights, Tile32>(x, p, device, stream);
   } else if (p.m <= 64) {
-    launch_fastest<kGrouped, Tile64, Inputs64, Inputs64Deep>(x, p, device, stream);
+    launch_fastest<kWeights, Tile64, Inputs64, Inputs64Deep>(x, p, device, stream);
   } else if (p.m <= 128) {
-    launch_fastest<kGrouped, Tile128, Tile128Wide, Inputs128, Inputs128Pair>(x, p, device, stream);
+    launch_fastest<kWeights, Tile128, Tile128Wide, Inputs128, Inputs128Pair>(x, p, device, stream);
   } else {
-    launch_fastest<kGrouped, Tile128, Tile256>(x, p, device, stream);
+    launch_fastest<kWeights, Tile128, Tile256>(x, p, device, stream);
+  }
+}
+
+template <>
+void dispatch<Weights::kNested>(const void* x, const Params& p, int device, cudaStream_t stream) {
+  if (p.m <= 16) {
+    launch_fastest<Weights::kNested, Nested16>(x, p, device, stream);
+  } else if (p.m <= 64) {
+    launch_fastest<Weights::kNested, Nested64>(x, p, device, stream);
+  } else if (p.m <= 128) {
+    launch_fastest<Weights::kNested, Nested128>(x, p, device, stream);
+  } else {
+    launch_fastest<Weights::kNested, Nested128, Nested256>(x, p, device, stream);
   }
 }
 
@@ -183,7 +196,8 @@ Tensor w4a8_gemm(const Tensor& x, const Tensor& x_scale, const Tensor& x_row_sum
                  const std::optional<Tensor>& channel_zero,
                  const std::optional<Tensor>& group_scale,
                  const std::optional<Tensor>& group_offset, const std::optional<Tensor>& bias,
-                 ScalarType out_dtype, const std::optional<Tensor>& workspace) {
+                 ScalarType out_dtype, const std::optional<Tensor>& workspace,
+                 const std::optional<Tensor>& residual) {
   STD_TORCH_CHECK(x.dim() == 2 && channel_scale.dim() == 1, kOp, ": x is ", shape_text(x),
                   " and channel_scale ", shape_text(channel_scale), ", expected [M, K] and [N]");
   STD_TORCH_CHECK(out_dtype == ScalarType::BFloat16 || out_dtype == ScalarType::Half, kOp,
@@ -204,7 +218,13 @@ Tensor w4a8_gemm(const Tensor& x, const Tensor& x_scale, const Tensor& x_row_sum
   check_tensor(kOp, "x_scale", x_scale, device, ScalarType::Float, {m});
   check_tensor(kOp, "x_row_sum", x_row_sum, device, ScalarType::Int, {m});
   check_tensor(kOp, "weight", weight, device, ScalarType::Byte,
-               {weight_blocks, k / kBlockK, is_grouped ? kBlockBytes<true> : kBlockBytes<false>});
+               {weight_blocks, k / kBlockK,
+                is_grouped ? kBlockBytes<Weights::kGrouped> : kBlockBytes<Weights::kChannel>});
+  STD_TORCH_CHECK(is_grouped || !residual.has_value(), kOp,
+                  ": a residual belongs to a weight with groups");
+  if (residual.has_value())
+    check_tensor(kOp, "residual", *residual, device, ScalarType::Byte,
+                 {weight_blocks, k / kBlockK, kCodeBytes});
   check_tensor(kOp, "channel_scale", channel_scale, device, ScalarType::Float, {n});
   if (!is_grouped) check_tensor(kOp, "channel_zero", *channel_zero, device, ScalarType::Float, {n});
   if (bias.has_value()) check_tensor(kOp, "bias", *bias, device, bias->scalar_type(), {n});
@@ -217,6 +237,8 @@ Tensor w4a8_gemm(const Tensor& x, const Tensor& x_scale, const Tensor& x_row_sum
   if (m == 0) return out;
   const Params params{
       .weight = static_cast<const uint8_t*>(weight.data_ptr()),
+      .residual =
+          residual.has_value() ? static_cast<const uint8_t*>(residual->data_ptr()) : nullptr,
       .x_scale = static_cast<const float*>(x_scale.data_ptr()),
       .x_row_sum = static_cast<const int32_t*>(x_row_sum.data_ptr()),
       .channel_scale = static_cast<const float*>(channel_scale.data_ptr()),
@@ -233,10 +255,12 @@ Tensor w4a8_gemm(const Tensor& x, const Tensor& x_scale, const Tensor& x_row_sum
   };
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
-  if (is_grouped) {
-    dispatch<true>(x.data_ptr(), params, device, stream);
+  if (residual.has_value()) {
+    dispatch<Weights::kNested>(x.data_ptr(), params, device, stream);
+  } else if (is_grouped) {
+    dispatch<Weights::kGrouped>(x.data_ptr(), params, device, stream);
   } else {
-    dispatch<false>(x.data_ptr(), params, device, stream);
+    dispatch<Weights::kChannel>(x.data_ptr(), params, device, stream);
   }
   return out;
 }

@@ -14,11 +14,18 @@ inline constexpr int kBlockK = 128;
 // A packed block is 64 channels x 128 inputs (`vllm_qoq.w4a8_layout` makes it):
 //   codes   [2 halves of k][128 threads][16 bytes]   what one thread's registers hold
 //   params  [32 pairs of rows][scale, offset + 128 of row r, the same of row r + 8]
-// `params` is there only with groups.
+// `params` is there only with groups. A nested weight has a second plane of blocks, `codes` alone:
+// what its 8 bits have more than the 4, plus 8.
 inline constexpr int kCodeBytes = kBlockN * kBlockK / 2;
 inline constexpr int kParamBytes = kBlockN * 2;
-template <bool kGrouped>
-inline constexpr int kBlockBytes = kCodeBytes + (kGrouped ? kParamBytes : 0);
+enum class Weights { kChannel, kGrouped, kNested };
+inline constexpr int kResidualZero = 8;
+template <Weights kWeights>
+inline constexpr bool kHasGroups = kWeights != Weights::kChannel;
+template <Weights kWeights>
+inline constexpr int kBlockBytes = kCodeBytes + (kHasGroups<kWeights> ? kParamBytes : 0);
+template <Weights kWeights>
+inline constexpr int kResidualBytes = kWeights == Weights::kNested ? kCodeBytes : 0;
 
 // What the warpgroups of a block of threads divide among them.
 enum class Divide { kChannels, kInputs };
@@ -33,8 +40,9 @@ enum class Divide { kChannels, kInputs };
 //                fetch its weights while this one ends.
 // kCluster       blocks of a cluster. channels: they have the same tokens, of which each fetches a
 //                part for all. inputs: they divide k further.
+// kUnit          tokens of a unit in which the output leaves
 template <Divide kDivide, int kGroups_, int kWeightBlocks_, int kTokens_, int kStages_,
-          int kResident_, int kCluster_ = 1>
+          int kResident_, int kCluster_ = 1, int kUnit = 64>
 struct Tile {
   static constexpr bool kByInputs = kDivide == Divide::kInputs;
   static constexpr int kGroups = kGroups_;
@@ -74,28 +82,29 @@ struct Tile {
   static constexpr int kXBlockBytes = kTokens * kBlockK;
   static constexpr int kXBytes = kStepBlocks * kXBlockBytes;
   // The output leaves in units of 64 channels x kUnitTokens, from two buffers in turn.
-  static constexpr int kUnitTokens = kOutTokens < 64 ? kOutTokens : 64;
+  static constexpr int kUnitTokens = std::min(kOutTokens, kUnit);
   static constexpr int kUnits = kWeightBlocks * kOutTokens / kUnitTokens;
   static constexpr int kOutputBuffers = kUnits > 1 ? 2 : 1;
   static constexpr int kUnitBytes = kUnitTokens * kBlockN * 2;
   static constexpr int kOutputBytes = kGroups * kOutputBuffers * kUnitBytes;
   static constexpr int kConstantBytes = kChannels * 12 + kTokens * 8;
   static constexpr int kBarrierBytes = 2 * kStages * 8 + 16;
-  template <bool kGrouped>
-  static constexpr int kWeightBytes = kBlocks * kBlockBytes<kGrouped>;
-  template <bool kGrouped>
+  template <Weights kWeights>
+  static constexpr int kWeightBytes = kBlocks * (kBlockBytes<kWeights> + kResidualBytes<kWeights>);
+  template <Weights kWeights>
   static constexpr int kSharedBytes =
-      1024 + kStages * (kXBytes + kWeightBytes<kGrouped>)+kOutputBytes + kConstantBytes +
+      1024 + kStages * (kXBytes + kWeightBytes<kWeights>)+kOutputBytes + kConstantBytes +
       kBarrierBytes;
+  // 228 KiB an SM, of which the system takes 1 KiB a block.
+  template <Weights kWeights>
+  static constexpr bool kFits = kResident * (kSharedBytes<kWeights> + 1024) <= 228 * 1024;
 
   static_assert(kTokens % 8 == 0 && kTokens <= 256 && kTokens <= kConsumers);
   static_assert(kXBlockBytes / kClusterTiles % 1024 == 0);
   static_assert(kOutTokens % kUnitTokens == 0 && kUnitBytes % 1024 == 0);
   // Sums that warpgroups add up lie where the ring was.
-  static_assert(!kByInputs ||
-                kConsumers * kAccumulators * 4 <= kStages * (kXBytes + kWeightBytes<false>));
-  // 228 KiB an SM, of which the system takes 1 KiB a block.
-  static_assert(kResident * (kSharedBytes<true> + 1024) <= 228 * 1024);
+  static_assert(!kByInputs || kConsumers * kAccumulators * 4 <=
+                                  kStages * (kXBytes + kWeightBytes<Weights::kChannel>));
 };
 
 // By channels, for any number of them.
@@ -112,6 +121,11 @@ using Inputs64 = Tile<Divide::kInputs, 2, 1, 64, 4, 2>;
 using Inputs64Deep = Tile<Divide::kInputs, 4, 1, 64, 4, 1>;
 using Inputs128 = Tile<Divide::kInputs, 2, 1, 128, 4, 1>;
 using Inputs128Pair = Tile<Divide::kInputs, 2, 1, 128, 4, 1, 2>;
+// For nested weights, whose stages are longer.
+using Nested16 = Tile<Divide::kChannels, 2, 1, 16, 5, 2>;
+using Nested64 = Tile<Divide::kChannels, 2, 1, 64, 3, 2>;
+using Nested128 = Tile<Divide::kChannels, 2, 1, 128, 5, 1>;
+using Nested256 = Tile<Divide::kChannels, 2, 1, 256, 4, 1, 2, 32>;
 
 // The workspace is int32: counters, then sums of the tiles that several blocks share. The kernel
 // finds it zero and leaves it zero. So many tiles are shared at most as blocks run at a time.
@@ -125,7 +139,8 @@ enum class Bias : int { kNone, kFloat32, kBfloat16, kFloat16 };
 //   out[token, channel] = x_scale (acc channel_scale - x_row_sum channel_zero) + bias
 // `acc` is exact; float32 follows it in this order, rounded once to the output.
 struct Params {
-  const uint8_t* weight;  // packed blocks [ceil(n / 64)][k / 128]
+  const uint8_t* weight;    // packed blocks [ceil(n / 64)][k / 128]
+  const uint8_t* residual;  // nested: the second plane's
   const float* x_scale;
   const int32_t* x_row_sum;
   const float* channel_scale;

@@ -98,9 +98,9 @@ __device__ inline int first_out_token() {
 }
 
 // Where the warpgroups have divided k: each gets the sums of its share of the tokens.
-template <class Tile, bool kGrouped>
+template <class Tile, Weights kWeights>
 __device__ void add_up_groups(const Accumulators<Tile>& acc, OutAccumulators<Tile>& sums,
-                              const SharedMemory<Tile, kGrouped>& shared) {
+                              const SharedMemory<Tile, kWeights>& shared) {
   if constexpr (!Tile::kByInputs) {
 #pragma unroll
     for (int b = 0; b < Tile::kWeightBlocks; ++b)
@@ -146,9 +146,9 @@ __device__ void add_up_groups(const Accumulators<Tile>& acc, OutAccumulators<Til
 
 // Adds this block's share of a tile to the others'. True in the block that completes the sum,
 // which then holds it in its registers.
-template <class Tile, bool kGrouped>
+template <class Tile, Weights kWeights>
 __device__ bool add_to_shared_tile(OutAccumulators<Tile>& acc, const Params& p, const Work& work,
-                                   const SharedMemory<Tile, kGrouped>& shared, char* shared_base) {
+                                   const SharedMemory<Tile, kWeights>& shared, char* shared_base) {
   constexpr int kCount = Tile::kWeightBlocks * Tile::kOutAccumulators;
   const int thread = threadIdx.x;
   const bool is_active = first_out_token<Tile>() < Tile::kTokens;
@@ -181,22 +181,22 @@ __device__ bool add_to_shared_tile(OutAccumulators<Tile>& acc, const Params& p, 
 }
 
 // The order of `reference.epilogue`, and no fused multiply-adds.
-template <bool kGrouped>
+template <Weights kWeights>
 __device__ inline float epilogue(int32_t sum, float x_scale, int32_t row_sum, float scale,
                                  float zero, float bias, bool has_bias) {
-  if constexpr (kGrouped) sum -= 128 * row_sum;
+  if constexpr (kHasGroups<kWeights>) sum -= 128 * row_sum;
   float y = __fmul_rn(__int2float_rn(sum), scale);
-  if constexpr (!kGrouped) y = __fsub_rn(y, __fmul_rn(__int2float_rn(row_sum), zero));
+  if constexpr (!kHasGroups<kWeights>) y = __fsub_rn(y, __fmul_rn(__int2float_rn(row_sum), zero));
   y = __fmul_rn(y, x_scale);
   return has_bias ? __fadd_rn(y, bias) : y;
 }
 
 // Writes a tile: registers, through shared memory that holds 64 channels of a token as a row of 128
 // bytes in the copy engine's swizzle, to `out`. Returns before the last units have left.
-template <class Tile, bool kGrouped>
+template <class Tile, Weights kWeights>
 __device__ void write_output(const OutAccumulators<Tile>& acc, const CUtensorMap& out_map,
                              const Params& p, TilePosition at,
-                             const SharedMemory<Tile, kGrouped>& shared, char* shared_base) {
+                             const SharedMemory<Tile, kWeights>& shared, char* shared_base) {
   const int group = threadIdx.x / 128, thread = threadIdx.x % 128;
   const int warp = thread / 32, lane = thread % 32;
   const SharedConstants<Tile> constants(shared_base + (shared.constants() - shared.base));
@@ -236,9 +236,9 @@ __device__ void write_output(const OutAccumulators<Tile>& acc, const CUtensorMap
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int i = 4 * j + 2 * half;
-            const float low = epilogue<kGrouped>(acc[b][i], x_scale.x, row_sum.x, scale[half],
+            const float low = epilogue<kWeights>(acc[b][i], x_scale.x, row_sum.x, scale[half],
                                                  zero[half], bias[half], has_bias);
-            const float high = epilogue<kGrouped>(acc[b][i + 1], x_scale.y, row_sum.y, scale[half],
+            const float high = epilogue<kWeights>(acc[b][i + 1], x_scale.y, row_sum.y, scale[half],
                                                   zero[half], bias[half], has_bias);
             fragments[2 * matrix + half] = round_to_output(p.out_type, low, high);
           }

@@ -13,8 +13,9 @@
 // always the same: over shared memory among the warpgroups of a block and the blocks of a cluster,
 // in the L2 among blocks that know nothing of each other.
 //
-// The pipeline carries blocks of bytes that `unpack_half` alone understands: a second plane of
-// 4-bit weights means longer blocks and one more 16-byte load there.
+// The pipeline carries blocks of bytes that `unpack_half` alone understands. A nested weight has a
+// second plane of them, which it adds: W8 + 128 = q group_scale + (group_offset + 128 - 8) + plane,
+// where four bytes at once are right as soon as the sums fit, whatever borrows in between.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -27,10 +28,10 @@ namespace qoq::w4a8 {
 
 // ---- the loading warp ----------------------------------------------------------------
 
-template <class Tile, bool kGrouped>
+template <class Tile, Weights kWeights>
 __device__ void load(const CUtensorMap& x_map, const CUtensorMap& x_tail_map, const Params& p,
-                     const SharedMemory<Tile, kGrouped>& shared) {
-  constexpr int kBytes = kBlockBytes<kGrouped>;
+                     const SharedMemory<Tile, kWeights>& shared) {
+  constexpr int kBytes = kBlockBytes<kWeights>;
   const bool is_streamed = p.tiles_m == 1;
   const uint64_t policy =
       is_streamed ? ptx::l2_policy_evict_first() : ptx::l2_policy_evict_normal();
@@ -48,7 +49,7 @@ __device__ void load(const CUtensorMap& x_map, const CUtensorMap& x_tail_map, co
                          shared.full(stage), policy);
     } else {
       ptx::mbarrier_arrive_expect_tx(shared.full(stage),
-                                     x_bytes + Tile::template kWeightBytes<kGrouped>);
+                                     x_bytes + Tile::template kWeightBytes<kWeights>);
       const int first = min(at.n * Tile::kBlocks, p.weight_blocks - 1);
       const uint8_t* source = p.weight + (static_cast<int64_t>(first) * p.k_blocks + step) * kBytes;
       uint32_t destination = shared.weight(stage, 0);
@@ -58,6 +59,16 @@ __device__ void load(const CUtensorMap& x_map, const CUtensorMap& x_tail_map, co
         destination += kBytes;
         // Past the last channel: any block will do, nothing of it is written.
         if (first + i + 1 < p.weight_blocks) source += p.k_blocks * kBytes;
+      }
+      if constexpr (kWeights == Weights::kNested) {
+        source = p.residual + (static_cast<int64_t>(first) * p.k_blocks + step) * kCodeBytes;
+        destination = shared.residual(stage, 0);
+#pragma unroll 1
+        for (int i = 0; i < Tile::kBlocks; ++i) {
+          ptx::cp_async_bulk(destination, source, kCodeBytes, shared.full(stage), policy);
+          destination += kCodeBytes;
+          if (first + i + 1 < p.weight_blocks) source += p.k_blocks * kCodeBytes;
+        }
       }
     }
   };
@@ -110,21 +121,27 @@ __device__ void load(const CUtensorMap& x_map, const CUtensorMap& x_tail_map, co
 
 // Codes of 64 inputs to the A registers of two k32 steps. In a word, the low nibbles are inputs
 // 0..15 of the step, the high ones 16..31; words alternate between rows r and r + 8.
-template <bool kGrouped>
-__device__ inline void unpack_half(uint4 codes, uint32_t params, uint32_t (&a)[8]) {
+template <Weights kWeights>
+__device__ inline void unpack_half(uint4 codes, uint4 residual, uint32_t params, uint32_t (&a)[8]) {
   const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+  const uint32_t more[4] = {residual.x, residual.y, residual.z, residual.w};
 #pragma unroll
   for (int step = 0; step < 2; ++step) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const uint32_t word = words[2 * step + row];
-      uint32_t low = word & 0x0F0F0F0F;
-      uint32_t high = (word >> 4) & 0x0F0F0F0F;
-      if constexpr (kGrouped) {
+      const int i = 2 * step + row;
+      uint32_t low = words[i] & 0x0F0F0F0F;
+      uint32_t high = (words[i] >> 4) & 0x0F0F0F0F;
+      if constexpr (kHasGroups<kWeights>) {
         const uint32_t scale = row == 0 ? params & 0xFF : (params >> 16) & 0xFF;
-        const uint32_t offset = __byte_perm(params, 0, row == 0 ? 0x1111 : 0x3333);
-        low = low * scale + offset;
-        high = high * scale + offset;
+        uint32_t low_offset = __byte_perm(params, 0, row == 0 ? 0x1111 : 0x3333);
+        uint32_t high_offset = low_offset;
+        if constexpr (kWeights == Weights::kNested) {
+          low_offset += (more[i] & 0x0F0F0F0F) - 0x01010101u * kResidualZero;
+          high_offset += ((more[i] >> 4) & 0x0F0F0F0F) - 0x01010101u * kResidualZero;
+        }
+        low = low * scale + low_offset;
+        high = high * scale + high_offset;
       }
       a[4 * step + row] = low;
       a[4 * step + row + 2] = high;
@@ -133,27 +150,33 @@ __device__ inline void unpack_half(uint4 codes, uint32_t params, uint32_t (&a)[8
 }
 
 // What one thread multiplies of a stage.
-template <class Tile, bool kGrouped>
+template <class Tile, Weights kWeights>
 struct Fragments {
-  uint4 codes[Tile::kWeightBlocks][2];
+  uint4 codes[Tile::kWeightBlocks][2], residual[Tile::kWeightBlocks][2];
   uint32_t params[Tile::kWeightBlocks];
 
-  __device__ void fetch(const SharedMemory<Tile, kGrouped>& shared, int stage) {
+  __device__ void fetch(const SharedMemory<Tile, kWeights>& shared, int stage) {
     const int group = threadIdx.x / 128, thread = threadIdx.x % 128;
 #pragma unroll
     for (int b = 0; b < Tile::kWeightBlocks; ++b) {
-      const uint32_t block = shared.weight(stage, group * Tile::kWeightBlocks + b);
-      params[b] = kGrouped ? ptx::load_shared_4(block + kCodeBytes + thread / 4 * 4) : 0;
+      const int i = group * Tile::kWeightBlocks + b;
+      const uint32_t block = shared.weight(stage, i);
+      params[b] =
+          kHasGroups<kWeights> ? ptx::load_shared_4(block + kCodeBytes + thread / 4 * 4) : 0;
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        codes[b][half] = ptx::load_shared_16(block + half * (kCodeBytes / 2) + thread * 16);
+      for (int half = 0; half < 2; ++half) {
+        const int at = half * (kCodeBytes / 2) + thread * 16;
+        codes[b][half] = ptx::load_shared_16(block + at);
+        if constexpr (kWeights == Weights::kNested)
+          residual[b][half] = ptx::load_shared_16(shared.residual(stage, i) + at);
+      }
     }
   }
 };
 
 // The stage may be filled again, by all whose tokens it holds. Nothing for stage -1.
-template <class Tile, bool kGrouped>
-__device__ inline void release(const SharedMemory<Tile, kGrouped>& shared, int stage) {
+template <class Tile, Weights kWeights>
+__device__ inline void release(const SharedMemory<Tile, kWeights>& shared, int stage) {
   const int lane = threadIdx.x % 32;
   __syncwarp();  // one lane speaks for all
   if constexpr (Tile::kClusterTiles == 1) {
@@ -165,9 +188,9 @@ __device__ inline void release(const SharedMemory<Tile, kGrouped>& shared, int s
   }
 }
 
-template <class Tile, bool kGrouped>
+template <class Tile, Weights kWeights>
 __device__ void multiply(const CUtensorMap& out_map, const Params& p,
-                         const SharedMemory<Tile, kGrouped>& shared, char* shared_base) {
+                         const SharedMemory<Tile, kWeights>& shared, char* shared_base) {
   const SharedConstants<Tile> constants(shared_base + (shared.constants() - shared.base));
   ptx::griddepcontrol_wait();  // for x_scale, the workspace and `out`
 
@@ -191,7 +214,7 @@ __device__ void multiply(const CUtensorMap& out_map, const Params& p,
     uint32_t a[2][8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) a[0][i] = a[1][i] = 0;
-    Fragments<Tile, kGrouped> fragments;
+    Fragments<Tile, kWeights> fragments;
     int previous = -1;
     auto [step, end] = steps_of_block<Tile>(work);
     if (step < end) {
@@ -207,7 +230,8 @@ __device__ void multiply(const CUtensorMap& out_map, const Params& p,
           ptx::wgmma_wait_group<1>();
           ptx::keep_in_registers(a[half]);
           if (b == 0 && half == 1) release(shared, previous);
-          unpack_half<kGrouped>(fragments.codes[b][half], fragments.params[b], a[half]);
+          unpack_half<kWeights>(fragments.codes[b][half], fragments.residual[b][half],
+                                fragments.params[b], a[half]);
           ptx::keep_in_registers(a[half]);
           ptx::wgmma_fence();
 #pragma unroll
@@ -230,29 +254,31 @@ __device__ void multiply(const CUtensorMap& out_map, const Params& p,
 
     constants.store(fetched, threadIdx.x);
     OutAccumulators<Tile> sums;
-    add_up_groups<Tile, kGrouped>(acc, sums, shared);
+    add_up_groups<Tile, kWeights>(acc, sums, shared);
     const bool is_whole = work.end - work.begin == p.steps;
     if (is_whole) {
       ptx::named_barrier_sync(1, Tile::kConsumers);
-    } else if (!add_to_shared_tile<Tile, kGrouped>(sums, p, work, shared, shared_base)) {
+    } else if (!add_to_shared_tile<Tile, kWeights>(sums, p, work, shared, shared_base)) {
       continue;
     }
-    write_output<Tile, kGrouped>(sums, out_map, p, at, shared, shared_base);
+    write_output<Tile, kWeights>(sums, out_map, p, at, shared, shared_base);
     ptx::named_barrier_sync(1, Tile::kConsumers);  // the constants may be overwritten
   }
   ptx::cp_async_bulk_wait_group_read<0>();
 }
 
-template <class Tile, bool kGrouped>
+template <class Tile, Weights kWeights>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
     w4a8_gemm_kernel(const __grid_constant__ CUtensorMap x_map,
                      const __grid_constant__ CUtensorMap x_tail_map,
                      const __grid_constant__ CUtensorMap out_map,
                      const __grid_constant__ Params p) {
+  static_assert(Tile::template kFits<kWeights>);
+  static_assert(!Tile::kByInputs || kWeights != Weights::kNested);
   extern __shared__ char unaligned[];
   const uint32_t offset = -ptx::shared_address(unaligned) & 1023;
   char* shared_base = unaligned + offset;
-  const SharedMemory<Tile, kGrouped> shared{ptx::shared_address(shared_base)};
+  const SharedMemory<Tile, kWeights> shared{ptx::shared_address(shared_base)};
 
   ptx::griddepcontrol_launch_dependents();
   if (threadIdx.x == 0) {
@@ -274,11 +300,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
     ptx::setmaxnreg_decrease<Tile::kLoadRegisters>();
     if (threadIdx.x == Tile::kConsumers) {
       ptx::prefetch_tensormap(p.tiles_m == 1 ? &x_tail_map : &x_map);
-      load<Tile, kGrouped>(x_map, x_tail_map, p, shared);
+      load<Tile, kWeights>(x_map, x_tail_map, p, shared);
     }
   } else {
     ptx::setmaxnreg_increase<Tile::kMultiplyRegisters>();
-    multiply<Tile, kGrouped>(out_map, p, shared, shared_base);
+    multiply<Tile, kWeights>(out_map, p, shared, shared_base);
     // Others may still read what is in shared memory here, or arrive at its barriers.
     if (Tile::kCluster > 1) {
       __syncwarp();

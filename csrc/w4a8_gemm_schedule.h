@@ -40,6 +40,15 @@ inline constexpr Cost kCost<Inputs128> = {350, 1400, 3200};
 template <>
 inline constexpr Cost kCost<Inputs128Pair> = {420, 2600, 4000};
 
+template <>
+inline constexpr Cost kCost<Nested16> = {560, 300, 1500};
+template <>
+inline constexpr Cost kCost<Nested64> = {700, 1100, 3200};
+template <>
+inline constexpr Cost kCost<Nested128> = {440, 950, 4300};
+template <>
+inline constexpr Cost kCost<Nested256> = {660, 2500, 15000};
+
 inline constexpr int kImpossible = 1 << 30;  // nanoseconds
 
 // Fills in the work of `p` from its size. So many clusters run at a time as there are slots.

@@ -86,7 +86,7 @@ __device__ inline int tokens_of_copy(TilePosition at, const Params& p) {
 }
 
 // Addresses of one stage and its barriers.
-template <class Tile, bool kGrouped>
+template <class Tile, Weights kWeights>
 struct SharedMemory {
   uint32_t base;
 
@@ -96,8 +96,12 @@ struct SharedMemory {
     return x(stage) + (Tile::kByInputs ? threadIdx.x / 128 * tokens_of_copy * kBlockK : 0);
   }
   __device__ uint32_t weight(int stage, int block) const {
-    return output() + Tile::kOutputBytes + stage * Tile::template kWeightBytes<kGrouped> +
-           block * kBlockBytes<kGrouped>;
+    return output() + Tile::kOutputBytes + stage * Tile::template kWeightBytes<kWeights> +
+           block * kBlockBytes<kWeights>;
+  }
+  // The second plane of a stage lies behind the first.
+  __device__ uint32_t residual(int stage, int block) const {
+    return weight(stage, Tile::kBlocks) + block * kCodeBytes;
   }
   __device__ uint32_t output() const { return base + Tile::kStages * Tile::kXBytes; }
   __device__ uint32_t constants() const { return weight(Tile::kStages, 0); }

@@ -97,9 +97,10 @@ def test_speed_is_unknown_where_a_layer_is_missing():
     speeds = result.speedups(made_up(without=without))
     assert speeds["humming-g128"] == [None, None]
     assert speeds["cutlass-int8"] == [pytest.approx(1.2), None]
-    assert set(map(str, result.speedups(made_up(kernels=["cublas-bf16"])).values())) == {
-        "[None, None]"
-    }
+    assert speeds["cutlass-int8 / qoq-nested"] == [pytest.approx(1.2)] * 2
+    assert result.speedups(made_up(kernels=["cublas-bf16"])) == {}
+    alone = result.speedups(made_up(kernels=["qoq-g128"]))
+    assert set(map(str, alone.values())) == {"[None, None]"}
 
 
 def test_report_has_a_table_per_layer_and_says_how_it_was_measured():

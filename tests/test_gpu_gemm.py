@@ -17,22 +17,25 @@ pytestmark = [
 ]
 
 DEVICE = torch.device("cuda")
+WEIGHTS = ("channel", "g128", "nested")
 
 
 class Layer:
     """A random layer on the GPU: stored tensors, packed weight and the int8 it stands for.
 
-    codes  "random", "min", "max", or "unused": group offsets for which codes above 1, which do
-           not occur, would leave int8
+    weights  "channel", "g128" or "nested"
+    codes    "random", "min", "max", or "unused": group offsets for which codes above 1, which do
+             not occur, would leave int8
     """
 
-    def __init__(self, n, k, is_grouped, codes="random"):
+    def __init__(self, n, k, weights, codes="random"):
         self.n, self.k = n, k
+        self.residual = None
         q = torch.randint(0, 16, (n, k), device=DEVICE)
         q = {"min": q * 0, "max": q * 0 + 15, "unused": q % 2}.get(codes, q)
         self.channel_scale = torch.rand(n, device=DEVICE) * 0.02 + 1e-3
         self.channel_zero = None
-        if not is_grouped:
+        if weights == "channel":
             self.channel_zero = torch.rand(n, device=DEVICE) * 0.1 - 0.02
             self.int8 = q.to(torch.int8)
             self.packed = w4a8_layout.pack(pack_nibbles(q))
@@ -48,11 +51,15 @@ class Layer:
         self.packed = w4a8_layout.pack(
             pack_nibbles(q), scale.to(torch.uint8), offset.to(torch.int8)
         )
+        if weights == "nested":
+            nested = (w8 + torch.randint(-8, 8, w8.shape, device=DEVICE)).clamp(-128, 127)
+            self.int8 = nested.to(torch.int8)
+            self.residual = w4a8_layout.pack(pack_nibbles(nested - w8 + 8))
 
     def __call__(self, x, x_scale, row_sum, bias=None, dtype=torch.bfloat16):
         return torch.ops.qoq.w4a8_gemm(
             *(x, x_scale, row_sum, self.packed, self.channel_scale, self.channel_zero),
-            *(None, None, bias, dtype, ops.workspace(DEVICE)),
+            *(None, None, bias, dtype, ops.workspace(DEVICE), self.residual),
         )
 
     def expected(self, x, x_scale, row_sum, bias=None, dtype=torch.bfloat16):
@@ -82,29 +89,30 @@ def assert_exact(layer, x, **options):
     assert not ops.workspace(DEVICE).any()
 
 
-@pytest.mark.parametrize("is_grouped", [True, False], ids=["g128", "per-channel"])
+@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("n, k", [shape for model in SHAPES.values() for shape in model])
-def test_every_number_of_tokens_is_exact(n, k, is_grouped):
-    layer = Layer(n, k, is_grouped)
+def test_every_number_of_tokens_is_exact(n, k, weights):
+    layer = Layer(n, k, weights)
     for m in TOKENS:
         assert_exact(layer, tokens(m, k))
 
 
-@pytest.mark.parametrize("is_grouped", [True, False], ids=["g128", "per-channel"])
+@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("n, k", [(8, 128), (72, 256), (136, 384), (1000, 2048)])
-def test_channels_need_only_be_a_multiple_of_eight(n, k, is_grouped):
-    layer = Layer(n, k, is_grouped)
+def test_channels_need_only_be_a_multiple_of_eight(n, k, weights):
+    layer = Layer(n, k, weights)
     for m in (1, 8, 9, 33, 65, 130, 600):
         assert_exact(layer, tokens(m, k))
 
 
 @pytest.mark.parametrize("fill", [-127, 127])
 @pytest.mark.parametrize(
-    "codes, is_grouped",
-    [("min", True), ("max", True), ("unused", True), ("min", False), ("max", False)],
+    "codes, weights",
+    [(codes, weights) for weights in WEIGHTS for codes in ("min", "max")]
+    + [("unused", "g128"), ("unused", "nested")],
 )
-def test_extreme_values_are_exact(codes, is_grouped, fill):
-    layer = Layer(512, 14336, is_grouped, codes)
+def test_extreme_values_are_exact(codes, weights, fill):
+    layer = Layer(512, 14336, weights, codes)
     for m in (1, 40, 100, 600):
         assert_exact(layer, tokens(m, 14336, fill))
 
@@ -112,8 +120,8 @@ def test_extreme_values_are_exact(codes, is_grouped, fill):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [torch.bfloat16, torch.float16, torch.float32])
 def test_bias_is_added_before_the_one_rounding(dtype, bias):
-    for is_grouped in (True, False):
-        layer = Layer(1280, 2048, is_grouped)
+    for weights in WEIGHTS:
+        layer = Layer(1280, 2048, weights)
         values = torch.randn(1280, device=DEVICE).to(bias)
         for m in (5, 90, 700):
             assert_exact(layer, tokens(m, 2048), bias=values, dtype=dtype)
@@ -121,7 +129,7 @@ def test_bias_is_added_before_the_one_rounding(dtype, bias):
 
 def test_cupy_agrees_with_the_oracle():
     cupy = pytest.importorskip("cupy")
-    layer = Layer(1280, 2048, True)
+    layer = Layer(1280, 2048, "g128")
     x, x_scale, row_sum = tokens(33, 2048)
     exact = cupy.asarray(x).astype(cupy.int32) @ cupy.asarray(layer.int8).astype(cupy.int32).T
     expected = reference.epilogue(
@@ -131,9 +139,10 @@ def test_cupy_agrees_with_the_oracle():
     assert torch.equal(layer(x, x_scale, row_sum), expected)
 
 
+@pytest.mark.parametrize("weights", ["g128", "nested"])
 @pytest.mark.parametrize("m", [1, 16, 64, 257, 1024])
-def test_another_stream_and_graph_replay_with_changed_inputs(m):
-    layer = Layer(6144, 4096, True)
+def test_another_stream_and_graph_replay_with_changed_inputs(m, weights):
+    layer = Layer(6144, 4096, weights)
     x = tokens(m, 4096)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -218,7 +227,7 @@ def test_silu_with_quantization_is_the_reference(m, k, dtype):
 
 
 def test_refusals_name_the_value():
-    layer = Layer(64, 256, True)
+    layer = Layer(64, 256, "g128")
     x = tokens(4, 256)
     with pytest.raises(RuntimeError, match=r"x_scale is Float \[3\], expected Float \[4\]"):
         layer(x[0], x[1][:3], x[2])

@@ -96,14 +96,16 @@ def gemm_on_the_model(build_for_the_model):
 def test_every_tile_and_schedule_is_exact_in_any_order_of_threads(gemm_on_the_model, seed):
     said = run(gemm_on_the_model, seed, timeout=300)
     reached = defaultdict(set)
-    for tile, weights, kinds in re.findall(r"^(\w+) (g128|per channel): (.*): M", said, re.M):
+    for tile, weights, kinds in re.findall(
+        r"^(\w+) (g128|per channel|nested): (.*): M", said, re.M
+    ):
         reached[tile, weights] |= set(kinds.split(", "))
     config = (CSRC / "w4a8_gemm_config.h").read_text()
     wanted = {
         # The only tile whose clusters divide k.
         (tile, weights): KINDS[divide] | ({"idle rank"} if tile == "Inputs128Pair" else set())
         for tile, divide in re.findall(r"^using (\w+) = Tile<Divide::k(\w+),", config, re.M)
-        for weights in ("g128", "per channel")
+        for weights in (("nested",) if tile.startswith("Nested") else ("g128", "per channel"))
     }
     assert reached == wanted
 

@@ -52,6 +52,16 @@ and with `"group_size": -1`
 Rows are output channels and nothing is permuted, so tensor parallelism can slice
 every tensor. A bias keeps its name and the model's dtype.
 
+Nested sets. `{"quant_method": "qoq_residual", "base": "w4a8"}` (`ResidualSet`) is the 8-bit set
+whose upper part is a qoq_linear set with groups. It quantizes the same layers and holds
+
+    qresidual      uint8   [N, K / 2]    0..15, two a byte, the even k in the low nibble
+
+    W8 = q * group_scale + group_offset + (qresidual - 8)    an int8
+    W  = W8 * channel_scale
+
+with everything but qresidual the base's: a step reads one plane of 4 bits or both.
+
 A model without quantized weights may have the section, too, for its KV cache alone (`KVSection`):
 
     "quantization_config": {"quant_method": "qoq", "kv_cache": {"bits": 4}}
@@ -74,6 +84,7 @@ QUANT_METHOD = "qoq"
 SECTION = "quantization_config"
 INPUT_RATIO = "input_ratio"
 QOQ_LINEAR = "qoq_linear"
+QOQ_RESIDUAL = "qoq_residual"
 
 LM_HEAD = "lm_head"
 # Leaves of an int8 lm_head.
@@ -140,6 +151,31 @@ class QoQSet(BaseModel):
         }
 
 
+class ResidualSet(BaseModel):
+    """An 8-bit set that is stored as what it adds to a QoQ set.
+
+    base  the qoq_linear set with groups of 128, which says what is quantized
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    quant_method: Literal["qoq_residual"] = "qoq_residual"
+    base: str
+
+    @classmethod
+    def parse(cls, config: Mapping[str, Any], where: str) -> ResidualSet:
+        """Validate one entry of `sets`; FormatError begins with `where`."""
+        try:
+            return cls.model_validate(config)
+        except ValidationError as error:
+            raise FormatError(one_line(error, where)) from None
+
+    @staticmethod
+    def tensors(out_features: int, in_features: int) -> dict[str, tuple[str, list[int]]]:
+        """Leaf -> (safetensors dtype, shape) of a layer, besides the base's."""
+        return {"qresidual": ("U8", [out_features, in_features // 2])}
+
+
 class KVSection(BaseModel):
     """The `quantization_config` of a model of which only the KV cache is quantized."""
 
@@ -190,6 +226,9 @@ class Section(BaseModel):
                 raise ValueError(f"set {name!r} has no quant_method")
             if config["quant_method"] == QOQ_LINEAR:
                 QoQSet.model_validate(config)
+        for name, config in sets.items():
+            if config["quant_method"] == QOQ_RESIDUAL:
+                _check_base(name, ResidualSet.model_validate(config).base, sets)
         return sets
 
     @model_validator(mode="after")
@@ -210,6 +249,11 @@ class Section(BaseModel):
         except RoutingError as error:
             raise FormatError(f"{SECTION}: {error}") from None
 
+    def base_of(self, set_name: str) -> str | None:
+        """The set that `set_name` adds a residual to; None for a set of its own."""
+        base: str | None = self.sets[set_name].get("base")
+        return base if self.sets[set_name]["quant_method"] == QOQ_RESIDUAL else None
+
     def to_json(self) -> dict[str, Any]:
         """The JSON object that `parse` reads."""
         section: dict[str, Any] = {
@@ -229,6 +273,16 @@ class Section(BaseModel):
     def has_input_ratio(self, set_name: str, layer: str) -> bool:
         """Whether `layer` (a checkpoint layer, not a fused one) carries an input_ratio."""
         return any(fnmatchcase(layer, glob) for glob in self.input_ratio.get(set_name, ()))
+
+
+def _check_base(name: str, base: str, sets: Mapping[str, Mapping[str, Any]]) -> None:
+    config = sets.get(base)
+    if config is None:
+        raise ValueError(f"set {name!r} has the base {base!r}, which does not exist")
+    if config["quant_method"] != QOQ_LINEAR or QoQSet.model_validate(config).group_size == -1:
+        raise ValueError(
+            f"set {name!r} has the base {base!r}, which is no {QOQ_LINEAR} set with groups"
+        )
 
 
 def printable(text: str) -> str:

@@ -92,6 +92,7 @@ def w4a8_gemm(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
     workspace: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y = dequant(x) @ dequant(weight).T + bias, [M, N] in `out_dtype`, bfloat16 or float16.
 
@@ -107,6 +108,8 @@ def w4a8_gemm(
     group_offset   int8 [N, K / 128]
     bias           float [N]
     workspace      int32 [...]             of `workspace`, for CUDA
+    residual       uint8 [N, K / 2]        of a nested set, beside a stored weight with groups, or
+                   uint8 [ceil(N / 64), K / 128, 4096]  w4a8_layout.pack of it, beside a packed one
 
     CUDA takes the packed weight alone, N a multiple of 8 and K of 128.
     """
@@ -126,7 +129,7 @@ def w4a8_gemm(
         _expect("channel_zero", channel_zero, torch.float32, n)
     if bias is not None:
         _expect("bias", bias, bias.dtype, n)
-    unpacked = _unpacked(weight, channel_zero, group_scale, group_offset, n, k)
+    unpacked = _unpacked(weight, channel_zero, group_scale, group_offset, residual, n, k)
     accumulator = reference.int_matmul(x, unpacked)
     return reference.epilogue(
         accumulator, x_scale, channel_scale, x_row_sum, channel_zero, bias, out_dtype
@@ -138,10 +141,13 @@ def _unpacked(
     channel_zero: torch.Tensor | None,
     group_scale: torch.Tensor | None,
     group_offset: torch.Tensor | None,
+    residual: torch.Tensor | None,
     n: int,
     k: int,
 ) -> torch.Tensor:
     """The int8 [N, K] that the codes are multiplied with."""
+    if residual is not None and (channel_zero is not None or weight.dtype == torch.int8):
+        raise ValueError("w4a8_gemm: a residual belongs to a weight with groups that is not int8")
     if weight.dtype == torch.int8:
         if group_scale is not None or group_offset is not None:
             raise ValueError("w4a8_gemm: an int8 weight has its groups in it already")
@@ -150,8 +156,11 @@ def _unpacked(
     if weight.ndim == 3:
         if group_scale is not None or group_offset is not None:
             raise ValueError("w4a8_gemm: a packed weight has its groups in it already")
-        _expect_packed(weight, channel_zero is None, n, k)
+        _expect("weight", weight, torch.uint8, *_packed_shape(channel_zero is None, n, k))
         weight, group_scale, group_offset = w4a8_layout.unpack(weight, n)
+        if residual is not None:
+            _expect("residual", residual, torch.uint8, *_packed_shape(False, n, k))
+            residual, _, _ = w4a8_layout.unpack(residual, n)
     if k % 2:
         raise ValueError(f"w4a8_gemm: {k} inputs, but a stored weight has two in a byte")
     _expect("weight", weight, torch.uint8, n, k // 2)
@@ -166,15 +175,15 @@ def _unpacked(
         raise ValueError(f"w4a8_gemm: {k} inputs are not a multiple of {reference.GROUP_SIZE}")
     _expect("group_scale", group_scale, torch.uint8, n, groups)
     _expect("group_offset", group_offset, torch.int8, n, groups)
-    return reference.level1_int8(weight, group_scale, group_offset)
+    if residual is None:
+        return reference.level1_int8(weight, group_scale, group_offset)
+    _expect("residual", residual, torch.uint8, n, k // 2)
+    return reference.nested_int8(weight, group_scale, group_offset, residual)
 
 
-def _expect_packed(weight: torch.Tensor, is_grouped: bool, n: int, k: int) -> None:
+def _packed_shape(is_grouped: bool, n: int, k: int) -> tuple[int, int, int]:
     blocks = -(-n // w4a8_layout.BLOCK_N)
-    _expect(
-        *("weight", weight, torch.uint8),
-        *(blocks, k // w4a8_layout.BLOCK_K, w4a8_layout.packed_bytes(is_grouped)),
-    )
+    return blocks, k // w4a8_layout.BLOCK_K, w4a8_layout.packed_bytes(is_grouped)
 
 
 def _expect(name: str, tensor: torch.Tensor, dtype: torch.dtype, *shape: int) -> None:
@@ -227,6 +236,7 @@ def _w4a8_gemm_fake(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
     workspace: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return x.new_empty((x.shape[0], channel_scale.shape[0]), dtype=out_dtype)
 
@@ -252,7 +262,7 @@ _OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
     "w4a8_gemm": (
         "(Tensor x, Tensor x_scale, Tensor x_row_sum, Tensor weight, Tensor channel_scale, "
         "Tensor? channel_zero, Tensor? group_scale, Tensor? group_offset, Tensor? bias, "
-        "ScalarType out_dtype, Tensor? workspace=None) -> Tensor",
+        "ScalarType out_dtype, Tensor? workspace=None, Tensor? residual=None) -> Tensor",
         w4a8_gemm,
         _w4a8_gemm_fake,
     ),

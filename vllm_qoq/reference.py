@@ -16,6 +16,8 @@ from vllm_qoq.packing import unpack_nibbles
 GROUP_SIZE = 128
 INT8_MAX = 127
 GROUP_SCALE_MAX = 16
+# Stored residuals 0..15 stand for -8..7.
+RESIDUAL_ZERO = 8
 # The smallest scale of a token, so that a token of zeros does not divide by zero.
 MIN_SCALE = 1e-10
 
@@ -77,15 +79,37 @@ def level1_int8(
     return weight.view(n, k).to(torch.int8)
 
 
+def nested_int8(
+    qweight: torch.Tensor,
+    group_scale: torch.Tensor,
+    group_offset: torch.Tensor,
+    qresidual: torch.Tensor,
+) -> torch.Tensor:
+    """W8 = level1_int8 + qresidual - 8, int8 [N, K]; qresidual uint8 [N, K / 2].
+
+    Raises ValueError as `level1_int8`, and where the sum leaves int8.
+    """
+    level1 = level1_int8(qweight, group_scale, group_offset)
+    weight = level1.to(torch.int16) + unpack_nibbles(qresidual).to(torch.int16) - RESIDUAL_ZERO
+    if weight.numel() and (int(weight.min()) < -128 or int(weight.max()) > 127):
+        raise ValueError("qresidual: with the base's weights it leaves the range of int8")
+    return weight.to(torch.int8)
+
+
 def int8_weight(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """What a layer's tensors (`vllm_qoq.format`) multiply codes with: int8 [N, K].
 
-    Level 1 of a layer with groups, the codes 0..15 of one without. ValueError as in
-    `level1_int8`.
+    Level 1 of a layer with groups, with the residual of a nested set if `qresidual` is among the
+    tensors; the codes 0..15 of a layer without groups. ValueError as in `nested_int8`.
     """
     if "channel_zero" in tensors:
         return unpack_nibbles(tensors["qweight"]).view(torch.int8)
-    return level1_int8(tensors["qweight"], tensors["group_scale"], tensors["group_offset"])
+    groups = tensors["qweight"], tensors["group_scale"], tensors["group_offset"]
+    return (
+        nested_int8(*groups, tensors["qresidual"])
+        if "qresidual" in tensors
+        else level1_int8(*groups)
+    )
 
 
 def int_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -14,15 +14,14 @@ namespace {
 std::mt19937 values;
 int random_int(int low, int high) { return low + static_cast<int>(values() % (high - low)); }
 
-// The layout of vllm_qoq/w4a8_layout.py, written a second time.
-template <bool kGrouped>
+// The layout of vllm_qoq/w4a8_layout.py, written a second time; of codes alone without `scale`.
 std::vector<uint8_t> pack(const std::vector<int>& q, const std::vector<int>& scale,
                           const std::vector<int>& offset, int blocks, int k) {
-  const int k_blocks = k / kBlockK;
-  std::vector<uint8_t> packed(static_cast<size_t>(blocks) * k_blocks * kBlockBytes<kGrouped>);
+  const int k_blocks = k / kBlockK, bytes = kCodeBytes + (scale.empty() ? 0 : kParamBytes);
+  std::vector<uint8_t> packed(static_cast<size_t>(blocks) * k_blocks * bytes);
   uint8_t* out = packed.data();
   for (int block = 0; block < blocks; ++block)
-    for (int kb = 0; kb < k_blocks; ++kb, out += kBlockBytes<kGrouped>) {
+    for (int kb = 0; kb < k_blocks; ++kb, out += bytes) {
       for (int i = 0; i < kCodeBytes; ++i) {
         const int half = i / 2048, thread = i / 16 % 128, step = i / 8 % 2, row_half = i / 4 % 2;
         const int lane = thread % 32;
@@ -30,7 +29,7 @@ std::vector<uint8_t> pack(const std::vector<int>& q, const std::vector<int>& sca
         const int at = row * k + kb * 128 + 64 * half + 32 * step + 4 * (lane % 4) + i % 4;
         out[i] = q[at] | q[at + 16] << 4;
       }
-      for (int i = 0; kGrouped && i < kBlockN; ++i) {
+      for (int i = 0; !scale.empty() && i < kBlockN; ++i) {
         const int row = block * 64 + i / 16 * 16 + i / 2 % 8 + 8 * (i % 2);
         out[kCodeBytes + 2 * i] = scale[row * k_blocks + kb];
         out[kCodeBytes + 2 * i + 1] = offset[row * k_blocks + kb] + 128;
@@ -81,10 +80,11 @@ std::string kind_of(const Params& p) {
   return kind;
 }
 
-template <class Tile, bool kGrouped>
+template <class Tile, Weights kWeights>
 int count_wrong(const char* name, const Problem& problem) {
   const int m = problem.m, n = problem.n, k_blocks = problem.k_blocks;
   const int k = k_blocks * kBlockK, blocks = divide_up(n, kBlockN);
+  constexpr bool kGrouped = kHasGroups<kWeights>;
   std::vector<int> q(blocks * kBlockN * k), scale(blocks * kBlockN * k_blocks);
   std::vector<int> offset(scale.size()), row_sum(m);
   std::vector<int8_t> x(m * k);
@@ -106,11 +106,26 @@ int count_wrong(const char* name, const Problem& problem) {
     bias[i] = random_int(-100, 100) / 8.f;  // 16 bits hold it
     bias_16[i] = to_16_bits(problem.bias == Bias::kBfloat16, bias[i]);
   }
-  const std::vector<uint8_t> packed = pack<kGrouped>(q, scale, offset, blocks, k);
+  if (!kGrouped) scale.clear();
+  // The weights, and in a nested one what the second plane adds, as far as int8 has room.
+  std::vector<int> w(q), residual(q.size(), kResidualZero);
+  for (size_t i = 0; i < q.size() && kGrouped; ++i) {
+    const size_t group = i / k * k_blocks + i % k / kBlockK;
+    w[i] = q[i] * scale[group] + offset[group];
+    if (kWeights != Weights::kNested) continue;
+    const int sum = std::clamp(w[i] + random_int(-8, 8), -128, 127);
+    residual[i] = sum - w[i] + kResidualZero;
+    w[i] = sum;
+  }
+  std::vector<uint8_t> packed = pack(q, scale, offset, blocks, k);
+  const size_t first_plane = packed.size();
+  if (kWeights == Weights::kNested)
+    std::ranges::copy(pack(residual, {}, {}, blocks, k), std::back_inserter(packed));
   std::vector<uint16_t> out(static_cast<size_t>(m) * n, 0x7FFF);  // NaN
 
   Params p{
       .weight = packed.data(),
+      .residual = packed.data() + first_plane,
       .x_scale = x_scale.data(),
       .x_row_sum = row_sum.data(),
       .channel_scale = channel_scale.data(),
@@ -148,19 +163,14 @@ int count_wrong(const char* name, const Problem& problem) {
                                           .box = {kBlockN, Tile::kUnitTokens, 1}});
   model::bulk_memory = packed;
   model::launch(problem.schedule.clusters, Tile::kCluster, Tile::kThreads,
-                Tile::template kSharedBytes<kGrouped>, random_int(1, 4),
-                [&] { w4a8_gemm_kernel<Tile, kGrouped>(x_map, x_tail_map, out_map, p); });
+                Tile::template kSharedBytes<kWeights>, random_int(1, 4),
+                [&] { w4a8_gemm_kernel<Tile, kWeights>(x_map, x_tail_map, out_map, p); });
 
   int wrong = 0;
-  std::vector<int> w(k);
   for (int j = 0; j < n; ++j) {
-    for (int t = 0; t < k; ++t) {
-      const int group = j * k_blocks + t / kBlockK;
-      w[t] = kGrouped ? q[j * k + t] * scale[group] + offset[group] : q[j * k + t];
-    }
     for (int i = 0; i < m; ++i) {
       int sum = 0;
-      for (int t = 0; t < k; ++t) sum += w[t] * x[i * k + t];
+      for (int t = 0; t < k; ++t) sum += w[j * k + t] * x[i * k + t];
       float y = static_cast<float>(sum) * channel_scale[j];
       if (!kGrouped) y -= static_cast<float>(row_sum[i]) * zero[j];
       y *= x_scale[i];
@@ -170,13 +180,14 @@ int count_wrong(const char* name, const Problem& problem) {
     }
   }
   for (const int v : workspace) wrong += v != 0;
-  std::printf("%s %s: %s: M %d N %d K %d, %d wrong\n", name, kGrouped ? "g128" : "per channel",
+  constexpr const char* kNames[] = {"per channel", "g128", "nested"};
+  std::printf("%s %s: %s: M %d N %d K %d, %d wrong\n", name, kNames[static_cast<int>(kWeights)],
               kind_of<Tile>(p).c_str(), m, n, k, wrong);
   std::fflush(stdout);
   return wrong;
 }
 
-template <class Tile, bool kGrouped>
+template <class Tile, Weights kWeights>
 int count_wrong_of_kinds(const char* name) {
   constexpr int kTokens = Tile::kTokens, kChannels = Tile::kChannels * Tile::kClusterTiles;
   constexpr int kStepBlocks = Tile::kStepBlocks;
@@ -202,7 +213,7 @@ int count_wrong_of_kinds(const char* name) {
     };
   }
   int wrong = 0;
-  for (const Problem& problem : problems) wrong += count_wrong<Tile, kGrouped>(name, problem);
+  for (const Problem& problem : problems) wrong += count_wrong<Tile, kWeights>(name, problem);
   return wrong;
 }
 
@@ -252,15 +263,15 @@ int count_wrong_schedules(const char* name) {
   return wrong;
 }
 
-template <class Tile>
+template <class Tile, Weights... kWeights>
 int count_wrong_of_tile(const char* name) {
-  return count_wrong_schedules<Tile>(name) + count_wrong_of_kinds<Tile, true>(name) +
-         count_wrong_of_kinds<Tile, false>(name);
+  return count_wrong_schedules<Tile>(name) + (count_wrong_of_kinds<Tile, kWeights>(name) + ...);
 }
 
 }  // namespace
 
-#define COUNT_WRONG(tile) count_wrong_of_tile<tile>(#tile)
+#define COUNT_WRONG(tile) count_wrong_of_tile<tile, Weights::kGrouped, Weights::kChannel>(#tile)
+#define COUNT_WRONG_NESTED(tile) count_wrong_of_tile<tile, Weights::kNested>(#tile)
 
 int main(int, char** arguments) {
   const int seed = std::atoi(arguments[1]);
@@ -269,6 +280,8 @@ int main(int, char** arguments) {
   const int wrong = COUNT_WRONG(Tile8) + COUNT_WRONG(Tile16) + COUNT_WRONG(Tile32) +
                     COUNT_WRONG(Tile64) + COUNT_WRONG(Tile128) + COUNT_WRONG(Tile128Wide) +
                     COUNT_WRONG(Tile256) + COUNT_WRONG(Inputs64) + COUNT_WRONG(Inputs64Deep) +
-                    COUNT_WRONG(Inputs128) + COUNT_WRONG(Inputs128Pair);
+                    COUNT_WRONG(Inputs128) + COUNT_WRONG(Inputs128Pair) +
+                    COUNT_WRONG_NESTED(Nested16) + COUNT_WRONG_NESTED(Nested64) +
+                    COUNT_WRONG_NESTED(Nested128) + COUNT_WRONG_NESTED(Nested256);
   return wrong != 0;
 }

@@ -17,8 +17,9 @@ TOKENS = [0, 1, 3, 16, 17, 64, 100, 128, 257, 1024, 4096]
 # Where they are timed, unless --tokens says otherwise.
 TIMED_TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024, 4096)
 
-# Our kernels, and the bits of a weight with its group's scale and offset.
-OURS = {"qoq-g128": 4.125, "qoq-channel": 4.0}
+# Our kernels, and the bits of a weight with its group's scale and offset. Nested: W8A8, of the
+# planes of both.
+OURS = {"qoq-g128": 4.125, "qoq-channel": 4.0, "qoq-nested": 8.125}
 # What they are compared with, and the bits of an input.
 PEERS = {
     "cublas-bf16": 16,

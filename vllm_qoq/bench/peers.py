@@ -42,13 +42,15 @@ def copies(weight_bytes: float) -> int:
     return max(_FEWEST_COPIES, min(_MOST_COPIES, math.ceil(_BYTES / weight_bytes)))
 
 
-def qoq(n: int, k: int, is_grouped: bool) -> Calls:
-    """Our kernel, qoq::w4a8_gemm, with a level of groups or without."""
-    block_bytes = w4a8_layout.packed_bytes(is_grouped)
-    shape = (-(-n // w4a8_layout.BLOCK_N), k // w4a8_layout.BLOCK_K, block_bytes)
+def qoq(n: int, k: int, is_grouped: bool, is_nested: bool = False) -> Calls:
+    """Our kernel, qoq::w4a8_gemm, with a level of groups or without, or a second plane, too."""
+    blocks = -(-n // w4a8_layout.BLOCK_N), k // w4a8_layout.BLOCK_K
+    sizes = [w4a8_layout.packed_bytes(is_grouped)]
+    if is_nested:
+        sizes.append(w4a8_layout.packed_bytes(is_grouped=False))
     weights = [
-        torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
-        for _ in range(copies(math.prod(shape)))
+        [torch.randint(0, 256, (*blocks, size), dtype=torch.uint8, device="cuda") for size in sizes]
+        for _ in range(copies(math.prod(blocks) * sum(sizes)))
     ]
     scale, zero = _scale(n), None if is_grouped else _scale(n)
 
@@ -56,7 +58,10 @@ def qoq(n: int, k: int, is_grouped: bool) -> Calls:
         x = _int8(m, k)
         tokens = (x, _scale(m), x.sum(1, dtype=torch.int32))
         rest = (scale, zero, None, None, None, torch.bfloat16, ops.workspace(x.device))
-        return [partial(torch.ops.qoq.w4a8_gemm, *tokens, weight, *rest) for weight in weights]
+        return [
+            partial(torch.ops.qoq.w4a8_gemm, *tokens, weight, *rest, *residual)
+            for weight, *residual in weights
+        ]
 
     return calls
 
@@ -417,6 +422,7 @@ def _int4(rows: int, columns: int, count: int) -> list[torch.Tensor]:
 PREPARE: dict[str, Callable[[int, int], Calls]] = {
     "qoq-g128": partial(qoq, is_grouped=True),
     "qoq-channel": partial(qoq, is_grouped=False),
+    "qoq-nested": partial(qoq, is_grouped=True, is_nested=True),
     "cublas-bf16": cublas_bf16,
     "cutlass-int8": partial(cutlass_w8a8, random=_int8),
     "cutlass-fp8": partial(cutlass_w8a8, random=_fp8),

@@ -16,6 +16,7 @@ _ROOF = "qoq-g128"
 _STYLES = {
     "qoq-g128": ("tab:red", "o-"),
     "qoq-channel": ("tab:orange", "o-"),
+    "qoq-nested": ("tab:brown", "D-"),
     "humming-g128": ("tab:blue", "s--"),
     "cutlass-int8": ("tab:green", "^--"),
     "cublas-bf16": ("tab:gray", "v:"),

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from vllm_qoq.bench.cases import KERNELS, OURS, Case
-from vllm_qoq.bench.result import SUBJECT, LeftOut, Result, speedups
+from vllm_qoq.bench.result import NESTED, SUBJECT, LeftOut, Result, speedups
 from vllm_qoq.bench.roofline import INT8_RATE, bytes_moved, operations
 
 MISSING = "-"
@@ -74,6 +74,8 @@ def _ours(result: Result, name: str, cases: Sequence[Case]) -> Iterator[list[str
 def _summary(result: Result) -> Iterator[str]:
     yield f"## {SUBJECT} against its peers\n"
     yield "Time of the peer / time of ours, geometric mean of the layers; above 1 ours is faster.\n"
+    if NESTED in result.kernels:
+        yield f"{NESTED} computes W8A8, from the 4 bits and the plane of what they lack.\n"
     rows = [
         [label, *(number(value, ".2f") for value in values)]
         for label, values in speedups(result).items()

@@ -12,6 +12,7 @@ from vllm_qoq.bench.roofline import INT8_RATE, bytes_moved, floor_seconds, opera
 
 # The kernel that the summary is about, and those of its kind: 8-bit inputs, 4- or 8-bit weights.
 SUBJECT = "qoq-g128"
+NESTED = "qoq-nested"
 RIVALS = tuple(name for name, input_bits in PEERS.items() if input_bits == 8)
 
 
@@ -62,23 +63,33 @@ class Result:
 
 
 def speedups(result: Result) -> dict[str, list[float | None]]:
-    """Label -> per number of tokens, the geometric mean over all layers of peer / SUBJECT.
+    """Label -> per number of tokens, the geometric mean over all layers of peer / ours.
 
-    None where any layer lacks either of the two.
+    Ours is SUBJECT, or NESTED where the label says so. None where any layer lacks either of the
+    two.
     """
-    peers: dict[str, Callable[[Case], float | None]] = {
-        "best W4A8 or W8A8 peer": result.best_rival,
-        "cutlass-int8": lambda case: result.seconds[case].get("cutlass-int8"),
-        "humming-g128": lambda case: result.seconds[case].get("humming-g128"),
+
+    def of(name: str) -> Callable[[Case], float | None]:
+        return lambda case: result.seconds[case].get(name)
+
+    pairs = {
+        "best W4A8 or W8A8 peer": (result.best_rival, SUBJECT),
+        "cutlass-int8": (of("cutlass-int8"), SUBJECT),
+        "humming-g128": (of("humming-g128"), SUBJECT),
+        f"cutlass-int8 / {NESTED}": (of("cutlass-int8"), NESTED),
     }
     return {
-        label: [_speedup(result, m, peer) for m in result.tokens] for label, peer in peers.items()
+        label: [_speedup(result, m, peer, ours) for m in result.tokens]
+        for label, (peer, ours) in pairs.items()
+        if ours in result.kernels
     }
 
 
-def _speedup(result: Result, m: int, peer: Callable[[Case], float | None]) -> float | None:
+def _speedup(
+    result: Result, m: int, peer: Callable[[Case], float | None], name: str
+) -> float | None:
     cases = result.cases(m)
-    theirs, ours = map(peer, cases), (result.seconds[case].get(SUBJECT) for case in cases)
+    theirs, ours = map(peer, cases), (result.seconds[case].get(name) for case in cases)
     ratios = [a / b for a, b in zip(theirs, ours, strict=True) if a and b]
     if len(ratios) < len(cases):
         return None
