@@ -45,9 +45,9 @@ inline constexpr Cost kCost<Nested16> = {560, 300, 1500};
 template <>
 inline constexpr Cost kCost<Nested64> = {700, 1100, 3200};
 template <>
-inline constexpr Cost kCost<Nested128> = {440, 950, 4300};
+inline constexpr Cost kCost<Nested128> = {600, 950, 4300};
 template <>
-inline constexpr Cost kCost<Nested256> = {660, 2500, 15000};
+inline constexpr Cost kCost<Nested256> = {830, 2500, 15000};
 
 inline constexpr int kImpossible = 1 << 30;  // nanoseconds
 

@@ -112,7 +112,9 @@ def test_a_model_of_two_layers_is_fused_throughout():
         sorted(left)
         == ["qoq.add_rms_norm_quantize.default"] * 2 + ["qoq.silu_and_mul_quantize.default"] * 2
     )
-    torch.testing.assert_close(got[-1].float(), model(*arguments)[-1].float(), rtol=0.05, atol=0.05)
+    # A code that rounds the other way moves its element, and what follows from it, by a step.
+    expected = model(*arguments)[-1].float()
+    assert (got[-1].float() - expected).norm() < 0.02 * expected.norm()
 
 
 def norm_read_twice(x, residual, weight):
