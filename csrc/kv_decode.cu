@@ -21,7 +21,9 @@ constexpr int kMaxDevices = 64;
 
 template <class A>
 void launch_decode(Params& p, const Tensor& workspace, int device, cudaStream_t stream) {
-  const int blocks = std::min(kMaxBlocks, multiprocessors(device) * A::kResident);
+  const int processors = multiprocessors(device);
+  const int resident = blocks_of_processor<A>(p, processors);
+  const int blocks = std::min(kMaxBlocks, processors * resident);
   const int64_t ints = kMaxBlocks + int64_t{blocks} * 2 * p.group * A::kPartial;
   STD_TORCH_CHECK(workspace.numel() >= ints, kOp, ": the workspace has ", workspace.numel(),
                   " integers, expected at least ", ints, " (kv_ops.workspace)");
@@ -31,7 +33,7 @@ void launch_decode(Params& p, const Tensor& workspace, int device, cudaStream_t 
                                     cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     A::shared_bytes(kMaxGroup)));
   });
-  lay_out<A>(p, blocks);
+  lay_out<A>(p, blocks, resident);
   launch(kv_decode_kernel<A>, blocks, kThreads, A::shared_bytes(p.group), stream, p);
 }
 

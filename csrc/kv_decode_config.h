@@ -82,6 +82,7 @@ struct Params {
   int head_stride;                                               // the same
   int64_t table_stride;                                          // in elements
   int sequences, kv_heads, group;
+  int resident;                 // blocks of the launch that a multiprocessor holds
   int row_lines;                // of the block table, if it is fetched beforehand; otherwise 0
   int page_tokens, max_tokens;  // of a sequence: what the block table has room for
   uint32_t inverse_page;        // 2^31 / (page_tokens / 16), rounded up
@@ -96,9 +97,19 @@ struct Params {
   int v_offset, k_scale_offset, v_scale_offset, step_bytes, scale_step_bytes;
 };
 
+// Blocks a multiprocessor. One where the block table has no room for more than a few tiles a warp:
+// blocks without work would hold up the end of the kernel, and more parts are more to add up.
+template <class A>
+int blocks_of_processor(const Params& p, int processors) {
+  constexpr int kFewTiles = 4;
+  const int64_t tiles = int64_t{p.sequences} * p.kv_heads * divide_up(p.max_tokens, kTileTokens);
+  return tiles <= kFewTiles * kWarps * processors ? 1 : A::kResident;
+}
+
 // The part of Params that follows from `page_tokens`, `max_tokens` and the blocks of the launch.
 template <class A>
-void lay_out(Params& p, int blocks) {
+void lay_out(Params& p, int blocks, int resident) {
+  p.resident = resident;
   const int row_lines = divide_up(p.max_tokens / p.page_tokens, kLineInts);
   p.row_lines = p.sequences <= kMostLines / row_lines ? row_lines : 0;
   p.inverse_blocks = static_cast<uint32_t>(((uint64_t{1} << 32) + blocks - 1) / blocks);

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads, A::kResident)
   ptx::griddepcontrol_launch_dependents();
   ptx::griddepcontrol_wait();
 
-  const Range range = range_of_block<A::kResident>(p);
+  const Range range = range_of_block(p);
   if (range.begin == range.end) return write_zeros<A>(p);
   uint2 raw_query[A::kHeadTiles][Query<A>::kRaw];
   Query<A>::fetch(p, range.first, raw_query);

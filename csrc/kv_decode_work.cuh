@@ -54,9 +54,8 @@ __device__ inline int inclusive_sum(int v, int lane) {
 
 // From the lengths alone, so that it is the same in every run; every warp finds it for itself.
 // Every warp gets a tile. Where that leaves a part of the blocks without any, only one of the
-// kResident blocks that a multiprocessor holds works: so the next kernel finds room to begin early.
-template <int kResident>
-__device__ Range range_of_block(const Params& p) {
+// blocks that a multiprocessor holds works: so the next kernel finds room to begin early.
+__device__ inline Range range_of_block(const Params& p) {
   const int lane = threadIdx.x % 32;
   // 1. Every lane adds up some sequences.
   int count = divide_up(p.sequences, 32);
@@ -72,7 +71,7 @@ __device__ Range range_of_block(const Params& p) {
   Range r;
   // At least divide_up(total, blocks), and as many for every warp.
   const int length = static_cast<int>(__umulhi(max(total - 1, 0), p.inverse_blocks)) + 1;
-  r.length = divide_up(length <= kWarps ? length * kResident : length, kWarps) * kWarps;
+  r.length = divide_up(length <= kWarps ? length * p.resident : length, kWarps) * kWarps;
   r.begin = min(total, static_cast<int>(blockIdx.x) * r.length);
   r.end = min(total, r.begin + r.length);
   if (r.begin == r.end) return r;

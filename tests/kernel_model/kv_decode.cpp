@@ -161,7 +161,7 @@ int count_wrong(const Problem& problem) {
       .scale_log2 = scale * std::numbers::log2e_v<float>,
       .is_bfloat16 = is_bfloat16,
   };
-  lay_out<A>(p, blocks);
+  lay_out<A>(p, blocks, random_int(1, A::kResident + 1));
   model::bulk_memory = cache.bytes;
   auto run = [&] {
     std::ranges::fill(out, 0x7FFF);
