@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from qoq_checkpoints import PER_CHANNEL, write_checkpoint, write_plain
+from qoq_checkpoints import PER_CHANNEL, write_checkpoint, write_nested, write_plain
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
@@ -75,6 +75,12 @@ def merged_for_w4a16_dir(
 def w4a8_dir(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One QoQ set in groups of 128, by rounding."""
     return write_checkpoint(tiny_model, tmp_path_factory.mktemp("w4a8") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def nested_dir(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`w4a8`, and `w8a8` as a residual on it."""
+    return write_nested(tiny_model, tmp_path_factory.mktemp("nested") / "nested")
 
 
 @pytest.fixture(scope="session")

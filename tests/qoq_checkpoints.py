@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from vllm_qoq.format import join_name
 from vllm_qoq.packing import pack_nibbles
-from vllm_qoq.reference import dequantize
+from vllm_qoq.reference import RESIDUAL_ZERO, dequantize, int8_weight
 
 GROUP = 128
 LEVEL1_MAX = 119  # QServe's protective range: 119 plus half a step of level 2 is an int8
@@ -40,6 +40,39 @@ def write_checkpoint(model: Path, out: Path, group_size: int = GROUP) -> Path:
         "routing": {"prefill": "w4a8", "decode": [{"set": "w4a8"}]},
     }
     return _write(model, out, "w4a8", group_size, config)
+
+
+def nested(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Leaves of the base and of the residual of a layer; ties of codes may be one off in int8."""
+    base = round_to_nearest(weight)
+    exact = (weight.float() / base["channel_scale"][:, None]).round()
+    residual = (exact - int8_weight(base) + RESIDUAL_ZERO).clamp(0, 15)
+    return base, {"qresidual": pack_nibbles(residual.to(torch.uint8))}
+
+
+NESTED = {
+    "w8a8": {"quant_method": "qoq_residual", "base": "w4a8"},
+    "w4a8": {"quant_method": "qoq_linear", "group_size": GROUP},
+}
+
+
+def write_nested(model: Path, out: Path) -> Path:
+    """A checkpoint of ours with `w4a8` and the nested `w8a8`: prompts in 8 bits."""
+
+    def tensors_of(layer: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        sets = zip(("w4a8", "w8a8"), nested(weight), strict=True)
+        return {f"{name}.{layer}.{leaf}": t for name, leaves in sets for leaf, t in leaves.items()}
+
+    _copy(model, out, tensors_of)
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "qoq",
+        "format_version": 1,
+        "sets": NESTED,
+        "routing": {"prefill": "w8a8", "decode": [{"set": "w4a8"}]},
+    }
+    (out / "config.json").write_text(json.dumps(config, indent=2))
+    return out
 
 
 def write_dequantized(model: Path, out: Path) -> Path:

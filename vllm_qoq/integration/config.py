@@ -17,7 +17,15 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from vllm_qoq.format import QOQ_LINEAR, QUANT_METHOD, FormatError, KVSection, Section, split_name
+from vllm_qoq.format import (
+    QOQ_LINEAR,
+    QOQ_RESIDUAL,
+    QUANT_METHOD,
+    FormatError,
+    KVSection,
+    Section,
+    split_name,
+)
 from vllm_qoq.integration.counters import new_counter_name
 from vllm_qoq.integration.fusion import install as install_fusion
 from vllm_qoq.integration.int8_head import Int8HeadMethod
@@ -25,6 +33,7 @@ from vllm_qoq.integration.kv_cache import QuantizedKVCache, check_without_sets
 from vllm_qoq.integration.linear import FlexLinearMethod, SetMethod
 from vllm_qoq.integration.policy import Policy
 from vllm_qoq.integration.qoq_linear import QoQLinearConfig, fused_parts
+from vllm_qoq.integration.qoq_residual import QoQResidualConfig, QoQResidualMethod
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -51,6 +60,9 @@ class QoQConfig(QuantizationConfig):
             name: _config_class(config["quant_method"]).from_config(dict(config))
             for name, config in sets.items()
         }
+        for config in self.set_configs.values():
+            if isinstance(config, QoQResidualConfig):
+                config.attach(self.set_configs[config.residual_set.base])
         self.counter_stem = new_counter_name()
         self._policy: Policy | None = None
         self._kv_cache: QuantizedKVCache | None = None
@@ -170,6 +182,8 @@ class QoQConfig(QuantizationConfig):
         policy, parts = self.policy(), self._parts(prefix)
         route = policy.route(prefix, parts)
         reachable = policy.reachable(route)
+        # The base's weights are a part of a nested set's.
+        reachable |= {base for name in reachable if (base := methods[name].base) is not None}
         self._used |= reachable
         chosen = {name: methods[name] for name in self.set_names if name in reachable}
         if policy.routing.layers:
@@ -194,7 +208,7 @@ class QoQConfig(QuantizationConfig):
                     f"quantization_config.input_ratio.{name} lists {ratios[0]} but not all of "
                     f"{', '.join(parts)}, which read one input"
                 )
-            methods[name] = SetMethod(method, state, bool(ratios))
+            methods[name] = SetMethod(method, state, bool(ratios), self._base_of(name, method))
         return methods
 
     def _unrouted(
@@ -218,6 +232,10 @@ class QoQConfig(QuantizationConfig):
             )
         return Int8HeadMethod(prefix, vllm_config.load_config.load_format)
 
+    def _base_of(self, name: str, method: Any) -> str | None:
+        assert self.section is not None
+        return self.section.base_of(name) if isinstance(method, QoQResidualMethod) else None
+
     def _sets_in_use(self) -> set[str]:
         if self.section is not None:
             self.policy()
@@ -237,4 +255,5 @@ class QoQConfig(QuantizationConfig):
 
 
 def _config_class(quant_method: str) -> type[QuantizationConfig]:
-    return QoQLinearConfig if quant_method == QOQ_LINEAR else get_quantization_config(quant_method)
+    ours = {QOQ_LINEAR: QoQLinearConfig, QOQ_RESIDUAL: QoQResidualConfig}
+    return ours[quant_method] if quant_method in ours else get_quantization_config(quant_method)

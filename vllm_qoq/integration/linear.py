@@ -21,6 +21,7 @@ from vllm_qoq.integration import flex_op  # noqa: F401  (defines torch.ops.qoq.f
 from vllm_qoq.integration.compat import encode_layer_name
 from vllm_qoq.integration.policy import Policy
 from vllm_qoq.integration.qoq_linear import QoQLinearMethod, QuantizedTokens
+from vllm_qoq.integration.qoq_residual import QoQResidualMethod
 from vllm_qoq.integration.step import current_step
 from vllm_qoq.integration.weight_set import UNTRACKED_LOADERS, WeightSet
 from vllm_qoq.routing import LayerRoute
@@ -33,6 +34,7 @@ class SetMethod:
     method: LinearMethodBase
     state: dict[str, Any]
     has_input_ratio: bool
+    base: str | None = None  # the set whose weights it adds a residual to
 
 
 @register_weight_loader_v2_supported_method
@@ -91,6 +93,10 @@ class FlexLinearMethod(LinearMethodBase):
                 )
             layer.add_module(name, weights)
             self._weights[name] = weights
+        for choice in self.sets.values():
+            if choice.base is not None:
+                assert isinstance(choice.method, QoQResidualMethod)
+                choice.method.base = self._weights[choice.base]
         layers = vllm_config.compilation_config.static_forward_context
         if self.key in layers:
             raise ValueError(f"two layers are named {self.prefix!r}")
@@ -105,7 +111,10 @@ class FlexLinearMethod(LinearMethodBase):
             if layer.bias is not None and layer.skip_bias_add:
                 # vLLM adds the layer's own bias outside; it has to be every set's.
                 self._share_bias(layer, weights)
-            weights.finish()
+        # A residual is checked with its base's weights as they were loaded.
+        for name in sorted(self.sets, key=lambda name: self.sets[name].base is None):
+            self._weights[name].finish()
+        for weights in self._weights.values():
             self._warm_up(weights)
         with_ratio = (w.set_name for w in self._weights.values() if w.input_ratio is not None)
         self._index_of_scaled = {name: index for index, name in enumerate(with_ratio)}

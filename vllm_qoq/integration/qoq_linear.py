@@ -154,26 +154,14 @@ class QoQLinearMethod(LinearMethodBase):
                 """--additional-config '{"qoq": {"force_set": "w8a8"}}', or serve on the CPU"""
             )
         if self.is_dummy:
-            _make_valid(layer)
+            make_valid(layer)
         n, half_k = layer.qweight.shape
         is_packed = device.type == "cuda"
         if is_packed:
             self._check_size_of_kernel(n, 2 * half_k)
         weight = torch.empty(0 if is_packed else n, 2 * half_k, dtype=torch.int8, device=device)
         for part, rows in self._rows():
-            tensors = {
-                name: parameter.data[rows]
-                for name in _TENSORS
-                if (parameter := getattr(layer, name)) is not None
-            }
-            try:
-                _check_floats(tensors)
-                checked = reference.int8_weight(tensors)
-            except ValueError as error:
-                raise FormatError(
-                    f"{part}.{error}; run `vllm-qoq verify` on the checkpoint, download or "
-                    "quantize it again"
-                ) from None
+            checked = checked_int8(part, layer, rows)
             if not is_packed:
                 weight[rows] = checked
         layer.workspace = None
@@ -250,7 +238,24 @@ def _per_channel(size: int, load: dict[str, Any]) -> ChannelQuantScaleParameter:
     return ChannelQuantScaleParameter(data=data, output_dim=0, **load)
 
 
-def _make_valid(layer: LinearBase) -> None:
+def checked_int8(part: str, layer: LinearBase, rows: slice, **more: torch.Tensor) -> torch.Tensor:
+    """`reference.int8_weight` of the rows of a layer as loaded; FormatError names it."""
+    tensors = more | {
+        name: parameter.data[rows]
+        for name in _TENSORS
+        if (parameter := getattr(layer, name)) is not None
+    }
+    try:
+        _check_floats(tensors)
+        return reference.int8_weight(tensors)
+    except ValueError as error:
+        raise FormatError(
+            f"{part}.{error}; run `vllm-qoq verify` on the checkpoint, download or quantize it "
+            "again"
+        ) from None
+
+
+def make_valid(layer: LinearBase) -> None:
     """`--load-format dummy` leaves random bytes, which are codes but not scales."""
     layer.channel_scale.data.fill_(1e-3)
     if layer.channel_zero is not None:
