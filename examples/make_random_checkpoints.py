@@ -7,8 +7,8 @@ rounding, and W8A8 moves random scales from the norms into the weights, as
 SmoothQuant does; so they merge like an honest pair, with an input_ratio for W4A16.
 OUT/w8a8 and OUT/w4a16 take 9.1 and 5.7 GB. The text that such a model produces
 means nothing. `--only-configs` writes no weights, for `--load-format dummy`, and
-adds OUT/bf16, OUT/fp8, OUT/w4a8 (QoQ in groups of 128) and OUT/w4a8-head8 (with an
-int8 lm_head).
+adds OUT/bf16, OUT/fp8, OUT/w4a8 (QoQ in groups of 128), OUT/w4a8-head8 (with an int8
+lm_head) and OUT/nested (prompts in W8A8, as a residual on W4A8).
 """
 
 import argparse
@@ -47,8 +47,16 @@ QOQ = {
 }
 
 
+NESTED = QOQ | {
+    "sets": {"w8a8": {"quant_method": "qoq_residual", "base": "w4a8"}, **QOQ["sets"]},
+    "routing": {"prefill": "w8a8", "decode": [{"set": "w4a8"}]},
+}
+
+
 def config(scheme: str, layers: int) -> dict:
     """The config.json of one checkpoint."""
+    if scheme == "nested":
+        return {**config("w8a8", layers), "quantization_config": NESTED}
     if scheme.startswith("w4a8"):
         head = {"lm_head": {"bits": 8}} if scheme == "w4a8-head8" else {}
         return {**config("w8a8", layers), "quantization_config": QOQ | head}
@@ -156,7 +164,7 @@ def main() -> None:
     parser.add_argument("--only-configs", action="store_true")
     args = parser.parse_args()
     if args.only_configs:
-        for scheme in (*WEIGHTS, "bf16", "fp8", "w4a8", "w4a8-head8"):
+        for scheme in (*WEIGHTS, "bf16", "fp8", "w4a8", "w4a8-head8", "nested"):
             Writer(args.out / scheme).finish(config(scheme, args.layers))
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"

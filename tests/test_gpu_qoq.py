@@ -53,6 +53,25 @@ def test_prompts_and_generation_use_their_sets_in_full_graphs(runner, two_sets_d
     assert routed["traced"] <= 1, "decode steps left the graphs"
 
 
+def test_both_planes_of_a_nested_set(runner, nested_dir, heldout_text, tmp_path):
+    text = heldout_text.read_text()[:20_000]
+    specs = [
+        {"checkpoint": str(nested_dir), "options": EAGER, "text": text},
+        {"checkpoint": str(nested_dir), "options": GRAPHS},
+        {
+            "checkpoint": str(nested_dir),
+            "options": EAGER,
+            "qoq": {"force_set": "w4a8"},
+            "text": text,
+        },
+    ]
+    eager, graphs, four = run_engines(tmp_path, specs, **runner)
+    assert eager["counts"]["prefill w8a8"] == 1 and eager["counts"]["decode w4a8"] == 11
+    assert graphs["generation"] == eager["generation"]
+    # Prompts are in 8 bits.
+    assert eager["perplexity"] < 0.99 * four["perplexity"]
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_tensor_parallel_has_the_same_perplexity(w4a8_dir, heldout_text, tmp_path):
     text = heldout_text.read_text()[:20_000]
