@@ -38,8 +38,8 @@ _KV_BYTES = {"cuda": 1 << 30, "cpu": 128 << 20}
 _MEMORY_SHARE = 0.05
 # Layers of one shape are called in turn until their weights are more than any cache holds.
 _CACHES_BYTES = 1 << 30
-# While the GPU sleeps so long, a CPU launches a whole step; 2 GHz.
-_SLEEP_CYCLES = 100_000_000
+# While the GPU sleeps so long, 0.1 s at 2 GHz, the CPU launches a whole step.
+_SLEEP_CYCLES = 200_000_000
 
 
 def open_engine(folder: Path, sets: tuple[str, ...], max_batch: int) -> TuneEngine:

@@ -43,6 +43,8 @@ def _lines(
     unit: str,
     size: str,
 ) -> None:
+    from matplotlib.ticker import LogFormatter
+
     for name, colour in colours.items():
         line = [row[name] for row in values.values()]
         axes.plot(list(values), line, "o-", color=colour, label=name, markersize=4)
@@ -50,6 +52,9 @@ def _lines(
     powers = [m for m in values if m & (m - 1) == 0]
     axes.set_xticks(powers, [str(m) for m in powers])
     axes.set_xticks([], minor=True)
+    # Plain numbers; on less than a decade, minor ticks are the only ones.
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
     axes.grid(alpha=0.3)
 
 
