@@ -1,7 +1,6 @@
 """`vllm-qoq tune`: the choice, the files, mistakes of users, and one run through vLLM."""
 
 import contextlib
-import importlib.util
 import itertools
 import json
 import os
@@ -9,6 +8,7 @@ import shutil
 import stat
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import given
@@ -615,7 +615,24 @@ def test_sets_that_this_gpu_cannot_run_are_refused(monkeypatch):
 # In vLLM
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM")
+def test_a_model_without_routed_layers_is_refused():
+    from torch import nn
+
+    from vllm_qoq.format import FormatError
+    from vllm_qoq.integration.tune import TuneEngine
+
+    with pytest.raises(FormatError, match="no linear layer is quantized"):
+        TuneEngine(mock.Mock(), nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("sets", [("a", "b"), ("a", "b", "c", "d")])
+def test_the_engine_loads_every_set(sets):
+    from vllm_qoq.integration.tune import _reaching
+
+    routing = Routing.parse(_reaching(sets), sets)
+    assert routing.route([]).reachable(len(sets)) == set(sets)
+
+
 def test_a_checkpoint_is_tuned_in_vllm_and_serves_with_the_routing(
     merged_dir, tmp_path, monkeypatch, capfd
 ):

@@ -20,7 +20,7 @@ from vllm.config import set_current_vllm_config
 from vllm.forward_context import get_forward_context
 
 from vllm_qoq.bench import timing
-from vllm_qoq.format import LM_HEAD
+from vllm_qoq.format import LM_HEAD, FormatError
 from vllm_qoq.integration.linear import FlexLinearMethod
 from vllm_qoq.integration.options import NAMESPACE
 from vllm_qoq.integration.policy import Policy
@@ -70,6 +70,8 @@ class TuneEngine:
         self._vllm_config = llm.llm_engine.vllm_config
         methods = (getattr(module, "quant_method", None) for module in model.modules())
         self._methods = [method for method in methods if isinstance(method, FlexLinearMethod)]
+        if not self._methods:
+            raise FormatError("no linear layer is quantized in any set, so none can be measured")
         self._groups = _by_shape(self._methods)
         self._inputs: dict[tuple[int, int], torch.Tensor] = {}
 
