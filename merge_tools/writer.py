@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,23 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write a small file."""
     with durable(path) as file:
         file.write(content)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Give the file `path` this content, at once and for good: readers see the old or the new.
+
+    What a symbolic link points to stays as it is; the link becomes a file.
+    """
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial.unlink(missing_ok=True)
+    try:
+        write_bytes(partial, content)
+        if path.exists():
+            shutil.copymode(path, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def write_json(path: Path, content: Any) -> None:

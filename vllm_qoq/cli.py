@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from merge_tools import cli as merge_cli
 from merge_tools.spelling import kebab_case
@@ -14,6 +15,7 @@ from vllm_qoq.bench import cli as bench_cli
 from vllm_qoq.importer import cli as import_cli
 from vllm_qoq.output import stdout_for
 from vllm_qoq.quantize import cli as quantize_cli
+from vllm_qoq.tune import cli as tune_cli
 
 
 def main() -> int:
@@ -27,6 +29,7 @@ def main() -> int:
     merge_cli.add_parsers(commands)
     import_cli.add_parser(commands)
     _add_perplexity(commands)
+    tune_cli.add_parser(commands, _open_tune_engine)
     bench_cli.add_parser(commands)
     _add_env(commands)
     return merge_cli.run(parser.parse_args(kebab_case(sys.argv[1:])))
@@ -59,6 +62,12 @@ def _perplexity(args: argparse.Namespace) -> int:
         from vllm_qoq.integration.perplexity import run
 
         return run(args, out)
+
+
+def _open_tune_engine(folder: Path, sets: tuple[str, ...], max_batch: int) -> Any:
+    from vllm_qoq.integration.tune import open_engine
+
+    return open_engine(folder, sets, max_batch)
 
 
 def _add_env(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

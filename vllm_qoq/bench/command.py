@@ -1,4 +1,4 @@
-"""What the benchmarks' commands share: options, checks before work begins, output."""
+"""What commands that measure share: options, checks before work begins, output."""
 
 from __future__ import annotations
 
@@ -36,6 +36,11 @@ def add_options(parser: argparse.ArgumentParser, name: str, known: Iterable[str]
         metavar="NAME,...",
         help=f"of {', '.join(known)} (default: all)",
     )
+    add_output_options(parser, name)
+
+
+def add_output_options(parser: argparse.ArgumentParser, name: str) -> None:
+    """Where the result goes, and what is said meanwhile."""
     parser.add_argument(
         "-o",
         "--output",
@@ -64,7 +69,7 @@ def kernels_of(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
 
 
 def run(args: argparse.Namespace, name: str, check: Callable[[], None], work: Any) -> int:
-    """Check the output and the GPU, `work() -> Finished`, print and write. The exit code."""
+    """Check the output and the machine, `work() -> Finished`, print and write. The exit code."""
     if args.output is not None:
         _check_output(args.output, args.overwrite, name)
     with stdout_for(sys.stderr.fileno()) as out:  # vLLM and humming print

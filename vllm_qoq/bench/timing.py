@@ -22,16 +22,18 @@ _CALLS = 12
 _SHORT_SECONDS = 2e-3
 
 
-def seconds(calls: Sequence[Call]) -> float:
+def seconds(calls: Sequence[Callable[[], object]]) -> float:
     """Of one call: the median over replays of a CUDA graph that holds all of `calls`.
 
     calls  read different weights, more than the L2 holds in all, so that each finds its own
            weights in memory. They are made in order; inputs may be shared.
+
+    What the calls return is kept until the graph is complete, so that each writes to memory of
+    its own.
     """
     rounds = _rounds(calls)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        # All outputs are kept: each call writes to memory of its own.
         outputs = [call() for _ in range(rounds) for call in calls]
     warm = _intervals(graph.replay, 2)[-1]
     replays = max(_FEWEST_REPLAYS, min(_REPLAYS, int(_SECONDS / warm)))
@@ -46,7 +48,7 @@ def copy_rate() -> float:
     return 2 * COPY_BYTES / statistics.median(times)
 
 
-def _rounds(calls: Sequence[Call]) -> int:
+def _rounds(calls: Sequence[Callable[[], object]]) -> int:
     """How often a graph holds each call. Also warms up, off the stream that is captured."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -75,6 +75,7 @@ class FlexLinearMethod(LinearMethodBase):
     ) -> None:
         """Add one `WeightSet` per set and make the layer known to the op."""
         vllm_config = get_current_vllm_config()
+        self.in_features = input_size_per_partition
         self.out_features = sum(output_partition_sizes)
         self.is_tracked = vllm_config.load_config.load_format not in UNTRACKED_LOADERS
         for name, choice in self.sets.items():
@@ -163,6 +164,14 @@ class FlexLinearMethod(LinearMethodBase):
         step = current_step(context, quantized[0].shape[0], self.policy)
         weights = self._weights[self.route.choose(step)]
         return weights.apply_int8(quantized, out_dtype, add_bias)
+
+    def weights(self, set_name: str) -> WeightSet:
+        """The loaded weights of one set."""
+        return self._weights[set_name]
+
+    def follow_policy(self) -> None:
+        """Take the route anew after `Policy.use`; steps that run eagerly follow it."""
+        self.route = self.policy.routing.route(self.parts, fused_name=self.prefix)
 
     @contextmanager
     def _named(self, set_name: str, size: int, size_per_rank: int) -> Iterator[None]:

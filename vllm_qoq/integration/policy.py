@@ -48,13 +48,13 @@ class Policy:
         map_name: Callable[[str], str],
     ) -> None:
         options = Options.of(vllm_config)
-        self.routing = routing_in_force(section, options).rename(map_name)
+        self._map_name = map_name
+        self.use(routing_in_force(section, options))
         self.compilation_config: CompilationConfig = vllm_config.compilation_config
         speculative = vllm_config.speculative_config
         speculated = speculative.num_speculative_tokens if speculative is not None else 0
         self.tokens_per_request = 1 + (speculated or 0)
         self.max_num_seqs = vllm_config.scheduler_config.max_num_seqs
-        self.default_route = self.routing.route([])
         self._layers: list[str] = []
         self._is_pipeline = vllm_config.parallel_config.pipeline_parallel_size > 1
         self._trace_file = options.trace if _is_first_rank() else None
@@ -67,6 +67,11 @@ class Policy:
                 torch.device(vllm_config.device_config.device_type),
             )
         logger.info("Routing in force: %s", json.dumps(self.routing.to_json()))
+
+    def use(self, routing: Routing) -> None:
+        """Put `routing` in force, with names as in the checkpoint."""
+        self.routing = routing.rename(self._map_name)
+        self.default_route = self.routing.route([])
 
     def route(self, prefix: str, parts: list[str]) -> LayerRoute:
         """The route of the layer `prefix`, which fuses the checkpoint layers `parts`."""

@@ -1,0 +1,698 @@
+"""`vllm-qoq tune`: the choice, the files, mistakes of users, and one run through vLLM."""
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import stat
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from plugin_units import scheme
+
+from merge_tools import writer
+from vllm_qoq import cli
+from vllm_qoq.bench import command
+from vllm_qoq.format import Section
+from vllm_qoq.routing import Phase, Routing, Step
+from vllm_qoq.tune import TuneError, device, memory
+from vllm_qoq.tune.accuracy import Bits, accuracy_order, bits
+from vllm_qoq.tune.choose import choose, fastest
+from vllm_qoq.tune.engine import Layers
+from vllm_qoq.tune.measure import check, checked_batches, measure
+from vllm_qoq.tune.measurements import (
+    PREFILL_TOKENS,
+    Estimates,
+    Key,
+    Measurements,
+    decode_batches,
+)
+from vllm_qoq.tune.preferences import SLOWER
+from vllm_qoq.tune.report import crossings
+from vllm_qoq.tune.timing import host_seconds
+
+QOQ = {"quant_method": "qoq_linear", "group_size": 128}
+SETS = {"w4a8": QOQ, "w8a8": scheme(8), "w4a16": scheme(4)}
+ORDER = ("w8a8", "w4a16", "w4a8")
+RULE = {"match": "*.0.mlp.*", "decode": "w4a16"}
+KEY = Key(device="Some GPU", tensor_parallel_size=1, vllm_qoq="1", vllm="2", checkpoint="abc")
+
+
+# The choice
+
+
+def decode_step(batch):
+    return Step(Phase.DECODE, batch)
+
+
+@st.composite
+def estimates(draw):
+    """Of up to four sets named in the order of accuracy, often with ties and near-ties."""
+    sets = ("a", "b", "c", "d")[: draw(st.integers(1, 4))]
+    near = st.sampled_from([1.0, 1.01, 1.02, 1.03, 1.05, 1.06, 1.25, 1.3, 2.0])
+    seconds = near | st.floats(1e-6, 1e3)
+
+    def rows(sizes):
+        return {size: {name: draw(seconds) for name in sets} for size in sizes}
+
+    decode = draw(st.lists(st.integers(1, 2000), min_size=1, max_size=12, unique=True))
+    prefill = draw(st.lists(st.integers(1, 9000), min_size=1, max_size=3, unique=True))
+    return sets, Estimates(rows(decode), rows(prefill))
+
+
+PREFERENCES = st.sampled_from(sorted(SLOWER))
+
+
+@given(estimates(), PREFERENCES)
+def test_every_batch_has_the_most_accurate_set_that_is_fast_enough(case, prefer):
+    sets, measured = case
+    routing = choose(measured, sets, prefer)
+    assert Routing.parse(routing.to_json(), sets) == routing
+    route = routing.route([])
+    for batch, seconds in [*measured.decode.items(), (None, measured.prefill_per_token())]:
+        chosen = routing.prefill if batch is None else route.choose(decode_step(batch))
+        limit = min(seconds.values()) * (1 + SLOWER[prefer])
+        assert seconds[chosen] <= limit
+        assert all(seconds[name] > limit for name in sets[: sets.index(chosen)])
+    largest = max(measured.decode)
+    assert route.choose(decode_step(largest)) == route.choose(decode_step(10 * largest))
+
+
+@given(estimates(), PREFERENCES, st.randoms())
+def test_the_choice_does_not_depend_on_the_order_of_the_measurements(case, prefer, random):
+    sets, measured = case
+
+    def shuffled(table):
+        keys = list(table)
+        random.shuffle(keys)
+        return {key: shuffled(table[key]) if isinstance(key, int) else table[key] for key in keys}
+
+    other = Estimates(shuffled(measured.decode), shuffled(measured.prefill))
+    assert choose(other, sets, prefer) == choose(measured, sets, prefer)
+
+
+@given(estimates(), st.integers(1, 3000))
+def test_more_preference_for_accuracy_never_takes_a_less_accurate_set(case, batch):
+    sets, measured = case
+    routings = [choose(measured, sets, prefer) for prefer in ("accuracy", "balanced", "speed")]
+    ranks = [sets.index(routing.route([]).choose(decode_step(batch))) for routing in routings]
+    assert ranks == sorted(ranks)
+    assert (prefill := [sets.index(routing.prefill) for routing in routings]) == sorted(prefill)
+
+
+@given(estimates(), PREFERENCES)
+def test_neighbouring_rows_differ(case, prefer):
+    sets, measured = case
+    for rows in (choose(measured, sets, prefer).decode, fastest(measured, sets)):
+        names = [row.set_name for row in rows]
+        assert all(a != b for a, b in itertools.pairwise(names))
+        assert {row.max_batch for row in rows[:-1]} <= set(measured.decode)
+
+
+def two_sets(accurate, fast):
+    """Decode times of two sets at batches 1, 2, 4, ..."""
+    rows = {
+        2**i: {"w8a8": a, "w4a8": b} for i, (a, b) in enumerate(zip(accurate, fast, strict=True))
+    }
+    return Estimates(rows, {512: {"w8a8": 1.0, "w4a8": 1.0}})
+
+
+@pytest.mark.parametrize(
+    "prefer, table",
+    [
+        ("speed", [(8, "w4a8"), (None, "w8a8")]),
+        ("balanced", [(4, "w4a8"), (None, "w8a8")]),
+        ("accuracy", [(1, "w4a8"), (None, "w8a8")]),
+    ],
+)
+def test_preferences_move_the_crossing(prefer, table):
+    measured = two_sets([2.0, 1.2, 1.06, 1.03, 1.015, 0.9], [1.0] * 6)
+    routing = choose(measured, ("w8a8", "w4a8"), prefer)
+    assert [(row.max_batch, row.set_name) for row in routing.decode] == table
+    assert routing.prefill == "w8a8", "a tie goes to the more accurate set"
+
+
+def test_layer_rules_are_kept_as_they_are():
+    rules = Routing.parse({"prefill": "w8a8", "decode": "w8a8", "layers": [RULE]}, SETS).layers
+    routing = choose(two_sets([1.0], [0.5]), ("w8a8", "w4a8"), "speed", rules)
+    assert routing.to_json()["layers"][0]["match"] == RULE["match"]
+    assert [row.set_name for row in routing.decode] == ["w4a8"]
+
+
+def test_the_prefill_set_is_the_fastest_a_token_over_all_sizes():
+    prefill = {512: {"w8a8": 2.0, "w4a8": 1.0}, 8192: {"w8a8": 1.0, "w4a8": 20.0}}
+    per_token = Estimates({}, prefill).prefill_per_token()
+    assert per_token["w8a8"] == pytest.approx((2 / 512 + 1 / 8192) / 2)
+    measured = Estimates(two_sets([1.0], [1.0]).decode, prefill)
+    assert choose(measured, ("w8a8", "w4a8"), "speed").prefill == "w8a8"
+
+
+def test_crossings_name_the_measured_neighbours():
+    measured = two_sets([3.0, 2.0, 1.0, 1.0], [1.0, 1.0, 2.0, 2.0])
+    rows = fastest(measured, ("w8a8", "w4a8"))
+    assert crossings(rows, list(measured.decode)) == "w4a8 up to 2, w8a8 from 4"
+    assert crossings(rows[-1:], list(measured.decode)) == "w8a8 always"
+
+
+# Accuracy and sizes
+
+
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        (QOQ, Bits(4, 8)),
+        (scheme(8), Bits(8, 8)),
+        (scheme(4), Bits(4, 16)),
+        ({"quant_method": "gptq", "bits": 8}, Bits(8, 16)),
+        ({"quant_method": "awq", "w_bit": 4}, Bits(4, 16)),
+        ({"quant_method": "fp8"}, Bits(8, 8)),
+    ],
+)
+def test_bits_are_read_from_the_config(config, expected):
+    assert bits("one", config) == expected
+
+
+def test_sets_with_more_bits_are_more_accurate():
+    eight = {"quant_method": "gptq", "bits": 8}
+    assert accuracy_order({**SETS, "g8": eight}) == ("g8", *ORDER)
+    assert accuracy_order({"b": QOQ, "a": QOQ}) == ("b", "a"), "equal: the checkpoint's order"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"quant_method": "magic\x1b"},
+        {"quant_method": "gptq", "bits": "4"},
+        {"quant_method": "gptq", "bits": True},
+        {"quant_method": "awq"},
+        {"quant_method": "compressed-tensors", "config_groups": {}},
+        {"quant_method": "compressed-tensors", "config_groups": {"g": 3}},
+    ],
+)
+def test_a_set_of_unknown_bits_is_refused(config):
+    with pytest.raises(TuneError, match=r"set 'one' .*by hand") as refused:
+        bits("one", config)
+    assert str(refused.value).isprintable()
+
+
+def test_measured_batches_end_at_the_largest():
+    assert decode_batches(1) == (1,)
+    assert decode_batches(100) == (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 100)
+
+
+# Measuring, with an engine that makes up its times
+
+
+class MadeUp:
+    """Two shapes. w4a8 is fastest up to 16, w4a16 up to 64, w8a8 above and in prefill."""
+
+    def __init__(self, steps=None, stop_at=None):
+        self.calls, self.steps, self.stop_at = [], steps or {}, stop_at
+
+    def layers(self):
+        return [Layers("m.0.qkv_proj", 96, 64, 2), Layers("m.0.down_proj", 64, 128, 2)]
+
+    def linear_seconds(self, layers, set_name, tokens):
+        self.calls.append((layers.name, set_name, tokens))
+        if len(self.calls) == self.stop_at:
+            raise KeyboardInterrupt
+        base, slope = {"w4a8": (1, 0.1), "w4a16": (2, 0.04), "w8a8": (4, 0.01)}[set_name]
+        return 1e-3 * (base + slope * tokens)
+
+    def head_seconds(self, tokens):
+        return 1e-4
+
+    def step_seconds(self, routing, batch):
+        used = routing.route([]).choose(decode_step(batch))
+        is_routed = len(routing.decode) > 1
+        return self.steps.get((batch, "routed" if is_routed else used), 1e-2)
+
+
+def measured_by(engine, key=KEY, max_batch=128):
+    return measure(engine, key, tuple(SETS), decode_batches(max_batch), PREFILL_TOKENS, quiet=True)
+
+
+def test_a_step_is_the_sum_of_its_layers_and_the_head():
+    engine = MadeUp()
+    found = measured_by(engine).estimates()
+    assert found.decode[8]["w4a8"] == pytest.approx(4 * 1e-3 * 1.8 + 1e-4)
+    assert found.prefill[512]["w8a8"] == pytest.approx(4 * 1e-3 * 9.12)
+    assert len(engine.calls) == len(set(engine.calls)), "nothing is measured twice"
+    assert {m for _, _, m in engine.calls} == {*decode_batches(128), *PREFILL_TOKENS}
+
+
+def test_the_check_covers_first_middle_and_last_rows():
+    decode = decode_batches(256)
+    table = [{"max_batch": 2 ** (i + 1), "set": ORDER[i % 2]} for i in range(5)]
+    many = Routing.parse({"prefill": "w8a8", "decode": [*table, {"set": "w4a8"}]}, SETS)
+    assert checked_batches(many, decode) == [2, 16, 256]
+    assert checked_batches(Routing.forced("w8a8"), decode) == [1, 256]
+    assert checked_batches(Routing.forced("w8a8"), [1]) == [1]
+
+
+def test_batches_that_the_cache_does_not_hold_are_left_out_of_the_check():
+    class Small(MadeUp):
+        def step_seconds(self, routing, batch):
+            return None if batch > 64 else super().step_seconds(routing, batch)
+
+    found = check(Small(), Routing.forced("w8a8"), ORDER, (1, 128), quiet=True)
+    assert set(found.routed) == {1} and set(found.step_seconds[1]) == set(ORDER)
+
+
+def test_the_cpu_timer_calls_all_in_turn_and_takes_the_median(monkeypatch):
+    order, clock = [], iter([0, 4, 10, 12, 20, 22])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("vllm_qoq.tune.timing._LONG_SECONDS", 100)
+    assert host_seconds([lambda: order.append("a"), lambda: order.append("b")]) == 1
+    assert order == ["a", *"ab" * 3]
+
+
+# Files
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A folder with config.json alone: all that `tune` reads itself."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    routing = {"prefill": "w4a8", "decode": [{"set": "w4a8"}], "layers": [RULE]}
+    section = Section.parse({"sets": SETS, "routing": routing}).to_json()
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "rms_norm_eps": 1e-05,
+        "quantization_config": section,
+        "name": "Zoë \ud83d",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """run(ENGINE, ARGUMENTS...): exit code, stdout, stderr. Without an engine, none may start."""
+    monkeypatch.setattr(device, "check", lambda methods: None)
+    monkeypatch.setattr(device, "name", lambda: "Some GPU")
+    monkeypatch.setattr(command, "stdout_for", lambda file: contextlib.nullcontext(sys.stdout))
+
+    def call(engine, *arguments):
+        def open_engine(folder, sets, max_batch):
+            assert engine is not None, "an engine was started"
+            assert sets == tuple(SETS)
+            return engine
+
+        monkeypatch.setattr(cli, "_open_tune_engine", open_engine)
+        monkeypatch.setattr(sys, "argv", ["vllm-qoq", "tune", *map(str, arguments)])
+        try:
+            code = cli.main()
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capfd.readouterr()
+
+    return call
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_only_the_routing_of_the_config_changes(checkpoint, run):
+    before = config_of(checkpoint)
+    (checkpoint / "config.json").chmod(0o640)
+    code, out, _ = run(MadeUp(), checkpoint, "--max-batch", 128)
+    assert code == 0
+    after = config_of(checkpoint)
+    routing = after["quantization_config"].pop("routing")
+    old = before["quantization_config"].pop("routing")
+    assert list(after) == list(before) and after == before
+    assert routing["prefill"] == "w8a8" and routing["layers"] == old["layers"]
+    assert [(row.get("max_batch"), row["set"]) for row in routing["decode"]] == [
+        (8, "w4a8"),
+        (48, "w4a16"),
+        (None, "w8a8"),
+    ]
+    assert stat.S_IMODE((checkpoint / "config.json").stat().st_mode) == 0o640
+    assert set(content(checkpoint)) == {"config.json", memory.FILE}, "nothing else is left behind"
+    assert "Fastest: w4a8 up to 16, w4a16 from 24 up to 64, w8a8 from 96." in out
+    assert "Chosen: w4a8 up to 8, w4a16 from 16 up to 48, w8a8 from 64." in out
+    assert "1 layer rules of the old routing stay" in out
+
+
+def test_layer_rules_go_when_asked(checkpoint, run):
+    code, out, _ = run(MadeUp(), checkpoint, "--drop-layer-rules")
+    assert code == 0 and "layer rules" not in out
+    assert "layers" not in config_of(checkpoint)["quantization_config"]["routing"]
+
+
+def test_the_second_run_remembers_the_device(checkpoint, run):
+    first = run(MadeUp(), checkpoint)[1]
+    written = content(checkpoint)
+    code, second, _ = run(None, checkpoint)
+    assert code == 0 and content(checkpoint) == written
+    assert first.replace("measured now", "measured before").split("\n- ")[0] in second
+    assert "## Check" in second
+    code, other, _ = run(None, checkpoint, "--prefer", "accuracy", "--max-batch", 64)
+    assert code == 0 and "--again does it" in other and "## Check" not in other
+    assert "| 96 " not in other
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--again"], ""),
+        (["--max-batch", 512], "batches up to 256 of this device, but 512 is asked for"),
+    ],
+)
+def test_what_is_not_remembered_is_measured(checkpoint, run, arguments, said):
+    run(MadeUp(), checkpoint)
+    engine = MadeUp()
+    code, out, err = run(engine, checkpoint, *arguments)
+    assert code == 0 and engine.calls and said in out and said in err
+
+
+def test_another_device_is_measured_and_kept_beside(checkpoint, run, monkeypatch):
+    run(MadeUp(), checkpoint)
+    monkeypatch.setattr(device, "name", lambda: "Other GPU")
+    engine = MadeUp()
+    _, out, _ = run(engine, checkpoint)
+    assert engine.calls and "on Other GPU" in out
+    runs = memory.load(checkpoint)[0].runs
+    assert [run.measured.key.device for run in runs] == ["Some GPU", "Other GPU"]
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"vllm": "1.0"}, "vLLM 1.0 instead of 2"),
+        ({"vllm_qoq": "0"}, "vllm-qoq 0 instead of 1"),
+        ({"tensor_parallel_size": 2}, "tensor-parallel size 2 instead of 1"),
+        ({"checkpoint": "def"}, "another config.json"),
+    ],
+)
+def test_stale_measurements_are_not_used(change, said):
+    old = measured_by(MadeUp(), KEY.model_copy(update=change))
+    found, reason = memory.recall(memory.Memory(runs=(memory.Run(measured=old),)), KEY, SETS, 8)
+    assert found is None and said in reason
+
+
+def test_measurements_of_the_same_device_are_replaced():
+    known = memory.Memory().with_run(memory.Run(measured=measured_by(MadeUp())))
+    again = known.with_run(memory.Run(measured=measured_by(MadeUp(), max_batch=8)))
+    assert len(again.runs) == 1 and again.runs[0].measured.decode[-1] == 8
+    many = known
+    for i in range(20):
+        key = KEY.model_copy(update={"device": str(i)})
+        many = many.with_run(memory.Run(measured=measured_by(MadeUp(), key, 1)))
+    assert [run.measured.key.device for run in many.runs] == [str(i) for i in range(4, 20)]
+
+
+def spoil(change):
+    """The text of a memory file of one run after `change` of its JSON."""
+    run = memory.Run(measured=measured_by(MadeUp(), max_batch=8))
+    document = json.loads(memory.Memory().with_run(run).model_dump_json())
+    change(document, document["runs"][0]["measured"])
+    return json.dumps(document)
+
+
+UNSOUND = {
+    "no JSON": "{",
+    "a list": "[]",
+    "deep": "[" * 100_000,
+    "a newer format": spoil(lambda d, m: d.update(format_version=2)),
+    "an unknown key": spoil(lambda d, m: m.update(code="x")),
+    "a negative time": spoil(lambda d, m: m["shapes"][0]["seconds"]["w8a8"].update({"1": -1})),
+    "infinite": spoil(lambda d, m: m["shapes"][0]["seconds"]["w8a8"].update({"1": 1e999})),
+    "a time missing": spoil(lambda d, m: m["shapes"][0]["seconds"]["w8a8"].pop("1")),
+    "a set missing": spoil(lambda d, m: m["shapes"][0]["seconds"].pop("w8a8")),
+    "a count that overflows": spoil(lambda d, m: m["shapes"][0].update(count=10**400)),
+    "no shape": spoil(lambda d, m: m.update(shapes=[])),
+    "no head at some size": spoil(lambda d, m: m["head_seconds"].pop("8")),
+    "out of order": spoil(lambda d, m: m["decode"].reverse()),
+    "a check of other sets": spoil(
+        lambda d, m: d["runs"][0].update(
+            check={"routing": {}, "routed": {"1": 1}, "step_seconds": {"1": {"x": 1}}}
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("text", UNSOUND.values(), ids=UNSOUND)
+def test_an_unsound_memory_is_ignored_with_the_reason(tmp_path, text):
+    (tmp_path / memory.FILE).write_text(text)
+    found, reason = memory.load(tmp_path)
+    assert found == memory.Memory() and reason.startswith("qoq_tune.json is of no use")
+
+
+def test_a_sound_memory_survives_the_file(tmp_path):
+    known = memory.Memory().with_run(memory.Run(measured=measured_by(MadeUp())))
+    memory.save(tmp_path, known)
+    assert memory.load(tmp_path) == (known, None)
+    wanted = memory.recall(known, KEY, SETS, 64)[0]
+    assert wanted.measured.decode == decode_batches(64)
+    Measurements.model_validate(wanted.measured.model_dump())
+
+
+def test_measurements_of_other_sets_are_not_used():
+    known = memory.Memory().with_run(memory.Run(measured=measured_by(MadeUp())))
+    found, reason = memory.recall(known, KEY, ["w8a8", "evil"], 64)
+    assert found is None and "other sets" in reason
+
+
+def test_an_unsound_memory_is_measured_anew_and_replaced(checkpoint, run):
+    (checkpoint / memory.FILE).write_text("{")
+    engine = MadeUp()
+    code, out, err = run(engine, checkpoint)
+    assert code == 0 and engine.calls
+    assert "of no use" in out and "of no use" in err
+    assert memory.load(checkpoint)[1] is None
+
+
+def test_a_dry_run_leaves_the_checkpoint_as_it_is(checkpoint, run):
+    before = content(checkpoint)
+    code, out, _ = run(MadeUp(), checkpoint, "--dry-run")
+    assert code == 0 and content(checkpoint) == before
+    assert "would be written" in out
+
+
+def test_an_interrupted_run_leaves_the_checkpoint_as_it_is(checkpoint, run):
+    before = content(checkpoint)
+    assert run(MadeUp(stop_at=7), checkpoint)[0] == 130
+    assert content(checkpoint) == before
+
+
+def test_a_failing_write_leaves_the_old_config(checkpoint, run, monkeypatch):
+    before = content(checkpoint)
+
+    def fail(source, target):
+        assert Path(source).parent == checkpoint, "renaming is atomic within a folder only"
+        raise OSError("disk on fire")
+
+    monkeypatch.setattr(writer.os, "replace", fail)
+    code, _, err = run(MadeUp(), checkpoint)
+    assert code == 2 and "disk on fire" in err
+    assert content(checkpoint) == before
+
+
+def test_a_link_to_the_config_becomes_a_file(checkpoint, run, tmp_path):
+    blob = tmp_path / "blob"
+    (checkpoint / "config.json").rename(blob)
+    (checkpoint / "config.json").symlink_to(blob)
+    before = blob.read_bytes()
+    assert run(MadeUp(), checkpoint)[0] == 0
+    assert blob.read_bytes() == before and not (checkpoint / "config.json").is_symlink()
+
+
+def test_a_config_whose_sets_changed_meanwhile_is_left_alone(checkpoint, run):
+    class Slow(MadeUp):
+        def step_seconds(self, routing, batch):
+            config = config_of(checkpoint)
+            config["quantization_config"]["sets"]["new"] = QOQ
+            (checkpoint / "config.json").write_text(json.dumps(config))
+            return 1.0
+
+    code, _, err = run(Slow(), checkpoint)
+    assert code == 2 and "changed in the meantime" in err
+    assert config_of(checkpoint)["quantization_config"]["routing"]["prefill"] == "w4a8"
+
+
+def test_a_routing_that_is_slower_in_whole_steps_is_called_so(checkpoint, run):
+    steps = {(8, "routed"): 1.2e-2, (8, "w8a8"): 1e-2, (256, "routed"): 1.05e-2}
+    code, out, _ = run(MadeUp(steps), checkpoint)
+    assert code == 0
+    assert "WARNING: at batch 8 a whole step with this routing is 20% slower than with" in out
+    assert "at batch 256" not in out
+
+
+def test_results_for_machines_and_files(checkpoint, run, tmp_path):
+    code, out, _ = run(MadeUp(), checkpoint, "--json", "-o", tmp_path / "out")
+    document = json.loads(out)
+    assert code == 0 and document["is_written"] and not document["is_remembered"]
+    assert document["accuracy_order"] == list(ORDER)
+    assert document["routing"] == config_of(checkpoint)["quantization_config"]["routing"]
+    assert document["previous_routing"]["prefill"] == "w4a8"
+    layer = document["layers"][0]
+    assert (layer["layer"], layer["count"]) == ("m.0.qkv_proj", 2)
+    assert layer["microseconds"]["w4a8"]["8"] == pytest.approx(1800)
+    files = content(tmp_path / "out")
+    assert json.loads(files["tune.json"]) == document
+    assert b"## Decode" in files["tune.md"] and files["tune.png"].startswith(b"\x89PNG")
+
+
+# Mistakes
+
+
+def section(**changes):
+    routing = {"prefill": "w8a8", "decode": "w8a8"}
+    return {"quant_method": "qoq", "sets": SETS, "routing": routing} | changes
+
+
+@pytest.mark.parametrize(
+    "found, said",
+    [
+        (None, "not a vllm-qoq checkpoint"),
+        ({"quant_method": "fp8"}, "not a vllm-qoq checkpoint"),
+        ({"quant_method": "qoq", "kv_cache": {"bits": 4}}, "only its KV cache is quantized"),
+        (section(sets={"w8a8": scheme(8)}), "one set, 'w8a8', so there is nothing to choose"),
+        (section(surprise=1), "config.json: quantization_config.surprise"),
+        (section(sets={**SETS, "x": {"quant_method": "magic"}}), "set 'x' (magic)"),
+    ],
+)
+def test_checkpoints_without_a_choice_are_refused(run, tmp_path, found, said):
+    config = {} if found is None else {"quantization_config": found}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, out, err = run(None, tmp_path)
+    assert (code, out) == (2, "") and said in err
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--prefer", "luck"], "'luck'"),
+        (["--max-batch", "0"], "'0' is not a positive number"),
+        (["--max-batch", "5000"], "--max-batch 5000: is larger than 1024"),
+        (["-o", "no/such/out"], "no such folder"),
+    ],
+)
+def test_wrong_options_are_refused_with_their_value(checkpoint, run, arguments, said):
+    before = content(checkpoint)
+    code, _, err = run(None, checkpoint, *arguments)
+    assert code == 2 and said in err and content(checkpoint) == before
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_work_begins(
+    checkpoint, run, monkeypatch
+):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != checkpoint)
+    code, _, err = run(None, checkpoint)
+    assert code == 2 and "not writable" in err and "--dry-run" in err
+    assert run(MadeUp(), checkpoint, "--dry-run")[0] == 0
+
+
+def test_a_missing_folder_or_package_is_named(run, tmp_path, monkeypatch, checkpoint):
+    assert "not a folder" in run(None, tmp_path / "absent")[2]
+    monkeypatch.undo()
+    monkeypatch.setattr(device, "find_spec", lambda name: None)
+    with pytest.raises(TuneError, match="vLLM is not installed"):
+        device.check({"w8a8": "compressed-tensors"})
+
+
+def test_sets_that_this_gpu_cannot_run_are_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("vllm_qoq.ops.has_kernels", lambda device_type: False)
+    with pytest.raises(TuneError, match="set 'w4a8' needs kernels"):
+        device.check({"w8a8": "compressed-tensors", "w4a8": "qoq_linear"})
+    device.check({"w8a8": "compressed-tensors"})
+
+
+# In vLLM
+
+
+def test_a_model_without_routed_layers_is_refused():
+    from torch import nn
+
+    from vllm_qoq.format import FormatError
+    from vllm_qoq.integration.tune import TuneEngine
+
+    with pytest.raises(FormatError, match="no linear layer is quantized"):
+        TuneEngine(mock.Mock(), nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("sets", [("a", "b"), ("a", "b", "c", "d")])
+def test_the_engine_loads_every_set(sets):
+    from vllm_qoq.integration.tune import _reaching
+
+    routing = Routing.parse(_reaching(sets), sets)
+    assert routing.route([]).reachable(len(sets)) == set(sets)
+
+
+def test_a_checkpoint_is_tuned_in_vllm_and_serves_with_the_routing(
+    merged_dir, tmp_path, monkeypatch, capfd
+):
+    from engines import engine, generate
+
+    import vllm_qoq
+
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(merged_dir, folder)
+    config = config_of(folder)
+    # With a rule both sets serve, whichever is faster here.
+    config["quantization_config"]["routing"]["layers"] = [
+        {"match": "*.0.mlp.*", "prefill": "w4a16", "decode": "w8a8"},
+        {"match": "*.1.mlp.*", "prefill": "w8a8", "decode": "w4a16"},
+    ]
+    (folder / "config.json").write_text(json.dumps(config))
+
+    opened = []
+    open_engine = cli._open_tune_engine
+
+    def keep(*arguments):
+        opened.append(open_engine(*arguments))
+        return opened[0]
+
+    monkeypatch.setattr(cli, "_open_tune_engine", keep)
+    monkeypatch.setattr("vllm_qoq.tune.job.PREFILL_TOKENS", (512,))
+    monkeypatch.setattr(command, "stdout_for", lambda file: contextlib.nullcontext(sys.stdout))
+    arguments = ["tune", str(folder), "--max-batch", "4", "--json"]
+    monkeypatch.setattr(sys, "argv", ["vllm-qoq", *arguments])
+    assert cli.main() == 0
+    document = json.loads(capfd.readouterr().out.splitlines()[-1])
+
+    shapes = {
+        (layer["layer"].rpartition(".")[2], layer["out_features"], layer["in_features"])
+        for layer in document["layers"]
+    }
+    assert shapes == {
+        ("qkv_proj", 512, 256),
+        ("o_proj", 256, 256),
+        ("gate_up_proj", 1536, 256),
+        ("down_proj", 256, 768),
+    }
+    assert all(layer["count"] == 2 for layer in document["layers"])
+    assert set(document["lm_head_milliseconds"]) == {"1", "2", "4"}
+    assert document["check"] and set(document["check"]) <= {"1", "2", "4"}
+
+    # A switched engine computes what one that is started with the routing does.
+    tuned = opened[0]
+    routing = Routing.parse(document["routing"], SETS)
+    assert config_of(folder)["quantization_config"]["routing"] == routing.to_json()
+    switched = {}
+    for name, table in [
+        ("routing", routing),
+        ("w8a8", Routing.forced("w8a8")),
+        ("w4a16", Routing.forced("w4a16")),
+    ]:
+        tuned._route(table)
+        switched[name] = generate(tuned._llm)
+    served = engine(folder)
+    assert generate(served) == switched["routing"]
+    assert len({str(generation) for generation in switched.values()}) == 3
+    decode_set = routing.route([]).choose(decode_step(4))
+    assert vllm_qoq.step_counts(served)["decode", decode_set] == 11

@@ -1,0 +1,62 @@
+"""What this machine measures on, by name."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.util import find_spec
+from pathlib import Path
+
+from vllm_qoq import __version__, environment
+from vllm_qoq.tune import TuneError
+from vllm_qoq.tune.measurements import Key
+
+# Measurements are of one GPU, or of one CPU engine.
+_TENSOR_PARALLEL_SIZE = 1
+
+
+def key(checkpoint_digest: str) -> Key:
+    """What measurements of this checkpoint on this machine are filed under."""
+    return Key(
+        device=name(),
+        tensor_parallel_size=_TENSOR_PARALLEL_SIZE,
+        vllm_qoq=__version__,
+        vllm=environment.describe()["packages"]["vllm"] or "unknown",
+        checkpoint=checkpoint_digest,
+    )
+
+
+def name() -> str:
+    """The GPU's model, or the CPU's and how many of its threads this process may use."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{_processor()}, {len(os.sched_getaffinity(0))} threads"
+
+
+def check(methods: dict[str, str]) -> None:
+    """Raise TuneError where an engine with these sets (name -> quant_method) cannot start."""
+    if find_spec("vllm") is None:
+        raise TuneError("vLLM is not installed; pip install 'vllm-qoq[vllm]'")
+    import torch
+
+    from vllm_qoq import ops
+    from vllm_qoq.format import QOQ_LINEAR
+
+    of_ours = [set_name for set_name, method in methods.items() if method == QOQ_LINEAR]
+    if of_ours and torch.cuda.is_available() and not ops.has_kernels("cuda"):
+        raise TuneError(
+            f"set {of_ours[0]!r} needs kernels that this build or GPU does not have (README, "
+            "Install), and all sets are measured; tune where the checkpoint will be served, or "
+            "write the routing into config.json by hand"
+        )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.machine())

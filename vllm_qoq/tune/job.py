@@ -1,0 +1,123 @@
+"""One run: measure or remember, choose, check, write."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vllm_qoq.bench.progress import say
+from vllm_qoq.routing import Routing
+from vllm_qoq.tune import device, memory
+from vllm_qoq.tune.choose import choose
+from vllm_qoq.tune.engine import OpenEngine
+from vllm_qoq.tune.measure import check, measure
+from vllm_qoq.tune.measurements import PREFILL_TOKENS, Check, Measurements, decode_batches
+from vllm_qoq.tune.preferences import SLOWER
+from vllm_qoq.tune.target import Target
+
+# A routing slower than its best single set by more than that is not what was promised.
+_SUSPICIOUS = 0.10
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks for.
+
+    prefer            a key of `choose.SLOWER`
+    max_batch         the largest decode step to measure
+    again             measure even if there are measurements of this device
+    dry_run           leave the checkpoint as it is
+    drop_layer_rules  of the routing that is there
+    """
+
+    prefer: str
+    max_batch: int
+    again: bool = False
+    dry_run: bool = False
+    drop_layer_rules: bool = False
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it; `notes` are sentences for the user."""
+
+    folder: Path
+    request: Request
+    order: tuple[str, ...]
+    measured: Measurements
+    is_remembered: bool
+    before: Routing
+    routing: Routing
+    check: Check | None
+    notes: tuple[str, ...] = field(default=())
+
+
+def tune(target: Target, request: Request, open_engine: OpenEngine) -> Outcome:
+    """Carry out `request`. Nothing is written before everything is measured."""
+    notes: list[str] = []
+    key = device.key(target.digest)
+    known, problem = memory.load(target.folder)
+    sets = tuple(target.section.sets)
+    run = None
+    if not request.again:
+        run, reason = memory.recall(known, key, sets, request.max_batch)
+        notes += [note for note in (problem, reason) if note]
+    for note in notes if not request.quiet else ():
+        say(note)
+
+    engine = None
+    if run is None:
+        engine = open_engine(target.folder, sets, request.max_batch)
+        decode = decode_batches(request.max_batch)
+        measured = measure(engine, key, sets, decode, PREFILL_TOKENS, request.quiet)
+        run = memory.Run(measured=measured)
+
+    rules = () if request.drop_layer_rules else target.section.routing.layers
+    measured, checked = run.measured, run.check
+    routing = choose(measured.estimates(), target.order, request.prefer, rules)
+    if engine is not None:
+        checked = check(engine, routing, measured.sets, measured.decode, request.quiet)
+    elif checked is not None and checked.routing != routing.to_json():
+        checked = None
+    if not request.dry_run:
+        if engine is not None:
+            kept = memory.Run(measured=measured, check=checked)
+            memory.save(target.folder, known.with_run(kept))
+        target.write(routing)
+    return Outcome(
+        folder=target.folder,
+        request=request,
+        order=target.order,
+        measured=measured,
+        is_remembered=engine is None,
+        before=target.section.routing,
+        routing=routing,
+        check=checked,
+        notes=(*notes, *_findings(routing, checked, request)),
+    )
+
+
+def _findings(routing: Routing, checked: Check | None, request: Request) -> list[str]:
+    """What a user should know of the routing before serving with it."""
+    found = []
+    if routing.layers:
+        found.append(
+            f"{len(routing.layers)} layer rules of the old routing stay in force, and the set was "
+            "chosen as if they were not there; --drop-layer-rules removes them"
+        )
+    if checked is None:
+        found.append("whole steps were not measured with this routing; --again does it")
+        return found
+    if not checked.routed:
+        found.append("whole steps were not measured: the KV cache of the test was too small")
+    accepted = SLOWER[request.prefer]
+    for batch in checked.routed:
+        if (slower := checked.slowdown(batch)) > _SUSPICIOUS:
+            best = min(checked.step_seconds[batch], key=checked.step_seconds[batch].__getitem__)
+            found.append(
+                f"WARNING: at batch {batch} a whole step with this routing is {slower:.0%} slower "
+                f"than with {best} alone (--prefer {request.prefer} accepts {accepted:.0%}); "
+                "--prefer speed chooses by time alone"
+            )
+    return found

@@ -1,0 +1,94 @@
+"""All layers of all sets over all numbers of tokens, then whole steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from vllm_qoq.bench.progress import progress
+from vllm_qoq.routing import Phase, Routing, Step
+from vllm_qoq.tune.engine import Engine, Layers
+from vllm_qoq.tune.measurements import Check, Key, Measurements, Shape
+
+_CHECKED_BATCHES = 3
+
+
+def measure(
+    engine: Engine,
+    key: Key,
+    sets: Sequence[str],
+    decode: Sequence[int],
+    prefill: Sequence[int],
+    quiet: bool,
+) -> Measurements:
+    """The sets one right after the other at each size, so that what drifts hits all of them."""
+    layers = engine.layers()
+    tokens = sorted({*decode, *prefill})
+    with progress("measure", len(layers) * len(tokens), quiet) as advance:
+        shapes = tuple(_shape(engine, one, sets, tokens, advance) for one in layers)
+    heads = {batch: engine.head_seconds(batch) for batch in decode}
+    return Measurements(
+        key=key,
+        sets=tuple(sets),
+        decode=tuple(decode),
+        prefill=tuple(prefill),
+        shapes=shapes,
+        head_seconds={batch: seconds for batch, seconds in heads.items() if seconds is not None},
+    )
+
+
+def check(
+    engine: Engine, routing: Routing, sets: Sequence[str], decode: Sequence[int], quiet: bool
+) -> Check:
+    """Whole steps at up to three batch sizes, one of each of the first, middle and last rows."""
+    batches = checked_batches(routing, decode)
+    step_seconds, routed = {}, {}
+    with progress("check", len(batches) * (1 + len(sets)), quiet) as advance:
+        for batch in batches:
+            times = {}
+            for name in (None, *sets):
+                used = routing if name is None else Routing.forced(name)
+                times[name] = engine.step_seconds(used, batch)
+                advance()
+            if None not in times.values():
+                routed[batch] = times.pop(None)
+                step_seconds[batch] = times
+    return Check.model_validate(
+        {"routing": routing.to_json(), "step_seconds": step_seconds, "routed": routed}
+    )
+
+
+def checked_batches(routing: Routing, decode: Sequence[int]) -> list[int]:
+    """The last measured batch of up to three rows of `routing`; of a single row also the first."""
+    route = routing.route([])
+    rows = [route.choose(Step(Phase.DECODE, batch)) for batch in decode]
+    ends = [
+        batch
+        for batch, name, following in zip(decode, rows, [*rows[1:], None], strict=True)
+        if name != following
+    ]
+    if len(ends) == 1:
+        return sorted({decode[0], decode[-1]})
+    if len(ends) <= _CHECKED_BATCHES:
+        return ends
+    return [ends[0], ends[len(ends) // 2], ends[-1]]
+
+
+def _shape(
+    engine: Engine,
+    layers: Layers,
+    sets: Sequence[str],
+    tokens: Sequence[int],
+    advance: Callable[[], object],
+) -> Shape:
+    seconds: dict[str, dict[int, float]] = {name: {} for name in sets}
+    for m in tokens:
+        for name in sets:
+            seconds[name][m] = engine.linear_seconds(layers, name, m)
+        advance()
+    return Shape(
+        layer=layers.name,
+        out_features=layers.out_features,
+        in_features=layers.in_features,
+        count=layers.count,
+        seconds=seconds,
+    )
