@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from vllm_qoq.format import QOQ_LINEAR, printable
+from vllm_qoq.format import QOQ_LINEAR, QOQ_RESIDUAL, printable
 from vllm_qoq.tune import TuneError
 
 _UNQUANTIZED = 16
@@ -34,7 +34,7 @@ def bits(name: str, config: Mapping[str, Any]) -> Bits:
     try:
         if method == QOQ_LINEAR:
             return Bits(4, 8)
-        if method == "fp8":
+        if method in ("fp8", QOQ_RESIDUAL):
             return Bits(8, 8)
         if method.startswith("gptq"):
             return Bits(_positive(config["bits"]), _UNQUANTIZED)
