@@ -346,6 +346,25 @@ def test_only_the_routing_of_the_config_changes(checkpoint, run):
     assert "1 layer rules of the old routing stay" in out
 
 
+def test_sensitive_layers_are_kept_and_keeping_them_again_changes_nothing(checkpoint, run):
+    rows = [
+        {"layer": f"model.layers.{i}.mlp.up_proj", "set": name, "output_error": error}
+        for i, errors in enumerate([(0.01, 0.1), (0.01, 0.3), (0.02, 0.2)])
+        for name, error in zip(("w8a8", "w4a8"), errors, strict=True)
+    ]
+    (checkpoint / "quantization_report.json").write_text(json.dumps({"layers": rows}))
+    code, out, _ = run(MadeUp(), checkpoint, "--keep-sensitive", "2")
+    kept = [{"match": f"model.layers.{i}.*", "decode": [{"set": "w8a8"}]} for i in (1, 2)]
+    layers = config_of(checkpoint)["quantization_config"]["routing"]["layers"]
+    assert (
+        code == 0 and layers[:2] == kept and [rule["match"] for rule in layers[2:]] == ["*.0.mlp.*"]
+    )
+    assert "2 decoder layers generate in the most accurate set" in out
+    code, _, _ = run(None, checkpoint, "--keep-sensitive", "2")
+    assert code == 0
+    assert config_of(checkpoint)["quantization_config"]["routing"]["layers"] == layers
+
+
 def test_layer_rules_go_when_asked(checkpoint, run):
     code, out, _ = run(MadeUp(), checkpoint, "--drop-layer-rules")
     assert code == 0 and "layer rules" not in out
@@ -577,6 +596,7 @@ def test_checkpoints_without_a_choice_are_refused(run, tmp_path, found, said):
     [
         (["--prefer", "luck"], "'luck'"),
         (["--max-batch", "0"], "'0' is not a positive number"),
+        (["--keep-sensitive", "1"], "use --keep-first"),
         (["--max-batch", "5000"], "--max-batch 5000: is larger than 1024"),
         (["-o", "no/such/out"], "no such folder"),
     ],

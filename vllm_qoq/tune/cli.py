@@ -49,6 +49,20 @@ def add_parser(commands: Any, open_engine: OpenEngine) -> None:
         "--drop-layer-rules", action="store_true", help="of the routing that is there"
     )
     parser.add_argument(
+        "--keep-first",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="the first N decoder layers generate in the most accurate set",
+    )
+    parser.add_argument(
+        "--keep-sensitive",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="so do the N that lose most by the report of `vllm-qoq quantize`",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="measure and show; leave the checkpoint as it is"
     )
     command.add_output_options(parser, "tune")
@@ -61,6 +75,7 @@ def _tune(open_engine: OpenEngine, args: argparse.Namespace) -> int:
     if args.max_batch > _LARGEST_BATCH:
         raise TuneError(f"--max-batch {args.max_batch}: is larger than {_LARGEST_BATCH}")
     target = Target.open(args.checkpoint, will_write=not args.dry_run)
+    kept = target.layers_to_keep(args.keep_first, args.keep_sensitive)
 
     def check() -> None:
         from vllm_qoq.tune import device
@@ -77,6 +92,7 @@ def _tune(open_engine: OpenEngine, args: argparse.Namespace) -> int:
             again=args.again,
             dry_run=args.dry_run,
             drop_layer_rules=args.drop_layer_rules,
+            keep=kept,
             quiet=args.quiet or args.json,
         )
         outcome = tune(target, request, open_engine)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vllm_qoq.bench.progress import say
 from vllm_qoq.routing import Routing
-from vllm_qoq.tune import device, memory
+from vllm_qoq.tune import device, keep, memory
 from vllm_qoq.tune.choose import choose
 from vllm_qoq.tune.engine import OpenEngine
 from vllm_qoq.tune.measure import check, measure
@@ -28,6 +28,7 @@ class Request:
     again             measure even if there are measurements of this device
     dry_run           leave the checkpoint as it is
     drop_layer_rules  of the routing that is there
+    keep              decoder layers that generate in the most accurate set
     """
 
     prefer: str
@@ -35,6 +36,7 @@ class Request:
     again: bool = False
     dry_run: bool = False
     drop_layer_rules: bool = False
+    keep: tuple[str, ...] = ()
     quiet: bool = False
 
 
@@ -73,7 +75,8 @@ def tune(target: Target, request: Request, open_engine: OpenEngine) -> Outcome:
         measured = measure(engine, key, sets, decode, PREFILL_TOKENS, request.quiet)
         run = memory.Run(measured=measured)
 
-    rules = () if request.drop_layer_rules else target.section.routing.layers
+    others = () if request.drop_layer_rules else target.section.routing.layers
+    rules = keep.rules(request.keep, target.order[0], others)
     measured, checked = run.measured, run.check
     routing = choose(measured.estimates(), target.order, request.prefer, rules)
     if engine is not None:
@@ -101,10 +104,12 @@ def tune(target: Target, request: Request, open_engine: OpenEngine) -> Outcome:
 def _findings(routing: Routing, checked: Check | None, request: Request) -> list[str]:
     """What a user should know of the routing before serving with it."""
     found = []
-    if routing.layers:
+    if request.keep:
+        found.append(f"{len(request.keep)} decoder layers generate in the most accurate set")
+    if old := len(routing.layers) - len(request.keep):
         found.append(
-            f"{len(routing.layers)} layer rules of the old routing stay in force, and the set was "
-            "chosen as if they were not there; --drop-layer-rules removes them"
+            f"{old} layer rules of the old routing stay in force, and the set was chosen as if "
+            "they were not there; --drop-layer-rules removes them"
         )
     if checked is None:
         found.append("whole steps were not measured with this routing; --again does it")

@@ -43,7 +43,7 @@ def _lines(
     unit: str,
     size: str,
 ) -> None:
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     for name, colour in colours.items():
         line = [row[name] for row in values.values()]
@@ -53,8 +53,11 @@ def _lines(
     axes.set_xticks(powers, [str(m) for m in powers])
     axes.set_xticks([], minor=True)
     # Plain numbers; on less than a decade, minor ticks are the only ones.
-    axes.yaxis.set_major_formatter(LogFormatter())
-    axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+    numbers = [seconds for row in values.values() for seconds in row.values()]
+    is_narrow = max(numbers) < 10 * min(numbers)
+    plain = FuncFormatter(lambda value, _: f"{value:.3g}")
+    axes.yaxis.set_major_formatter(plain)
+    axes.yaxis.set_minor_formatter(plain if is_narrow else NullFormatter())
     axes.grid(alpha=0.3)
 
 

@@ -13,7 +13,7 @@ from merge_tools.writer import replace_file
 from vllm_qoq.checkpoint import CONFIG, read_config
 from vllm_qoq.format import QUANT_METHOD, SECTION, FormatError, Section
 from vllm_qoq.routing import Routing
-from vllm_qoq.tune import TuneError
+from vllm_qoq.tune import TuneError, keep
 from vllm_qoq.tune.accuracy import accuracy_order
 
 
@@ -45,6 +45,13 @@ class Target:
                 f"{folder}: not writable; copy the checkpoint, or add --dry-run to measure only"
             )
         return cls(folder, section, order, _digest(config))
+
+    def layers_to_keep(self, first: int, sensitive: int) -> tuple[str, ...]:
+        """The decoder layers that `--keep-first` and `--keep-sensitive` name, each once."""
+        blocks = keep.first(self.folder, self.section, first) if first else []
+        if sensitive:
+            blocks += keep.sensitive(self.folder, self.order, sensitive)
+        return tuple(dict.fromkeys(blocks))
 
     def write(self, routing: Routing) -> None:
         """Put `routing` into config.json and leave everything else in it as it is."""
