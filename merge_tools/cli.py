@@ -193,11 +193,15 @@ def _verify(args: argparse.Namespace) -> int:
 
     findings = verify.structure(args.checkpoint)
     findings += verify.contents(args.checkpoint, Progress(args.quiet or args.json))
+    limits = {} if findings else verify.limits(args.checkpoint)
     if args.json:
-        print(json.dumps({"checkpoint": str(args.checkpoint), "findings": findings}))
+        report = {"checkpoint": str(args.checkpoint), "findings": findings}
+        print(json.dumps(report | ({"limit_shares": limits} if limits else {})))
     else:
         for finding in findings:
             print(_printable(finding))
+        for name, share in limits.items():
+            print(f"set {name}: at most {share:.2%} of the weights are clipped by their residual")
         print(f"{args.checkpoint}: " + (f"{len(findings)} findings" if findings else "verified"))
     return 1 if findings else 0
 

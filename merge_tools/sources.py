@@ -32,6 +32,8 @@ class WeightSet:
     tensors: Mapping[str, TensorInfo]
     shared_layers: frozenset[str] = field(default=frozenset(), kw_only=True)
     """Layers that are quantized alike for all sets, and so in none."""
+    base: WeightSet | None = field(default=None, kw_only=True)
+    """Of a nested set in a merged checkpoint, the set that it is a residual on."""
 
     @cached_property
     def layers(self) -> dict[str, dict[str, TensorInfo]]:
@@ -47,6 +49,11 @@ class WeightSet:
     def describe(self, layer: str) -> Layout:
         """How `layer` is stored; FormatError when its tensors do not fit together."""
         return describe(self.layers[layer], self.config)
+
+    def size(self, layer: str) -> tuple[int, int]:
+        """(out_features, in_features) of `layer`; FormatError as in `describe`."""
+        layout = self.describe(layer)
+        return layout.out_features, layout.in_features
 
     def get(self, tensor: str) -> torch.Tensor:
         """The tensor with this ordinary name, mapped and not copied."""
