@@ -77,13 +77,16 @@ def parse_sources(arguments: Sequence[str]) -> dict[str, Path]:
     return folders
 
 
-def open_sources(folders: Mapping[str, Path]) -> list[WeightSet]:
-    """Open every folder and refuse what cannot be a set. Reads headers only."""
+def open_sources(folders: Mapping[str, Path], takes_floats: bool = False) -> list[WeightSet]:
+    """Open every folder and refuse what cannot be a set. Reads headers only.
+
+    takes_floats  whether a model that is not quantized may be among them, with an empty config
+    """
     sources = []
     for name, folder in folders.items():
         try:
             checkpoint = Checkpoint.open(folder)
-            config = _set_config(checkpoint)
+            config = _set_config(checkpoint, takes_floats)
             _check_tensors(checkpoint)
         except FormatError as error:
             raise FormatError(f"{folder}: {error}") from None
@@ -93,8 +96,10 @@ def open_sources(folders: Mapping[str, Path]) -> list[WeightSet]:
     return sources
 
 
-def _set_config(checkpoint: Checkpoint) -> dict[str, Any]:
+def _set_config(checkpoint: Checkpoint, takes_floats: bool) -> dict[str, Any]:
     config = checkpoint.config.get(SECTION)
+    if config is None and takes_floats:
+        return {}
     if checkpoint.section is not None:
         raise FormatError(
             f"{CONFIG}: {SECTION}: is a merged checkpoint already; merge the folders it was made of"

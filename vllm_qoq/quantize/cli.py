@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
-from merge_tools.cli import size
+from merge_tools.cli import MAX_CLIPPED, MAX_CLIPPED_HELP, share, size
 from vllm_qoq.output import stdout_for
 
 
@@ -35,11 +35,7 @@ def add_parser(commands: Any) -> None:
         help="store w8a8 as 4 bits on top of w4a8's, which stay the same",
     )
     parser.add_argument(
-        "--max-clipped",
-        type=float,
-        default=0.01,
-        metavar="SHARE",
-        help="of a layer's weights that --nested may clip (default: 0.01)",
+        "--max-clipped", type=share, default=MAX_CLIPPED, metavar="SHARE", help=MAX_CLIPPED_HELP
     )
     parser.add_argument("--group-size", type=int, choices=(128, -1), help="default: 128")
     parser.add_argument(

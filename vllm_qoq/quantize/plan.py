@@ -35,7 +35,7 @@ class Job:
     work_dir: Path
     eval_text: Path | None = None
     sanity_check: bool = False
-    max_clipped: float = 0.01
+    max_clipped: float = 1.0
     resume: Resume = "auto"
     overwrite: bool = False
     max_shard_bytes: int = 5 * 10**9
