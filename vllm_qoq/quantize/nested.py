@@ -20,6 +20,8 @@ class Nested(Grid):
         super().__init__(n, k, base.codes.device, clip=False)
         self.channel_scale = base.channel_scale
         self.base = base.level1().to(torch.int16)
+        self.low = (self.base - RESIDUAL_ZERO).clamp_min(-128)
+        self.high = (self.base + (15 - RESIDUAL_ZERO)).clamp_max(127)
         self.is_clipped = torch.zeros_like(self.base, dtype=torch.bool)
 
     def prepare(self, weight: torch.Tensor, importance: torch.Tensor) -> None:
@@ -28,9 +30,7 @@ class Nested(Grid):
     def round(self, column: torch.Tensor, k: int) -> torch.Tensor:
         """Nearest int8 that a residual reaches."""
         nearest = (column / self.channel_scale).round()
-        low = (self.base[:, k] - RESIDUAL_ZERO).clamp_min(-128)
-        high = (self.base[:, k] + (15 - RESIDUAL_ZERO)).clamp_max(127)
-        codes = nearest.maximum(low).minimum(high)
+        codes = nearest.maximum(self.low[:, k]).minimum(self.high[:, k])
         self.is_clipped[:, k] = codes != nearest
         self.codes[:, k] = codes
         return codes * self.channel_scale
