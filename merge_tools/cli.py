@@ -83,7 +83,7 @@ def _common(parser: argparse.ArgumentParser, handler: Any) -> None:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from merge_tools import compatible, complete, execute, kv_basis, nest, preflight, rules, values
+    from merge_tools import compatible, complete, execute, kv_basis, nest, preflight, rules
     from merge_tools.plan import make_plan
     from merge_tools.progress import Progress
     from merge_tools.sources import open_sources, parse_sources
@@ -105,18 +105,12 @@ def _merge(args: argparse.Namespace) -> int:
     bases = {nested[0].name: nested[1].name} if nested is not None else {}
     plan = make_plan(found, prefill.checkpoint.config, args.max_shard_size, bases)
     preflight.check_space(args.output, plan.total_bytes)
-    total = sum(source.checkpoint.total_bytes for source in sources.values())
-    with progress.stage("check values", total) as advance:
-        for source in sources.values():
-            for info in source.tensors.values():
-                values.check(source.checkpoint, info)
-                advance(info.nbytes)
+    _check_values(list(sources.values()), progress)
     for source in sources.values():
         if source is not prefill:
             _check_kv(kv_basis, prefill, source)
     shares = nest.clipped_shares(*nested, progress) if nested is not None else {}
-    if shares:
-        nest.check_clipped(shares, args.max_clipped)
+    nest.check_clipped(shares, args.max_clipped)
     section = _section(sources, routing, plan)
     if not args.dry_run:
         execute.execute(
@@ -124,6 +118,17 @@ def _merge(args: argparse.Namespace) -> int:
         )
     _report(args, plan, section, shares)
     return 0
+
+
+def _check_values(sources: list[Any], progress: Any) -> None:
+    from merge_tools import values
+
+    total = sum(source.checkpoint.total_bytes for source in sources)
+    with progress.stage("check values", total) as advance:
+        for source in sources:
+            for info in source.tensors.values():
+                values.check(source.checkpoint, info)
+                advance(info.nbytes)
 
 
 def _check_kv(kv_basis: Any, prefill: Any, source: Any) -> None:

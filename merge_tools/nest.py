@@ -77,8 +77,8 @@ def clipped_shares(source: WeightSet, base: WeightSet, progress: Progress) -> di
 
 def check_clipped(shares: dict[str, float], limit: float) -> None:
     """Raise MergeError if a layer's share is above `limit`."""
-    worst = max(shares, key=shares.__getitem__)
-    if shares[worst] > limit:
+    worst = max(shares, key=shares.__getitem__, default=None)
+    if worst is not None and shares[worst] > limit:
         raise MergeError(
             f"{worst}: {shares[worst]:.2%} of the residuals do not fit in 4 bits, more than "
             f"--max-clipped {limit:g}; make both sets with vllm-qoq quantize --nested, or {_REMEDY}"
