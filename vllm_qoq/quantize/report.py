@@ -81,10 +81,11 @@ def table(report: dict[str, Any]) -> str:
 def _clipped(errors: list[LayerError], sets: list[str]) -> list[str]:
     cells = []
     for name in sets:
-        mine = [row.get("clipped_share", 0.0) for row in errors if row["set"] == name]
-        cells.append(f"{sum(mine) / len(mine):.2%} ({max(mine):.2%})")
-    is_nested = any("clipped_share" in row for row in errors)
-    return [_row("clipped, mean (worst)", cells)] if is_nested else []
+        mine = [
+            row["clipped_share"] for row in errors if row["set"] == name and "clipped_share" in row
+        ]
+        cells.append(f"{sum(mine) / len(mine):.2%} ({max(mine):.2%})" if mine else "")
+    return [_row("clipped, mean (worst)", cells)] if any(cells) else []
 
 
 def _perplexities(report: dict[str, Any], sets: list[str]) -> list[str]:
