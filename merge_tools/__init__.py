@@ -12,6 +12,7 @@ The way of a merge, a module each:
     plan         what the output will contain: pure, printable
     values       numbers finite, scales positive
     kv_basis     can the sets share one KV cache?
+    nest         an 8-bit set as a residual on a QoQ set
     execute      stream the tensors out, verify, rename
 """
 

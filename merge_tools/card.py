@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from merge_tools.plan import Plan
 from merge_tools.progress import human_bytes
-from merge_tools.sources import WeightSet
 from vllm_qoq.format import Section
 
 
 def text(
     plan: Plan,
-    sources: Mapping[str, WeightSet],
     section: Section,
     name: str,
     notes: Sequence[str] = (),
 ) -> str:
     """README.md with the front matter that the Hugging Face Hub reads."""
     rows = [
-        f"| `{set_name}` | {sources[set_name].config['quant_method']} | "
+        f"| `{set_name}` | {section.sets[set_name]['quant_method']} | "
         f"{human_bytes(plan.bytes_of(set_name))} |"
         for set_name in plan.sets
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -15,6 +16,9 @@ from typing import Any
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _ROUTING_BYTES = 1 << 20
+# examples/nested_16m.md
+MAX_CLIPPED = 0.1
+MAX_CLIPPED_HELP = f"of a layer's weights that nesting may clip (default: {MAX_CLIPPED})"
 
 
 def add_parsers(commands: Any) -> None:
@@ -33,6 +37,14 @@ def add_parsers(commands: Any) -> None:
         type=Path,
         metavar="FILE",
         help="JSON file with the whole routing table, layer rules too; instead of the two above",
+    )
+    merge.add_argument(
+        "--nest",
+        action="store_true",
+        help="store the 8-bit set (or the float model) as 4 bits on top of the qoq_linear set's",
+    )
+    merge.add_argument(
+        "--max-clipped", default=MAX_CLIPPED, type=share, metavar="SHARE", help=MAX_CLIPPED_HELP
     )
     merge.add_argument("--max-shard-size", default="5GB", type=size, metavar="SIZE")
     merge.add_argument("--dry-run", action="store_true", help="check and show the plan, then stop")
@@ -71,7 +83,7 @@ def _common(parser: argparse.ArgumentParser, handler: Any) -> None:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from merge_tools import compatible, complete, execute, kv_basis, preflight, rules, values
+    from merge_tools import compatible, complete, execute, kv_basis, nest, preflight, rules
     from merge_tools.plan import make_plan
     from merge_tools.progress import Progress
     from merge_tools.sources import open_sources, parse_sources
@@ -80,31 +92,43 @@ def _merge(args: argparse.Namespace) -> int:
     folders = parse_sources(args.sources)
     routing = _routing(args, list(folders))
     preflight.check_output(args.output, folders.values(), args.overwrite)
-    sources = {source.name: source for source in open_sources(folders)}
+    sources = {source.name: source for source in open_sources(folders, takes_floats=args.nest)}
     prefill, progress = sources[routing.prefill], Progress(args.quiet or args.json)
     compatible.check(list(sources.values()), prefill)
     for source in sources.values():
         complete.check(source)
+    nested = nest.pair(list(sources.values())) if args.nest else None
     rules.check(routing, frozenset().union(*(source.quantized for source in sources.values())))
     found = survey(list(sources.values()), prefill, progress)
-    plan = make_plan(found, prefill.checkpoint.config, args.max_shard_size)
+    if nested is not None:
+        nest.check_basis(found, *nested)
+    bases = {nested[0].name: nested[1].name} if nested is not None else {}
+    plan = make_plan(found, prefill.checkpoint.config, args.max_shard_size, bases)
     preflight.check_space(args.output, plan.total_bytes)
-    total = sum(source.checkpoint.total_bytes for source in sources.values())
-    with progress.stage("check values", total) as advance:
-        for source in sources.values():
-            for info in source.tensors.values():
-                values.check(source.checkpoint, info)
-                advance(info.nbytes)
+    _check_values(list(sources.values()), progress)
     for source in sources.values():
         if source is not prefill:
             _check_kv(kv_basis, prefill, source)
+    shares = nest.clipped_shares(*nested, progress) if nested is not None else {}
+    nest.check_clipped(shares, args.max_clipped)
     section = _section(sources, routing, plan)
     if not args.dry_run:
         execute.execute(
             plan, sources, section, args.output, args.overwrite, progress, not args.no_model_card
         )
-    _report(args, plan, section)
+    _report(args, plan, section, shares)
     return 0
+
+
+def _check_values(sources: list[Any], progress: Any) -> None:
+    from merge_tools import values
+
+    total = sum(source.checkpoint.total_bytes for source in sources)
+    with progress.stage("check values", total) as advance:
+        for source in sources:
+            for info in source.tensors.values():
+                values.check(source.checkpoint, info)
+                advance(info.nbytes)
 
 
 def _check_kv(kv_basis: Any, prefill: Any, source: Any) -> None:
@@ -145,13 +169,14 @@ def _read_routing(path: Path, names: list[str]) -> Any:
 
 
 def _section(sources: dict[str, Any], routing: Any, plan: Any) -> Any:
-    from vllm_qoq.format import Section
+    from vllm_qoq.format import ResidualSet, Section
 
     configs = {name: dict(source.config) for name, source in sources.items()}
+    configs |= {name: ResidualSet(base=base).model_dump() for name, base in plan.bases.items()}
     return Section(sets=configs, routing=routing, input_ratio=dict(plan.input_ratio))
 
 
-def _report(args: argparse.Namespace, plan: Any, section: Any) -> None:
+def _report(args: argparse.Namespace, plan: Any, section: Any, shares: dict[str, float]) -> None:
     from merge_tools.progress import human_bytes
 
     owners = {name: plan.bytes_of(name) for name in plan.sets}
@@ -165,6 +190,7 @@ def _report(args: argparse.Namespace, plan: Any, section: Any) -> None:
             "shards": list(plan.shards),
             "dropped": [f"{owner}.{tensor}" for owner, tensor in plan.dropped],
             "quantization_config": section.to_json(),
+            **({"clipped_shares": shares} if shares else {}),
         }
         print(json.dumps(report))
         return
@@ -176,6 +202,10 @@ def _report(args: argparse.Namespace, plan: Any, section: Any) -> None:
     )
     for owner, tensor in plan.dropped:
         print(f"left out {owner}.{tensor}: a bias of zeros")
+    if shares:
+        worst = max(shares, key=shares.__getitem__)
+        mean = sum(shares.values()) / len(shares)
+        print(f"clipped residuals: {mean:.2%} on average, {shares[worst]:.2%} in {worst}")
     print(f"routing: {json.dumps(section.routing.to_json())}")
 
 
@@ -193,11 +223,15 @@ def _verify(args: argparse.Namespace) -> int:
 
     findings = verify.structure(args.checkpoint)
     findings += verify.contents(args.checkpoint, Progress(args.quiet or args.json))
+    limits = {} if findings else verify.limits(args.checkpoint)
     if args.json:
-        print(json.dumps({"checkpoint": str(args.checkpoint), "findings": findings}))
+        report = {"checkpoint": str(args.checkpoint), "findings": findings}
+        print(json.dumps(report | ({"limit_shares": limits} if limits else {})))
     else:
         for finding in findings:
             print(_printable(finding))
+        for name, share in limits.items():
+            print(f"set {name}: at most {share:.2%} of the weights are clipped by their residual")
         print(f"{args.checkpoint}: " + (f"{len(findings)} findings" if findings else "verified"))
     return 1 if findings else 0
 
@@ -208,6 +242,17 @@ def size(text: str) -> int:
     if match is None or float(match[1]) <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
     return int(float(match[1]) * _UNITS[match[2]])
+
+
+def share(text: str) -> float:
+    """`0.01`; for `argparse`."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 <= found <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to 1")
+    return found
 
 
 def _printable(text: str) -> str:

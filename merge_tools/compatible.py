@@ -108,8 +108,7 @@ def _check_layers(left: WeightSet, right: WeightSet) -> None:
 
 
 def _check_size(left: WeightSet, right: WeightSet, layer: str) -> None:
-    ours, theirs = left.describe(layer), right.describe(layer)
-    sizes = [(one.out_features, one.in_features) for one in (ours, theirs)]
+    sizes = [one.size(layer) for one in (left, right)]
     if sizes[0] != sizes[1]:
         raise MergeError(
             f"{layer}: is {sizes[0][0]} x {sizes[0][1]} in {left.name} and {sizes[1][0]} x "

@@ -119,6 +119,8 @@ def _unlike_layers(weights: WeightSet) -> Iterator[str]:
         place = split_decoder(name)
         if place is not None:
             by_module[place[0], place[2]][name] = frozenset(tensors)
+    # What is quantized is up to the base of a nested set.
+    config = weights.config if weights.base is None else weights.base.config
     has_schemes = len(weight_args(weights.config)) > 1 or bool(weights.config.get("dynamic"))
     for layers in by_module.values():
         groups: dict[bool, dict[str, frozenset[str]]] = {True: {}, False: {}}
@@ -126,7 +128,7 @@ def _unlike_layers(weights: WeightSet) -> Iterator[str]:
             groups[layer in weights.quantized][layer] = leaves
         if groups[True]:
             for layer in groups[False]:
-                if not _is_ignored(layer, weights.config):
+                if not _is_ignored(layer, config):
                     yield f"{layer}: is not quantized, other layers are; {_REMEDY}"
         for is_quantized, group in groups.items():
             if is_quantized and has_schemes:

@@ -13,7 +13,7 @@ import torch
 from merge_tools.layout import Layout
 from merge_tools.sources import WeightSet
 from vllm_qoq import reference
-from vllm_qoq.format import QoQSet
+from vllm_qoq.format import FormatError, QoQSet
 
 # AutoAWQ stores the columns of eight values in this order, from the low nibble up.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -41,14 +41,25 @@ def dequantize(weights: WeightSet, layer: str, rows: tuple[int, int]) -> torch.T
         # Version 1 of the format stores each zero point less one.
         is_v2 = weights.config.get("checkpoint_format") == "gptq_v2"
         return _gptq(read, layout, rows, 0 if is_v2 else 1)
-    if layout.method == "qoq":
+    if layout.method in ("qoq", "residual"):
         return reference.dequantize(qoq_tensors(weights, layer, rows))
     return _awq(read, layout, rows)
 
 
 def qoq_tensors(weights: WeightSet, layer: str, rows: tuple[int, int]) -> dict[str, torch.Tensor]:
-    """Rows `rows` of every tensor of a layer of a QoQ set, by leaf."""
+    """Rows `rows` of every tensor of a layer of a QoQ set, by leaf.
+
+    A nested set's are the base's and its own; FormatError for a layer that the base does not have
+    in the same size.
+    """
     layout, read = weights.describe(layer), _Reader(weights, layer)
+    if weights.base is not None:
+        if layer not in weights.base.quantized or weights.base.size(layer) != weights.size(layer):
+            raise FormatError(f"{layer}: {weights.base.name} does not have it in this size")
+        return {
+            **qoq_tensors(weights.base, layer, rows),
+            "qresidual": read("qresidual")[slice(*rows)],
+        }
     leaves = QoQSet.parse(weights.config, weights.name).tensors(
         layout.out_features, layout.in_features
     )

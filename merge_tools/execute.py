@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from merge_tools import MergeError, card, verify
+from merge_tools import MergeError, card, nest, verify
 from merge_tools.norms import ratio
 from merge_tools.plan import Plan, Planned
 from merge_tools.progress import Progress
@@ -46,14 +46,14 @@ def execute(
     with replacing(out, overwrite) as folder:
         with progress.stage("write", plan.total_bytes) as advance:
             for file, shard in plan.shards.items():
-                _write(folder / file, shard, sources, plan.prefill, advance)
+                _write(folder / file, shard, sources, plan, advance)
         config = dict(sources[plan.prefill].checkpoint.config)
         config[SECTION] = section.to_json()
         write_json(folder / INDEX, plan.index())
         write_json(folder / CONFIG, config)
         _copy_other_files(folder, sources, plan.prefill)
         if model_card:
-            text = card.text(plan, sources, section, out.name, notes)
+            text = card.text(plan, section, out.name, notes)
             write_bytes(folder / _README, text.encode())
         sync_folder(folder)
         if findings := verify.structure(folder):
@@ -64,13 +64,13 @@ def _write(
     path: Path,
     shard: Sequence[Planned],
     sources: Mapping[str, WeightSet],
-    prefill: str,
+    plan: Plan,
     advance: Any,
 ) -> None:
     planned = {p.info.name: p for p in shard}
 
     def read(info: TensorInfo) -> Iterator[memoryview]:
-        flat = _tensor(planned[info.name], sources, prefill).contiguous().reshape(-1)
+        flat = _tensor(planned[info.name], sources, plan).contiguous().reshape(-1)
         data = memoryview(flat.view(_uint8()).numpy())
         for start in range(0, len(data), _PIECE_BYTES):
             yield data[start : start + _PIECE_BYTES]
@@ -79,11 +79,13 @@ def _write(
     write_shard(path, [p.info for p in shard], read)
 
 
-def _tensor(planned: Planned, sources: Mapping[str, WeightSet], prefill: str) -> Any:
+def _tensor(planned: Planned, sources: Mapping[str, WeightSet], plan: Plan) -> Any:
     origin = planned.origin
     source = sources[origin.set_name]
     if origin.how == "ratio":
-        return ratio(source, sources[prefill], origin.tensor)
+        return ratio(source, sources[plan.prefill], origin.tensor)
+    if origin.how == "nest":
+        return nest.residual(source, sources[plan.bases[origin.set_name]], origin.tensor)
     tensor = source.get(origin.tensor)
     return tensor.to(torch_dtype(planned.info.dtype)) if origin.how == "cast" else tensor
 

@@ -36,6 +36,7 @@ def table(report: dict[str, Any]) -> str:
         lines.append(
             f"  {name:10} {entry['method']:20} {human_bytes(entry['bytes']):>10}  "
             f"{entry['bits_per_weight']:.2f} bits a weight in {entry['layers']} layers"
+            + (_with_base(entry) if "base" in entry else "")
             + (f", {entry['input_ratios']} with input_ratio" if entry["input_ratios"] else "")
         )
     lines.append(f"  {'shared':31} {human_bytes(report['shared_bytes']):>10}")
@@ -66,15 +67,24 @@ def _tensor_parallel(config: Mapping[str, Any], sets: list[WeightSet]) -> dict[s
     }
 
 
+def _with_base(entry: Mapping[str, Any]) -> str:
+    return f", {entry['bits_per_weight_with_base']:.2f} with its base {entry['base']}"
+
+
 def _set(weights: WeightSet) -> dict[str, Any]:
     own = [i for i in weights.tensors.values() if i.name.startswith(f"{weights.name}.")]
-    layouts = [weights.describe(layer) for layer in sorted(weights.quantized)]
-    count = sum(layout.out_features * layout.in_features for layout in layouts)
+    sizes = [weights.size(layer) for layer in sorted(weights.quantized)]
+    count = sum(n * k for n, k in sizes)
     size = sum(info.nbytes for info in own)
-    return {
+    bits = 8 * size / count if count else 0.0
+    report = {
         "method": weights.config["quant_method"],
         "bytes": size,
-        "layers": len(layouts),
-        "bits_per_weight": 8 * size / count if count else 0.0,
+        "layers": len(sizes),
+        "bits_per_weight": bits,
         "input_ratios": sum(split_layer(i.name)[1] == INPUT_RATIO for i in own),
     }
+    if weights.base is None:
+        return report
+    together = bits + _set(weights.base)["bits_per_weight"]
+    return report | {"base": weights.base.name, "bits_per_weight_with_base": together}

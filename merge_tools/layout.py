@@ -13,6 +13,7 @@ in_features, G the group size, `pack` = 32 / bits values in an int32:
              g_idx I32 [K]
     awq      qweight I32 [K, N/pack]          scales [K/G, N]   qzeros I32 [K/G, N/pack]
     qoq      qweight U8 [N, K/2]              and what `vllm_qoq.format` says of QoQ sets
+    residual qresidual U8 [N, K/2]            of a nested set; its base has the rest
 """
 
 from __future__ import annotations
@@ -23,9 +24,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vllm_qoq.checkpoint import TensorInfo
-from vllm_qoq.format import INPUT_RATIO, QOQ_LINEAR, FormatError, QoQSet, split_layer
+from vllm_qoq.format import (
+    INPUT_RATIO,
+    QOQ_LINEAR,
+    QOQ_RESIDUAL,
+    FormatError,
+    QoQSet,
+    ResidualSet,
+    split_layer,
+)
+from vllm_qoq.reference import GROUP_SIZE
 
-Method = Literal["plain", "dense", "packed", "gptq", "awq", "qoq"]
+Method = Literal["plain", "dense", "packed", "gptq", "awq", "qoq", "residual"]
 Leaves = Mapping[str, TensorInfo]
 
 QUANTIZED_LEAVES = frozenset(
@@ -90,6 +100,8 @@ def describe(leaves: Leaves, config: Mapping[str, Any]) -> Layout:
     """
     if config.get("quant_method") == QOQ_LINEAR and is_quantized(leaves):
         layout = _qoq(leaves, config)
+    elif config.get("quant_method") == QOQ_RESIDUAL and is_quantized(leaves):
+        layout = _residual(leaves)
     elif "weight_packed" in leaves:
         layout = _packed(leaves, config)
     elif "qweight" in leaves and "scales" in leaves:
@@ -221,23 +233,40 @@ def _awq(leaves: Leaves, config: Mapping[str, Any]) -> Layout:
 
 def _qoq(leaves: Leaves, config: Mapping[str, Any]) -> Layout:
     qoq_set = QoQSet.parse(config, f"config.json: {QOQ_LINEAR}")
-    if "qweight" not in leaves:
-        raise _lost(leaves, "qweight")
-    qweight = leaves["qweight"]
-    if len(qweight.shape) != 2:
-        raise _wrong(qweight, "a matrix")
-    n, k = qweight.shape[0], 2 * qweight.shape[1]
+    n, k = _nibbles(leaves, "qweight")
     try:
         expected = qoq_set.tensors(n, k)
     except FormatError as error:
+        qweight = leaves["qweight"]
         raise FormatError(f"{qweight.file}: {qweight.name}: {error}") from None
+    _only(leaves, expected, f"group_size {qoq_set.group_size}")
+    return Layout("qoq", n, k, 4, (1, k if qoq_set.group_size == -1 else qoq_set.group_size))
+
+
+def _residual(leaves: Leaves) -> Layout:
+    n, k = _nibbles(leaves, "qresidual")
+    _only(leaves, ResidualSet.tensors(n, k), QOQ_RESIDUAL)
+    return Layout("residual", n, k, 4, (1, GROUP_SIZE))
+
+
+def _nibbles(leaves: Leaves, leaf: str) -> tuple[int, int]:
+    """(N, K) of a tensor with two codes in a byte."""
+    if leaf not in leaves:
+        raise _lost(leaves, leaf)
+    if len(leaves[leaf].shape) != 2:
+        raise _wrong(leaves[leaf], "a matrix")
+    n, half = leaves[leaf].shape
+    return n, 2 * half
+
+
+def _only(leaves: Leaves, expected: Mapping[str, tuple[str, list[int]]], what: str) -> None:
+    """Refuse a layer of `what` that lacks a tensor, or has another."""
     for leaf, (dtype, shape) in expected.items():
         if leaf not in leaves:
             raise _lost(leaves, leaf)
         _expect(leaves[leaf], {dtype}, tuple(shape))
     for leaf in sorted(QUANTIZED_LEAVES & leaves.keys() - expected.keys() - {INPUT_RATIO}):
-        raise _wrong(leaves[leaf], f"nothing: group_size {qoq_set.group_size} does not have it")
-    return Layout("qoq", n, k, 4, (1, k if qoq_set.group_size == -1 else qoq_set.group_size))
+        raise _wrong(leaves[leaf], f"nothing: {what} does not have it")
 
 
 def _scales_and_zeros(leaves: Leaves, bits: int, groups: int, n: int) -> None:

@@ -7,7 +7,7 @@ shards per set, so that a set can be downloaded without the others.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from merge_tools.norms import ratio_globs, readers_of
@@ -23,9 +23,10 @@ class Origin:
     copy    its bytes
     cast    its values, in the dtype of the output
     ratio   its values divided by those of the prefill set (see `norms`)
+    nest    what the set's layer adds to its base's (see `nest`)
     """
 
-    how: Literal["copy", "cast", "ratio"]
+    how: Literal["copy", "cast", "ratio", "nest"]
     set_name: str
     tensor: str
 
@@ -52,6 +53,8 @@ class Plan:
     dropped: tuple[tuple[str, str], ...]
     """(set, tensor) left out: biases of zeros."""
     quantized: frozenset[str]
+    bases: Mapping[str, str] = field(default_factory=dict)
+    """Nested set -> its base."""
 
     @property
     def tensors(self) -> list[Planned]:
@@ -74,15 +77,26 @@ class Plan:
         }
 
 
-def make_plan(survey: Survey, config: Mapping[str, Any], max_shard_bytes: int) -> Plan:
+def make_plan(
+    survey: Survey,
+    config: Mapping[str, Any],
+    max_shard_bytes: int,
+    bases: Mapping[str, str] | None = None,
+) -> Plan:
     """Decide what is shared, what is per set and what is derived.
 
-    `config` is the `config.json` of the prefill set. Raises MergeError for a
-    tensor that differs between the sets and cannot.
+    `config` is the `config.json` of the prefill set; `bases` maps a set to nest to its base. Raises
+    MergeError for a tensor that differs between the sets and cannot.
     """
     ratios = _ratio_layers(survey, config)
     groups: list[list[Planned]] = [_shared(survey)]
-    groups += [_of_set(survey, name, ratios[name]) for name in survey.tensors]
+    bases = bases or {}
+    for name in survey.tensors:
+        groups.append(
+            _nested(survey, name, bases[name])
+            if name in bases
+            else _of_set(survey, name, ratios[name])
+        )
     shards = [shard for group in groups for shard in _split(group, max_shard_bytes)]
     layers = {name: tuple(sorted(mine)) for name, mine in ratios.items()}
     return Plan(
@@ -92,6 +106,7 @@ def make_plan(survey: Survey, config: Mapping[str, Any], max_shard_bytes: int) -
         input_ratio=ratio_globs(layers, survey.quantized),
         dropped=tuple(sorted(survey.zero_biases)),
         quantized=survey.quantized,
+        bases=bases,
     )
 
 
@@ -129,6 +144,20 @@ def _of_set(survey: Survey, set_name: str, ratios: Mapping[str, str]) -> list[Pl
         shape = survey.tensors[set_name][norm].shape
         stored = TensorInfo(join_name(set_name, f"{layer}.{INPUT_RATIO}"), "F32", shape, "")
         planned.append(Planned(stored, set_name, Origin("ratio", set_name, norm)))
+    return planned
+
+
+def _nested(survey: Survey, set_name: str, base: str) -> list[Planned]:
+    """A residual and the bias, where there is one, of every layer of the base."""
+    planned = []
+    for layer in sorted(survey.quantized):
+        shape = survey.tensors[base][f"{layer}.qweight"].shape
+        stored = TensorInfo(join_name(set_name, f"{layer}.qresidual"), "U8", shape, "")
+        planned.append(Planned(stored, set_name, Origin("nest", set_name, layer)))
+        bias = survey.tensors[set_name].get(f"{layer}.bias")
+        if bias is not None and (set_name, bias.name) not in survey.zero_biases:
+            stored = replace(bias, name=join_name(set_name, bias.name))
+            planned.append(Planned(stored, set_name, Origin("copy", set_name, bias.name)))
     return planned
 
 

@@ -32,6 +32,8 @@ class WeightSet:
     tensors: Mapping[str, TensorInfo]
     shared_layers: frozenset[str] = field(default=frozenset(), kw_only=True)
     """Layers that are quantized alike for all sets, and so in none."""
+    base: WeightSet | None = field(default=None, kw_only=True)
+    """Of a nested set in a merged checkpoint, the set that it is a residual on."""
 
     @cached_property
     def layers(self) -> dict[str, dict[str, TensorInfo]]:
@@ -47,6 +49,11 @@ class WeightSet:
     def describe(self, layer: str) -> Layout:
         """How `layer` is stored; FormatError when its tensors do not fit together."""
         return describe(self.layers[layer], self.config)
+
+    def size(self, layer: str) -> tuple[int, int]:
+        """(out_features, in_features) of `layer`; FormatError as in `describe`."""
+        layout = self.describe(layer)
+        return layout.out_features, layout.in_features
 
     def get(self, tensor: str) -> torch.Tensor:
         """The tensor with this ordinary name, mapped and not copied."""
@@ -70,13 +77,16 @@ def parse_sources(arguments: Sequence[str]) -> dict[str, Path]:
     return folders
 
 
-def open_sources(folders: Mapping[str, Path]) -> list[WeightSet]:
-    """Open every folder and refuse what cannot be a set. Reads headers only."""
+def open_sources(folders: Mapping[str, Path], takes_floats: bool = False) -> list[WeightSet]:
+    """Open every folder and refuse what cannot be a set. Reads headers only.
+
+    takes_floats  whether a model that is not quantized may be among them, with an empty config
+    """
     sources = []
     for name, folder in folders.items():
         try:
             checkpoint = Checkpoint.open(folder)
-            config = _set_config(checkpoint)
+            config = _set_config(checkpoint, takes_floats)
             _check_tensors(checkpoint)
         except FormatError as error:
             raise FormatError(f"{folder}: {error}") from None
@@ -86,8 +96,10 @@ def open_sources(folders: Mapping[str, Path]) -> list[WeightSet]:
     return sources
 
 
-def _set_config(checkpoint: Checkpoint) -> dict[str, Any]:
+def _set_config(checkpoint: Checkpoint, takes_floats: bool) -> dict[str, Any]:
     config = checkpoint.config.get(SECTION)
+    if config is None and takes_floats:
+        return {}
     if checkpoint.section is not None:
         raise FormatError(
             f"{CONFIG}: {SECTION}: is a merged checkpoint already; merge the folders it was made of"

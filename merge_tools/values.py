@@ -53,9 +53,27 @@ def layer_finding(weights: WeightSet, layer: str) -> str | None:
         return None
     except ValueError as error:
         leaf, _, problem = str(error).partition(": ")
-        info = weights.layers[layer][leaf]
+        info = weights.layers[layer].get(leaf)
+        if info is None:  # the base's, and reported with it
+            return None
         return f"{info.file}: {info.name}: {problem}; quantize the model again"
     return None
+
+
+def limit_share(weights: WeightSet) -> float:
+    """Share of a nested set's weights whose residual is 0 or 15, or whose W8 is -128 or 127."""
+    from merge_tools.dequantize import qoq_tensors, row_chunks
+    from vllm_qoq.packing import unpack_nibbles
+    from vllm_qoq.reference import int8_weight
+
+    at_limit = count = 0
+    for layer in sorted(weights.quantized):
+        for rows in row_chunks(weights.describe(layer)):
+            tensors = qoq_tensors(weights, layer, rows)
+            residual, weight = unpack_nibbles(tensors["qresidual"]), int8_weight(tensors)
+            is_last = (residual == 0) | (residual == 15) | (weight == -128) | (weight == 127)
+            at_limit, count = at_limit + int(is_last.sum()), count + is_last.numel()
+    return at_limit / max(count, 1)
 
 
 def check(checkpoint: Checkpoint, info: TensorInfo) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from vllm_qoq.format import (
     INT8_HEAD_TENSORS,
     LM_HEAD,
     QOQ_LINEAR,
+    QOQ_RESIDUAL,
     SECTION,
     FormatError,
     Section,
@@ -34,11 +36,17 @@ def open_merged(folder: Path) -> tuple[Checkpoint, Section, list[WeightSet]]:
         owner, tensor = split_name(name, section.sets)
         owned[owner][tensor] = info
     shared = frozenset({LM_HEAD}) if section.lm_head is not None else frozenset[str]()
-    sets = [
-        WeightSet(name, checkpoint, config, {**owned[None], **owned[name]}, shared_layers=shared)
+    sets = {
+        name: WeightSet(
+            name, checkpoint, config, {**owned[None], **owned[name]}, shared_layers=shared
+        )
         for name, config in section.sets.items()
-    ]
-    return checkpoint, section, sets
+    }
+    for name, weights in sets.items():
+        base = section.base_of(name)
+        if base is not None:
+            sets[name] = replace(weights, base=sets[base])
+    return checkpoint, section, list(sets.values())
 
 
 def structure(folder: Path) -> list[str]:
@@ -58,10 +66,20 @@ def contents(folder: Path, progress: Progress) -> list[str]:
             found += [message] if message else []
             advance(info.nbytes)
     for weights in sets:
-        if weights.config["quant_method"] == QOQ_LINEAR:
+        if weights.config["quant_method"] in (QOQ_LINEAR, QOQ_RESIDUAL):
             messages = (values.layer_finding(weights, layer) for layer in sorted(weights.quantized))
             found += [message for message in messages if message]
     return found
+
+
+def limits(folder: Path) -> dict[str, float]:
+    """Nested set -> share of its weights at the limit of what a residual can add.
+
+    Clipped weights are among them. For a checkpoint without findings; reads the nested sets and
+    their bases.
+    """
+    _, _, sets = open_merged(folder)
+    return {weights.name: values.limit_share(weights) for weights in sets if weights.base}
 
 
 def _structure(section: Section, sets: list[WeightSet]) -> Iterator[str]:
@@ -69,6 +87,7 @@ def _structure(section: Section, sets: list[WeightSet]) -> Iterator[str]:
         for finding in complete.findings(weights):
             yield f"set {weights.name}: {finding}"
         yield from _ratios(section, weights)
+        yield from _residuals(weights)
     yield from _same_layers(sets)
     quantized = frozenset().union(*(weights.quantized for weights in sets))
     for glob in rules.unmatched(section.routing, quantized):
@@ -93,6 +112,26 @@ def _int8_head(checkpoint: Checkpoint) -> Iterator[str]:
         yield (
             f"{scale.file}: {scale.name}: has {scale.shape[0]} rows, the weight {weight.shape[0]}"
         )
+
+
+def _residuals(weights: WeightSet) -> Iterator[str]:
+    """Layers of a nested set that do not fit the base's."""
+    if weights.base is None:
+        return
+    for layer in sorted(weights.base.quantized - weights.quantized):
+        yield f"{weights.name}.{layer}.qresidual: missing, {weights.base.name} has this layer"
+    for layer in sorted(weights.base.quantized & weights.quantized):
+        try:
+            n, k = weights.base.size(layer)
+            is_same = weights.size(layer) == (n, k)
+        except FormatError:  # reported with the layer
+            continue
+        if not is_same:
+            info = weights.layers[layer]["qresidual"]
+            yield (
+                f"{info.file}: {info.name}: is {info.dtype} {list(info.shape)}, expected U8 "
+                f"{[n, k // 2]} for the layer of {weights.base.name}; quantize the model again"
+            )
 
 
 def _ratios(section: Section, weights: WeightSet) -> Iterator[str]:

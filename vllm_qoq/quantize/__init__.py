@@ -6,6 +6,7 @@
     strength       the scales for which rounding costs least
     smooth         SmoothAttention on K, smoothing and order of block outputs
     grid           the grids that weights are rounded to
+    nested         the grid of an 8-bit set that is a residual on a 4-bit one
     gptq           rounding column by column, with what is known of the inputs
     sets           what a set stores of a layer, and its entry in config.json
     modifiers      the two passes over the calibration text, in llmcompressor's pipeline

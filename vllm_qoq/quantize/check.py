@@ -62,8 +62,9 @@ class Check:
             return {}
         for block, tensors in zip(blocks(model, arch), layers, strict=True):
             for name in arch.linears:
-                prefix = f"{kind.name}.{name}."
-                leaves = {k[len(prefix) :]: t for k, t in tensors.items() if k.startswith(prefix)}
+                leaves = _leaves(tensors, kind.name, name)
+                if kind.base is not None:
+                    leaves = {**_leaves(tensors, kind.base, name), **leaves}
                 layer = block.get_submodule(name)
                 assign(layer, "weight", dequantize(leaves).to(layer.weight.device))
         rounded = list(evaluate.linears(model, arch)) if kind.has_int8_activations else []
@@ -89,3 +90,10 @@ class Check:
                 raise QuantizeError(f"{label}: the model computes NaN or infinity; {_REMEDY}")
             tokens.append(int(logits[0, -1].argmax()))
         return str(self.tokenizer.decode(tokens[len(prompt) :]))
+
+
+def _leaves(
+    tensors: Mapping[str, torch.Tensor], set_name: str, layer: str
+) -> dict[str, torch.Tensor]:
+    prefix = f"{set_name}.{layer}."
+    return {k[len(prefix) :]: t for k, t in tensors.items() if k.startswith(prefix)}

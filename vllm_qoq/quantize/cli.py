@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
-from merge_tools.cli import size
+from merge_tools.cli import MAX_CLIPPED, MAX_CLIPPED_HELP, share, size
 from vllm_qoq.output import stdout_for
 
 
@@ -27,6 +27,15 @@ def add_parser(commands: Any) -> None:
         metavar="NAME,...",
         help="of w8a8, w4a8, w4a16; prompts run in the first, generation in the last "
         "(default: w8a8,w4a8)",
+    )
+    parser.add_argument(
+        "--nested",
+        action="store_true",
+        default=None,
+        help="store w8a8 as 4 bits on top of w4a8's, which stay the same",
+    )
+    parser.add_argument(
+        "--max-clipped", type=share, default=MAX_CLIPPED, metavar="SHARE", help=MAX_CLIPPED_HELP
     )
     parser.add_argument("--group-size", type=int, choices=(128, -1), help="default: 128")
     parser.add_argument(
@@ -79,7 +88,7 @@ def _add_steps(group: Any) -> None:
         group.add_argument(option, dest=name, action="store_false", default=None, help=text)
 
 
-_OPTIONS = ("group_size", "kv_bits", "lm_head_bits", "samples", "seqlen", *_STEPS)
+_OPTIONS = ("nested", "group_size", "kv_bits", "lm_head_bits", "samples", "seqlen", *_STEPS)
 
 
 def _quantize(args: argparse.Namespace) -> int:
@@ -124,6 +133,7 @@ def _run(args: argparse.Namespace, out: TextIO) -> int:
         work_dir=_work_dir(args),
         eval_text=args.eval_text,
         sanity_check=args.sanity_check,
+        max_clipped=args.max_clipped,
         resume=args.resume,
         overwrite=args.overwrite,
         max_shard_bytes=args.max_shard_size,

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import torch
 
 from vllm_qoq.quantize import gptq
+from vllm_qoq.quantize.grid import Grid
 from vllm_qoq.quantize.options import Options
 from vllm_qoq.quantize.sets import SetKind
 
@@ -34,8 +35,10 @@ def seconds(
     hessians = 2 * tokens * sum(k * k for _, k in sizes)
     total = forward * _seconds_per_flop(device, dtype)
     total += hessians * _seconds_per_flop(device, torch.float32)
+    kinds = {kind.name: kind for kind in options.kinds}
     for kind in options.kinds:
-        per_column, per_weight = _rounding(kind, options.clip, device)
+        base = kinds[kind.base] if kind.base is not None else None
+        per_column, per_weight = _rounding(kind, base, options.clip, device)
         total += sum(per_column * k + per_weight * n * k for n, k in sizes)
     return total
 
@@ -46,15 +49,25 @@ def _seconds_per_flop(device: torch.device, dtype: torch.dtype) -> float:
     return min(_timed(lambda: x @ x, device) for _ in range(3)) / (2 * size**3)
 
 
-def _rounding(kind: SetKind, clip: bool, device: torch.device) -> tuple[float, float]:
-    """Seconds per column and per weight."""
+def _rounding(
+    kind: SetKind, base: SetKind | None, clip: bool, device: torch.device
+) -> tuple[float, float]:
+    """Seconds per column and per weight, without those of `base`."""
     found = []
     for rows in (_FEW_ROWS, _MANY_ROWS):
         weight = torch.randn(rows, _COLUMNS, device=device)
         hessian = torch.eye(_COLUMNS, device=device)
+        filled = None
+        if base is not None:
+            filled = base.grid(weight, torch.bfloat16, clip)
+            gptq.quantize(weight, None, filled, "")
 
-        def run(weight: torch.Tensor = weight, hessian: torch.Tensor = hessian) -> None:
-            grid = kind.grid(weight, torch.bfloat16, clip)
+        def run(
+            weight: torch.Tensor = weight,
+            hessian: torch.Tensor = hessian,
+            filled: Grid | None = filled,
+        ) -> None:
+            grid = kind.grid(weight, torch.bfloat16, clip, filled)
             gptq.quantize(weight, hessian, grid, "")
 
         found.append(min(_timed(run, device) for _ in range(2)))

@@ -116,9 +116,13 @@ class TwoLevel(Grid):
 
     def dequantized(self) -> torch.Tensor:
         """float32 [N, K]."""
+        return self.level1() * self.channel_scale[:, None]
+
+    def level1(self) -> torch.Tensor:
+        """W8, integers in float32 [N, K]."""
         scale = self.group_scale.repeat_interleave(GROUP_SIZE, dim=1)
         offset = self.group_offset.repeat_interleave(GROUP_SIZE, dim=1)
-        return (self.codes * scale + offset) * self.channel_scale[:, None]
+        return self.codes * scale + offset
 
 
 class PerChannel(Grid):

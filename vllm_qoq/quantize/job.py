@@ -20,7 +20,7 @@ from vllm_qoq.quantize.clock import Clock
 from vllm_qoq.quantize.modifiers import QuantizePass, SmoothPass, apply_saved, piece
 from vllm_qoq.quantize.options import Options
 from vllm_qoq.quantize.plan import Job, Plan, make_plan
-from vllm_qoq.quantize.report import LayerError, summary
+from vllm_qoq.quantize.report import LayerError, refuse_clipped, summary
 from vllm_qoq.quantize.smooth import SmoothOptions
 from vllm_qoq.quantize.workdir import WorkDir
 
@@ -49,11 +49,12 @@ def run(job: Job, options: Options) -> dict[str, Any]:
         if not all(work.has(piece(i)) for i in range(shape.layers)):
             _quantize(model, plan, options, work, job.quiet)
 
-        if options.lm_head_bits == 8:
-            head.round_weight(model, arch)
         errors: list[LayerError] = [
             row for index in range(shape.layers) for row in work.load(piece(index))[1]
         ]
+        refuse_clipped(errors, job.max_clipped)
+        if options.lm_head_bits == 8:
+            head.round_weight(model, arch)
         after = {
             kind.name: check.measure_set(model, arch, kind, _results(work, shape.layers))
             for kind in options.kinds

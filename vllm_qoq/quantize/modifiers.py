@@ -22,6 +22,8 @@ from pydantic import ConfigDict, PrivateAttr
 from vllm_qoq.quantize import gptq, smooth
 from vllm_qoq.quantize.architectures import Architecture, Module, Shape, blocks
 from vllm_qoq.quantize.evaluate import to_int8
+from vllm_qoq.quantize.grid import Grid
+from vllm_qoq.quantize.nested import Nested
 from vllm_qoq.quantize.observe import Observer
 from vllm_qoq.quantize.report import LayerError
 from vllm_qoq.quantize.sets import SetKind
@@ -181,26 +183,36 @@ class QuantizePass(_BlockPass):
             for name in group:
                 layer = block.get_submodule(name)
                 weight = layer.weight.data
-                for kind in self.sets:
-                    started = time.monotonic()
-                    grid = kind.grid(weight, weight.dtype, self.clip)
-                    known = hessian if self.use_gptq else None
-                    gptq.quantize(weight, known, grid, f"{prefix}.{name}")
-                    result = grid.dequantized()
+                for kind, grid, row in self._round(weight, hessian, f"{prefix}.{name}"):
                     stored = grid.tensors(weight.dtype)
                     if layer.bias is not None:
                         stored["bias"] = layer.bias.data
                     tensors |= {f"{kind.name}.{name}.{leaf}": t for leaf, t in stored.items()}
-                    errors.append(
-                        {
-                            "layer": f"{prefix}.{name}",
-                            "set": kind.name,
-                            "output_error": gptq.output_error(weight, result, hessian),
-                            "seconds": round(time.monotonic() - started, 3),
-                        }
-                    )
-                tensors[f"propagated.{name}"] = result.to(weight.dtype)
+                    errors.append(row)
+                tensors[f"propagated.{name}"] = grid.dequantized().to(weight.dtype)
         return tensors, errors
+
+    def _round(
+        self, weight: torch.Tensor, hessian: torch.Tensor, layer: str
+    ) -> list[tuple[SetKind, Grid, LayerError]]:
+        """The layer in every set, in the order of `sets`, with its rows of the report."""
+        grids: dict[str, Grid] = {}
+        rows: dict[str, LayerError] = {}
+        # A base comes before what is a residual on it.
+        for kind in sorted(self.sets, key=lambda kind: kind.base is not None):
+            started = time.monotonic()
+            base = grids[kind.base] if kind.base is not None else None
+            grid = grids[kind.name] = kind.grid(weight, weight.dtype, self.clip, base)
+            gptq.quantize(weight, hessian if self.use_gptq else None, grid, layer)
+            rows[kind.name] = {
+                "layer": layer,
+                "set": kind.name,
+                "output_error": gptq.output_error(weight, grid.dequantized(), hessian),
+                "seconds": round(time.monotonic() - started, 3),
+            }
+            if isinstance(grid, Nested):
+                rows[kind.name]["clipped_share"] = grid.clipped_share()
+        return [(kind, grids[kind.name], rows[kind.name]) for kind in self.sets]
 
     def _hessian_hook(self, index: int, name: str) -> Callable[..., None]:
         key = (index, name)

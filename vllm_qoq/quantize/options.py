@@ -6,7 +6,14 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from vllm_qoq.quantize import QuantizeError
 from vllm_qoq.quantize.sets import NAMES, SetKind
@@ -17,6 +24,7 @@ class Options(BaseModel):
     """Everything that decides the bytes of the result, besides model and text.
 
     sets             which sets, the first for prompts and the last for generation
+    nested           store w8a8 as a residual on w4a8
     group_size       128, or -1 for a scale per output channel (w4a8, w4a16)
     kv_bits          what the K and V are prepared for and the server is told
     lm_head_bits     16 leaves the lm_head in the model's dtype
@@ -32,6 +40,7 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     sets: tuple[Literal["w8a8", "w4a8", "w4a16"], ...] = ("w8a8", "w4a8")
+    nested: bool = False
     group_size: Literal[128, -1] = 128
     kv_bits: Literal[4, 8, 16] = 4
     lm_head_bits: Literal[8, 16] = 16
@@ -50,6 +59,20 @@ class Options(BaseModel):
         if not sets or len(set(sets)) != len(sets):
             raise ValueError(f"sets must be distinct, of {', '.join(NAMES)}")
         return sets
+
+    @model_validator(mode="after")
+    def _nestable(self) -> Options:
+        if not self.nested:
+            return self
+        if not {"w8a8", "w4a8"} <= set(self.sets):
+            raise ValueError("nested stores w8a8 as a residual on w4a8; give both in sets")
+        if self.group_size == -1:
+            raise ValueError("nested needs a w4a8 with groups; give group_size 128")
+        if self.sets[-1] == "w8a8":
+            # The last set's weights make the inputs of the next block, so w4a8 would depend on
+            # what is nested on it.
+            raise ValueError("nested w8a8 cannot be the last set; give w8a8,w4a8")
+        return self
 
     @classmethod
     def parse(cls, values: dict[str, Any], where: str) -> Options:
@@ -75,4 +98,7 @@ class Options(BaseModel):
     @property
     def kinds(self) -> tuple[SetKind, ...]:
         """The sets in order."""
-        return tuple(SetKind(name, self.group_size) for name in self.sets)
+        return tuple(
+            SetKind(name, self.group_size, "w4a8" if self.nested and name == "w8a8" else None)
+            for name in self.sets
+        )

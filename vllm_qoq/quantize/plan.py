@@ -26,6 +26,7 @@ class Job:
 
     eval_text     text to measure the perplexity on, before and after
     sanity_check  whether to let every version continue a few words
+    max_clipped   share of a layer's residuals that may be clipped in a nested set
     """
 
     model: Path
@@ -34,6 +35,7 @@ class Job:
     work_dir: Path
     eval_text: Path | None = None
     sanity_check: bool = False
+    max_clipped: float = 1.0
     resume: Resume = "auto"
     overwrite: bool = False
     max_shard_bytes: int = 5 * 10**9

@@ -6,20 +6,37 @@ import resource
 from collections.abc import Iterable
 from typing import Any, TypedDict
 
+from typing_extensions import NotRequired
+
 from merge_tools.progress import human_bytes
+from vllm_qoq.quantize import QuantizeError
 from vllm_qoq.quantize.clock import duration
 
 
 class LayerError(TypedDict):
     """One row of the report.
 
-    output_error  |W x - W' x| / |W x| over the calibration inputs
+    output_error   |W x - W' x| / |W x| over the calibration inputs
+    clipped_share  of a nested set, weights whose residual is out of the range of 4 bits
     """
 
     layer: str
     set: str
     output_error: float
     seconds: float
+    clipped_share: NotRequired[float]
+
+
+def refuse_clipped(errors: Iterable[LayerError], limit: float) -> None:
+    """Raise QuantizeError if a layer's clipped share is above `limit`."""
+    shares = {row["layer"]: row["clipped_share"] for row in errors if "clipped_share" in row}
+    worst = max(shares, key=shares.__getitem__, default=None)
+    if worst is not None and shares[worst] > limit:
+        raise QuantizeError(
+            f"{worst}: {shares[worst]:.2%} of the residuals are clipped, more than --max-clipped "
+            f"{limit:g}; leave out --nested to store w8a8 by itself, or raise --max-clipped, which "
+            "goes on with what is done"
+        )
 
 
 def summary(errors: list[LayerError], seconds: float) -> dict[str, Any]:
@@ -51,6 +68,7 @@ def table(report: dict[str, Any]) -> str:
             ]
             cells.append(f"{sum(mine) / len(mine):.4f} ({max(mine):.4f})")
         lines.append(_row(f"  {kind}", cells))
+    lines += _clipped(errors, sets)
     lines += _perplexities(report, sets) + _texts(report)
     gpu = report["peak_gpu_memory_bytes"]
     lines.append(
@@ -58,6 +76,16 @@ def table(report: dict[str, Any]) -> str:
         + (f", on the GPU {human_bytes(gpu)}" if gpu else "")
     )
     return "\n".join(lines)
+
+
+def _clipped(errors: list[LayerError], sets: list[str]) -> list[str]:
+    cells = []
+    for name in sets:
+        mine = [
+            row["clipped_share"] for row in errors if row["set"] == name and "clipped_share" in row
+        ]
+        cells.append(f"{sum(mine) / len(mine):.2%} ({max(mine):.2%})" if mine else "")
+    return [_row("clipped, mean (worst)", cells)] if any(cells) else []
 
 
 def _perplexities(report: dict[str, Any], sets: list[str]) -> list[str]:

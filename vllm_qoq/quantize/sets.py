@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from vllm_qoq import reference
-from vllm_qoq.format import QoQSet
+from vllm_qoq.format import QoQSet, ResidualSet
 from vllm_qoq.quantize.grid import Grid, PerChannel, Symmetric, TwoLevel
+from vllm_qoq.quantize.nested import Nested
 from vllm_qoq.reference import GROUP_SIZE
 
 
@@ -19,10 +20,12 @@ class SetKind:
     """One of `w8a8`, `w4a8`, `w4a16`.
 
     group_size  128 or -1 (w4a8: no groups; w4a16: a scale per output channel)
+    base        of a nested w8a8, the set that it is stored as a residual on
     """
 
     name: str
     group_size: int
+    base: str | None = None
 
     @property
     def has_int8_activations(self) -> bool:
@@ -32,13 +35,23 @@ class SetKind:
     @property
     def bits(self) -> float:
         """Stored bits per weight, without what belongs to whole rows."""
+        if self.base is not None:
+            return 4.0
         if self.name == "w8a8":
             return 8.0
         per_group = 0 if self.group_size == -1 else 16
         return 4.0 + per_group / GROUP_SIZE
 
-    def grid(self, weight: torch.Tensor, dtype: torch.dtype, clip: bool) -> Grid:
-        """An empty grid for `weight` [N, K]; `dtype` is the model's."""
+    def grid(
+        self, weight: torch.Tensor, dtype: torch.dtype, clip: bool, base: Grid | None = None
+    ) -> Grid:
+        """An empty grid for `weight` [N, K]; `dtype` is the model's.
+
+        base  the layer's filled grid in the set `self.base`
+        """
+        if self.base is not None:
+            assert isinstance(base, TwoLevel)
+            return Nested(base)
         n, k = weight.shape
         if self.name == "w4a8":
             kind = PerChannel if self.group_size == -1 else TwoLevel
@@ -49,6 +62,8 @@ class SetKind:
 
     def config(self) -> dict[str, Any]:
         """The set's entry in `quantization_config.sets`."""
+        if self.base is not None:
+            return ResidualSet(base=self.base).model_dump(mode="json")
         if self.name == "w4a8":
             return QoQSet(group_size=self.group_size).model_dump(mode="json")
         is_w8 = self.name == "w8a8"
@@ -81,7 +96,10 @@ NAMES = ("w8a8", "w4a8", "w4a16")
 
 
 def dequantize(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """float32 [N, K]: the weight that a layer's tensors, by leaf, stand for in any of the sets."""
+    """float32 [N, K]: the weight that a layer's tensors, by leaf, stand for in any of the sets.
+
+    Those of a nested set are the base's and its own.
+    """
     if "qweight" in tensors:
         return reference.dequantize(dict(tensors))
     scale = tensors["weight_scale"].float()

@@ -1,0 +1,129 @@
+"""An 8-bit set as a residual on a QoQ set: `merge --nest`.
+
+    residual = round(W / channel_scale) - W4, clamped to -8..7
+
+with W the weight of the set to nest, or of the float model, and W4 and channel_scale the base's.
+Weights that were rounded to the nearest code of the base fit; those that GPTQ moved may not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from merge_tools import MergeError
+from merge_tools.layout import Layout
+from merge_tools.progress import Progress
+from merge_tools.sources import WeightSet
+from merge_tools.survey import Survey
+from vllm_qoq.format import QOQ_LINEAR, QoQSet
+
+if TYPE_CHECKING:
+    import torch
+
+_REMEDY = "leave out --nest to store both sets whole"
+
+
+def pair(sources: Sequence[WeightSet]) -> tuple[WeightSet, WeightSet]:
+    """(the set to nest, its base) of the inputs, or a MergeError. Reads no tensor."""
+    bases = [source for source in sources if _is_base(source)]
+    others = [source for source in sources if not _is_base(source)]
+    if len(bases) != 1 or len(others) != 1:
+        raise MergeError(
+            f"--nest: takes one {QOQ_LINEAR} set with groups of 128 and one set of 8 bits or the "
+            f"float model, but {', '.join(f'{s.name} is {_kind(s)}' for s in sources)}; {_REMEDY}"
+        )
+    (base,), (source,) = bases, others
+    for layer in sorted(source.quantized - base.quantized):
+        raise MergeError(f"{layer}: {base.name} does not quantize it; {_REMEDY}")
+    for layer in sorted(base.quantized):
+        layout = source.describe(layer)
+        if not _is_source(layout):
+            raise MergeError(
+                f"{layer}: is {layout.bits} bits ({layout.method}) in {source.name}, but a nested "
+                f"set is made of int8 with a scale per row or of floats; {_REMEDY}"
+            )
+    return source, base
+
+
+def check_basis(found: Survey, source: WeightSet, base: WeightSet) -> None:
+    """Raise MergeError for a tensor beside the quantized layers that is not the same in both."""
+    for tensor in found.unequal:
+        raise MergeError(
+            f"{tensor}: differs between {source.name} and {base.name}, whose weights therefore "
+            f"cannot nest; quantize both from one transformed model, or {_REMEDY}"
+        )
+
+
+def clipped_shares(source: WeightSet, base: WeightSet, progress: Progress) -> dict[str, float]:
+    """Layer -> share of its weights whose residual 4 bits do not hold. Reads both sets."""
+    from merge_tools.dequantize import row_chunks
+
+    shares = {}
+    with progress.stage("nest", base.checkpoint.total_bytes) as advance:
+        for layer in sorted(base.quantized):
+            clipped = 0
+            try:
+                for rows in row_chunks(base.describe(layer)):
+                    exact, stored = _residuals(source, base, layer, rows)
+                    clipped += int((exact != stored).sum())
+            except ValueError as error:
+                raise MergeError(f"{base.name}.{layer}.{error}; quantize the model again") from None
+            n, k = base.size(layer)
+            shares[layer] = clipped / (n * k)
+            advance(n * k // 2)
+    return shares
+
+
+def check_clipped(shares: dict[str, float], limit: float) -> None:
+    """Raise MergeError if a layer's share is above `limit`."""
+    worst = max(shares, key=shares.__getitem__, default=None)
+    if worst is not None and shares[worst] > limit:
+        raise MergeError(
+            f"{worst}: {shares[worst]:.2%} of the residuals do not fit in 4 bits, more than "
+            f"--max-clipped {limit:g}; make both sets with vllm-qoq quantize --nested, or {_REMEDY}"
+        )
+
+
+def residual(source: WeightSet, base: WeightSet, layer: str) -> torch.Tensor:
+    """qresidual of `layer`: uint8 [N, K / 2] as `vllm_qoq.format` has it."""
+    import torch
+
+    from merge_tools.dequantize import row_chunks
+    from vllm_qoq.packing import pack_nibbles
+    from vllm_qoq.reference import RESIDUAL_ZERO
+
+    chunks = row_chunks(base.describe(layer))
+    stored = [_residuals(source, base, layer, rows)[1] for rows in chunks]
+    return torch.cat([pack_nibbles((part + RESIDUAL_ZERO).to(torch.uint8)) for part in stored])
+
+
+def _residuals(
+    source: WeightSet, base: WeightSet, layer: str, rows: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 [rows, K], integers: what the residuals should be, and what can be stored."""
+    from merge_tools.dequantize import dequantize, qoq_tensors
+    from vllm_qoq.reference import RESIDUAL_ZERO, int8_weight
+
+    tensors = qoq_tensors(base, layer, rows)
+    upper = int8_weight(tensors).float()
+    weight = dequantize(source, layer, rows) / tensors["channel_scale"][:, None]
+    nearest = weight.round()
+    reached = nearest.maximum(upper - RESIDUAL_ZERO).minimum(upper + (15 - RESIDUAL_ZERO))
+    return nearest - upper, reached.clamp(-128, 127) - upper
+
+
+def _is_base(source: WeightSet) -> bool:
+    config = source.config
+    is_qoq = config.get("quant_method") == QOQ_LINEAR
+    return is_qoq and QoQSet.parse(config, source.name).group_size != -1
+
+
+def _is_source(layout: Layout) -> bool:
+    is_int8 = layout.method == "dense" and layout.block == (1, layout.in_features)
+    return layout.method == "plain" or is_int8
+
+
+def _kind(source: WeightSet) -> str:
+    method = source.config.get("quant_method", "not quantized")
+    return f"{method} per channel" if method == QOQ_LINEAR and not _is_base(source) else str(method)
