@@ -8,7 +8,8 @@ SmoothQuant does; so they merge like an honest pair, with an input_ratio for W4A
 OUT/w8a8 and OUT/w4a16 take 9.1 and 5.7 GB. The text that such a model produces
 means nothing. `--only-configs` writes no weights, for `--load-format dummy`, and
 adds OUT/bf16, OUT/fp8, OUT/w4a8 (QoQ in groups of 128), OUT/w4a8-head8 (with an int8
-lm_head) and OUT/nested (prompts in W8A8, as a residual on W4A8).
+lm_head), OUT/nested (prompts in W8A8, as a residual on W4A8) and OUT/two-sets (prompts
+in W8A8, generation in W4A16); each has a tokenizer in which every token is a word.
 """
 
 import argparse
@@ -57,6 +58,13 @@ def config(scheme: str, layers: int) -> dict:
     """The config.json of one checkpoint."""
     if scheme == "nested":
         return {**config("w8a8", layers), "quantization_config": NESTED}
+    if scheme == "two-sets":
+        sets = {name: config(name, layers)["quantization_config"] for name in WEIGHTS}
+        return {
+            **config("w8a8", layers),
+            "quantization_config": NESTED
+            | {"sets": sets, "routing": {"prefill": "w8a8", "decode": [{"set": "w4a16"}]}},
+        }
     if scheme.startswith("w4a8"):
         head = {"lm_head": {"bits": 8}} if scheme == "w4a8-head8" else {}
         return {**config("w8a8", layers), "quantization_config": QOQ | head}
@@ -137,6 +145,17 @@ def random_scales(device: str) -> torch.Tensor:
     return torch.randint(-1, 3, (HIDDEN,), device=device).exp2().bfloat16()
 
 
+def write_tokenizer(folder: Path) -> None:
+    """Words t0, t1, ... for all tokens, so that any of them can be written as text and read."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"t{i}": i for i in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0").save_pretrained(folder)
+
+
 class Writer:
     """Writes one checkpoint, a shard per call."""
 
@@ -164,8 +183,9 @@ def main() -> None:
     parser.add_argument("--only-configs", action="store_true")
     args = parser.parse_args()
     if args.only_configs:
-        for scheme in (*WEIGHTS, "bf16", "fp8", "w4a8", "w4a8-head8", "nested"):
+        for scheme in (*WEIGHTS, "bf16", "fp8", "w4a8", "w4a8-head8", "nested", "two-sets"):
             Writer(args.out / scheme).finish(config(scheme, args.layers))
+            write_tokenizer(args.out / scheme)
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)

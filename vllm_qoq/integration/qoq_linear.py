@@ -40,17 +40,8 @@ QuantizedTokens = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 _TENSORS = ("qweight", "channel_scale", "channel_zero", "group_scale", "group_offset")
 
 
-class QoQLinearConfig(QuantizationConfig):
-    """One qoq_linear set in vLLM's words."""
-
-    def __init__(self, qoq_set: QoQSet) -> None:
-        super().__init__()
-        self.qoq_set = qoq_set
-
-    @classmethod
-    def get_name(cls) -> str:
-        """The `quant_method` of the set."""
-        return QOQ_LINEAR
+class QoQSetConfig(QuantizationConfig):
+    """What every set that our kernels compute says to vLLM."""
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         """The dtypes that the ops can write."""
@@ -65,6 +56,19 @@ class QoQLinearConfig(QuantizationConfig):
     def get_config_filenames() -> list[str]:
         """None: everything is in config.json."""
         return []
+
+
+class QoQLinearConfig(QoQSetConfig):
+    """One qoq_linear set in vLLM's words."""
+
+    def __init__(self, qoq_set: QoQSet) -> None:
+        super().__init__()
+        self.qoq_set = qoq_set
+
+    @classmethod
+    def get_name(cls) -> str:
+        """The `quant_method` of the set."""
+        return QOQ_LINEAR
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QoQLinearConfig:

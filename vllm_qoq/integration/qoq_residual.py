@@ -25,6 +25,7 @@ from vllm_qoq.format import QOQ_RESIDUAL, ResidualSet
 from vllm_qoq.integration.qoq_linear import (
     QoQLinearConfig,
     QoQLinearMethod,
+    QoQSetConfig,
     QuantizedTokens,
     checked_int8,
     make_valid,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from vllm_qoq.integration.weight_set import WeightSet
 
 
-class QoQResidualConfig(QuantizationConfig):
+class QoQResidualConfig(QoQSetConfig):
     """One qoq_residual set in vLLM's words. `attach` gives it its base before it is asked."""
 
     def __init__(self, residual_set: ResidualSet) -> None:
@@ -51,20 +52,6 @@ class QoQResidualConfig(QuantizationConfig):
     def get_name(cls) -> str:
         """The `quant_method` of the set."""
         return QOQ_RESIDUAL
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """The dtypes that the ops can write."""
-        return [torch.bfloat16, torch.float16]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        """Hopper, which the kernels are for."""
-        return 90
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        """None: everything is in config.json."""
-        return []
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QoQResidualConfig:
