@@ -31,10 +31,10 @@ def stored():
     return tensors
 
 
-def loaded(tensors, rank=0, size=1, routing=BOTH):
+def loaded(tensors, rank=0, size=1, routing=BOTH, **options):
     config = qoq_config(sets=NESTED, routing=routing)
     with tensor_parallel(rank, size, vllm_config()):
-        model = Block(config)
+        model = Block(config, **options)
         mapper = config.get_cache_scale_mapper()
         AutoWeightsLoader(model).load_weights(mapper.apply(tensors.items()), mapper=FUSED)
     return model
@@ -92,6 +92,20 @@ def test_every_rank_computes_with_its_slice_of_both_planes(layer, parts, size):
         ]
         y = torch.cat([torch.cat(shards, 1) for shards in zip(*rows, strict=True)], 1)
         assert (y - expected).abs().max() <= expected.abs().max() * 2**-8
+
+
+def test_each_set_adds_its_own_bias():
+    tensors = stored()
+    for name in ("w4a8", "w8a8"):
+        for part, (n, _) in SHAPES.items():
+            tensors[f"{name}.block.{part}.bias"] = 100 * torch.randn(n)
+    block = finish(loaded(tensors, bias=True)).block
+    x = torch.randn(3, SHAPES["down_proj"][1]).bfloat16()
+    for name in ("w4a8", "w8a8"):
+        weights = getattr(block.down_proj, name)
+        added = weights.apply(x, True).float() - weights.apply(x, False).float()
+        expected = tensors[f"{name}.block.down_proj.bias"].expand_as(added)
+        torch.testing.assert_close(added, expected, rtol=0.02, atol=1)
 
 
 def part_weights(tensors, parts):
