@@ -111,7 +111,7 @@ template <class A>
 void lay_out(Params& p, int blocks, int resident) {
   p.resident = resident;
   const int row_lines = divide_up(p.max_tokens / p.page_tokens, kLineInts);
-  p.row_lines = p.sequences <= kMostLines / row_lines ? row_lines : 0;
+  p.row_lines = int64_t{p.sequences} * row_lines <= kMostLines ? row_lines : 0;
   p.inverse_blocks = static_cast<uint32_t>(((uint64_t{1} << 32) + blocks - 1) / blocks);
   const int unit = p.page_tokens % kTileTokens == 0 ? kTileTokens : kTokenMultiple;
   // floor(n / d) is n * ceil(2^31 / d) >> 31 while n d < 2^31.

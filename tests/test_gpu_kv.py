@@ -120,6 +120,13 @@ def test_decode_takes_queries_of_any_size(size):
     assert_close(decode(cache, query), cache.expected(query, 128**-0.5, 0), allowed)
 
 
+def test_sequences_without_blocks_are_zero():
+    cache = Cache([0, 0], 2, 128, 4, 16)
+    cache.table = cache.table[:, :0]
+    query = torch.randn(2, 8, 128, device=DEVICE).half()
+    assert not decode(cache, query).any()
+
+
 def test_decode_shows_nan():
     cache = Cache([100, 100], 2, 128, 4, 16)
     query = torch.randn(2, 8, 128, device=DEVICE).half()

@@ -78,7 +78,7 @@ template <class A>
 int count_wrong(const Problem& problem) {
   const auto& [lengths, group, kv_heads, page_tokens, blocks, window, is_bfloat16, size] = problem;
   const int sequences = lengths.size(), heads = group * kv_heads, d = A::kHeadSize;
-  const int table_pages = divide_up(std::max(1, *std::ranges::max_element(lengths)), page_tokens);
+  const int table_pages = divide_up(*std::ranges::max_element(lengths), page_tokens);
   std::vector<int> table(sequences * table_pages, 1 << 30), free_pages;
   int pages = 0;
   for (const int length : lengths) pages += divide_up(length, page_tokens);
@@ -200,7 +200,8 @@ int count_wrong_of() {
   int wrong = 0;
   // Edges of pages and tiles, and rows that a graph has left empty.
   wrong += count_wrong<One>({{0, 1, 0, 16, 17, 31, 32, 33, 64, 0}, 4, 2, 16, 3});
-  wrong += count_wrong<One>({{700}, 1, 1, 64, 5, 0, true});              // one over many blocks
+  wrong += count_wrong<One>({{0, 0}, 4, 2, 16, 3});          // no column in the block table
+  wrong += count_wrong<One>({{700}, 1, 1, 64, 5, 0, true});  // one over many blocks
   wrong += count_wrong<One>({random_lengths(5, 200), 8, 1, 32, 2, 50});  // a window
   wrong += count_wrong<One>({random_lengths(70, 40), 7, 1, 48, 4, 0, true, 50});
   wrong += count_wrong<Two>({random_lengths(4, 150), 16, 1, 16, 6});

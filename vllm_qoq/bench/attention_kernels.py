@@ -3,8 +3,8 @@
 A preparation makes one cache of random numbers in the kernel's own layout. Its `decode` gives the
 calls of a case, each with a block table of its own: random blocks, which no other of the calls
 reads. Its `write` gives calls that put new tokens into random places of the cache, its `prefill`
-calls that write a prompt and attend to it. What a call takes besides is shared. The query is
-bfloat16, quantized beforehand where a kernel wants that.
+calls that write a prompt and attend to it, None where that is not measured. What a call takes
+besides is shared. The query is bfloat16, quantized beforehand where a kernel wants that.
 
 A peer that is not installed raises ImportError, one that refuses a case whatever it likes.
 """
