@@ -24,7 +24,7 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
-VLLM = Path(sys.executable).with_name("vllm")
+VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
 START_SECONDS = 600
 METRICS = {"median_ttft_ms": "TTFT", "median_tpot_ms": "TPOT", "p99_ttft_ms": "TTFT, 99 %"}
 
@@ -35,7 +35,7 @@ def server(folder, log, options):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [VLLM, "serve", folder, "--load-format", "dummy", "--no-enable-prefix-caching"]
+    command = [*VLLM, "serve", folder, "--load-format", "dummy", "--no-enable-prefix-caching"]
     command += ["--host", "127.0.0.1", "--port", port, "--served-model-name", "model", *options]
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -65,19 +65,20 @@ def server(folder, log, options):
 def ask(url, folder, rate, args, scratch):
     """The medians of one request rate."""
     result = scratch / "result.json"
-    command = [VLLM, "bench", "serve", "--base-url", url, "--model", "model", "--tokenizer", folder]
+    command = [*VLLM, "bench", "serve", "--base-url", url, "--model", "model", "--tokenizer", folder]
     command += ["--dataset-name", "random", "--random-input-len", args.prompt, "--ignore-eos"]
     command += ["--random-output-len", args.new_tokens, "--request-rate", rate, "--seed", "0"]
     command += ["--num-prompts", max(args.fewest, round(rate * args.seconds))]
     command += ["--percentile-metrics", "ttft,tpot", "--disable-tqdm"]
-    command += ["--save-result", "--result-dir", scratch, "--result-filename", result.name]
+    command += ["--save-result", "--save-detailed", "--result-dir", scratch, "--result-filename", result.name]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if done.returncode != 0 or not result.exists():
         sys.exit(f"error: vllm bench serve failed:\n{(done.stdout + done.stderr)[-4000:]}")
     found = json.loads(result.read_text())
     result.unlink()
-    if found["completed"] == 0 or found.get("failed"):
-        sys.exit(f"error: requests failed at rate {rate}: {found['completed']} completed")
+    if found["failed"]:
+        said = next(filter(None, found["errors"]), "no reason given")
+        sys.exit(f"error: {found['failed']} requests failed at rate {rate}, the first: {said}")
     return {name: found[name] for name in METRICS}
 
 
@@ -137,7 +138,9 @@ def main():
         name, _, folder = item.partition("=")
         log = args.output / f"{name}.log"
         print(f"{name}: starting the server ({log})", file=sys.stderr, flush=True)
-        options = ["--max-model-len", args.prompt + args.new_tokens + 16, *args.serve.split()]
+        # A prompt that was made of random tokens may have a few more when it is read again.
+        length = args.prompt + args.new_tokens + 256
+        options = ["--max-model-len", length, *args.serve.split()]
         results[name] = {"rates": {}}
         with server(folder, log, options) as url, tempfile.TemporaryDirectory() as scratch:
             ask(url, folder, rates[0], args, Path(scratch))  # warm-up
