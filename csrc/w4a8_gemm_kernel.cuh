@@ -18,163 +18,21 @@
 // where four bytes at once are right as soon as the sums fit, whatever borrows in between.
 #pragma once
 
+#include <type_traits>
+
 #include "common/ptx.cuh"
 #include "common/wgmma.cuh"
 #include "w4a8_gemm_config.h"
 #include "w4a8_gemm_epilogue.cuh"
+#include "w4a8_gemm_load.cuh"
+#include "w4a8_gemm_unpack.cuh"
 #include "w4a8_gemm_work.cuh"
 
 namespace qoq::w4a8 {
 
-// ---- the loading warp ----------------------------------------------------------------
-
-template <class Tile, Weights kWeights>
-__device__ void load(const CUtensorMap& x_map, const CUtensorMap& x_tail_map, const Params& p,
-                     const SharedMemory<Tile, kWeights>& shared) {
-  constexpr int kBytes = kBlockBytes<kWeights>;
-  const bool is_streamed = p.tiles_m == 1;
-  const uint64_t policy =
-      is_streamed ? ptx::l2_policy_evict_first() : ptx::l2_policy_evict_normal();
-
-  auto load_weight = [&](int stage, TilePosition at, int step) {
-    const int x_bytes =
-        Tile::kStepBlocks * Tile::kClusterTiles * tokens_of_copy<Tile>(at, p) * kBlockK;
-    if constexpr (Tile::kByInputs) {
-      // Neighbours in memory. Past the last k_block x is zero, so that any weight will do.
-      const int k = step * Tile::kStepBlocks;
-      const int bytes = min(Tile::kStepBlocks, p.k_blocks - k) * kBytes;
-      ptx::mbarrier_arrive_expect_tx(shared.full(stage), x_bytes + bytes);
-      ptx::cp_async_bulk(shared.weight(stage, 0),
-                         p.weight + (static_cast<int64_t>(at.n) * p.k_blocks + k) * kBytes, bytes,
-                         shared.full(stage), policy);
-    } else {
-      ptx::mbarrier_arrive_expect_tx(shared.full(stage),
-                                     x_bytes + Tile::template kWeightBytes<kWeights>);
-      const int first = min(at.n * Tile::kBlocks, p.weight_blocks - 1);
-      const uint8_t* source = p.weight + (static_cast<int64_t>(first) * p.k_blocks + step) * kBytes;
-      uint32_t destination = shared.weight(stage, 0);
-#pragma unroll 1
-      for (int i = 0; i < Tile::kBlocks; ++i) {
-        ptx::cp_async_bulk(destination, source, kBytes, shared.full(stage), policy);
-        destination += kBytes;
-        // Past the last channel: any block will do, nothing of it is written.
-        if (first + i + 1 < p.weight_blocks) source += p.k_blocks * kBytes;
-      }
-      if constexpr (kWeights == Weights::kNested) {
-        source = p.residual + (static_cast<int64_t>(first) * p.k_blocks + step) * kCodeBytes;
-        destination = shared.residual(stage, 0);
-#pragma unroll 1
-        for (int i = 0; i < Tile::kBlocks; ++i) {
-          ptx::cp_async_bulk(destination, source, kCodeBytes, shared.full(stage), policy);
-          destination += kCodeBytes;
-          if (first + i + 1 < p.weight_blocks) source += p.k_blocks * kCodeBytes;
-        }
-      }
-    }
-  };
-
-  // 1. Weights do not depend on the kernel before this one.
-  {
-    WorkList<Tile> list(p);
-    Work work;
-    int filled = 0;
-    while (filled < Tile::kStages && list.next(work)) {
-      const TilePosition at = position<Tile>(work.tile, p);
-      const auto [begin, end] = steps_of_block<Tile>(work);
-      for (int step = begin; step < end && filled < Tile::kStages; ++step)
-        load_weight(filled++, at, step);
-    }
-  }
-  ptx::griddepcontrol_wait();
-
-  // 2. Everything else.
-  WorkList<Tile> list(p);
-  Work work;
-  RingPosition<Tile::kStages> ring;
-  int count = 0;
-  while (list.next(work)) {
-    const TilePosition at = position<Tile>(work.tile, p);
-    const int tokens = tokens_of_copy<Tile>(at, p);
-    const CUtensorMap* map = at.m == p.tiles_m - 1 ? &x_tail_map : &x_map;
-    const auto [begin, end] = steps_of_block<Tile>(work);
-    for (int step = begin; step < end; ++step, ++count) {
-      if (count >= Tile::kStages) {
-        ptx::mbarrier_wait(shared.empty(ring.stage), ring.parity ^ 1);
-        load_weight(ring.stage, at, step);
-      }
-      const int k_block = step * Tile::kStepBlocks;
-      if constexpr (Tile::kClusterTiles == 1) {
-        ptx::cp_async_bulk_tensor_3d(shared.x(ring.stage), map, 0, at.m * Tile::kTokens, k_block,
-                                     shared.full(ring.stage));
-      } else {
-        const int first = ptx::cluster_rank() * tokens;
-        ptx::cp_async_bulk_tensor_3d_multicast(shared.x(ring.stage) + first * kBlockK, map, 0,
-                                               at.m * Tile::kTokens + first, k_block,
-                                               shared.full(ring.stage), (1 << Tile::kCluster) - 1);
-      }
-      ring.advance();
-    }
-  }
-}
-
 // ---- the multiplying warpgroups ------------------------------------------------------
 
-// Codes of 64 inputs to the A registers of two k32 steps. In a word, the low nibbles are inputs
-// 0..15 of the step, the high ones 16..31; words alternate between rows r and r + 8.
-template <Weights kWeights>
-__device__ inline void unpack_half(uint4 codes, uint4 residual, uint32_t params, uint32_t (&a)[8]) {
-  const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
-  const uint32_t more[4] = {residual.x, residual.y, residual.z, residual.w};
-#pragma unroll
-  for (int step = 0; step < 2; ++step) {
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      const int i = 2 * step + row;
-      uint32_t low = words[i] & 0x0F0F0F0F;
-      uint32_t high = (words[i] >> 4) & 0x0F0F0F0F;
-      if constexpr (kHasGroups<kWeights>) {
-        const uint32_t scale = row == 0 ? params & 0xFF : (params >> 16) & 0xFF;
-        uint32_t low_offset = __byte_perm(params, 0, row == 0 ? 0x1111 : 0x3333);
-        uint32_t high_offset = low_offset;
-        if constexpr (kWeights == Weights::kNested) {
-          low_offset += (more[i] & 0x0F0F0F0F) - 0x01010101u * kResidualZero;
-          high_offset += ((more[i] >> 4) & 0x0F0F0F0F) - 0x01010101u * kResidualZero;
-        }
-        low = low * scale + low_offset;
-        high = high * scale + high_offset;
-      }
-      a[4 * step + row] = low;
-      a[4 * step + row + 2] = high;
-    }
-  }
-}
-
-// What one thread multiplies of a stage.
-template <class Tile, Weights kWeights>
-struct Fragments {
-  uint4 codes[Tile::kWeightBlocks][2], residual[Tile::kWeightBlocks][2];
-  uint32_t params[Tile::kWeightBlocks];
-
-  __device__ void fetch(const SharedMemory<Tile, kWeights>& shared, int stage) {
-    const int group = threadIdx.x / 128, thread = threadIdx.x % 128;
-#pragma unroll
-    for (int b = 0; b < Tile::kWeightBlocks; ++b) {
-      const int i = group * Tile::kWeightBlocks + b;
-      const uint32_t block = shared.weight(stage, i);
-      params[b] =
-          kHasGroups<kWeights> ? ptx::load_shared_4(block + kCodeBytes + thread / 4 * 4) : 0;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int at = half * (kCodeBytes / 2) + thread * 16;
-        codes[b][half] = ptx::load_shared_16(block + at);
-        if constexpr (kWeights == Weights::kNested)
-          residual[b][half] = ptx::load_shared_16(shared.residual(stage, i) + at);
-      }
-    }
-  }
-};
-
-// The stage may be filled again, by all whose tokens it holds. Nothing for stage -1.
+// The stage of a barrier may be filled again, by all whose tokens it holds. Nothing for stage -1.
 template <class Tile, Weights kWeights>
 __device__ inline void release(const SharedMemory<Tile, kWeights>& shared, int stage) {
   const int lane = threadIdx.x % 32;
@@ -188,39 +46,28 @@ __device__ inline void release(const SharedMemory<Tile, kWeights>& shared, int s
   }
 }
 
+// Adds up the steps of a tile that this block has: the weights unpacked into registers.
 template <class Tile, Weights kWeights>
-__device__ void multiply(const CUtensorMap& out_map, const Params& p,
-                         const SharedMemory<Tile, kWeights>& shared, char* shared_base) {
-  const SharedConstants<Tile> constants(shared_base + (shared.constants() - shared.base));
-  ptx::griddepcontrol_wait();  // for x_scale, the workspace and `out`
-
-  WorkList<Tile> list(p);
-  Work work;
+struct FromRegisters {
   RingPosition<Tile::kStages> ring;
-  while (list.next(work)) {
-    const TilePosition at = position<Tile>(work.tile, p);
-    const int copy_tokens = tokens_of_copy<Tile>(at, p);
-    Constants<Tile> fetched;
-    fetched.fetch(p, at.m * Tile::kTokens, at.n * Tile::kChannels, threadIdx.x);
 
-    Accumulators<Tile> acc;
-#pragma unroll
-    for (int b = 0; b < Tile::kWeightBlocks; ++b)
-#pragma unroll
-      for (int i = 0; i < Tile::kAccumulators; ++i) acc[b][i] = 0;
-
+  __device__ void run(Accumulators<Tile>& acc, Steps steps, int copy_tokens,
+                      const SharedMemory<Tile, kWeights>& shared) {
     // Two sets of A registers: one is filled while the wgmmas of the other run. The codes of a
     // stage are fetched while the wgmmas of the one before it run.
     uint32_t a[2][8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) a[0][i] = a[1][i] = 0;
-    Fragments<Tile, kWeights> fragments;
-    int previous = -1;
-    auto [step, end] = steps_of_block<Tile>(work);
-    if (step < end) {
+    Fragment<Tile, kWeights> fragments[Tile::kWeightBlocks];
+    auto fetch = [&] {
       ptx::mbarrier_wait(shared.full(ring.stage), ring.parity);
-      fragments.fetch(shared, ring.stage);
-    }
+#pragma unroll
+      for (int b = 0; b < Tile::kWeightBlocks; ++b)
+        fragments[b].fetch(shared, ring.stage, threadIdx.x / 128 * Tile::kWeightBlocks + b);
+    };
+    int previous = -1;
+    auto [step, end] = steps;
+    if (step < end) fetch();
     while (step < end) {
       const uint64_t x = ptx::descriptor_k_major_128b(shared.x_of_group(ring.stage, copy_tokens));
 #pragma unroll
@@ -230,8 +77,7 @@ __device__ void multiply(const CUtensorMap& out_map, const Params& p,
           ptx::wgmma_wait_group<1>();
           ptx::keep_in_registers(a[half]);
           if (b == 0 && half == 1) release(shared, previous);
-          unpack_half<kWeights>(fragments.codes[b][half], fragments.residual[b][half],
-                                fragments.params[b], a[half]);
+          fragments[b].unpack(half, a[half]);
           ptx::keep_in_registers(a[half]);
           ptx::wgmma_fence();
 #pragma unroll
@@ -244,13 +90,83 @@ __device__ void multiply(const CUtensorMap& out_map, const Params& p,
       previous = ring.stage;
       ring.advance();
       if (++step == end) break;
-      ptx::mbarrier_wait(shared.full(ring.stage), ring.parity);
-      fragments.fetch(shared, ring.stage);
+      fetch();
     }
     ptx::wgmma_wait_group<0>();
 #pragma unroll
     for (int b = 0; b < Tile::kWeightBlocks; ++b) ptx::keep_in_registers(acc[b]);
     release(shared, previous);
+  }
+};
+
+// The same, the weights unpacked by others.
+template <class Tile, Weights kWeights>
+struct FromSharedMemory {
+  RingPosition<Tile::kStages> ring;
+  RingPosition<Tile::kUnpackedStages> unpacked;
+
+  __device__ void run(Accumulators<Tile>& acc, Steps steps, int,
+                      const SharedMemory<Tile, kWeights>& shared) {
+    int previous = -1, previous_unpacked = -1;
+    auto release_previous = [&] {
+      release(shared, previous);
+      ptx::mbarrier_arrive_if(threadIdx.x % 32 == 0 && previous >= 0,
+                              shared.unpacked_empty(max(previous_unpacked, 0)));
+    };
+#pragma unroll 1
+    for (int step = steps.begin; step < steps.end; ++step) {
+      const uint64_t x = ptx::descriptor_k_major_128b(shared.x(ring.stage));
+      const uint64_t weight =
+          ptx::descriptor_k_major_128b(shared.unpacked(unpacked.stage, threadIdx.x / 128));
+      ptx::mbarrier_wait(shared.full(ring.stage), ring.parity);
+      ptx::mbarrier_wait(shared.unpacked_full(unpacked.stage), unpacked.parity);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < kBlockK / 32; ++i)
+#pragma unroll
+        for (int first = 0; first < Tile::kTokens; first += 128)
+          ptx::WgmmaU8S8<128>::issue(*reinterpret_cast<int32_t (*)[64]>(&acc[0][first / 2]),
+                                     weight + 2 * i, x + 2 * i + first * kBlockK / 16);
+      ptx::wgmma_commit_group();
+      ptx::wgmma_wait_group<1>();
+      release_previous();
+      previous = ring.stage;
+      previous_unpacked = unpacked.stage;
+      ring.advance();
+      unpacked.advance();
+    }
+    ptx::wgmma_wait_group<0>();
+    ptx::keep_in_registers(acc[0]);
+    release_previous();
+  }
+};
+
+template <class Tile, Weights kWeights>
+using MainLoop = std::conditional_t<Tile::kUnpackers == 0, FromRegisters<Tile, kWeights>,
+                                    FromSharedMemory<Tile, kWeights>>;
+
+template <class Tile, Weights kWeights>
+__device__ void multiply(const CUtensorMap& out_map, const Params& p,
+                         const SharedMemory<Tile, kWeights>& shared, char* shared_base) {
+  const SharedConstants<Tile> constants(shared_base + (shared.constants() - shared.base));
+  ptx::griddepcontrol_wait();  // for x_scale, the workspace and `out`
+
+  WorkList<Tile> list(p);
+  Work work;
+  MainLoop<Tile, kWeights> loop;
+  while (list.next(work)) {
+    const TilePosition at = position<Tile>(work.tile, p);
+    const int copy_tokens = tokens_of_copy<Tile>(at, p);
+    Constants<Tile> fetched;
+    fetched.fetch(p, at.m * Tile::kTokens, at.n * Tile::kChannels, threadIdx.x);
+
+    Accumulators<Tile> acc;
+#pragma unroll
+    for (int b = 0; b < Tile::kWeightBlocks; ++b)
+#pragma unroll
+      for (int i = 0; i < Tile::kAccumulators; ++i) acc[b][i] = 0;
+
+    loop.run(acc, steps_of_block<Tile>(work), copy_tokens, shared);
 
     constants.store(fetched, threadIdx.x);
     OutAccumulators<Tile> sums;
@@ -286,6 +202,16 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
       ptx::mbarrier_init(shared.full(i), 1);
       ptx::mbarrier_init(shared.empty(i), Tile::kClusterTiles * Tile::kConsumers / 32);
     }
+    if constexpr (Tile::kUnpackers > 0) {
+      for (int i = 0; i < Tile::kPackedStages; ++i) {
+        ptx::mbarrier_init(shared.packed_full(i), 1);
+        ptx::mbarrier_init(shared.packed_empty(i), Tile::kUnpackers * 4);
+      }
+      for (int i = 0; i < Tile::kUnpackedStages; ++i) {
+        ptx::mbarrier_init(shared.unpacked_full(i), Tile::kUnpackers * 4);
+        ptx::mbarrier_init(shared.unpacked_empty(i), Tile::kConsumers / 32);
+      }
+    }
     ptx::fence_mbarrier_init();
   }
   __syncwarp();
@@ -296,11 +222,23 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
     __syncthreads();
   }
 
-  if (threadIdx.x >= Tile::kConsumers) {
+  constexpr int kLoader = Tile::kConsumers + Tile::kUnpackers * 128;
+  if (threadIdx.x >= kLoader) {
     ptx::setmaxnreg_decrease<Tile::kLoadRegisters>();
-    if (threadIdx.x == Tile::kConsumers) {
+    if (threadIdx.x == kLoader) {
       ptx::prefetch_tensormap(p.tiles_m == 1 ? &x_tail_map : &x_map);
-      load<Tile, kWeights>(x_map, x_tail_map, p, shared);
+      if constexpr (Tile::kUnpackers == 0) {
+        load<Tile, kWeights>(x_map, x_tail_map, p, shared);
+      } else {
+        load_x<Tile, kWeights>(x_map, x_tail_map, p, shared);
+      }
+    } else if (Tile::kUnpackers > 0 && threadIdx.x == kLoader + 32) {
+      load_weights<Tile, kWeights>(p, shared);
+    }
+  } else if (Tile::kUnpackers > 0 && threadIdx.x >= Tile::kConsumers) {
+    if constexpr (Tile::kUnpackers > 0) {
+      ptx::setmaxnreg_decrease<Tile::kUnpackRegisters>();
+      unpack_for_others<Tile, kWeights>(p, shared);
     }
   } else {
     ptx::setmaxnreg_increase<Tile::kMultiplyRegisters>();
