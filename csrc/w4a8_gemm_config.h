@@ -64,7 +64,7 @@ struct Tile {
   // theirs to those who multiply.
   static constexpr int kSharedRegisters = 65536 / (kResident * kThreads) / 8 * 8;
   static constexpr int kLoadRegisters = kUnpackers > 0 ? 40 : 48;
-  static constexpr int kUnpackRegisters = kUnpackers == 1 ? 96 : 80;
+  static constexpr int kUnpackRegisters = kUnpackers == 1 ? 104 : 80;
   static constexpr int kMultiplyRegisters = ((kGroups + kUnpackers + 1) * kSharedRegisters -
                                              kLoadRegisters - kUnpackers * kUnpackRegisters) /
                                             kGroups / 8 * 8;

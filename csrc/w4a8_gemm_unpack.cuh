@@ -70,38 +70,53 @@ __device__ void unpack_for_others(const Params& p, const SharedMemory<Tile, kWei
   // Lane 8 q + i has the address of row i of matrix q, which is 8 rows of 16 inputs.
   const int row = warp * 16 + lane / 8 % 2 * 8 + lane % 8, chunk = lane / 16;
 
-  WorkList<Tile> list(p);
-  Work work;
+  // Stages come in the order in which they are multiplied, whatever tile they belong to.
+  int steps = 0;
+  {
+    WorkList<Tile> list(p);
+    Work work;
+    while (list.next(work)) steps += work.end - work.begin;
+  }
   RingPosition<Tile::kPackedStages> packed;
   RingPosition<Tile::kUnpackedStages> unpacked;
-  while (list.next(work)) {
-    for (int step = work.begin; step < work.end; ++step) {
-      ptx::mbarrier_wait(shared.packed_full(packed.stage), packed.parity);
-      Fragment<Tile, kWeights> fragments[kCount];
+  using Stage = Fragment<Tile, kWeights>[kCount];
+  auto fetch = [&](Stage& fragments) {
+    ptx::mbarrier_wait(shared.packed_full(packed.stage), packed.parity);
 #pragma unroll
-      for (int b = 0; b < kCount; ++b) fragments[b].fetch(shared, packed.stage, first + b);
-      ptx::mbarrier_wait(shared.unpacked_empty(unpacked.stage), unpacked.parity ^ 1);
+    for (int b = 0; b < kCount; ++b) fragments[b].fetch(shared, packed.stage, first + b);
+  };
+  auto unpack = [&](const Stage& current, Stage& next, bool has_next) {
+    const int stage = packed.stage;
+    packed.advance();
+    if (has_next) fetch(next);
+    ptx::mbarrier_wait(shared.unpacked_empty(unpacked.stage), unpacked.parity ^ 1);
 #pragma unroll
-      for (int b = 0; b < kCount; ++b) {
-        const uint32_t rows = shared.unpacked(unpacked.stage, first + b) + row * kBlockK;
+    for (int b = 0; b < kCount; ++b) {
+      const uint32_t rows = shared.unpacked(unpacked.stage, first + b) + row * kBlockK;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          uint32_t a[8];
-          fragments[b].unpack(half, a);
-#pragma unroll
-          for (int part = 0; part < 2; ++part) {
-            const int column = 4 * half + 2 * part + chunk;
-            ptx::stmatrix_x4(rows + ((column ^ (row % 8)) * 16), &a[4 * part]);
-          }
+      for (int half = 0; half < 2; ++half) {
+        uint32_t a[8];
+        current[b].unpack(half, a);
+        if (b == kCount - 1 && half == 1) {
+          __syncwarp();
+          ptx::mbarrier_arrive_if(lane == 0, shared.packed_empty(stage));
         }
+#pragma unroll
+        for (int part = 0; part < 2; ++part)
+          ptx::stmatrix_x4(rows + (((4 * half + 2 * part + chunk) ^ (row % 8)) * 16), &a[4 * part]);
       }
-      ptx::fence_proxy_async_shared();
-      __syncwarp();
-      ptx::mbarrier_arrive_if(lane == 0, shared.unpacked_full(unpacked.stage));
-      ptx::mbarrier_arrive_if(lane == 0, shared.packed_empty(packed.stage));
-      packed.advance();
-      unpacked.advance();
     }
+    ptx::fence_proxy_async_shared();
+    __syncwarp();
+    ptx::mbarrier_arrive_if(lane == 0, shared.unpacked_full(unpacked.stage));
+    unpacked.advance();
+  };
+  // One stage is on its way from shared memory while the one before it is unpacked.
+  Stage fragments[2];
+  if (steps > 0) fetch(fragments[0]);
+  for (int i = 0; i < steps; i += 2) {
+    unpack(fragments[0], fragments[1], i + 1 < steps);
+    if (i + 1 < steps) unpack(fragments[1], fragments[0], i + 2 < steps);
   }
 }
 
