@@ -171,7 +171,7 @@ void dispatch<Weights::kNested>(const void* x, const Params& p, int device, cuda
   } else if (p.m <= 128) {
     launch_fastest<Weights::kNested, Nested128>(x, p, device, stream);
   } else {
-    launch_fastest<Weights::kNested, Unpacked128, Unpacked256>(x, p, device, stream);
+    launch_fastest<Weights::kNested, Nested128, Nested256>(x, p, device, stream);
   }
 }
 

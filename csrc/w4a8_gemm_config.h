@@ -33,7 +33,7 @@ enum class Divide { kChannels, kInputs };
 // kDivide        channels: each warpgroup has kWeightBlocks blocks of 64 channels of its own.
 //                inputs: all have the same 64 channels, each every kGroups-th k_block; they add up
 //                over shared memory. A block of threads then does one piece of work and ends.
-// kGroups        warpgroups that multiply; one more loads, of which one thread works
+// kGroups        warpgroups that multiply; one more loads
 // kTokens        tokens of a tile: the n of wgmma
 // kStages        stages in flight
 // kResident      blocks of threads an SM holds at once. Two let the next kernel of the stream
@@ -41,10 +41,8 @@ enum class Divide { kChannels, kInputs };
 // kCluster       blocks of a cluster. channels: they have the same tokens, of which each fetches a
 //                part for all. inputs: they divide k further.
 // kUnit          tokens of a unit in which the output leaves
-// kUnpackers     warpgroups that unpack weights for those that multiply, which then find both
-//                operands in shared memory. None: each unpacks its own into registers.
 template <Divide kDivide, int kGroups_, int kWeightBlocks_, int kTokens_, int kStages_,
-          int kResident_, int kCluster_ = 1, int kUnit = 64, int kUnpackers_ = 0>
+          int kResident_, int kCluster_ = 1, int kUnit = 64>
 struct Tile {
   static constexpr bool kByInputs = kDivide == Divide::kInputs;
   static constexpr int kGroups = kGroups_;
@@ -53,22 +51,21 @@ struct Tile {
   static constexpr int kStages = kStages_;
   static constexpr int kResident = kResident_;
   static constexpr int kCluster = kCluster_;
-  static constexpr int kUnpackers = kUnpackers_;
   static_assert(!kByInputs || kWeightBlocks == 1);
-  static_assert(kUnpackers == 0 || (!kByInputs && kWeightBlocks == 1 && kGroups % kUnpackers == 0));
 
   static constexpr int kConsumers = kGroups * 128;
-  static constexpr int kThreads = kConsumers + kUnpackers * 128 + 128;
+  static constexpr int kThreads = kConsumers + 128;
 
   // Registers a thread. At the start all have the same share of 64 Ki; those who load give most of
   // theirs to those who multiply.
   static constexpr int kSharedRegisters = 65536 / (kResident * kThreads) / 8 * 8;
-  static constexpr int kLoadRegisters = kUnpackers > 0 ? 40 : 48;
-  static constexpr int kUnpackRegisters = kUnpackers == 1 ? 104 : 80;
-  static constexpr int kMultiplyRegisters = ((kGroups + kUnpackers + 1) * kSharedRegisters -
-                                             kLoadRegisters - kUnpackers * kUnpackRegisters) /
-                                            kGroups / 8 * 8;
+  static constexpr int kLoadRegisters = 48;
+  static constexpr int kMultiplyRegisters =
+      ((kGroups + 1) * kSharedRegisters - kLoadRegisters) / kGroups / 8 * 8;
   static_assert(kMultiplyRegisters <= 255);
+
+  // Of the four warps that load, one thread each: one brings x, these the weights.
+  static constexpr int kWeightLoaders = kByInputs ? 1 : 2;
 
   static constexpr int kBlocks = kGroups * kWeightBlocks;         // of weights, in a stage
   static constexpr int kStepBlocks = kByInputs ? kGroups : 1;     // k_blocks of a stage
@@ -84,7 +81,7 @@ struct Tile {
   static_assert(kResident * kTileInts <= 256 * 128);
 
   // Shared memory, from an address that is a multiple of 1024:
-  // [x of all stages][unpacked weights][output][weights of all stages][epilogue
+  // [x of all stages][output][weights of all stages][epilogue
   // constants][barriers]
   static constexpr int kXBlockBytes = kTokens * kBlockK;
   static constexpr int kXBytes = kStepBlocks * kXBlockBytes;
@@ -95,18 +92,13 @@ struct Tile {
   static constexpr int kUnitBytes = kUnitTokens * kBlockN * 2;
   static constexpr int kOutputBytes = kGroups * kOutputBuffers * kUnitBytes;
   static constexpr int kConstantBytes = kChannels * 12 + kTokens * 8;
-  // Where others unpack, x, packed and unpacked weights have rings of their own.
-  static constexpr int kPackedStages = kUnpackers > 0 ? 3 : kStages;
-  static constexpr int kUnpackedStages = kUnpackers == 0 ? 0 : kTokens > 128 ? 2 : 3;
-  static constexpr int kUnpackedBytes = kBlocks * kBlockN * kBlockK;
-  static constexpr int kRings = kStages + (kUnpackers > 0 ? kPackedStages + kUnpackedStages : 0);
-  static constexpr int kBarrierBytes = 2 * kRings * 8 + 16;
+  static constexpr int kBarrierBytes = 2 * kStages * 8 + 16;
   template <Weights kWeights>
   static constexpr int kWeightBytes = kBlocks * (kBlockBytes<kWeights> + kResidualBytes<kWeights>);
   template <Weights kWeights>
   static constexpr int kSharedBytes =
-      1024 + kStages * kXBytes + kUnpackedStages * kUnpackedBytes + kOutputBytes +
-      kPackedStages * kWeightBytes<kWeights> + kConstantBytes + kBarrierBytes;
+      1024 + kStages * (kXBytes + kWeightBytes<kWeights>)+kOutputBytes + kConstantBytes +
+      kBarrierBytes;
   // 228 KiB an SM, of which the system takes 1 KiB a block.
   template <Weights kWeights>
   static constexpr bool kFits = kResident * (kSharedBytes<kWeights> + 1024) <= 228 * 1024;
@@ -138,10 +130,6 @@ using Nested16 = Tile<Divide::kChannels, 2, 1, 16, 5, 2>;
 using Nested64 = Tile<Divide::kChannels, 2, 1, 64, 3, 2>;
 using Nested128 = Tile<Divide::kChannels, 2, 1, 128, 5, 1>;
 using Nested256 = Tile<Divide::kChannels, 2, 1, 256, 4, 1, 2, 32>;
-// The same, unpacked by warpgroups of their own.
-//                                                           unit unpackers
-using Unpacked128 = Tile<Divide::kChannels, 2, 1, 128, 5, 1, 1, 64, 2>;
-using Unpacked256 = Tile<Divide::kChannels, 2, 1, 256, 4, 1, 2, 16, 1>;
 
 // The workspace is int32: counters, then sums of the tiles that several blocks share. The kernel
 // finds it zero and leaves it zero. So many tiles are shared at most as blocks run at a time.

@@ -18,8 +18,6 @@
 // where four bytes at once are right as soon as the sums fit, whatever borrows in between.
 #pragma once
 
-#include <type_traits>
-
 #include "common/ptx.cuh"
 #include "common/wgmma.cuh"
 #include "w4a8_gemm_config.h"
@@ -46,9 +44,9 @@ __device__ inline void release(const SharedMemory<Tile, kWeights>& shared, int s
   }
 }
 
-// Adds up the steps of a tile that this block has: the weights unpacked into registers.
+// Adds up the steps of a tile that this block has.
 template <class Tile, Weights kWeights>
-struct FromRegisters {
+struct MainLoop {
   RingPosition<Tile::kStages> ring;
 
   __device__ void run(Accumulators<Tile>& acc, Steps steps, int copy_tokens,
@@ -98,52 +96,6 @@ struct FromRegisters {
     release(shared, previous);
   }
 };
-
-// The same, the weights unpacked by others.
-template <class Tile, Weights kWeights>
-struct FromSharedMemory {
-  RingPosition<Tile::kStages> ring;
-  RingPosition<Tile::kUnpackedStages> unpacked;
-
-  __device__ void run(Accumulators<Tile>& acc, Steps steps, int,
-                      const SharedMemory<Tile, kWeights>& shared) {
-    int previous = -1, previous_unpacked = -1;
-    auto release_previous = [&] {
-      release(shared, previous);
-      ptx::mbarrier_arrive_if(threadIdx.x % 32 == 0 && previous >= 0,
-                              shared.unpacked_empty(max(previous_unpacked, 0)));
-    };
-#pragma unroll 1
-    for (int step = steps.begin; step < steps.end; ++step) {
-      const uint64_t x = ptx::descriptor_k_major_128b(shared.x(ring.stage));
-      const uint64_t weight =
-          ptx::descriptor_k_major_128b(shared.unpacked(unpacked.stage, threadIdx.x / 128));
-      ptx::mbarrier_wait(shared.full(ring.stage), ring.parity);
-      ptx::mbarrier_wait(shared.unpacked_full(unpacked.stage), unpacked.parity);
-      ptx::wgmma_fence();
-#pragma unroll
-      for (int i = 0; i < kBlockK / 32; ++i)
-#pragma unroll
-        for (int first = 0; first < Tile::kTokens; first += 128)
-          ptx::WgmmaU8S8<128>::issue(*reinterpret_cast<int32_t (*)[64]>(&acc[0][first / 2]),
-                                     weight + 2 * i, x + 2 * i + first * kBlockK / 16);
-      ptx::wgmma_commit_group();
-      ptx::wgmma_wait_group<1>();
-      release_previous();
-      previous = ring.stage;
-      previous_unpacked = unpacked.stage;
-      ring.advance();
-      unpacked.advance();
-    }
-    ptx::wgmma_wait_group<0>();
-    ptx::keep_in_registers(acc[0]);
-    release_previous();
-  }
-};
-
-template <class Tile, Weights kWeights>
-using MainLoop = std::conditional_t<Tile::kUnpackers == 0, FromRegisters<Tile, kWeights>,
-                                    FromSharedMemory<Tile, kWeights>>;
 
 template <class Tile, Weights kWeights>
 __device__ void multiply(const CUtensorMap& out_map, const Params& p,
@@ -199,18 +151,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   ptx::griddepcontrol_launch_dependents();
   if (threadIdx.x == 0) {
     for (int i = 0; i < Tile::kStages; ++i) {
-      ptx::mbarrier_init(shared.full(i), 1);
+      ptx::mbarrier_init(shared.full(i), 1 + Tile::kWeightLoaders);
       ptx::mbarrier_init(shared.empty(i), Tile::kClusterTiles * Tile::kConsumers / 32);
-    }
-    if constexpr (Tile::kUnpackers > 0) {
-      for (int i = 0; i < Tile::kPackedStages; ++i) {
-        ptx::mbarrier_init(shared.packed_full(i), 1);
-        ptx::mbarrier_init(shared.packed_empty(i), Tile::kUnpackers * 4);
-      }
-      for (int i = 0; i < Tile::kUnpackedStages; ++i) {
-        ptx::mbarrier_init(shared.unpacked_full(i), Tile::kUnpackers * 4);
-        ptx::mbarrier_init(shared.unpacked_empty(i), Tile::kConsumers / 32);
-      }
     }
     ptx::fence_mbarrier_init();
   }
@@ -222,23 +164,14 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
     __syncthreads();
   }
 
-  constexpr int kLoader = Tile::kConsumers + Tile::kUnpackers * 128;
-  if (threadIdx.x >= kLoader) {
+  if (threadIdx.x >= Tile::kConsumers) {
     ptx::setmaxnreg_decrease<Tile::kLoadRegisters>();
-    if (threadIdx.x == kLoader) {
-      ptx::prefetch_tensormap(p.tiles_m == 1 ? &x_tail_map : &x_map);
-      if constexpr (Tile::kUnpackers == 0) {
-        load<Tile, kWeights>(x_map, x_tail_map, p, shared);
-      } else {
-        load_x<Tile, kWeights>(x_map, x_tail_map, p, shared);
-      }
-    } else if (Tile::kUnpackers > 0 && threadIdx.x == kLoader + 32) {
-      load_weights<Tile, kWeights>(p, shared);
-    }
-  } else if (Tile::kUnpackers > 0 && threadIdx.x >= Tile::kConsumers) {
-    if constexpr (Tile::kUnpackers > 0) {
-      ptx::setmaxnreg_decrease<Tile::kUnpackRegisters>();
-      unpack_for_others<Tile, kWeights>(p, shared);
+    const int loader = (threadIdx.x - Tile::kConsumers) / 32;
+    if (threadIdx.x % 32 > 0 || loader > Tile::kWeightLoaders) return;
+    if (loader == 0) {
+      load_x<Tile, kWeights>(x_map, x_tail_map, p, shared);
+    } else {
+      load_weights<Tile, kWeights>(p, shared, loader - 1);
     }
   } else {
     ptx::setmaxnreg_increase<Tile::kMultiplyRegisters>();

@@ -49,11 +49,6 @@ inline constexpr Cost kCost<Nested128> = {600, 950, 4300};
 template <>
 inline constexpr Cost kCost<Nested256> = {830, 2500, 15000};
 
-template <>
-inline constexpr Cost kCost<Unpacked128> = {420, 950, 4300};
-template <>
-inline constexpr Cost kCost<Unpacked256> = {700, 2500, 15000};
-
 inline constexpr int kImpossible = 1 << 30;  // nanoseconds
 
 // Fills in the work of `p` from its size. So many clusters run at a time as there are slots.

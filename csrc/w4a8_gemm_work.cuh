@@ -103,28 +103,13 @@ struct SharedMemory {
   __device__ uint32_t residual(int stage, int block) const {
     return weight(stage, Tile::kBlocks) + block * kCodeBytes;
   }
-  // As an operand of wgmma: rows of 128 bytes in the copy engine's swizzle.
-  __device__ uint32_t unpacked(int stage, int block) const {
-    return base + Tile::kStages * Tile::kXBytes + stage * Tile::kUnpackedBytes +
-           block * (kBlockN * kBlockK);
+  __device__ uint32_t output() const { return base + Tile::kStages * Tile::kXBytes; }
+  __device__ uint32_t constants() const { return weight(Tile::kStages, 0); }
+  __device__ uint32_t full(int stage) const {
+    return constants() + Tile::kConstantBytes + 8 * stage;
   }
-  __device__ uint32_t output() const { return unpacked(Tile::kUnpackedStages, 0); }
-  __device__ uint32_t constants() const { return weight(Tile::kPackedStages, 0); }
-  // Barriers, of the ring of x and, where they have none of their own, of the weights.
-  __device__ uint32_t full(int stage) const { return barrier(2 * stage); }
-  __device__ uint32_t empty(int stage) const { return barrier(2 * stage + 1); }
-  __device__ uint32_t packed_full(int stage) const { return full(Tile::kStages + stage); }
-  __device__ uint32_t packed_empty(int stage) const { return empty(Tile::kStages + stage); }
-  __device__ uint32_t unpacked_full(int stage) const {
-    return packed_full(Tile::kPackedStages + stage);
-  }
-  __device__ uint32_t unpacked_empty(int stage) const {
-    return packed_empty(Tile::kPackedStages + stage);
-  }
-  __device__ uint32_t flag() const { return barrier(2 * Tile::kRings); }
-
- private:
-  __device__ uint32_t barrier(int i) const { return constants() + Tile::kConstantBytes + 8 * i; }
+  __device__ uint32_t empty(int stage) const { return full(Tile::kStages + stage); }
+  __device__ uint32_t flag() const { return full(2 * Tile::kStages); }
 };
 
 template <int kStages>

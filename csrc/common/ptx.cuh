@@ -244,13 +244,6 @@ __device__ inline void store_shared_16(uint32_t address, const int32_t* v) {
                : "memory");
 }
 
-// Four 8x8 matrices of 16-bit elements: lane 8 q + i has the address of row i of matrix q.
-__device__ inline void stmatrix_x4(uint32_t address, const uint32_t* r) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
-               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
-               : "memory");
-}
-
 // Four 8x8 matrices of 16-bit elements, each stored transposed: lane 8 q + i has the address
 // of row i of matrix q, which is column i of the fragment.
 __device__ inline void stmatrix_x4_trans(uint32_t address, const uint32_t (&r)[4]) {

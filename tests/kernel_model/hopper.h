@@ -66,8 +66,7 @@ struct Rendezvous {
 struct Wgmma {
   int n;
   uint64_t descriptor;
-  uint64_t a_descriptor;  // 0: `a` is in registers
-  int issued = 0;         // by how many of the 128 threads
+  int issued = 0;  // by how many of the 128 threads
   std::array<const uint32_t*, 128> a;
   std::array<int32_t*, 128> d;
 };
@@ -219,31 +218,21 @@ inline void finish(const std::vector<Store>& stores) {
   }
 }
 
-// The byte at row and k of an operand in shared memory.
-inline uint8_t operand(const Block& block, uint64_t descriptor, int row, int k) {
-  const uint32_t start = (descriptor & 0x3FFF) << 4;
-  const uint32_t address = swizzle_128b(start + row / 8 * 1024 + row % 8 * 128 + k);
-  check(!block.unfenced.contains(address & ~15u), "wgmma reads what no fence has passed on");
-  return block.shared.at(address - kFirstAddress);
-}
-
 inline void multiply(Block& block, Wgmma& w) {
-  // [row][k]
-  int a[64][32];
-  for (int row = 0; row < 64; ++row)
-    for (int k = 0; k < 32; ++k) {
-      const int half = row % 16 / 8, quad = row / 16 * 32 + row % 8 * 4;  // first of 4 threads
-      a[row][k] = w.a_descriptor != 0
-                      ? operand(block, w.a_descriptor, row, k)
-                      : w.a[quad + k % 16 / 4][half + 2 * (k / 16)] >> 8 * (k % 4) & 255;
-    }
+  const uint32_t start = (w.descriptor & 0x3FFF) << 4;
   for (int n = 0; n < w.n; ++n) {
     int b[32];
-    for (int k = 0; k < 32; ++k) b[k] = static_cast<int8_t>(operand(block, w.descriptor, n, k));
+    for (int k = 0; k < 32; ++k) {
+      const uint32_t address = swizzle_128b(start + n / 8 * 1024 + n % 8 * 128 + k);
+      b[k] = static_cast<int8_t>(block.shared.at(address - kFirstAddress));
+    }
     for (int row = 0; row < 64; ++row) {
-      const int half = row % 16 / 8, quad = row / 16 * 32 + row % 8 * 4;
+      const int half = row % 16 / 8, quad = row / 16 * 32 + row % 8 * 4;  // first of 4 threads
       int sum = 0;
-      for (int k = 0; k < 32; ++k) sum += a[row][k] * b[k];
+      for (int k = 0; k < 32; ++k) {
+        const uint32_t a = w.a[quad + k % 16 / 4][half + 2 * (k / 16)];
+        sum += static_cast<int>(a >> 8 * (k % 4) & 255) * b[k];
+      }
       w.d[quad + n % 8 / 2][n / 8 * 4 + 2 * half + n % 2] += sum;
     }
   }
@@ -530,8 +519,8 @@ inline int atomic_add_acq_rel(int32_t* address, int32_t value) {
   return before;
 }
 
-template <int kMatrices, bool kIsTransposed = true>
-void stmatrix(uint32_t address, const uint32_t* registers) {
+template <int kMatrices>
+void stmatrix_trans(uint32_t address, const uint32_t* registers) {
   Stmatrix& s = self->block->stmatrix[self->index / 32];
   const int lane = self->index % 32;
   s.address[lane] = address;
@@ -544,21 +533,18 @@ void stmatrix(uint32_t address, const uint32_t* registers) {
     for (int q = 0; q < kMatrices; ++q)
       for (int row = 0; row < 8; ++row)
         for (int column = 0; column < 8; ++column) {
-          const int major = kIsTransposed ? column : row, minor = kIsTransposed ? row : column;
-          const uint16_t v = s.registers[major * 4 + minor / 2][q] >> 16 * (minor % 2);
+          const uint16_t v = s.registers[column * 4 + row / 2][q] >> 16 * (row % 2);
           std::memcpy(shared_pointer(s.address[8 * q + row], 16) + 2 * column, &v, sizeof v);
         }
   });
 }
 inline void stmatrix_x4_trans(uint32_t address, const uint32_t (&r)[4]) {
-  stmatrix<4>(address, r);
+  stmatrix_trans<4>(address, r);
 }
 inline void stmatrix_x2_trans(uint32_t address, uint32_t r0, uint32_t r1) {
   const uint32_t r[2] = {r0, r1};
-  stmatrix<2>(address, r);
+  stmatrix_trans<2>(address, r);
 }
-
-inline void stmatrix_x4(uint32_t address, const uint32_t* r) { stmatrix<4, false>(address, r); }
 
 inline void wgmma_fence() {}
 template <class T, int kCount>
@@ -597,16 +583,11 @@ inline uint64_t descriptor_k_major_128b(uint32_t address) {
 }
 template <int kN>
 struct WgmmaU8S8 {
-  static void issue(int32_t (&d)[kN / 2], const uint32_t* a, uint64_t b) { issue(d, a, 0, b); }
-  static void issue(int32_t (&d)[kN / 2], uint64_t a, uint64_t b) { issue(d, nullptr, a, b); }
-
- private:
-  static void issue(int32_t (&d)[kN / 2], const uint32_t* a, uint64_t a_descriptor, uint64_t b) {
+  static void issue(int32_t (&d)[kN / 2], const uint32_t* a, uint64_t b) {
     auto& instructions = wgmma_group(self->group).instructions;
-    if (instructions.size() <= self->instruction) instructions.push_back({kN, b, a_descriptor});
+    if (instructions.size() <= self->instruction) instructions.push_back({kN, b});
     Wgmma& w = instructions[self->instruction++];
-    check(w.descriptor == b && w.a_descriptor == a_descriptor && w.n == kN,
-          "a warpgroup that does not agree");
+    check(w.descriptor == b && w.n == kN, "a warpgroup that does not agree");
     w.a[self->index % 128] = a;
     w.d[self->index % 128] = d;
     ++w.issued;
