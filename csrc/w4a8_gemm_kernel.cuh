@@ -30,27 +30,44 @@ namespace qoq::w4a8 {
 
 // ---- the multiplying warpgroups ------------------------------------------------------
 
-// The stage of a barrier may be filled again, by all whose tokens it holds. Nothing for stage -1.
+// Lets stages be filled again, by all whose tokens they hold.
 template <class Tile, Weights kWeights>
-__device__ inline void release(const SharedMemory<Tile, kWeights>& shared, int stage) {
-  const int lane = threadIdx.x % 32;
-  __syncwarp();  // one lane speaks for all
-  if constexpr (Tile::kClusterTiles == 1) {
-    ptx::mbarrier_arrive_if(lane == 0 && stage >= 0, shared.empty(stage));
-  } else {
-    ptx::mbarrier_arrive_cluster_if(
-        lane < Tile::kCluster && stage >= 0,
-        ptx::map_to_rank(shared.empty(max(stage, 0)), lane % Tile::kCluster));
+class Release {
+ public:
+  __device__ explicit Release(const SharedMemory<Tile, kWeights>& shared) {
+    const int lane = threadIdx.x % 32;
+    empty_[0] = shared.empty(0);
+    if constexpr (Tile::kClusterTiles > 1)
+      empty_[0] = ptx::map_to_rank(empty_[0], lane % Tile::kClusterTiles);
+    ptx::keep_in_registers(empty_);
   }
-}
+
+  // Nothing for stage -1.
+  __device__ void operator()(int stage) const {
+    __syncwarp();  // one lane speaks for all
+    const bool is_speaking = threadIdx.x % 32 < Tile::kClusterTiles && stage >= 0;
+    const uint32_t barrier = empty_[0] + 8 * stage;
+    if constexpr (Tile::kClusterTiles == 1) {
+      ptx::mbarrier_arrive_if(is_speaking, barrier);
+    } else {
+      ptx::mbarrier_arrive_cluster_if(is_speaking, barrier);
+    }
+  }
+
+ private:
+  uint32_t empty_[1];
+};
 
 // Adds up the steps of a tile that this block has.
 template <class Tile, Weights kWeights>
-struct MainLoop {
-  RingPosition<Tile::kStages> ring;
+class MainLoop {
+ public:
+  __device__ explicit MainLoop(const SharedMemory<Tile, kWeights>& shared)
+      : shared_(shared), release_(shared) {}
 
-  __device__ void run(Accumulators<Tile>& acc, Steps steps, int copy_tokens,
-                      const SharedMemory<Tile, kWeights>& shared) {
+  __device__ void run(Accumulators<Tile>& acc, Steps steps, int copy_tokens) {
+    const FragmentAddress<Tile, kWeights> address(shared_, threadIdx.x / 128 * Tile::kWeightBlocks);
+    const uint64_t first_x = ptx::descriptor_k_major_128b(shared_.x_of_group(0, copy_tokens));
     // Two sets of A registers: one is filled while the wgmmas of the other run. The codes of a
     // stage are fetched while the wgmmas of the one before it run.
     uint32_t a[2][8];
@@ -58,43 +75,47 @@ struct MainLoop {
     for (int i = 0; i < 8; ++i) a[0][i] = a[1][i] = 0;
     Fragment<Tile, kWeights> fragments[Tile::kWeightBlocks];
     auto fetch = [&] {
-      ptx::mbarrier_wait(shared.full(ring.stage), ring.parity);
+      ptx::mbarrier_wait(shared_.full(ring_.stage), ring_.parity);
 #pragma unroll
-      for (int b = 0; b < Tile::kWeightBlocks; ++b)
-        fragments[b].fetch(shared, ring.stage, threadIdx.x / 128 * Tile::kWeightBlocks + b);
+      for (int b = 0; b < Tile::kWeightBlocks; ++b) fragments[b].fetch(address, ring_.stage, b);
     };
     int previous = -1;
     auto [step, end] = steps;
     if (step < end) fetch();
     while (step < end) {
-      const uint64_t x = ptx::descriptor_k_major_128b(shared.x_of_group(ring.stage, copy_tokens));
+      const uint64_t x = ptx::move_descriptor(first_x, ring_.stage * Tile::kXBytes);
 #pragma unroll
       for (int b = 0; b < Tile::kWeightBlocks; ++b) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           ptx::wgmma_wait_group<1>();
           ptx::keep_in_registers(a[half]);
-          if (b == 0 && half == 1) release(shared, previous);
+          if (b == 0 && half == 1) release_(previous);
           fragments[b].unpack(half, a[half]);
           ptx::keep_in_registers(a[half]);
           ptx::wgmma_fence();
 #pragma unroll
           for (int part = 0; part < 2; ++part)
             ptx::WgmmaU8S8<Tile::kTokens>::issue(acc[b], &a[half][4 * part],
-                                                 x + 2 * (2 * half + part));
+                                                 ptx::move_descriptor(x, 32 * (2 * half + part)));
           ptx::wgmma_commit_group();
         }
       }
-      previous = ring.stage;
-      ring.advance();
+      previous = ring_.stage;
+      ring_.advance();
       if (++step == end) break;
       fetch();
     }
     ptx::wgmma_wait_group<0>();
 #pragma unroll
     for (int b = 0; b < Tile::kWeightBlocks; ++b) ptx::keep_in_registers(acc[b]);
-    release(shared, previous);
+    release_(previous);
   }
+
+ private:
+  const SharedMemory<Tile, kWeights>& shared_;
+  const Release<Tile, kWeights> release_;
+  RingPosition<Tile::kStages> ring_;
 };
 
 template <class Tile, Weights kWeights>
@@ -105,7 +126,7 @@ __device__ void multiply(const CUtensorMap& out_map, const Params& p,
 
   WorkList<Tile> list(p);
   Work work;
-  MainLoop<Tile, kWeights> loop;
+  MainLoop<Tile, kWeights> loop(shared);
   while (list.next(work)) {
     const TilePosition at = position<Tile>(work.tile, p);
     const int copy_tokens = tokens_of_copy<Tile>(at, p);
@@ -118,7 +139,7 @@ __device__ void multiply(const CUtensorMap& out_map, const Params& p,
 #pragma unroll
       for (int i = 0; i < Tile::kAccumulators; ++i) acc[b][i] = 0;
 
-    loop.run(acc, steps_of_block<Tile>(work), copy_tokens, shared);
+    loop.run(acc, steps_of_block<Tile>(work), copy_tokens);
 
     constants.store(fetched, threadIdx.x);
     OutAccumulators<Tile> sums;

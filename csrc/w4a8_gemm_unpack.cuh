@@ -2,10 +2,14 @@
 #pragma once
 
 #include "common/ptx.cuh"
+#include "common/wgmma.cuh"
 #include "w4a8_gemm_config.h"
 #include "w4a8_gemm_work.cuh"
 
 namespace qoq::w4a8 {
+
+// What a warpgroup unpacks in the time of a wgmma costs as much as the wgmma has room for, so that
+// every instruction counts (csrc/README.md).
 
 // Codes of 64 inputs to the A registers of two k32 steps. In a word, the low nibbles are inputs
 // 0..15 of the step, the high ones 16..31; words alternate between rows r and r + 8.
@@ -20,16 +24,16 @@ __device__ inline void unpack_half(uint4 codes, uint4 residual, uint32_t params,
       const int i = 2 * step + row;
       uint32_t low = words[i] & 0x0F0F0F0F;
       uint32_t high = (words[i] >> 4) & 0x0F0F0F0F;
-      if constexpr (kHasGroups<kWeights>) {
-        const uint32_t scale = row == 0 ? params & 0xFF : (params >> 16) & 0xFF;
-        uint32_t low_offset = __byte_perm(params, 0, row == 0 ? 0x1111 : 0x3333);
-        uint32_t high_offset = low_offset;
-        if constexpr (kWeights == Weights::kNested) {
-          low_offset += (more[i] & 0x0F0F0F0F) - 0x01010101u * kResidualZero;
-          high_offset += ((more[i] >> 4) & 0x0F0F0F0F) - 0x01010101u * kResidualZero;
-        }
-        low = low * scale + low_offset;
-        high = high * scale + high_offset;
+      const uint32_t scale = row == 0 ? params & 0xFF : (params >> 16) & 0xFF;
+      const uint32_t offset = __byte_perm(params, 0, row == 0 ? 0x1111 : 0x3333);
+      if constexpr (kWeights == Weights::kGrouped) {
+        low = low * scale + offset;
+        high = high * scale + offset;
+      } else if constexpr (kWeights == Weights::kNested) {
+        const uint32_t zero = offset - 0x01010101u * kResidualZero;
+        high = high * scale + (((more[i] >> 4) & 0x0F0F0F0F) + zero);
+        // A byte of both planes is 16 high + low, so the low one needs no mask of its own.
+        low = words[i] * scale + (more[i] + 17 * zero) - 16 * high;
       }
       a[4 * step + row] = low;
       a[4 * step + row + 2] = high;
@@ -37,22 +41,37 @@ __device__ inline void unpack_half(uint4 codes, uint4 residual, uint32_t params,
   }
 }
 
-// What one thread of a warpgroup has of a block of 64 channels.
+// Where a thread of a warpgroup finds its codes and parameters of a block of 64 channels, in the
+// first stage. Held in registers, or it would be reckoned anew for every stage.
+template <class Tile, Weights kWeights>
+struct FragmentAddress {
+  uint32_t at[2];
+
+  __device__ FragmentAddress(const SharedMemory<Tile, kWeights>& shared, int block) {
+    const int thread = threadIdx.x % 128;
+    at[0] = shared.weight(0, block) + thread * 16;
+    at[1] = shared.weight(0, block) + kCodeBytes + thread / 4 * 4;
+    ptx::keep_in_registers(at);
+  }
+};
+
+// What the thread has of a block in a stage.
 template <class Tile, Weights kWeights>
 struct Fragment {
   uint4 codes[2], residual[2];
   uint32_t params;
 
-  __device__ void fetch(const SharedMemory<Tile, kWeights>& shared, int stage, int block) {
-    const int thread = threadIdx.x % 128;
-    const uint32_t from = shared.weight(stage, block);
-    params = kHasGroups<kWeights> ? ptx::load_shared_4(from + kCodeBytes + thread / 4 * 4) : 0;
+  __device__ void fetch(const FragmentAddress<Tile, kWeights>& first, int stage, int block) {
+    constexpr int kBytes = kBlockBytes<kWeights> + kResidualBytes<kWeights>;
+    const int offset = stage * Tile::template kWeightBytes<kWeights> + block * kBytes;
+    const uint32_t from = first.at[0] + offset;
+    params = kHasGroups<kWeights> ? ptx::load_shared_4(first.at[1] + offset) : 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int at = half * (kCodeBytes / 2) + thread * 16;
+      const int at = half * (kCodeBytes / 2);
       codes[half] = ptx::load_shared_16(from + at);
       if constexpr (kWeights == Weights::kNested)
-        residual[half] = ptx::load_shared_16(shared.residual(stage, block) + at);
+        residual[half] = ptx::load_shared_16(from + kBlockBytes<kWeights> + at);
     }
   }
 
