@@ -14,6 +14,7 @@ from test_server import Server
 
 import vllm_qoq
 from vllm_qoq.integration.metrics import RoutingStatLogger
+from vllm_qoq.integration.perplexity import perplexity
 
 ENTER, LEAVE = 3, 0
 
@@ -113,19 +114,24 @@ def test_offline_engines_are_refused_with_the_remedy(with_load_dir, method):
     assert '{"qoq": {"force_load": "calm"}}' in done.stdout + done.stderr
 
 
-def test_perplexity_is_that_of_a_calm_engine(with_load_dir, heldout_text, monkeypatch, capfd):
-    from vllm_qoq import cli
-
+def test_the_perplexity_command_measures_a_calm_engine(with_load_dir, nested_dir, heldout_text):
     text = with_load_dir / "text.txt"
     text.write_text(heldout_text.read_text()[:4000])
-    results = []
-    for more in ([], ["--force-set", "w8a8"], ["--force-set", "w4a8"]):
-        command = ["vllm-qoq", "perplexity", with_load_dir, "--text", text, "--seqlen", 128]
-        monkeypatch.setattr(sys, "argv", [*map(str, command), *more, "--enforce-eager", "--json"])
-        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        assert cli.main() == 0
-        results.append(json.loads(capfd.readouterr().out)["perplexity"])
-    assert results[0] == results[1] != results[2]
+    command = [sys.executable, "-m", "vllm_qoq.cli", "perplexity", with_load_dir, "--text", text]
+    done = subprocess.run(
+        [*map(str, command), "--seqlen", "128", "--enforce-eager", "--json"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    calm, busy = (
+        perplexity(engine(nested_dir, {"force_set": name}), text.read_text(), 128)["perplexity"]
+        for name in ("w8a8", "w4a8")
+    )
+    assert json.loads(done.stdout)["perplexity"] == pytest.approx(calm, rel=1e-4)
+    assert busy != pytest.approx(calm, rel=1e-3)
 
 
 def busy_and_switches(server):
