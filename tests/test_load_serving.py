@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+from engine_process import run_engines
 from engines import PROMPTS, engine, generate
 from test_server import Server
 
@@ -72,6 +73,30 @@ def test_a_forced_state_is_its_set(nested_dir, state, name):
     assert generate(engine(nested_dir, options)) == generate(
         engine(nested_dir, {"force_set": name})
     )
+
+
+def test_every_rank_follows(nested_dir, tmp_path):
+    options = {"tensor_parallel_size": 2, "kv_cache_memory_bytes": 32 << 20}
+    specs = [
+        {"qoq": {"force_set": "w8a8"}},
+        {"qoq": {"force_set": "w4a8"}},
+        {"qoq": {"routing": with_load("w8a8", "w4a8")}, "waiting": [ENTER, LEAVE]},
+    ]
+    eight, four, followed = run_engines(
+        tmp_path,
+        [spec | {"checkpoint": str(nested_dir), "options": options} for spec in specs],
+        VLLM_CPU_OMP_THREADS_BIND="0|1",
+    )
+    assert eight["generation"] != four["generation"]
+    busy, calm = followed["loads"]
+    assert followed["generation"] == calm["generation"] == eight["generation"]
+    assert busy["generation"] == four["generation"]
+    assert busy["counts"] == {
+        "prefill w8a8": 0,
+        "prefill w4a8": 1,
+        "decode w8a8": 0,
+        "decode w4a8": 11,
+    }
 
 
 OFFLINE = """
