@@ -64,10 +64,10 @@ struct Tile {
       ((kGroups + 1) * kSharedRegisters - kLoadRegisters) / kGroups / 8 * 8;
   static_assert(kMultiplyRegisters <= 255);
 
+  static constexpr int kBlocks = kGroups * kWeightBlocks;  // of weights, in a stage
   // Of the four warps that load, one thread each: one brings x, these the weights.
-  static constexpr int kWeightLoaders = kByInputs ? 1 : 2;
+  static constexpr int kWeightLoaders = kByInputs ? 1 : kBlocks % 3 == 0 ? 3 : 2;
 
-  static constexpr int kBlocks = kGroups * kWeightBlocks;         // of weights, in a stage
   static constexpr int kStepBlocks = kByInputs ? kGroups : 1;     // k_blocks of a stage
   static constexpr int kClusterTiles = kByInputs ? 1 : kCluster;  // neighbours in channels
   static constexpr int kChannels = kByInputs ? kBlockN : kBlocks * kBlockN;
@@ -119,6 +119,7 @@ using Tile32 = Tile<Divide::kChannels, 2, 1, 32, 8, 2>;
 using Tile64 = Tile<Divide::kChannels, 2, 1, 64, 5, 2>;
 using Tile128 = Tile<Divide::kChannels, 2, 1, 128, 6, 1>;
 using Tile128Wide = Tile<Divide::kChannels, 2, 2, 128, 5, 1, 2>;
+using Tile192 = Tile<Divide::kChannels, 3, 1, 128, 6, 1>;
 using Tile256 = Tile<Divide::kChannels, 2, 1, 256, 4, 1, 2>;
 // By inputs, for few channels: fewer sums leave a multiprocessor.
 using Inputs64 = Tile<Divide::kInputs, 2, 1, 64, 4, 2>;
@@ -129,6 +130,7 @@ using Inputs128Pair = Tile<Divide::kInputs, 2, 1, 128, 4, 1, 2>;
 using Nested16 = Tile<Divide::kChannels, 2, 1, 16, 5, 2>;
 using Nested64 = Tile<Divide::kChannels, 2, 1, 64, 3, 2>;
 using Nested128 = Tile<Divide::kChannels, 2, 1, 128, 5, 1>;
+using Nested192 = Tile<Divide::kChannels, 3, 1, 128, 4, 1>;
 using Nested256 = Tile<Divide::kChannels, 2, 1, 256, 4, 1, 2, 32>;
 
 // The workspace is int32: counters, then sums of the tiles that several blocks share. The kernel
@@ -143,8 +145,9 @@ enum class Bias : int { kNone, kFloat32, kBfloat16, kFloat16 };
 //   out[token, channel] = x_scale (acc channel_scale - x_row_sum channel_zero) + bias
 // `acc` is exact; float32 follows it in this order, rounded once to the output.
 struct Params {
-  const uint8_t* weight;    // packed blocks [ceil(n / 64)][k / 128]
-  const uint8_t* residual;  // nested: the second plane's
+  const uint8_t* weight;        // packed blocks [ceil(n / 64)][k / 128]
+  const uint8_t* residual;      // nested: the second plane's
+  const int32_t* use_residual;  // nested: 0 there leaves the second plane out; may be null
   const float* x_scale;
   const int32_t* x_row_sum;
   const float* channel_scale;

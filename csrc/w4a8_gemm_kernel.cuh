@@ -59,7 +59,7 @@ class Release {
 };
 
 // Adds up the steps of a tile that this block has.
-template <class Tile, Weights kWeights>
+template <class Tile, Weights kWeights, Weights kUsed>
 class MainLoop {
  public:
   __device__ explicit MainLoop(const SharedMemory<Tile, kWeights>& shared)
@@ -73,7 +73,7 @@ class MainLoop {
     uint32_t a[2][8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) a[0][i] = a[1][i] = 0;
-    Fragment<Tile, kWeights> fragments[Tile::kWeightBlocks];
+    Fragment<Tile, kWeights, kUsed> fragments[Tile::kWeightBlocks];
     auto fetch = [&] {
       ptx::mbarrier_wait(shared_.full(ring_.stage), ring_.parity);
 #pragma unroll
@@ -118,7 +118,7 @@ class MainLoop {
   RingPosition<Tile::kStages> ring_;
 };
 
-template <class Tile, Weights kWeights>
+template <class Tile, Weights kWeights, Weights kUsed>
 __device__ void multiply(const CUtensorMap& out_map, const Params& p,
                          const SharedMemory<Tile, kWeights>& shared, char* shared_base) {
   const SharedConstants<Tile> constants(shared_base + (shared.constants() - shared.base));
@@ -126,7 +126,7 @@ __device__ void multiply(const CUtensorMap& out_map, const Params& p,
 
   WorkList<Tile> list(p);
   Work work;
-  MainLoop<Tile, kWeights> loop(shared);
+  MainLoop<Tile, kWeights, kUsed> loop(shared);
   while (list.next(work)) {
     const TilePosition at = position<Tile>(work.tile, p);
     const int copy_tokens = tokens_of_copy<Tile>(at, p);
@@ -196,7 +196,15 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
     }
   } else {
     ptx::setmaxnreg_increase<Tile::kMultiplyRegisters>();
-    multiply<Tile, kWeights>(out_map, p, shared, shared_base);
+    if constexpr (kWeights == Weights::kNested) {
+      if (uses_residual<kWeights>(p)) {
+        multiply<Tile, kWeights, Weights::kNested>(out_map, p, shared, shared_base);
+      } else {
+        multiply<Tile, kWeights, Weights::kGrouped>(out_map, p, shared, shared_base);
+      }
+    } else {
+      multiply<Tile, kWeights, kWeights>(out_map, p, shared, shared_base);
+    }
     // Others may still read what is in shared memory here, or arrive at its barriers.
     if (Tile::kCluster > 1) {
       __syncwarp();

@@ -12,6 +12,14 @@ __device__ inline uint64_t weight_policy(const Params& p) {
   return p.tiles_m == 1 ? ptx::l2_policy_evict_first() : ptx::l2_policy_evict_normal();
 }
 
+// Whether a launch multiplies with both planes. The flag was written before the kernel ahead of
+// this one began, so that nothing has to be waited for.
+template <Weights kWeights>
+__device__ inline bool uses_residual(const Params& p) {
+  if constexpr (kWeights != Weights::kNested) return false;
+  return p.use_residual == nullptr || __ldcg(p.use_residual) != 0;
+}
+
 // x of every step, by one thread; where a cluster shares it, this block's part for all.
 template <class Tile, Weights kWeights>
 __device__ void load_x(const CUtensorMap& x_map, const CUtensorMap& x_tail_map, const Params& p,
@@ -53,6 +61,8 @@ __device__ void load_weights(const Params& p, const SharedMemory<Tile, kWeights>
   constexpr int kCount = Tile::kByInputs ? 1 : Tile::kBlocks / Tile::kWeightLoaders;
   constexpr int kBytes = kBlockBytes<kWeights>;
   const uint64_t policy = weight_policy(p);
+  const bool has_residual = uses_residual<kWeights>(p);
+  const int block_bytes = kBytes + (has_residual ? kResidualBytes<kWeights> : 0);
   WorkList<Tile> list(p);
   Work work;
   RingPosition<Tile::kStages> ring;
@@ -75,14 +85,14 @@ __device__ void load_weights(const Params& p, const SharedMemory<Tile, kWeights>
       const int k_blocks =
           Tile::kByInputs ? min(Tile::kStepBlocks, p.k_blocks - step * Tile::kStepBlocks) : 1;
       ptx::mbarrier_wait(shared.empty(ring.stage), ring.parity ^ 1);
-      ptx::mbarrier_arrive_expect_tx(full, kCount * k_blocks * (kBytes + kResidualBytes<kWeights>));
+      ptx::mbarrier_arrive_expect_tx(full, kCount * k_blocks * block_bytes);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         const int block = loader * kCount + i;
         ptx::cp_async_bulk(shared.weight(ring.stage, block), weight[i], k_blocks * kBytes, full,
                            policy);
         weight[i] += Tile::kStepBlocks * kBytes;
-        if constexpr (kWeights == Weights::kNested) {
+        if (has_residual) {
           ptx::cp_async_bulk(shared.residual(ring.stage, block), residual[i], kCodeBytes, full,
                              policy);
           residual[i] += kCodeBytes;

@@ -55,8 +55,9 @@ struct FragmentAddress {
   }
 };
 
-// What the thread has of a block in a stage.
-template <class Tile, Weights kWeights>
+// What the thread has of a block in a stage, of weights that lie there as kWeights and are
+// multiplied as kUsed: the first plane of a nested weight is a grouped one.
+template <class Tile, Weights kWeights, Weights kUsed>
 struct Fragment {
   uint4 codes[2], residual[2];
   uint32_t params;
@@ -70,13 +71,13 @@ struct Fragment {
     for (int half = 0; half < 2; ++half) {
       const int at = half * (kCodeBytes / 2);
       codes[half] = ptx::load_shared_16(from + at);
-      if constexpr (kWeights == Weights::kNested)
+      if constexpr (kUsed == Weights::kNested)
         residual[half] = ptx::load_shared_16(from + kBlockBytes<kWeights> + at);
     }
   }
 
   __device__ void unpack(int half, uint32_t (&a)[8]) const {
-    unpack_half<kWeights>(codes[half], residual[half], params, a);
+    unpack_half<kUsed>(codes[half], residual[half], params, a);
   }
 };
 
