@@ -17,7 +17,8 @@ __device__ inline uint64_t weight_policy(const Params& p) {
 template <Weights kWeights>
 __device__ inline bool uses_residual(const Params& p) {
   if constexpr (kWeights != Weights::kNested) return false;
-  return p.use_residual == nullptr || __ldcg(p.use_residual) != 0;
+  const volatile int32_t* flag = p.use_residual;
+  return flag == nullptr || *flag != 0;
 }
 
 // x of every step, by one thread; where a cluster shares it, this block's part for all.

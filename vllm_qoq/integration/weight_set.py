@@ -101,10 +101,11 @@ class WeightSet(nn.Module):
                 "checkpoint; if it passes, this architecture has a loader of its own: serve with "
                 """--hf-overrides '{"architectures": ["FlexQuant<ARCHITECTURE>"]}'"""
             )
-        self._expected, self._loaded = {}, {}
 
     def finish(self) -> None:
         """Bring the loaded weights into the form that the method's kernel reads."""
+        # Or the parameters as they were loaded would stay in memory beside what is made of them.
+        self._expected, self._loaded = {}, {}
         if self.bias is not None and self.bias.numel() == 0:
             self.bias = None
         try:
