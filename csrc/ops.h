@@ -17,7 +17,7 @@ Tensor w4a8_gemm(const Tensor& x, const Tensor& x_scale, const Tensor& x_row_sum
                  const std::optional<Tensor>& group_scale,
                  const std::optional<Tensor>& group_offset, const std::optional<Tensor>& bias,
                  torch::headeronly::ScalarType out_dtype, const std::optional<Tensor>& workspace,
-                 const std::optional<Tensor>& residual);
+                 const std::optional<Tensor>& residual, const std::optional<Tensor>& use_residual);
 
 std::tuple<Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x);
 std::tuple<Tensor, Tensor, Tensor> silu_and_mul_quantize(const Tensor& x);

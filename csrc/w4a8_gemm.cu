@@ -158,7 +158,7 @@ void dispatch(const void* x, const Params& p, int device, cudaStream_t stream) {
   } else if (p.m <= 128) {
     launch_fastest<kWeights, Tile128, Tile128Wide, Inputs128, Inputs128Pair>(x, p, device, stream);
   } else {
-    launch_fastest<kWeights, Tile128, Tile256>(x, p, device, stream);
+    launch_fastest<kWeights, Tile128, Tile192, Tile256>(x, p, device, stream);
   }
 }
 
@@ -171,7 +171,7 @@ void dispatch<Weights::kNested>(const void* x, const Params& p, int device, cuda
   } else if (p.m <= 128) {
     launch_fastest<Weights::kNested, Nested128>(x, p, device, stream);
   } else {
-    launch_fastest<Weights::kNested, Nested128, Nested256>(x, p, device, stream);
+    launch_fastest<Weights::kNested, Nested128, Nested192, Nested256>(x, p, device, stream);
   }
 }
 
@@ -197,7 +197,7 @@ Tensor w4a8_gemm(const Tensor& x, const Tensor& x_scale, const Tensor& x_row_sum
                  const std::optional<Tensor>& group_scale,
                  const std::optional<Tensor>& group_offset, const std::optional<Tensor>& bias,
                  ScalarType out_dtype, const std::optional<Tensor>& workspace,
-                 const std::optional<Tensor>& residual) {
+                 const std::optional<Tensor>& residual, const std::optional<Tensor>& use_residual) {
   STD_TORCH_CHECK(x.dim() == 2 && channel_scale.dim() == 1, kOp, ": x is ", shape_text(x),
                   " and channel_scale ", shape_text(channel_scale), ", expected [M, K] and [N]");
   STD_TORCH_CHECK(out_dtype == ScalarType::BFloat16 || out_dtype == ScalarType::Half, kOp,
@@ -225,6 +225,10 @@ Tensor w4a8_gemm(const Tensor& x, const Tensor& x_scale, const Tensor& x_row_sum
   if (residual.has_value())
     check_tensor(kOp, "residual", *residual, device, ScalarType::Byte,
                  {weight_blocks, k / kBlockK, kCodeBytes});
+  STD_TORCH_CHECK(residual.has_value() || !use_residual.has_value(), kOp,
+                  ": use_residual is given, but no residual");
+  if (use_residual.has_value())
+    check_tensor(kOp, "use_residual", *use_residual, device, ScalarType::Int, {1});
   check_tensor(kOp, "channel_scale", channel_scale, device, ScalarType::Float, {n});
   if (!is_grouped) check_tensor(kOp, "channel_zero", *channel_zero, device, ScalarType::Float, {n});
   if (bias.has_value()) check_tensor(kOp, "bias", *bias, device, bias->scalar_type(), {n});
@@ -239,6 +243,9 @@ Tensor w4a8_gemm(const Tensor& x, const Tensor& x_scale, const Tensor& x_row_sum
       .weight = static_cast<const uint8_t*>(weight.data_ptr()),
       .residual =
           residual.has_value() ? static_cast<const uint8_t*>(residual->data_ptr()) : nullptr,
+      .use_residual = use_residual.has_value()
+                          ? static_cast<const int32_t*>(use_residual->data_ptr())
+                          : nullptr,
       .x_scale = static_cast<const float*>(x_scale.data_ptr()),
       .x_row_sum = static_cast<const int32_t*>(x_row_sum.data_ptr()),
       .channel_scale = static_cast<const float*>(channel_scale.data_ptr()),

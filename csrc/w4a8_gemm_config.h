@@ -33,7 +33,7 @@ enum class Divide { kChannels, kInputs };
 // kDivide        channels: each warpgroup has kWeightBlocks blocks of 64 channels of its own.
 //                inputs: all have the same 64 channels, each every kGroups-th k_block; they add up
 //                over shared memory. A block of threads then does one piece of work and ends.
-// kGroups        warpgroups that multiply; one more loads, of which one thread works
+// kGroups        warpgroups that multiply; one more loads
 // kTokens        tokens of a tile: the n of wgmma
 // kStages        stages in flight
 // kResident      blocks of threads an SM holds at once. Two let the next kernel of the stream
@@ -64,7 +64,10 @@ struct Tile {
       ((kGroups + 1) * kSharedRegisters - kLoadRegisters) / kGroups / 8 * 8;
   static_assert(kMultiplyRegisters <= 255);
 
-  static constexpr int kBlocks = kGroups * kWeightBlocks;         // of weights, in a stage
+  static constexpr int kBlocks = kGroups * kWeightBlocks;  // of weights, in a stage
+  // Of the four warps that load, one thread each: one brings x, these the weights.
+  static constexpr int kWeightLoaders = kByInputs ? 1 : kBlocks % 3 == 0 ? 3 : 2;
+
   static constexpr int kStepBlocks = kByInputs ? kGroups : 1;     // k_blocks of a stage
   static constexpr int kClusterTiles = kByInputs ? 1 : kCluster;  // neighbours in channels
   static constexpr int kChannels = kByInputs ? kBlockN : kBlocks * kBlockN;
@@ -78,7 +81,8 @@ struct Tile {
   static_assert(kResident * kTileInts <= 256 * 128);
 
   // Shared memory, from an address that is a multiple of 1024:
-  // [x of all stages][output][weights of all stages][epilogue constants][barriers]
+  // [x of all stages][output][weights of all stages][epilogue
+  // constants][barriers]
   static constexpr int kXBlockBytes = kTokens * kBlockK;
   static constexpr int kXBytes = kStepBlocks * kXBlockBytes;
   // The output leaves in units of 64 channels x kUnitTokens, from two buffers in turn.
@@ -115,6 +119,7 @@ using Tile32 = Tile<Divide::kChannels, 2, 1, 32, 8, 2>;
 using Tile64 = Tile<Divide::kChannels, 2, 1, 64, 5, 2>;
 using Tile128 = Tile<Divide::kChannels, 2, 1, 128, 6, 1>;
 using Tile128Wide = Tile<Divide::kChannels, 2, 2, 128, 5, 1, 2>;
+using Tile192 = Tile<Divide::kChannels, 3, 1, 128, 6, 1>;
 using Tile256 = Tile<Divide::kChannels, 2, 1, 256, 4, 1, 2>;
 // By inputs, for few channels: fewer sums leave a multiprocessor.
 using Inputs64 = Tile<Divide::kInputs, 2, 1, 64, 4, 2>;
@@ -125,6 +130,7 @@ using Inputs128Pair = Tile<Divide::kInputs, 2, 1, 128, 4, 1, 2>;
 using Nested16 = Tile<Divide::kChannels, 2, 1, 16, 5, 2>;
 using Nested64 = Tile<Divide::kChannels, 2, 1, 64, 3, 2>;
 using Nested128 = Tile<Divide::kChannels, 2, 1, 128, 5, 1>;
+using Nested192 = Tile<Divide::kChannels, 3, 1, 128, 4, 1>;
 using Nested256 = Tile<Divide::kChannels, 2, 1, 256, 4, 1, 2, 32>;
 
 // The workspace is int32: counters, then sums of the tiles that several blocks share. The kernel
@@ -139,8 +145,9 @@ enum class Bias : int { kNone, kFloat32, kBfloat16, kFloat16 };
 //   out[token, channel] = x_scale (acc channel_scale - x_row_sum channel_zero) + bias
 // `acc` is exact; float32 follows it in this order, rounded once to the output.
 struct Params {
-  const uint8_t* weight;    // packed blocks [ceil(n / 64)][k / 128]
-  const uint8_t* residual;  // nested: the second plane's
+  const uint8_t* weight;        // packed blocks [ceil(n / 64)][k / 128]
+  const uint8_t* residual;      // nested: the second plane's
+  const int32_t* use_residual;  // nested: 0 there leaves the second plane out; may be null
   const float* x_scale;
   const int32_t* x_row_sum;
   const float* channel_scale;

@@ -22,173 +22,103 @@
 #include "common/wgmma.cuh"
 #include "w4a8_gemm_config.h"
 #include "w4a8_gemm_epilogue.cuh"
+#include "w4a8_gemm_load.cuh"
+#include "w4a8_gemm_unpack.cuh"
 #include "w4a8_gemm_work.cuh"
 
 namespace qoq::w4a8 {
 
-// ---- the loading warp ----------------------------------------------------------------
-
-template <class Tile, Weights kWeights>
-__device__ void load(const CUtensorMap& x_map, const CUtensorMap& x_tail_map, const Params& p,
-                     const SharedMemory<Tile, kWeights>& shared) {
-  constexpr int kBytes = kBlockBytes<kWeights>;
-  const bool is_streamed = p.tiles_m == 1;
-  const uint64_t policy =
-      is_streamed ? ptx::l2_policy_evict_first() : ptx::l2_policy_evict_normal();
-
-  auto load_weight = [&](int stage, TilePosition at, int step) {
-    const int x_bytes =
-        Tile::kStepBlocks * Tile::kClusterTiles * tokens_of_copy<Tile>(at, p) * kBlockK;
-    if constexpr (Tile::kByInputs) {
-      // Neighbours in memory. Past the last k_block x is zero, so that any weight will do.
-      const int k = step * Tile::kStepBlocks;
-      const int bytes = min(Tile::kStepBlocks, p.k_blocks - k) * kBytes;
-      ptx::mbarrier_arrive_expect_tx(shared.full(stage), x_bytes + bytes);
-      ptx::cp_async_bulk(shared.weight(stage, 0),
-                         p.weight + (static_cast<int64_t>(at.n) * p.k_blocks + k) * kBytes, bytes,
-                         shared.full(stage), policy);
-    } else {
-      ptx::mbarrier_arrive_expect_tx(shared.full(stage),
-                                     x_bytes + Tile::template kWeightBytes<kWeights>);
-      const int first = min(at.n * Tile::kBlocks, p.weight_blocks - 1);
-      const uint8_t* source = p.weight + (static_cast<int64_t>(first) * p.k_blocks + step) * kBytes;
-      uint32_t destination = shared.weight(stage, 0);
-#pragma unroll 1
-      for (int i = 0; i < Tile::kBlocks; ++i) {
-        ptx::cp_async_bulk(destination, source, kBytes, shared.full(stage), policy);
-        destination += kBytes;
-        // Past the last channel: any block will do, nothing of it is written.
-        if (first + i + 1 < p.weight_blocks) source += p.k_blocks * kBytes;
-      }
-      if constexpr (kWeights == Weights::kNested) {
-        source = p.residual + (static_cast<int64_t>(first) * p.k_blocks + step) * kCodeBytes;
-        destination = shared.residual(stage, 0);
-#pragma unroll 1
-        for (int i = 0; i < Tile::kBlocks; ++i) {
-          ptx::cp_async_bulk(destination, source, kCodeBytes, shared.full(stage), policy);
-          destination += kCodeBytes;
-          if (first + i + 1 < p.weight_blocks) source += p.k_blocks * kCodeBytes;
-        }
-      }
-    }
-  };
-
-  // 1. Weights do not depend on the kernel before this one.
-  {
-    WorkList<Tile> list(p);
-    Work work;
-    int filled = 0;
-    while (filled < Tile::kStages && list.next(work)) {
-      const TilePosition at = position<Tile>(work.tile, p);
-      const auto [begin, end] = steps_of_block<Tile>(work);
-      for (int step = begin; step < end && filled < Tile::kStages; ++step)
-        load_weight(filled++, at, step);
-    }
-  }
-  ptx::griddepcontrol_wait();
-
-  // 2. Everything else.
-  WorkList<Tile> list(p);
-  Work work;
-  RingPosition<Tile::kStages> ring;
-  int count = 0;
-  while (list.next(work)) {
-    const TilePosition at = position<Tile>(work.tile, p);
-    const int tokens = tokens_of_copy<Tile>(at, p);
-    const CUtensorMap* map = at.m == p.tiles_m - 1 ? &x_tail_map : &x_map;
-    const auto [begin, end] = steps_of_block<Tile>(work);
-    for (int step = begin; step < end; ++step, ++count) {
-      if (count >= Tile::kStages) {
-        ptx::mbarrier_wait(shared.empty(ring.stage), ring.parity ^ 1);
-        load_weight(ring.stage, at, step);
-      }
-      const int k_block = step * Tile::kStepBlocks;
-      if constexpr (Tile::kClusterTiles == 1) {
-        ptx::cp_async_bulk_tensor_3d(shared.x(ring.stage), map, 0, at.m * Tile::kTokens, k_block,
-                                     shared.full(ring.stage));
-      } else {
-        const int first = ptx::cluster_rank() * tokens;
-        ptx::cp_async_bulk_tensor_3d_multicast(shared.x(ring.stage) + first * kBlockK, map, 0,
-                                               at.m * Tile::kTokens + first, k_block,
-                                               shared.full(ring.stage), (1 << Tile::kCluster) - 1);
-      }
-      ring.advance();
-    }
-  }
-}
-
 // ---- the multiplying warpgroups ------------------------------------------------------
 
-// Codes of 64 inputs to the A registers of two k32 steps. In a word, the low nibbles are inputs
-// 0..15 of the step, the high ones 16..31; words alternate between rows r and r + 8.
-template <Weights kWeights>
-__device__ inline void unpack_half(uint4 codes, uint4 residual, uint32_t params, uint32_t (&a)[8]) {
-  const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
-  const uint32_t more[4] = {residual.x, residual.y, residual.z, residual.w};
-#pragma unroll
-  for (int step = 0; step < 2; ++step) {
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      const int i = 2 * step + row;
-      uint32_t low = words[i] & 0x0F0F0F0F;
-      uint32_t high = (words[i] >> 4) & 0x0F0F0F0F;
-      if constexpr (kHasGroups<kWeights>) {
-        const uint32_t scale = row == 0 ? params & 0xFF : (params >> 16) & 0xFF;
-        uint32_t low_offset = __byte_perm(params, 0, row == 0 ? 0x1111 : 0x3333);
-        uint32_t high_offset = low_offset;
-        if constexpr (kWeights == Weights::kNested) {
-          low_offset += (more[i] & 0x0F0F0F0F) - 0x01010101u * kResidualZero;
-          high_offset += ((more[i] >> 4) & 0x0F0F0F0F) - 0x01010101u * kResidualZero;
-        }
-        low = low * scale + low_offset;
-        high = high * scale + high_offset;
-      }
-      a[4 * step + row] = low;
-      a[4 * step + row + 2] = high;
-    }
-  }
-}
-
-// What one thread multiplies of a stage.
+// Lets stages be filled again, by all whose tokens they hold.
 template <class Tile, Weights kWeights>
-struct Fragments {
-  uint4 codes[Tile::kWeightBlocks][2], residual[Tile::kWeightBlocks][2];
-  uint32_t params[Tile::kWeightBlocks];
+class Release {
+ public:
+  __device__ explicit Release(const SharedMemory<Tile, kWeights>& shared) {
+    const int lane = threadIdx.x % 32;
+    empty_[0] = shared.empty(0);
+    if constexpr (Tile::kClusterTiles > 1)
+      empty_[0] = ptx::map_to_rank(empty_[0], lane % Tile::kClusterTiles);
+    ptx::keep_in_registers(empty_);
+  }
 
-  __device__ void fetch(const SharedMemory<Tile, kWeights>& shared, int stage) {
-    const int group = threadIdx.x / 128, thread = threadIdx.x % 128;
-#pragma unroll
-    for (int b = 0; b < Tile::kWeightBlocks; ++b) {
-      const int i = group * Tile::kWeightBlocks + b;
-      const uint32_t block = shared.weight(stage, i);
-      params[b] =
-          kHasGroups<kWeights> ? ptx::load_shared_4(block + kCodeBytes + thread / 4 * 4) : 0;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int at = half * (kCodeBytes / 2) + thread * 16;
-        codes[b][half] = ptx::load_shared_16(block + at);
-        if constexpr (kWeights == Weights::kNested)
-          residual[b][half] = ptx::load_shared_16(shared.residual(stage, i) + at);
-      }
+  // Nothing for stage -1.
+  __device__ void operator()(int stage) const {
+    __syncwarp();  // one lane speaks for all
+    const bool is_speaking = threadIdx.x % 32 < Tile::kClusterTiles && stage >= 0;
+    const uint32_t barrier = empty_[0] + 8 * stage;
+    if constexpr (Tile::kClusterTiles == 1) {
+      ptx::mbarrier_arrive_if(is_speaking, barrier);
+    } else {
+      ptx::mbarrier_arrive_cluster_if(is_speaking, barrier);
     }
   }
+
+ private:
+  uint32_t empty_[1];
 };
 
-// The stage may be filled again, by all whose tokens it holds. Nothing for stage -1.
-template <class Tile, Weights kWeights>
-__device__ inline void release(const SharedMemory<Tile, kWeights>& shared, int stage) {
-  const int lane = threadIdx.x % 32;
-  __syncwarp();  // one lane speaks for all
-  if constexpr (Tile::kClusterTiles == 1) {
-    ptx::mbarrier_arrive_if(lane == 0 && stage >= 0, shared.empty(stage));
-  } else {
-    ptx::mbarrier_arrive_cluster_if(
-        lane < Tile::kCluster && stage >= 0,
-        ptx::map_to_rank(shared.empty(max(stage, 0)), lane % Tile::kCluster));
-  }
-}
+// Adds up the steps of a tile that this block has.
+template <class Tile, Weights kWeights, Weights kUsed>
+class MainLoop {
+ public:
+  __device__ explicit MainLoop(const SharedMemory<Tile, kWeights>& shared)
+      : shared_(shared), release_(shared) {}
 
-template <class Tile, Weights kWeights>
+  __device__ void run(Accumulators<Tile>& acc, Steps steps, int copy_tokens) {
+    const FragmentAddress<Tile, kWeights> address(shared_, threadIdx.x / 128 * Tile::kWeightBlocks);
+    const uint64_t first_x = ptx::descriptor_k_major_128b(shared_.x_of_group(0, copy_tokens));
+    // Two sets of A registers: one is filled while the wgmmas of the other run. The codes of a
+    // stage are fetched while the wgmmas of the one before it run.
+    uint32_t a[2][8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) a[0][i] = a[1][i] = 0;
+    Fragment<Tile, kWeights, kUsed> fragments[Tile::kWeightBlocks];
+    auto fetch = [&] {
+      ptx::mbarrier_wait(shared_.full(ring_.stage), ring_.parity);
+#pragma unroll
+      for (int b = 0; b < Tile::kWeightBlocks; ++b) fragments[b].fetch(address, ring_.stage, b);
+    };
+    int previous = -1;
+    auto [step, end] = steps;
+    if (step < end) fetch();
+    while (step < end) {
+      const uint64_t x = ptx::move_descriptor(first_x, ring_.stage * Tile::kXBytes);
+#pragma unroll
+      for (int b = 0; b < Tile::kWeightBlocks; ++b) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          ptx::wgmma_wait_group<1>();
+          ptx::keep_in_registers(a[half]);
+          if (b == 0 && half == 1) release_(previous);
+          fragments[b].unpack(half, a[half]);
+          ptx::keep_in_registers(a[half]);
+          ptx::wgmma_fence();
+#pragma unroll
+          for (int part = 0; part < 2; ++part)
+            ptx::WgmmaU8S8<Tile::kTokens>::issue(acc[b], &a[half][4 * part],
+                                                 ptx::move_descriptor(x, 32 * (2 * half + part)));
+          ptx::wgmma_commit_group();
+        }
+      }
+      previous = ring_.stage;
+      ring_.advance();
+      if (++step == end) break;
+      fetch();
+    }
+    ptx::wgmma_wait_group<0>();
+#pragma unroll
+    for (int b = 0; b < Tile::kWeightBlocks; ++b) ptx::keep_in_registers(acc[b]);
+    release_(previous);
+  }
+
+ private:
+  const SharedMemory<Tile, kWeights>& shared_;
+  const Release<Tile, kWeights> release_;
+  RingPosition<Tile::kStages> ring_;
+};
+
+template <class Tile, Weights kWeights, Weights kUsed>
 __device__ void multiply(const CUtensorMap& out_map, const Params& p,
                          const SharedMemory<Tile, kWeights>& shared, char* shared_base) {
   const SharedConstants<Tile> constants(shared_base + (shared.constants() - shared.base));
@@ -196,7 +126,7 @@ __device__ void multiply(const CUtensorMap& out_map, const Params& p,
 
   WorkList<Tile> list(p);
   Work work;
-  RingPosition<Tile::kStages> ring;
+  MainLoop<Tile, kWeights, kUsed> loop(shared);
   while (list.next(work)) {
     const TilePosition at = position<Tile>(work.tile, p);
     const int copy_tokens = tokens_of_copy<Tile>(at, p);
@@ -209,48 +139,7 @@ __device__ void multiply(const CUtensorMap& out_map, const Params& p,
 #pragma unroll
       for (int i = 0; i < Tile::kAccumulators; ++i) acc[b][i] = 0;
 
-    // Two sets of A registers: one is filled while the wgmmas of the other run. The codes of a
-    // stage are fetched while the wgmmas of the one before it run.
-    uint32_t a[2][8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) a[0][i] = a[1][i] = 0;
-    Fragments<Tile, kWeights> fragments;
-    int previous = -1;
-    auto [step, end] = steps_of_block<Tile>(work);
-    if (step < end) {
-      ptx::mbarrier_wait(shared.full(ring.stage), ring.parity);
-      fragments.fetch(shared, ring.stage);
-    }
-    while (step < end) {
-      const uint64_t x = ptx::descriptor_k_major_128b(shared.x_of_group(ring.stage, copy_tokens));
-#pragma unroll
-      for (int b = 0; b < Tile::kWeightBlocks; ++b) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          ptx::wgmma_wait_group<1>();
-          ptx::keep_in_registers(a[half]);
-          if (b == 0 && half == 1) release(shared, previous);
-          unpack_half<kWeights>(fragments.codes[b][half], fragments.residual[b][half],
-                                fragments.params[b], a[half]);
-          ptx::keep_in_registers(a[half]);
-          ptx::wgmma_fence();
-#pragma unroll
-          for (int part = 0; part < 2; ++part)
-            ptx::WgmmaU8S8<Tile::kTokens>::issue(acc[b], &a[half][4 * part],
-                                                 x + 2 * (2 * half + part));
-          ptx::wgmma_commit_group();
-        }
-      }
-      previous = ring.stage;
-      ring.advance();
-      if (++step == end) break;
-      ptx::mbarrier_wait(shared.full(ring.stage), ring.parity);
-      fragments.fetch(shared, ring.stage);
-    }
-    ptx::wgmma_wait_group<0>();
-#pragma unroll
-    for (int b = 0; b < Tile::kWeightBlocks; ++b) ptx::keep_in_registers(acc[b]);
-    release(shared, previous);
+    loop.run(acc, steps_of_block<Tile>(work), copy_tokens);
 
     constants.store(fetched, threadIdx.x);
     OutAccumulators<Tile> sums;
@@ -283,7 +172,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   ptx::griddepcontrol_launch_dependents();
   if (threadIdx.x == 0) {
     for (int i = 0; i < Tile::kStages; ++i) {
-      ptx::mbarrier_init(shared.full(i), 1);
+      ptx::mbarrier_init(shared.full(i), 1 + Tile::kWeightLoaders);
       ptx::mbarrier_init(shared.empty(i), Tile::kClusterTiles * Tile::kConsumers / 32);
     }
     ptx::fence_mbarrier_init();
@@ -298,13 +187,24 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
 
   if (threadIdx.x >= Tile::kConsumers) {
     ptx::setmaxnreg_decrease<Tile::kLoadRegisters>();
-    if (threadIdx.x == Tile::kConsumers) {
-      ptx::prefetch_tensormap(p.tiles_m == 1 ? &x_tail_map : &x_map);
-      load<Tile, kWeights>(x_map, x_tail_map, p, shared);
+    const int loader = (threadIdx.x - Tile::kConsumers) / 32;
+    if (threadIdx.x % 32 > 0 || loader > Tile::kWeightLoaders) return;
+    if (loader == 0) {
+      load_x<Tile, kWeights>(x_map, x_tail_map, p, shared);
+    } else {
+      load_weights<Tile, kWeights>(p, shared, loader - 1);
     }
   } else {
     ptx::setmaxnreg_increase<Tile::kMultiplyRegisters>();
-    multiply<Tile, kWeights>(out_map, p, shared, shared_base);
+    if constexpr (kWeights == Weights::kNested) {
+      if (uses_residual<kWeights>(p)) {
+        multiply<Tile, kWeights, Weights::kNested>(out_map, p, shared, shared_base);
+      } else {
+        multiply<Tile, kWeights, Weights::kGrouped>(out_map, p, shared, shared_base);
+      }
+    } else {
+      multiply<Tile, kWeights, kWeights>(out_map, p, shared, shared_base);
+    }
     // Others may still read what is in shared memory here, or arrive at its barriers.
     if (Tile::kCluster > 1) {
       __syncwarp();

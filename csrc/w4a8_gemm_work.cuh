@@ -97,11 +97,11 @@ struct SharedMemory {
   }
   __device__ uint32_t weight(int stage, int block) const {
     return output() + Tile::kOutputBytes + stage * Tile::template kWeightBytes<kWeights> +
-           block * kBlockBytes<kWeights>;
+           block * (kBlockBytes<kWeights> + kResidualBytes<kWeights>);
   }
-  // The second plane of a stage lies behind the first.
+  // The second plane of a block lies behind the first.
   __device__ uint32_t residual(int stage, int block) const {
-    return weight(stage, Tile::kBlocks) + block * kCodeBytes;
+    return weight(stage, block) + kBlockBytes<kWeights>;
   }
   __device__ uint32_t output() const { return base + Tile::kStages * Tile::kXBytes; }
   __device__ uint32_t constants() const { return weight(Tile::kStages, 0); }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,10 @@ def table(report: dict[str, Any]) -> str:
     lines.append(f"  {'shared':31} {human_bytes(report['shared_bytes']):>10}")
     lines.append(f"  {'total':31} {human_bytes(report['total_bytes']):>10}")
     routing = report["routing"]
-    lines.append(f"prompts: {routing['prefill']}")
-    for row in routing["decode"]:
-        bound = f"up to {row['max_batch']} requests" if "max_batch" in row else "any batch"
-        lines.append(f"generation, {bound}: {row['set']}")
+    lines += _phases(routing)
+    if load := routing.get("load"):
+        lines.append(f"busy, from {load['enter']} waiting requests until {load['leave']} are left:")
+        lines += (f"  {line}" for line in _phases(load))
     for rule in routing.get("layers", []):
         lines.append(
             f"layers {rule['match']}: { ({k: v for k, v in rule.items() if k != 'match'}) }"
@@ -55,6 +55,15 @@ def table(report: dict[str, Any]) -> str:
     for size, reason in list(parallel["refused"].items())[:1]:
         lines.append(f"  not {size}: {printable(reason)}")
     return "\n".join(lines)
+
+
+def _phases(table: Mapping[str, Any]) -> Iterator[str]:
+    """What a routing table, or its `load`, says of each phase that it names."""
+    if "prefill" in table:
+        yield f"prompts: {table['prefill']}"
+    for row in table.get("decode", []):
+        bound = f"up to {row['max_batch']} requests" if "max_batch" in row else "any batch"
+        yield f"generation, {bound}: {row['set']}"
 
 
 def _tensor_parallel(config: Mapping[str, Any], sets: list[WeightSet]) -> dict[str, Any]:

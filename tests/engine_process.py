@@ -11,11 +11,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from engines import PROMPTS, engine, generate
 
 import vllm_qoq
+from vllm_qoq.integration.metrics import RoutingStatLogger
 from vllm_qoq.integration.perplexity import perplexity
 
 # Options of an engine that compiles and captures graphs.
@@ -43,10 +45,12 @@ def run_engines(
     """Run the engines that `specs` describe, one after the other, and return what each did.
 
     A spec is {"checkpoint": PATH, "qoq": {...}, "options": {...}, "prompts": [...], "max_tokens":
-    N, "text": T}; a result has the `generation`, the `counts` of steps in it ("decode w4a16": n),
-    how many routing decisions were `traced` during it, if the spec asks for a trace, how many
-    `cache_tokens` the KV cache holds, the `preemptions` so far, if the options ask for statistics,
-    and the `perplexity` of the text, if there is one.
+    N, "text": T, "waiting": [N, ...]}; a result has the `generation`, the `counts` of steps in it
+    ("decode w4a16": n), how many routing decisions were `traced` during it, if the spec asks for a
+    trace, how many `cache_tokens` the KV cache holds, the `preemptions` so far, if the options ask
+    for statistics, and the `perplexity` of the text, if there is one. After the generation come
+    the `loads`, one for each number of waiting requests that the engine is told: another
+    `generation`, its `counts` and what was `traced`.
     """
     (folder / "specs.json").write_text(json.dumps(specs))
     command = [sys.executable, __file__, str(folder / "specs.json"), str(folder / "results.json")]
@@ -66,15 +70,23 @@ def main(specs_file: str, results_file: str) -> None:
 def _run(spec: dict[str, Any]) -> dict[str, Any]:
     qoq = spec.get("qoq", {})
     llm = engine(Path(spec["checkpoint"]), qoq, **spec.get("options", {}))
-    counts, traced = _counts(llm), _lines(qoq.get("trace"))
-    prompts = tuple(spec.get("prompts", PROMPTS))
-    generation = generate(llm, prompts, spec.get("max_tokens", 12))
-    result = {
-        "generation": generation,
-        "counts": {key: n - counts[key] for key, n in _counts(llm).items()},
-        "traced": _lines(qoq.get("trace")) - traced,
-        "cache_tokens": _cache_tokens(llm),
-    }
+
+    def run() -> dict[str, Any]:
+        counts, traced = _counts(llm), _lines(qoq.get("trace"))
+        prompts = tuple(spec.get("prompts", PROMPTS))
+        return {
+            "generation": generate(llm, prompts, spec.get("max_tokens", 12)),
+            "counts": {key: n - counts[key] for key, n in _counts(llm).items()},
+            "traced": _lines(qoq.get("trace")) - traced,
+        }
+
+    result = run() | {"cache_tokens": _cache_tokens(llm)}
+    if "waiting" in spec:
+        stat_logger = RoutingStatLogger(llm.llm_engine.vllm_config)
+        result["loads"] = []
+        for waiting in spec["waiting"]:
+            stat_logger.record(SimpleNamespace(num_waiting_reqs=waiting), None)
+            result["loads"].append(run())
     if spec.get("options", {}).get("disable_log_stats") is False:
         (result["preemptions"],) = (
             metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"

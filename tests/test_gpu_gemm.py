@@ -30,7 +30,7 @@ class Layer:
 
     def __init__(self, n, k, weights, codes="random"):
         self.n, self.k = n, k
-        self.residual = None
+        self.residual = self.use_residual = None
         q = torch.randint(0, 16, (n, k), device=DEVICE)
         q = {"min": q * 0, "max": q * 0 + 15, "unused": q % 2}.get(codes, q)
         self.channel_scale = torch.rand(n, device=DEVICE) * 0.02 + 1e-3
@@ -51,6 +51,7 @@ class Layer:
         self.packed = w4a8_layout.pack(
             pack_nibbles(q), scale.to(torch.uint8), offset.to(torch.int8)
         )
+        self.base_int8 = self.int8
         if weights == "nested":
             nested = (w8 + torch.randint(-8, 8, w8.shape, device=DEVICE)).clamp(-128, 127)
             self.int8 = nested.to(torch.int8)
@@ -59,7 +60,7 @@ class Layer:
     def __call__(self, x, x_scale, row_sum, bias=None, dtype=torch.bfloat16):
         return torch.ops.qoq.w4a8_gemm(
             *(x, x_scale, row_sum, self.packed, self.channel_scale, self.channel_zero),
-            *(None, None, bias, dtype, ops.workspace(DEVICE), self.residual),
+            *(None, None, bias, dtype, ops.workspace(DEVICE), self.residual, self.use_residual),
         )
 
     def expected(self, x, x_scale, row_sum, bias=None, dtype=torch.bfloat16):
@@ -137,6 +138,39 @@ def test_cupy_agrees_with_the_oracle():
         torch.bfloat16,
     )
     assert torch.equal(layer(x, x_scale, row_sum), expected)
+
+
+@pytest.mark.parametrize("m", [1, 16, 64, 128, 200, 512])
+def test_one_graph_serves_both_precisions_of_a_nested_weight(m):
+    layer = Layer(4096, 512, "nested")
+    batch = tokens(m, layer.k)
+    both = layer.expected(*batch)
+    layer.int8 = layer.base_int8
+    base = layer.expected(*batch)
+    assert not torch.equal(both, base)
+
+    layer.use_residual = torch.ones(1, dtype=torch.int32, device=DEVICE)
+    layer(*batch)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(*batch)
+    for flag in (1, 0, 0, 7, 0):
+        layer.use_residual.fill_(flag)
+        y.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(y, both if flag else base)
+
+
+def test_a_flag_needs_a_residual_and_one_int32():
+    layer, batch = Layer(64, 128, "nested"), tokens(4, 128)
+    for flag in (torch.ones(1, device=DEVICE), torch.ones(2, dtype=torch.int32, device=DEVICE)):
+        layer.use_residual = flag
+        with pytest.raises(RuntimeError, match="use_residual"):
+            layer(*batch)
+    layer.residual = None
+    with pytest.raises(RuntimeError, match="use_residual is given, but no residual"):
+        layer(*batch)
 
 
 @pytest.mark.parametrize("weights", ["g128", "nested"])

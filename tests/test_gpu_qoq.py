@@ -3,9 +3,11 @@
 import pytest
 import torch
 from engine_process import DEFAULT, EAGER, GRAPHS, run_engines
+from engines import engine
 from qoq_checkpoints import write_dequantized
 
 from vllm_qoq import ops
+from vllm_qoq.routing import RoutingError
 
 pytestmark = [
     pytest.mark.gpu,
@@ -70,6 +72,75 @@ def test_both_planes_of_a_nested_set(runner, nested_dir, heldout_text, tmp_path)
     assert graphs["generation"] == eager["generation"]
     # Prompts are in 8 bits.
     assert eager["perplexity"] < 0.99 * four["perplexity"]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(("calm", "busy"), [("w8a8", "w4a8"), ("w4a8", "w8a8")])
+def test_captured_graphs_follow_the_load(runner, nested_dir, tmp_path, calm, busy, size):
+    if torch.cuda.device_count() < size:
+        pytest.skip(f"needs {size} GPUs")
+    trace = str(tmp_path / "trace.jsonl")
+    load = {"enter": 4, "leave": 1, "prefill": busy, "decode": busy}
+    options = GRAPHS | {"tensor_parallel_size": size}
+    specs = [
+        {
+            "checkpoint": str(nested_dir),
+            "options": options,
+            "qoq": {"routing": {"prefill": calm, "decode": calm, "load": load}, "trace": trace},
+            "waiting": [0, 4, 2, 1, 5],
+        },
+        *(
+            {"checkpoint": str(nested_dir), "options": options, "qoq": {"force_set": name}}
+            for name in (calm, busy)
+        ),
+    ]
+    # A process each: vLLM forks its workers, which CUDA in the parent does not survive.
+    followed, *forced = (run_engines(tmp_path, [spec], **runner)[0] for spec in specs)
+    sets = dict(zip((calm, busy), (result["generation"] for result in forced), strict=True))
+    assert sets[calm] != sets[busy]
+    assert followed["generation"] == sets[calm]
+    for result, name in zip(followed["loads"], (calm, busy, busy, calm, busy), strict=True):
+        assert result["generation"] == sets[name]
+        counts = {key: n for key, n in result["counts"].items() if n}
+        assert counts == {f"prefill {name}": 1, f"decode {name}": 11}
+        assert result["traced"] <= 1, "decode steps left the graphs"
+
+
+@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL"])
+def test_other_graphs_follow_the_load(nested_dir, tmp_path, mode):
+    load = {"enter": 4, "leave": 1, "prefill": "w4a8", "decode": "w4a8"}
+    compilation = GRAPHS["compilation_config"] | {"cudagraph_mode": mode}
+    options = GRAPHS | {"compilation_config": compilation}
+    specs = [
+        {
+            "checkpoint": str(nested_dir),
+            "options": options,
+            "qoq": {"routing": {"prefill": "w8a8", "decode": "w8a8", "load": load}},
+            "waiting": [4, 0],
+        },
+        *(
+            {"checkpoint": str(nested_dir), "options": options, "qoq": {"force_set": name}}
+            for name in ("w4a8", "w8a8")
+        ),
+    ]
+    followed, four, eight = run_engines(tmp_path, specs)
+    assert [result["generation"] for result in followed["loads"]] == [
+        four["generation"],
+        eight["generation"],
+    ]
+    for result, name in zip(followed["loads"], ("w4a8", "w8a8"), strict=True):
+        by_set = {key.split()[1]: n for key, n in result["counts"].items() if n}
+        assert by_set.keys() == {name}
+
+
+def test_graphs_refuse_a_load_between_sets_that_are_not_nested(two_sets_dir):
+    routing = {
+        "prefill": "w8a8",
+        "decode": "w8a8",
+        "load": {"enter": 4, "leave": 1, "decode": "w4a8"},
+    }
+    with pytest.raises(RoutingError, match=r"from 'w8a8' to 'w4a8'.*--enforce-eager"):
+        engine(two_sets_dir, {"routing": routing}, **DEFAULT)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

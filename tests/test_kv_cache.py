@@ -240,7 +240,8 @@ def test_a_checkpoint_that_was_prepared_for_four_bits_can_be_served_in_sixteen(e
 
 
 def test_linear_layers_of_a_model_without_sets_stay_as_they_are(engine_config):
-    with tensor_parallel(0, 1, engine_config({"kv_bits": 4})):
+    # "calm" is what `vllm-qoq perplexity` asks of every model.
+    with tensor_parallel(0, 1, engine_config({"kv_bits": 4, "force_load": "calm"})):
         quant_config = QoQConfig()
         layer = ReplicatedLinear(64, 64, quant_config=quant_config, prefix="a")
         assert isinstance(layer.quant_method, UnquantizedLinearMethod)
@@ -253,6 +254,7 @@ def test_linear_layers_of_a_model_without_sets_stay_as_they_are(engine_config):
     [
         (None, {}, "no quantized weights.*kv_bits"),
         (KV4, {"force_set": "w8a8"}, "force_set.*no sets"),
+        (KV4, {"force_load": "busy"}, "force_load.*no sets"),
         (KV4, {"kv_bits": 3}, "qoq.kv_bits"),
     ],
 )

@@ -164,6 +164,22 @@ def test_the_checkpoint_says_what_it_is_and_how_large(nested_dir):
     assert "with its base w4a8" in inspect.table(inspect.describe(nested_dir))
 
 
+def test_inspect_and_verify_know_a_load(nested_dir, tmp_path):
+    for file in nested_dir.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((nested_dir / "config.json").read_text())
+    load = {"enter": 8, "leave": 2, "prefill": "w4a8"}
+    config["quantization_config"]["routing"]["load"] = load
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    report = inspect.describe(tmp_path)
+    assert report["routing"]["load"] == load
+    lines = inspect.table(report).splitlines()
+    at = lines.index("busy, from 8 waiting requests until 2 are left:")
+    assert lines[at + 1] == "  prompts: w4a8" and not lines[at + 2].startswith("  ")
+    assert verify.structure(tmp_path) == []
+
+
 def test_a_dry_run_of_the_command_tells_the_size(
     nested_dir, tiny_model, tmp_path, monkeypatch, capfd
 ):

@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from vllm_qoq import ops, reference
+from vllm_qoq import ops, reference, w4a8_layout
 from vllm_qoq.packing import pack_nibbles, unpack_nibbles
 
 settings.register_profile("tensors", deadline=None, max_examples=60)
@@ -216,6 +216,54 @@ def test_ops_are_registered_as_pytorch_expects(is_grouped):
     torch.library.opcheck(torch.ops.qoq.silu_and_mul_quantize.default, (x,))
     torch.library.opcheck(torch.ops.qoq.add_rms_norm_quantize.default, (x, x + 1, x[0], 1e-5))
     torch.library.opcheck(torch.ops.qoq.w4a8_gemm.default, tuple(arguments))
+
+
+def nested_arguments(seed, m, use_residual):
+    """Arguments of a weight with groups and a residual, and the two int8 weights they mean."""
+    tensors = grouped_layer(seed, 6, 2)
+    # So that 8 more or less is an int8 as well.
+    tensors["group_offset"].clamp_(-100, 0)
+    tensors["group_scale"].clamp_(max=6)
+    residual = integers(seed + 1, 0, 255, tensors["qweight"].shape, torch.uint8)
+    base = reference.int8_weight(tensors)
+    nested = reference.int8_weight(tensors | {"qresidual": residual})
+    arguments = gemm_arguments(tensors, m, torch.randn(6).bfloat16())
+    return [*arguments, None, residual, use_residual], base, nested
+
+
+@pytest.mark.parametrize(
+    "flag, meant", [(0, "base"), (1, "nested"), (7, "nested"), (None, "nested")]
+)
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_flag_leaves_the_residual_out(flag, meant, is_packed):
+    use_residual = None if flag is None else torch.tensor([flag], dtype=torch.int32)
+    arguments, base, nested = nested_arguments(11, 5, use_residual)
+    alone = arguments[:11]
+    alone[3], alone[6], alone[7] = base if flag == 0 else nested, None, None
+    if is_packed:
+        arguments[3] = w4a8_layout.pack(arguments[3], arguments[6], arguments[7])
+        arguments[6], arguments[7] = None, None
+        arguments[11] = w4a8_layout.pack(arguments[11])
+    got = torch.ops.qoq.w4a8_gemm(*arguments)
+    assert torch.equal(got, torch.ops.qoq.w4a8_gemm(*alone))
+    assert not torch.equal(base, nested)
+    torch.library.opcheck(torch.ops.qoq.w4a8_gemm.default, tuple(arguments))
+
+
+@pytest.mark.parametrize(
+    ("flag", "has_residual", "message"),
+    [
+        (torch.ones(1, dtype=torch.int32), False, "use_residual is given, but no residual"),
+        (torch.ones(1, dtype=torch.int64), True, "use_residual is int64"),
+        (torch.ones(2, dtype=torch.int32), True, r"use_residual is int32 \[2\]"),
+    ],
+)
+def test_a_flag_that_does_not_fit_is_refused(flag, has_residual, message):
+    arguments, _, _ = nested_arguments(11, 2, flag)
+    if not has_residual:
+        arguments[11] = None
+    with pytest.raises(ValueError, match=message):
+        torch.ops.qoq.w4a8_gemm(*arguments)
 
 
 @pytest.mark.parametrize("m", [0, 1, 5])

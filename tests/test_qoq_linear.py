@@ -1,8 +1,10 @@
 """The method `qoq_linear`: loading, one layer against the reference, whole models on the CPU."""
 
+import gc
 import json
 import re
 import sys
+import weakref
 
 import pytest
 import torch
@@ -261,8 +263,11 @@ def test_dummy_weights_are_usable(group_size):
             parameter.data.fill_(-1e-3)
         else:
             parameter.data.random_()
+    as_loaded = weakref.ref(model.block.down_proj.w4a8.qweight)
     layer = finish(model).block.down_proj.w4a8
     assert layer.apply(torch.ones(1, 512).bfloat16(), add_bias=False).isfinite().all()
+    gc.collect()
+    assert as_loaded() is None, "the stored weight stays in memory beside the one in use"
 
 
 def test_ignored_layers_keep_their_weight_and_half_ignored_ones_are_refused():

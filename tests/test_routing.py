@@ -95,6 +95,19 @@ def test_unmatched_names_the_dead_rules():
         ({"prefill": "w8a8", "decode": "w8a8", "layers": [{"match": "*"}]}, "neither"),
         ({"prefill": "w8a8", "decode": "w8a8", "layers": [{"match": "*", "decode": "w9"}]}, "'w9'"),
         ("w8a8", "routing"),
+        *(
+            ({"prefill": "w8a8", "decode": "w8a8", "load": load}, message)
+            for load, message in (
+                ({"enter": 8, "leave": 2}, "routing.load: .*neither"),
+                ({"enter": 8, "leave": 8, "decode": "w4a8"}, "'leave' is 8, .*'enter', 8"),
+                ({"enter": 8, "leave": -1, "decode": "w4a8"}, "routing.load.leave"),
+                ({"enter": 0, "leave": 0, "decode": "w4a8"}, "routing.load.enter"),
+                ({"enter": 8, "decode": "w4a8"}, "routing.load.leave"),
+                ({"enter": 8, "leave": 2, "prefill": "w9"}, "routing.load.prefill .*'w9'"),
+                ({"enter": 8, "leave": 2, "decode": "w9"}, "routing.load.decode .*'w9'"),
+                ({"enter": 8, "leave": 2, "decode": []}, "empty"),
+            )
+        ),
     ],
 )
 def test_bad_tables_are_refused_with_the_reason(table, message):
@@ -102,9 +115,63 @@ def test_bad_tables_are_refused_with_the_reason(table, message):
         Routing.parse(table, SETS)
 
 
-def test_json_round_trip():
-    routing = Routing.parse(TABLE, SETS)
+LOAD = {"enter": 8, "leave": 2, "decode": [{"max_batch": 4, "set": "w4a8"}, {"set": "w4a16"}]}
+
+
+@pytest.mark.parametrize("more", [{}, {"load": LOAD}, {"load": LOAD | {"prefill": "w4a8"}}])
+def test_json_round_trip(more):
+    routing = Routing.parse(TABLE | more, SETS)
     assert Routing.parse(routing.to_json(), SETS) == routing
+    assert ("load" in routing.to_json()) == bool(more)
+
+
+def busy_step(phase: Phase, batch: int) -> Step:
+    return Step(phase, batch, is_busy=True)
+
+
+def test_load_replaces_the_phases_that_it_names_while_busy():
+    route = Routing.parse(TABLE | {"load": LOAD}, SETS).route(["x"])
+    assert [route.choose(decode(batch)) for batch in (4, 5, 65)] == ["w4a16", "w4a16", "w8a8"]
+    busy = [route.choose(busy_step(Phase.DECODE, batch)) for batch in (4, 5, 65)]
+    assert busy == ["w4a8", "w4a16", "w4a16"]
+    assert route.choose(busy_step(Phase.PREFILL, 1)) == "w8a8", "load does not name prefill"
+    both = Routing.parse(TABLE | {"load": LOAD | {"prefill": "w4a8"}}, SETS).route(["x"])
+    assert both.choose(busy_step(Phase.PREFILL, 1)) == "w4a8"
+
+
+def test_a_layer_rule_stands_above_load_for_the_phase_that_it_names():
+    table = TABLE | {"load": LOAD | {"prefill": "w4a16"}}
+    early = Routing.parse(table, SETS).route(["model.layers.1.x"])
+    assert early.choose(busy_step(Phase.DECODE, 1)) == "w8a8"
+    assert early.choose(busy_step(Phase.PREFILL, 1)) == "w4a16"
+
+
+def test_without_load_the_state_means_nothing():
+    route = Routing.parse(TABLE, SETS).route(["x"])
+    assert route.choose(busy_step(Phase.DECODE, 1)) == route.choose(decode(1)) == "w4a16"
+
+
+def test_sets_that_only_load_names_are_reachable_and_named():
+    table = {"prefill": "w8a8", "decode": "w8a8", "load": LOAD}
+    routing = Routing.parse(table, SETS)
+    assert routing.route(["x"]).reachable() == routing.sets() == {"w8a8", "w4a8", "w4a16"}
+    assert routing.route(["x"]).reachable(4) == {"w8a8", "w4a8"}
+
+
+def test_the_table_of_one_state_says_the_same_without_load():
+    routing = Routing.parse(TABLE | {"load": LOAD}, SETS)
+    route = routing.route(["x"])
+    for is_busy in (False, True):
+        alone = routing.in_state(is_busy)
+        assert alone.load is None and alone.layers == routing.layers
+        for step in (Step(phase, batch, is_busy) for phase in Phase for batch in (1, 4, 5, 99)):
+            assert alone.route(["x"]).choose(step) == route.choose(step)
+
+
+def test_renaming_and_forcing_know_load():
+    routing = Routing.parse(TABLE | {"load": LOAD}, SETS)
+    assert routing.rename(str.upper).load == routing.load
+    assert Routing.forced("w8a8").load is None
 
 
 def test_command_line_form():
@@ -133,6 +200,23 @@ def test_every_batch_has_the_answer_of_a_linear_search_and_it_is_reachable(
     if batch <= max_batch:
         assert by_search in route.reachable(max_batch)
     assert route.reachable() == {"p", *names}
+
+
+@given(
+    calm=st.lists(st.integers(1, 60), unique=True, max_size=4).map(sorted),
+    busy=st.lists(st.integers(1, 60), unique=True, max_size=4).map(sorted),
+    max_batch=st.integers(1, 70),
+)
+def test_pairs_are_those_of_every_step(calm, busy, max_batch):
+    def route(name, bounds, busy=None):
+        names = tuple(f"{name}{i}" for i in range(len(bounds) + 1))
+        return LayerRoute(name, tuple(bounds), names, busy)
+
+    both = route("c", calm, busy=route("b", busy))
+    steps = [Step(phase, batch) for phase in Phase for batch in range(1, max_batch + 1)]
+    assert both.pairs(max_batch) == {(step.phase, *both.pair(step)) for step in steps}
+    alone = route("c", calm)
+    assert all(one == other for _, one, other in alone.pairs(max_batch))
 
 
 def test_sets_of_batches_that_cannot_occur_are_not_reachable():

@@ -371,6 +371,20 @@ def test_layer_rules_go_when_asked(checkpoint, run):
     assert "layers" not in config_of(checkpoint)["quantization_config"]["routing"]
 
 
+def test_a_load_is_kept_and_its_sets_count_as_reached(checkpoint, run):
+    arguments = (checkpoint, "--max-batch", 8, "--drop-layer-rules", "--prefer", "speed")
+    _, out, _ = run(MadeUp(), *arguments)
+    assert "not reached, so not loaded when serving: w4a16" in out and "'load'" not in out
+    config = config_of(checkpoint)
+    load = {"enter": 8, "leave": 2, "prefill": "w4a16"}
+    config["quantization_config"]["routing"]["load"] = load
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    code, out, _ = run(MadeUp(), *arguments)
+    assert code == 0 and "'load' of the old routing stays in force" in out
+    assert config_of(checkpoint)["quantization_config"]["routing"]["load"] == load
+    assert "not reached" not in out
+
+
 def test_the_second_run_remembers_the_device(checkpoint, run):
     first = run(MadeUp(), checkpoint)[1]
     written = content(checkpoint)

@@ -13,7 +13,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-UNITS = ("test_loading.py", "test_step.py", "test_key_mapping.py", "test_kv_cache.py")
+UNITS = (
+    "test_loading.py",
+    "test_step.py",
+    "test_load.py",
+    "test_key_mapping.py",
+    "test_kv_cache.py",
+)
 
 
 @pytest.fixture(scope="module")

@@ -93,6 +93,7 @@ def w4a8_gemm(
     out_dtype: torch.dtype,
     workspace: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    use_residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y = dequant(x) @ dequant(weight).T + bias, [M, N] in `out_dtype`, bfloat16 or float16.
 
@@ -110,8 +111,12 @@ def w4a8_gemm(
     workspace      int32 [...]             of `workspace`, for CUDA
     residual       uint8 [N, K / 2]        of a nested set, beside a stored weight with groups, or
                    uint8 [ceil(N / 64), K / 128, 4096]  w4a8_layout.pack of it, beside a packed one
+    use_residual   int32 [1]               beside a residual: 0 multiplies with the weight alone,
+                                           anything else, and None, with both
 
-    CUDA takes the packed weight alone, N a multiple of 8 and K of 128.
+    CUDA takes the packed weight alone, N a multiple of 8 and K of 128. It may start before the kernel
+    ahead of it in the stream has ended, and reads `use_residual` at once: what writes it needs a
+    kernel between.
     """
     if x.ndim != 2 or channel_scale.ndim != 1:
         raise ValueError(
@@ -129,6 +134,11 @@ def w4a8_gemm(
         _expect("channel_zero", channel_zero, torch.float32, n)
     if bias is not None:
         _expect("bias", bias, bias.dtype, n)
+    if use_residual is not None:
+        if residual is None:
+            raise ValueError("w4a8_gemm: use_residual is given, but no residual")
+        _expect("use_residual", use_residual, torch.int32, 1)
+        residual = residual if int(use_residual) else None
     unpacked = _unpacked(weight, channel_zero, group_scale, group_offset, residual, n, k)
     accumulator = reference.int_matmul(x, unpacked)
     return reference.epilogue(
@@ -237,6 +247,7 @@ def _w4a8_gemm_fake(
     out_dtype: torch.dtype,
     workspace: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    use_residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return x.new_empty((x.shape[0], channel_scale.shape[0]), dtype=out_dtype)
 
@@ -262,7 +273,8 @@ _OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
     "w4a8_gemm": (
         "(Tensor x, Tensor x_scale, Tensor x_row_sum, Tensor weight, Tensor channel_scale, "
         "Tensor? channel_zero, Tensor? group_scale, Tensor? group_offset, Tensor? bias, "
-        "ScalarType out_dtype, Tensor? workspace=None, Tensor? residual=None) -> Tensor",
+        "ScalarType out_dtype, Tensor? workspace=None, Tensor? residual=None, "
+        "Tensor? use_residual=None) -> Tensor",
         w4a8_gemm,
         _w4a8_gemm_fake,
     ),

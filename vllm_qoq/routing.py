@@ -16,6 +16,16 @@ The `routing` object of a checkpoint (`vllm_qoq.format`) or of
 batch wins, and the last row has none, so that every batch has an answer.
 `layers` overrides either phase for the layers whose name matches a glob; the
 first rule that matches a layer wins.
+
+With a `load`, off when absent, other sets serve a busy engine:
+
+    "load": {"enter": 8, "leave": 2, "decode": "w4a8", "prefill": "w4a8"}
+
+It is *busy* from the moment that `enter` requests wait in the scheduler's queue
+until no more than `leave` wait, else *calm*. While it is busy, `prefill` and
+`decode` of `load`, either or both, stand in the place of the table's. A layer
+rule stands above both: its layers stay in what it says for the phase that it
+names, however long the queue is.
 """
 
 from __future__ import annotations
@@ -24,11 +34,19 @@ import enum
 import itertools
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    model_validator,
+)
 
 from vllm_qoq.errors import UserError
 
@@ -49,11 +67,14 @@ class Step:
     """What routing knows of one forward pass.
 
     `batch` is the number of requests in a decode step, padded to the size of
-    the CUDA graph that replays it. It means nothing in a prefill step.
+    the CUDA graph that replays it. It means nothing in a prefill step. `is_busy`
+    is the state of a routing with a `load`: None where it is known on the device
+    alone, because a CUDA graph captures the step.
     """
 
     phase: Phase
     batch: int
+    is_busy: bool | None = False
 
 
 class _Table(BaseModel):
@@ -90,28 +111,66 @@ class LayerRule(_Table):
         return self
 
 
+class Load(_Table):
+    """What serves a busy engine; `enter` and `leave` are numbers of waiting requests."""
+
+    enter: PositiveInt
+    leave: NonNegativeInt
+    prefill: str | None = None
+    decode: DecodeTable | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Load:
+        if self.leave >= self.enter:
+            raise ValueError(
+                f"'leave' is {self.leave}, but has to be less than 'enter', {self.enter}"
+            )
+        if self.prefill is None and self.decode is None:
+            raise ValueError("it sets neither 'prefill' nor 'decode'")
+        if self.decode is not None:
+            _check_order(self.decode)
+        return self
+
+
 @dataclass(frozen=True, slots=True)
 class LayerRoute:
     """The routing of one layer, ready for the hot path.
 
     `bounds[i]` is the largest batch of `decode[i]`; the last decode entry has
-    no bound, so `len(decode) == len(bounds) + 1`.
+    no bound, so `len(decode) == len(bounds) + 1`. `busy` is the route of a busy
+    engine, None without a `load`.
     """
 
     prefill: str
     bounds: tuple[int, ...]
     decode: tuple[str, ...]
+    busy: LayerRoute | None = None
 
     def choose(self, step: Step) -> str:
-        """The set that this layer uses in `step`."""
+        """The set that this layer uses in `step`, whose `is_busy` is known."""
+        route = self.busy if step.is_busy and self.busy is not None else self
         if step.phase is Phase.PREFILL:
-            return self.prefill
-        return self.decode[bisect_left(self.bounds, step.batch)]
+            return route.prefill
+        return route.decode[bisect_left(route.bounds, step.batch)]
+
+    def pair(self, step: Step) -> tuple[str, str]:
+        """The sets that this layer uses in `step` if the engine is calm, and if it is busy."""
+        calm, busy = (replace(step, is_busy=is_busy) for is_busy in (False, True))
+        return self.choose(calm), self.choose(busy)
+
+    def pairs(self, max_batch: int) -> frozenset[tuple[Phase, str, str]]:
+        """Phase, calm and busy set of every step with at most `max_batch` requests."""
+        bounds = self.bounds + (self.busy.bounds if self.busy is not None else ())
+        # The sets are the same from one bound to the next.
+        batches = {max_batch, *(min(bound, max_batch) for bound in bounds)}
+        steps = (Step(phase, batch) for phase in Phase for batch in batches)
+        return frozenset((step.phase, *self.pair(step)) for step in steps)
 
     def reachable(self, max_batch: int | None = None) -> frozenset[str]:
         """The sets that some step with at most `max_batch` requests can choose."""
         rows = len(self.decode) if max_batch is None else bisect_left(self.bounds, max_batch) + 1
-        return frozenset((self.prefill, *self.decode[:rows]))
+        calm = frozenset((self.prefill, *self.decode[:rows]))
+        return calm if self.busy is None else calm | self.busy.reachable(max_batch)
 
 
 class Routing(_Table):
@@ -120,6 +179,7 @@ class Routing(_Table):
     prefill: str
     decode: DecodeTable
     layers: tuple[LayerRule, ...] = ()
+    load: Load | None = None
 
     @model_validator(mode="after")
     def _total(self) -> Routing:
@@ -168,7 +228,21 @@ class Routing(_Table):
             prefill = rule.prefill or prefill
             decode = rule.decode or decode
         bounds = tuple(row.max_batch for row in decode if row.max_batch is not None)
-        return LayerRoute(prefill, bounds, tuple(row.set_name for row in decode))
+        busy = self.in_state(True).route(names, fused_name) if self.load is not None else None
+        return LayerRoute(prefill, bounds, tuple(row.set_name for row in decode), busy)
+
+    def in_state(self, is_busy: bool) -> Routing:
+        """The table of a calm or of a busy engine, without a `load`."""
+        given = self.load if is_busy else None
+        state: dict[str, Any] = {"load": None}
+        if given is not None:
+            state["prefill"] = given.prefill or self.prefill
+            state["decode"] = given.decode or self.decode
+        return self.model_copy(update=state)
+
+    def sets(self) -> frozenset[str]:
+        """Every set that the table names."""
+        return frozenset(name for _, name in self._mentions())
 
     def unmatched(self, names: Iterable[str]) -> list[str]:
         """The globs of the layer rules that match none of `names`."""
@@ -210,6 +284,10 @@ class Routing(_Table):
             if rule.prefill is not None:
                 yield where, rule.prefill
             yield from ((where, row.set_name) for row in rule.decode or ())
+        if self.load is not None:
+            if self.load.prefill is not None:
+                yield "routing.load.prefill", self.load.prefill
+            yield from (("routing.load.decode", row.set_name) for row in self.load.decode or ())
 
 
 def parse_decode(text: str) -> tuple[DecodeRow, ...]:

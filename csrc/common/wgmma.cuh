@@ -27,11 +27,17 @@ __device__ inline void keep_in_registers(T (&r)[kCount]) {
 }
 
 // Descriptor of a K-major operand in shared memory whose rows are 128 bytes in the copy
-// engine's 128-byte swizzle: 8 rows are 1024 bytes, `address` is a multiple of 1024. The k
-// position moves in steps of 32 bytes by adding 2.
+// engine's 128-byte swizzle: 8 rows are 1024 bytes, `address` is a multiple of 1024.
 __device__ inline uint64_t descriptor_k_major_128b(uint32_t address) {
   return (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 16) |
          ((address & 0x3FFFF) >> 4);
+}
+
+// The descriptor of what lies `bytes` further, a multiple of 16: the next stage or, in steps of 32
+// bytes, k position. Only its low word changes, which is one instruction.
+__device__ inline uint64_t move_descriptor(uint64_t descriptor, uint32_t bytes) {
+  const uint32_t low = static_cast<uint32_t>(descriptor) + bytes / 16;
+  return (descriptor >> 32 << 32) | low;
 }
 
 // d[64, kN] += a[64, 32] b[kN, 32]^T, a unsigned in registers, b signed in shared memory.

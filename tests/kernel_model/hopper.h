@@ -581,6 +581,9 @@ inline uint64_t descriptor_k_major_128b(uint32_t address) {
   check(address % 1024 == 0, "an operand that is not aligned to its swizzle");
   return (address & 0x3FFFF) >> 4;
 }
+inline uint64_t move_descriptor(uint64_t descriptor, uint32_t bytes) {
+  return descriptor + bytes / 16;
+}
 template <int kN>
 struct WgmmaU8S8 {
   static void issue(int32_t (&d)[kN / 2], const uint32_t* a, uint64_t b) {

@@ -8,7 +8,8 @@ weight_set.py  one set's weights of one linear layer, and the proof that they we
 flex_op.py     `qoq::flex_linear`, the op in which the set is chosen
 step.py        prefill or decode: reading vLLM's forward context
 counters.py    steps by phase and set, in memory shared with the front end
-metrics.py     the counters in vLLM's log and Prometheus endpoint
+load.py        calm or busy, in memory shared with the front end
+metrics.py     both in vLLM's log and Prometheus endpoint
 models.py      FlexQuant* model classes for architectures with a loader of their own
 compat.py      every branch on a vLLM version
 perplexity.py  `vllm-qoq perplexity`

@@ -11,6 +11,7 @@ tests/test_vllm_sources.py imports this package against the oldest and the newes
 * `InductorPass`, `enable_fake_mode`: a pass of ours over vLLM's compiled graphs, which runs under
   the platform's `pass_key` of `inductor_compile_config` (vllm.compilation.passes).
 * `fused_add_rms_norm`: how such a graph spells the norm (vllm.ir).
+* `api_process_count`: how many front ends share the engines (vllm.config.ParallelConfig).
 * `device_view`: host memory as the GPU sees it (vllm.utils.torch_utils).
 * `backends_size_pages`, `set_kv_cache_spec`, `kv_cache_layouts`: who says how large the pages of
   the KV cache are. Before 0.32 it is the attention layer (`Attention.get_kv_cache_spec`), and each
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from vllm import ir
 from vllm.compilation.passes.inductor_pass import InductorPass, enable_fake_mode
+from vllm.config import ParallelConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import WEIGHT_LOADER_V2_SUPPORTED, LinearMethodBase
 from vllm.utils.torch_utils import (
@@ -40,6 +42,7 @@ from vllm.v1.attention.backend import AttentionBackend
 __all__ = [
     "InductorPass",
     "LayerNameType",
+    "api_process_count",
     "backends_size_pages",
     "device_view",
     "enable_fake_mode",
@@ -59,6 +62,11 @@ _REGISTER_PORTABLE_AND_MAPPED = 3  # cudaHostRegisterPortable | cudaHostRegister
 def has_loader_v2(method: LinearMethodBase) -> bool:
     """Whether the parameters of `method` expect the layer's `weight_loader_v2`."""
     return type(method).__name__ in WEIGHT_LOADER_V2_SUPPORTED
+
+
+def api_process_count(parallel_config: ParallelConfig) -> int:
+    """The number of API processes of the server, 1 where there is no server."""
+    return int(parallel_config._api_process_count)
 
 
 def device_view(host: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,7 @@ from vllm_qoq.format import (
     Section,
     split_name,
 )
+from vllm_qoq.integration import load
 from vllm_qoq.integration.counters import new_counter_name
 from vllm_qoq.integration.fusion import install as install_fusion
 from vllm_qoq.integration.int8_head import Int8HeadMethod
@@ -34,6 +36,7 @@ from vllm_qoq.integration.linear import FlexLinearMethod, SetMethod
 from vllm_qoq.integration.policy import Policy
 from vllm_qoq.integration.qoq_linear import QoQLinearConfig, fused_parts
 from vllm_qoq.integration.qoq_residual import QoQResidualConfig, QoQResidualMethod
+from vllm_qoq.routing import Phase, RoutingError
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -64,11 +67,16 @@ class QoQConfig(QuantizationConfig):
             if isinstance(config, QoQResidualConfig):
                 config.attach(self.set_configs[config.residual_set.base])
         self.counter_stem = new_counter_name()
+        self._has_load_writer = False
         self._policy: Policy | None = None
         self._kv_cache: QuantizedKVCache | None = None
         self._mapper: WeightsMapper | None = None
         self._used: set[str] = set()
         self._unreachable: list[tuple[str, str]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What the front end sends to its engines, along with whether it will tell their load."""
+        return vars(self) | {"_has_load_writer": self._has_load_writer or load.is_writer_here()}
 
     @classmethod
     def get_name(cls) -> str:
@@ -173,7 +181,13 @@ class QoQConfig(QuantizationConfig):
                     "the model before quantizing, or start without --enable-lora"
                 )
             install_fusion(vllm_config.compilation_config)
-            self._policy = Policy(self.section, vllm_config, self.counter_stem, self._map_name)
+            self._policy = Policy(
+                self.section,
+                vllm_config,
+                self.counter_stem,
+                self._map_name,
+                self._has_load_writer or load.is_writer_here(),
+            )
         return self._policy
 
     def _routed(
@@ -181,6 +195,8 @@ class QoQConfig(QuantizationConfig):
     ) -> FlexLinearMethod:
         policy, parts = self.policy(), self._parts(prefix)
         route = policy.route(prefix, parts)
+        if policy.has_graphs():
+            _check_nested(prefix, policy.pairs(route), methods)
         reachable = policy.reachable(route)
         # The base's weights are a part of a nested set's.
         reachable |= {base for name in reachable if (base := methods[name].base) is not None}
@@ -252,6 +268,20 @@ class QoQConfig(QuantizationConfig):
         """Module names read from the checkpoint, without the other sets' and without prefix."""
         split = (split_name(module, self.set_names) for module in modules)
         return [module for owner, module in split if owner in (None, name)]
+
+
+def _check_nested(
+    prefix: str, pairs: Iterable[tuple[Phase, str, str]], methods: dict[str, SetMethod]
+) -> None:
+    """RoutingError unless the sets of every pair are one GEMM, which a graph leaves to a flag."""
+    for phase, calm, busy in pairs:
+        if methods[calm].base != busy and methods[busy].base != calm:
+            raise RoutingError(
+                f"routing.load: in {phase.name.lower()} steps {prefix} goes from {calm!r} to "
+                f"{busy!r} when the engine is busy, and CUDA graphs follow only from one set of a "
+                "nested pair to the other (quantize --nested, merge --nest); use nested sets, or "
+                "--enforce-eager"
+            )
 
 
 def _config_class(quant_method: str) -> type[QuantizationConfig]:

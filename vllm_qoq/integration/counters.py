@@ -57,9 +57,9 @@ class StepCounters:
             for column, name in enumerate(sets)
         }
 
-    def add(self, phase: Phase, set_name: str) -> None:
-        """Count one step, in the order of the current stream."""
-        self._cells[phase, set_name].add_(1)
+    def add(self, phase: Phase, set_name: str, steps: int | torch.Tensor = 1) -> None:
+        """Count `steps` (an integer, or one on the device) in the order of the current stream."""
+        self._cells[phase, set_name].add_(steps)
 
 
 class CounterReader:

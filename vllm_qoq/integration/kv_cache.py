@@ -139,8 +139,10 @@ def check_without_sets(kv_cache: KVCache | None, vllm_config: VllmConfig) -> Non
             "this model has no quantized weights, so quantization 'qoq' can only quantize its KV "
             'cache: --additional-config \'{"qoq": {"kv_bits": 4}}\', or leave out --quantization'
         )
-    for key in ("force_set", "routing", "trace"):
-        if getattr(options, key) is not None:
+    for key in ("force_set", "routing", "force_load", "trace"):
+        value = getattr(options, key)
+        # Without sets it is always calm.
+        if value is not None and (key, value) != ("force_load", "calm"):
             raise UserError(
                 f"--additional-config: {NAMESPACE}.{key}: this model has no sets to choose from"
             )

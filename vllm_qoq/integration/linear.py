@@ -16,7 +16,7 @@ from vllm.model_executor.layers.linear import (
     register_weight_loader_v2_supported_method,
 )
 
-from vllm_qoq.format import FormatError
+from vllm_qoq.format import INPUT_RATIO, FormatError
 from vllm_qoq.integration import flex_op  # noqa: F401  (defines torch.ops.qoq.flex_linear)
 from vllm_qoq.integration.compat import encode_layer_name
 from vllm_qoq.integration.policy import Policy
@@ -24,7 +24,7 @@ from vllm_qoq.integration.qoq_linear import QoQLinearMethod, QuantizedTokens
 from vllm_qoq.integration.qoq_residual import QoQResidualMethod
 from vllm_qoq.integration.step import current_step
 from vllm_qoq.integration.weight_set import UNTRACKED_LOADERS, WeightSet
-from vllm_qoq.routing import LayerRoute
+from vllm_qoq.routing import LayerRoute, Step
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,7 @@ class FlexLinearMethod(LinearMethodBase):
         # A residual is checked with its base's weights as they were loaded.
         for name in sorted(self.sets, key=lambda name: self.sets[name].base is None):
             self._weights[name].finish()
+        self._check_pairs()
         for weights in self._weights.values():
             self._warm_up(weights)
         with_ratio = (w.set_name for w in self._weights.values() if w.input_ratio is not None)
@@ -149,9 +150,10 @@ class FlexLinearMethod(LinearMethodBase):
     ) -> torch.Tensor:
         """Compute with the set that this step uses; called by the op."""
         step = current_step(context, x.shape[0], self.policy)
-        name = self.route.choose(step)
+        name, use_residual = self._choose(step)
         index = self._index_of_scaled.get(name)
-        return self._weights[name].apply(x if index is None else scaled[index], add_bias)
+        x = x if index is None else scaled[index]
+        return self._weights[name].apply(x, add_bias, use_residual)
 
     def run_int8(
         self,
@@ -162,8 +164,8 @@ class FlexLinearMethod(LinearMethodBase):
     ) -> torch.Tensor:
         """`run` for inputs that are quantized already."""
         step = current_step(context, quantized[0].shape[0], self.policy)
-        weights = self._weights[self.route.choose(step)]
-        return weights.apply_int8(quantized, out_dtype, add_bias)
+        name, use_residual = self._choose(step)
+        return self._weights[name].apply_int8(quantized, out_dtype, add_bias, use_residual)
 
     def weights(self, set_name: str) -> WeightSet:
         """The loaded weights of one set."""
@@ -172,6 +174,32 @@ class FlexLinearMethod(LinearMethodBase):
     def follow_policy(self) -> None:
         """Take the route anew after `Policy.use`; steps that run eagerly follow it."""
         self.route = self.policy.routing.route(self.parts, fused_name=self.prefix)
+
+    def _choose(self, step: Step) -> tuple[str, torch.Tensor | None]:
+        """The set of `step`, or a nested set and the flag on the device that says if it, or its
+        base alone, is meant."""
+        if step.is_busy is not None:
+            return self.route.choose(step), None
+        calm, busy = self.route.pair(step)
+        if calm == busy:
+            return calm, None
+        load = self.policy.load
+        assert load is not None
+        return (calm, load.is_calm) if self.sets[calm].base == busy else (busy, load.is_busy)
+
+    def _check_pairs(self) -> None:
+        """Refuse nested sets that differ in more than the residual where a flag chooses."""
+        for _, calm, busy in self.policy.pairs(self.route) if self.policy.has_graphs() else ():
+            for name in ("bias", INPUT_RATIO):
+                one, other = (getattr(self._weights[set_name], name) for set_name in (calm, busy))
+                if (one is None) != (other is None) or (
+                    one is not None and not torch.equal(one, other)
+                ):
+                    raise FormatError(
+                        f"{self.prefix}: the sets {calm!r} and {busy!r} have a different {name}, "
+                        "so CUDA graphs cannot follow routing.load from one to the other; serve "
+                        "with --enforce-eager, or without 'load'"
+                    )
 
     @contextmanager
     def _named(self, set_name: str, size: int, size_per_rank: int) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""The step counters in vLLM's log and Prometheus endpoint.
+"""The step counters in vLLM's log and Prometheus endpoint, and the load.
 
 vLLM makes one `RoutingStatLogger` per engine in the front end of a server
 (entry point `vllm.stat_logger_plugins`). It shows
@@ -6,15 +6,20 @@ vLLM makes one `RoutingStatLogger` per engine in the front end of a server
     vllm:qoq_steps_total{model_name, engine, phase="prefill|decode", set}
 
 and logs what ran since the last report. The counters are read when somebody
-asks, never at a step.
+asks, never at a step. For a routing with a `load` it sees at every step how
+many requests wait, tells the engine when that makes it busy or calm, and shows
+
+    vllm:qoq_busy{model_name, engine}                 1 while the engine is busy
+    vllm:qoq_load_switches_total{model_name, engine}
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from prometheus_client import REGISTRY
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -22,10 +27,17 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from vllm_qoq.integration.config import QoQConfig
 from vllm_qoq.integration.counters import CounterReader, counter_file
+from vllm_qoq.integration.load import LoadWriter, announce_writer, load_file
+from vllm_qoq.integration.options import Options
+from vllm_qoq.integration.policy import routing_in_force
 
 logger = init_logger("vllm." + __name__)
 
 Counts = dict[tuple[str, str], int]
+
+# A server's front end loads the entry point, that is this module, before it starts its engines,
+# and only then makes the loggers. LLM() never loads it.
+announce_writer()
 
 
 class RoutingStatLogger(StatLoggerBase):
@@ -34,19 +46,31 @@ class RoutingStatLogger(StatLoggerBase):
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
         config = vllm_config.quant_config
         self._reader: CounterReader | None = None
+        self.load: LoadWriter | None = None
         if not isinstance(config, QoQConfig):
             return
         self._reader = CounterReader(
             counter_file(config.counter_stem, engine_index), config.set_names
         )
         self._engine = str(engine_index)
+        if config.section is not None:
+            routing = routing_in_force(config.section, Options.of(vllm_config))
+            if routing.load is not None:
+                path = load_file(config.counter_stem, engine_index)
+                self.load = LoadWriter(path, routing.load, self._engine)
         self._model = vllm_config.model_config.served_model_name
         self._at_start: Counts = {}
         self._at_last_log: Counts = {}
         _collector.add(self._model, self._engine, self)
 
-    def record(self, *args: object, **kwargs: object) -> None:
-        """Nothing: the engine's own statistics do not know the sets."""
+    def record(self, scheduler_stats: Any, *args: object, **kwargs: object) -> None:
+        """Follow the queue after a step; None where the step has no statistics.
+
+        Requests that vLLM defers wait for something else than room in a step, a grammar or a
+        cache that is on its way, and are counted apart.
+        """
+        if self.load is not None and scheduler_stats is not None:
+            self.load.update(scheduler_stats.num_waiting_reqs)
 
     def log_engine_initialized(self) -> None:
         """Leave out the steps that vLLM ran to capture CUDA graphs."""
@@ -83,7 +107,7 @@ class _RoutingCollector(Collector):
             REGISTRY.register(self)
         self._loggers[model, engine] = stat_logger
 
-    def collect(self) -> Iterator[CounterMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         steps = CounterMetricFamily(
             "vllm:qoq_steps",
             "Engine steps by phase (prefill: any request reads its prompt) and weight set.",
@@ -93,6 +117,21 @@ class _RoutingCollector(Collector):
             for (phase, name), count in stat_logger.counts().items():
                 steps.add_metric([model, engine, phase, name], count)
         yield steps
+        busy = GaugeMetricFamily(
+            "vllm:qoq_busy",
+            "Whether the queue is so long that the sets of routing.load are used.",
+            labels=["model_name", "engine"],
+        )
+        switches = CounterMetricFamily(
+            "vllm:qoq_load_switches",
+            "How often an engine became busy or calm.",
+            labels=["model_name", "engine"],
+        )
+        for key, stat_logger in self._loggers.items():
+            if stat_logger.load is not None:
+                busy.add_metric(key, stat_logger.load.is_busy)
+                switches.add_metric(key, stat_logger.load.switches)
+        yield from (family for family in (busy, switches) if family.samples)
 
 
 _collector = _RoutingCollector()

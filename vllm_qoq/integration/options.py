@@ -2,17 +2,20 @@
 
     --additional-config '{"qoq": {"force_set": "w8a8"}}'
     --additional-config '{"qoq": {"routing": {"prefill": "w8a8", "decode": "w4a16"}}}'
+    --additional-config '{"qoq": {"force_load": "calm"}}'
     --additional-config '{"qoq": {"trace": "/tmp/routing.jsonl"}}'
     --additional-config '{"qoq": {"kv_bits": 4}}'
 
-`force_set` uses one set for everything, `routing` replaces the checkpoint's table, `trace` writes
-every decision as a line of JSON. `kv_bits` stores the keys and values of every layer in that many
-bits; 16 is vLLM's own cache.
+`force_set` uses one set for everything, `routing` replaces the checkpoint's table, `force_load`
+keeps a table with a `load` in one state, "calm" or "busy", however long the queue is. `trace`
+writes every decision as a line of JSON; with CUDA graphs those of a `load` are made on the device,
+so `busy` is null there and `set_if_busy` the other set. `kv_bits` stores the keys and values of
+every layer in that many bits; 16 is vLLM's own cache.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from vllm.config import VllmConfig
@@ -30,6 +33,7 @@ class Options(BaseModel):
 
     force_set: str | None = None
     routing: dict[str, Any] | None = None
+    force_load: Literal["calm", "busy"] | None = None
     trace: str | None = None
     kv_bits: Bits | None = None
 
@@ -43,6 +47,7 @@ class Options(BaseModel):
             options = cls.model_validate(given)
         except ValidationError as error:
             raise RoutingError(one_line(error, where)) from None
-        if options.force_set is not None and options.routing is not None:
-            raise RoutingError(f"{where}: give either 'force_set' or 'routing', not both")
+        for other in ("routing", "force_load"):
+            if options.force_set is not None and getattr(options, other) is not None:
+                raise RoutingError(f"{where}: give either 'force_set' or {other!r}, not both")
         return options

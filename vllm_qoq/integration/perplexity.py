@@ -5,7 +5,8 @@ consecutive windows of `seqlen` tokens; the rest is dropped. Every token of a
 window but the first is scored given the tokens before it in the window.
 Perplexity is exp of the mean negative log-likelihood over all scored tokens,
 so it is per token of the model's own tokenizer. A window is one prompt: it runs
-in the prefill set unless a set is forced.
+in the prefill set unless a set is forced, in that of a calm engine where the
+routing has a `load`.
 
 With a quantized KV cache, a window that fits in one step reads its own tokens unquantized, so the
 result says nothing of the cache (vllm_qoq.reference_attention). `--chunk N` runs one window at a
@@ -35,7 +36,9 @@ from vllm_qoq.integration.options import NAMESPACE
 def run(args: argparse.Namespace, out: TextIO) -> int:
     """Handler of the command: writes one line, or one JSON document with --json, to `out`."""
     tokens_per_window = args.seqlen
-    options = {"force_set": args.force_set, "kv_bits": args.kv_bits}
+    options = {"kv_bits": args.kv_bits, "force_set": args.force_set}
+    if args.force_set is None:
+        options["force_load"] = "calm"
     options = {key: value for key, value in options.items() if value is not None}
     engine: dict[str, Any] = {}
     if args.chunk is not None:
@@ -45,7 +48,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     llm = LLM(
         str(args.checkpoint),
         max_model_len=tokens_per_window + 1,
-        additional_config={NAMESPACE: options} if options else {},
+        additional_config={NAMESPACE: options},
         enable_prefix_caching=False,
         enforce_eager=args.enforce_eager,
         dtype=args.dtype,

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 
 import torch
-from vllm.config import CompilationConfig, VllmConfig
+from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig
 from vllm.distributed import (
     get_pp_group,
     get_tensor_model_parallel_rank,
@@ -16,8 +16,9 @@ from vllm.logger import init_logger
 
 from vllm_qoq.format import Section
 from vllm_qoq.integration.counters import StepCounters, counter_file
+from vllm_qoq.integration.load import LoadReader, check_engine, load_file
 from vllm_qoq.integration.options import NAMESPACE, Options
-from vllm_qoq.routing import LayerRoute, Routing, RoutingError, Step
+from vllm_qoq.routing import LayerRoute, Phase, Routing, RoutingError, Step
 
 logger = init_logger("vllm." + __name__)  # under vLLM's logger, so that its settings apply
 
@@ -32,9 +33,18 @@ def routing_in_force(section: Section, options: Options) -> Routing:
                 f"checkpoint has {', '.join(sets)}"
             )
         return Routing.forced(options.force_set)
+    routing = section.routing
     if options.routing is not None:
-        return Routing.parse(options.routing, sets)
-    return section.routing
+        routing = Routing.parse(options.routing, sets)
+    if options.force_load is None:
+        return routing
+    is_busy = options.force_load == "busy"
+    if is_busy and routing.load is None:
+        raise RoutingError(
+            f"--additional-config: {NAMESPACE}.force_load is 'busy', but the routing has no "
+            "'load'; leave it out"
+        )
+    return routing.in_state(is_busy)
 
 
 class Policy:
@@ -46,6 +56,7 @@ class Policy:
         vllm_config: VllmConfig,
         counter_stem: str,
         map_name: Callable[[str], str],
+        has_load_writer: bool,
     ) -> None:
         options = Options.of(vllm_config)
         self._map_name = map_name
@@ -58,14 +69,16 @@ class Policy:
         self._layers: list[str] = []
         self._is_pipeline = vllm_config.parallel_config.pipeline_parallel_size > 1
         self._trace_file = options.trace if _is_first_rank() else None
+        rank = vllm_config.parallel_config.data_parallel_rank
+        device = torch.device(vllm_config.device_config.device_type)
+        self.load: LoadReader | None = None
+        if self.routing.load is not None:
+            check_engine(vllm_config, has_load_writer)
+            self.load = LoadReader(load_file(counter_stem, rank), device)
         self._counters: StepCounters | None = None
         if _is_first_rank():
-            rank = vllm_config.parallel_config.data_parallel_rank
-            self._counters = StepCounters(
-                counter_file(counter_stem, rank),
-                tuple(section.sets),
-                torch.device(vllm_config.device_config.device_type),
-            )
+            path = counter_file(counter_stem, rank)
+            self._counters = StepCounters(path, tuple(section.sets), device)
         logger.info("Routing in force: %s", json.dumps(self.routing.to_json()))
 
     def use(self, routing: Routing) -> None:
@@ -80,11 +93,39 @@ class Policy:
 
     def reachable(self, route: LayerRoute) -> frozenset[str]:
         """The sets that `route` can choose in this engine."""
+        return route.reachable(self._largest_batch())
+
+    def pairs(self, route: LayerRoute) -> frozenset[tuple[Phase, str, str]]:
+        """Phase, calm and busy set of the steps of this engine in which the two differ."""
+        return frozenset(
+            (phase, calm, busy)
+            for phase, calm, busy in route.pairs(self._largest_batch())
+            if calm != busy
+        )
+
+    def has_graphs(self) -> bool:
+        """Whether CUDA graphs freeze what a step does; vLLM may still lower the mode."""
+        return self.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE)
+
+    def follow_load(self) -> bool | None:
+        """The state for a `Step` that begins now, False without a `load`.
+
+        With CUDA graphs None, and the device has the state, from here on in the order of the
+        current stream; a graph that captures the step reads it anew at every replay.
+        """
+        if self.load is None:
+            return False
+        if not self.has_graphs():
+            return self.load.read()
+        self.load.copy()
+        return None
+
+    def _largest_batch(self) -> int:
         sizes = self.compilation_config.cudagraph_capture_sizes or []
         # A decode step is padded to the next captured size, which may exceed max_num_seqs.
         padded = [size for size in sizes if size >= self.max_num_seqs * self.tokens_per_request]
         largest = min(padded, default=self.max_num_seqs * self.tokens_per_request)
-        return route.reachable(-(-largest // self.tokens_per_request))
+        return -(-largest // self.tokens_per_request)
 
     def check_rules(self) -> None:
         """Refuse layer rules that match nothing; call when all layers exist."""
@@ -97,18 +138,31 @@ class Policy:
 
     def record(self, step: Step, num_tokens: int, mode: str) -> None:
         """Count a step with real requests, and trace it if asked to."""
-        set_name = self.default_route.choose(step)
+        route = self.default_route
+        sets = route.pair(step) if step.is_busy is None else (route.choose(step),)
         if self._counters is not None:
-            self._counters.add(step.phase, set_name)
+            self._count(self._counters, step.phase, sets)
         if self._trace_file is not None:
             line = {
                 "phase": step.phase.name.lower(),
-                "set": set_name,
+                "set": sets[0],
                 "num_tokens": num_tokens,
                 "cudagraph_mode": mode,
             }
+            if self.load is not None:
+                line["busy"] = step.is_busy
+            if step.is_busy is None:
+                line["set_if_busy"] = sets[-1]
             with open(self._trace_file, "a") as file:
                 file.write(json.dumps(line) + "\n")
+
+    def _count(self, counters: StepCounters, phase: Phase, sets: tuple[str, ...]) -> None:
+        if self.load is None or len(set(sets)) == 1:
+            counters.add(phase, sets[0])
+            return
+        # One of the flags is 1, and only the device knows which.
+        for name, flag in zip(sets, (self.load.is_calm, self.load.is_busy), strict=True):
+            counters.add(phase, name, flag[0])
 
 
 def _is_first_rank() -> bool:

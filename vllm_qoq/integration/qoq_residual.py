@@ -117,12 +117,28 @@ class QoQResidualMethod(QoQLinearMethod):
         layer.weight = Parameter(weight, requires_grad=False)
         del layer.qresidual
 
+    def apply(
+        self,
+        layer: LinearBase,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        use_residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """y = x @ W.T + bias, x [..., K] in the model's dtype.
+
+        use_residual  int32 [1] on the device, where the planes are two: 0 leaves the second out
+        """
+        quantized = torch.ops.qoq.quantize_per_token(x.reshape(-1, x.shape[-1]))
+        y = self.apply_int8(layer, quantized, bias, x.dtype, use_residual)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
     def apply_int8(
         self,
         layer: LinearBase,
         quantized: QuantizedTokens,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
+        use_residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """y [M, N] in `out_dtype` of inputs that are quantized already."""
         base: Any = self.base
@@ -136,6 +152,7 @@ class QoQResidualMethod(QoQLinearMethod):
             out_dtype,
             base.workspace,
             layer.weight if is_packed else None,
+            use_residual,
         )
 
     @property

@@ -53,6 +53,9 @@ def _classify(context: ForwardContext, num_tokens: int, policy: Policy) -> Step:
     step = Step(
         Phase.DECODE if is_decode else Phase.PREFILL,
         batch=-(-num_tokens // policy.tokens_per_request),
+        # Ahead of the count, which on the device depends on it, and in every forward pass: a
+        # graph may be captured without metadata.
+        is_busy=policy.follow_load(),
     )
     # A PIECEWISE graph is captured without metadata, but each replay is a real step.
     if largest_query is not None or mode is CUDAGraphMode.PIECEWISE:

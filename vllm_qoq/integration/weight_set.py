@@ -101,10 +101,11 @@ class WeightSet(nn.Module):
                 "checkpoint; if it passes, this architecture has a loader of its own: serve with "
                 """--hf-overrides '{"architectures": ["FlexQuant<ARCHITECTURE>"]}'"""
             )
-        self._expected, self._loaded = {}, {}
 
     def finish(self) -> None:
         """Bring the loaded weights into the form that the method's kernel reads."""
+        # Or the parameters as they were loaded would stay in memory beside what is made of them.
+        self._expected, self._loaded = {}, {}
         if self.bias is not None and self.bias.numel() == 0:
             self.bias = None
         try:
@@ -115,16 +116,27 @@ class WeightSet(nn.Module):
         # several times per call. Assigning a parameter anew removes the plain one.
         vars(self).update(self._parameters)
 
-    def apply(self, x: torch.Tensor, add_bias: bool) -> torch.Tensor:  # type: ignore[override]
-        """y = x @ W.T + bias, x [..., in_features] already multiplied by `input_ratio`."""
-        return self.linear_method.apply(self, x, self.bias if add_bias else None)
+    def apply(  # type: ignore[override]
+        self, x: torch.Tensor, add_bias: bool, use_residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """y = x @ W.T + bias, x [..., in_features] already multiplied by `input_ratio`.
+
+        use_residual  int32 [1] on the device, of a nested set: 0 computes with its base alone
+        """
+        flag = () if use_residual is None else (use_residual,)
+        return self.linear_method.apply(self, x, self.bias if add_bias else None, *flag)
 
     def apply_int8(
-        self, quantized: QuantizedTokens, out_dtype: torch.dtype, add_bias: bool
+        self,
+        quantized: QuantizedTokens,
+        out_dtype: torch.dtype,
+        add_bias: bool,
+        use_residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`apply` of a QoQ set for inputs that are quantized already."""
+        flag = () if use_residual is None else (use_residual,)
         bias = self.bias if add_bias else None
-        return self.linear_method.apply_int8(self, quantized, bias, out_dtype)
+        return self.linear_method.apply_int8(self, quantized, bias, out_dtype, *flag)
 
     def _recorded(self, load: Loader) -> Loader:
         def load_and_record(parameter: Parameter, tensor: torch.Tensor, *shard: Any) -> None:

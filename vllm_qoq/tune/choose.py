@@ -11,19 +11,24 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
-from vllm_qoq.routing import DecodeRow, LayerRule, Routing
+from vllm_qoq.routing import DecodeRow, LayerRule, Load, Routing
 from vllm_qoq.tune.measurements import Estimates
 from vllm_qoq.tune.preferences import SLOWER
 
 
 def choose(
-    estimates: Estimates, order: Sequence[str], prefer: str, layers: Sequence[LayerRule] = ()
+    estimates: Estimates,
+    order: Sequence[str],
+    prefer: str,
+    layers: Sequence[LayerRule] = (),
+    load: Load | None = None,
 ) -> Routing:
     """The routing for all layers.
 
     order   the sets, the most accurate first
     prefer  a key of `SLOWER`
     layers  rules that the routing keeps
+    load    what it keeps for a busy engine; the sets of a calm one are chosen
     """
     slower = SLOWER[prefer]
     chosen = {batch: _pick(row, order, slower) for batch, row in sorted(estimates.decode.items())}
@@ -31,6 +36,7 @@ def choose(
         prefill=_pick(estimates.prefill_per_token(), order, slower),
         decode=_rows(chosen),
         layers=tuple(layers),
+        load=load,
     )
 
 

@@ -78,7 +78,8 @@ def tune(target: Target, request: Request, open_engine: OpenEngine) -> Outcome:
     others = () if request.drop_layer_rules else target.section.routing.layers
     rules = keep.rules(request.keep, target.order[0], others)
     measured, checked = run.measured, run.check
-    routing = choose(measured.estimates(), target.order, request.prefer, rules)
+    load = target.section.routing.load
+    routing = choose(measured.estimates(), target.order, request.prefer, rules, load)
     if engine is not None:
         checked = check(engine, routing, measured.sets, measured.decode, request.quiet)
     elif checked is not None and checked.routing != routing.to_json():
@@ -110,6 +111,11 @@ def _findings(routing: Routing, checked: Check | None, request: Request) -> list
         found.append(
             f"{old} layer rules of the old routing stay in force, and the set was chosen as if "
             "they were not there; --drop-layer-rules removes them"
+        )
+    if routing.load is not None:
+        found.append(
+            "'load' of the old routing stays in force; the other sets were chosen and measured "
+            "as of a calm engine"
         )
     if checked is None:
         found.append("whole steps were not measured with this routing; --again does it")

@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_qoq.bench.report import table
 from vllm_qoq.format import printable
-from vllm_qoq.routing import DecodeRow, Phase, Routing, Step
+from vllm_qoq.routing import DecodeRow, Phase, Step
 from vllm_qoq.tune.choose import fastest
 from vllm_qoq.tune.job import Outcome
 from vllm_qoq.tune.preferences import SLOWER
@@ -147,19 +147,13 @@ def _routing(outcome: Outcome) -> Iterator[str]:
     verb = "would be written to" if outcome.request.dry_run else "written to"
     yield f"## Routing, {verb} config.json\n"
     yield f"    {json.dumps(outcome.routing.to_json())}\n"
-    unused = [name for name in outcome.order if name not in _used(outcome.routing)]
+    unused = [name for name in outcome.order if name not in outcome.routing.sets()]
     notes = [*outcome.notes]
     if unused:
         notes.append(f"not reached, so not loaded when serving: {', '.join(unused)}")
     if outcome.routing == outcome.before:
         notes.append("the routing was the same before")
     yield from (f"- {printable(note)}" for note in notes)
-
-
-def _used(routing: Routing) -> set[str]:
-    tables = [routing.decode, *(rule.decode or () for rule in routing.layers)]
-    rows = {row.set_name for rows in tables for row in rows}
-    return {routing.prefill, *(rule.prefill for rule in routing.layers if rule.prefill)} | rows
 
 
 def _milliseconds(times: Mapping[int, Mapping[str, float]]) -> dict[int, dict[str, float]]:

@@ -1,0 +1,107 @@
+// The loading warps: from global memory into the rings.
+#pragma once
+
+#include "common/ptx.cuh"
+#include "w4a8_gemm_config.h"
+#include "w4a8_gemm_work.cuh"
+
+namespace qoq::w4a8 {
+
+// Weights that one tile reads leave the L2 first.
+__device__ inline uint64_t weight_policy(const Params& p) {
+  return p.tiles_m == 1 ? ptx::l2_policy_evict_first() : ptx::l2_policy_evict_normal();
+}
+
+// Whether a launch multiplies with both planes. The flag was written before the kernel ahead of
+// this one began, so that nothing has to be waited for.
+template <Weights kWeights>
+__device__ inline bool uses_residual(const Params& p) {
+  if constexpr (kWeights != Weights::kNested) return false;
+  const volatile int32_t* flag = p.use_residual;
+  return flag == nullptr || *flag != 0;
+}
+
+// x of every step, by one thread; where a cluster shares it, this block's part for all.
+template <class Tile, Weights kWeights>
+__device__ void load_x(const CUtensorMap& x_map, const CUtensorMap& x_tail_map, const Params& p,
+                       const SharedMemory<Tile, kWeights>& shared) {
+  ptx::prefetch_tensormap(p.tiles_m == 1 ? &x_tail_map : &x_map);
+  ptx::griddepcontrol_wait();
+  WorkList<Tile> list(p);
+  Work work;
+  RingPosition<Tile::kStages> ring;
+  while (list.next(work)) {
+    const TilePosition at = position<Tile>(work.tile, p);
+    const int tokens = tokens_of_copy<Tile>(at, p);
+    const int first = Tile::kClusterTiles == 1 ? 0 : ptx::cluster_rank() * tokens;
+    const int bytes = Tile::kStepBlocks * Tile::kClusterTiles * tokens * kBlockK;
+    const CUtensorMap* map = at.m == p.tiles_m - 1 ? &x_tail_map : &x_map;
+    const auto [begin, end] = steps_of_block<Tile>(work);
+    for (int step = begin; step < end; ++step) {
+      const uint32_t full = shared.full(ring.stage);
+      ptx::mbarrier_wait(shared.empty(ring.stage), ring.parity ^ 1);
+      ptx::mbarrier_arrive_expect_tx(full, bytes);
+      if constexpr (Tile::kClusterTiles == 1) {
+        ptx::cp_async_bulk_tensor_3d(shared.x(ring.stage), map, 0, at.m * Tile::kTokens,
+                                     step * Tile::kStepBlocks, full);
+      } else {
+        ptx::cp_async_bulk_tensor_3d_multicast(
+            shared.x(ring.stage) + first * kBlockK, map, 0, at.m * Tile::kTokens + first,
+            step * Tile::kStepBlocks, full, (1 << Tile::kCluster) - 1);
+      }
+      ring.advance();
+    }
+  }
+}
+
+// Weights of every step, by Tile::kWeightLoaders threads, which divide the blocks of a step. They
+// do not depend on the kernel before this one.
+template <class Tile, Weights kWeights>
+__device__ void load_weights(const Params& p, const SharedMemory<Tile, kWeights>& shared,
+                             int loader) {
+  constexpr int kCount = Tile::kByInputs ? 1 : Tile::kBlocks / Tile::kWeightLoaders;
+  constexpr int kBytes = kBlockBytes<kWeights>;
+  const uint64_t policy = weight_policy(p);
+  const bool has_residual = uses_residual<kWeights>(p);
+  const int block_bytes = kBytes + (has_residual ? kResidualBytes<kWeights> : 0);
+  WorkList<Tile> list(p);
+  Work work;
+  RingPosition<Tile::kStages> ring;
+  while (list.next(work)) {
+    const int tile_n = position<Tile>(work.tile, p).n;
+    const auto [begin, end] = steps_of_block<Tile>(work);
+    const uint8_t *weight[kCount], *residual[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int block = Tile::kByInputs ? tile_n : tile_n * Tile::kBlocks + loader * kCount + i;
+      // Past the last channel: any block will do, nothing of it is written.
+      const int64_t first =
+          int64_t{min(block, p.weight_blocks - 1)} * p.k_blocks + begin * Tile::kStepBlocks;
+      weight[i] = p.weight + first * kBytes;
+      residual[i] = p.residual + first * kCodeBytes;
+    }
+    for (int step = begin; step < end; ++step) {
+      const uint32_t full = shared.full(ring.stage);
+      // By inputs, neighbours in memory. Past the last k_block x is zero, so any weight will do.
+      const int k_blocks =
+          Tile::kByInputs ? min(Tile::kStepBlocks, p.k_blocks - step * Tile::kStepBlocks) : 1;
+      ptx::mbarrier_wait(shared.empty(ring.stage), ring.parity ^ 1);
+      ptx::mbarrier_arrive_expect_tx(full, kCount * k_blocks * block_bytes);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const int block = loader * kCount + i;
+        ptx::cp_async_bulk(shared.weight(ring.stage, block), weight[i], k_blocks * kBytes, full,
+                           policy);
+        weight[i] += Tile::kStepBlocks * kBytes;
+        if (has_residual) {
+          ptx::cp_async_bulk(shared.residual(ring.stage, block), residual[i], kCodeBytes, full,
+                             policy);
+          residual[i] += kCodeBytes;
+        }
+      }
+      ring.advance();
+    }
+  }
+}
+
+}  // namespace qoq::w4a8
