@@ -17,15 +17,15 @@ import re
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
 START_SECONDS = 600
+WARM_UP = 16  # requests
 METRICS = {"median_ttft_ms": "TTFT", "median_tpot_ms": "TPOT", "p99_ttft_ms": "TTFT, 99 %"}
 
 
@@ -62,23 +62,23 @@ def server(folder, log, options):
             process.kill()
 
 
-def ask(url, folder, rate, args, scratch):
-    """The medians of one request rate."""
-    result = scratch / "result.json"
-    command = [*VLLM, "bench", "serve", "--base-url", url, "--model", "model", "--tokenizer", folder]
-    command += ["--dataset-name", "random", "--random-input-len", args.prompt, "--ignore-eos"]
-    command += ["--random-output-len", args.new_tokens, "--request-rate", rate, "--seed", "0"]
-    command += ["--num-prompts", max(args.fewest, round(rate * args.seconds))]
-    command += ["--percentile-metrics", "ttft,tpot", "--disable-tqdm"]
-    command += ["--save-result", "--save-detailed", "--result-dir", scratch, "--result-filename", result.name]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    if done.returncode != 0 or not result.exists():
-        sys.exit(f"error: vllm bench serve failed:\n{(done.stdout + done.stderr)[-4000:]}")
-    found = json.loads(result.read_text())
-    result.unlink()
-    if found["failed"]:
+def ask(url, folder, rate, requests, args, log):
+    """What `vllm bench serve` finds at one request rate; it prints to the end of `log`."""
+    from vllm.benchmarks import serve
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    serve.add_cli_args(parser)
+    options = ["--base-url", url, "--model", "model", "--tokenizer", folder, "--seed", "0"]
+    options += ["--dataset-name", "random", "--random-input-len", args.prompt, "--ignore-eos"]
+    options += ["--random-output-len", args.new_tokens, "--num-prompts", requests]
+    options += ["--request-rate", rate, "--percentile-metrics", "ttft,tpot", "--disable-tqdm"]
+    options += ["--save-detailed"]
+    with log.open("a") as file, redirect_stdout(file):
+        found = serve.main(parser.parse_args([str(option) for option in options]))
+    if found["completed"] < requests:
         said = next(filter(None, found["errors"]), "no reason given")
-        sys.exit(f"error: {found['failed']} requests failed at rate {rate}, the first: {said}")
+        sys.exit(f"error: at rate {rate} a request failed ({log}): {said}")
     return {name: found[name] for name in METRICS}
 
 
@@ -138,15 +138,18 @@ def main():
         name, _, folder = item.partition("=")
         log = args.output / f"{name}.log"
         print(f"{name}: starting the server ({log})", file=sys.stderr, flush=True)
-        # A prompt that was made of random tokens may have a few more when it is read again.
-        length = args.prompt + args.new_tokens + 256
+        # vLLM bounds a prompt's characters by those of so many tokens, without spaces between them.
+        length = 2 * args.prompt + args.new_tokens
         options = ["--max-model-len", length, *args.serve.split()]
         results[name] = {"rates": {}}
-        with server(folder, log, options) as url, tempfile.TemporaryDirectory() as scratch:
-            ask(url, folder, rates[0], args, Path(scratch))  # warm-up
+        client_log = args.output / f"{name}-client.log"
+        with server(folder, log, options) as url:
+            ask(url, folder, "inf", WARM_UP, args, client_log)
             for rate in rates:
                 print(f"{name}: {rate:g} requests a second", file=sys.stderr, flush=True)
-                results[name]["rates"][str(rate)] = ask(url, folder, rate, args, Path(scratch))
+                requests = max(args.fewest, round(rate * args.seconds))
+                found = ask(url, folder, rate, requests, args, client_log)
+                results[name]["rates"][str(rate)] = found
         results[name]["weights_gib"] = loaded_gib(log)
     (args.output / "online.json").write_text(json.dumps(results, indent=1) + "\n")
     (args.output / "online.md").write_text(table(results, rates))
