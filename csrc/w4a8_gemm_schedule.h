@@ -26,13 +26,13 @@ inline constexpr Cost kCost<Tile32> = {430, 500, 2000};
 template <>
 inline constexpr Cost kCost<Tile64> = {500, 1100, 3200};
 template <>
-inline constexpr Cost kCost<Tile128> = {314, 1200, 4300};
+inline constexpr Cost kCost<Tile128> = {374, 1200, 4300};
 template <>
-inline constexpr Cost kCost<Tile192> = {476, 1400, 4500};
+inline constexpr Cost kCost<Tile192> = {547, 1400, 4500};
 template <>
 inline constexpr Cost kCost<Tile128Wide> = {645, 3500, 9000};
 template <>
-inline constexpr Cost kCost<Tile256> = {600, 2000, 15000};
+inline constexpr Cost kCost<Tile256> = {635, 2500, 15000};
 template <>
 inline constexpr Cost kCost<Inputs64> = {630, 1100, 950};
 template <>
@@ -47,11 +47,11 @@ inline constexpr Cost kCost<Nested16> = {560, 300, 1500};
 template <>
 inline constexpr Cost kCost<Nested64> = {700, 1100, 3200};
 template <>
-inline constexpr Cost kCost<Nested128> = {459, 1200, 4300};
+inline constexpr Cost kCost<Nested128> = {478, 1200, 4300};
 template <>
-inline constexpr Cost kCost<Nested192> = {651, 1400, 6000};
+inline constexpr Cost kCost<Nested192> = {718, 1400, 6000};
 template <>
-inline constexpr Cost kCost<Nested256> = {725, 2000, 14000};
+inline constexpr Cost kCost<Nested256> = {800, 2500, 14000};
 
 inline constexpr int kImpossible = 1 << 30;  // nanoseconds
 
