@@ -8,9 +8,6 @@
 
 namespace qoq::w4a8 {
 
-// What a warpgroup unpacks in the time of a wgmma costs as much as the wgmma has room for, so that
-// every instruction counts (csrc/README.md).
-
 // Codes of 64 inputs to the A registers of two k32 steps. In a word, the low nibbles are inputs
 // 0..15 of the step, the high ones 16..31; words alternate between rows r and r + 8.
 template <Weights kWeights>

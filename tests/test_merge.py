@@ -233,7 +233,9 @@ def test_a_disk_that_fails_at_any_file_leaves_nothing(monkeypatch, pair, capsys)
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_merge_leaves_no_output_and_the_next_one_clears_up(monkeypatch, pair, how):
     slow = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        # A shell starts background jobs with SIGINT ignored, which children inherit.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from merge_tools import writer, execute\n"
         "real = execute.write_shard\n"
         "def write_shard(*a):\n"

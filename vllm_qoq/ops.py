@@ -114,9 +114,9 @@ def w4a8_gemm(
     use_residual   int32 [1]               beside a residual: 0 multiplies with the weight alone,
                                            anything else, and None, with both
 
-    CUDA takes the packed weight alone, N a multiple of 8 and K of 128. It may start before the kernel
-    ahead of it in the stream has ended, and reads `use_residual` at once: what writes it needs a
-    kernel between.
+    CUDA takes the packed weight alone, N a multiple of 8 and K of 128. It may start before the
+    kernel ahead of it in the stream has ended, and reads `use_residual` at once: between it and
+    what writes the flag another kernel is needed.
     """
     if x.ndim != 2 or channel_scale.ndim != 1:
         raise ValueError(
