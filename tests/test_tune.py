@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from plugin_units import scheme
@@ -513,6 +514,24 @@ def test_a_dry_run_leaves_the_checkpoint_as_it_is(checkpoint, run):
     code, out, _ = run(MadeUp(), checkpoint, "--dry-run")
     assert code == 0 and content(checkpoint) == before
     assert "would be written" in out
+
+
+@pytest.mark.parametrize("where", ["linear_seconds", "step_seconds"])
+def test_a_gpu_without_enough_memory_is_named_and_nothing_is_written(
+    checkpoint, run, where, monkeypatch
+):
+    def run_out(*_):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 4 GiB"
+        )
+
+    engine, before = MadeUp(), content(checkpoint)
+    monkeypatch.setattr(engine, where, run_out)
+    code, _, err = run(engine, checkpoint)
+    assert code == 2
+    assert "Tried to allocate 2.00 GiB); stop what else runs on it" in err
+    assert "Traceback" not in err
+    assert content(checkpoint) == before
 
 
 def test_an_interrupted_run_leaves_the_checkpoint_as_it_is(checkpoint, run):

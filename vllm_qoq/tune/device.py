@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 from vllm_qoq import __version__, environment
 from vllm_qoq.tune import TuneError
-from vllm_qoq.tune.measurements import Key
+from vllm_qoq.tune.measurements import PREFILL_TOKENS, Key
 
 # Measurements are of one GPU, or of one CPU engine.
 _TENSOR_PARALLEL_SIZE = 1
@@ -51,6 +53,22 @@ def check(methods: dict[str, str]) -> None:
             "Install), and all sets are measured; tune where the checkpoint will be served, or "
             "write the routing into config.json by hand"
         )
+
+
+@contextmanager
+def within_memory(folder: Path) -> Iterator[None]:
+    """Raise TuneError with a remedy where the GPU's memory does not hold what is measured."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        said = str(error).partition(". GPU")[0]
+        raise TuneError(
+            f"{folder}: all sets of the checkpoint together, and a prompt of {PREFILL_TOKENS[-1]} "
+            f"tokens, need more memory than this GPU has free ({said}); stop what else runs on it, "
+            "or tune on a larger one and copy the routing"
+        ) from error
 
 
 def _processor() -> str:

@@ -70,9 +70,10 @@ def tune(target: Target, request: Request, open_engine: OpenEngine) -> Outcome:
 
     engine = None
     if run is None:
-        engine = open_engine(target.folder, sets, request.max_batch)
         decode = decode_batches(request.max_batch)
-        measured = measure(engine, key, sets, decode, PREFILL_TOKENS, request.quiet)
+        with device.within_memory(target.folder):
+            engine = open_engine(target.folder, sets, request.max_batch)
+            measured = measure(engine, key, sets, decode, PREFILL_TOKENS, request.quiet)
         run = memory.Run(measured=measured)
 
     others = () if request.drop_layer_rules else target.section.routing.layers
@@ -81,7 +82,8 @@ def tune(target: Target, request: Request, open_engine: OpenEngine) -> Outcome:
     load = target.section.routing.load
     routing = choose(measured.estimates(), target.order, request.prefer, rules, load)
     if engine is not None:
-        checked = check(engine, routing, measured.sets, measured.decode, request.quiet)
+        with device.within_memory(target.folder):
+            checked = check(engine, routing, measured.sets, measured.decode, request.quiet)
     elif checked is not None and checked.routing != routing.to_json():
         checked = None
     if not request.dry_run:
