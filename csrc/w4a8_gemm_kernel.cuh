@@ -3,8 +3,8 @@
 //   global --bulk copy--> shared ring --16-byte loads--> registers --4 to 8 bits--> wgmma
 //   x      --bulk tensor copy--> shared ring, 128-byte swizzle -------------------> wgmma
 //
-// Two to four warps keep the ring full, two to four warpgroups empty it. A thread finds the codes of its
-// fragment in 16 bytes, and turns four codes at once into what wgmma reads, u8 = W8 + 128:
+// Two to four warps keep the ring full, two to four warpgroups empty it. A thread finds the codes
+// of its fragment in 16 bytes, and turns four codes at once into what wgmma reads, u8 = W8 + 128:
 //   q group_scale + (group_offset + 128)
 // as one 32-bit multiply-add of four bytes. Nothing carries: every byte stays in 0..255
 // (`vllm_qoq.format`). The 128 leaves in the epilogue with the row sum of x.
