@@ -28,8 +28,6 @@
 
 namespace qoq::w4a8 {
 
-// ---- the multiplying warpgroups ------------------------------------------------------
-
 // Lets stages be filled again, by all whose tokens they hold.
 template <class Tile, Weights kWeights>
 class Release {

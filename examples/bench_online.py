@@ -60,6 +60,7 @@ def server(folder, log, options):
             process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
+            process.wait()
 
 
 def ask(url, folder, rate, requests, args, log):
@@ -118,11 +119,32 @@ def plot(results, rates, path):
     figure.savefig(path, dpi=110)
 
 
+def checkpoint(text):
+    """NAME=DIR as (name, folder)."""
+    name, _, folder = text.partition("=")
+    if not name or not Path(folder, "config.json").is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR of a folder with a config.json")
+    return name, folder
+
+
+def request_rates(text):
+    """R,... as numbers above 0."""
+    try:
+        rates = [float(rate) for rate in text.split(",")]
+    except ValueError:
+        rates = []
+    if not rates or min(rates) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not R,... with numbers above 0")
+    return rates
+
+
 def main():
     """Serve each checkpoint, ask it at every rate, then print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoints", nargs="+", metavar="NAME=DIR")
-    parser.add_argument("--rates", default="1,4,8", metavar="R,...", help="requests a second")
+    parser.add_argument("checkpoints", nargs="+", type=checkpoint, metavar="NAME=DIR")
+    parser.add_argument(
+        "--rates", type=request_rates, default="1,4,8", metavar="R,...", help="requests a second"
+    )
     parser.add_argument("--prompt", type=int, default=2048, help="tokens")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=20, help="of arrivals at each rate")
@@ -130,12 +152,11 @@ def main():
     parser.add_argument("--serve", default="", metavar="OPTIONS", help="more for `vllm serve`")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT")
     args = parser.parse_args()
-    rates = [float(rate) for rate in args.rates.split(",")]
+    rates = args.rates
     args.output.mkdir(parents=True, exist_ok=True)
 
     results = {}
-    for item in args.checkpoints:
-        name, _, folder = item.partition("=")
+    for name, folder in args.checkpoints:
         log = args.output / f"{name}.log"
         print(f"{name}: starting the server ({log})", file=sys.stderr, flush=True)
         # vLLM bounds a prompt's characters by those of so many tokens, without spaces between them.
@@ -151,7 +172,8 @@ def main():
                 found = ask(url, folder, rate, requests, args, client_log)
                 results[name]["rates"][str(rate)] = found
         results[name]["weights_gib"] = loaded_gib(log)
-    (args.output / "online.json").write_text(json.dumps(results, indent=1) + "\n")
+        # After each, so that a run that stops keeps what it has measured.
+        (args.output / "online.json").write_text(json.dumps(results, indent=1) + "\n")
     (args.output / "online.md").write_text(table(results, rates))
     plot(results, rates, args.output / "online.png")
     print(table(results, rates))

@@ -9,6 +9,8 @@ from qoq_checkpoints import write_dequantized
 from vllm_qoq import ops
 from vllm_qoq.routing import RoutingError
 
+needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
@@ -74,11 +76,9 @@ def test_both_planes_of_a_nested_set(runner, nested_dir, heldout_text, tmp_path)
     assert eager["perplexity"] < 0.99 * four["perplexity"]
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=needs_two_gpus)])
 @pytest.mark.parametrize(("calm", "busy"), [("w8a8", "w4a8"), ("w4a8", "w8a8")])
 def test_captured_graphs_follow_the_load(runner, nested_dir, tmp_path, calm, busy, size):
-    if torch.cuda.device_count() < size:
-        pytest.skip(f"needs {size} GPUs")
     trace = str(tmp_path / "trace.jsonl")
     load = {"enter": 4, "leave": 1, "prefill": busy, "decode": busy}
     options = GRAPHS | {"tensor_parallel_size": size}
@@ -143,7 +143,7 @@ def test_graphs_refuse_a_load_between_sets_that_are_not_nested(two_sets_dir):
         engine(two_sets_dir, {"routing": routing}, **DEFAULT)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@needs_two_gpus
 def test_tensor_parallel_has_the_same_perplexity(w4a8_dir, heldout_text, tmp_path):
     text = heldout_text.read_text()[:20_000]
     specs = [
