@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV := .venv/bin
 TESTS ?= tests
 WORKERS ?= 2
+# The environment and the processes of test-gpu: engines share the GPU's memory.
+GPU_PYTHON ?= $(VENV)/python
+GPU_WORKERS ?= 4
 
 # One thread per engine: several engines that spin on a machine of two cores take
 # many times as long. No usage statistics and no look-ups on the Hub.
@@ -15,11 +18,11 @@ export HF_HUB_OFFLINE := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test test-gpu lint format clean
 
 help:  ## list the targets
 	@echo "vllm-qoq: make TARGET"
-	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
 
 setup:  ## create .venv with vLLM, llmcompressor and the tools (once; 3 GB, with a GPU more)
 	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON) on this machine" >&2; \
@@ -31,6 +34,9 @@ demo: setup  ## quantize a tiny model twice, merge, measure, serve and ask it so
 
 test: setup lint  ## every test that this machine can run
 	@$(VENV)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
+
+test-gpu:  ## every GPU test, and a line in tests/gpu_record.tsv (GPU_PYTHON=, GPU_WORKERS=)
+	@$(GPU_PYTHON) tests/gpu_record.py -n $(GPU_WORKERS) --dist worksteal
 
 lint: setup  ## ruff and mypy
 	@$(VENV)/ruff check .

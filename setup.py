@@ -19,6 +19,10 @@ from setuptools import setup
 # The oldest torch that the library runs on: 2.11.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 OPTIMIZE = "-O3"
+# Some compilers link the C++ runtime into the library. Its symbols have to be private then: if
+# only the data of streams (the ids of locale facets) came from torch's copy, writing a number into
+# an error message would crash or cut the message short.
+LINK = "-Wl,--exclude-libs,ALL"
 SOURCES = ["csrc/bindings.cpp", *(str(path) for path in sorted(Path("csrc").glob("*.cu")))]
 
 
@@ -50,6 +54,7 @@ def kernels() -> dict[str, Any]:
         include_dirs=[str(Path(__file__).parent / "csrc")],
         depends=[str(path) for path in Path("csrc").rglob("*.*h")],
         extra_compile_args={"cxx": ["-std=c++20", OPTIMIZE, TORCH_TARGET], "nvcc": nvcc},
+        extra_link_args=[LINK],
         py_limited_api=True,
     )
     return {

@@ -227,8 +227,9 @@ Tensor w4a8_gemm(const Tensor& x, const Tensor& x_scale, const Tensor& x_row_sum
                  {weight_blocks, k / kBlockK, kCodeBytes});
   STD_TORCH_CHECK(residual.has_value() || !use_residual.has_value(), kOp,
                   ": use_residual is given, but no residual");
+  // A flag may be a part of a larger tensor: 4 bytes are read.
   if (use_residual.has_value())
-    check_tensor(kOp, "use_residual", *use_residual, device, ScalarType::Int, {1});
+    check_tensor(kOp, "use_residual", *use_residual, device, ScalarType::Int, {1}, 4);
   check_tensor(kOp, "channel_scale", channel_scale, device, ScalarType::Float, {n});
   if (!is_grouped) check_tensor(kOp, "channel_zero", *channel_zero, device, ScalarType::Float, {n});
   if (bias.has_value()) check_tensor(kOp, "bias", *bias, device, bias->scalar_type(), {n});

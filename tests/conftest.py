@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from gpu_record import not_run_since
 from qoq_checkpoints import PER_CHANNEL, write_checkpoint, write_nested, write_plain
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +30,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if reason and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what has not run on a GPU since it was changed; CI has none."""
+    if _why_no_gpu_tests():
+        terminalreporter.section("GPU tests (make test-gpu)")
+        for line in not_run_since():
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

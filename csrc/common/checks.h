@@ -43,9 +43,11 @@ inline std::string shape_text(const Tensor& tensor) {
   return text + "]";
 }
 
-// A contiguous CUDA tensor on `device` of this type and shape, aligned to 16 bytes.
+// A contiguous CUDA tensor on `device` of this type and shape that begins at a multiple of
+// `alignment` bytes: 16 for what kernels read in vectors.
 inline void check_tensor(const char* op, const char* name, const Tensor& tensor, int device,
-                         ScalarType type, std::initializer_list<int64_t> shape) {
+                         ScalarType type, std::initializer_list<int64_t> shape,
+                         int alignment = 16) {
   bool is_right = tensor.scalar_type() == type &&
                   tensor.dim() == static_cast<int64_t>(shape.size()) && tensor.is_contiguous();
   int64_t i = 0;
@@ -60,8 +62,9 @@ inline void check_tensor(const char* op, const char* name, const Tensor& tensor,
                   torch::headeronly::toString(type), " [", expected, "]");
   STD_TORCH_CHECK(tensor.is_cuda() && device_of(tensor) == device, op, ": ", name,
                   " is not on CUDA device ", device, ", where x is");
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0 || tensor.numel() == 0,
-                  op, ": ", name, " does not begin at a multiple of 16 bytes; clone it");
+  STD_TORCH_CHECK(
+      reinterpret_cast<uintptr_t>(tensor.data_ptr()) % alignment == 0 || tensor.numel() == 0, op,
+      ": ", name, " does not begin at a multiple of ", alignment, " bytes; clone it");
 }
 
 }  // namespace qoq
