@@ -24,6 +24,7 @@ def engine(checkpoint: Path, qoq: dict[str, Any] | None = None, **options: Any) 
         "max_num_seqs": 8,
         "enforce_eager": True,
         "kv_cache_memory_bytes": 64 << 20,
+        "gpu_memory_utilization": 0.3,  # what has to be free at the start: others test, too
         "additional_config": {"qoq": qoq} if qoq else {},
     } | options
     key = f"{checkpoint} {sorted(options.items(), key=str)}"
