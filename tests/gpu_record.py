@@ -19,6 +19,7 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted(map(str, (ROOT / "tests").glob("test_gpu*.py")))
 RECORD = ROOT / "tests" / "gpu_record.tsv"
 # What runs on a GPU: kernels, how they are built, serving and what it shares with the tools.
 ON_THE_GPU = ("csrc", "setup.py", "vllm_qoq/integration", ":(glob)vllm_qoq/*.py")
@@ -98,7 +99,7 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.xml"
         command = [sys.executable, "-m", "pytest", "-m", "gpu", f"--junitxml={results}"]
-        done = subprocess.run([*command, *(arguments or ["tests"])], cwd=ROOT)
+        done = subprocess.run([*command, *arguments, *FILES], cwd=ROOT)
         if done.returncode:
             print("not recorded: the tests did not all pass", file=sys.stderr)
             return done.returncode
@@ -133,8 +134,8 @@ def _cards() -> str:
 
 
 def _commit() -> str:
-    """The commit that is tested; VLLM_QOQ_COMMIT says it where the copy has no history."""
-    if given := os.environ.get("VLLM_QOQ_COMMIT"):
+    """The commit that is tested; GPU_TESTS_COMMIT says it where the copy has no history."""
+    if given := os.environ.get("GPU_TESTS_COMMIT"):
         return given
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", *ON_THE_GPU, "tests")
     if changed:
@@ -145,7 +146,7 @@ def _commit() -> str:
 def _git(*arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"error: {done.stderr.strip()}\n  Fix: set VLLM_QOQ_COMMIT to the commit")
+        raise SystemExit(f"error: {done.stderr.strip()}\n  Fix: set GPU_TESTS_COMMIT to the commit")
     return done.stdout.strip()
 
 
