@@ -58,7 +58,7 @@ def test_changes_of_kernels_and_serving_since_the_last_run_are_named(tmp_path, h
         f"two GPUs: 7 passed on 2 x H100 at {old}",
     ]
     history("csrc/a.cu")
-    one, change, two, *more = not_run_since(tmp_path, record)
+    _, change, _, *more = not_run_since(tmp_path, record)
     assert change.startswith("  not run since: ") and change.endswith("change csrc/a.cu")
     assert [line.rpartition(" ")[2] for line in more] == [
         "csrc/a.cu",
@@ -70,6 +70,6 @@ def test_changes_of_kernels_and_serving_since_the_last_run_are_named(tmp_path, h
 def test_an_unknown_commit_and_no_run_are_said(tmp_path, history):
     history("csrc/a.cu")
     record = write_record(tmp_path, ("abcdef123", "1 x H200"))
-    one, unknown, two = not_run_since(tmp_path, record)
+    _, unknown, two = not_run_since(tmp_path, record)
     assert "abcdef123 is not in this history" in unknown
     assert two == "two GPUs: never run in full"

@@ -9,6 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from conftest import DATA
+from cpu_kernels import needs_exact_int8
 from engines import engine
 from plugin_units import qoq_config, tensor_parallel, vllm_config
 from safetensors.torch import load_file, save_file
@@ -50,6 +51,7 @@ def quantized(tiny_model, tmp_path_factory):
     return job.out, text, run(job, options)
 
 
+@needs_exact_int8
 def test_it_is_whole_and_served_as_measured(quantized):
     out, text, report = quantized
     assert verify.structure(out) == [] and verify.contents(out, Progress(quiet=True)) == []
@@ -108,6 +110,7 @@ def head(rank=0, size=1, tied=False):
 def test_every_rank_computes_its_part_of_the_vocabulary(rank, size):
     layer = head(rank, size)
     codes, scale, _ = quantize_per_token(torch.randn(VOCABULARY, HIDDEN))
+    codes = codes // 4  # or processors without VNNI cut sums off
     layer.weight.weight_loader(layer.weight, codes)
     layer.weight_scale.weight_loader(layer.weight_scale, scale[:, None])
     layer.quant_method.process_weights_after_loading(layer)

@@ -235,7 +235,7 @@ def test_options_replace_the_bits_of_every_layer(engine_config):
 
 def test_a_checkpoint_that_was_prepared_for_four_bits_can_be_served_in_sixteen(engine_config):
     for quant_config in (QoQConfig.from_config(section(kv_cache=KV4)), kv_config(KV4)):
-        config = engine_config({"kv_bits": 16}, cache_dtype="fp8")
+        config = engine_config({"kv_bits": 16}, cache_dtype="bfloat16")
         assert attention(quant_config, config).attn_backend.get_name() == "CPU_ATTN"
 
 
@@ -269,7 +269,7 @@ def test_a_model_without_sets_has_only_its_cache_to_quantize(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"cache_dtype": "fp8"}, "--kv-cache-dtype fp8; leave it out, or .*kv_bits.*16"),
+        ({"cache_dtype": "bfloat16"}, "--kv-cache-dtype bfloat16; leave it out, or .*kv_bits.*16"),
         ({"block_size": 24, "user_specified_block_size": True}, "--block-size 24.*multiple of 16"),
     ],
 )

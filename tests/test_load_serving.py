@@ -40,7 +40,7 @@ def counted(llm, prompts=PROMPTS):
 
 @pytest.mark.parametrize(
     ("folder", "calm", "busy"),
-    [("nested_dir", "w8a8", "w4a8"), ("merged_dir", "w8a8", "w4a16")],
+    [("nested_dir", "w8a8", "w4a8"), ("two_sets_dir", "w8a8", "w4a8")],
 )
 def test_an_engine_runs_in_the_sets_of_its_state(request, folder, calm, busy):
     checkpoint = request.getfixturevalue(folder)

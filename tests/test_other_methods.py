@@ -3,9 +3,12 @@
 import pytest
 from conftest import merge
 from convert import to_awq, to_gptq
+from cpu_kernels import needs_wna16
 from engines import PROMPTS, engine, generate
 
 import vllm_qoq
+
+pytestmark = needs_wna16
 
 # Equal weights in different kernels, which a GPU has for them; none on the CPU.
 KERNEL_ROUNDING = 0.1

@@ -10,6 +10,7 @@ import time
 
 import pytest
 from conftest import DATA, ROOT
+from cpu_kernels import needs_exact_int8, needs_wna16
 from engines import engine, generate
 from safetensors import safe_open
 
@@ -97,7 +98,14 @@ def test_the_report_has_every_layer_and_what_was_asked_for(quantized):
         assert len(found["generated"]) == 2 and set(found["perplexity"]) == {"kv16", "kv4"}
 
 
-@pytest.mark.parametrize(("name", "loss"), [("w8a8", 0.01), ("w4a16", 0.06), ("w4a8", 0.05)])
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [
+        pytest.param("w8a8", 0.01, marks=needs_exact_int8),
+        pytest.param("w4a16", 0.06, marks=needs_wna16),
+        ("w4a8", 0.05),
+    ],
+)
 def test_vllm_computes_what_the_report_says(quantized, name, loss):
     out, text, report = quantized
     before, after = report["before"]["perplexity"], report["after"][name]["perplexity"]

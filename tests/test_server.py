@@ -88,22 +88,22 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(merged_dir, tmp_path_factory):
+def server(two_sets_dir, tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "server.log"
-    with Server(merged_dir, log) as running:
+    with Server(two_sets_dir, log) as running:
         yield running
 
 
 def test_counters_begin_at_zero_and_count_each_step(server):
     before = server.steps()
-    assert set(before) == {(p, s) for p in ("prefill", "decode") for s in ("w8a8", "w4a16")}
+    assert set(before) == {(p, s) for p in ("prefill", "decode") for s in ("w8a8", "w4a8")}
     server.text("def counted():\n", max_tokens=6)
     after = server.steps()
     assert {key: after[key] - before[key] for key in after} == {
         ("prefill", "w8a8"): 1,
-        ("prefill", "w4a16"): 0,
+        ("prefill", "w4a8"): 0,
         ("decode", "w8a8"): 0,
-        ("decode", "w4a16"): 5,
+        ("decode", "w4a8"): 5,
     }
 
 

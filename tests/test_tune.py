@@ -687,19 +687,19 @@ def test_the_engine_loads_every_set(sets):
 
 
 def test_a_checkpoint_is_tuned_in_vllm_and_serves_with_the_routing(
-    merged_dir, tmp_path, monkeypatch, capfd
+    two_sets_dir, tmp_path, monkeypatch, capfd
 ):
     from engines import engine, generate
 
     import vllm_qoq
 
     folder = tmp_path / "checkpoint"
-    shutil.copytree(merged_dir, folder)
+    shutil.copytree(two_sets_dir, folder)
     config = config_of(folder)
     # With a rule both sets serve, whichever is faster here.
     config["quantization_config"]["routing"]["layers"] = [
-        {"match": "*.0.mlp.*", "prefill": "w4a16", "decode": "w8a8"},
-        {"match": "*.1.mlp.*", "prefill": "w8a8", "decode": "w4a16"},
+        {"match": "*.0.mlp.*", "prefill": "w4a8", "decode": "w8a8"},
+        {"match": "*.1.mlp.*", "prefill": "w8a8", "decode": "w4a8"},
     ]
     (folder / "config.json").write_text(json.dumps(config))
 
@@ -740,7 +740,7 @@ def test_a_checkpoint_is_tuned_in_vllm_and_serves_with_the_routing(
     for name, table in [
         ("routing", routing),
         ("w8a8", Routing.forced("w8a8")),
-        ("w4a16", Routing.forced("w4a16")),
+        ("w4a8", Routing.forced("w4a8")),
     ]:
         tuned._route(table)
         switched[name] = generate(tuned._llm)
