@@ -265,6 +265,27 @@ def test_batches_that_the_cache_does_not_hold_are_left_out_of_the_check():
     assert set(found.routed) == {1} and set(found.step_seconds[1]) == set(ORDER)
 
 
+def test_a_step_that_something_else_made_slow_is_measured_again():
+    class Disturbed(MadeUp):
+        count = 0
+
+        def step_seconds(self, routing, batch):
+            self.count += 1
+            return super().step_seconds(routing, batch) * (3 if self.count == 1 else 1)
+
+    engine = Disturbed()
+    found = check(engine, Routing.forced("w4a8"), ORDER, (1,), quiet=True)
+    assert found.slowdown(1) < 0.1 and engine.count == 2 * (1 + len(ORDER))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_a_cpu_writes_its_routing_only_when_asked():
+    with pytest.raises(TuneError, match=r"no GPU.*--dry-run.*--on-cpu"):
+        device.check_consent(writes=True, on_cpu=False)
+    device.check_consent(writes=True, on_cpu=True)
+    device.check_consent(writes=False, on_cpu=False)
+
+
 def test_the_cpu_timer_calls_all_in_turn_and_takes_the_median(monkeypatch):
     order, clock = [], iter([0, 4, 10, 12, 20, 22])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
@@ -297,6 +318,7 @@ def checkpoint(tmp_path):
 def run(monkeypatch, capfd):
     """run(ENGINE, ARGUMENTS...): exit code, stdout, stderr. Without an engine, none may start."""
     monkeypatch.setattr(device, "check", lambda methods: None)
+    monkeypatch.setattr(device, "check_consent", lambda **asked: None)
     monkeypatch.setattr(device, "name", lambda: "Some GPU")
     monkeypatch.setattr(command, "stdout_for", lambda file: contextlib.nullcontext(sys.stdout))
 
@@ -713,7 +735,7 @@ def test_a_checkpoint_is_tuned_in_vllm_and_serves_with_the_routing(
     monkeypatch.setattr(cli, "_open_tune_engine", keep)
     monkeypatch.setattr("vllm_qoq.tune.job.PREFILL_TOKENS", (512,))
     monkeypatch.setattr(command, "stdout_for", lambda file: contextlib.nullcontext(sys.stdout))
-    arguments = ["tune", str(folder), "--max-batch", "4", "--json"]
+    arguments = ["tune", str(folder), "--max-batch", "4", "--json", "--on-cpu"]
     monkeypatch.setattr(sys, "argv", ["vllm-qoq", *arguments])
     assert cli.main() == 0
     document = json.loads(capfd.readouterr().out.splitlines()[-1])

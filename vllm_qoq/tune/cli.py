@@ -65,6 +65,11 @@ def add_parser(commands: Any, open_engine: OpenEngine) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="measure and show; leave the checkpoint as it is"
     )
+    parser.add_argument(
+        "--on-cpu",
+        action="store_true",
+        help="write the routing for this machine's CPU, where there is no GPU",
+    )
     command.add_output_options(parser, "tune")
     parser.set_defaults(run=partial(_tune, open_engine))
 
@@ -81,6 +86,7 @@ def _tune(open_engine: OpenEngine, args: argparse.Namespace) -> int:
         from vllm_qoq.tune import device
 
         device.check({name: config["quant_method"] for name, config in target.section.sets.items()})
+        device.check_consent(writes=not args.dry_run, on_cpu=args.on_cpu)
 
     def work() -> command.Finished:
         from vllm_qoq.tune import plot, report

@@ -55,6 +55,18 @@ def check(methods: dict[str, str]) -> None:
         )
 
 
+def check_consent(*, writes: bool, on_cpu: bool) -> None:
+    """Raise TuneError where the routing of a CPU would be written and nobody asked for one."""
+    import torch
+
+    if writes and not on_cpu and not torch.cuda.is_available():
+        raise TuneError(
+            f"this machine has no GPU that torch {torch.__version__} can use, so the routing would "
+            f"be that of its CPU ({name()}); tune on the GPU that will serve, look without writing "
+            "with --dry-run, or write the CPU's routing with --on-cpu"
+        )
+
+
 @contextmanager
 def within_memory(folder: Path) -> Iterator[None]:
     """Raise TuneError with a remedy where the GPU's memory does not hold what is measured."""

@@ -10,13 +10,10 @@ from vllm_qoq.routing import Routing
 from vllm_qoq.tune import device, keep, memory
 from vllm_qoq.tune.choose import choose
 from vllm_qoq.tune.engine import OpenEngine
-from vllm_qoq.tune.measure import check, measure
+from vllm_qoq.tune.measure import SUSPICIOUS, check, measure
 from vllm_qoq.tune.measurements import PREFILL_TOKENS, Check, Measurements, decode_batches
 from vllm_qoq.tune.preferences import SLOWER
 from vllm_qoq.tune.target import Target
-
-# A routing slower than its best single set by more than that is not what was promised.
-_SUSPICIOUS = 0.10
 
 
 @dataclass(frozen=True)
@@ -126,7 +123,7 @@ def _findings(routing: Routing, checked: Check | None, request: Request) -> list
         found.append("whole steps were not measured: the KV cache of the test was too small")
     accepted = SLOWER[request.prefer]
     for batch in checked.routed:
-        if (slower := checked.slowdown(batch)) > _SUSPICIOUS:
+        if (slower := checked.slowdown(batch)) > SUSPICIOUS:
             best = min(checked.step_seconds[batch], key=checked.step_seconds[batch].__getitem__)
             found.append(
                 f"WARNING: at batch {batch} a whole step with this routing is {slower:.0%} slower "

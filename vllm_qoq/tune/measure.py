@@ -10,6 +10,10 @@ from vllm_qoq.tune.engine import Engine, Layers
 from vllm_qoq.tune.measurements import Check, Key, Measurements, Shape
 
 _CHECKED_BATCHES = 3
+# A routing slower than its best single set by more than that is not what was promised. What else
+# runs on the machine only adds time, so it is measured again before anybody is told.
+SUSPICIOUS = 0.10
+_ROUNDS = 3
 
 
 def measure(
@@ -44,17 +48,43 @@ def check(
     step_seconds, routed = {}, {}
     with progress("check", len(batches) * (1 + len(sets)), quiet) as advance:
         for batch in batches:
-            times = {}
-            for name in (None, *sets):
-                used = routing if name is None else Routing.forced(name)
-                times[name] = engine.step_seconds(used, batch)
-                advance()
-            if None not in times.values():
+            times = _steps(engine, routing, sets, batch, advance)
+            for _ in range(_ROUNDS - 1):
+                if times is None or times[None] <= min(times.values()) * (1 + SUSPICIOUS):
+                    break
+                again = _steps(engine, routing, sets, batch)
+                if again is not None:
+                    times = {name: min(seconds, again[name]) for name, seconds in times.items()}
+            if times is not None:
                 routed[batch] = times.pop(None)
                 step_seconds[batch] = times
     return Check.model_validate(
         {"routing": routing.to_json(), "step_seconds": step_seconds, "routed": routed}
     )
+
+
+def _steps(
+    engine: Engine,
+    routing: Routing,
+    sets: Sequence[str],
+    batch: int,
+    advance: Callable[[], object] = lambda: None,
+) -> dict[str | None, float] | None:
+    """Seconds of a whole step with the routing (None) and with each set alone.
+
+    None where the KV cache is too small for the batch.
+    """
+    times: dict[str | None, float] = {}
+    is_whole = True
+    for name in (None, *sets):
+        used = routing if name is None else Routing.forced(name)
+        seconds = engine.step_seconds(used, batch)
+        advance()
+        if seconds is None:
+            is_whole = False
+        else:
+            times[name] = seconds
+    return times if is_whole else None
 
 
 def checked_batches(routing: Routing, decode: Sequence[int]) -> list[int]:
