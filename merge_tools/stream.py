@@ -42,9 +42,8 @@ def structure(checkpoint: Checkpoint, section: Section) -> Iterator[str]:
     is_stored = section.stream is not None and section.stream.is_stored
     found = {n: info for n, info in checkpoint.tensors.items() if split_layer(n)[0] == STREAM}
     hidden = text_config(checkpoint.config).get("hidden_size")
-    if not isinstance(hidden, int) or not found.keys() and not is_stored:
-        return
-    shapes = stream_shapes(hidden) if is_stored else {}
+    # Other sizes than a number are reported with the config.
+    shapes = stream_shapes(hidden) if is_stored and isinstance(hidden, int) else {}
     for leaf, shape in shapes.items():
         info = found.pop(f"{STREAM}.{leaf}", None)
         dtypes = {"I8"} if leaf == "rotation" else FLOATS

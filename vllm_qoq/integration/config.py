@@ -137,9 +137,9 @@ class QoQConfig(QuantizationConfig):
                 rules[re.compile(rf"^({name})\.(.+)\.([^.]+)$")] = r"\2.\1.\3"
             else:
                 rules[re.compile(rf"^{name}\.")] = None
-        if self.section is not None and self.section.stream is not None:
-            if self._way_back is None or not self._way_back.keeps_tensors():
-                rules[re.compile(rf"^{STREAM}\.")] = None  # generation does without
+        is_turned = self.section is not None and self.section.stream is not None
+        if is_turned and not (self._way_back is not None and self._way_back.keeps_tensors()):
+            rules[re.compile(rf"^{STREAM}\.")] = None  # generation does without
         inherited = QuantizationConfig.get_cache_scale_mapper().orig_to_new_regex
         return WeightsMapper(orig_to_new_regex={**rules, **inherited})
 
