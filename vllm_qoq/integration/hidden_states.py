@@ -156,6 +156,8 @@ class OriginalBasis(nn.Module):
     norm      [H]          in the model's dtype
     """
 
+    signs: torch.Tensor  # the rotation in the model's dtype
+
     def __init__(self, hidden_size: int, dtype: torch.dtype, is_tracked: bool) -> None:
         super().__init__()
         shapes = stream_shapes(hidden_size)
