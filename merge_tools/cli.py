@@ -83,7 +83,7 @@ def _common(parser: argparse.ArgumentParser, handler: Any) -> None:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from merge_tools import compatible, complete, execute, kv_basis, nest, preflight, rules
+    from merge_tools import compatible, complete, execute, kv_basis, nest, preflight, rules, stream
     from merge_tools.plan import make_plan
     from merge_tools.progress import Progress
     from merge_tools.sources import open_sources, parse_sources
@@ -111,7 +111,7 @@ def _merge(args: argparse.Namespace) -> int:
             _check_kv(kv_basis, prefill, source)
     shares = nest.clipped_shares(*nested, progress) if nested is not None else {}
     nest.check_clipped(shares, args.max_clipped)
-    section = _section(sources, routing, plan)
+    section = _section(sources, routing, plan, stream.of_source(prefill))
     if not args.dry_run:
         execute.execute(
             plan, sources, section, args.output, args.overwrite, progress, not args.no_model_card
@@ -168,12 +168,13 @@ def _read_routing(path: Path, names: list[str]) -> Any:
         raise RoutingError(f"{path}: {error}") from None
 
 
-def _section(sources: dict[str, Any], routing: Any, plan: Any) -> Any:
+def _section(sources: dict[str, Any], routing: Any, plan: Any, basis: Any) -> Any:
     from vllm_qoq.format import ResidualSet, Section
 
     configs = {name: dict(source.config) for name, source in sources.items()}
     configs |= {name: ResidualSet(base=base).model_dump() for name, base in plan.bases.items()}
-    return Section(sets=configs, routing=routing, input_ratio=dict(plan.input_ratio))
+    ratios = dict(plan.input_ratio)
+    return Section(sets=configs, routing=routing, input_ratio=ratios, stream=basis)
 
 
 def _report(args: argparse.Namespace, plan: Any, section: Any, shares: dict[str, float]) -> None:

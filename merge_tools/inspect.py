@@ -25,6 +25,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "shared_bytes": checkpoint.total_bytes - own,
         "total_bytes": checkpoint.total_bytes,
         "routing": section.routing.to_json(),
+        **({"stream": section.stream.model_dump()} if section.stream is not None else {}),
         "tensor_parallel": _tensor_parallel(checkpoint.config, sets),
     }
 
@@ -41,6 +42,8 @@ def table(report: dict[str, Any]) -> str:
         )
     lines.append(f"  {'shared':31} {human_bytes(report['shared_bytes']):>10}")
     lines.append(f"  {'total':31} {human_bytes(report['total_bytes']):>10}")
+    if "stream" in report:
+        lines.append(f"residual stream: rotated, rotation {report['stream']['rotation']}")
     routing = report["routing"]
     lines += _phases(routing)
     if load := routing.get("load"):

@@ -7,7 +7,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from merge_tools import complete, rules, values
+from merge_tools import complete, rules, stream, values
 from merge_tools.progress import Progress
 from merge_tools.sources import WeightSet
 from vllm_qoq.checkpoint import CONFIG, Checkpoint, TensorInfo
@@ -53,18 +53,19 @@ def structure(folder: Path) -> list[str]:
     """What is wrong with names, dtypes and shapes; reads headers only."""
     checkpoint, section, sets = open_merged(folder)
     head = _int8_head(checkpoint) if section.lm_head is not None else ()
-    return [*head, *_structure(section, sets)]
+    return [*head, *stream.structure(checkpoint, section), *_structure(section, sets)]
 
 
 def contents(folder: Path, progress: Progress) -> list[str]:
     """What is wrong with the values; reads every tensor."""
-    checkpoint, _, sets = open_merged(folder)
+    checkpoint, section, sets = open_merged(folder)
     found = []
     with progress.stage("verify", checkpoint.total_bytes) as advance:
         for info in checkpoint.tensors.values():
             message = values.finding(checkpoint, info)
             found += [message] if message else []
             advance(info.nbytes)
+    found += stream.contents(checkpoint, section)
     for weights in sets:
         if weights.config["quant_method"] in (QOQ_LINEAR, QOQ_RESIDUAL):
             messages = (values.layer_finding(weights, layer) for layer in sorted(weights.quantized))

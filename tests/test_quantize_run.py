@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import DATA, ROOT
 from cpu_kernels import needs_exact_int8, needs_wna16
 from engines import engine, generate
@@ -230,3 +231,19 @@ def test_a_recipe_and_options_over_it(tiny_model, tmp_path, quantize):
     assert "w4a8.model.layers.0.mlp.up_proj.channel_zero" in checkpoint.tensors
     assert checkpoint.section.kv_cache.bits == 16
     assert verify.structure(out) == []
+
+
+def test_embeddings_are_those_of_the_original_model(quantized, tiny_model):
+    out, text, _ = quantized
+    content = text.read_text()
+    texts = [content[start : start + 300] for start in range(0, 8 * 900, 900)]
+    pooling = {"runner": "pooling", "convert": "embed"}
+
+    def embeddings(checkpoint, qoq=None):
+        found = engine(checkpoint, qoq, **pooling).embed(texts, use_tqdm=False)
+        return torch.tensor([output.outputs.embedding for output in found])
+
+    original = embeddings(tiny_model)
+    assert torch.cosine_similarity(original[:-1], original[1:]).max() < 0.9  # they do differ
+    served = embeddings(out, {"force_set": "w8a8"})
+    assert torch.cosine_similarity(original, served).min() > 0.99

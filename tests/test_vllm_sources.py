@@ -19,6 +19,7 @@ UNITS = (
     "test_load.py",
     "test_key_mapping.py",
     "test_kv_cache.py",
+    "test_hidden_states.py",
 )
 
 

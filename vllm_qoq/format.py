@@ -10,7 +10,8 @@ model's `architectures` and adds one section:
       "routing": {...},                                  # vllm_qoq.routing
       "input_ratio": {"w4a16": ["model.layers.*.self_attn.q_proj", ...]},
       "kv_cache": {"bits": 4},                           # vllm_qoq.kv_config
-      "lm_head": {"bits": 8}                             # absent: in the model's dtype
+      "lm_head": {"bits": 8},                            # absent: in the model's dtype
+      "stream": {"rotation": "stored"}                   # absent: the original model's
     }
 
 Tensors. A layer that is quantized in at least one set has its tensors once per
@@ -29,6 +30,20 @@ as globs over layer names, so that a lost tensor is noticed.
 
 `lm_head`. In int8 it is `lm_head.weight` int8 [V, K], `lm_head.weight_scale` float32 [V, 1],
 for all sets; its input is rounded to int8 per token.
+
+`stream`. The residual stream may be in another basis than the original model's: a rotation R is
+folded into the layers that read and write it, and the weight of the final norm into lm_head.
+Generation does not notice. Hidden states that leave the model elsewhere than through lm_head do,
+as embeddings, rewards and the inputs of draft heads. With `"rotation": "stored"` they can be
+turned back, by
+
+    stream.rotation  int8 [H, H]                  R * sqrt(H): every entry -1 or 1, rows orthogonal
+    stream.norm      the model's dtype [H]        the final norm's weight before it was folded
+
+    stream of the original model        = stream @ R.T
+    last hidden state of the original   = (last hidden state @ R.T) * stream.norm
+
+and with `"rotation": "unknown"` they cannot: the final norm was folded by another tool.
 
 QoQ. A set with `{"quant_method": "qoq_linear", "group_size": 128}` (`QoQSet`) holds,
 for a layer with N outputs and K inputs,
@@ -89,6 +104,7 @@ QOQ_RESIDUAL = "qoq_residual"
 LM_HEAD = "lm_head"
 # Leaves of an int8 lm_head.
 INT8_HEAD_TENSORS = ("weight", "weight_scale")
+STREAM = "stream"
 
 _SET_NAME = re.compile(r"[a-z][a-z0-9]{0,31}")
 # First components of tensor names in Hugging Face checkpoints, and attributes of
@@ -98,6 +114,7 @@ _RESERVED = frozenset(
         *("model", "transformer", "language", "visual", "vision", "backbone"),
         *("encoder", "decoder", "thinker", "talker"),
         *("weight", "bias", "scheme", "prefix"),
+        STREAM,
     }
 )
 
@@ -202,6 +219,27 @@ class LMHead(BaseModel):
     bits: Literal[8]
 
 
+class Stream(BaseModel):
+    """That the residual stream is not in the original model's basis.
+
+    rotation  "stored" where the checkpoint has what turns hidden states back, else "unknown"
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rotation: Literal["stored", "unknown"]
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the checkpoint has `stream.rotation` and `stream.norm`."""
+        return self.rotation == "stored"
+
+
+def stream_shapes(hidden_size: int) -> dict[str, tuple[int, ...]]:
+    """Leaf -> shape of the tensors of a stored `Stream`."""
+    return {"rotation": (hidden_size, hidden_size), "norm": (hidden_size,)}
+
+
 class Section(BaseModel):
     """The `quantization_config` of a checkpoint. Unknown keys are refused."""
 
@@ -214,6 +252,7 @@ class Section(BaseModel):
     input_ratio: dict[str, tuple[str, ...]] = {}
     kv_cache: KVCache | None = None
     lm_head: LMHead | None = None
+    stream: Stream | None = None
 
     @field_validator("sets")
     @classmethod
@@ -268,6 +307,8 @@ class Section(BaseModel):
             section["kv_cache"] = self.kv_cache.to_json()
         if self.lm_head is not None:
             section["lm_head"] = {"bits": self.lm_head.bits}
+        if self.stream is not None:
+            section[STREAM] = {"rotation": self.stream.rotation}
         return section
 
     def has_input_ratio(self, set_name: str, layer: str) -> bool:

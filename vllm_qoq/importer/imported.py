@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from merge_tools import stream
 from merge_tools.layout import group_leaves
 from merge_tools.plan import Plan, make_plan
 from merge_tools.progress import Progress
@@ -153,6 +154,7 @@ def section(imported: ImportedSet, kv_bits: int | None) -> Section:
         sets={imported.name: dict(imported.config)},
         routing=Routing.parse({"prefill": imported.name, "decode": imported.name}, [imported.name]),
         kv_cache=KVCache.model_validate({"bits": bits}),
+        stream=stream.of_source(imported),
     )
 
 

@@ -10,6 +10,7 @@ step.py        prefill or decode: reading vLLM's forward context
 counters.py    steps by phase and set, in memory shared with the front end
 load.py        calm or busy, in memory shared with the front end
 metrics.py     both in vLLM's log and Prometheus endpoint
+hidden_states.py  the way back from a rotated stream, where hidden states leave the model
 models.py      FlexQuant* model classes for architectures with a loader of their own
 compat.py      every branch on a vLLM version
 perplexity.py  `vllm-qoq perplexity`

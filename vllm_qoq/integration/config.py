@@ -22,12 +22,13 @@ from vllm_qoq.format import (
     QOQ_LINEAR,
     QOQ_RESIDUAL,
     QUANT_METHOD,
+    STREAM,
     FormatError,
     KVSection,
     Section,
     split_name,
 )
-from vllm_qoq.integration import load
+from vllm_qoq.integration import hidden_states, load
 from vllm_qoq.integration.counters import new_counter_name
 from vllm_qoq.integration.fusion import install as install_fusion
 from vllm_qoq.integration.int8_head import Int8HeadMethod
@@ -71,6 +72,7 @@ class QoQConfig(QuantizationConfig):
         self._policy: Policy | None = None
         self._kv_cache: QuantizedKVCache | None = None
         self._mapper: WeightsMapper | None = None
+        self._way_back: hidden_states.WayBack | None = None
         self._used: set[str] = set()
         self._unreachable: list[tuple[str, str]] = []
 
@@ -135,6 +137,9 @@ class QoQConfig(QuantizationConfig):
                 rules[re.compile(rf"^({name})\.(.+)\.([^.]+)$")] = r"\2.\1.\3"
             else:
                 rules[re.compile(rf"^{name}\.")] = None
+        is_turned = self.section is not None and self.section.stream is not None
+        if is_turned and not (self._way_back is not None and self._way_back.keeps_tensors()):
+            rules[re.compile(rf"^{STREAM}\.")] = None  # generation does without
         inherited = QuantizationConfig.get_cache_scale_mapper().orig_to_new_regex
         return WeightsMapper(orig_to_new_regex={**rules, **inherited})
 
@@ -180,6 +185,7 @@ class QoQConfig(QuantizationConfig):
                     "quantization 'qoq' does not serve LoRA adapters yet; merge the adapter into "
                     "the model before quantizing, or start without --enable-lora"
                 )
+            hidden_states.check_engine(self.section, vllm_config)
             install_fusion(vllm_config.compilation_config)
             self._policy = Policy(
                 self.section,
@@ -194,6 +200,11 @@ class QoQConfig(QuantizationConfig):
         self, layer: LinearBase, prefix: str, methods: dict[str, SetMethod]
     ) -> FlexLinearMethod:
         policy, parts = self.policy(), self._parts(prefix)
+        if self._way_back is None:
+            assert self.section is not None
+            self._way_back = hidden_states.way_back(
+                self.section, get_current_vllm_config(), layer, prefix
+            )
         route = policy.route(prefix, parts)
         if policy.has_graphs():
             _check_nested(prefix, policy.pairs(route), methods)

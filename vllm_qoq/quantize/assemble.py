@@ -15,7 +15,7 @@ from merge_tools import verify
 from merge_tools.execute import replacing
 from merge_tools.writer import copy_file, sync_folder, write_bytes, write_json, write_shard
 from vllm_qoq.checkpoint import CONFIG, INDEX, ITEM_BYTES, TensorInfo
-from vllm_qoq.format import SECTION, KVCache, LMHead, Section, join_name
+from vllm_qoq.format import SECTION, STREAM, KVCache, LMHead, Section, Stream, join_name
 from vllm_qoq.quantize import QuantizeError
 from vllm_qoq.quantize.architectures import Architecture
 from vllm_qoq.quantize.modifiers import piece
@@ -86,28 +86,32 @@ def section(options: Options) -> Section:
         routing=Routing(prefill=options.sets[0], decode=(DecodeRow(set_name=options.sets[-1]),)),
         kv_cache=KVCache(bits=options.kv_bits),
         lm_head=LMHead(bits=8) if options.lm_head_bits == 8 else None,
+        stream=Stream(rotation="stored") if options.rotate else None,
     )
 
 
 def _tensors(work: WorkDir, arch: Architecture, layers: int, options: Options) -> Iterator[_Stored]:
     """Everything to write: shared tensors first, then set by set."""
-    names = {None: SHARED} | {i: piece(i) for i in range(layers)}
-    for owner in (None, *options.sets):
-        for index, name in names.items():
-            if (index is None) != (owner is None):
-                continue
-            file = work.file(name)
-            with safe_open(file, "pt") as pieces:
-                for key in sorted(pieces.keys()):
-                    head, _, rest = key.partition(".")
-                    if owner is not None and head != owner:
-                        continue
-                    entry = pieces.get_slice(key)
-                    layer = key if owner is None else f"{arch.blocks}.{index}.{rest}"
-                    info = TensorInfo(
-                        join_name(owner, layer), entry.get_dtype(), tuple(entry.get_shape()), ""
-                    )
-                    yield _Stored(info, file, key)
+    shared = [SHARED, STREAM] if options.rotate else [SHARED]
+    for file in map(work.file, shared):
+        for key, dtype, shape in _entries(file):
+            yield _Stored(TensorInfo(key, dtype, shape, ""), file, key)
+    for owner in options.sets:
+        for index in range(layers):
+            file = work.file(piece(index))
+            for key, dtype, shape in _entries(file):
+                head, _, rest = key.partition(".")
+                if head == owner:
+                    name = join_name(owner, f"{arch.blocks}.{index}.{rest}")
+                    yield _Stored(TensorInfo(name, dtype, shape, ""), file, key)
+
+
+def _entries(file: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Name, dtype and shape of the tensors of a piece."""
+    with safe_open(file, "pt") as tensors:
+        for key in sorted(tensors.keys()):
+            entry = tensors.get_slice(key)
+            yield key, entry.get_dtype(), tuple(entry.get_shape())
 
 
 def _shards(tensors: list[_Stored], max_bytes: int) -> dict[str, list[_Stored]]:

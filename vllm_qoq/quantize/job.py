@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from vllm_qoq.checkpoint import Checkpoint
+from vllm_qoq.format import STREAM
 from vllm_qoq.quantize import head, rotate
 from vllm_qoq.quantize.architectures import Architecture, blocks
 from vllm_qoq.quantize.assemble import SHARED, write_checkpoint
@@ -39,6 +40,8 @@ def run(job: Job, options: Options) -> dict[str, Any]:
         model = _load(job.model, arch)
         before = check.measure(model, "the model")
         if options.rotate:
+            if not work.has(STREAM):
+                work.save(STREAM, rotate.way_back(model, arch, shape), {})
             rotate.fold_norms(model, arch)
             rotate.rotate_stream(model, arch, shape)
         _smooth(model, plan, options, work, job.quiet)

@@ -85,6 +85,8 @@ def make_plan(job: Job, options: Options) -> Plan:
         vocabulary, hidden = checkpoint.tensors[f"{arch.embedding}.weight"].shape
         is_stored = f"{arch.head}.weight" in checkpoint.tensors
         shared += vocabulary * hidden * (1 - _BYTES_16_BIT if is_stored else 1)
+    if options.rotate:
+        shared += shape.hidden**2  # what turns hidden states back
     output = shared + sum(int(quantized * kind.bits / 8) for kind in options.kinds)
     work = output + _BYTES_16_BIT * quantized  # the weights that make the next block's inputs
     preflight.check_space(job.out, output)

@@ -17,6 +17,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from vllm_qoq import basis
+from vllm_qoq.format import STREAM
 from vllm_qoq.quantize import QuantizeError
 from vllm_qoq.quantize.architectures import Architecture, Module, Shape, blocks
 from vllm_qoq.quantize.weights import assign
@@ -45,6 +47,12 @@ def fold_norms(model: Module, arch: Architecture) -> None:
         for norm, readers in arch.norms.items():
             _fold(block.get_submodule(norm), [block.get_submodule(name) for name in readers])
     _fold(model.get_submodule(arch.final_norm), [model.get_submodule(arch.head)])
+
+
+def way_back(model: Module, arch: Architecture, shape: Shape) -> dict[str, torch.Tensor]:
+    """The checkpoint's tensors that turn hidden states back. The norms must not be folded yet."""
+    norm = model.get_submodule(arch.final_norm).weight.detach().clone()
+    return {f"{STREAM}.rotation": basis.signs(hadamard(shape.hidden)), f"{STREAM}.norm": norm}
 
 
 @torch.no_grad()
