@@ -27,15 +27,16 @@ from vllm_qoq.format import (
     Section,
     split_name,
 )
-from vllm_qoq.integration import load
+from vllm_qoq.integration import front_end, load
 from vllm_qoq.integration.counters import new_counter_name
 from vllm_qoq.integration.fusion import install as install_fusion
 from vllm_qoq.integration.int8_head import Int8HeadMethod
 from vllm_qoq.integration.kv_cache import QuantizedKVCache, check_without_sets
 from vllm_qoq.integration.linear import FlexLinearMethod, SetMethod
-from vllm_qoq.integration.policy import Policy
+from vllm_qoq.integration.policy import Policy, check_lora
 from vllm_qoq.integration.qoq_linear import QoQLinearConfig, fused_parts
 from vllm_qoq.integration.qoq_residual import QoQResidualConfig, QoQResidualMethod
+from vllm_qoq.integration.register import as_engine_error
 from vllm_qoq.routing import Phase, RoutingError
 
 if TYPE_CHECKING:
@@ -108,7 +109,12 @@ class QoQConfig(QuantizationConfig):
         return cls(Section.parse(config))
 
     def maybe_update_config(self, model_name: str, **kwargs: Any) -> None:
-        """Let the sets read the checkpoint's headers, as GPTQ and AWQ do."""
+        """Let the sets read the checkpoint's headers, as GPTQ and AWQ do.
+
+        vLLM calls this where the engine is configured. EngineError says what it cannot do.
+        """
+        with as_engine_error():
+            front_end.prepare(self)
         for name, config in self.set_configs.items():
             config.maybe_update_config(model_name, **kwargs)
             for attribute in _MODULE_LISTS:
@@ -175,11 +181,7 @@ class QoQConfig(QuantizationConfig):
         if self._policy is None:
             assert self.section is not None
             vllm_config = get_current_vllm_config()
-            if vllm_config.lora_config is not None:
-                raise ValueError(
-                    "quantization 'qoq' does not serve LoRA adapters yet; merge the adapter into "
-                    "the model before quantizing, or start without --enable-lora"
-                )
+            check_lora(vllm_config)
             install_fusion(vllm_config.compilation_config)
             self._policy = Policy(
                 self.section,

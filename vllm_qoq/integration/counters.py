@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from vllm.config import VllmConfig
 
-from vllm_qoq.integration.compat import device_view
+from vllm_qoq.integration.compat import device_view, engine_index
 from vllm_qoq.routing import Phase
 
 _SHARED_MEMORY = Path("/dev/shm")
@@ -89,8 +89,8 @@ def read_step_counts(vllm_config: VllmConfig) -> dict[tuple[str, str], int]:
     config = vllm_config.quant_config
     if not isinstance(config, QoQConfig):
         raise ValueError("step counts exist only for models loaded with quantization 'qoq'")
-    rank = vllm_config.parallel_config.data_parallel_rank
-    return CounterReader(counter_file(config.counter_stem, rank), config.set_names).read()
+    path = counter_file(config.counter_stem, engine_index(vllm_config.parallel_config))
+    return CounterReader(path, config.set_names).read()
 
 
 def _remove(stem: str, owner: int) -> None:
