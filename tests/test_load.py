@@ -1,6 +1,7 @@
 """The load signal: who writes it, who reads it, and what a step and a layer make of it."""
 
 import json
+import os
 import pickle
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from vllm_qoq.integration.metrics import RoutingStatLogger
 from vllm_qoq.integration.options import Options
 from vllm_qoq.integration.policy import routing_in_force
 from vllm_qoq.integration.step import current_step
+from vllm_qoq.integration.trace import Trace
 from vllm_qoq.reference import quantize_per_token
 from vllm_qoq.routing import Load, Phase, RoutingError, Step
 
@@ -297,11 +299,12 @@ def test_the_trace_tells_the_state_where_there_is_one(make_policy, tmp_path):
         (FULL, NESTED_ROUTING),
     ):
         policy, writer, _, step = make_policy(mode, sets=NESTED, routing=routing)
-        policy._trace_file = str(trace)
+        policy._trace = Trace(str(trace), engine=3)
         step(MIXED)
         writer.update(4)
         step(MIXED)
     lines = [json.loads(line) for line in trace.read_text().splitlines()]
+    assert {(line["engine"], line["pid"]) for line in lines} == {(3, os.getpid())}
     assert [(line["set"], line["busy"], line.get("set_if_busy")) for line in lines] == [
         ("w8a8", False, None),
         ("w4a8", True, None),

@@ -1,7 +1,7 @@
 """What vllm-qoq takes from vLLM beyond its public interface, and every branch on a version.
 
-Served: vLLM 0.26 to 0.33. What differs between them is probed for here, and nowhere else;
-tests/test_vllm_sources.py imports this package against the oldest and the newest version.
+Served: vLLM 0.26 to 0.33 (`vllm_qoq.environment`). What differs between them is probed for here;
+tests/test_vllm_sources.py runs unit tests against the oldest and the newest version.
 
 * `encode_layer_name`, `resolve_layer_name`, `LayerNameType`: how a custom op
   receives the name of its layer as a graph input, so that torch.compile reuses
@@ -19,6 +19,8 @@ tests/test_vllm_sources.py imports this package against the oldest and the newes
   minute later, by the engine.
 * `engine_index`: which data-parallel engine this is (vllm.config.ParallelConfig). Engines of dense
   models are told that their rank is 0.
+* `map_name`: what a model calls a layer that the checkpoint calls otherwise
+  (vllm.model_executor.models.utils.WeightsMapper, which offers tensors and lists in public).
 * `device_view`: host memory as the GPU sees it (vllm.utils.torch_utils).
 * `backends_size_pages`, `set_kv_cache_spec`, `kv_cache_layouts`: who says how large the pages of
   the KV cache are. Before 0.32 it is the attention layer (`Attention.get_kv_cache_spec`), and each
@@ -32,7 +34,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm import ir
@@ -49,6 +51,9 @@ from vllm.utils.torch_utils import _encode_layer_name as encode_layer_name
 from vllm.utils.torch_utils import _resolve_layer_name as resolve_layer_name
 from vllm.v1.attention.backend import AttentionBackend
 
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
+
 __all__ = [
     "FrontEnd",
     "InductorPass",
@@ -64,6 +69,7 @@ __all__ = [
     "fused_add_rms_norm",
     "has_loader_v2",
     "kv_cache_layouts",
+    "map_name",
     "resolve_layer_name",
     "set_kv_cache_spec",
 ]
@@ -130,6 +136,12 @@ def _self_of(method: Any) -> Any:
             return frame.f_locals.get("self")
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+def map_name(mapper: WeightsMapper, name: str) -> str:
+    """The name of a layer in vLLM; as it is where the model drops the layer."""
+    mapped = mapper._map_name(name)
+    return mapped if mapped is not None else name
 
 
 def device_view(host: torch.Tensor) -> torch.Tensor:

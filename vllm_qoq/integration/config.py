@@ -28,7 +28,7 @@ from vllm_qoq.format import (
     split_name,
 )
 from vllm_qoq.integration import front_end, load
-from vllm_qoq.integration.counters import new_counter_name
+from vllm_qoq.integration.compat import map_name
 from vllm_qoq.integration.fusion import install as install_fusion
 from vllm_qoq.integration.int8_head import Int8HeadMethod
 from vllm_qoq.integration.kv_cache import QuantizedKVCache, check_without_sets
@@ -37,6 +37,7 @@ from vllm_qoq.integration.policy import Policy, check_lora
 from vllm_qoq.integration.qoq_linear import QoQLinearConfig, fused_parts
 from vllm_qoq.integration.qoq_residual import QoQResidualConfig, QoQResidualMethod
 from vllm_qoq.integration.register import as_engine_error
+from vllm_qoq.integration.shared_files import new_stem
 from vllm_qoq.routing import Phase, RoutingError
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class QoQConfig(QuantizationConfig):
         for config in self.set_configs.values():
             if isinstance(config, QoQResidualConfig):
                 config.attach(self.set_configs[config.residual_set.base])
-        self.counter_stem = new_counter_name()
+        self.counter_stem = new_stem()
         self._has_load_writer = False
         self._policy: Policy | None = None
         self._kv_cache: QuantizedKVCache | None = None
@@ -263,8 +264,7 @@ class QoQConfig(QuantizationConfig):
         return fused_parts(prefix, self.packed_modules_mapping)
 
     def _map_name(self, name: str) -> str:
-        mapped = self._mapper._map_name(name) if self._mapper is not None else None
-        return mapped if mapped is not None else name
+        return map_name(self._mapper, name) if self._mapper is not None else name
 
     def _of_set(self, name: str, modules: list[str]) -> list[str]:
         """Module names read from the checkpoint, without the other sets' and without prefix."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -32,6 +33,7 @@ def register_with_vllm() -> None:
     with the reason.
     """
     register_quantization_config(QUANT_METHOD)(LazyQoQConfig)
+    _warn_of_ignored_options()
     try:
         from vllm_qoq.integration.models import register_models
 
@@ -89,6 +91,31 @@ def as_engine_error() -> Iterator[None]:
         yield
     except UserError as error:
         raise EngineError(str(error)) from None
+
+
+def _warn_of_ignored_options() -> None:
+    """Say so where an engine that starts has options of ours and a model that is not.
+
+    vLLM calls no code of ours for such a model, but in a process that it starts for an engine it
+    loads plugins while the engine has its configuration, on the stack. In a process that the engine
+    shares, or was forked from, plugins were loaded before, and nothing can be said.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        config = frame.f_locals.get("vllm_config") if frame.f_code.co_name == "__init__" else None
+        options = getattr(config, "additional_config", None)
+        if isinstance(options, dict) and QUANT_METHOD in options:
+            quantization = getattr(getattr(config, "model_config", None), "quantization", None)
+            if quantization != QUANT_METHOD:
+                logger.warning(
+                    "--additional-config: %r is ignored, because the quantization of this model is "
+                    "%s; start with --quantization %s, or leave it out",
+                    QUANT_METHOD,
+                    quantization,
+                    QUANT_METHOD,
+                )
+            return
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 def _refuse(error: Exception) -> NoReturn:

@@ -3,23 +3,22 @@
 vLLM takes stat loggers from the entry points `vllm.stat_logger_plugins`. As soon as it finds one
 it counts statistics, for every model and whatever `--disable-log-stats` says, so an entry point of
 the installed package would change the servers of other people's models. This one is in the memory
-of a process, through a finder of importlib.metadata, and only once `offer` was called.
+of a process, through a finder of importlib.metadata, from `offer` until vLLM has loaded it for the
+engine that it was offered for.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from importlib.metadata import Distribution, DistributionFinder
+from importlib.metadata import Distribution, DistributionFinder, EntryPoint
 from pathlib import Path
 from typing import Any
 
 from vllm_qoq import __version__
 
 _NAME = "vllm-qoq-stat-logger"
-_ENTRY_POINTS = (
-    "[vllm.stat_logger_plugins]\nqoq = vllm_qoq.integration.metrics:RoutingStatLogger\n"
-)
+_GROUP = "vllm.stat_logger_plugins"
 _METADATA = f"Metadata-Version: 2.1\nName: {_NAME}\nVersion: {__version__}\n"
 
 
@@ -30,15 +29,26 @@ def offer() -> None:
 
 
 def withdraw() -> None:
-    """Hide it again: the engine that comes next in this process may be another model's."""
+    """Hide it again."""
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
+
+
+class _EntryPoint(EntryPoint):
+    def load(self) -> Any:
+        """The class. The engine that vLLM starts next may be another model's."""
+        withdraw()
+        return super().load()
 
 
 class _InMemory(Distribution):
     """A distribution that has an entry point and no files."""
 
+    @property
+    def entry_points(self) -> Any:
+        return (_EntryPoint("qoq", "vllm_qoq.integration.metrics:RoutingStatLogger", _GROUP),)
+
     def read_text(self, filename: str) -> str | None:
-        return {"METADATA": _METADATA, "entry_points.txt": _ENTRY_POINTS}.get(filename)
+        return _METADATA if filename == "METADATA" else None
 
     def locate_file(self, path: Any) -> Any:
         return Path(__file__).parent / path
