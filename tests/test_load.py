@@ -19,6 +19,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader
 from vllm_qoq import w4a8_layout
 from vllm_qoq.format import FormatError
 from vllm_qoq.integration import load
+from vllm_qoq.integration.config import QoQConfig
 from vllm_qoq.integration.counters import CounterReader, counter_file
 from vllm_qoq.integration.load import LoadReader, LoadWriter, load_file
 from vllm_qoq.integration.metrics import RoutingStatLogger
@@ -151,6 +152,19 @@ def test_without_a_load_in_force_nothing_is_told(routing, extra):
     labels = {"model_name": "quiet", "engine": "0"}
     assert logger.load is None
     assert REGISTRY.get_sample_value("vllm:qoq_busy", labels) is None
+
+
+def test_prometheus_is_told_the_bits_of_the_cache():
+    rules = [{"match": "model.layers.0.*", "bits": 16}]
+    for model, section, extra, bits in (
+        ("kv4", {"kv_cache": {"bits": 4, "layers": rules}}, {}, "4,16"),
+        ("kv8", {"kv_cache": {"bits": 4}}, {"kv_bits": 8}, "8"),
+        ("kv16", {"kv_cache": {"bits": 4}}, {"kv_bits": 16}, None),
+    ):
+        RoutingStatLogger(front_end(QoQConfig.from_config(section), model, extra))
+        labels = {"model_name": model, "engine": "0", "hadamard": "false", "bits": bits or "16"}
+        value = REGISTRY.get_sample_value("vllm:qoq_kv_cache_info", labels)
+        assert value == (1 if bits else None)
 
 
 # Who may not

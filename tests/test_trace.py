@@ -1,7 +1,6 @@
 """The file of routing decisions: what cannot be written, and several engines in one file."""
 
 import json
-import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -43,9 +42,9 @@ def test_lines_of_several_engines_are_whole_and_say_whose_they_are(tmp_path):
     assert {line["pid"] for line in lines} == {os.getpid()}
 
 
-def test_what_cannot_be_written_later_is_said_once_and_stops_nothing(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+def test_what_cannot_be_written_later_is_said_once_and_stops_nothing(vllm_log):
     trace = Trace("/dev/full", 0)
     for _ in range(3):
         trace.write({"phase": "prefill"})
-    assert caplog.text.count("The trace ends here") == 1 and "No space left" in caplog.text
+    (line,) = vllm_log
+    assert "The trace ends here, /dev/full cannot be written: No space left" in line

@@ -1,9 +1,9 @@
 """What the entry point `vllm.general_plugins` does in each of vLLM's processes.
 
-It registers names and nothing else: a class that stands for `QoQConfig`, and the `FlexQuant*`
-models by module and name. What serves a model (our ops, the set methods, the KV cache) is imported
-when vLLM makes the quantization config of a model that asks for `qoq`, so vLLM serves any other
-model with the modules, ops and files that it would have without this package.
+It registers names, a class that stands for `QoQConfig` and the `FlexQuant*` models, and warns of
+options that will be ignored. What serves a model (our ops, the set methods, the KV cache) is
+imported when vLLM makes the quantization config of a model that asks for `qoq`, so vLLM serves any
+other model with the modules, ops and files that it would have without this package.
 """
 
 from __future__ import annotations
