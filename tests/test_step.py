@@ -3,14 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
-from engines import engine
 from plugin_units import qoq_config, tensor_parallel, vllm_config
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context, set_forward_context
-from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-import vllm_qoq
 from vllm_qoq.integration.counters import CounterReader, counter_file
 from vllm_qoq.integration.step import current_step
 from vllm_qoq.routing import Phase
@@ -139,19 +136,3 @@ def test_eager_steps_and_graphs_agree_on_what_is_a_decode_step(make_policy, toke
     with set_forward_context(metadata, config, num_tokens=tokens):
         step = current_step(get_forward_context(), tokens, policy)
     assert (step.phase is Phase.DECODE) == has_decode_graph
-
-
-def test_a_prompt_that_is_cached_up_to_its_last_token_is_generated_from(nested_dir):
-    llm = engine(nested_dir, block_size=32)
-    prompt = [{"prompt_token_ids": list(range(5, 5 + 33))}]
-    sampling = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
-
-    def counted():
-        before = vllm_qoq.step_counts(llm)
-        llm.generate(prompt, sampling, use_tqdm=False)
-        after = vllm_qoq.step_counts(llm)
-        return {key: n - before[key] for key, n in after.items() if n > before[key]}
-
-    prefill, decode = ("prefill", "w8a8"), ("decode", "w4a8")
-    assert counted() == {prefill: 1, decode: 2}
-    assert counted() == {decode: 3}

@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 UNITS = (
+    "test_front_end.py",
     "test_loading.py",
     "test_step.py",
     "test_load.py",
