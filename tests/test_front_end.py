@@ -5,6 +5,7 @@ Through vLLM's own making of an engine's configuration, which is all that happen
 
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.v1.metrics.loggers import load_stat_logger_plugin_factories
 
 from vllm_qoq import ops
+from vllm_qoq.cli import main
 from vllm_qoq.errors import EngineError
 from vllm_qoq.integration import front_end, load
 from vllm_qoq.integration.metrics import RoutingStatLogger
@@ -91,6 +93,14 @@ def test_what_cannot_be_served_is_refused_before_an_engine_starts(
 def test_so_is_what_a_model_without_sets_cannot_do(tiny_model, qoq, message):
     with pytest.raises(EngineError, match=message):
         configure(tiny_model, qoq, quantization="qoq")
+
+
+def test_a_command_says_it_in_one_line(nested_dir, heldout_text, monkeypatch, capfd):
+    command = ["vllm-qoq", "perplexity", str(nested_dir), "--text", str(heldout_text)]
+    monkeypatch.setattr(sys, "argv", [*command, "--force-set", "w9"])
+    assert main() == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: --additional-config: qoq.force_set is 'w9'")
 
 
 def test_a_broken_section_is_one_line_too(nested_dir, tmp_path):
