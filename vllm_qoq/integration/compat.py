@@ -34,6 +34,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -130,11 +131,11 @@ def front_end_in_the_making() -> FrontEnd | None:
 
 def _self_of(method: Any) -> Any:
     """The object whose `method` is running in this thread, None if it is not."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is method.__code__:
             return frame.f_locals.get("self")
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None
 
 

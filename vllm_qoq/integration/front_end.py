@@ -16,7 +16,12 @@ from vllm.platforms import current_platform
 from vllm_qoq import ops
 from vllm_qoq.format import QOQ_LINEAR, QOQ_RESIDUAL, Section
 from vllm_qoq.integration import load, stat_logger_plugin
-from vllm_qoq.integration.compat import FrontEnd, api_process_rank, front_end_in_the_making
+from vllm_qoq.integration.compat import (
+    FrontEnd,
+    api_process_count,
+    api_process_rank,
+    front_end_in_the_making,
+)
 from vllm_qoq.integration.kv_cache import check_kv_cache, check_without_sets, kv_cache_in_force
 from vllm_qoq.integration.options import Options
 from vllm_qoq.integration.policy import check_lora, routing_in_force
@@ -47,8 +52,8 @@ def prepare(config: QoQConfig) -> None:
     if not is_shown(front_end.vllm_config):
         if front_end.counts_statistics and front_end.is_server:
             logger.warning(
-                "/metrics has no vllm:qoq_* and the log no steps by set: they need one API "
-                "process, in Python, without %s; --api-server-count 1 makes it so",
+                "/metrics has no vllm:qoq_* and the log no steps by set: they need a single API "
+                "process, in Python (--api-server-count 1), and no %s in its environment",
                 _MULTIPROCESS_PROMETHEUS,
             )
     elif front_end.counts_statistics or follows_load:
@@ -82,7 +87,7 @@ def is_shown(vllm_config: VllmConfig) -> bool:
     numbers of ours; so do those of a Rust front end, which is a process of its own.
     """
     parallel = vllm_config.parallel_config
-    is_only = load.api_process_count(parallel) == 1 and api_process_rank(parallel) >= 0
+    is_only = api_process_count(parallel) == 1 and api_process_rank(parallel) >= 0
     return is_only and _MULTIPROCESS_PROMETHEUS not in os.environ
 
 

@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NoReturn
 
 import vllm
@@ -77,10 +78,9 @@ class LazyQoQConfig(QuantizationConfig):
             from vllm_qoq.integration.config import QoQConfig
         except Exception as error:
             _refuse(error)
-        if not _is_served(vllm.__version__):
-            logger.warning(
-                "vllm-qoq is tested with vLLM %s, and this is %s", SERVED_VLLM, vllm.__version__
-            )
+        version = getattr(vllm, "__version__", "")
+        if not _is_served(version):
+            logger.warning("vllm-qoq is tested with vLLM %s, and this is %s", SERVED_VLLM, version)
         return QoQConfig
 
 
@@ -100,7 +100,7 @@ def _warn_of_ignored_options() -> None:
     loads plugins while the engine has its configuration, on the stack. In a process that the engine
     shares, or was forked from, plugins were loaded before, and nothing can be said.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         config = frame.f_locals.get("vllm_config") if frame.f_code.co_name == "__init__" else None
         options = getattr(config, "additional_config", None)
@@ -115,7 +115,7 @@ def _warn_of_ignored_options() -> None:
                     QUANT_METHOD,
                 )
             return
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
 
 
 def _refuse(error: Exception) -> NoReturn:
