@@ -14,7 +14,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 UNITS = (
-    "test_front_end.py",
     "test_loading.py",
     "test_step.py",
     "test_load.py",
