@@ -61,11 +61,11 @@ def add_parsers(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Call the handler and turn what it raises into a message and an exit code."""
-    from vllm_qoq.errors import UserError
+    from vllm_qoq.errors import EngineError, UserError
 
     try:
         return int(args.run(args))
-    except (UserError, OSError) as error:
+    except (UserError, EngineError, OSError) as error:
         if args.debug:
             raise
         print(f"error: {_printable(str(error))}", file=sys.stderr)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -114,6 +116,18 @@ def two_sets_dir(
 def runner(request: pytest.FixtureRequest) -> dict[str, str]:
     """The environment that selects one of vLLM's model runners."""
     return {"VLLM_USE_V2_MODEL_RUNNER": request.param}
+
+
+@pytest.fixture
+def vllm_log() -> Iterator[list[str]]:
+    """The messages that go to vLLM's log during the test."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("vllm")
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)
 
 
 def merge(out: Path, *arguments: str) -> Path:

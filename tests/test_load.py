@@ -1,6 +1,7 @@
 """The load signal: who writes it, who reads it, and what a step and a layer make of it."""
 
 import json
+import os
 import pickle
 from types import SimpleNamespace
 
@@ -18,12 +19,14 @@ from vllm.model_executor.models.utils import AutoWeightsLoader
 from vllm_qoq import w4a8_layout
 from vllm_qoq.format import FormatError
 from vllm_qoq.integration import load
+from vllm_qoq.integration.config import QoQConfig
 from vllm_qoq.integration.counters import CounterReader, counter_file
 from vllm_qoq.integration.load import LoadReader, LoadWriter, load_file
 from vllm_qoq.integration.metrics import RoutingStatLogger
 from vllm_qoq.integration.options import Options
 from vllm_qoq.integration.policy import routing_in_force
 from vllm_qoq.integration.step import current_step
+from vllm_qoq.integration.trace import Trace
 from vllm_qoq.reference import quantize_per_token
 from vllm_qoq.routing import Load, Phase, RoutingError, Step
 
@@ -149,6 +152,19 @@ def test_without_a_load_in_force_nothing_is_told(routing, extra):
     labels = {"model_name": "quiet", "engine": "0"}
     assert logger.load is None
     assert REGISTRY.get_sample_value("vllm:qoq_busy", labels) is None
+
+
+def test_prometheus_is_told_the_bits_of_the_cache():
+    rules = [{"match": "model.layers.0.*", "bits": 16}]
+    for model, section, extra, bits in (
+        ("kv4", {"kv_cache": {"bits": 4, "layers": rules}}, {}, "4,16"),
+        ("kv8", {"kv_cache": {"bits": 4}}, {"kv_bits": 8}, "8"),
+        ("kv16", {"kv_cache": {"bits": 4}}, {"kv_bits": 16}, None),
+    ):
+        RoutingStatLogger(front_end(QoQConfig.from_config(section), model, extra))
+        labels = {"model_name": model, "engine": "0", "hadamard": "false", "bits": bits or "16"}
+        value = REGISTRY.get_sample_value("vllm:qoq_kv_cache_info", labels)
+        assert value == (1 if bits else None)
 
 
 # Who may not
@@ -297,11 +313,12 @@ def test_the_trace_tells_the_state_where_there_is_one(make_policy, tmp_path):
         (FULL, NESTED_ROUTING),
     ):
         policy, writer, _, step = make_policy(mode, sets=NESTED, routing=routing)
-        policy._trace_file = str(trace)
+        policy._trace = Trace(str(trace), engine=3)
         step(MIXED)
         writer.update(4)
         step(MIXED)
     lines = [json.loads(line) for line in trace.read_text().splitlines()]
+    assert {(line["engine"], line["pid"]) for line in lines} == {(3, os.getpid())}
     assert [(line["set"], line["busy"], line.get("set_if_busy")) for line in lines] == [
         ("w8a8", False, None),
         ("w4a8", True, None),

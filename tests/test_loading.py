@@ -293,7 +293,7 @@ def test_a_quantized_lm_head_is_refused():
     ("options", "message"),
     [
         ({"force_set": "w9"}, "force_set is 'w9'.*w8a8, w4a16"),
-        ({"forced": "w8a8"}, "additional-config: qoq.forced"),
+        ({"forced": "w8a8"}, "additional-config: qoq: there is no option 'forced'"),
         ({"routing": {"prefill": "w8a8"}}, "routing.decode"),
         ({"force_set": "w8a8", "routing": {"prefill": "w8a8", "decode": "w8a8"}}, "not both"),
     ],

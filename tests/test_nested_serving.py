@@ -9,6 +9,7 @@ from plugin_units import qoq_config, tensor_parallel, vllm_config
 from qoq_checkpoints import NESTED, nested
 from safetensors.torch import load_file, save_file
 from test_qoq_linear import FUSED, SHAPES, Block, finish
+from vllm import SamplingParams
 from vllm.model_executor.models.utils import AutoWeightsLoader
 
 import vllm_qoq
@@ -199,3 +200,19 @@ def test_a_corrupted_residual_stops_the_engine(nested_dir, tmp_path):
     assert json.loads((folder / "config.json").read_text())["quantization_config"]
     with pytest.raises(Exception, match="qresidual"):
         engine(folder)
+
+
+def test_a_prompt_that_is_cached_up_to_its_last_token_is_generated_from(nested_dir):
+    llm = engine(nested_dir, block_size=32)
+    prompt = [{"prompt_token_ids": list(range(5, 5 + 33))}]
+    sampling = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+
+    def counted():
+        before = vllm_qoq.step_counts(llm)
+        llm.generate(prompt, sampling, use_tqdm=False)
+        after = vllm_qoq.step_counts(llm)
+        return {key: n - before[key] for key, n in after.items() if n > before[key]}
+
+    prefill, decode = ("prefill", "w8a8"), ("decode", "w4a8")
+    assert counted() == {prefill: 1, decode: 2}
+    assert counted() == {decode: 3}

@@ -164,4 +164,5 @@ def test_a_checkpoint_without_a_tensor_is_refused_by_its_name(merged_dir, tmp_pa
 
 def test_an_unknown_set_is_refused_with_the_known_ones(merged_dir):
     output = fails(merged_dir, "--additional-config", '{"qoq": {"force_set": "w4"}}')
-    assert re.search("RoutingError: .*force_set is 'w4'.*w8a8, w4a16", output), output[-3000:]
+    last = output.rstrip().splitlines()[-1]
+    assert re.search("EngineError: .*force_set is 'w4'.*w8a8, w4a16", last), output[-3000:]

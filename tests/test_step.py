@@ -105,3 +105,35 @@ def test_sets_that_only_padding_reaches_are_reachable(make_policy):
     assert "w4a16" in policy.reachable(route)
     policy.max_num_seqs = 5  # padded to 8
     assert policy.reachable(route) == {"w8a8", "w4a16"}
+
+
+def test_an_engine_counts_under_the_index_by_which_its_front_end_reads():
+    """vLLM tells an engine of a dense model under data parallelism that its rank is 0."""
+    config = vllm_config()
+    config.parallel_config.data_parallel_index = 2
+    quant_config = qoq_config()
+    with tensor_parallel(0, 1, config):
+        policy = quant_config.policy()
+    with set_forward_context(DECODING, config, num_tokens=3):
+        current_step(get_forward_context(), 3, policy)
+    reader = CounterReader(counter_file(quant_config.counter_stem, 2), quant_config.set_names)
+    assert sum(reader.read().values()) == 1
+
+
+@pytest.mark.parametrize(("tokens", "requests"), [(1, 1), (3, 3), (4, 3), (17, 1)])
+def test_eager_steps_and_graphs_agree_on_what_is_a_decode_step(make_policy, tokens, requests):
+    """Whatever a request's tokens are of: vLLM replays decode graphs for one token of a prompt."""
+    # Other versions' sources are tested without their compiled library.
+    runner = pytest.importorskip("vllm.v1.worker.gpu_model_runner").GPUModelRunner
+    largest = tokens - requests + 1
+    has_decode_graph = runner._is_uniform_decode(
+        max_num_scheduled_tokens=largest,
+        uniform_decode_query_len=1,
+        num_tokens=tokens,
+        num_reqs=requests,
+    )
+    policy, config, _ = make_policy(NONE)
+    metadata = {"layer": SimpleNamespace(max_query_len=largest)}
+    with set_forward_context(metadata, config, num_tokens=tokens):
+        step = current_step(get_forward_context(), tokens, policy)
+    assert (step.phase is Phase.DECODE) == has_decode_graph

@@ -6,6 +6,7 @@ through the entry point `vllm.general_plugins` in every process that it starts.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,15 +20,25 @@ _is_registered = False
 def register() -> None:
     """Make vLLM know the quantization method `qoq` and the `FlexQuant*` models.
 
-    Idempotent and cheap; changes nothing for models of other methods.
+    Idempotent and cheap: nothing of what serves a model is imported before one asks for it
+    (`integration.register`). Raises nothing, because vLLM would stop, whatever model it serves:
+    where this vLLM lacks what registering needs, one line in its log says so.
     """
     global _is_registered
     if _is_registered:
         return
-    from vllm_qoq.integration.register import register_with_vllm
-
-    register_with_vllm()
     _is_registered = True
+    try:
+        from vllm_qoq.integration.register import register_with_vllm
+
+        register_with_vllm()
+    except Exception as error:
+        from vllm_qoq.environment import vllm_obstacle
+
+        # Under vLLM's logger, so that its settings apply.
+        logging.getLogger("vllm.vllm_qoq").error(
+            "%s. Other models are served as without vllm-qoq", vllm_obstacle(error)
+        )
 
 
 def step_counts(llm: LLM) -> dict[tuple[str, str], int]:

@@ -6,10 +6,17 @@ like a sound one, and what cannot be found out is None.
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Any
+
+from vllm_qoq import __version__
+
+OLDEST_VLLM, NEWEST_VLLM = (0, 26), (0, 33)
+SERVED_VLLM = " to ".join(".".join(map(str, numbers)) for numbers in (OLDEST_VLLM, NEWEST_VLLM))
 
 _PACKAGES = {
     "vllm-qoq": ("vllm-qoq",),
@@ -30,7 +37,8 @@ def describe() -> dict[str, Any]:
     """Versions, platform, GPUs and whether vLLM will find the plugin, as one JSON object.
 
     `gpus` is a list of {field: text}, empty where nvidia-smi lists none, and None
-    where there is no working nvidia-smi.
+    where there is no working nvidia-smi. `plugin_allowed` is false where VLLM_PLUGINS
+    keeps vLLM from loading the plugin that it finds.
     """
     return {
         "platform": platform.platform(),
@@ -38,6 +46,7 @@ def describe() -> dict[str, Any]:
         "packages": {name: _version(names) for name, names in _PACKAGES.items()},
         "gpus": _gpus(),
         "plugin_visible": _is_plugin_visible(),
+        "plugin_allowed": _is_plugin_allowed(),
     }
 
 
@@ -50,8 +59,7 @@ def table(report: dict[str, Any]) -> str:
         rows.append(("GPU", "none" if gpus == [] else "none (no working nvidia-smi)"))
     else:
         rows += [("GPU", ", ".join(gpu.values())) for gpu in gpus]
-    seen = report["plugin_visible"]
-    rows.append(("vLLM plugin", "visible" if seen else "not visible; reinstall vllm-qoq"))
+    rows.append(("vLLM plugin", _plugin_text(report)))
     return "\n".join(f"{name:20}{value}" for name, value in rows)
 
 
@@ -78,6 +86,30 @@ def _gpus() -> list[dict[str, str]] | None:
         dict(zip(_GPU_FIELDS, (part.strip() for part in line.split(",")), strict=False))
         for line in lines
     ]
+
+
+def vllm_obstacle(error: Exception) -> str:
+    """Why `error`, raised on the way into vLLM, keeps vllm-qoq from serving, and what to do."""
+    running = getattr(sys.modules.get("vllm"), "__version__", None)
+    found = running or _version(_PACKAGES["vllm"]) or "of an unknown version"
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    return (
+        f"vllm-qoq {__version__} does not work with this vLLM, {found} ({reason}), so quantization "
+        f"'qoq' is not available; install vLLM {SERVED_VLLM}, or a vllm-qoq made for this one"
+    )
+
+
+def _plugin_text(report: dict[str, Any]) -> str:
+    if not report["plugin_visible"]:
+        return "not visible; reinstall vllm-qoq"
+    if not report["plugin_allowed"]:
+        return f"not loaded; VLLM_PLUGINS is {os.environ['VLLM_PLUGINS']!r}, without {_PLUGIN!r}"
+    return f"visible; for vLLM {SERVED_VLLM}"
+
+
+def _is_plugin_allowed() -> bool:
+    allowed = os.environ.get("VLLM_PLUGINS")
+    return allowed is None or _PLUGIN in allowed.split(",")
 
 
 def _is_plugin_visible() -> bool:

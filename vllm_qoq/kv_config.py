@@ -50,6 +50,10 @@ class KVCache(BaseModel):
         """Whether any layer can be in fewer than 16 bits."""
         return any(bits != UNQUANTIZED for bits in (self.bits, *(r.bits for r in self.layers)))
 
+    def all_bits(self) -> str:
+        """Every number of bits that a layer can be in, for people: `4`, `4,16`."""
+        return ",".join(map(str, sorted({self.bits, *(rule.bits for rule in self.layers)})))
+
     def unmatched(self, layers: Iterable[str]) -> list[str]:
         """The globs of the rules that match none of `layers`."""
         names = list(layers)

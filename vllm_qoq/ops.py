@@ -22,12 +22,17 @@ _HALVES = (torch.bfloat16, torch.float16)
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 
+def is_built(device_type: str) -> bool:
+    """Whether this build has the ops for a "cpu" or "cuda", whatever the machine has."""
+    key = _DISPATCH_KEYS.get(device_type)
+    return key is not None and all(
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"qoq::{name}", key) for name in _OPS
+    )
+
+
 def has_kernels(device_type: str) -> bool:
     """Whether this build computes the ops on this machine's "cpu" or "cuda"."""
-    key = _DISPATCH_KEYS.get(device_type)
-    if key is None or not all(
-        torch._C._dispatch_has_kernel_for_dispatch_key(f"qoq::{name}", key) for name in _OPS
-    ):
+    if not is_built(device_type):
         return False
     # The kernels are compiled for sm_90a, which no other generation runs.
     return device_type != "cuda" or (

@@ -1,7 +1,7 @@
 """What vllm-qoq takes from vLLM beyond its public interface, and every branch on a version.
 
-Served: vLLM 0.26 to 0.33. What differs between them is probed for here, and nowhere else;
-tests/test_vllm_sources.py imports this package against the oldest and the newest version.
+Served: vLLM 0.26 to 0.33 (`vllm_qoq.environment`). What differs between them is probed for here;
+tests/test_vllm_sources.py runs unit tests against the oldest and the newest version.
 
 * `encode_layer_name`, `resolve_layer_name`, `LayerNameType`: how a custom op
   receives the name of its layer as a graph input, so that torch.compile reuses
@@ -11,7 +11,16 @@ tests/test_vllm_sources.py imports this package against the oldest and the newes
 * `InductorPass`, `enable_fake_mode`: a pass of ours over vLLM's compiled graphs, which runs under
   the platform's `pass_key` of `inductor_compile_config` (vllm.compilation.passes).
 * `fused_add_rms_norm`: how such a graph spells the norm (vllm.ir).
-* `api_process_count`: how many front ends share the engines (vllm.config.ParallelConfig).
+* `api_process_count`, `api_process_rank`: how many front ends share the engines, and which of them
+  this is (vllm.config.ParallelConfig).
+* `front_end_in_the_making`: the configuration of an engine while vLLM makes it. vLLM makes the
+  quantization config in the middle of that, and hands it neither the options of the user nor
+  anything later on in this process; but it is on the stack. Without it everything is refused a
+  minute later, by the engine.
+* `engine_index`: which data-parallel engine this is (vllm.config.ParallelConfig). Engines of dense
+  models are told that their rank is 0.
+* `map_name`: what a model calls a layer that the checkpoint calls otherwise
+  (vllm.model_executor.models.utils.WeightsMapper, which offers tensors and lists in public).
 * `device_view`: host memory as the GPU sees it (vllm.utils.torch_utils).
 * `backends_size_pages`, `set_kv_cache_spec`, `kv_cache_layouts`: who says how large the pages of
   the KV cache are. Before 0.32 it is the attention layer (`Attention.get_kv_cache_spec`), and each
@@ -22,13 +31,17 @@ tests/test_vllm_sources.py imports this package against the oldest and the newes
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm import ir
 from vllm.compilation.passes.inductor_pass import InductorPass, enable_fake_mode
-from vllm.config import ParallelConfig
+from vllm.config import ParallelConfig, VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import WEIGHT_LOADER_V2_SUPPORTED, LinearMethodBase
 from vllm.utils.torch_utils import (
@@ -39,17 +52,25 @@ from vllm.utils.torch_utils import _encode_layer_name as encode_layer_name
 from vllm.utils.torch_utils import _resolve_layer_name as resolve_layer_name
 from vllm.v1.attention.backend import AttentionBackend
 
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
+
 __all__ = [
+    "FrontEnd",
     "InductorPass",
     "LayerNameType",
     "api_process_count",
+    "api_process_rank",
     "backends_size_pages",
     "device_view",
     "enable_fake_mode",
     "encode_layer_name",
+    "engine_index",
+    "front_end_in_the_making",
     "fused_add_rms_norm",
     "has_loader_v2",
     "kv_cache_layouts",
+    "map_name",
     "resolve_layer_name",
     "set_kv_cache_spec",
 ]
@@ -67,6 +88,61 @@ def has_loader_v2(method: LinearMethodBase) -> bool:
 def api_process_count(parallel_config: ParallelConfig) -> int:
     """The number of API processes of the server, 1 where there is no server."""
     return int(parallel_config._api_process_count)
+
+
+def api_process_rank(parallel_config: ParallelConfig) -> int:
+    """Which API process of the server this is; -1 for the one that only starts the others."""
+    return int(parallel_config._api_process_rank)
+
+
+def engine_index(parallel_config: ParallelConfig) -> int:
+    """The data-parallel index of an engine, by which its front end knows it."""
+    return int(parallel_config.data_parallel_index)
+
+
+@dataclass(frozen=True)
+class FrontEnd:
+    """What the user asked for, in the process in which vLLM makes an engine's configuration.
+
+    is_server          whether the engine will have vLLM's asynchronous front end, not `LLM()`
+    counts_statistics  whether it will count statistics: not so with `--disable-log-stats`
+    """
+
+    vllm_config: VllmConfig
+    is_server: bool
+    counts_statistics: bool
+
+
+def front_end_in_the_making() -> FrontEnd | None:
+    """The configuration that this call is a part of making, None if it is no such call.
+
+    All fields that the user sets are there; what vLLM derives from them may not be yet.
+    """
+    vllm_config = _self_of(VllmConfig.__post_init__)
+    if vllm_config is None:
+        return None
+    arguments = _self_of(EngineArgs.create_engine_config)
+    return FrontEnd(
+        vllm_config,
+        is_server=isinstance(arguments, AsyncEngineArgs),
+        counts_statistics=not getattr(arguments, "disable_log_stats", False),
+    )
+
+
+def _self_of(method: Any) -> Any:
+    """The object whose `method` is running in this thread, None if it is not."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is method.__code__:
+            return frame.f_locals.get("self")
+        frame = frame.f_back
+    return None
+
+
+def map_name(mapper: WeightsMapper, name: str) -> str:
+    """The name of a layer in vLLM; as it is where the model drops the layer."""
+    mapped = mapper._map_name(name)
+    return mapped if mapped is not None else name
 
 
 def device_view(host: torch.Tensor) -> torch.Tensor:

@@ -28,15 +28,17 @@ from vllm_qoq.format import (
     Section,
     split_name,
 )
-from vllm_qoq.integration import hidden_states, load
-from vllm_qoq.integration.counters import new_counter_name
+from vllm_qoq.integration import front_end, hidden_states, load
+from vllm_qoq.integration.compat import map_name
 from vllm_qoq.integration.fusion import install as install_fusion
 from vllm_qoq.integration.int8_head import Int8HeadMethod
 from vllm_qoq.integration.kv_cache import QuantizedKVCache, check_without_sets
 from vllm_qoq.integration.linear import FlexLinearMethod, SetMethod
-from vllm_qoq.integration.policy import Policy
+from vllm_qoq.integration.policy import Policy, check_lora
 from vllm_qoq.integration.qoq_linear import QoQLinearConfig, fused_parts
 from vllm_qoq.integration.qoq_residual import QoQResidualConfig, QoQResidualMethod
+from vllm_qoq.integration.register import as_engine_error
+from vllm_qoq.integration.shared_files import new_stem
 from vllm_qoq.routing import Phase, RoutingError
 
 if TYPE_CHECKING:
@@ -67,7 +69,7 @@ class QoQConfig(QuantizationConfig):
         for config in self.set_configs.values():
             if isinstance(config, QoQResidualConfig):
                 config.attach(self.set_configs[config.residual_set.base])
-        self.counter_stem = new_counter_name()
+        self.counter_stem = new_stem()
         self._has_load_writer = False
         self._policy: Policy | None = None
         self._kv_cache: QuantizedKVCache | None = None
@@ -110,7 +112,12 @@ class QoQConfig(QuantizationConfig):
         return cls(Section.parse(config))
 
     def maybe_update_config(self, model_name: str, **kwargs: Any) -> None:
-        """Let the sets read the checkpoint's headers, as GPTQ and AWQ do."""
+        """Let the sets read the checkpoint's headers, as GPTQ and AWQ do.
+
+        vLLM calls this where the engine is configured. EngineError says what it cannot do.
+        """
+        with as_engine_error():
+            front_end.prepare(self)
         for name, config in self.set_configs.items():
             config.maybe_update_config(model_name, **kwargs)
             for attribute in _MODULE_LISTS:
@@ -180,11 +187,7 @@ class QoQConfig(QuantizationConfig):
         if self._policy is None:
             assert self.section is not None
             vllm_config = get_current_vllm_config()
-            if vllm_config.lora_config is not None:
-                raise ValueError(
-                    "quantization 'qoq' does not serve LoRA adapters yet; merge the adapter into "
-                    "the model before quantizing, or start without --enable-lora"
-                )
+            check_lora(vllm_config)
             hidden_states.check_engine(self.section, vllm_config)
             install_fusion(vllm_config.compilation_config)
             self._policy = Policy(
@@ -272,8 +275,7 @@ class QoQConfig(QuantizationConfig):
         return fused_parts(prefix, self.packed_modules_mapping)
 
     def _map_name(self, name: str) -> str:
-        mapped = self._mapper._map_name(name) if self._mapper is not None else None
-        return mapped if mapped is not None else name
+        return map_name(self._mapper, name) if self._mapper is not None else name
 
     def _of_set(self, name: str, modules: list[str]) -> list[str]:
         """Module names read from the checkpoint, without the other sets' and without prefix."""

@@ -9,34 +9,19 @@ asking the worker. Only the first rank of an engine counts.
 
 from __future__ import annotations
 
-import atexit
-import glob
-import os
-import tempfile
-import uuid
 from pathlib import Path
 
 import numpy as np
 import torch
 from vllm.config import VllmConfig
 
-from vllm_qoq.integration.compat import device_view
+from vllm_qoq.integration.compat import device_view, engine_index
 from vllm_qoq.routing import Phase
 
-_SHARED_MEMORY = Path("/dev/shm")
 
-
-def new_counter_name() -> str:
-    """A path stem for the counters of one engine; its files go when this process ends."""
-    folder = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
-    stem = str(folder / f"vllm-qoq-{uuid.uuid4().hex}")
-    atexit.register(_remove, stem, os.getpid())
-    return stem
-
-
-def counter_file(stem: str, data_parallel_rank: int) -> Path:
-    """The counters of one engine core."""
-    return Path(f"{stem}-{data_parallel_rank}")
+def counter_file(stem: str, engine: int) -> Path:
+    """The counters of one engine core, by its data-parallel index."""
+    return Path(f"{stem}-{engine}")
 
 
 class StepCounters:
@@ -89,12 +74,5 @@ def read_step_counts(vllm_config: VllmConfig) -> dict[tuple[str, str], int]:
     config = vllm_config.quant_config
     if not isinstance(config, QoQConfig):
         raise ValueError("step counts exist only for models loaded with quantization 'qoq'")
-    rank = vllm_config.parallel_config.data_parallel_rank
-    return CounterReader(counter_file(config.counter_stem, rank), config.set_names).read()
-
-
-def _remove(stem: str, owner: int) -> None:
-    if os.getpid() != owner:  # a forked child inherits the exit handler, not the files
-        return
-    for path in glob.glob(glob.escape(stem) + "-*"):
-        Path(path).unlink(missing_ok=True)
+    path = counter_file(config.counter_stem, engine_index(vllm_config.parallel_config))
+    return CounterReader(path, config.set_names).read()

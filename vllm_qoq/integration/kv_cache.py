@@ -50,6 +50,19 @@ def kv_cache_in_force(kv_cache: KVCache | None, options: Options) -> KVCache:
     return kv_cache.model_copy(update={"bits": options.kv_bits, "layers": ()})
 
 
+def check_kv_cache(kv_cache: KVCache, vllm_config: VllmConfig) -> None:
+    """UserError where the engine or its device does not serve a cache in these bits."""
+    if not kv_cache.is_quantized():
+        return
+    kv_refusals.check_engine(vllm_config)
+    device = vllm_config.device_config.device_type
+    if device not in DEVICES:
+        raise UserError(
+            f"the quantized KV cache runs on {' and '.join(DEVICES)}, not on {device}; "
+            f"{kv_refusals.REMEDY}"
+        )
+
+
 class QuantizedKVCache:
     """The KV cache of one engine, in one process."""
 
@@ -63,16 +76,10 @@ class QuantizedKVCache:
         self.kv_cache = in_force.rename(map_name)
         self._vllm_config = vllm_config
         self._layers: dict[str, int] = {}
+        check_kv_cache(self.kv_cache, vllm_config)
         if not self.kv_cache.is_quantized():
             return
-        kv_refusals.check_engine(vllm_config)
-        device = vllm_config.device_config.device_type
-        if device not in DEVICES:
-            raise UserError(
-                f"the quantized KV cache runs on {' and '.join(DEVICES)}, not on {device}; "
-                f"{kv_refusals.REMEDY}"
-            )
-        self._backends = backends_of(device)
+        self._backends = backends_of(vllm_config.device_config.device_type)
         logger.info("Quantized KV cache: %s", self.kv_cache.to_json())
 
     def attach(self, layer: nn.Module, prefix: str) -> None:

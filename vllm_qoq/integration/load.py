@@ -55,9 +55,9 @@ def is_writer_here() -> bool:
     return _is_writer_here
 
 
-def load_file(stem: str, data_parallel_rank: int) -> Path:
-    """The signal of one engine core, beside its counters."""
-    return Path(f"{stem}-{data_parallel_rank}-load")
+def load_file(stem: str, engine: int) -> Path:
+    """The signal of one engine core, by its data-parallel index, beside its counters."""
+    return Path(f"{stem}-{engine}-load")
 
 
 def check_engine(vllm_config: VllmConfig, has_writer: bool) -> None:

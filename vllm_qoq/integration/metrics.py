@@ -1,7 +1,7 @@
-"""The step counters in vLLM's log and Prometheus endpoint, and the load.
+"""The step counters in vLLM's log and Prometheus endpoint, the load, and the bits of the KV cache.
 
-vLLM makes one `RoutingStatLogger` per engine in the front end of a server
-(entry point `vllm.stat_logger_plugins`). It shows
+vLLM makes one `RoutingStatLogger` per engine in the front end of a server that serves a model of
+ours (`stat_logger_plugin`). It shows
 
     vllm:qoq_steps_total{model_name, engine, phase="prefill|decode", set}
 
@@ -11,6 +11,11 @@ many requests wait, tells the engine when that makes it busy or calm, and shows
 
     vllm:qoq_busy{model_name, engine}                 1 while the engine is busy
     vllm:qoq_load_switches_total{model_name, engine}
+
+vLLM's own metric of the cache has the type that `--kv-cache-dtype` names, which stays `auto` for a
+quantized one. For that there is
+
+    vllm:qoq_kv_cache_info{model_name, engine, bits, hadamard}      always 1
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from vllm_qoq.integration.config import QoQConfig
 from vllm_qoq.integration.counters import CounterReader, counter_file
+from vllm_qoq.integration.kv_cache import kv_cache_in_force
 from vllm_qoq.integration.load import LoadWriter, announce_writer, load_file
 from vllm_qoq.integration.options import Options
 from vllm_qoq.integration.policy import routing_in_force
@@ -35,13 +41,13 @@ logger = init_logger("vllm." + __name__)
 
 Counts = dict[tuple[str, str], int]
 
-# A server's front end loads the entry point, that is this module, before it starts its engines,
-# and only then makes the loggers. LLM() never loads it.
+# A server's front end loads this module before it starts its engines, and only then makes the
+# loggers. LLM() never loads it.
 announce_writer()
 
 
 class RoutingStatLogger(StatLoggerBase):
-    """Reports the steps of one engine; does nothing for models of other methods."""
+    """Reports the steps of one engine; silent where a process has another model, too."""
 
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
         config = vllm_config.quant_config
@@ -49,12 +55,14 @@ class RoutingStatLogger(StatLoggerBase):
         self.load: LoadWriter | None = None
         if not isinstance(config, QoQConfig):
             return
+        options = Options.of(vllm_config)
+        self.kv_cache = kv_cache_in_force(config.checkpoint_kv_cache, options)
         self._reader = CounterReader(
             counter_file(config.counter_stem, engine_index), config.set_names
         )
         self._engine = str(engine_index)
         if config.section is not None:
-            routing = routing_in_force(config.section, Options.of(vllm_config))
+            routing = routing_in_force(config.section, options)
             if routing.load is not None:
                 path = load_file(config.counter_stem, engine_index)
                 self.load = LoadWriter(path, routing.load, self._engine)
@@ -127,11 +135,19 @@ class _RoutingCollector(Collector):
             "How often an engine became busy or calm.",
             labels=["model_name", "engine"],
         )
+        cache = GaugeMetricFamily(
+            "vllm:qoq_kv_cache_info",
+            "In how many bits keys and values are stored, by layer rules in several.",
+            labels=["model_name", "engine", "bits", "hadamard"],
+        )
         for key, stat_logger in self._loggers.items():
+            if stat_logger.kv_cache.is_quantized():
+                is_rotated = str(stat_logger.kv_cache.hadamard).lower()
+                cache.add_metric([*key, stat_logger.kv_cache.all_bits(), is_rotated], 1)
             if stat_logger.load is not None:
                 busy.add_metric(key, stat_logger.load.is_busy)
                 switches.add_metric(key, stat_logger.load.switches)
-        yield from (family for family in (busy, switches) if family.samples)
+        yield from (family for family in (busy, switches, cache) if family.samples)
 
 
 _collector = _RoutingCollector()

@@ -8,13 +8,15 @@
 
 `force_set` uses one set for everything, `routing` replaces the checkpoint's table, `force_load`
 keeps a table with a `load` in one state, "calm" or "busy", however long the queue is. `trace`
-writes every decision as a line of JSON; with CUDA graphs those of a `load` are made on the device,
-so `busy` is null there and `set_if_busy` the other set. `kv_bits` stores the keys and values of
-every layer in that many bits; 16 is vLLM's own cache.
+writes every decision as a line of JSON, with the engine and the process that made it; with CUDA
+graphs those of a `load` are made on the device, so `busy` is null there and `set_if_busy` the other
+set. `kv_bits` stores the keys and values of every layer in that many bits; 16 is vLLM's own cache.
 """
 
 from __future__ import annotations
 
+import reprlib
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -24,6 +26,9 @@ from vllm_qoq.kv_config import Bits
 from vllm_qoq.routing import RoutingError, one_line
 
 NAMESPACE = "qoq"
+
+# Options whose names another plugin would hardly give to keys of its own.
+_OURS_ALONE = ("force_set", "force_load", "kv_bits")
 
 
 class Options(BaseModel):
@@ -43,11 +48,30 @@ class Options(BaseModel):
         extra = vllm_config.additional_config
         given = extra.get(NAMESPACE, {}) if isinstance(extra, dict) else {}
         where = f"--additional-config: {NAMESPACE}"
+        for key in extra if isinstance(extra, dict) else ():
+            if key in _OURS_ALONE or key != NAMESPACE == str(key).lower():
+                raise RoutingError(
+                    f"--additional-config: {key!r} would be ignored; the options of vllm-qoq are "
+                    f"in the object under {NAMESPACE!r}"
+                )
         try:
             options = cls.model_validate(given)
         except ValidationError as error:
-            raise RoutingError(one_line(error, where)) from None
+            raise RoutingError(_with_remedy(error, where)) from None
         for other in ("routing", "force_load"):
             if options.force_set is not None and getattr(options, other) is not None:
                 raise RoutingError(f"{where}: give either 'force_set' or {other!r}, not both")
         return options
+
+
+def _with_remedy(error: ValidationError, where: str) -> str:
+    """The first finding, the value that is meant, and what may stand there."""
+    finding = error.errors(include_url=False)[0]
+    text = one_line(error, where)
+    if finding["type"] == "extra_forbidden":
+        options = tuple(Options.model_fields)
+        key = str(finding["loc"][-1])
+        near = get_close_matches(key, options, n=1)
+        meant = f"did you mean {near[0]!r}? " if near else ""
+        return f"{where}: there is no option {key!r}; {meant}There are {', '.join(options)}"
+    return f"{text}, not {reprlib.repr(finding['input'])}"

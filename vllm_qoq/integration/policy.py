@@ -14,10 +14,13 @@ from vllm.distributed import (
 )
 from vllm.logger import init_logger
 
+from vllm_qoq.errors import UserError
 from vllm_qoq.format import Section
+from vllm_qoq.integration.compat import engine_index
 from vllm_qoq.integration.counters import StepCounters, counter_file
 from vllm_qoq.integration.load import LoadReader, check_engine, load_file
 from vllm_qoq.integration.options import NAMESPACE, Options
+from vllm_qoq.integration.trace import Trace
 from vllm_qoq.routing import LayerRoute, Phase, Routing, RoutingError, Step
 
 logger = init_logger("vllm." + __name__)  # under vLLM's logger, so that its settings apply
@@ -47,6 +50,15 @@ def routing_in_force(section: Section, options: Options) -> Routing:
     return routing.in_state(is_busy)
 
 
+def check_lora(vllm_config: VllmConfig) -> None:
+    """UserError for an engine that is to serve LoRA adapters on top of sets."""
+    if vllm_config.lora_config is not None:
+        raise UserError(
+            "quantization 'qoq' does not serve LoRA adapters yet; merge the adapter into "
+            "the model before quantizing, or start without --enable-lora"
+        )
+
+
 class Policy:
     """Routing, and the facts of the engine that a decision needs. One per engine and process."""
 
@@ -68,16 +80,18 @@ class Policy:
         self.max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         self._layers: list[str] = []
         self._is_pipeline = vllm_config.parallel_config.pipeline_parallel_size > 1
-        self._trace_file = options.trace if _is_first_rank() else None
-        rank = vllm_config.parallel_config.data_parallel_rank
+        index = engine_index(vllm_config.parallel_config)
+        self._trace: Trace | None = None
+        if options.trace is not None and _is_first_rank():
+            self._trace = Trace(options.trace, index)
         device = torch.device(vllm_config.device_config.device_type)
         self.load: LoadReader | None = None
         if self.routing.load is not None:
             check_engine(vllm_config, has_load_writer)
-            self.load = LoadReader(load_file(counter_stem, rank), device)
+            self.load = LoadReader(load_file(counter_stem, index), device)
         self._counters: StepCounters | None = None
         if _is_first_rank():
-            path = counter_file(counter_stem, rank)
+            path = counter_file(counter_stem, index)
             self._counters = StepCounters(path, tuple(section.sets), device)
         logger.info("Routing in force: %s", json.dumps(self.routing.to_json()))
 
@@ -142,7 +156,7 @@ class Policy:
         sets = route.pair(step) if step.is_busy is None else (route.choose(step),)
         if self._counters is not None:
             self._count(self._counters, step.phase, sets)
-        if self._trace_file is not None:
+        if self._trace is not None:
             line = {
                 "phase": step.phase.name.lower(),
                 "set": sets[0],
@@ -153,8 +167,7 @@ class Policy:
                 line["busy"] = step.is_busy
             if step.is_busy is None:
                 line["set_if_busy"] = sets[-1]
-            with open(self._trace_file, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            self._trace.write(line)
 
     def _count(self, counters: StepCounters, phase: Phase, sets: tuple[str, ...]) -> None:
         if self.load is None or len(set(sets)) == 1:

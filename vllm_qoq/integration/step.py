@@ -13,6 +13,11 @@ Rules that both model runners and all CUDA graph modes obey:
 * If one kind of graph serves both phases (modes FULL and PIECEWISE), nothing
   but the number of tokens is known at capture. Then every step that is small
   enough to be a decode step of this engine counts as one.
+* vLLM runs a request that has one token left of its prompt, for example of a prompt that is cached
+  up to there, as one that generates: both model runners replay the FULL decode graphs for such a
+  step, which does not enter Python, and no metadata of an eager step tells it apart. So a step in
+  which no request has more tokens than one that generates (1, plus those that are speculated) is
+  a decode step, eagerly as under graphs. Which request reads its prompt is not asked.
 * No metadata at all: a profiling or warm-up run. It takes the prefill set and
   is not counted.
 """

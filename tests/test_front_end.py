@@ -1,0 +1,178 @@
+"""What is settled in the process that starts an engine: refusals, statistics, who sees metrics.
+
+Through vLLM's own making of an engine's configuration, which is all that happens there.
+"""
+
+import json
+import shutil
+import sys
+from types import SimpleNamespace
+
+import pytest
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.v1.metrics.loggers import load_stat_logger_plugin_factories
+
+from vllm_qoq import ops
+from vllm_qoq.cli import main
+from vllm_qoq.errors import EngineError
+from vllm_qoq.integration import front_end, load
+from vllm_qoq.integration.metrics import RoutingStatLogger
+from vllm_qoq.integration.options import Options
+from vllm_qoq.integration.policy import routing_in_force
+from vllm_qoq.routing import RoutingError
+
+LOAD = {
+    "prefill": "w8a8",
+    "decode": "w8a8",
+    "load": {"enter": 3, "leave": 0, "prefill": "w4a8", "decode": "w4a8"},
+}
+
+
+def configure(checkpoint, qoq=None, arguments=AsyncEngineArgs, **options):
+    """What `vllm serve` (or `LLM`, with `EngineArgs`) does before it starts an engine."""
+    count = options.pop("api_process_count", 1)
+    additional = {"qoq": qoq} if qoq is not None else options.pop("additional_config", {})
+    made = arguments(
+        str(checkpoint),
+        max_model_len=512,
+        enforce_eager=True,
+        kv_cache_memory_bytes=64 << 20,
+        additional_config=additional,
+        **options,
+    )
+    made._api_process_count = count
+    made._api_process_rank = -1 if count > 1 else 0
+    return made.create_engine_config()
+
+
+@pytest.fixture(autouse=True)
+def no_writer(monkeypatch):
+    """As in a process that has not loaded the stat logger."""
+    monkeypatch.setattr(load, "_is_writer_here", False)
+
+
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+
+
+@pytest.mark.parametrize(
+    ("qoq", "options", "message"),
+    [
+        ({"kv_bitz": 4}, {}, "qoq: there is no option 'kv_bitz'; did you mean 'kv_bits'"),
+        ({"kv_bits": 5}, {}, "qoq.kv_bits: Input should be 4, 8 or 16, not 5"),
+        ({"force_set": "w4"}, {}, "force_set is 'w4', but the checkpoint has w8a8, w4a8"),
+        ({"routing": "w8a8"}, {}, "qoq.routing: .*not 'w8a8'"),
+        ({"routing": {"prefill": "w8a8"}}, {}, "routing.decode"),
+        ({"force_load": "busy"}, {}, "the routing has no 'load'"),
+        ({"trace": "/nowhere/steps.jsonl"}, {}, "qoq.trace is '/nowhere/steps.jsonl'"),
+        (None, {"additional_config": {"kv_bits": 4}}, "'kv_bits' would be ignored"),
+        (None, {"additional_config": {"QoQ": {}}}, "'QoQ' would be ignored"),
+        (None, {"enable_lora": True}, "does not serve LoRA .*without --enable-lora"),
+        ({"kv_bits": 4}, {"speculative_config": NGRAM}, "does not work with speculative decoding"),
+        ({"kv_bits": 4}, {"block_size": 8}, "--block-size 8"),
+        ({"kv_bits": 4}, {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+        ({"routing": LOAD}, {"api_process_count": 2}, "2 API processes.*--api-server-count 1"),
+        ({"routing": LOAD}, {"arguments": EngineArgs}, r"only the Python front end.*LLM\(\)"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_before_an_engine_starts(
+    nested_dir, qoq, options, message
+):
+    with pytest.raises(EngineError, match=message) as refusal:
+        configure(nested_dir, qoq, **options)
+    # pydantic would add lines of its own to any ValueError.
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("qoq", "message"),
+    [
+        ({}, "can only quantize its KV cache.*leave out --quantization"),
+        ({"kv_bits": 4, "force_set": "w8a8"}, "qoq.force_set: this model has no sets"),
+    ],
+)
+def test_so_is_what_a_model_without_sets_cannot_do(tiny_model, qoq, message):
+    with pytest.raises(EngineError, match=message):
+        configure(tiny_model, qoq, quantization="qoq")
+
+
+def test_a_command_says_it_in_one_line(nested_dir, heldout_text, monkeypatch, capfd):
+    command = ["vllm-qoq", "perplexity", str(nested_dir), "--text", str(heldout_text)]
+    monkeypatch.setattr(sys, "argv", [*command, "--force-set", "w9"])
+    assert main() == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: --additional-config: qoq.force_set is 'w9'")
+
+
+def test_a_broken_section_is_one_line_too(nested_dir, tmp_path):
+    shutil.copytree(nested_dir, tmp_path / "broken")
+    file = tmp_path / "broken" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["routing"]["prefill"] = "w9"
+    file.write_text(json.dumps(config))
+    with pytest.raises(EngineError, match=r"routing.prefill names the set 'w9'.*w8a8") as refusal:
+        configure(tmp_path / "broken")
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("capability", "is_built", "message"),
+    [
+        ((9, 0), False, "this build of vllm-qoq has no CUDA kernels"),
+        ((8, 9), True, r"Hopper GPUs.*this one has 8\.9"),
+    ],
+)
+def test_a_gpu_without_our_kernels_is_refused_by_set(
+    nested_dir, monkeypatch, capability, is_built, message
+):
+    section = configure(nested_dir).quant_config.section
+    monkeypatch.setattr(ops, "is_built", lambda device_type: is_built)
+    platform = SimpleNamespace(get_device_capability=lambda: capability)
+    monkeypatch.setattr(front_end, "current_platform", platform)
+    routing = routing_in_force(section, Options())
+    with pytest.raises(RoutingError, match=message):
+        front_end._check_kernels(section, routing, "cuda")
+    front_end._check_kernels(section, routing, "cpu")
+
+
+# Statistics
+
+
+def offered():
+    """The stat loggers that vLLM finds, as its asynchronous front end looks for them."""
+    return load_stat_logger_plugin_factories()
+
+
+@pytest.mark.parametrize(
+    ("qoq", "options", "is_offered"),
+    [
+        ({}, {}, True),
+        ({}, {"disable_log_stats": True}, False),
+        # It cannot be followed without statistics, and was asked for.
+        ({"routing": LOAD}, {"disable_log_stats": True}, True),
+        ({}, {"api_process_count": 2}, False),
+    ],
+)
+def test_a_model_of_ours_has_the_stat_logger_once(nested_dir, qoq, options, is_offered):
+    configure(nested_dir, qoq, **options)
+    assert offered() == ([RoutingStatLogger] if is_offered else [])
+    assert offered() == [], "the engine that comes next may be another model's"
+
+
+def test_another_model_has_none_so_its_statistics_are_as_it_says(tiny_model):
+    configure(tiny_model, {"kv_bits": 4})
+    assert offered() == []
+
+
+def test_several_api_processes_are_told_that_metrics_have_nothing_of_ours(
+    nested_dir, monkeypatch, vllm_log
+):
+    def warnings():
+        return sum("/metrics has no vllm:qoq_*" in line for line in vllm_log)
+
+    configure(nested_dir)
+    assert warnings() == 0
+    configure(nested_dir, api_process_count=2)
+    assert warnings() == 1
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/tmp")
+    configure(nested_dir)
+    assert offered() == [] and warnings() == 2
