@@ -10,11 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from merge_tools import MergeError
 from merge_tools.layout import KV_CACHE_LEAVES, Layout, describe, group_leaves, is_quantized
-from vllm_qoq.checkpoint import CONFIG, Checkpoint, TensorInfo
+from merge_tools.methods import Method, Unit, is_nested, parse
+from vllm_qoq.checkpoint import CONFIG, Checkpoint, TensorInfo, read_json
 from vllm_qoq.format import SECTION, FormatError, check_set_name, split_layer
 
 if TYPE_CHECKING:
     import torch
+
+# Where older checkpoints of compressed-tensors and of ModelOpt keep their config.
+_COMPRESSION, _MODELOPT = "compression_config", "hf_quant_config.json"
+_MODELOPT_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -46,9 +51,17 @@ class WeightSet:
         found = (name for name, leaves in self.layers.items() if is_quantized(leaves))
         return frozenset(found) - self.shared_layers
 
+    @cached_property
+    def method(self) -> Method:
+        """How vLLM reads `config`, which has to be there; FormatError as in `methods.parse`."""
+        return parse(self.config)
+
     def describe(self, layer: str) -> Layout:
         """How `layer` is stored; FormatError when its tensors do not fit together."""
-        return describe(self.layers[layer], self.config)
+        config = self.config
+        if config and not is_nested(config):
+            config = self.method.of_layer(Unit.of(layer, self.layers), config)
+        return describe(self.layers[layer], config)
 
     def size(self, layer: str) -> tuple[int, int]:
         """(out_features, in_features) of `layer`; FormatError as in `describe`."""
@@ -97,7 +110,7 @@ def open_sources(folders: Mapping[str, Path], takes_floats: bool = False) -> lis
 
 
 def _set_config(checkpoint: Checkpoint, takes_floats: bool) -> dict[str, Any]:
-    config = checkpoint.config.get(SECTION)
+    config = _quantization(checkpoint)
     if config is None and takes_floats:
         return {}
     if checkpoint.section is not None:
@@ -114,8 +127,22 @@ def _set_config(checkpoint: Checkpoint, takes_floats: bool) -> dict[str, Any]:
             f"{CONFIG}: {SECTION}.kv_cache_scheme: all sets share one KV cache, whose precision "
             "is chosen when serving (--kv-cache-dtype); quantize without a kv_cache_scheme"
         )
+    parse(config)
     _check_transforms(config.get("transform_config"))
     return config
+
+
+def _quantization(checkpoint: Checkpoint) -> Any:
+    """The set's config from where vLLM looks for it."""
+    text = checkpoint.config.get("text_config")
+    nested = text.get(SECTION) if isinstance(text, dict) else None
+    for found in (checkpoint.config.get(SECTION), nested, checkpoint.config.get(_COMPRESSION)):
+        if found is not None:
+            return found
+    modelopt = checkpoint.path / _MODELOPT
+    if not modelopt.exists():
+        return None
+    return {"quant_method": "modelopt", **read_json(modelopt, _MODELOPT_BYTES)}
 
 
 def _check_transforms(transforms: Any) -> None:

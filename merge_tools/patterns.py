@@ -1,0 +1,49 @@
+"""Regular expressions of strangers: matched as vLLM matches them, in bounded time."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import regex  # vLLM's own choice, and the standard library's cannot be stopped
+
+from vllm_qoq.format import FormatError
+
+_SECONDS = 0.2
+_LONGEST = 4096
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether `pattern` matches at the beginning of `name`, as `re.match`."""
+    return _run(pattern, name, "match")
+
+
+def occurs(pattern: str, name: str) -> bool:
+    """Whether `pattern` matches anywhere in `name`, as `re.search`."""
+    return _run(pattern, name, "search")
+
+
+def _run(pattern: str, name: str, how: str) -> bool:
+    try:
+        return getattr(_compiled(pattern), how)(name, timeout=_SECONDS) is not None
+    except TimeoutError:
+        raise FormatError(
+            f"config.json: quantization_config: the pattern {pattern[:80]!r} takes more than "
+            f"{_SECONDS} s for {name}; write it without nested repetitions"
+        ) from None
+
+
+@lru_cache(maxsize=1024)
+def _compiled(pattern: str) -> Any:
+    if len(pattern) > _LONGEST:
+        raise FormatError(
+            f"config.json: quantization_config: a pattern of {len(pattern)} characters begins with "
+            f"{pattern[:40]!r}; write at most {_LONGEST}"
+        )
+    try:
+        return regex.compile(pattern)
+    except (regex.error, OverflowError, RecursionError) as error:
+        raise FormatError(
+            f"config.json: quantization_config: {pattern[:80]!r} is no regular expression "
+            f"({error}); mend it"
+        ) from None
