@@ -114,9 +114,13 @@ def _merge(args: argparse.Namespace) -> int:
     prefill, progress = sources[routing.prefill], Progress(args.quiet or args.json)
     several = compatible.has_several_dtypes(list(sources.values()))
     dtype = compatible.choose_dtype(list(sources.values()), prefill, args.dtype)
-    for source in sources.values():
-        complete.check(source)
-    sources, left_out = unused.settle(sources, routing.prefill)
+    left_out = []
+    for name, source in sources.items():
+        sources[name], found_unused = unused.leave_out(source)
+        left_out += found_unused
+        complete.check(sources[name])
+    sources, found_unused = unused.settle(sources, routing.prefill)
+    left_out += found_unused
     prefill = sources[routing.prefill]
     compatible.check(list(sources.values()), prefill)
     nested = nest.pair(list(sources.values())) if args.nest else None
@@ -275,7 +279,7 @@ def _verify(args: argparse.Namespace) -> int:
 def size(text: str) -> int:
     """`5GB` -> 5000000000; for `argparse`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)", text.strip().upper())
-    if match is None or float(match[1]) <= 0:
+    if match is None or not 0 < float(match[1]) < 1e15:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
     return int(float(match[1]) * _UNITS[match[2]])
 

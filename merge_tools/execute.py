@@ -52,7 +52,9 @@ def execute(
         write_json(folder / CONFIG, config)
         _copy_other_files(folder, sources, plan.prefill)
         if model_card:
-            text = card.text(plan, section, out.name, notes)
+            sizes = {owner: plan.bytes_of(owner) for owner in (None, *plan.sets)}
+            inputs = [source.checkpoint.path for source in sources.values()]
+            text = card.text(out.name, section, sizes, inputs, notes)
             write_bytes(folder / _README, text.encode())
         sync_folder(folder)
         if findings := verify.structure(folder):

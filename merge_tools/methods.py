@@ -30,6 +30,8 @@ from vllm_qoq.format import QOQ_LINEAR, QOQ_RESIDUAL, SECTION, FormatError
 
 _WHERE = f"config.json: {SECTION}"
 _PATTERN = "re:"
+# More than any model has layers, and few enough to compare each with each layer.
+_MOST_ENTRIES = 16_384
 # An entry of extra_config with one of these is a pattern for auto-round.
 _SPECIAL = frozenset(r"*+?^$()[]{}|\\")
 _LINEAR_CLASSES = (
@@ -79,6 +81,21 @@ class Method(BaseModel):
     def of_layer(self, unit: Unit, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """The `quantization_config` that holds for one layer."""
         return config
+
+
+class _Override(BaseModel):
+    """What a rule of GPTQ's `dynamic` or of auto-round's extra_config sets for its layers."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+
+    bits: int | None = None
+    group_size: int | list[int] | None = None
+    sym: bool | None = None
+
+    def given(self) -> dict[str, Any]:
+        """The keys that it sets, `sym` apart."""
+        found = {"bits": self.bits, "group_size": self.group_size}
+        return {key: value for key, value in found.items() if value is not None}
 
 
 class _Weights(BaseModel):
@@ -147,7 +164,7 @@ class GPTQ(Method):
     group_size: int | None = None
     desc_act: bool | None = None
     sym: bool | None = None
-    dynamic: dict[str, dict[str, Any]] | None = None
+    dynamic: dict[str, _Override] | None = None
     modules_in_block_to_quantize: list[str | list[str]] | None = None
 
     def unserved(self) -> Iterator[str]:
@@ -159,14 +176,10 @@ class GPTQ(Method):
         if self.sym is False:
             yield "sym: false, and vLLM serves symmetric GPTQ only; quantize with sym=True"
         for rule, override in (self.dynamic or {}).items():
-            where = f"dynamic.{rule}"
-            bits = override.get("bits", 4)
-            if not rule.startswith("-:") and (type(bits) is not int or bits not in (4, 8)):
-                yield f"{where}.bits: {bits!r} is not 4 or 8; quantize the model again"
-            if type(override.get("group_size", 1)) is not int:
-                yield f"{where}.group_size: {override['group_size']!r} is not a number"
-            if override.get("sym") is False:
-                yield f"{where}.sym: false, and vLLM serves symmetric GPTQ only; use sym=True"
+            if not rule.startswith("-:") and override.bits not in (None, 4, 8):
+                yield f"dynamic.{rule}.bits: {override.bits} is not 4 or 8; quantize again"
+            if override.sym is False:
+                yield f"dynamic.{rule}.sym: false, and vLLM serves symmetric GPTQ only"
 
     def quantizes(self, unit: Unit, stored: Collection[str]) -> bool:
         if self._override(unit.name) is None:
@@ -177,16 +190,16 @@ class GPTQ(Method):
         return _all_parts(unit, lambda part: any(module in part for module in modules))
 
     def of_layer(self, unit: Unit, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        override = self._override(unit.name) or {}
-        return {**config, **{k: override[k] for k in ("bits", "group_size") if k in override}}
+        override = self._override(unit.name)
+        return config if override is None else {**config, **override.given()}
 
-    def _override(self, name: str) -> Mapping[str, Any] | None:
+    def _override(self, name: str) -> _Override | None:
         """What the first rule that matches says, nothing without one; None skips the layer."""
         for rule, override in (self.dynamic or {}).items():
             is_negative = rule.startswith("-:")
             if matches(rule.removeprefix("-:" if is_negative else "+:"), name):
                 return None if is_negative else override
-        return {}
+        return _Override()
 
 
 class AWQ(Method):
@@ -225,7 +238,7 @@ class AutoRound(Method):
     packing_format: str = "auto_round:auto_gptq"
     block_name_to_quantize: str | list[str] | None = None
     to_quant_block_names: str | list[str] | None = None
-    extra_config: dict[str, dict[str, Any]] | None = None
+    extra_config: dict[str, _Override] | None = None
 
     def unserved(self) -> Iterator[str]:
         if self.bits not in (2, 3, 4, 5, 6, 7, 8):
@@ -240,13 +253,9 @@ class AutoRound(Method):
             )
         if self.data_type == "int" and is_gptq and not self.sym:
             yield "sym: false, and vLLM serves symmetric weights in GPTQ's packing only; sym=True"
-        for name, override in (self.extra_config or {}).items():
-            for key in ("bits", "group_size"):
-                if type(override.get(key, 1)) is not int:
-                    yield f"extra_config.{name}.{key}: {override[key]!r} is not a number"
 
     def quantizes(self, unit: Unit, stored: Collection[str]) -> bool:
-        return int(self._resolve(unit)["bits"]) < 16
+        return (self._resolve(unit)["bits"] or 0) < 16
 
     def of_layer(self, unit: Unit, config: Mapping[str, Any]) -> Mapping[str, Any]:
         found = self._resolve(unit)
@@ -258,8 +267,8 @@ class AutoRound(Method):
         extra = self.extra_config or {}
         for name, override in extra.items():
             is_named = name in (unit.name, f"model.{unit.name}")
-            if is_named and override.get("bits", 16) >= 16:
-                return self._merged(override, False)
+            if is_named and (override.bits is None or override.bits >= 16):
+                return self._merged(_Override(bits=16), False)
         for name, override in extra.items():
             if unit.name == name:
                 return self._merged(override, True)
@@ -271,13 +280,13 @@ class AutoRound(Method):
         inside = not blocks or any(unit.name.startswith(block) for block in blocks)
         given = [self._explicit(part) for part in unit.parts]
         if len(unit.parts) > 1 and any(override is not None for override in given):
-            found = [self._merged(override or {}, inside) for override in given]
+            found = [self._merged(override or _Override(), inside) for override in given]
             if any(other != found[0] for other in found[1:]):
                 raise _mixed(unit)
             return found[0]
-        return self._merged(self._explicit(unit.name) or {}, inside)
+        return self._merged(self._explicit(unit.name) or _Override(), inside)
 
-    def _explicit(self, name: str) -> Mapping[str, Any] | None:
+    def _explicit(self, name: str) -> _Override | None:
         extra = self.extra_config or {}
         if name in extra:
             return extra[name]
@@ -286,9 +295,9 @@ class AutoRound(Method):
                 return override
         return None
 
-    def _merged(self, override: Mapping[str, Any], inside: bool) -> dict[str, Any]:
-        base = {"bits": self.bits if inside else 16, "group_size": self.group_size}
-        return base | {key: override[key] for key in base if key in override}
+    def _merged(self, override: _Override, inside: bool) -> dict[str, Any]:
+        bits = self.bits if inside else 16
+        return {"bits": bits, "group_size": self.group_size, **override.given()}
 
 
 class FP8(Method):
@@ -404,6 +413,12 @@ def parse(config: Mapping[str, Any]) -> Method:
             f"{_WHERE}.quant_method: {config.get('quant_method')!r} cannot be a set; take a "
             f"checkpoint in one of {', '.join(METHODS)}, for example from llmcompressor"
         )
+    for key, entries in config.items():
+        if isinstance(entries, list | dict) and len(entries) > _MOST_ENTRIES:
+            raise FormatError(
+                f"{_WHERE}.{key}: has {len(entries)} entries, more than {_MOST_ENTRIES}; write "
+                "patterns instead of names"
+            )
     try:
         return METHODS[name].model_validate(config)
     except ValidationError as error:

@@ -21,7 +21,10 @@ def findings(weights: WeightSet) -> Iterator[str]:
     if is_nested(weights.config) or not weights.config:
         return
     method = weights.method
-    yield from (f"config.json: {SECTION}.{reason}" for reason in method.unserved())
+    unserved = [f"config.json: {SECTION}.{reason}" for reason in method.unserved()]
+    if unserved:
+        yield from unserved
+        return
     modules = {_module(layer) for layer in weights.quantized}
     linear = [layer for layer in weights.layers if _is_linear(weights, layer, modules)]
     units = {Unit.of(layer, weights.layers) for layer in linear}
@@ -55,7 +58,7 @@ def _disagreement(weights: WeightSet, method: Method, unit: Unit) -> Iterator[st
         lost = next(part for part in unit.parts if part not in stored)
         yield (
             f"{lost}: is not quantized, but {min(stored)} is, and vLLM runs both as one layer; "
-            f"{_REMEDY}"
+            "quantize both or neither"
         )
         return
     # Names in patterns are vLLM's, which differ from the checkpoint's in models with several parts.

@@ -78,14 +78,23 @@ def parse_sources(arguments: Sequence[str]) -> dict[str, Path]:
     folders: dict[str, Path] = {}
     for argument in arguments:
         name, equals, folder = argument.partition("=")
-        if not equals or not folder:
-            raise MergeError(f"{argument!r}: write NAME=DIR, for example w8a8={argument or 'DIR'}")
+        if not equals or not folder or not name:
+            wanted = folder or argument.strip("=") or "DIR"
+            raise MergeError(f"{argument!r}: write NAME=DIR, for example w8a8={wanted}")
         try:
             check_set_name(name)
         except ValueError as error:
-            raise MergeError(str(error)) from None
+            raise MergeError(f"{argument!r}: {error}") from None
         if name in folders:
-            raise MergeError(f"set {name!r} is given twice; each set needs its own name")
+            raise MergeError(
+                f"{argument!r}: set {name!r} is given twice ({folders[name]}); each set needs its "
+                "own name"
+            )
+        for other, earlier in folders.items():
+            if earlier.resolve() == Path(folder).resolve():
+                raise MergeError(
+                    f"{argument!r}: is the folder of set {other!r}, too; give each set its own"
+                )
         folders[name] = Path(folder)
     return folders
 

@@ -7,7 +7,7 @@ none. Sets that say differently whether lm_head is the embedding are brought tog
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from merge_tools import MergeError
@@ -26,28 +26,31 @@ LeftOut = tuple[str, str, str]
 """Set, tensor, reason."""
 
 
+def leave_out(source: WeightSet) -> tuple[WeightSet, list[LeftOut]]:
+    """A set without what its own model does not use, and what that is. Reads a tied head.
+
+    FormatError for a head of its own where config.json says that it is the embedding.
+    """
+    reasons = dict(_unused(source))
+    found = [(source.name, tensor, reason) for tensor, reason in reasons.items()]
+    return _without(source, reasons), found
+
+
 def settle(
     sources: Mapping[str, WeightSet], prefill: str
 ) -> tuple[dict[str, WeightSet], list[LeftOut]]:
-    """The sets without what they do not use, and what that is. Reads heads and biases.
-
-    MergeError or FormatError for a head that is not what its config, or the set `prefill`, says.
-    """
+    """The sets with the head that the set `prefill` has, and without what another set proves
+    unneeded. Reads heads and biases. MergeError for a head that is another matrix."""
     left_out: list[LeftOut] = []
-    settled = {}
+    settled = dict(sources)
     for name, source in sources.items():
-        reasons = dict(_unused(source))
-        left_out += [(name, tensor, reason) for tensor, reason in reasons.items()]
-        settled[name] = _without(source, reasons)
-    for name, source in settled.items():
         if name != prefill:
-            settled[name], tensors = _like(settled[prefill], source)
+            settled[name], tensors = _like(sources[prefill], source)
             left_out += [(name, tensor, _COPY) for tensor in tensors]
     zeros = list(_zero_biases(list(settled.values())))
-    for name, tensor in zeros:
-        left_out.append((name, tensor, "a bias of zeros"))
+    left_out += [(name, tensor, "a bias of zeros") for name, tensor in zeros]
     for name, source in settled.items():
-        settled[name] = _without(source, {t: "" for owner, t in zeros if owner == name})
+        settled[name] = _without(source, {tensor for owner, tensor in zeros if owner == name})
     return settled, left_out
 
 
@@ -83,7 +86,7 @@ def _like(prefill: WeightSet, source: WeightSet) -> tuple[WeightSet, list[str]]:
                     f"{tensor}: is the embedding in {prefill.name} (tie_word_embeddings) and "
                     f"another matrix in {source.name}; quantize both from the same model"
                 )
-        return _without(source, dict.fromkeys(heads, "")), heads
+        return _without(source, heads), heads
     heads = [tensor for tensor in prefill.tensors if _HEAD.fullmatch(tensor)]
     aliases = {tensor: source.tensors[embedding] for tensor in heads}
     return replace(source, tensors={**source.tensors, **aliases}), []
@@ -109,7 +112,7 @@ def _zero_biases(sources: Sequence[WeightSet]) -> Iterator[tuple[str, str]]:
                 yield source.name, tensor
 
 
-def _without(source: WeightSet, tensors: Mapping[str, str]) -> WeightSet:
+def _without(source: WeightSet, tensors: Collection[str]) -> WeightSet:
     if not tensors:
         return source
     kept = {name: info for name, info in source.tensors.items() if name not in tensors}
