@@ -116,8 +116,10 @@ def _short(value: Any) -> str:
 
 
 def _check_tokenizer(left: WeightSet, right: WeightSet) -> None:
+    """The same tokenizer.json, or without one the same of every file it could be made from."""
     ours, theirs = left.checkpoint.path, right.checkpoint.path
-    for file in (_TOKENIZER, *_TOKENIZER_FILES):
+    is_whole = all((folder / _TOKENIZER).is_file() for folder in (ours, theirs))
+    for file in (_TOKENIZER,) if is_whole else (_TOKENIZER, *_TOKENIZER_FILES):
         has = [(folder / file).is_file() for folder in (ours, theirs)]
         if not any(has):
             continue
@@ -134,10 +136,21 @@ def _check_tokenizer(left: WeightSet, right: WeightSet) -> None:
 
 
 def _content(path: Path) -> Any:
+    """What a tokenizer file says, whichever version of tokenizers wrote it."""
     if path.name != _TOKENIZER:
         return path.read_bytes()
     content = read_json(path, _TOKENIZER_BYTES)
-    return {key: value for key, value in content.items() if key not in _TOKENIZER_IGNORED}
+    kept = {key: value for key, value in content.items() if key not in _TOKENIZER_IGNORED}
+    if isinstance(kept.get("model"), dict):
+        # Options that are off are written by some versions only, and merges as texts or as pairs.
+        model = {key: value for key, value in kept["model"].items() if value not in (None, False)}
+        if isinstance(model.get("merges"), list):
+            model["merges"] = [
+                " ".join(map(str, pair)) if isinstance(pair, list) else pair
+                for pair in model["merges"]
+            ]
+        kept["model"] = model
+    return kept
 
 
 def _check_layers(left: WeightSet, right: WeightSet) -> None:

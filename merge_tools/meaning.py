@@ -98,7 +98,7 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
         del rope["partial_rotary_factor"]
     if rope["rope_type"] == "default":
         rope.pop("factor", None)
-    return {key: float(v) if isinstance(v, int) and v is not True else v for key, v in rope.items()}
+    return rope
 
 
 def _drop_derived(kept: dict[str, Any]) -> None:

@@ -182,8 +182,16 @@ class GPTQ(Method):
                 yield f"dynamic.{rule}.sym: false, and vLLM serves symmetric GPTQ only"
 
     def quantizes(self, unit: Unit, stored: Collection[str]) -> bool:
-        if self._override(unit.name) is None:
+        override = self._override(unit.name)
+        if override is None:
             return False
+        for part in unit.parts:
+            own = self._override(part)
+            if own is not None and self._merged(own) != self._merged(override):
+                raise FormatError(
+                    f"{part}: {_WHERE}.dynamic gives it {self._merged(own)}, but vLLM runs it as "
+                    f"{unit.name} and looks for that name; write the rule so that it matches both"
+                )
         modules = [*_flat(self.modules_in_block_to_quantize or ())]
         if not modules:
             return _all_parts(unit, lambda part: part in stored)
@@ -192,6 +200,9 @@ class GPTQ(Method):
     def of_layer(self, unit: Unit, config: Mapping[str, Any]) -> Mapping[str, Any]:
         override = self._override(unit.name)
         return config if override is None else {**config, **override.given()}
+
+    def _merged(self, override: _Override) -> dict[str, Any]:
+        return {"bits": self.bits, "group_size": self.group_size, **override.given()}
 
     def _override(self, name: str) -> _Override | None:
         """What the first rule that matches says, nothing without one; None skips the layer."""
@@ -386,9 +397,9 @@ class QoQ(Method):
 
 METHODS: Mapping[str, type[Method]] = {
     "compressed-tensors": CompressedTensors,
-    "gptq": GPTQ,
-    "awq": AWQ,
-    "auto-round": AutoRound,
+    **dict.fromkeys(("gptq", "auto_gptq", "gptq_marlin"), GPTQ),
+    **dict.fromkeys(("awq", "auto_awq", "awq_marlin"), AWQ),
+    **dict.fromkeys(("auto-round", "inc"), AutoRound),
     "fp8": FP8,
     "fbgemm_fp8": FBGEMM,
     "modelopt": ModelOpt,

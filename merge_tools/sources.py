@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # Where older checkpoints of compressed-tensors and of ModelOpt keep their config.
 _COMPRESSION, _MODELOPT = "compression_config", "hf_quant_config.json"
 _MODELOPT_BYTES = 16 << 20
+# Where older versions of AutoGPTQ and AutoAWQ keep it.
+_BESIDE = ("quantize_config.json", "quant_config.json")
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,12 @@ def _set_config(checkpoint: Checkpoint, takes_floats: bool) -> dict[str, Any]:
         raise FormatError(
             f"{CONFIG}: {SECTION}: is a merged checkpoint already; merge the folders it was made of"
         )
+    for name in _BESIDE if config is None else ():
+        if (checkpoint.path / name).exists():
+            raise FormatError(
+                f"{CONFIG}: {SECTION}: missing; vLLM does not look into {name} by itself, so copy "
+                "its content there, with a quant_method such as 'gptq' or 'awq'"
+            )
     if not isinstance(config, dict) or not isinstance(config.get("quant_method"), str):
         raise FormatError(
             f"{CONFIG}: {SECTION}: missing, so this model is not quantized; quantize it first, "

@@ -29,6 +29,12 @@ def to_gptq(source: Path, out: Path) -> Path:
     return _convert(source, out, config, _gptq)
 
 
+def to_auto_round(source: Path, out: Path) -> Path:
+    """auto-round's format with GPTQ's packing."""
+    config = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "sym": True}
+    return _convert(source, out, config, _gptq)
+
+
 def to_awq(source: Path, out: Path) -> Path:
     """AutoAWQ's format: packed along N, eight columns interleaved."""
     config = {"quant_method": "awq", "zero_point": True, "version": "gemm"}

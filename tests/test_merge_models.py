@@ -204,7 +204,8 @@ def test_a_tied_head_that_is_not_the_embedding_is_refused(merge, pair, capsys):
 def test_tensors_that_no_model_reads_are_left_out(merge, pair, tmp_path, capsys):
     def add(tensors, config):
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(32)
-        tensors["model.layers.0.input_layernorm.bias"] = torch.zeros(256)
+        for index in range(2):
+            tensors[f"model.layers.{index}.input_layernorm.bias"] = torch.zeros(256)
 
     edit(pair[1], add)
     assert merge() == 0
@@ -224,6 +225,33 @@ def test_minus_zero_is_zero(merge, pair):
     for folder, sign in zip(pair, (1.0, -1.0), strict=True):
         edit(folder, change(sign))
     assert merge() == 0
+
+
+def test_a_tokenizer_of_two_versions_is_one(merge, pair, capsys):
+    path = pair[1] / "tokenizer.json"
+    content = json.loads(path.read_text())
+    model = content["model"]
+    is_pairs = isinstance(model["merges"][0], list)
+    model["merges"] = [" ".join(m) if is_pairs else m.split(" ") for m in model["merges"]]
+    model["ignore_merges"] = False
+    path.write_text(json.dumps(content))
+    (pair[0] / "vocab.json").write_text("{}")
+    (pair[0] / "merges.txt").write_text("#version: 0.2")
+    assert merge() == 0
+    del model["merges"][-1]
+    path.write_text(json.dumps(content))
+    assert merge("--overwrite") == 2
+    assert "tokenizer.json: differs" in capsys.readouterr().err
+
+
+def test_a_config_in_a_file_that_vllm_leaves_unread_is_told(merge, pair, capsys):
+    def drop(tensors, config):
+        section = config.pop("quantization_config")
+        (pair[1] / "quantize_config.json").write_text(json.dumps(section))
+
+    edit(pair[1], drop)
+    assert merge() == 2
+    assert "quantize_config.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("place", ["compression_config", "text_config"])
@@ -257,7 +285,7 @@ def test_a_config_is_read_where_vllm_reads_it(merge, pair, tmp_path, place):
         (["--decode", "b4,a8"], ("row 1", "no batch size")),
         (["--decode", "4:b4"], ("above 4", "end the decode table")),
         (["--decode", "9" * 5000 + ":b4,a8"], ("999...", "not a batch size")),
-        (["--decode", "-1:b4,a8"], ("'-1'",)),
+        (["--decode=-1:b4,a8"], ("'-1'",)),
         (["--decode", "1.5:b4,a8"], ("'1.5'",)),
         (["--decode", "٣:b4,a8"], ("not a batch size",)),
         (["--decode", "4:c,a8"], ("'c'", "a8, b4")),
