@@ -34,6 +34,8 @@ _PATTERN = "re:"
 _MOST_ENTRIES = 16_384
 # An entry of extra_config with one of these is a pattern for auto-round.
 _SPECIAL = frozenset(r"*+?^$()[]{}|\\")
+# Never quantized in a ModelOpt checkpoint, whatever it lists.
+_MODELOPT_TOWERS = ("vision_tower", "vision_model", "vit_large_projector")
 _LINEAR_CLASSES = (
     "QKVParallelLinear",
     "MergedColumnParallelLinear",
@@ -371,6 +373,8 @@ class ModelOpt(Method):
 
     def quantizes(self, unit: Unit, stored: Collection[str]) -> bool:
         skipped = (self.quantization.exclude_modules if self.quantization else self.ignore) or []
+        if any(tower in unit.name for tower in _MODELOPT_TOWERS):
+            return False
         if _any_or_all(unit, lambda name: name in skipped):
             return False
         return not any(module in unit.name or fnmatch(unit.name, module) for module in skipped)
@@ -380,6 +384,16 @@ class Quark(Method):
     """AMD Quark's fp8 and int8."""
 
     exclude: list[str] | None = None
+    export: dict[str, Any] | None = None
+
+    def unserved(self) -> Iterator[str]:
+        if self.export is None:
+            yield "export: missing; take it from the tool that quantized the model"
+        elif self.export.get("kv_cache_group"):
+            yield (
+                "export.kv_cache_group: all sets share one KV cache, whose precision is chosen "
+                "when serving; quantize without it"
+            )
 
     def quantizes(self, unit: Unit, stored: Collection[str]) -> bool:
         return not _any_or_all(unit, lambda name: _listed(name, self.exclude or ()))

@@ -13,6 +13,7 @@ from merge_tools.methods import GPTQ, Method, Unit, is_nested
 from merge_tools.sources import WeightSet
 from vllm_qoq.format import SECTION, FormatError
 
+_TOWERS = ("vision", "visual", "audio", "image")
 _REMEDY = "download or quantize the model again"
 
 
@@ -83,6 +84,9 @@ def _is_linear(weights: WeightSet, layer: str, modules: Collection[str | None]) 
         return False
     if layer in weights.quantized:
         return True
+    # Many models run their towers unquantized, whatever the config says of them.
+    if any(tower in layer for tower in _TOWERS):
+        return False
     weight, module = weights.layers[layer].get("weight"), _module(layer)
     is_matrix = weight is not None and len(weight.shape) == 2
     return is_matrix and module is not None and (module in modules or layer.endswith("_proj"))

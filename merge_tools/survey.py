@@ -55,11 +55,7 @@ def survey(
     others = [source for source in sources if source is not prefill]
     unequal: dict[str, tuple[str, ...]] = {}
     recast: dict[str, str] = {}
-    shared = [
-        name
-        for name in prefill.tensors
-        if split_layer(name)[0] not in quantized and all(name in other.tensors for other in others)
-    ]
+    shared = [n for n in prefill.tensors if split_layer(n)[0] not in quantized]
     sizes = [prefill.tensors[name].nbytes * len(others) for name in shared]
     with progress.stage("compare", sum(sizes)) as advance:
         for name, size in zip(shared, sizes, strict=True):
