@@ -14,6 +14,7 @@ _SECONDS = 0.2
 _TOTAL_SECONDS = 5.0
 _SLOW_SECONDS = 0.001
 _LONGEST = 4096
+_refused: set[str] = set()
 _slow = 0.0
 
 
@@ -30,11 +31,14 @@ def occurs(pattern: str, name: str) -> bool:
 def _run(pattern: str, name: str, how: str) -> bool:
     """Refuses a pattern that runs long, and many that together do."""
     global _slow
+    if pattern in _refused:
+        raise _too_slow(pattern, name)
     compiled = _compiled(pattern)
     start = time.perf_counter()
     try:
         found = getattr(compiled, how)(name, timeout=_SECONDS) is not None
     except TimeoutError:
+        _refused.add(pattern)
         raise _too_slow(pattern, name) from None
     taken = time.perf_counter() - start
     if taken > _SLOW_SECONDS:
