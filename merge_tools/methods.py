@@ -112,7 +112,7 @@ class _Weights(BaseModel):
 class _Group(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
-    targets: list[str]
+    targets: list[str] = []
     weights: _Weights | None = None
 
 
@@ -128,6 +128,9 @@ class CompressedTensors(Method):
             yield "sparsity_config: no vLLM serves sparse weights; quantize without sparsity"
         if not self.config_groups:
             yield "config_groups: missing, so no layer is quantized; quantize the model again"
+        for name, group in self.config_groups.items():
+            if not group.targets or group.weights is None:
+                yield f"config_groups.{name}: lacks targets or weights; quantize the model again"
 
     def quantizes(self, unit: Unit, stored: Collection[str]) -> bool:
         if _any_or_all(unit, lambda name: _listed(name, self.ignore or ())):
