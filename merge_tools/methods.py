@@ -115,6 +115,11 @@ class _Group(BaseModel):
     targets: list[str] = []
     weights: _Weights | None = None
 
+    @property
+    def is_attention(self) -> bool:
+        """Whether it quantizes attention, which vLLM leaves to the KV cache."""
+        return len(self.targets) == 1 and self.targets[0].endswith("Attention")
+
 
 class CompressedTensors(Method):
     """llmcompressor's format."""
@@ -129,7 +134,7 @@ class CompressedTensors(Method):
         if not self.config_groups:
             yield "config_groups: missing, so no layer is quantized; quantize the model again"
         for name, group in self.config_groups.items():
-            if not group.targets or group.weights is None:
+            if not group.is_attention and (not group.targets or group.weights is None):
                 yield f"config_groups.{name}: lacks targets or weights; quantize the model again"
 
     def quantizes(self, unit: Unit, stored: Collection[str]) -> bool:
@@ -147,7 +152,7 @@ class CompressedTensors(Method):
         targets = {
             target: name
             for name, group in self.config_groups.items()
-            if not (len(group.targets) == 1 and group.targets[0].endswith("Attention"))
+            if not group.is_attention
             for target in group.targets
         }
         for target in targets:
