@@ -103,11 +103,13 @@ def _merge(args: argparse.Namespace) -> int:
     )
     from merge_tools.plan import make_plan
     from merge_tools.progress import Progress
-    from merge_tools.sources import open_sources, parse_sources
+    from merge_tools.sources import check_distinct, open_sources, parse_sources
     from merge_tools.survey import survey
     from vllm_qoq.format import FormatError
 
     folders = parse_sources(args.sources)
+    if not args.nest:  # which says what kinds it takes
+        check_distinct(folders)
     routing = _routing(args, list(folders))
     preflight.check_output(args.output, folders.values(), args.overwrite)
     sources = {source.name: source for source in open_sources(folders, takes_floats=args.nest)}

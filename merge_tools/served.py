@@ -38,7 +38,7 @@ def findings(weights: WeightSet) -> Iterator[str]:
 
 def hidden_order(weights: WeightSet) -> Iterator[str]:
     """GPTQ layers whose order of columns vLLM would not see. Reads every g_idx."""
-    if not isinstance(weights.method, GPTQ) or weights.method.desc_act:
+    if not weights.config or not isinstance(weights.method, GPTQ) or weights.method.desc_act:
         return
     for layer in sorted(weights.quantized):
         tensor = f"{layer}.g_idx"

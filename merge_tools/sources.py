@@ -92,13 +92,19 @@ def parse_sources(arguments: Sequence[str]) -> dict[str, Path]:
                 f"{argument!r}: set {name!r} is given twice ({folders[name]}); each set needs its "
                 "own name"
             )
-        for other, earlier in folders.items():
-            if earlier.resolve() == Path(folder).resolve():
-                raise MergeError(
-                    f"{argument!r}: is the folder of set {other!r}, too; give each set its own"
-                )
         folders[name] = Path(folder)
     return folders
+
+
+def check_distinct(folders: Mapping[str, Path]) -> None:
+    """Raise MergeError for a folder that two sets have."""
+    owners: dict[Path, str] = {}
+    for name, folder in folders.items():
+        other = owners.setdefault(folder.resolve(), name)
+        if other != name:
+            raise MergeError(
+                f"{name}={folder}: is the folder of set {other!r}, too; give each set its own"
+            )
 
 
 def open_sources(folders: Mapping[str, Path], takes_floats: bool = False) -> list[WeightSet]:
