@@ -93,14 +93,18 @@ def _cached_rows(config: Mapping[str, Any], kind: str, rows: int) -> slice:
     if kind != "qkv_proj":
         return slice(0, rows)
     text = text_config(config)
-    heads = text.get("num_attention_heads")
-    kv_heads = text.get("num_key_value_heads", heads)
-    if not all(type(count) is int and 0 < count <= rows for count in (heads, kv_heads)):
+    heads: Any = text.get("num_attention_heads")
+    kv_heads: Any = text.get("num_key_value_heads") or heads
+    if not (_is_count(heads, rows) and _is_count(kv_heads, rows)):
         raise FormatError(
             f"config.json: num_attention_heads, num_key_value_heads: {heads!r}, {kv_heads!r} are "
             f"no numbers of heads in {rows} rows of qkv_proj; download the config again"
         )
-    return slice(rows * heads // (heads + 2 * kv_heads), rows)
+    return slice(rows * int(heads) // (int(heads) + 2 * int(kv_heads)), rows)
+
+
+def _is_count(value: Any, most: int) -> bool:
+    return type(value) is int and 0 < value <= most
 
 
 def biases(reference: WeightSet, other: WeightSet) -> Iterator[str]:

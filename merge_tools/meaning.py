@@ -103,7 +103,8 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _drop_derived(kept: dict[str, Any]) -> None:
     """Leave out what follows from other keys, because only some versions write it."""
-    hidden, heads = kept.get("hidden_size"), kept.get("num_attention_heads")
+    hidden: Any = kept.get("hidden_size")
+    heads: Any = kept.get("num_attention_heads")
     if kept.get("num_key_value_heads") == heads:
         kept.pop("num_key_value_heads", None)
     are_sizes = isinstance(hidden, int) and isinstance(heads, int) and heads > 0

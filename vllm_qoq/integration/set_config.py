@@ -24,15 +24,15 @@ _OURS: Mapping[str, type[QuantizationConfig]] = {
 
 def set_config(name: str, config: Mapping[str, Any]) -> QuantizationConfig:
     """The config object of the set `name`; FormatError with vLLM's reason if it refuses."""
-    config = copy.deepcopy(dict(config))  # some classes edit what they are given
-    method = config["quant_method"]
+    own = copy.deepcopy(dict(config))  # some classes edit what they are given
+    method = own["quant_method"]
     if method in _OURS:
-        return _OURS[method].from_config(config)
-    method = config["quant_method"] = method.lower().replace(
+        return _OURS[method].from_config(own)
+    method = own["quant_method"] = method.lower().replace(
         "compressed_tensors", "compressed-tensors"
     )
     try:
-        return get_quantization_config(_overridden(config) or method).from_config(config)
+        return get_quantization_config(_overridden(own) or method).from_config(own)
     except Exception as error:  # whatever a stranger's config makes vLLM raise
         raise FormatError(
             f"quantization_config.sets.{name}: vLLM does not serve this {method} config: {error}; "
