@@ -344,6 +344,4 @@ def _check_order(rows: Sequence[DecodeRow]) -> None:
             "are never reached; give it one, or end the table there"
         )
     if any(a >= b for a, b in itertools.pairwise(sizes)):  # type: ignore[operator]
-        raise ValueError(
-            f"the batch sizes of the decode table must grow from row to row, not {sizes[:8]}"
-        )
+        raise ValueError(f"the batch sizes of the decode table must grow: {sizes[:8]}")
