@@ -15,6 +15,12 @@ from typing import Any
 
 _LAYER = re.compile(r"(?P<prefix>(?:.*\.)?layers\.)(?P<index>\d+)\.(?P<module>.+)")
 
+FUSED: Mapping[str, tuple[str, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+"""Projections that vLLM runs as one layer, under its name."""
+
 _ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
 _MLP = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
 _NORMS = ("input_layernorm", "post_attention_layernorm")

@@ -46,6 +46,11 @@ def add_parsers(commands: Any) -> None:
     merge.add_argument(
         "--max-clipped", default=MAX_CLIPPED, type=share, metavar="SHARE", help=MAX_CLIPPED_HELP
     )
+    merge.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16"),
+        help="in which all sets run (default: what they say; bfloat16 where they differ)",
+    )
     merge.add_argument("--max-shard-size", default="5GB", type=size, metavar="SIZE")
     merge.add_argument("--dry-run", action="store_true", help="check and show the plan, then stop")
     merge.add_argument("--overwrite", action="store_true", help="replace OUT once done")
@@ -83,29 +88,57 @@ def _common(parser: argparse.ArgumentParser, handler: Any) -> None:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from merge_tools import compatible, complete, execute, kv_basis, nest, preflight, rules, stream
+    from dataclasses import replace
+
+    from merge_tools import (
+        compatible,
+        complete,
+        execute,
+        kv_basis,
+        nest,
+        preflight,
+        rules,
+        served,
+        stream,
+        unused,
+    )
     from merge_tools.plan import make_plan
     from merge_tools.progress import Progress
-    from merge_tools.sources import open_sources, parse_sources
+    from merge_tools.sources import check_distinct, open_sources, parse_sources
     from merge_tools.survey import survey
+    from vllm_qoq.format import FormatError
 
     folders = parse_sources(args.sources)
+    if not args.nest:  # which says what kinds it takes
+        check_distinct(folders)
     routing = _routing(args, list(folders))
     preflight.check_output(args.output, folders.values(), args.overwrite)
     sources = {source.name: source for source in open_sources(folders, takes_floats=args.nest)}
     prefill, progress = sources[routing.prefill], Progress(args.quiet or args.json)
+    several = compatible.has_several_dtypes(list(sources.values()))
+    dtype = compatible.choose_dtype(list(sources.values()), prefill, args.dtype)
+    left_out = []
+    for name, source in sources.items():
+        sources[name], found_unused = unused.leave_out(source)
+        left_out += found_unused
+        complete.check(sources[name])
+    sources, found_unused = unused.settle(sources, routing.prefill)
+    left_out += found_unused
+    prefill = sources[routing.prefill]
     compatible.check(list(sources.values()), prefill)
-    for source in sources.values():
-        complete.check(source)
     nested = nest.pair(list(sources.values())) if args.nest else None
     rules.check(routing, frozenset().union(*(source.quantized for source in sources.values())))
-    found = survey(list(sources.values()), prefill, progress)
+    found = survey(list(sources.values()), prefill, progress, compatible.stored_name(dtype))
     if nested is not None:
         nest.check_basis(found, *nested)
     bases = {nested[0].name: nested[1].name} if nested is not None else {}
     plan = make_plan(found, prefill.checkpoint.config, args.max_shard_size, bases)
+    if several or args.dtype:
+        plan = replace(plan, dtype=dtype)
     preflight.check_space(args.output, plan.total_bytes)
     _check_values(list(sources.values()), progress)
+    for finding in (line for source in sources.values() for line in served.hidden_order(source)):
+        raise FormatError(finding)
     for source in sources.values():
         if source is not prefill:
             _check_kv(kv_basis, prefill, source)
@@ -116,7 +149,8 @@ def _merge(args: argparse.Namespace) -> int:
         execute.execute(
             plan, sources, section, args.output, args.overwrite, progress, not args.no_model_card
         )
-    _report(args, plan, section, shares)
+    left_out += [(owner, tensor, "a bias of zeros") for owner, tensor in plan.dropped]
+    _report(args, plan, section, shares, left_out)
     return 0
 
 
@@ -177,7 +211,13 @@ def _section(sources: dict[str, Any], routing: Any, plan: Any, basis: Any) -> An
     return Section(sets=configs, routing=routing, input_ratio=ratios, stream=basis)
 
 
-def _report(args: argparse.Namespace, plan: Any, section: Any, shares: dict[str, float]) -> None:
+def _report(
+    args: argparse.Namespace,
+    plan: Any,
+    section: Any,
+    shares: dict[str, float],
+    left_out: list[tuple[str, str, str]],
+) -> None:
     from merge_tools.progress import human_bytes
 
     owners = {name: plan.bytes_of(name) for name in plan.sets}
@@ -189,7 +229,8 @@ def _report(args: argparse.Namespace, plan: Any, section: Any, shares: dict[str,
             "shared_bytes": plan.bytes_of(None),
             "total_bytes": plan.total_bytes,
             "shards": list(plan.shards),
-            "dropped": [f"{owner}.{tensor}" for owner, tensor in plan.dropped],
+            "dropped": [f"{owner}.{tensor}" for owner, tensor, _ in left_out],
+            **({"dtype": plan.dtype} if plan.dtype else {}),
             "quantization_config": section.to_json(),
             **({"clipped_shares": shares} if shares else {}),
         }
@@ -201,8 +242,10 @@ def _report(args: argparse.Namespace, plan: Any, section: Any, shares: dict[str,
         f"{verb} {args.output}: {human_bytes(plan.total_bytes)} in {len(plan.shards)} shards "
         f"({parts}, shared {human_bytes(plan.bytes_of(None))})"
     )
-    for owner, tensor in plan.dropped:
-        print(f"left out {owner}.{tensor}: a bias of zeros")
+    if plan.dtype and not args.dtype:
+        print(f"dtype: {plan.dtype}, for all sets, which name several; --dtype sets another")
+    for owner, tensor, reason in left_out:
+        print(_printable(f"left out {owner}.{tensor}: {reason}"))
     if shares:
         worst = max(shares, key=shares.__getitem__)
         mean = sum(shares.values()) / len(shares)
@@ -240,7 +283,7 @@ def _verify(args: argparse.Namespace) -> int:
 def size(text: str) -> int:
     """`5GB` -> 5000000000; for `argparse`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)", text.strip().upper())
-    if match is None or float(match[1]) <= 0:
+    if match is None or not 0 < float(match[1]) < 1e15:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
     return int(float(match[1]) * _UNITS[match[2]])
 

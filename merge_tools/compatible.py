@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from merge_tools import MergeError
+from merge_tools.meaning import default, normal
 from merge_tools.sources import WeightSet
 from vllm_qoq.checkpoint import CONFIG, read_json
-from vllm_qoq.format import SECTION
+from vllm_qoq.format import SECTION, Section
 
-_IGNORED_KEYS = frozenset({"_name_or_path", "transformers_version", "use_cache", SECTION})
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _TOKENIZER = "tokenizer.json"
 _TOKENIZER_BYTES = 512 << 20
 # How a text was cut or padded for calibration is saved with the tokenizer; vLLM sets its own.
@@ -29,45 +30,96 @@ def check(sources: Sequence[WeightSet], prefill: WeightSet) -> None:
         _check_layers(prefill, source)
 
 
-def model_dtype(config: dict[str, Any]) -> str:
+def model_dtype(config: Mapping[str, Any]) -> str:
     """The safetensors name of the dtype in which the model runs, BF16 when it does not say."""
+    return _DTYPES.get(str(_named_dtype(config)), "BF16")
+
+
+def stored_name(dtype: str) -> str:
+    """The safetensors name of a dtype's name in `config.json`."""
+    return _DTYPES[dtype]
+
+
+def choose_dtype(sources: Sequence[WeightSet], prefill: WeightSet, given: str | None) -> str:
+    """The dtype in which all sets will run, `bfloat16`, `float16` or `float32`.
+
+    `given` if there is one, else what the sets say. Of two, bfloat16 wins: it has the range of
+    every model, float16 has not.
+    """
+    if given is not None:
+        return given
+    named = [_named_dtype(source.checkpoint.config) for source in (prefill, *sources)]
+    known = [name for name in named if name in _DTYPES]
+    if not known:
+        return "bfloat16"
+    for name in ("bfloat16", "float16"):
+        if name in known:
+            return name
+    return known[0]
+
+
+def has_several_dtypes(sources: Sequence[WeightSet]) -> bool:
+    """Whether the configs name more than one dtype."""
+    named = {_named_dtype(source.checkpoint.config) for source in sources}
+    return len(named & _DTYPES.keys()) > 1
+
+
+def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """`config` for a model that runs in `dtype`, under the name that it uses already."""
+    changed = dict(config)
+    for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
+        changed[key] = dtype
+    for key, part in config.items():
+        if isinstance(part, dict) and {"dtype", "torch_dtype"} & part.keys():
+            changed[key] = with_dtype(part, dtype)
+    return changed
+
+
+def merged_config(prefill: WeightSet, section: Section, dtype: str | None) -> dict[str, Any]:
+    """The `config.json` of the output: the prefill set's, with one section and one dtype."""
+    config = dict(prefill.checkpoint.config)
+    config.pop("compression_config", None)
     text = config.get("text_config")
-    named = [config.get("dtype"), config.get("torch_dtype")]
-    named += [text.get("dtype"), text.get("torch_dtype")] if isinstance(text, dict) else []
-    name = next((_dtype(n) for n in named if n), "bfloat16")
-    names = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-    return names.get(str(name), "BF16")
+    if isinstance(text, dict) and SECTION in text:
+        config["text_config"] = {key: value for key, value in text.items() if key != SECTION}
+    config = with_dtype(config, dtype) if dtype is not None else config
+    return {**config, SECTION: section.to_json()}
+
+
+def _named_dtype(config: Mapping[str, Any]) -> str | None:
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(part.get(key), str):
+                return str(part[key]).removeprefix("torch.")
+    return None
 
 
 def _check_config(left: WeightSet, right: WeightSet) -> None:
-    ours, theirs = _comparable(left.checkpoint.config), _comparable(right.checkpoint.config)
+    configs = [one.checkpoint.config for one in (left, right)]
+    ours, theirs = (normal(config) for config in configs)
     for key in sorted({*ours, *theirs}):
-        if ours.get(key) != theirs.get(key):
+        values = [ours.get(key), theirs.get(key)]
+        if None in values and values != [None, None]:
+            values = [normal(config).get(key, default(config, key)) for config in configs]
+        if values[0] != values[1]:
             raise MergeError(
-                f"{CONFIG}: {key}: is {ours.get(key)!r} in {left.name} and {theirs.get(key)!r} in "
-                f"{right.name}; quantize both from the same model, with one version of transformers"
+                f"{CONFIG}: {key}: is {_short(values[0])} in {left.name} and {_short(values[1])} "
+                f"in {right.name}; quantize both from the same model, or mend the config that is "
+                "wrong"
             )
 
 
-def _comparable(config: dict[str, Any]) -> dict[str, Any]:
-    """The config without what may differ; `torch_dtype`, the older spelling, as `dtype`."""
-    kept: dict[str, Any] = {}
-    for key, value in config.items():
-        if key in _IGNORED_KEYS:
-            continue
-        if key in ("torch_dtype", "dtype"):
-            key, value = "dtype", _dtype(value)
-        kept[key] = _comparable(value) if isinstance(value, dict) else value
-    return kept
-
-
-def _dtype(value: Any) -> Any:
-    return value.removeprefix("torch.") if isinstance(value, str) else value
+def _short(value: Any) -> str:
+    text = "absent" if value is None else repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _check_tokenizer(left: WeightSet, right: WeightSet) -> None:
+    """The same tokenizer.json, or without one the same of every file it could be made from."""
     ours, theirs = left.checkpoint.path, right.checkpoint.path
-    for file in (_TOKENIZER, *_TOKENIZER_FILES):
+    is_whole = all((folder / _TOKENIZER).is_file() for folder in (ours, theirs))
+    for file in (_TOKENIZER,) if is_whole else (_TOKENIZER, *_TOKENIZER_FILES):
         has = [(folder / file).is_file() for folder in (ours, theirs)]
         if not any(has):
             continue
@@ -84,10 +136,21 @@ def _check_tokenizer(left: WeightSet, right: WeightSet) -> None:
 
 
 def _content(path: Path) -> Any:
+    """What a tokenizer file says, whichever version of tokenizers wrote it."""
     if path.name != _TOKENIZER:
         return path.read_bytes()
     content = read_json(path, _TOKENIZER_BYTES)
-    return {key: value for key, value in content.items() if key not in _TOKENIZER_IGNORED}
+    kept = {key: value for key, value in content.items() if key not in _TOKENIZER_IGNORED}
+    if isinstance(kept.get("model"), dict):
+        # Options that are off are written by some versions only, and merges as texts or as pairs.
+        model = {key: value for key, value in kept["model"].items() if value not in (None, False)}
+        if isinstance(model.get("merges"), list):
+            model["merges"] = [
+                " ".join(map(str, pair)) if isinstance(pair, list) else pair
+                for pair in model["merges"]
+            ]
+        kept["model"] = model
+    return kept
 
 
 def _check_layers(left: WeightSet, right: WeightSet) -> None:

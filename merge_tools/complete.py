@@ -7,12 +7,11 @@ architecture must have every layer that it runs.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from fnmatch import fnmatchcase
 from typing import Any
 
+from merge_tools import served
 from merge_tools.architectures import architecture, split_decoder, text_config
 from merge_tools.layout import weight_args
 from merge_tools.sources import WeightSet
@@ -25,6 +24,7 @@ _REMEDY = "download or quantize the model again"
 def findings(weights: WeightSet) -> Iterator[str]:
     """What is missing or malformed, one line each; nothing for a complete set."""
     yield from _outside_decoder(weights)
+    yield from served.findings(weights)
     yield from _malformed_layers(weights)
     yield from _missing_modules(weights)
     yield from _unlike_layers(weights)
@@ -119,17 +119,13 @@ def _unlike_layers(weights: WeightSet) -> Iterator[str]:
         place = split_decoder(name)
         if place is not None:
             by_module[place[0], place[2]][name] = frozenset(tensors)
-    # What is quantized is up to the base of a nested set.
-    config = weights.config if weights.base is None else weights.base.config
-    has_schemes = len(weight_args(weights.config)) > 1 or bool(weights.config.get("dynamic"))
+    has_schemes = len(weight_args(weights.config)) > 1 or any(
+        weights.config.get(key) for key in ("dynamic", "extra_config")
+    )
     for layers in by_module.values():
         groups: dict[bool, dict[str, frozenset[str]]] = {True: {}, False: {}}
         for layer, leaves in layers.items():
             groups[layer in weights.quantized][layer] = leaves
-        if groups[True]:
-            for layer in groups[False]:
-                if not _is_ignored(layer, config):
-                    yield f"{layer}: is not quantized, other layers are; {_REMEDY}"
         for is_quantized, group in groups.items():
             if is_quantized and has_schemes:
                 continue  # mixed precision: `layout` has looked at each layer alone
@@ -137,30 +133,3 @@ def _unlike_layers(weights: WeightSet) -> Iterator[str]:
             for layer, leaves in sorted(group.items()):
                 for leaf in sorted(every - leaves):
                     yield f"{layer}.{leaf}: missing, other layers have it; {_REMEDY}"
-
-
-def _is_ignored(layer: str, config: Any) -> bool:
-    """Whether a set's config says that `layer` stays unquantized."""
-    names = [*_strings(config.get("ignore")), *_strings(config.get("modules_to_not_convert"))]
-    inside = config.get("modules_in_block_to_quantize")
-    if inside and not any(layer.endswith(n) for group in inside for n in _strings([group])):
-        return True
-    for name in names:
-        if name.startswith("re:"):
-            # A pattern of a stranger may run for hours, so it is not run: its literal
-            # end has to occur in the name. Wrong only in favour of the input.
-            words = re.findall(r"[A-Za-z0-9_]{3,}", name[3:])
-            if all(word in layer for word in words):
-                return True
-        elif (
-            name == layer
-            or layer.endswith(f".{name}")
-            or f".{name}." in layer
-            or fnmatchcase(layer, name)
-        ):
-            return True
-    return False
-
-
-def _strings(values: Any) -> list[str]:
-    return [v for v in values if isinstance(v, str)] if isinstance(values, list) else []

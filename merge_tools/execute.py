@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from merge_tools import MergeError, card, nest, verify
+from merge_tools import MergeError, card, compatible, nest, verify
 from merge_tools.norms import ratio
 from merge_tools.plan import Plan, Planned
 from merge_tools.progress import Progress
@@ -22,7 +22,7 @@ from merge_tools.sources import WeightSet
 from merge_tools.survey import torch_dtype
 from merge_tools.writer import copy_file, sync_folder, write_bytes, write_json, write_shard
 from vllm_qoq.checkpoint import CONFIG, INDEX, TensorInfo
-from vllm_qoq.format import SECTION, Section
+from vllm_qoq.format import Section
 
 _PIECE_BYTES = 16 << 20
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
@@ -47,13 +47,14 @@ def execute(
         with progress.stage("write", plan.total_bytes) as advance:
             for file, shard in plan.shards.items():
                 _write(folder / file, shard, sources, plan, advance)
-        config = dict(sources[plan.prefill].checkpoint.config)
-        config[SECTION] = section.to_json()
+        config = compatible.merged_config(sources[plan.prefill], section, plan.dtype)
         write_json(folder / INDEX, plan.index())
         write_json(folder / CONFIG, config)
         _copy_other_files(folder, sources, plan.prefill)
         if model_card:
-            text = card.text(plan, section, out.name, notes)
+            sizes = {owner: plan.bytes_of(owner) for owner in (None, *plan.sets)}
+            inputs = [source.checkpoint.path for source in sources.values()]
+            text = card.text(out.name, section, sizes, inputs, notes)
             write_bytes(folder / _README, text.encode())
         sync_folder(folder)
         if findings := verify.structure(folder):

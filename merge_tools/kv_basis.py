@@ -21,6 +21,7 @@ from merge_tools import MergeError
 from merge_tools.architectures import text_config
 from merge_tools.dequantize import dequantize, row_chunks
 from merge_tools.sources import WeightSet
+from vllm_qoq.format import FormatError
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +77,15 @@ def _folded(weights: WeightSet, layer: str, rows: tuple[int, int]) -> torch.Tens
     """float32 [rows, in_features]: what the rows do to the normalised input."""
     norm = f"{layer.partition('.self_attn.')[0]}.input_layernorm.weight"
     weight = dequantize(weights, layer, rows)
-    return weight * weights.get(norm).float() if norm in weights.tensors else weight
+    if norm not in weights.tensors:
+        return weight
+    info = weights.tensors[norm]
+    if info.shape != (weight.shape[1],):
+        raise FormatError(
+            f"{info.file}: {norm}: is {list(info.shape)}, but {layer} reads {weight.shape[1]} "
+            "channels; download the model again"
+        )
+    return weight * weights.get(norm).float()
 
 
 def _cached_rows(config: Mapping[str, Any], kind: str, rows: int) -> slice:
@@ -84,9 +93,18 @@ def _cached_rows(config: Mapping[str, Any], kind: str, rows: int) -> slice:
     if kind != "qkv_proj":
         return slice(0, rows)
     text = text_config(config)
-    heads = int(text["num_attention_heads"])
-    groups = heads + 2 * int(text.get("num_key_value_heads") or heads)
-    return slice(rows * heads // groups, rows)
+    heads: Any = text.get("num_attention_heads")
+    kv_heads: Any = text.get("num_key_value_heads") or heads
+    if not (_is_count(heads, rows) and _is_count(kv_heads, rows)):
+        raise FormatError(
+            f"config.json: num_attention_heads, num_key_value_heads: {heads!r}, {kv_heads!r} are "
+            f"no numbers of heads in {rows} rows of qkv_proj; download the config again"
+        )
+    return slice(rows * int(heads) // (int(heads) + 2 * int(kv_heads)), rows)
+
+
+def _is_count(value: Any, most: int) -> bool:
+    return type(value) is int and 0 < value <= most
 
 
 def biases(reference: WeightSet, other: WeightSet) -> Iterator[str]:

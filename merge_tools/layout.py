@@ -144,10 +144,9 @@ def _dense(leaves: Leaves, config: Mapping[str, Any]) -> Layout:
     block = _block(scale, weight.shape, config)
     if "weight_zero_point" in leaves:
         _expect(leaves["weight_zero_point"], {"I8", *FP8}, scale.shape)
-    bits = {args.get("num_bits") for args in weight_args(config)}
-    known = bits.pop() if len(bits) == 1 else 8
+    bits = {bits for args in weight_args(config) if isinstance(bits := args.get("num_bits"), int)}
     n, k = weight.shape
-    return Layout("dense", n, k, known if isinstance(known, int) else 8, block)
+    return Layout("dense", n, k, bits.pop() if len(bits) == 1 else 8, block)
 
 
 def _block(scale: TensorInfo, shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[int, int]:
@@ -281,8 +280,8 @@ def _is_awq(config: Mapping[str, Any]) -> bool:
 
 
 def _bits_and_group(config: Mapping[str, Any]) -> tuple[int, int | None]:
-    bits = config.get("bits", config.get("w_bit"))
-    group = config.get("group_size", config.get("q_group_size"))
+    bits = config.get("w_bit", config.get("bits"))
+    group = config.get("q_group_size", config.get("group_size"))
     if bits not in (2, 4, 8):
         raise FormatError(f"config.json: quantization_config.bits: {bits!r} is not 2, 4 or 8")
     return bits, group if _is_positive(group) else None

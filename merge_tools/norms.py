@@ -82,7 +82,7 @@ def ratio_globs(
 def _reason(tensor: str) -> str:
     layer, _ = split_layer(tensor)
     if "embed" in layer or "lm_head" in layer or "wte" in layer:
-        return "probably one set was rotated (QuaRot, SpinQuant) and the other was not"
+        return "they come from different models, or one was rotated (QuaRot, SpinQuant)"
     if layer.endswith("norm"):
         return "the merge does not know which layers read this norm"
     return "it belongs to no quantized layer, so all sets use the same one"

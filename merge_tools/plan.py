@@ -55,6 +55,8 @@ class Plan:
     quantized: frozenset[str]
     bases: Mapping[str, str] = field(default_factory=dict)
     """Nested set -> its base."""
+    dtype: str | None = None
+    """The dtype that `config.json` gets, None for the prefill set's."""
 
     @property
     def tensors(self) -> list[Planned]:
@@ -126,9 +128,11 @@ def _shared(survey: Survey) -> list[Planned]:
     for name, info in survey.tensors[survey.prefill].items():
         if split_layer(name)[0] in survey.quantized:
             continue
+        owner = survey.recast.get(name, survey.prefill)
+        info = survey.tensors[owner][name]
         is_cast = name in survey.recast and info.dtype != survey.model_dtype
         dtype = survey.model_dtype if is_cast else info.dtype
-        origin = Origin("cast" if is_cast else "copy", survey.prefill, name)
+        origin = Origin("cast" if is_cast else "copy", owner, name)
         planned.append(Planned(replace(info, dtype=dtype), None, origin))
     return planned
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from merge_tools.architectures import FUSED
 from vllm_qoq.routing import Routing, RoutingError
 
 # vLLM runs these projections as one layer, whose name a rule may use.
-_FUSED = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
+_FUSED = {parts[0]: fused for fused, parts in FUSED.items()}
 
 
 def unmatched(routing: Routing, quantized: Iterable[str]) -> list[str]:

@@ -10,11 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from merge_tools import MergeError
 from merge_tools.layout import KV_CACHE_LEAVES, Layout, describe, group_leaves, is_quantized
-from vllm_qoq.checkpoint import CONFIG, Checkpoint, TensorInfo
+from merge_tools.methods import Method, Unit, is_nested, parse
+from vllm_qoq.checkpoint import CONFIG, Checkpoint, TensorInfo, read_json
 from vllm_qoq.format import SECTION, FormatError, check_set_name, split_layer
 
 if TYPE_CHECKING:
     import torch
+
+# Where older checkpoints of compressed-tensors and of ModelOpt keep their config.
+_COMPRESSION, _MODELOPT = "compression_config", "hf_quant_config.json"
+_MODELOPT_BYTES = 16 << 20
+# Where older versions of AutoGPTQ and AutoAWQ keep it.
+_BESIDE = ("quantize_config.json", "quant_config.json")
 
 
 @dataclass(frozen=True)
@@ -46,9 +53,17 @@ class WeightSet:
         found = (name for name, leaves in self.layers.items() if is_quantized(leaves))
         return frozenset(found) - self.shared_layers
 
+    @cached_property
+    def method(self) -> Method:
+        """How vLLM reads `config`, which has to be there; FormatError as in `methods.parse`."""
+        return parse(self.config)
+
     def describe(self, layer: str) -> Layout:
         """How `layer` is stored; FormatError when its tensors do not fit together."""
-        return describe(self.layers[layer], self.config)
+        config = self.config
+        if config and not is_nested(config):
+            config = self.method.of_layer(Unit.of(layer, self.layers), config)
+        return describe(self.layers[layer], config)
 
     def size(self, layer: str) -> tuple[int, int]:
         """(out_features, in_features) of `layer`; FormatError as in `describe`."""
@@ -65,16 +80,31 @@ def parse_sources(arguments: Sequence[str]) -> dict[str, Path]:
     folders: dict[str, Path] = {}
     for argument in arguments:
         name, equals, folder = argument.partition("=")
-        if not equals or not folder:
-            raise MergeError(f"{argument!r}: write NAME=DIR, for example w8a8={argument or 'DIR'}")
+        if not equals or not folder or not name:
+            wanted = folder or argument.strip("=") or "DIR"
+            raise MergeError(f"{argument!r}: write NAME=DIR, for example w8a8={wanted}")
         try:
             check_set_name(name)
         except ValueError as error:
-            raise MergeError(str(error)) from None
+            raise MergeError(f"{argument!r}: {error}") from None
         if name in folders:
-            raise MergeError(f"set {name!r} is given twice; each set needs its own name")
+            raise MergeError(
+                f"{argument!r}: set {name!r} is given twice ({folders[name]}); each set needs its "
+                "own name"
+            )
         folders[name] = Path(folder)
     return folders
+
+
+def check_distinct(folders: Mapping[str, Path]) -> None:
+    """Raise MergeError for a folder that two sets have."""
+    owners: dict[Path, str] = {}
+    for name, folder in folders.items():
+        other = owners.setdefault(folder.resolve(), name)
+        if other != name:
+            raise MergeError(
+                f"{name}={folder}: is the folder of set {other!r}, too; give each set its own"
+            )
 
 
 def open_sources(folders: Mapping[str, Path], takes_floats: bool = False) -> list[WeightSet]:
@@ -97,13 +127,19 @@ def open_sources(folders: Mapping[str, Path], takes_floats: bool = False) -> lis
 
 
 def _set_config(checkpoint: Checkpoint, takes_floats: bool) -> dict[str, Any]:
-    config = checkpoint.config.get(SECTION)
+    config = _quantization(checkpoint)
     if config is None and takes_floats:
         return {}
     if checkpoint.section is not None:
         raise FormatError(
             f"{CONFIG}: {SECTION}: is a merged checkpoint already; merge the folders it was made of"
         )
+    for name in _BESIDE if config is None else ():
+        if (checkpoint.path / name).exists():
+            raise FormatError(
+                f"{CONFIG}: {SECTION}: missing; vLLM does not look into {name} by itself, so copy "
+                "its content there, with a quant_method such as 'gptq' or 'awq'"
+            )
     if not isinstance(config, dict) or not isinstance(config.get("quant_method"), str):
         raise FormatError(
             f"{CONFIG}: {SECTION}: missing, so this model is not quantized; quantize it first, "
@@ -114,8 +150,22 @@ def _set_config(checkpoint: Checkpoint, takes_floats: bool) -> dict[str, Any]:
             f"{CONFIG}: {SECTION}.kv_cache_scheme: all sets share one KV cache, whose precision "
             "is chosen when serving (--kv-cache-dtype); quantize without a kv_cache_scheme"
         )
+    parse(config)
     _check_transforms(config.get("transform_config"))
     return config
+
+
+def _quantization(checkpoint: Checkpoint) -> Any:
+    """The set's config from where vLLM looks for it."""
+    text = checkpoint.config.get("text_config")
+    nested = text.get(SECTION) if isinstance(text, dict) else None
+    for found in (checkpoint.config.get(SECTION), nested, checkpoint.config.get(_COMPRESSION)):
+        if found is not None:
+            return found
+    modelopt = checkpoint.path / _MODELOPT
+    if not modelopt.exists():
+        return None
+    return {"quant_method": "modelopt", **read_json(modelopt, _MODELOPT_BYTES)}
 
 
 def _check_transforms(transforms: Any) -> None:

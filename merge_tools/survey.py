@@ -30,22 +30,31 @@ class Survey:
     quantized: frozenset[str]
     """The layers that are quantized in at least one set."""
     model_dtype: str
-    """The dtype of `config.json`, by safetensors' name."""
+    """The dtype in which the model will run, by safetensors' name."""
     unequal: Mapping[str, tuple[str, ...]]
     """Tensor of no quantized layer -> the sets where it differs from the prefill set's."""
-    recast: frozenset[str]
-    """Tensors with equal values but stored in several dtypes."""
+    recast: Mapping[str, str]
+    """Tensor of equal values but stored in several dtypes -> the set whose copy is nearest to
+    `model_dtype`."""
     zero_biases: frozenset[tuple[str, str]]
     """(set, tensor): biases of zeros in layers that have no bias in another set."""
 
 
-def survey(sources: Sequence[WeightSet], prefill: WeightSet, progress: Progress) -> Survey:
-    """Compare the tensors of the sets. Reads every tensor that all sets might share."""
+def survey(
+    sources: Sequence[WeightSet],
+    prefill: WeightSet,
+    progress: Progress,
+    dtype: str | None = None,
+) -> Survey:
+    """Compare the tensors of the sets. Reads every tensor that all sets might share.
+
+    dtype  in which the model will run, by safetensors' name; by default what the prefill set says
+    """
     quantized = frozenset().union(*(source.quantized for source in sources))
-    dtype = model_dtype(prefill.checkpoint.config)
+    dtype = dtype or model_dtype(prefill.checkpoint.config)
     others = [source for source in sources if source is not prefill]
     unequal: dict[str, tuple[str, ...]] = {}
-    recast = set()
+    recast: dict[str, str] = {}
     shared = [n for n in prefill.tensors if split_layer(n)[0] not in quantized]
     sizes = [prefill.tensors[name].nbytes * len(others) for name in shared]
     with progress.stage("compare", sum(sizes)) as advance:
@@ -54,7 +63,8 @@ def survey(sources: Sequence[WeightSet], prefill: WeightSet, progress: Progress)
             if differing := tuple(n for n, result in results.items() if result == "unequal"):
                 unequal[name] = differing
             elif "recast" in results.values():
-                recast.add(name)
+                stored = (s.name for s in (prefill, *others) if s.tensors[name].dtype == dtype)
+                recast[name] = next(stored, prefill.name)
             advance(size)
     return Survey(
         tensors={source.name: source.tensors for source in sources},
@@ -62,24 +72,34 @@ def survey(sources: Sequence[WeightSet], prefill: WeightSet, progress: Progress)
         quantized=quantized,
         model_dtype=dtype,
         unequal=unequal,
-        recast=frozenset(recast),
+        recast=recast,
         zero_biases=frozenset(_zero_biases(sources, quantized)),
     )
 
 
 def _compare(left: WeightSet, right: WeightSet, name: str, dtype: str) -> str:
-    """`equal`, `recast` (equal once both are cast to `dtype`, without loss) or `unequal`."""
-    if left.tensors[name].dtype == right.tensors[name].dtype:
-        pairs = _chunks(left.get(name), right.get(name))
-        return "equal" if all(_same_bytes(a, b) for a, b in pairs) else "unequal"
-    if not {left.tensors[name].dtype, right.tensors[name].dtype, dtype} <= FLOATS:
+    """`equal`, `recast` (stored in two dtypes, equal but for their rounding) or `unequal`."""
+    dtypes = [left.tensors[name].dtype, right.tensors[name].dtype]
+    pairs = _chunks(left.get(name), right.get(name))
+    if dtypes[0] == dtypes[1]:
+        return "equal" if all(_is_same(a, b) for a, b in pairs) else "unequal"
+    if not {*dtypes, dtype} <= FLOATS:
         return "unequal"
-    target = torch_dtype(dtype)
-    for a, b in _chunks(left.get(name), right.get(name)):
-        is_lossless = all(_same_bytes(t.to(target).to(t.dtype), t) for t in (a, b))
-        if not is_lossless or not _same_bytes(a.to(target), b.to(target)):
-            return "unequal"
-    return "recast"
+    # Either may be a rounding of the other, or both of one tensor that neither has.
+    return "recast" if all(_is_rounded(a, b) for a, b in pairs) else "unequal"
+
+
+def _is_rounded(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors differ by no more than what their dtypes round."""
+    import torch
+
+    unit = sum(torch.finfo(t.dtype).eps / 2 for t in (left, right))
+    tiny = sum(
+        torch.finfo(t.dtype).smallest_normal * torch.finfo(t.dtype).eps / 2 for t in (left, right)
+    )
+    a, b = left.double(), right.double()
+    # At powers of two the spacing below is half that above, so the larger magnitude counts.
+    return bool(((a - b).abs() <= a.abs().maximum(b.abs()) * unit + tiny).all())
 
 
 def _chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -88,11 +108,20 @@ def _chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
         yield tuple(tensor[start : start + _CHUNK_VALUES] for tensor in flat)
 
 
-def _same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
+def is_same_tensor(source: WeightSet, left: str, right: str) -> bool:
+    """Whether two tensors of a set have the same shape and values."""
+    infos = [source.tensors[name] for name in (left, right)]
+    if infos[0].shape != infos[1].shape or infos[0].dtype != infos[1].dtype:
+        return False
+    return all(_is_same(a, b) for a, b in _chunks(source.get(left), source.get(right)))
+
+
+def _is_same(left: torch.Tensor, right: torch.Tensor) -> bool:
     import torch
 
-    # bytes, because 0 == -0 and NaN != NaN
-    return torch.equal(left.view(torch.uint8), right.view(torch.uint8))
+    # By bytes, so that NaN is NaN (`values` refuses it later), or by value, so that 0 is -0.
+    is_same = torch.equal(left.view(torch.uint8), right.view(torch.uint8))
+    return is_same or (left.element_size() > 1 and torch.equal(left, right))
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -29,6 +29,12 @@ def to_gptq(source: Path, out: Path) -> Path:
     return _convert(source, out, config, _gptq)
 
 
+def to_auto_round(source: Path, out: Path) -> Path:
+    """auto-round's format with GPTQ's packing."""
+    config = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "sym": True}
+    return _convert(source, out, config, _gptq)
+
+
 def to_awq(source: Path, out: Path) -> Path:
     """AutoAWQ's format: packed along N, eight columns interleaved."""
     config = {"quant_method": "awq", "zero_point": True, "version": "gemm"}
@@ -40,7 +46,7 @@ def _gptq(packed: torch.Tensor, scales: torch.Tensor) -> Tensors:
     k = packed.shape[1] * 8
     return {
         "qweight": packed.T.contiguous(),
-        "qzeros": _pack(torch.full((groups, n), 8 - 1)),
+        "qzeros": pack(torch.full((groups, n), 8 - 1)),
         "scales": scales,
         "g_idx": torch.arange(k, dtype=torch.int32) // GROUP_SIZE,
     }
@@ -50,13 +56,13 @@ def _awq(packed: torch.Tensor, scales: torch.Tensor) -> Tensors:
     codes = ((packed.unsqueeze(-1) >> NIBBLES) & 0xF).flatten(1).T
     columns = codes.reshape(len(codes), -1, 8)[:, :, AWQ_ORDER]
     return {
-        "qweight": _pack(columns.flatten(1)),
-        "qzeros": _pack(torch.full(scales.shape, 8)),
+        "qweight": pack(columns.flatten(1)),
+        "qzeros": pack(torch.full(scales.shape, 8)),
         "scales": scales,
     }
 
 
-def _pack(codes: torch.Tensor) -> torch.Tensor:
+def pack(codes: torch.Tensor) -> torch.Tensor:
     """Eight neighbours of a row in one int32, the first in the lowest nibble."""
     words = (codes.long().reshape(len(codes), -1, 8) << NIBBLES).sum(-1)
     return words.to(torch.int32)  # keeps the low 32 bits

@@ -1,8 +1,8 @@
-"""GPTQ, AWQ and W8A8 in one checkpoint: each is what its own checkpoint is, to the bit."""
+"""GPTQ, AWQ, auto-round and W8A8 in one checkpoint: each is its own checkpoint, to the bit."""
 
 import pytest
 from conftest import merge
-from convert import to_awq, to_gptq
+from convert import to_auto_round, to_awq, to_gptq
 from cpu_kernels import needs_wna16
 from engines import PROMPTS, engine, generate
 
@@ -21,20 +21,21 @@ def single_dirs(w4a16_dir, tmp_path_factory):
     return {
         "gptq": to_gptq(w4a16_dir, folder / "gptq"),
         "awq": to_awq(w4a16_dir, folder / "awq"),
+        "autoround": to_auto_round(w4a16_dir, folder / "autoround"),
     }
 
 
 @pytest.fixture(scope="module")
-def three_sets_dir(single_dirs, w8a8_dir, tmp_path_factory):
-    """The norms of GPTQ, which AWQ has too, are the shared ones: so both are exact."""
-    out = tmp_path_factory.mktemp("three-sets") / "checkpoint"
+def four_sets_dir(single_dirs, w8a8_dir, tmp_path_factory):
+    """The norms of GPTQ, which all but W8A8 have, are the shared ones: so these are exact."""
+    out = tmp_path_factory.mktemp("four-sets") / "checkpoint"
     sources = (*(f"{name}={path}" for name, path in single_dirs.items()), f"w8a8={w8a8_dir}")
     return merge(out, *sources, "--prefill", "gptq", "--decode", "2:awq,w8a8")
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_forced_set_equals_its_single_set_checkpoint(method, single_dirs, three_sets_dir):
-    forced = engine(three_sets_dir, {"force_set": method})
+@pytest.mark.parametrize("method", ["gptq", "awq", "autoround"])
+def test_forced_set_equals_its_single_set_checkpoint(method, single_dirs, four_sets_dir):
+    forced = engine(four_sets_dir, {"force_set": method})
     assert generate(forced) == generate(engine(single_dirs[method]))
 
 
@@ -50,8 +51,8 @@ def test_converted_weights_are_those_of_the_fixture(method, w4a16_dir, single_di
         assert logprobs[0][token] == pytest.approx(others[0][token], abs=KERNEL_ROUNDING)
 
 
-def test_steps_are_routed_among_three_methods(single_dirs, three_sets_dir):
-    llm = engine(three_sets_dir)
+def test_steps_are_routed_among_methods(single_dirs, four_sets_dir):
+    llm = engine(four_sets_dir)
     before = vllm_qoq.step_counts(llm)
     generate(llm, PROMPTS[:2], max_tokens=6)
     many = generate(llm, PROMPTS, max_tokens=4)

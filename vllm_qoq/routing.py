@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -297,17 +298,27 @@ def parse_decode(text: str) -> tuple[DecodeRow, ...]:
     """
     rows = []
     for item in text.split(","):
-        bound, colon, name = item.strip().rpartition(":")
-        if colon and not bound.isdecimal():
-            raise RoutingError(f"--decode {text!r}: {bound!r} is not a batch size")
+        bound, colon, name = (part.strip() for part in item.rpartition(":"))
+        if colon and not re.fullmatch(r"[1-9][0-9]{0,8}", bound):
+            raise RoutingError(
+                f"--decode {_shortened(text)}: {_shortened(bound)} is not a batch size; write a "
+                "number from 1 to 999999999, as in 16:w4a16,w8a8"
+            )
         if not name:
-            raise RoutingError(f"--decode {text!r}: a set's name is missing")
+            raise RoutingError(
+                f"--decode {_shortened(text)}: a set's name is missing; write [BATCH:]NAME for "
+                "each row, as in 16:w4a16,w8a8"
+            )
         rows.append(DecodeRow(max_batch=int(bound) if colon else None, set_name=name))
     try:
         _check_order(rows)
     except ValueError as error:
-        raise RoutingError(f"--decode {text!r}: {error}") from None
+        raise RoutingError(f"--decode {_shortened(text)}: {error}") from None
     return tuple(rows)
+
+
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= 80 else f"{text[:80]}...")
 
 
 def one_line(error: Any, root: str) -> str:
@@ -330,7 +341,7 @@ def _check_order(rows: Sequence[DecodeRow]) -> None:
     if None in sizes:
         raise ValueError(
             f"the decode row {sizes.index(None) + 1} has no batch size, so the rows after it "
-            "are never reached"
+            "are never reached; give it one, or end the table there"
         )
     if any(a >= b for a, b in itertools.pairwise(sizes)):  # type: ignore[operator]
-        raise ValueError(f"the batch sizes of the decode table must grow: {sizes}")
+        raise ValueError(f"the batch sizes of the decode table must grow: {sizes[:8]}")

@@ -141,7 +141,7 @@ def plan(imported: ImportedSet) -> Plan:
         quantized=frozenset(imported.opened.model.linears),
         model_dtype="F16",
         unequal={},
-        recast=frozenset(),
+        recast={},
         zero_biases=frozenset(),
     )
     return make_plan(survey, imported.checkpoint.config, _SHARD_BYTES)

@@ -11,7 +11,6 @@ from torch import nn
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
@@ -19,8 +18,6 @@ from vllm.model_executor.layers.quantization.base_config import (
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from vllm_qoq.format import (
-    QOQ_LINEAR,
-    QOQ_RESIDUAL,
     QUANT_METHOD,
     STREAM,
     FormatError,
@@ -35,9 +32,10 @@ from vllm_qoq.integration.int8_head import Int8HeadMethod
 from vllm_qoq.integration.kv_cache import QuantizedKVCache, check_without_sets
 from vllm_qoq.integration.linear import FlexLinearMethod, SetMethod
 from vllm_qoq.integration.policy import Policy, check_lora
-from vllm_qoq.integration.qoq_linear import QoQLinearConfig, fused_parts
+from vllm_qoq.integration.qoq_linear import fused_parts
 from vllm_qoq.integration.qoq_residual import QoQResidualConfig, QoQResidualMethod
 from vllm_qoq.integration.register import as_engine_error
+from vllm_qoq.integration.set_config import set_config
 from vllm_qoq.integration.shared_files import new_stem
 from vllm_qoq.routing import Phase, RoutingError
 
@@ -62,10 +60,7 @@ class QoQConfig(QuantizationConfig):
         self.checkpoint_kv_cache = section.kv_cache if section is not None else None
         sets = self.section.sets if self.section is not None else {}
         self.set_names = tuple(sets)
-        self.set_configs = {
-            name: _config_class(config["quant_method"]).from_config(dict(config))
-            for name, config in sets.items()
-        }
+        self.set_configs = {name: set_config(name, config) for name, config in sets.items()}
         for config in self.set_configs.values():
             if isinstance(config, QoQResidualConfig):
                 config.attach(self.set_configs[config.residual_set.base])
@@ -295,8 +290,3 @@ def _check_nested(
                 "nested pair to the other (quantize --nested, merge --nest); use nested sets, or "
                 "--enforce-eager"
             )
-
-
-def _config_class(quant_method: str) -> type[QuantizationConfig]:
-    ours = {QOQ_LINEAR: QoQLinearConfig, QOQ_RESIDUAL: QoQResidualConfig}
-    return ours[quant_method] if quant_method in ours else get_quantization_config(quant_method)

@@ -11,11 +11,20 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from merge_tools import verify
+from merge_tools import card, verify
 from merge_tools.execute import replacing
 from merge_tools.writer import copy_file, sync_folder, write_bytes, write_json, write_shard
 from vllm_qoq.checkpoint import CONFIG, INDEX, ITEM_BYTES, TensorInfo
-from vllm_qoq.format import SECTION, STREAM, KVCache, LMHead, Section, Stream, join_name
+from vllm_qoq.format import (
+    SECTION,
+    STREAM,
+    KVCache,
+    LMHead,
+    Section,
+    Stream,
+    join_name,
+    split_name,
+)
 from vllm_qoq.quantize import QuantizeError
 from vllm_qoq.quantize.architectures import Architecture
 from vllm_qoq.quantize.modifiers import piece
@@ -65,7 +74,7 @@ def write_checkpoint(
             is_ours = item.name in (CONFIG, "README.md") or item.name.startswith(".")
             if item.is_file() and not is_ours and not item.name.endswith(_NOT_COPIED):
                 copy_file(item, folder / item.name)
-        write_bytes(folder / "README.md", _card(out.name, options).encode())
+        write_bytes(folder / "README.md", _card(out.name, options, model, tensors).encode())
         sync_folder(folder)
         if findings := verify.structure(folder):
             raise QuantizeError(f"the quantized checkpoint is not sound: {findings[0]}")
@@ -146,15 +155,13 @@ def _write(path: Path, shard: list[_Stored]) -> None:
     write_shard(path, [tensor.info for tensor in shard], read)
 
 
-def _card(name: str, options: Options) -> str:
-    """README.md with the front matter that the Hugging Face Hub reads."""
-    tags = "\n".join(f"- {tag}" for tag in ("vllm", "qoq", "quantized"))
-    return (
-        f"---\nlibrary_name: vllm\ntags:\n{tags}\n---\n\n# {name}\n\n"
-        f"Sets: {', '.join(options.sets)}, group size {options.group_size}, made by "
-        "`vllm-qoq quantize` from one transformed model. vLLM with the plugin vllm-qoq runs "
-        "each step in the set that suits it.\n\n"
-        f"```\nvllm serve {name} --quantization qoq\n```\n\n"
-        f"Options:\n\n```json\n{options.model_dump_json(indent=2)}\n```\n\n"
+def _card(name: str, options: Options, model: Path, tensors: list[_Stored]) -> str:
+    sizes: dict[str | None, int] = dict.fromkeys((None, *options.sets), 0)
+    for tensor in tensors:
+        sizes[split_name(tensor.info.name, options.sets)[0]] += tensor.info.nbytes
+    body = (
+        f"Sets made by `vllm-qoq quantize` from one transformed model, with the options\n\n"
+        f"```json\n{options.model_dump_json(indent=2)}\n```\n\n"
         f"Errors of every layer: `{REPORT}`.\n"
     )
+    return card.text(name, section(options), sizes, [model], body=body)
