@@ -42,9 +42,10 @@ class Int8HeadMethod(LinearMethodBase):
         """Create this rank's rows of both tensors."""
         load = extra_weight_attrs["weight_loader"]
 
-        def load_and_record(parameter: torch.nn.Parameter, tensor: torch.Tensor) -> None:
-            load(parameter, tensor)
-            self._loaded.add(id(parameter))
+        # vLLM's loading anew exchanges the argument that is named `param`.
+        def load_and_record(param: torch.nn.Parameter, tensor: torch.Tensor) -> None:
+            load(param, tensor)
+            self._loaded.add(id(param))
 
         self.scheme.create_weights(
             layer,
@@ -62,6 +63,13 @@ class Int8HeadMethod(LinearMethodBase):
                     f"the checkpoint did not fill {self.prefix}.{name}, which its "
                     "quantization_config.lm_head announces; run `vllm-qoq verify` on the checkpoint"
                 )
+        scale = layer.weight_scale.data
+        if self.is_tracked and not (scale.isfinite() & (scale > 0)).all():
+            raise FormatError(
+                f"{self.prefix}.weight_scale holds a scale that is not finite and positive; run "
+                "`vllm-qoq verify` on the checkpoint, download or quantize it again"
+            )
+        self._loaded.clear()
         self.scheme.process_weights_after_loading(layer)
 
     def apply(
