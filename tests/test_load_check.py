@@ -8,7 +8,6 @@ from engines import engine, generate
 from plugin_units import qoq_config, tensor_parallel, vllm_config
 from safetensors.torch import load_file, save_file
 from test_loading import Block, load, stored
-from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
 from vllm_qoq.format import FormatError
 
@@ -88,14 +87,6 @@ def test_a_scale_of_a_set_is_named(set_name, value, message):
         loaded(change)
 
 
-def test_vllm_asks_the_model_first():
-    with tensor_parallel(0, 1, vllm_config()):
-        model = Model(qoq_config())
-        load(model, {"embed.weight": SHARED["embed.weight"]})
-        with pytest.raises(FormatError, match=r"did not fill block\.norm\.weight"):
-            process_weights_after_loading(model, None, torch.device("cpu"))
-
-
 @pytest.mark.parametrize("lost", ["model.norm.weight", "model.layers.1.input_layernorm.weight"])
 def test_an_engine_does_not_start_without_a_norm(nested_dir, tmp_path, lost):
     folder = shutil.copytree(nested_dir, tmp_path / "checkpoint")
@@ -106,7 +97,7 @@ def test_an_engine_does_not_start_without_a_norm(nested_dir, tmp_path, lost):
         engine(folder)
 
 
-@pytest.mark.parametrize("checkpoint", ["nested_dir", "w4a8_per_channel_dir", "merged_dir"])
+@pytest.mark.parametrize("checkpoint", ["nested_dir", "w4a8_per_channel_dir", "two_sets_dir"])
 def test_weights_are_loaded_anew_into_an_engine(request, checkpoint):
     llm = engine(request.getfixturevalue(checkpoint))
     before = generate(llm)

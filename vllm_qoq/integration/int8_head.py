@@ -13,6 +13,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
     CompressedTensorsW8A8Int8,
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_qoq.format import INT8_HEAD_TENSORS, FormatError
 from vllm_qoq.integration.weight_set import UNTRACKED_LOADERS
@@ -41,6 +42,7 @@ class Int8HeadMethod(LinearMethodBase):
     ) -> None:
         """Create this rank's rows of both tensors."""
         load = extra_weight_attrs["weight_loader"]
+        self.params_dtype = params_dtype
 
         # vLLM's loading anew exchanges the argument that is named `param`.
         def load_and_record(param: torch.nn.Parameter, tensor: torch.Tensor) -> None:
@@ -70,7 +72,9 @@ class Int8HeadMethod(LinearMethodBase):
                 "`vllm-qoq verify` on the checkpoint, download or quantize it again"
             )
         self._loaded.clear()
-        self.scheme.process_weights_after_loading(layer)
+        # Loaded anew, it is not what vLLM's kernel for the CPU takes as the output's dtype.
+        with set_default_torch_dtype(self.params_dtype):
+            self.scheme.process_weights_after_loading(layer)
 
     def apply(
         self, layer: ParallelLMHead, x: torch.Tensor, bias: torch.Tensor | None = None

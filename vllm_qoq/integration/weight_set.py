@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, QKVParallelLinear
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.utils import set_weight_attrs
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_qoq.format import INPUT_RATIO, FormatError, join_name
 from vllm_qoq.integration.compat import has_loader_v2
@@ -55,7 +56,7 @@ class WeightSet(nn.Module):
         for key, value in state.items():
             setattr(self, key, value)
         self.set_name, self.prefix, self.parts = name, layer.prefix, parts
-        self.is_tracked = is_tracked
+        self.is_tracked, self.params_dtype = is_tracked, layer.params_dtype
         self.linear_method = method
         self.quant_method = _Reload()
         self._expected: tuple[str, ...] = ()
@@ -167,6 +168,14 @@ class WeightSet(nn.Module):
         if self._is_finished:
             vars(self)[name] = param
 
+    def register_buffer(
+        self, name: str, tensor: torch.Tensor | None, persistent: bool = True
+    ) -> None:
+        """The same for a buffer."""
+        super().register_buffer(name, tensor, persistent)
+        if self._is_finished:
+            vars(self)[name] = tensor
+
     def reload(self) -> None:
         """`finish` what vLLM has loaded anew, in an engine that serves already."""
         if not self._loaded:
@@ -174,7 +183,9 @@ class WeightSet(nn.Module):
         if self.is_tracked:
             self.check_loaded(self.prefix, self.parts)
             self.check_values(self.prefix)
-        self.finish()
+        # As at the first load: vLLM's W8A8 on a CPU writes its outputs in the default dtype.
+        with set_default_torch_dtype(self.params_dtype):
+            self.finish()
 
     def apply(  # type: ignore[override]
         self, x: torch.Tensor, add_bias: bool, use_residual: torch.Tensor | None = None
