@@ -54,6 +54,7 @@ def test_a_whole_checkpoint_passes_and_leaves_nothing_behind():
     assert torch.equal(model.block.norm.weight, torch.ones(8))
     assert torch.equal(model.embed.weight, SHARED["embed.weight"])
     assert not hasattr(model, "quant_method")
+    assert not hasattr(model.embed.weight, "weight_loader")
 
 
 @pytest.mark.parametrize("lost", SHARED)
@@ -67,6 +68,12 @@ def test_a_lost_shared_tensor_is_named(lost):
 def test_a_shared_tensor_that_is_not_finite_is_named(name, value):
     with pytest.raises(FormatError, match=rf"^{name} holds NaN or infinity.*vllm-qoq verify"):
         loaded(with_value(name, 3, value))
+
+
+@pytest.mark.parametrize("shape", [(9,), (8, 8), ()])
+def test_a_shared_tensor_of_another_shape_is_named(shape):
+    with pytest.raises(FormatError, match=r"^block\.norm\.weight has shape .* and \[8\] in"):
+        loaded({"block.norm.weight": torch.ones(shape)})
 
 
 @pytest.mark.parametrize("set_name", ["w8a8", "w4a16"])

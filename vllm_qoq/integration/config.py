@@ -33,7 +33,7 @@ from vllm_qoq.integration.fusion import install as install_fusion
 from vllm_qoq.integration.int8_head import Int8HeadMethod
 from vllm_qoq.integration.kv_cache import QuantizedKVCache, check_without_sets
 from vllm_qoq.integration.linear import FlexLinearMethod, SetMethod
-from vllm_qoq.integration.load_check import LoadCheck, ModelTree
+from vllm_qoq.integration.load_check import ModelTree, begin_load
 from vllm_qoq.integration.policy import Policy
 from vllm_qoq.integration.qoq_linear import QoQLinearConfig, fused_parts
 from vllm_qoq.integration.qoq_residual import QoQResidualConfig, QoQResidualMethod
@@ -178,7 +178,7 @@ class QoQConfig(QuantizationConfig):
         """Before the first tensor of a model that was just built; loading anew has no tree."""
         if self._tree is None or self._a_layer is None:
             return
-        LoadCheck(self._tree.root(self._a_layer))
+        begin_load(self._tree.root(self._a_layer))
         self._tree.close()
         self._tree = self._a_layer = None
 

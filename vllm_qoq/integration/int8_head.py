@@ -16,7 +16,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_qoq.format import INT8_HEAD_TENSORS, FormatError
-from vllm_qoq.integration.weight_set import UNTRACKED_LOADERS
+from vllm_qoq.integration.weight_set import UNTRACKED_LOADERS, held_by_kernel
 
 
 class Int8HeadMethod(LinearMethodBase):
@@ -75,6 +75,7 @@ class Int8HeadMethod(LinearMethodBase):
         # Loaded anew, it is not what vLLM's kernel for the CPU takes as the output's dtype.
         with set_default_torch_dtype(self.params_dtype):
             self.scheme.process_weights_after_loading(layer)
+        self._held = held_by_kernel(layer)
 
     def apply(
         self, layer: ParallelLMHead, x: torch.Tensor, bias: torch.Tensor | None = None

@@ -20,9 +20,11 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from vllm_qoq.format import FormatError
-from vllm_qoq.integration.weight_set import WeightSet
+from vllm_qoq.integration.compat import may_process_in_place
+from vllm_qoq.integration.weight_set import Loader, WeightSet
 
 _REMEDY = "run `vllm-qoq verify` on the checkpoint, download or quantize it again"
 
@@ -58,6 +60,14 @@ class ModelTree:
         return module
 
 
+def begin_load(model: nn.Module) -> None:
+    """Before the first tensor of a model that was just built."""
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1 and not may_process_in_place():
+        return  # an old vLLM would move all that is offloaded to the device at once
+    model.quant_method = LoadCheck(model)
+
+
 class LoadCheck(QuantizeMethodBase):
     """The first thing that vLLM processes after loading: it comes to the model before its layers.
 
@@ -68,9 +78,12 @@ class LoadCheck(QuantizeMethodBase):
     requires_device_loading = False
 
     def __init__(self, model: nn.Module) -> None:
-        for _, parameter in _shared(model):
+        self._own_loaders: list[tuple[nn.Parameter, Loader | None]] = []
+        for name, parameter in _shared(model):
             parameter.data.fill_(float("nan"))
-        model.quant_method = self
+            own = getattr(parameter, "weight_loader", None)
+            self._own_loaders.append((parameter, own))
+            parameter.weight_loader = _naming(name, own or default_weight_loader)
 
     def create_weights(
         self, layer: nn.Module, *weight_args: Any, **extra_weight_attrs: Any
@@ -84,6 +97,12 @@ class LoadCheck(QuantizeMethodBase):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """FormatError, by name, unless every shared parameter was filled with finite numbers."""
         del layer.quant_method
+        for parameter, own in self._own_loaders:
+            if own is None:
+                del parameter.weight_loader
+            else:
+                parameter.weight_loader = own
+        self._own_loaders.clear()
         shared = list(_shared(layer))
         if not shared:
             return
@@ -101,6 +120,24 @@ class LoadCheck(QuantizeMethodBase):
                 f"NaN in it; {_REMEDY}"
             )
         raise FormatError(f"{name}{more} holds NaN or infinity, or was filled in part; {_REMEDY}")
+
+
+def _naming(name: str, load: Loader) -> Loader:
+    """`load`, whose refusals begin with the tensor's name: vLLM's are bare assertions."""
+
+    def load_named(
+        param: nn.Parameter, loaded_weight: torch.Tensor, *rest: Any, **more: Any
+    ) -> Any:
+        try:
+            return load(param, loaded_weight, *rest, **more)
+        except (AssertionError, RuntimeError, IndexError) as error:
+            raise FormatError(
+                f"{name} has shape {list(loaded_weight.shape)} in the checkpoint and "
+                f"{list(param.shape)} in this rank's model, into which it does not go "
+                f"({error}); {_REMEDY}"
+            ) from error
+
+    return load_named
 
 
 def _shared(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -182,6 +182,8 @@ class QoQResidualMethod(QoQLinearMethod):
         use_residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """y [M, N] in `out_dtype` of inputs that are quantized already."""
+        if self.is_waiting:  # the base was not loaded anew
+            self.complete(layer)
         base: Any = self.base
         is_packed = layer.weight.dtype == torch.uint8
         return torch.ops.qoq.w4a8_gemm(

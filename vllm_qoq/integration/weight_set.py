@@ -21,7 +21,7 @@ from vllm_qoq.integration.qoq_linear import QuantizedTokens
 # Loaders that fill parameters without their weight_loader and check completeness themselves.
 UNTRACKED_LOADERS = ("dummy", "sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache")
 
-Loader = Callable[..., None]
+Loader = Callable[..., Any]
 
 # Elements of tensors such as compressed-tensors' weight_shape [2].
 _MOST_COUNTED_TWICE = 4
@@ -186,6 +186,7 @@ class WeightSet(nn.Module):
         # As at the first load: vLLM's W8A8 on a CPU writes its outputs in the default dtype.
         with set_default_torch_dtype(self.params_dtype):
             self.finish()
+        self._held = held_by_kernel(self)
 
     def apply(  # type: ignore[override]
         self, x: torch.Tensor, add_bias: bool, use_residual: torch.Tensor | None = None
@@ -254,6 +255,18 @@ class WeightSet(nn.Module):
 
         set_weight_attrs(ratio, {"weight_loader": self._recorded(load)})
         return ratio
+
+
+def held_by_kernel(module: nn.Module) -> list[Parameter]:
+    """The parameters that have to outlive loading anew, after which vLLM puts others in their place.
+
+    Its W8A8 kernel for the CPU keeps the addresses of scales that it was made with.
+    """
+    return [
+        parameter
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.device.type == "cpu" and ("scale" in name or "azp" in name)
+    ]
 
 
 class _Reload(QuantizeMethodBase):
