@@ -258,7 +258,7 @@ class WeightSet(nn.Module):
 
 
 def held_by_kernel(module: nn.Module) -> list[Parameter]:
-    """The parameters that have to outlive loading anew, after which vLLM puts others in their place.
+    """Parameters that have to outlive loading anew, after which vLLM puts others in their place.
 
     Its W8A8 kernel for the CPU keeps the addresses of scales that it was made with.
     """
