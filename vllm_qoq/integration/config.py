@@ -84,7 +84,7 @@ class QoQConfig(QuantizationConfig):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """In an engine, before the model is built."""
-        vars(self).update(state)
+        self.__dict__.update(state)
         self._tree = ModelTree()
 
     @classmethod

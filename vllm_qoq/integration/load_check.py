@@ -28,6 +28,8 @@ from vllm_qoq.integration.weight_set import Loader, WeightSet
 
 _REMEDY = "run `vllm-qoq verify` on the checkpoint, download or quantize it again"
 
+_LOADER = "weight_loader"
+
 
 class ModelTree:
     """Who holds whom among the modules that are built while it exists.
@@ -81,9 +83,10 @@ class LoadCheck(QuantizeMethodBase):
         self._own_loaders: list[tuple[nn.Parameter, Loader | None]] = []
         for name, parameter in _shared(model):
             parameter.data.fill_(float("nan"))
-            own = getattr(parameter, "weight_loader", None)
+            own = getattr(parameter, _LOADER, None)
             self._own_loaders.append((parameter, own))
-            parameter.weight_loader = _naming(name, own or default_weight_loader)
+            # A plain parameter has the attribute only where somebody sets it.
+            setattr(parameter, _LOADER, _naming(name, own or default_weight_loader))
 
     def create_weights(
         self, layer: nn.Module, *weight_args: Any, **extra_weight_attrs: Any
@@ -99,9 +102,9 @@ class LoadCheck(QuantizeMethodBase):
         del layer.quant_method
         for parameter, own in self._own_loaders:
             if own is None:
-                del parameter.weight_loader
+                delattr(parameter, _LOADER)
             else:
-                parameter.weight_loader = own
+                setattr(parameter, _LOADER, own)
         self._own_loaders.clear()
         shared = list(_shared(layer))
         if not shared:
