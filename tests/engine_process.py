@@ -10,13 +10,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from engines import PROMPTS, engine, generate
 
 import vllm_qoq
+from vllm_qoq import ops
 from vllm_qoq.integration.metrics import RoutingStatLogger
 from vllm_qoq.integration.perplexity import perplexity
 
@@ -51,6 +54,8 @@ def run_engines(
     for statistics, and the `perplexity` of the text, if there is one. After the generation come
     the `loads`, one for each number of waiting requests that the engine is told: another
     `generation`, its `counts` and what was `traced`.
+    "sleep": [LEVEL, ...] lets the engine sleep and wake; each time adds its generation to `awake`,
+    and in the end `counters` is how many integers of the GEMMs' workspace are not zero.
     """
     (folder / "specs.json").write_text(json.dumps(specs))
     command = [sys.executable, __file__, str(folder / "specs.json"), str(folder / "results.json")]
@@ -87,6 +92,10 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
         for waiting in spec["waiting"]:
             stat_logger.record(SimpleNamespace(num_waiting_reqs=waiting), None)
             result["loads"].append(run())
+    if "sleep" in spec:
+        result["awake"] = [_awake(llm, level, run) for level in spec["sleep"]]
+        workspace = ops.workspace(torch.device("cuda", 0))
+        result["counters"] = int(workspace.count_nonzero())
     if spec.get("options", {}).get("disable_log_stats") is False:
         (result["preemptions"],) = (
             metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"
@@ -96,6 +105,16 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
     if spec.get("options", {}).get("tensor_parallel_size", 1) > 1:
         llm.llm_engine.engine_core.shutdown()  # its workers would spin beside the next engine's
     return result
+
+
+def _awake(llm: Any, level: int, run: Callable[[], dict[str, Any]]) -> Any:
+    """What is generated after sleeping at `level`; the second drops the weights."""
+    llm.sleep(level)
+    llm.wake_up()
+    if level == 2:
+        llm.collective_rpc("reload_weights")
+    llm.reset_prefix_cache()
+    return run()["generation"]
 
 
 def _cache_tokens(llm: Any) -> int:

@@ -157,3 +157,16 @@ def test_tensor_parallel_has_the_same_perplexity(w4a8_dir, heldout_text, tmp_pat
     # A process each: vLLM forks its workers, which CUDA in the parent does not survive.
     one, two = (run_engines(tmp_path, [spec])[0] for spec in specs)
     assert two["perplexity"] == pytest.approx(one["perplexity"], rel=0.002)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+@pytest.mark.parametrize("checkpoint", ["nested_dir", "w4a8_per_channel_dir"])
+def test_it_wakes_as_it_fell_asleep(request, tmp_path, checkpoint, level):
+    spec = {
+        "checkpoint": str(request.getfixturevalue(checkpoint)),
+        "options": GRAPHS | {"enable_sleep_mode": True},
+        "sleep": [level, level],
+    }
+    (result,) = run_engines(tmp_path, [spec])
+    assert result["awake"] == [result["generation"], result["generation"]]
+    assert result["counters"] == 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import DATA
 from cpu_kernels import needs_exact_int8
-from engines import engine
+from engines import engine, generate
 from plugin_units import qoq_config, tensor_parallel, vllm_config
 from safetensors.torch import load_file, save_file
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -61,6 +61,14 @@ def test_it_is_whole_and_served_as_measured(quantized):
     llm = engine(out, dtype="float16")
     found = served.perplexity(llm, text.read_text(), 256)["perplexity"]
     assert found == pytest.approx(report["after"]["w4a8"]["perplexity"]["kv16"], rel=0.003)
+
+
+def test_it_is_loaded_anew(quantized):
+    llm = engine(quantized[0], dtype="float16")
+    before = generate(llm)
+    llm.collective_rpc("reload_weights")
+    llm.reset_prefix_cache()
+    assert generate(llm) == before
 
 
 @pytest.mark.parametrize(
@@ -128,6 +136,17 @@ def test_a_tensor_that_did_not_arrive_is_named():
     layer = head()
     layer.weight.weight_loader(layer.weight, torch.ones(VOCABULARY, HIDDEN, dtype=torch.int8))
     with pytest.raises(FormatError, match=r"did not fill lm_head\.weight_scale"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 0.0, -1.0])
+def test_a_scale_that_is_not_finite_and_positive_is_named(scale):
+    layer = head()
+    layer.weight.weight_loader(layer.weight, torch.ones(VOCABULARY, HIDDEN, dtype=torch.int8))
+    scales = torch.ones(VOCABULARY, 1)
+    scales[7] = scale
+    layer.weight_scale.weight_loader(layer.weight_scale, scales)
+    with pytest.raises(FormatError, match=r"lm_head\.weight_scale holds a scale that is not"):
         layer.quant_method.process_weights_after_loading(layer)
 
 

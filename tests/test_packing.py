@@ -220,14 +220,14 @@ def test_ops_are_registered_as_pytorch_expects(is_grouped):
 
 def nested_arguments(seed, m, use_residual):
     """Arguments of a weight with groups and a residual, and the two int8 weights they mean."""
-    tensors = grouped_layer(seed, 6, 2)
+    tensors = grouped_layer(seed, 8, 2)
     # So that 8 more or less is an int8 as well.
     tensors["group_offset"].clamp_(-100, 0)
     tensors["group_scale"].clamp_(max=6)
     residual = integers(seed + 1, 0, 255, tensors["qweight"].shape, torch.uint8)
     base = reference.int8_weight(tensors)
     nested = reference.int8_weight(tensors | {"qresidual": residual})
-    arguments = gemm_arguments(tensors, m, torch.randn(6).bfloat16())
+    arguments = gemm_arguments(tensors, m, torch.randn(8).bfloat16())
     return [*arguments, None, residual, use_residual], base, nested
 
 
@@ -254,8 +254,8 @@ def test_a_flag_leaves_the_residual_out(flag, meant, is_packed):
     ("flag", "has_residual", "message"),
     [
         (torch.ones(1, dtype=torch.int32), False, "use_residual is given, but no residual"),
-        (torch.ones(1, dtype=torch.int64), True, "use_residual is int64"),
-        (torch.ones(2, dtype=torch.int32), True, r"use_residual is int32 \[2\]"),
+        (torch.ones(1, dtype=torch.int64), True, "use_residual is Long"),
+        (torch.ones(2, dtype=torch.int32), True, r"use_residual is Int \[2\]"),
     ],
 )
 def test_a_flag_that_does_not_fit_is_refused(flag, has_residual, message):
@@ -279,18 +279,18 @@ def test_a_weight_unpacked_at_load_gives_the_same(m):
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        (0, torch.zeros(3, 256), "x is float32"),
-        (0, torch.zeros(256, dtype=torch.int8), "x is int8"),
-        (1, torch.zeros(2), r"x_scale is float32 \[2\], expected float32 \[3\]"),
-        (2, torch.zeros(3), "x_row_sum is float32"),
-        (3, torch.zeros(4, 64, dtype=torch.uint8), r"weight is uint8 \[4, 64\]"),
+        (0, torch.zeros(3, 256), "x is Float"),
+        (0, torch.zeros(256, dtype=torch.int8), r"x is \[256\] and channel_scale \[4\]"),
+        (1, torch.zeros(2), r"x_scale is Float \[2\], expected Float \[3\]"),
+        (2, torch.zeros(3), "x_row_sum is Float"),
+        (3, torch.zeros(4, 64, dtype=torch.uint8), r"weight is Byte \[4, 64\]"),
         (3, torch.zeros(4, 256, dtype=torch.int8), "has its groups in it"),
-        (4, torch.zeros(4, dtype=torch.bfloat16), "channel_scale is bfloat16"),
+        (4, torch.zeros(4, dtype=torch.bfloat16), "channel_scale is BFloat16"),
         (5, torch.zeros(4), "either channel_zero or group_scale"),
         (6, None, "either channel_zero or group_scale"),
-        (6, torch.ones(4, 1, dtype=torch.uint8), r"group_scale is uint8 \[4, 1\]"),
-        (7, torch.ones(4, 2), "group_offset is float32"),
-        (8, torch.zeros(5), r"bias is float32 \[5\]"),
+        (6, torch.ones(4, 1, dtype=torch.uint8), r"group_scale is Byte \[4, 1\]"),
+        (7, torch.ones(4, 2), "group_offset is Float"),
+        (8, torch.zeros(5), r"bias is Float \[5\]"),
         (9, torch.float32, "bfloat16 or float16"),
     ],
 )
@@ -302,8 +302,9 @@ def test_arguments_that_do_not_fit_are_refused(place, value, message):
 
 
 def test_tokens_that_are_no_matrix_of_floats_are_refused():
-    for x in (torch.zeros(4), torch.zeros(2, 4, dtype=torch.int8)):
-        with pytest.raises(ValueError, match="expected floats"):
+    integers = torch.zeros(2, 4, dtype=torch.int8)
+    for x, message in ((torch.zeros(4), "expected floats"), (integers, "expected BFloat16")):
+        with pytest.raises(ValueError, match=message):
             torch.ops.qoq.quantize_per_token(x)
 
 

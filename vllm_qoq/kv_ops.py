@@ -27,7 +27,8 @@ def workspace(device: torch.device, group: int, head_size: int) -> torch.Tensor:
 
     Every launch leaves its counters zero, so all layers use the same one; two launches that run at
     the same time in two streams need one each. `group` is the query heads of a KV head. The sizes
-    are those of csrc/kv_decode_config.h.
+    are those of csrc/kv_decode_config.h. Made by the first step, so outside of the memory of
+    weights and cache, which vLLM drops when it sleeps.
     """
     if not 1 <= group <= _MAX_GROUP:
         raise ValueError(f"{group} query heads share a KV head; the kernels serve 1 to 16")

@@ -3,6 +3,7 @@
 Defined in Python, so that they exist, trace and run on the CPU in every build. What
 they compute is in `reference`. A build with VLLM_QOQ_CUDA=1 has `_C.so` beside this file,
 which is loaded where torch has CUDA; a library that cannot be loaded is an error.
+Both refuse the same arguments in the same words: ValueError here, RuntimeError in a kernel.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ import torch
 from torch.library import Library, register_fake
 
 from vllm_qoq import reference, w4a8_layout
+from vllm_qoq.op_checks import HALVES, check_rows, check_tensor, type_text
 from vllm_qoq.packing import unpack_nibbles
 
-_HALVES = (torch.bfloat16, torch.float16)
+_GEMM = "w4a8_gemm"
+_MAX_K = 1 << 16
+_MAX_ROWS = 1 << 24
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 
@@ -52,9 +56,11 @@ def workspace(device: torch.device) -> torch.Tensor:
 
 
 def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`reference.quantize_per_token`: x [M, K] to codes int8, scale float32, row sum int32."""
-    if x.ndim != 2 or not x.is_floating_point():
-        raise ValueError(f"quantize_per_token: x is {_text(x)}, expected floats [M, K]")
+    """`reference.quantize_per_token`: x [M, K] to codes int8, scale float32, row sum int32.
+
+    x is bfloat16, float16 or float32; its rows are contiguous, and may have gaps between them.
+    """
+    check_rows("quantize_per_token", x, *HALVES, torch.float32)
     return reference.quantize_per_token(x)
 
 
@@ -63,25 +69,27 @@ def add_rms_norm_quantize(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`reference.add_rms_norm_quantize`: codes, scale, row sum, and x + residual.
 
-    x, residual [M, K] and weight [K], all bfloat16 or all float16.
+    x, residual [M, K] and weight [K], all bfloat16 or all float16; the last two contiguous, and
+    x by rows.
     """
-    is_right = x.ndim == 2 and residual.shape == x.shape and weight.shape == x.shape[1:]
-    if not is_right or not x.dtype == residual.dtype == weight.dtype or x.dtype not in _HALVES:
-        raise ValueError(
-            f"add_rms_norm_quantize: x is {_text(x)}, residual {_text(residual)} and weight "
-            f"{_text(weight)}, expected [M, K], [M, K] and [K], all bfloat16 or all float16"
-        )
+    op = "add_rms_norm_quantize"
+    check_rows(op, x, *HALVES)
+    check_tensor(op, "residual", residual, x.dtype, *x.shape)
+    check_tensor(op, "weight", weight, x.dtype, x.shape[1])
     return reference.add_rms_norm_quantize(x, residual, weight, epsilon)
 
 
 def silu_and_mul_quantize(
     x: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`reference.silu_and_mul_quantize`: x [M, 2 K], bfloat16 or float16, gate beside up."""
-    if x.ndim != 2 or x.shape[1] % 2 or x.dtype not in _HALVES:
-        raise ValueError(
-            f"silu_and_mul_quantize: x is {_text(x)}, expected bfloat16 or float16 [M, 2 K]"
-        )
+    """`reference.silu_and_mul_quantize`: x [M, 2 K], bfloat16 or float16, gate beside up.
+
+    The rows of x are contiguous, and may have gaps between them.
+    """
+    op = "silu_and_mul_quantize"
+    check_rows(op, x, *HALVES)
+    if x.shape[1] % 2:
+        raise ValueError(f"{op}: x is {list(x.shape)}, expected gate and up side by side, [M, 2 K]")
     return reference.silu_and_mul_quantize(x)
 
 
@@ -119,96 +127,153 @@ def w4a8_gemm(
     use_residual   int32 [1]               beside a residual: 0 multiplies with the weight alone,
                                            anything else, and None, with both
 
-    CUDA takes the packed weight alone, N a multiple of 8 and K of 128. It may start before the
-    kernel ahead of it in the stream has ended, and reads `use_residual` at once: between it and
-    what writes the flag another kernel is needed.
+    All tensors are contiguous and begin at multiples of 16 bytes, `use_residual` of 4. N is a
+    multiple of 8, K one of 128 up to 65536, M and N are at most 2^24.
+
+    CUDA takes the packed weight alone, and needs the workspace. It may start before the kernel
+    ahead of it in the stream has ended, and reads `use_residual` at once: between it and what
+    writes the flag another kernel is needed. The CPU takes stored and int8 weights as well, with
+    any N, and any K that the stored form has, and does not look at the workspace.
     """
     if x.ndim != 2 or channel_scale.ndim != 1:
         raise ValueError(
-            f"w4a8_gemm: x is {_text(x)} and channel_scale {_text(channel_scale)}, "
-            "expected int8 [M, K] and float32 [N]"
+            f"{_GEMM}: x is {list(x.shape)} and channel_scale {list(channel_scale.shape)}, "
+            "expected [M, K] and [N]"
         )
-    if out_dtype not in _HALVES:
-        raise ValueError(f"w4a8_gemm: the output is bfloat16 or float16, not {out_dtype}")
+    if out_dtype not in HALVES:
+        raise ValueError(f"{_GEMM}: the output is bfloat16 or float16, not {type_text(out_dtype)}")
     (m, k), n = x.shape, channel_scale.shape[0]
-    _expect("x", x, torch.int8, m, k)
-    _expect("x_scale", x_scale, torch.float32, m)
-    _expect("x_row_sum", x_row_sum, torch.int32, m)
-    _expect("channel_scale", channel_scale, torch.float32, n)
+    if _is_packed(weight):
+        _check_packed(n, k, group_scale, group_offset)
+    # The sums are exact up to here: 255 * 128 * K < 2^31.
+    if k > _MAX_K:
+        raise ValueError(f"{_GEMM}: K={k} overflows int32; split the layer")
+    if max(m, n) > _MAX_ROWS:
+        raise ValueError(f"{_GEMM}: M={m}, N={n} are too large")
+    check_tensor(_GEMM, "x", x, torch.int8, m, k)
+    check_tensor(_GEMM, "x_scale", x_scale, torch.float32, m)
+    check_tensor(_GEMM, "x_row_sum", x_row_sum, torch.int32, m)
+    check_tensor(_GEMM, "channel_scale", channel_scale, torch.float32, n)
     if channel_zero is not None:
-        _expect("channel_zero", channel_zero, torch.float32, n)
+        check_tensor(_GEMM, "channel_zero", channel_zero, torch.float32, n)
     if bias is not None:
-        _expect("bias", bias, bias.dtype, n)
+        check_tensor(_GEMM, "bias", bias, bias.dtype, n)
+        if bias.dtype not in (torch.float32, *HALVES):
+            raise ValueError(
+                f"{_GEMM}: bias is {type_text(bias.dtype)}, expected Float, BFloat16 or Half"
+            )
+    if residual is not None:
+        _check_residual(residual, weight, channel_zero, n, k)
     if use_residual is not None:
         if residual is None:
-            raise ValueError("w4a8_gemm: use_residual is given, but no residual")
-        _expect("use_residual", use_residual, torch.int32, 1)
+            raise ValueError(f"{_GEMM}: use_residual is given, but no residual")
+        check_tensor(_GEMM, "use_residual", use_residual, torch.int32, 1, alignment=4)
         residual = residual if int(use_residual) else None
-    unpacked = _unpacked(weight, channel_zero, group_scale, group_offset, residual, n, k)
+    if weight.dtype == torch.int8:
+        unpacked = _already_int8(weight, group_scale, group_offset, n, k)
+    elif _is_packed(weight):
+        shape = _packed_shape(channel_zero is None, n, k)
+        check_tensor(_GEMM, "weight", weight, torch.uint8, *shape)
+        stored = w4a8_layout.unpack(weight, n)
+        residual = residual if residual is None else w4a8_layout.unpack(residual, n)[0]
+        unpacked = _unpacked(*stored, residual)
+    else:
+        _check_stored(weight, channel_zero, group_scale, group_offset, n, k)
+        unpacked = _unpacked(weight, group_scale, group_offset, residual)
     accumulator = reference.int_matmul(x, unpacked)
     return reference.epilogue(
         accumulator, x_scale, channel_scale, x_row_sum, channel_zero, bias, out_dtype
     )
 
 
-def _unpacked(
+def _is_packed(weight: torch.Tensor) -> bool:
+    """Rather than stored or int8, which are matrices."""
+    return weight.ndim != 2
+
+
+def _check_packed(
+    n: int, k: int, group_scale: torch.Tensor | None, group_offset: torch.Tensor | None
+) -> None:
+    """ValueError for sizes and arguments that a packed weight cannot have."""
+    if n % 8 or n == 0:
+        raise ValueError(f"{_GEMM}: N={n} must be a multiple of 8")
+    if k % w4a8_layout.BLOCK_K or k == 0:
+        raise ValueError(f"{_GEMM}: K={k} must be a multiple of {w4a8_layout.BLOCK_K}")
+    if group_scale is not None or group_offset is not None:
+        raise ValueError(f"{_GEMM}: a packed weight has its groups in it already")
+
+
+def _check_residual(
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    channel_zero: torch.Tensor | None,
+    n: int,
+    k: int,
+) -> None:
+    """ValueError unless it is in the form of the weight, which has groups."""
+    if channel_zero is not None:
+        raise ValueError(f"{_GEMM}: a residual belongs to a weight with groups")
+    if weight.dtype == torch.int8:
+        raise ValueError(f"{_GEMM}: an int8 weight has its residual in it already")
+    shape = _packed_shape(False, n, k) if _is_packed(weight) else (n, k // 2)
+    check_tensor(_GEMM, "residual", residual, torch.uint8, *shape)
+
+
+def _check_stored(
     weight: torch.Tensor,
     channel_zero: torch.Tensor | None,
     group_scale: torch.Tensor | None,
     group_offset: torch.Tensor | None,
-    residual: torch.Tensor | None,
+    n: int,
+    k: int,
+) -> None:
+    """ValueError unless the weight is [N, K / 2], with either its zeros or its groups."""
+    if k % 2:
+        raise ValueError(f"{_GEMM}: {k} inputs, but a stored weight has two in a byte")
+    check_tensor(_GEMM, "weight", weight, torch.uint8, n, k // 2)
+    if channel_zero is not None and group_scale is None and group_offset is None:
+        return
+    if channel_zero is not None or group_scale is None or group_offset is None:
+        raise ValueError(
+            f"{_GEMM}: a stored weight has either channel_zero or group_scale and group_offset"
+        )
+    if k % reference.GROUP_SIZE:
+        raise ValueError(f"{_GEMM}: {k} inputs are not a multiple of {reference.GROUP_SIZE}")
+    groups = k // reference.GROUP_SIZE
+    check_tensor(_GEMM, "group_scale", group_scale, torch.uint8, n, groups)
+    check_tensor(_GEMM, "group_offset", group_offset, torch.int8, n, groups)
+
+
+def _already_int8(
+    weight: torch.Tensor,
+    group_scale: torch.Tensor | None,
+    group_offset: torch.Tensor | None,
     n: int,
     k: int,
 ) -> torch.Tensor:
-    """The int8 [N, K] that the codes are multiplied with."""
-    if residual is not None and (channel_zero is not None or weight.dtype == torch.int8):
-        raise ValueError("w4a8_gemm: a residual belongs to a weight with groups that is not int8")
-    if weight.dtype == torch.int8:
-        if group_scale is not None or group_offset is not None:
-            raise ValueError("w4a8_gemm: an int8 weight has its groups in it already")
-        _expect("weight", weight, torch.int8, n, k)
-        return weight
-    if weight.ndim == 3:
-        if group_scale is not None or group_offset is not None:
-            raise ValueError("w4a8_gemm: a packed weight has its groups in it already")
-        _expect("weight", weight, torch.uint8, *_packed_shape(channel_zero is None, n, k))
-        weight, group_scale, group_offset = w4a8_layout.unpack(weight, n)
-        if residual is not None:
-            _expect("residual", residual, torch.uint8, *_packed_shape(False, n, k))
-            residual, _, _ = w4a8_layout.unpack(residual, n)
-    if k % 2:
-        raise ValueError(f"w4a8_gemm: {k} inputs, but a stored weight has two in a byte")
-    _expect("weight", weight, torch.uint8, n, k // 2)
-    if channel_zero is not None and group_scale is None and group_offset is None:
+    if group_scale is not None or group_offset is not None:
+        raise ValueError(f"{_GEMM}: an int8 weight has its groups in it already")
+    check_tensor(_GEMM, "weight", weight, torch.int8, n, k)
+    return weight
+
+
+def _unpacked(
+    weight: torch.Tensor,
+    group_scale: torch.Tensor | None,
+    group_offset: torch.Tensor | None,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """The int8 [N, K] that the codes are multiplied with, of a stored weight."""
+    if group_scale is None or group_offset is None:
         return unpack_nibbles(weight)
-    if channel_zero is not None or group_scale is None or group_offset is None:
-        raise ValueError(
-            "w4a8_gemm: a stored weight has either channel_zero or group_scale and group_offset"
-        )
-    groups = k // reference.GROUP_SIZE
-    if k % reference.GROUP_SIZE:
-        raise ValueError(f"w4a8_gemm: {k} inputs are not a multiple of {reference.GROUP_SIZE}")
-    _expect("group_scale", group_scale, torch.uint8, n, groups)
-    _expect("group_offset", group_offset, torch.int8, n, groups)
     if residual is None:
         return reference.level1_int8(weight, group_scale, group_offset)
-    _expect("residual", residual, torch.uint8, n, k // 2)
     return reference.nested_int8(weight, group_scale, group_offset, residual)
 
 
 def _packed_shape(is_grouped: bool, n: int, k: int) -> tuple[int, int, int]:
     blocks = -(-n // w4a8_layout.BLOCK_N)
     return blocks, k // w4a8_layout.BLOCK_K, w4a8_layout.packed_bytes(is_grouped)
-
-
-def _expect(name: str, tensor: torch.Tensor, dtype: torch.dtype, *shape: int) -> None:
-    if tensor.dtype != dtype or tensor.shape != shape:
-        expected = f"{str(dtype).removeprefix('torch.')} {list(shape)}"
-        raise ValueError(f"w4a8_gemm: {name} is {_text(tensor)}, expected {expected}")
-
-
-def _text(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _quantized_fake(

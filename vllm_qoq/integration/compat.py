@@ -22,6 +22,8 @@ tests/test_vllm_sources.py runs unit tests against the oldest and the newest ver
 * `map_name`: what a model calls a layer that the checkpoint calls otherwise
   (vllm.model_executor.models.utils.WeightsMapper, which offers tensors and lists in public).
 * `device_view`: host memory as the GPU sees it (vllm.utils.torch_utils).
+* `may_process_in_place`: whether a quantization method can keep vLLM from moving weights that are
+  offloaded to the device (QuantizeMethodBase.requires_device_loading).
 * `backends_size_pages`, `set_kv_cache_spec`, `kv_cache_layouts`: who says how large the pages of
   the KV cache are. Before 0.32 it is the attention layer (`Attention.get_kv_cache_spec`), and each
   backend orders the dimensions of its cache; from 0.32 on it is the layer's backend
@@ -44,6 +46,7 @@ from vllm.config import ParallelConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import WEIGHT_LOADER_V2_SUPPORTED, LinearMethodBase
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.utils.torch_utils import (
     LayerNameType,
     get_accelerator_view_from_cpu_tensor,
@@ -71,6 +74,7 @@ __all__ = [
     "has_loader_v2",
     "kv_cache_layouts",
     "map_name",
+    "may_process_in_place",
     "resolve_layer_name",
     "set_kv_cache_spec",
 ]
@@ -156,6 +160,11 @@ def device_view(host: torch.Tensor) -> torch.Tensor:
     )
     torch.cuda.check_error(int(status))
     return get_accelerator_view_from_cpu_tensor(host)
+
+
+def may_process_in_place() -> bool:
+    """Whether `requires_device_loading = False` of a quantization method is heeded."""
+    return hasattr(QuantizeMethodBase, "requires_device_loading")
 
 
 def backends_size_pages() -> bool:

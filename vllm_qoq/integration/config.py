@@ -31,6 +31,7 @@ from vllm_qoq.integration.fusion import install as install_fusion
 from vllm_qoq.integration.int8_head import Int8HeadMethod
 from vllm_qoq.integration.kv_cache import QuantizedKVCache, check_without_sets
 from vllm_qoq.integration.linear import FlexLinearMethod, SetMethod
+from vllm_qoq.integration.load_check import ModelTree, begin_load
 from vllm_qoq.integration.policy import Policy, check_lora
 from vllm_qoq.integration.qoq_linear import fused_parts
 from vllm_qoq.integration.qoq_residual import QoQResidualConfig, QoQResidualMethod
@@ -70,12 +71,15 @@ class QoQConfig(QuantizationConfig):
         self._kv_cache: QuantizedKVCache | None = None
         self._mapper: WeightsMapper | None = None
         self._way_back: hidden_states.WayBack | None = None
+        self._tree: ModelTree | None = None
+        self._a_layer: nn.Module | None = None
         self._used: set[str] = set()
         self._unreachable: list[tuple[str, str]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """What the front end sends to its engines, along with whether it will tell their load."""
-        return vars(self) | {"_has_load_writer": self._has_load_writer or load.is_writer_here()}
+        own = {"_has_load_writer": self._has_load_writer or load.is_writer_here()}
+        return vars(self) | own | {"_tree": None, "_a_layer": None}
 
     @classmethod
     def get_name(cls) -> str:
@@ -129,6 +133,7 @@ class QoQConfig(QuantizationConfig):
         from vllm.model_executor.models.utils import WeightsMapper
 
         self.kv_cache().check_layers()
+        self._begin_load()
         rules: dict[re.Pattern[str], str | None] = {}
         in_use = self._sets_in_use()
         # A layer rule may keep single layers out of a set that others use.
@@ -153,6 +158,9 @@ class QoQConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method of `layer`: routed if a set quantizes it, vLLM's own otherwise."""
+        if self._tree is None:
+            self._tree = ModelTree()
+        self._a_layer = layer
         kv_cache = self.kv_cache()
         if isinstance(layer, Attention | MLAAttention):
             kv_cache.attach(layer, prefix)
@@ -167,6 +175,14 @@ class QoQConfig(QuantizationConfig):
         if all(isinstance(choice.method, UnquantizedLinearMethod) for choice in methods.values()):
             return UnquantizedLinearMethod()
         return self._routed(layer, prefix, methods)
+
+    def _begin_load(self) -> None:
+        """Before the first tensor of a model that was just built; loading anew has no tree."""
+        if self._tree is None or self._a_layer is None:
+            return
+        begin_load(self._tree.root(self._a_layer))
+        self._tree.close()
+        self._tree = self._a_layer = None
 
     def kv_cache(self) -> QuantizedKVCache:
         """The KV cache of the engine, decided when the first layer asks for it."""

@@ -13,9 +13,10 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
     CompressedTensorsW8A8Int8,
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_qoq.format import INT8_HEAD_TENSORS, FormatError
-from vllm_qoq.integration.weight_set import UNTRACKED_LOADERS
+from vllm_qoq.integration.weight_set import UNTRACKED_LOADERS, held_by_kernel
 
 
 class Int8HeadMethod(LinearMethodBase):
@@ -41,10 +42,12 @@ class Int8HeadMethod(LinearMethodBase):
     ) -> None:
         """Create this rank's rows of both tensors."""
         load = extra_weight_attrs["weight_loader"]
+        self.params_dtype = params_dtype
 
-        def load_and_record(parameter: torch.nn.Parameter, tensor: torch.Tensor) -> None:
-            load(parameter, tensor)
-            self._loaded.add(id(parameter))
+        # vLLM's loading anew exchanges the argument that is named `param`.
+        def load_and_record(param: torch.nn.Parameter, tensor: torch.Tensor) -> None:
+            load(param, tensor)
+            self._loaded.add(id(param))
 
         self.scheme.create_weights(
             layer,
@@ -62,7 +65,17 @@ class Int8HeadMethod(LinearMethodBase):
                     f"the checkpoint did not fill {self.prefix}.{name}, which its "
                     "quantization_config.lm_head announces; run `vllm-qoq verify` on the checkpoint"
                 )
-        self.scheme.process_weights_after_loading(layer)
+        scale = layer.weight_scale.data
+        if self.is_tracked and not (scale.isfinite() & (scale > 0)).all():
+            raise FormatError(
+                f"{self.prefix}.weight_scale holds a scale that is not finite and positive; run "
+                "`vllm-qoq verify` on the checkpoint, download or quantize it again"
+            )
+        self._loaded.clear()
+        # Loaded anew, it is not what vLLM's kernel for the CPU takes as the output's dtype.
+        with set_default_torch_dtype(self.params_dtype):
+            self.scheme.process_weights_after_loading(layer)
+        self._held = held_by_kernel(layer)
 
     def apply(
         self, layer: ParallelLMHead, x: torch.Tensor, bias: torch.Tensor | None = None

@@ -81,7 +81,9 @@ class FlexLinearMethod(LinearMethodBase):
         for name, choice in self.sets.items():
             if hasattr(layer, name):
                 raise FormatError(f"{self.prefix} has an attribute {name!r}; rename the set")
-            weights = WeightSet(layer, name, choice.method, choice.state)
+            weights = WeightSet(
+                layer, name, choice.method, choice.state, self.parts, self.is_tracked
+            )
             with self._named(name, input_size, input_size_per_partition):
                 weights.create(
                     layer,
@@ -94,10 +96,11 @@ class FlexLinearMethod(LinearMethodBase):
                 )
             layer.add_module(name, weights)
             self._weights[name] = weights
-        for choice in self.sets.values():
+        for name, choice in self.sets.items():
             if choice.base is not None:
                 assert isinstance(choice.method, QoQResidualMethod)
                 choice.method.base = self._weights[choice.base]
+                choice.method.base_method.residual = self._weights[name]
         layers = vllm_config.compilation_config.static_forward_context
         if self.key in layers:
             raise ValueError(f"two layers are named {self.prefix!r}")
@@ -109,6 +112,7 @@ class FlexLinearMethod(LinearMethodBase):
         for weights in self._weights.values():
             if self.is_tracked:
                 weights.check_loaded(self.prefix, self.parts)
+                weights.check_values(self.prefix)
             if layer.bias is not None and layer.skip_bias_add:
                 # vLLM adds the layer's own bias outside; it has to be every set's.
                 self._share_bias(layer, weights)

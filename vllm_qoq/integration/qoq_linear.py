@@ -34,6 +34,8 @@ from vllm_qoq.format import QOQ_LINEAR, FormatError, QoQSet
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
 
+    from vllm_qoq.integration.weight_set import WeightSet
+
 # Codes int8 [M, K], scale float32 [M] and row sum int32 [M] of `qoq::quantize_per_token`.
 QuantizedTokens = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -112,6 +114,7 @@ class QoQLinearMethod(LinearMethodBase):
 
     def __init__(self, qoq_set: QoQSet, prefix: str, parts: list[str]) -> None:
         self.qoq_set, self.prefix, self.parts = qoq_set, prefix, parts
+        self.residual: WeightSet | None = None  # the layer's nested set, if this is its base
 
     def create_weights(
         self,
@@ -168,15 +171,20 @@ class QoQLinearMethod(LinearMethodBase):
             checked = checked_int8(part, layer, rows)
             if not is_packed:
                 weight[rows] = checked
-        layer.workspace = None
+        # A buffer, because its counters have to be zero: sleeping at level 2, vLLM drops what was
+        # allocated while the model was loaded, and brings back the buffers of the model alone.
+        layer.register_buffer(
+            "workspace", ops.workspace(device) if is_packed else None, persistent=False
+        )
         if is_packed:
             weight = w4a8_layout.pack(layer.qweight, layer.group_scale, layer.group_offset)
-            layer.workspace = ops.workspace(device)
             # The kernel fetches weights before the kernel ahead of it has ended.
             torch.cuda.synchronize(device)
         layer.weight = Parameter(weight, requires_grad=False)
         del layer.qweight
         layer.group_scale = layer.group_offset = None
+        if self.residual is not None and self.residual.linear_method.is_waiting:
+            self.residual.linear_method.complete(self.residual)
 
     def apply(
         self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None

@@ -20,8 +20,8 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.parameter import PackedvLLMParameter
 
-from vllm_qoq import w4a8_layout
-from vllm_qoq.format import QOQ_RESIDUAL, ResidualSet
+from vllm_qoq import reference, w4a8_layout
+from vllm_qoq.format import QOQ_RESIDUAL, FormatError, ResidualSet
 from vllm_qoq.integration.qoq_linear import (
     QoQLinearConfig,
     QoQLinearMethod,
@@ -30,6 +30,7 @@ from vllm_qoq.integration.qoq_linear import (
     checked_int8,
     make_valid,
 )
+from vllm_qoq.packing import unpack_nibbles
 
 if TYPE_CHECKING:
     from vllm_qoq.integration.weight_set import WeightSet
@@ -73,6 +74,8 @@ class QoQResidualMethod(QoQLinearMethod):
     """Computes one linear layer in int8, with the weights of `base` and `qresidual`."""
 
     base: WeightSet  # the layer's, of the base set
+    # Loaded anew, while the base still has to be.
+    is_waiting = False
 
     def create_weights(
         self,
@@ -100,6 +103,9 @@ class QoQResidualMethod(QoQLinearMethod):
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Check the values, with the base's as they were loaded: before the base's are packed."""
         stored: Any = self.base
+        if getattr(stored, "qweight", None) is None or stored.qweight.is_meta:
+            self._process_alone(layer)
+            return
         device = layer.qresidual.device
         if self.base_method.is_dummy:
             make_valid(stored)
@@ -116,6 +122,41 @@ class QoQResidualMethod(QoQLinearMethod):
             torch.cuda.synchronize(device)
         layer.weight = Parameter(weight, requires_grad=False)
         del layer.qresidual
+
+    def complete(self, layer: LinearBase) -> None:
+        """Check the weights with the base's, and add those where int8 weights are made."""
+        base: Any = self.base
+        residual = layer.weight.data
+        is_packed = residual.dtype == torch.uint8
+        if is_packed:
+            n = base.channel_scale.shape[0]
+            level1 = reference.int8_weight(_stored(base.weight.data, n))
+            residual = unpack_nibbles(w4a8_layout.unpack(residual, n)[0]).to(torch.int16)
+            residual -= reference.RESIDUAL_ZERO
+        else:
+            level1 = base.weight.data
+        weight = level1.to(torch.int16) + residual
+        if int(weight.min()) < -128 or int(weight.max()) > 127:
+            raise FormatError(
+                f"{self.prefix}: qresidual with the base's weights leaves the range of int8; run "
+                "`vllm-qoq verify` on the checkpoint, download or quantize it again"
+            )
+        if not is_packed:
+            layer.weight.data.copy_(weight)
+        self.is_waiting = False
+
+    def _process_alone(self, layer: LinearBase) -> None:
+        """Loaded anew: the base's weights are in their last form already, or still to come."""
+        if layer.qresidual.device.type == "cuda":
+            weight = w4a8_layout.pack(layer.qresidual)
+        else:
+            weight = unpack_nibbles(layer.qresidual).to(torch.int8) - reference.RESIDUAL_ZERO
+        layer.weight = Parameter(weight, requires_grad=False)
+        del layer.qresidual
+        if hasattr(self.base, "weight"):
+            self.complete(layer)
+        else:
+            self.is_waiting = True
 
     def apply(
         self,
@@ -141,6 +182,8 @@ class QoQResidualMethod(QoQLinearMethod):
         use_residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """y [M, N] in `out_dtype` of inputs that are quantized already."""
+        if self.is_waiting:  # the base was not loaded anew
+            self.complete(layer)
         base: Any = self.base
         is_packed = layer.weight.dtype == torch.uint8
         return torch.ops.qoq.w4a8_gemm(
@@ -161,3 +204,10 @@ class QoQResidualMethod(QoQLinearMethod):
         method = self.base.linear_method
         assert isinstance(method, QoQLinearMethod)
         return method
+
+
+def _stored(packed: torch.Tensor, n: int) -> dict[str, torch.Tensor]:
+    """The stored tensors of a packed weight with groups."""
+    qweight, scale, offset = w4a8_layout.unpack(packed, n)
+    assert scale is not None and offset is not None
+    return {"qweight": qweight, "group_scale": scale, "group_offset": offset}

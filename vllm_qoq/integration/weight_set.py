@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, QKVParallelLinear
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.utils import set_weight_attrs
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_qoq.format import INPUT_RATIO, FormatError, join_name
 from vllm_qoq.integration.compat import has_loader_v2
@@ -18,7 +21,10 @@ from vllm_qoq.integration.qoq_linear import QuantizedTokens
 # Loaders that fill parameters without their weight_loader and check completeness themselves.
 UNTRACKED_LOADERS = ("dummy", "sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache")
 
-Loader = Callable[..., None]
+Loader = Callable[..., Any]
+
+# Elements of tensors such as compressed-tensors' weight_shape [2].
+_MOST_COUNTED_TWICE = 4
 
 
 class WeightSet(nn.Module):
@@ -28,22 +34,32 @@ class WeightSet(nn.Module):
     both W8A8 and W4A16) and keep state on the layer. With a child per set they
     do not meet, and tensors load as `LAYER.SET.LEAF` through vLLM's own loaders.
 
-    It must not have an attribute `quant_method`: vLLM would process it twice.
+    Its `quant_method` is for weights that are loaded anew into a running engine, which vLLM does
+    module by module: at the first load its layer has it finished before vLLM comes to it.
     """
 
     def __init__(
-        self, layer: LinearBase, name: str, method: LinearMethodBase, state: dict[str, Any]
+        self,
+        layer: LinearBase,
+        name: str,
+        method: LinearMethodBase,
+        state: dict[str, Any],
+        parts: list[str],
+        is_tracked: bool,
     ) -> None:
         super().__init__()
+        self._is_finished = False
         for key, value in vars(layer).items():
             # Sizes, dtypes and tensor-parallel facts that quantization methods ask the layer for.
             if not key.startswith("_") and key not in ("training", "quant_method"):
                 setattr(self, key, value)
         for key, value in state.items():
             setattr(self, key, value)
-        self.set_name = name
+        self.set_name, self.prefix, self.parts = name, layer.prefix, parts
+        self.is_tracked, self.params_dtype = is_tracked, layer.params_dtype
         self.linear_method = method
-        self._expected: dict[str, Parameter] = {}
+        self.quant_method = _Reload()
+        self._expected: tuple[str, ...] = ()
         self._loaded: dict[int, set[Any]] = {}
 
     def create(
@@ -76,16 +92,21 @@ class WeightSet(nn.Module):
         self.input_ratio = (
             self._input_ratio(layer, input_size_per_partition) if has_input_ratio else None
         )
-        self._expected = {
-            name: parameter
+        self._expected = tuple(
+            name
             for name, parameter in self.named_parameters()
             # A parameter without a loader is built from the config, an empty one holds nothing.
             if hasattr(parameter, "weight_loader") and parameter.numel() > 0
-        }
+        )
 
     def check_loaded(self, prefix: str, parts: list[str]) -> None:
         """Raise FormatError by tensor name unless every tensor of this set was loaded."""
-        for name, parameter in self._expected.items():
+        for name in self._expected:
+            parameter = getattr(self, name)
+            # vLLM begins to process a layer that it loads anew when the number of elements is
+            # reached, and counts such sizes once for each of a fused layer's parts.
+            if self._is_finished and parameter.numel() <= _MOST_COUNTED_TWICE:
+                continue
             shards = self._loaded.get(id(parameter), set())
             if None in shards or len(shards) == len(self.shard_ids):
                 continue
@@ -102,10 +123,28 @@ class WeightSet(nn.Module):
                 """--hf-overrides '{"architectures": ["FlexQuant<ARCHITECTURE>"]}'"""
             )
 
+    def check_values(self, prefix: str) -> None:
+        """Raise FormatError by tensor name unless scales are positive and all numbers finite."""
+        for name in self._expected:
+            values = getattr(self, name).data
+            if not values.is_floating_point() or values.element_size() == 1:
+                continue
+            low, high = torch.stack(torch.aminmax(values)).tolist()
+            is_finite = math.isfinite(low) and math.isfinite(high)
+            if is_finite and (low > 0 or "scale" not in name):
+                continue
+            wrong = "a scale that is not positive" if is_finite else "NaN or infinity"
+            raise FormatError(
+                f"{prefix}: {name} of set {self.set_name!r} holds {wrong}; run `vllm-qoq verify` "
+                "on the checkpoint, download or quantize it again"
+            )
+
     def finish(self) -> None:
         """Bring the loaded weights into the form that the method's kernel reads."""
         # Or the parameters as they were loaded would stay in memory beside what is made of them.
-        self._expected, self._loaded = {}, {}
+        self._loaded, self._is_finished = {}, False
+        for name in (*self._parameters, *self._buffers):
+            vars(self).pop(name, None)
         if self.bias is not None and self.bias.numel() == 0:
             self.bias = None
         try:
@@ -114,7 +153,40 @@ class WeightSet(nn.Module):
             raise FormatError(f"set {self.set_name!r}: {error}") from None
         # Plain attributes: a module finds its parameters by a slower way, which methods take
         # several times per call. Assigning a parameter anew removes the plain one.
-        vars(self).update(self._parameters)
+        vars(self).update(self._parameters | self._buffers)
+        self._is_finished = True
+
+    def __delattr__(self, name: str) -> None:
+        """Also the plain attribute of a parameter or buffer."""
+        if name in self._parameters or name in self._buffers:
+            vars(self).pop(name, None)
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: Parameter | None) -> None:
+        """Also as the plain attribute, when vLLM puts the tensors of a kernel back."""
+        super().register_parameter(name, param)
+        if self._is_finished:
+            vars(self)[name] = param
+
+    def register_buffer(
+        self, name: str, tensor: torch.Tensor | None, persistent: bool = True
+    ) -> None:
+        """The same for a buffer."""
+        super().register_buffer(name, tensor, persistent)
+        if self._is_finished:
+            vars(self)[name] = tensor
+
+    def reload(self) -> None:
+        """`finish` what vLLM has loaded anew, in an engine that serves already."""
+        if not self._loaded:
+            return
+        if self.is_tracked:
+            self.check_loaded(self.prefix, self.parts)
+            self.check_values(self.prefix)
+        # As at the first load: vLLM's W8A8 on a CPU writes its outputs in the default dtype.
+        with set_default_torch_dtype(self.params_dtype):
+            self.finish()
+        self._held = held_by_kernel(self)
 
     def apply(  # type: ignore[override]
         self, x: torch.Tensor, add_bias: bool, use_residual: torch.Tensor | None = None
@@ -139,12 +211,13 @@ class WeightSet(nn.Module):
         return self.linear_method.apply_int8(self, quantized, bias, out_dtype, *flag)
 
     def _recorded(self, load: Loader) -> Loader:
-        def load_and_record(parameter: Parameter, tensor: torch.Tensor, *shard: Any) -> None:
-            load(parameter, tensor, *shard)
+        # vLLM's loading anew exchanges the argument that is named `param`.
+        def load_and_record(param: Parameter, tensor: torch.Tensor, *shard: Any) -> None:
+            load(param, tensor, *shard)
             shard_id = shard[0] if shard else None
             # One tensor may fill several shards.
             filled = shard_id if isinstance(shard_id, tuple) else (shard_id,)
-            self._loaded.setdefault(id(parameter), set()).update(filled)
+            self._loaded.setdefault(id(param), set()).update(filled)
 
         return load_and_record
 
@@ -171,19 +244,50 @@ class WeightSet(nn.Module):
                     f"{layer.prefix}: {INPUT_RATIO} of set {self.set_name!r} has shape "
                     f"{list(tensor.shape)}, the layer reads {list(parameter.shape)}"
                 )
-            is_first = id(parameter) not in self._loaded
-            if not is_first and not torch.equal(parameter.data.cpu(), tensor.cpu()):
+            if id(parameter) not in self._loaded:
+                parameter.data.copy_(tensor)
+            # Loading anew, vLLM first counts elements, without memory.
+            elif not parameter.is_meta and not torch.equal(parameter.data.cpu(), tensor.cpu()):
                 raise FormatError(
                     f"{layer.prefix}: the fused projections of set {self.set_name!r} read one "
                     f"input, but their {INPUT_RATIO} tensors differ"
                 )
-            parameter.data.copy_(tensor)
 
         set_weight_attrs(ratio, {"weight_loader": self._recorded(load)})
         return ratio
 
 
-def _only_zero_bias(parameter: Parameter, tensor: torch.Tensor, *shard: Any) -> None:
+def held_by_kernel(module: nn.Module) -> list[Parameter]:
+    """Parameters that have to outlive loading anew, after which vLLM puts others in their place.
+
+    Its W8A8 kernel for the CPU keeps the addresses of scales that it was made with.
+    """
+    return [
+        parameter
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.device.type == "cpu" and ("scale" in name or "azp" in name)
+    ]
+
+
+class _Reload(QuantizeMethodBase):
+    """What vLLM calls for a `WeightSet` when its parameters have been loaded."""
+
+    def create_weights(
+        self, layer: nn.Module, *weight_args: Any, **extra_weight_attrs: Any
+    ) -> None:
+        """Nothing: `WeightSet.create` has done it."""
+
+    def apply(self, layer: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Nothing calls it."""
+        raise NotImplementedError
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Finish the set, unless its layer has."""
+        assert isinstance(layer, WeightSet)
+        layer.reload()
+
+
+def _only_zero_bias(param: Parameter, tensor: torch.Tensor, *shard: Any) -> None:
     # GPTQ tools write a zero bias for layers that have none.
     if torch.count_nonzero(tensor):
         raise FormatError("the checkpoint has a bias for a layer that has none in this model")

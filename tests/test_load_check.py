@@ -1,0 +1,114 @@
+"""Every tensor of a model is accounted for when it is loaded, those that all sets share too."""
+
+import shutil
+
+import pytest
+import torch
+from engines import engine, generate
+from plugin_units import qoq_config, tensor_parallel, vllm_config
+from safetensors.torch import load_file, save_file
+from test_loading import Block, load, stored
+
+from vllm_qoq.format import FormatError
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+class Model(Block):
+    """The block between what no set owns."""
+
+    def __init__(self, quant_config):
+        super().__init__(quant_config)
+        self.block.norm = torch.nn.LayerNorm(8, bias=False)
+        self.embed = torch.nn.Embedding(4, 8)
+
+
+SHARED = {"block.norm.weight": torch.ones(8), "embed.weight": torch.randn(4, 8)}
+
+
+def loaded(changes):
+    """The model with the checkpoint as `changes` leave it, up to what vLLM does last."""
+    with tensor_parallel(0, 1, vllm_config()):
+        model = Model(qoq_config())
+        weights = SHARED | stored(8, "w8a8.") | stored(4, "w4a16.") | changes
+        load(model, {name: t for name, t in weights.items() if t is not None})
+        model.quant_method.process_weights_after_loading(model)
+        for layer in (model.block.qkv_proj, model.block.down_proj):
+            for name in layer.quant_method.sets:
+                weights = getattr(layer, name)
+                weights.check_loaded(layer.prefix, layer.quant_method.parts)
+                weights.check_values(layer.prefix)
+    return model
+
+
+def with_value(name, place, value):
+    """The tensor `name` of the checkpoint with one other number."""
+    weights = SHARED | stored(8, "w8a8.") | stored(4, "w4a16.")
+    tensor = weights[name].clone()
+    tensor.view(-1)[place] = value
+    return {name: tensor}
+
+
+def test_a_whole_checkpoint_passes_and_leaves_nothing_behind():
+    model = loaded({})
+    assert torch.equal(model.block.norm.weight, torch.ones(8))
+    assert torch.equal(model.embed.weight, SHARED["embed.weight"])
+    assert not hasattr(model, "quant_method")
+    assert not hasattr(model.embed.weight, "weight_loader")
+
+
+@pytest.mark.parametrize("lost", SHARED)
+def test_a_lost_shared_tensor_is_named(lost):
+    with pytest.raises(FormatError, match=rf"did not fill {lost}.*vllm-qoq verify"):
+        loaded({lost: None})
+
+
+@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("value", [NAN, INFINITY, -INFINITY])
+def test_a_shared_tensor_that_is_not_finite_is_named(name, value):
+    with pytest.raises(FormatError, match=rf"^{name} holds NaN or infinity.*vllm-qoq verify"):
+        loaded(with_value(name, 3, value))
+
+
+@pytest.mark.parametrize("shape", [(9,), (8, 8), ()])
+def test_a_shared_tensor_of_another_shape_is_named(shape):
+    with pytest.raises(FormatError, match=r"^block\.norm\.weight has shape .* and \[8\] in"):
+        loaded({"block.norm.weight": torch.ones(shape)})
+
+
+@pytest.mark.parametrize("set_name", ["w8a8", "w4a16"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (NAN, "NaN or infinity"),
+        (INFINITY, "NaN or infinity"),
+        (0.0, "a scale that is not positive"),
+        (-0.5, "a scale that is not positive"),
+    ],
+)
+def test_a_scale_of_a_set_is_named(set_name, value, message):
+    change = with_value(f"{set_name}.block.k_proj.weight_scale", 5, value)
+    with pytest.raises(
+        FormatError, match=rf"qkv_proj: weight_scale of set '{set_name}' holds {message}"
+    ):
+        loaded(change)
+
+
+@pytest.mark.parametrize("lost", ["model.norm.weight", "model.layers.1.input_layernorm.weight"])
+def test_an_engine_does_not_start_without_a_norm(nested_dir, tmp_path, lost):
+    folder = shutil.copytree(nested_dir, tmp_path / "checkpoint")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[lost]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FormatError, match=f"did not fill {lost}"):
+        engine(folder)
+
+
+@pytest.mark.parametrize("checkpoint", ["nested_dir", "w4a8_per_channel_dir", "two_sets_dir"])
+def test_weights_are_loaded_anew_into_an_engine(request, checkpoint):
+    llm = engine(request.getfixturevalue(checkpoint))
+    before = generate(llm)
+    for _ in range(2):
+        llm.collective_rpc("reload_weights")
+        llm.reset_prefix_cache()
+        assert generate(llm) == before
