@@ -9,10 +9,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from merge_tools.expected import HEAD
 from merge_tools.layout import FLOATS
 from vllm_qoq.checkpoint import TensorInfo
 from vllm_qoq.format import FormatError
-from vllm_qoq.importer.expected import HEAD, Expected
+from vllm_qoq.importer.expected import Expected
 from vllm_qoq.importer.tiles import TILE
 from vllm_qoq.reference import GROUP_SIZE
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from merge_tools.expected import EMBEDDING, HEAD
 from merge_tools.layout import group_leaves
 from merge_tools.plan import Plan, make_plan
 from merge_tools.progress import Progress
@@ -19,7 +20,7 @@ from vllm_qoq.format import KVCache, QoQSet, Section, split_layer
 from vllm_qoq.importer import detect, source
 from vllm_qoq.importer.deepcompressor import RawLayers
 from vllm_qoq.importer.detect import Kind
-from vllm_qoq.importer.expected import EMBEDDING, HEAD, Expected, expected
+from vllm_qoq.importer.expected import Expected, expected
 from vllm_qoq.importer.qserve import PackedLayers
 from vllm_qoq.importer.tiles import S2Order
 from vllm_qoq.importer.values import to_half
