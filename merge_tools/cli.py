@@ -16,6 +16,8 @@ from typing import Any
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _ROUTING_BYTES = 1 << 20
+# Findings of `verify` that are printed, and that --json has: a lost file brings thousands.
+_SHOWN, _MOST = 20, 1000
 # examples/nested_16m.md
 MAX_CLIPPED = 0.1
 MAX_CLIPPED_HELP = f"of a layer's weights that nesting may clip (default: {MAX_CLIPPED})"
@@ -129,6 +131,8 @@ def _check_values(sources: list[Any], progress: Any) -> None:
             for info in source.tensors.values():
                 values.check(source.checkpoint, info)
                 advance(info.nbytes)
+    for source in sources:
+        values.check_set(source)
 
 
 def _check_kv(kv_basis: Any, prefill: Any, source: Any) -> None:
@@ -224,15 +228,25 @@ def _verify(args: argparse.Namespace) -> int:
     findings = verify.structure(args.checkpoint)
     findings += verify.contents(args.checkpoint, Progress(args.quiet or args.json))
     limits = {} if findings else verify.limits(args.checkpoint)
+    notes = verify.notes(args.checkpoint)
     if args.json:
-        report = {"checkpoint": str(args.checkpoint), "findings": findings}
-        print(json.dumps(report | ({"limit_shares": limits} if limits else {})))
+        report: dict[str, Any] = {"checkpoint": str(args.checkpoint), "findings": findings[:_MOST]}
+        if len(findings) > _MOST:
+            report["more_findings"] = len(findings) - _MOST
+        report |= {"limit_shares": limits} if limits else {}
+        report |= {"notes": notes} if notes else {}
+        print(json.dumps(report))
     else:
-        for finding in findings:
+        for finding in findings[:_SHOWN]:
             print(_printable(finding))
+        if len(findings) > _SHOWN:
+            print(f"and {len(findings) - _SHOWN} more")
         for name, share in limits.items():
             print(f"set {name}: at most {share:.2%} of the weights are clipped by their residual")
-        print(f"{args.checkpoint}: " + (f"{len(findings)} findings" if findings else "verified"))
+        for note in notes:
+            print(f"note: {_printable(note)}")
+        verdict = f"{len(findings)} findings" if findings else "verified"
+        print(f"{_printable(str(args.checkpoint))}: {verdict}")
     return 1 if findings else 0
 
 

@@ -19,7 +19,7 @@ Shape = tuple[int, ...]
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", f"{LM_HEAD}.weight", "model.norm.weight"
 LAYERS = "model.layers."
 MOST_LAYERS = 1024
-_MOST_EXPERTS = 1024
+_MOST_EXPERTS = 512
 _MOST = 1 << 24
 _REMEDY = "download the model's config.json again"
 
@@ -156,8 +156,9 @@ MODELS: Mapping[str, Model] = {
 class ExpectedTensors(Mapping[str, Shape]):
     """Tensor -> shape of the model that a `config.json` describes; computed when asked for.
 
-    `optional` are tensors that a checkpoint may have besides: the lm_head, where it is the
-    embedding. FormatError names a key that is missing or cannot be.
+    `outside` are those of no decoder layer. `optional` are those that a checkpoint may have
+    besides: the lm_head, where it is the embedding. FormatError names a key that is missing or
+    cannot be.
     """
 
     def __init__(self, model: Model, config: Mapping[str, Any]) -> None:
@@ -165,7 +166,7 @@ class ExpectedTensors(Mapping[str, Shape]):
         self.layers = sizes.key("num_hidden_layers", most=MOST_LAYERS)
         self.is_tied = _is_tied(model, config)
         vocabulary = (sizes["vocabulary"], sizes["hidden"])
-        self._outside: dict[str, Shape] = {
+        self.outside: Mapping[str, Shape] = {
             EMBEDDING: vocabulary,
             FINAL_NORM: (sizes["hidden"],),
             **({} if self.is_tied else {HEAD: vocabulary}),
@@ -173,8 +174,20 @@ class ExpectedTensors(Mapping[str, Shape]):
         self.optional: Mapping[str, Shape] = {HEAD: vocabulary} if self.is_tied else {}
         self._indices = {str(index): index for index in range(self.layers)}
         self._sparse = _sparse_layers(model, config, self.layers)
-        kinds = [i for i in (True, False) if i in self._sparse]
-        self._kinds = {kind: dict(_layer(model, config, sizes, kind)) for kind in kinds}
+        self._modules = {kind: _modules(model, sizes, kind) for kind in set(self._sparse)}
+        self._kinds = {
+            kind: dict(_tensors(modules, config, sizes)) for kind, modules in self._modules.items()
+        }
+
+    def keys_of(self, name: str) -> tuple[str, ...]:
+        """For each size of a tensor the keys of `config.json` that it is made of."""
+        index, _, tensor = name.removeprefix(LAYERS).partition(".")
+        if not name.startswith(LAYERS):
+            return ("hidden_size",) if name == FINAL_NORM else ("vocab_size", "hidden_size")
+        layer, _, leaf = tensor.rpartition(".")
+        sizes = self._modules[self._sparse[self._indices[index]]][layer].sizes
+        keys = tuple(_KEYS[size] for size in sizes)
+        return keys[:1] if leaf == "bias" else keys
 
     def of_layer(self, index: int) -> Mapping[str, Shape]:
         """The tensors of decoder layer `index`, named relative to it."""
@@ -184,16 +197,16 @@ class ExpectedTensors(Mapping[str, Shape]):
         index, dot, tensor = name.removeprefix(LAYERS).partition(".")
         if name.startswith(LAYERS) and dot and index in self._indices:
             return self.of_layer(self._indices[index])[tensor]
-        return self._outside[name]
+        return self.outside[name]
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._outside
+        yield from self.outside
         for index in range(self.layers):
             for tensor in self.of_layer(index):
                 yield f"{LAYERS}{index}.{tensor}"
 
     def __len__(self) -> int:
-        return len(self._outside) + sum(len(self.of_layer(i)) for i in range(self.layers))
+        return len(self.outside) + sum(len(self.of_layer(i)) for i in range(self.layers))
 
 
 def expected_tensors(config: Mapping[str, Any]) -> ExpectedTensors:
@@ -218,18 +231,20 @@ def model_of(config: Mapping[str, Any]) -> Model | None:
     return MODELS.get(names[0])
 
 
-def _layer(
-    model: Model, config: Mapping[str, Any], sizes: _Sizes, is_sparse: bool
+def _modules(model: Model, sizes: _Sizes, is_sparse: bool) -> dict[str, Module]:
+    """The modules of a decoder layer with or without experts."""
+    if not is_sparse or model.experts is None:
+        return {**model.common, **model.mlp}
+    modules = {**model.common, model.experts.router: Module(("experts", "hidden"))}
+    for number in range(sizes["experts"]):
+        for name, module in model.experts.modules.items():
+            modules[f"{model.experts.prefix}.{number}.{name}"] = module
+    return modules
+
+
+def _tensors(
+    modules: Mapping[str, Module], config: Mapping[str, Any], sizes: _Sizes
 ) -> Iterator[tuple[str, Shape]]:
-    """The tensors of a decoder layer with or without experts."""
-    modules = dict(model.common)
-    if is_sparse and model.experts is not None:
-        modules[model.experts.router] = Module(("experts", "hidden"))
-        for number in range(sizes["experts"]):
-            for name, module in model.experts.modules.items():
-                modules[f"{model.experts.prefix}.{number}.{name}"] = module
-    else:
-        modules |= model.mlp
     for name, module in modules.items():
         shape = tuple(sizes[size] for size in module.sizes)
         yield f"{name}.weight", shape
@@ -251,6 +266,21 @@ def _sparse_layers(model: Model, config: Mapping[str, Any], layers: int) -> list
 def _is_tied(model: Model, config: Mapping[str, Any]) -> bool:
     tied = config.get("tie_word_embeddings")
     return model.is_tied if tied is None else bool(tied)
+
+
+# What the sizes are made of.
+_KEYS = {
+    "hidden": "hidden_size",
+    "vocabulary": "vocab_size",
+    "inner": "intermediate_size",
+    "two_inner": "2 * intermediate_size",
+    "head": "head_dim",
+    "query": "num_attention_heads * head_dim",
+    "key": "num_key_value_heads * head_dim",
+    "qkv": "(num_attention_heads + 2 * num_key_value_heads) * head_dim",
+    "expert_inner": "moe_intermediate_size",
+    "experts": "num_experts",
+}
 
 
 class _Sizes:
