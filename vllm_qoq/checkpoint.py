@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from vllm_qoq.errors import shown
 from vllm_qoq.format import QUANT_METHOD, SECTION, FormatError, Section
 
 if TYPE_CHECKING:
@@ -51,9 +52,13 @@ ITEM_BYTES: Mapping[str, int] = {
 }
 """Bytes per element of every dtype that a checkpoint may have, by safetensors' name."""
 
+CODE_KEYS = frozenset({"auto_map", "transformers_weights"})
+"""Keys of a config.json that name code or weights beside it, and do not go into an output."""
+
 _CONFIG_BYTES = 16 << 20
 _INDEX_BYTES = 256 << 20
 _JSON_DEPTH = 64
+_JSON_REMEDY = "mend the file, or download or write it again"
 _MOST_TENSORS = 1 << 19
 _LONGEST_NAME = 512
 
@@ -101,9 +106,8 @@ class Checkpoint:
         """Read `config.json`, the index and every header of the folder `path`."""
         path = Path(path)
         config = read_config(path)
-        entry = weights_entry(path)
-        weight_map = _read_index(path) if entry == INDEX else None
-        files = sorted(set(weight_map.values())) if weight_map is not None else [entry]
+        weight_map = _read_index(path) if weights_entry(path) == INDEX else None
+        files = sorted(set(weight_map.values())) if weight_map else [weights_entry(path)]
         tensors: dict[str, TensorInfo] = {}
         for file in files:
             for info in _read_header(path / file):
@@ -142,7 +146,7 @@ class Checkpoint:
     def check_links(self) -> None:
         """Raise FormatError if config.json or a weight file is a link that leaves the folder."""
         for file in (CONFIG, INDEX, *sorted({info.file for info in self.tensors.values()})):
-            _check_link(self.path, self.path / file)
+            check_link(self.path, self.path / file)
 
     def get(self, name: str) -> torch.Tensor:
         """The tensor `name` as stored, mapped from the file and not copied. Do not write to it."""
@@ -221,6 +225,12 @@ def weights_entry(path: Path) -> str:
     raise FormatError(f"{path}: has no .safetensors file; download the weights")
 
 
+def weight_files(path: Path) -> list[str]:
+    """The names of the files in the folder `path` that hold its weights, by that rule."""
+    entry = weights_entry(path)
+    return sorted(set(_read_index(path).values())) if entry == INDEX else [entry]
+
+
 def side_files(folder: Path) -> list[Path]:
     """The files of a model beside config.json and weights, as sorted paths relative to `folder`.
 
@@ -242,7 +252,7 @@ def _side_files(folder: Path, where: Path) -> Iterator[Path]:
             continue
         if where == folder and name in (CONFIG, "README.md", *_ABOUT_WEIGHTS):
             continue
-        _check_link(folder, item)
+        check_link(folder, item)
         if item.is_file():
             yield item.relative_to(folder)
         elif item.is_dir() and not item.is_symlink() and not _has_weights(item):
@@ -254,7 +264,11 @@ def _has_weights(folder: Path) -> bool:
     return any(name.endswith(_NO_SIDE_FILES) for name in names)
 
 
-def _check_link(folder: Path, item: Path) -> None:
+def check_link(folder: Path, item: Path) -> None:
+    """Raise FormatError if `item` of `folder` is a symbolic link that leaves the folder.
+
+    Its blobs in the Hugging Face cache belong to a folder.
+    """
     if not item.is_symlink():
         return
     name = item.relative_to(folder)
@@ -291,17 +305,24 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
     """The JSON object in the regular file `path` of at most `limit` bytes."""
     _require_regular(path)
     if path.stat().st_size > limit:
-        raise FormatError(f"{path.name}: is larger than {limit} bytes; not what its name says")
+        raise FormatError(
+            f"{path.name}: is larger than {limit} bytes, so it is not what its name says; "
+            f"{_JSON_REMEDY}"
+        )
     try:
         value = json.loads(path.read_bytes(), object_pairs_hook=_unique_keys)
     except RecursionError:
-        raise FormatError(f"{path.name}: is nested too deeply") from None
+        raise FormatError(f"{path.name}: is nested too deeply; {_JSON_REMEDY}") from None
+    except FormatError as error:
+        raise FormatError(f"{path.name}: {error}; {_JSON_REMEDY}") from None
     except ValueError as error:  # also bad UTF-8 and integers of thousands of digits
-        raise FormatError(f"{path.name}: {error}") from None
+        raise FormatError(f"{path.name}: is not JSON: {error}; {_JSON_REMEDY}") from None
     if not isinstance(value, dict):
-        raise FormatError(f"{path.name}: is not a JSON object")
+        raise FormatError(f"{path.name}: is not a JSON object, {{...}}; {_JSON_REMEDY}")
     if _depth_exceeds(value, _JSON_DEPTH):
-        raise FormatError(f"{path.name}: is nested more than {_JSON_DEPTH} levels deep")
+        raise FormatError(
+            f"{path.name}: is nested more than {_JSON_DEPTH} levels deep; {_JSON_REMEDY}"
+        )
     return value
 
 
@@ -309,8 +330,9 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     # Parsers differ in which of two equal keys they keep, so nobody gets to choose.
     values = dict(pairs)
     if len(values) != len(pairs):
-        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-        raise FormatError(f"{twice}: the key occurs twice")
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise FormatError(f"{shown(twice)}: the key occurs twice")
     return values
 
 
@@ -324,7 +346,7 @@ def _depth_exceeds(value: Any, limit: int) -> bool:
 
 def _require_regular(path: Path) -> None:
     if not path.exists():
-        raise FormatError(f"{path.name}: missing from {path.parent}; download the folder again")
+        raise FormatError(f"{path.name}: missing from {path.parent}; put the file there")
     if not path.is_file():
         raise FormatError(f"{path.name}: not a regular file; replace it with the real file")
 
@@ -337,8 +359,8 @@ def _read_index(path: Path) -> dict[str, str]:
     for name, file in weight_map.items():
         if not _is_weight_file_name(file):
             raise FormatError(
-                f"{INDEX}: {name}: {file!r} is not the name of a .safetensors file in the folder; "
-                "do not use this checkpoint unless you know why"
+                f"{INDEX}: {shown(name)}: {shown(file)} is not the name of a .safetensors file in "
+                "the folder; do not use this checkpoint unless you know why"
             )
     return weight_map
 
@@ -366,7 +388,10 @@ def _read_header(path: Path) -> Iterator[TensorInfo]:
                 tensor = file.get_slice(name)
                 dtype, shape = tensor.get_dtype(), tuple(tensor.get_shape())
                 if dtype not in ITEM_BYTES:
-                    raise FormatError(f"{path.name}: {name}: dtype {dtype} is not supported")
+                    raise FormatError(
+                        f"{path.name}: {name}: dtype {dtype} is not supported; "
+                        f"supported are {', '.join(ITEM_BYTES)}"
+                    )
                 yield TensorInfo(name, dtype, shape, path.name)
     except (SafetensorError, OSError) as error:
         raise FormatError(
@@ -377,7 +402,11 @@ def _read_header(path: Path) -> Iterator[TensorInfo]:
 def _check_index(weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file != file:
-            raise FormatError(f"{file}: {name}: the index puts it here, the file lacks it")
+            raise FormatError(
+                f"{file}: {name}: the index puts it here, the file lacks it; download both again"
+            )
     for name, info in tensors.items():
         if name not in weight_map:
-            raise FormatError(f"{info.file}: {name}: the index does not list it")
+            raise FormatError(
+                f"{info.file}: {name}: the index does not list it; download both again"
+            )
