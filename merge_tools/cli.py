@@ -27,7 +27,9 @@ def add_parsers(commands: Any) -> None:
     """Add the three commands to the result of `ArgumentParser.add_subparsers`."""
     merge = commands.add_parser("merge", help="merge finished checkpoints of one model into one")
     merge.add_argument("sources", nargs="+", metavar="NAME=DIR", help="a set and its checkpoint")
-    merge.add_argument("-o", "--output", type=Path, required=True, metavar="OUT")
+    merge.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="OUT", help="folder to make"
+    )
     merge.add_argument("--prefill", metavar="NAME", help="set for prompts (default: the first)")
     merge.add_argument(
         "--decode",
@@ -48,7 +50,13 @@ def add_parsers(commands: Any) -> None:
     merge.add_argument(
         "--max-clipped", default=MAX_CLIPPED, type=share, metavar="SHARE", help=MAX_CLIPPED_HELP
     )
-    merge.add_argument("--max-shard-size", default="5GB", type=size, metavar="SIZE")
+    merge.add_argument(
+        "--max-shard-size",
+        default="5GB",
+        type=size,
+        metavar="SIZE",
+        help="of a file with weights, for example 500MB (default: 5GB)",
+    )
     merge.add_argument("--dry-run", action="store_true", help="check and show the plan, then stop")
     merge.add_argument("--overwrite", action="store_true", help="replace OUT once done")
     merge.add_argument("--no-model-card", action="store_true", help="write no README.md")

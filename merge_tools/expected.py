@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 from vllm_qoq.checkpoint import CONFIG
+from vllm_qoq.errors import shown
 from vllm_qoq.format import LM_HEAD, FormatError
 
 Shape = tuple[int, ...]
@@ -21,7 +22,7 @@ LAYERS = "model.layers."
 MOST_LAYERS = 1024
 _MOST_EXPERTS = 512
 _MOST = 1 << 24
-_REMEDY = "download the model's config.json again"
+_REMEDY = "mend it, or download the model again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class Module:
         """Whether the module has a bias beside its weight."""
         if isinstance(self.bias, bool):
             return self.bias
-        return any(bool(config.get(key)) for key in self.bias)
+        return any([_flag(config, key) for key in self.bias])
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +105,12 @@ _GEMMA_HEADS = {"head_dim": 256, "num_key_value_heads": 4}
 MODELS: Mapping[str, Model] = {
     "LlamaForCausalLM": _LLAMA,
     "MistralForCausalLM": Model(_LLAMA.common, _LLAMA.mlp, defaults={"num_key_value_heads": 8}),
-    "Qwen2ForCausalLM": Model(_NORMS | _attention(True, False), _mlp()),
-    "Qwen3ForCausalLM": Model(_QWEN3, _mlp(), defaults={"head_dim": 128}),
+    "Qwen2ForCausalLM": Model(
+        _NORMS | _attention(True, False), _mlp(), defaults={"num_key_value_heads": 32}
+    ),
+    "Qwen3ForCausalLM": Model(
+        _QWEN3, _mlp(), defaults={"head_dim": 128, "num_key_value_heads": 32}
+    ),
     "Phi3ForCausalLM": Model(
         _NORMS
         | {
@@ -217,8 +222,8 @@ def expected_tensors(config: Mapping[str, Any]) -> ExpectedTensors:
     model = model_of(config)
     if model is None:
         raise FormatError(
-            f"{CONFIG}: architectures: {config.get('architectures')!r} is not known; known are "
-            f"{', '.join(MODELS)}"
+            f"{CONFIG}: architectures: {shown(config.get('architectures'))} is not known; known "
+            f"are {', '.join(MODELS)}"
         )
     return ExpectedTensors(model, config)
 
@@ -264,8 +269,8 @@ def _sparse_layers(model: Model, config: Mapping[str, Any], layers: int) -> list
 
 
 def _is_tied(model: Model, config: Mapping[str, Any]) -> bool:
-    tied = config.get("tie_word_embeddings")
-    return model.is_tied if tied is None else bool(tied)
+    is_said = config.get("tie_word_embeddings") is not None
+    return _flag(config, "tie_word_embeddings") if is_said else model.is_tied
 
 
 # What the sizes are made of.
@@ -301,7 +306,7 @@ class _Sizes:
             case "two_inner":
                 return 2 * self["inner"]
             case "head":
-                return self.key("head_dim", self._even_head)
+                return self._head_dim()
             case "query":
                 return self.key("num_attention_heads") * self["head"]
             case "key":
@@ -319,21 +324,32 @@ class _Sizes:
     def key(self, key: str, default: Callable[[], int] | None = None, most: int = _MOST) -> int:
         """The count that `config.json` has under `key`; without one, what `default` returns."""
         value = self._config.get(key)
-        if value is None:
+        if value is None and key not in self._config:
             value = self._defaults.get(key)
         if value is None and default is not None:
             return default()
+        if value is None:
+            raise FormatError(f"{CONFIG}: {key}: missing; {_REMEDY}")
         if not _is_count(value) or value > most:
-            problem = "missing" if value is None else f"{value!r} is not a number from 1 to {most}"
-            raise FormatError(f"{CONFIG}: {key}: {problem}; {_REMEDY}")
+            raise FormatError(
+                f"{CONFIG}: {key}: {shown(value)} is not a whole number from 1 to {most}; {_REMEDY}"
+            )
         return value
+
+    def _head_dim(self) -> int:
+        found = self.key("head_dim", self._even_head)
+        if found % 2:
+            raise FormatError(
+                f"{CONFIG}: head_dim: {found} is odd, but rotary embeddings turn pairs; {_REMEDY}"
+            )
+        return found
 
     def _even_head(self) -> int:
         heads, hidden = self.key("num_attention_heads"), self["hidden"]
         if hidden % heads:
             raise FormatError(
                 f"{CONFIG}: hidden_size: {hidden} is not a multiple of num_attention_heads, "
-                f"{heads}; {_REMEDY}"
+                f"{heads}, and there is no head_dim; {_REMEDY}"
             )
         return hidden // heads
 
@@ -346,6 +362,13 @@ class _Sizes:
                 f"num_key_value_heads, {found}; {_REMEDY}"
             )
         return found
+
+
+def _flag(config: Mapping[str, Any], key: str) -> bool:
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise FormatError(f"{CONFIG}: {key}: {shown(value)} is not true or false; {_REMEDY}")
+    return bool(value)
 
 
 def _is_count(value: object) -> TypeGuard[int]:

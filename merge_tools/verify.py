@@ -13,6 +13,7 @@ from merge_tools.expected import model_of
 from merge_tools.progress import Progress
 from merge_tools.sources import WeightSet
 from vllm_qoq.checkpoint import CONFIG, Checkpoint, TensorInfo
+from vllm_qoq.errors import shown
 from vllm_qoq.format import (
     INPUT_RATIO,
     INT8_HEAD_TENSORS,
@@ -83,8 +84,9 @@ def notes(folder: Path) -> list[str]:
     checkpoint, _, _ = open_merged(folder)
     if model_of(checkpoint.config) is not None:
         return []
+    names = shown(checkpoint.config.get("architectures"))
     return [
-        f"{CONFIG}: architectures: {checkpoint.config.get('architectures')!r}: not an architecture "
+        f"{CONFIG}: architectures: {names}: not an architecture "
         "whose every tensor is known; sizes that its config does not tell were checked for "
         "consistency between layers and sets only"
     ]

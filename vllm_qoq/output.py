@@ -1,7 +1,8 @@
-"""Keeping stdout for a command's result."""
+"""stdout and stderr: kept for what belongs there, open, and fit for any name."""
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -16,9 +17,43 @@ def stdout_for(descriptor: int) -> Iterator[TextIO]:
     real = os.dup(1)
     os.dup2(descriptor, 1)
     try:
-        with open(real, "w", closefd=False) as out:
+        with open(real, "w", closefd=False, errors="backslashreplace") as out:
             yield out
     finally:
         sys.stdout.flush()
         # Not undone: processes that vLLM leaves to the end of this one print there, too.
         os.close(real)
+
+
+def are_open() -> bool:
+    """Whether there is a stdout and a stderr, made fit to print what no encoding holds.
+
+    Where one is closed, the next file that is opened would take its place.
+    """
+    if sys.stdout is None or sys.stderr is None:
+        return False
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    return True
+
+
+def is_written(is_refused: bool = False) -> bool:
+    """Whether all of stdout has reached its reader. If not, what is left is thrown away.
+
+    is_refused  whether stderr has the reason already
+    """
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # Python flushes once more at its end, and would end in a traceback.
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        if not is_refused:
+            print(
+                f"error: stdout: {error.strerror}, so the result was not printed; read all of it "
+                "or send it to a file",
+                file=sys.stderr,
+            )
+        return False
+    return True

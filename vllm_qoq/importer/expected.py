@@ -7,9 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge_tools.architectures import ARCHITECTURES, architecture
+from merge_tools.expected import EMBEDDING as EMBEDDING
+from merge_tools.expected import HEAD as HEAD
 from merge_tools.expected import LAYERS, expected_tensors
 from vllm_qoq.checkpoint import CONFIG
+from vllm_qoq.errors import shown
 from vllm_qoq.format import FormatError, split_layer
+
+# Older versions of transformers save this constant, which the model computes, with the weights.
+CONSTANT = ".rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True)
@@ -28,12 +34,15 @@ class Expected:
     is_tied: bool
 
 
-def expected(config: Mapping[str, Any]) -> Expected:
-    """What a checkpoint of the model that `config` describes must hold."""
+def expected(config: Mapping[str, Any], task: str = "imported") -> Expected:
+    """What a checkpoint of the model that `config` describes must hold.
+
+    FormatError for an architecture that cannot be `task`, and for sizes that cannot be.
+    """
     if architecture(config) is None:
         raise FormatError(
-            f"{CONFIG}: architectures: {config.get('architectures')!r} cannot be imported; "
-            f"the import knows {', '.join(ARCHITECTURES)}"
+            f"{CONFIG}: architectures: {shown(config.get('architectures'))} cannot be {task}; "
+            f"what can is a language model, one of {', '.join(ARCHITECTURES)}"
         )
     tensors = expected_tensors(config)
     linears, biased, others = {}, set(), {}
