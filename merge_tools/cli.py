@@ -7,13 +7,22 @@ Heavy modules are imported by the handlers, so that --help answers at once.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import math
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
+_REMEDIES = {
+    errno.ENOSPC: "make room there or choose another disk",
+    errno.EDQUOT: "make room in your quota or choose another disk",
+    errno.EFBIG: "lower --max-shard-size, or raise the limit (ulimit -f)",
+    errno.EACCES: "get the right to it or choose another place",
+    errno.EROFS: "choose another place",
+}
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _ROUTING_BYTES = 1 << 20
 # Findings of `verify` that are printed, and that --json has: a lost file brings thousands.
@@ -78,11 +87,23 @@ def run(args: argparse.Namespace) -> int:
     except (UserError, OSError) as error:
         if args.debug:
             raise
-        print(f"error: {_printable(str(error))}", file=sys.stderr)
+        print(f"error: {_printable(_message(error))}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was left behind", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # this is the end, also for a second one
+        state = str(interrupt)
+        print(f"interrupted{'; ' if state else ''}{_printable(state)}", file=sys.stderr)
         return 130
+
+
+def _message(error: Exception) -> str:
+    """What to tell of an error; of the system's, with the file and what to do."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return str(error)
+    files = " -> ".join(str(file) for file in (error.filename, error.filename2) if file is not None)
+    remedy = _REMEDIES.get(error.errno)
+    text = f"{files}: {error.strerror}" if files else str(error.strerror)
+    return f"{text}; {remedy}" if remedy else text
 
 
 def _common(parser: argparse.ArgumentParser, handler: Any) -> None:
@@ -106,7 +127,9 @@ def _merge(args: argparse.Namespace) -> int:
     prefill, progress = sources[routing.prefill], Progress(args.quiet or args.json)
     compatible.check(list(sources.values()), prefill)
     for source in sources.values():
+        source.checkpoint.check_links()
         complete.check(source)
+    execute.side_files_of(sources, prefill.name)
     nested = nest.pair(list(sources.values())) if args.nest else None
     rules.check(routing, frozenset().union(*(source.quantized for source in sources.values())))
     found = survey(list(sources.values()), prefill, progress)

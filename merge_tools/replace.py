@@ -85,9 +85,9 @@ def replacing(out: Path, overwrite: bool, foreign: Foreign) -> Iterator[Path]:
                 _clear(partial, old, foreign)
                 lock = _create(partial)
             yield partial
-            with interrupts.held():
-                _check(out, overwrite, foreign)
-                _swap(partial, out, old)
+            interrupts.hold()
+            _check(out, overwrite, foreign)
+            _swap(partial, out, old)
         except KeyboardInterrupt:
             interrupts.hold()
             _remove(partial, lock)
@@ -96,7 +96,6 @@ def replacing(out: Path, overwrite: bool, foreign: Foreign) -> Iterator[Path]:
             interrupts.hold()
             _remove(partial, lock)
             raise
-        interrupts.hold()
         (out / LOCK).unlink()
         lock.close()
         shutil.rmtree(old, ignore_errors=True)
@@ -158,7 +157,8 @@ def _leftover(partial: Path) -> Iterator[bool]:
     if (partial / LOCK).is_symlink() or not (partial / LOCK).is_file():
         raise in_the_way
     with open(partial / LOCK, "r+b") as file:
-        _take(file, partial)
+        if not _take(file, partial):
+            raise in_the_way
         yield True
 
 
@@ -167,7 +167,7 @@ def _create(partial: Path) -> IO[bytes]:
     busy = MergeError(_busy(partial))
     try:
         partial.mkdir()
-        lock = open(partial / LOCK, "xb")
+        lock = open(partial / LOCK, "xb")  # noqa: SIM115 - open until the folder has its name
     except (FileExistsError, FileNotFoundError):
         if partial.parent.is_dir():
             raise busy from None
@@ -178,7 +178,8 @@ def _create(partial: Path) -> IO[bytes]:
     return lock
 
 
-def _take(file: IO[bytes], partial: Path) -> None:
+def _take(file: IO[bytes], partial: Path) -> bool:
+    """Lock the file; False on a file system without locks. MergeError where another run has it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -186,6 +187,8 @@ def _take(file: IO[bytes], partial: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
+        return False
+    return True
 
 
 def _busy(partial: Path) -> str:

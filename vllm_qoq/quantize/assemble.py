@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from merge_tools import verify
-from merge_tools.execute import replacing
+from merge_tools import ours, verify
+from merge_tools.replace import replacing
 from merge_tools.writer import copy_file, sync_folder, write_bytes, write_json, write_shard
 from vllm_qoq.checkpoint import (
     CODE_KEYS,
@@ -58,7 +58,7 @@ def write_checkpoint(
     """Write `out` from the pieces in `work` and the other files of `model`; whole or not at all."""
     tensors = list(_tensors(work, arch, layers, options))
     shards = _shards(tensors, max_shard_bytes)
-    with replacing(out, overwrite) as folder:
+    with replacing(out, overwrite, ours.foreign) as folder:
         for name, shard in shards.items():
             _write(folder / name, shard)
         weight_map = {t.info.name: file for file, shard in shards.items() for t in shard}
