@@ -127,7 +127,7 @@ def test_inputs_and_what_is_around_them_are_refused(tmp_path):
     model = checkpoint(tmp_path / "model")
     (tmp_path / "link").symlink_to(model)
     for out in (model, model / "out", tmp_path, tmp_path / "link", tmp_path / "link" / "out"):
-        with pytest.raises(MergeError, match="overlaps|link"):
+        with pytest.raises(MergeError, match=r"overlaps|link"):
             check_output(out, [model], overwrite=True)
 
 

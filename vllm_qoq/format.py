@@ -72,13 +72,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vllm_qoq.errors import UserError
 from vllm_qoq.kv_config import KVCache
-from vllm_qoq.routing import Routing, RoutingError, one_line
+from vllm_qoq.routing import MOST_RULES, Routing, RoutingError, one_line
 
 QUANT_METHOD = "qoq"
 SECTION = "quantization_config"
@@ -123,7 +123,7 @@ class QoQSet(BaseModel):
 
     quant_method: Literal["qoq_linear"] = "qoq_linear"
     group_size: Literal[128, -1] = 128
-    ignore: tuple[str, ...] = ("lm_head",)
+    ignore: tuple[str, ...] = Field(default=("lm_head",), max_length=MOST_RULES)
 
     @classmethod
     def parse(cls, config: Mapping[str, Any], where: str) -> QoQSet:
@@ -211,7 +211,7 @@ class Section(BaseModel):
     format_version: Literal[1] = 1
     sets: dict[str, dict[str, Any]]
     routing: Routing
-    input_ratio: dict[str, tuple[str, ...]] = {}
+    input_ratio: dict[str, Annotated[tuple[str, ...], Field(max_length=MOST_RULES)]] = {}
     kv_cache: KVCache | None = None
     lm_head: LMHead | None = None
 

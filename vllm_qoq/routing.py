@@ -51,6 +51,8 @@ from pydantic import (
 
 from vllm_qoq.errors import UserError, shown
 
+MOST_RULES = 4096
+"""Globs in one list: several for each layer of any model, and few enough to try all of them."""
 _BATCH_DIGITS = 9
 _BATCH = re.compile(rf"0*[1-9][0-9]{{0,{_BATCH_DIGITS - 1}}}")
 _DECODE_FORM = "write [BATCH:]SET,..., for example 16:w4a16,w8a8"
@@ -186,7 +188,7 @@ class Routing(_Table):
 
     prefill: str
     decode: DecodeTable
-    layers: tuple[LayerRule, ...] = ()
+    layers: tuple[LayerRule, ...] = Field(default=(), max_length=MOST_RULES)
     load: Load | None = None
 
     @model_validator(mode="after")
