@@ -393,7 +393,7 @@ TINY = DATA / "tiny-llama"
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["quantize", "typo", "--text", TEXT], "typo: no such folder"),
+        (["quantize", "typo", "--text", TEXT], "typo: not a folder, nothing is there"),
         (["quantize", "org/model", "--text", TEXT], "hf download org/model"),
         (["quantize", TINY, "--text", "typo.txt"], "--text typo.txt: no such file"),
         (["quantize", TINY, "--text", DATA], "not a regular file"),
@@ -403,12 +403,14 @@ TINY = DATA / "tiny-llama"
         (["quantize", TINY, "--text", TEXT, "--recipe", "LATIN1"], "--recipe .*larger than"),
         (["quantize", TINY, "--text", TEXT, "--sets", "w8a8,w9"], "options.sets.1: .*'w9'"),
         (["quantize", TINY, "--text", TEXT, "-o", "."], "exists already|overlaps"),
-        (["import", "typo", "--base", TINY], "typo: no such folder"),
+        (["import", "typo", "--base", TINY], "typo: not a folder, nothing is there"),
         (["import", TINY, "--base", "org/model"], "hf download org/model"),
         (["import", TINY, "--base", "MILLION"], "num_hidden_layers: 1000000 is not"),
+        (["tune", "typo"], "typo: not a folder"),
+        (["perplexity", TINY, "--text", TEXT, "--seqlen", "9999999"], "fewer than one window of"),
         (["perplexity", TINY, "--text", "typo.txt"], "--text typo.txt: no such file"),
         (["perplexity", TINY, "--text", "LATIN1"], "not UTF-8"),
-        (["perplexity", "/typo", "--text", TEXT], "/typo: no such folder"),
+        (["perplexity", "/typo", "--text", TEXT], "/typo: not a folder"),
         (["perplexity", TINY, "--text", TEXT, "--force-set", "w8"], "--force-set w8: .*no sets"),
     ],
 )
@@ -418,7 +420,7 @@ def test_what_needs_no_import_is_refused_before_any(tmp_path, arguments, message
     shutil.copytree(TINY, tmp_path / "MILLION")
     config(num_hidden_layers=10**6)(tmp_path / "MILLION")
     arguments = [tmp_path / a if (tmp_path / str(a)).exists() else a for a in arguments]
-    if arguments[0] != "perplexity" and "-o" not in arguments:
+    if arguments[0] in ("quantize", "import") and "-o" not in arguments:
         arguments += ["-o", tmp_path / "out"]
     done = subprocess.run(
         [sys.executable, "-c", IMPORTED, *map(str, arguments)],

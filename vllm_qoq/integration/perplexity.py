@@ -55,7 +55,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         disable_log_stats=True,
         **engine,
     )
-    result = perplexity(llm, args.text.read_text(), tokens_per_window)
+    result = perplexity(llm, args.text.read_text(encoding="utf-8"), tokens_per_window)
     result |= {
         "checkpoint": str(args.checkpoint),
         "text": str(args.text),
