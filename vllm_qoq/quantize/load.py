@@ -15,6 +15,7 @@ import torch
 
 from merge_tools.progress import Progress
 from vllm_qoq.checkpoint import CODE_KEYS, CONFIG, Checkpoint, TensorInfo
+from vllm_qoq.errors import reason
 from vllm_qoq.format import SECTION
 from vllm_qoq.importer.expected import CONSTANT, EMBEDDING, HEAD
 from vllm_qoq.quantize import QuantizeError
@@ -25,7 +26,6 @@ _UNUSED_KEYS = CODE_KEYS | {
     *("attn_implementation", "_attn_implementation", "experts_implementation"),
 }
 _CHUNK_VALUES = 4 << 20
-_LONGEST = 300
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -172,6 +172,4 @@ def _refusing(what: str, remedy: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, MemoryError, QuantizeError):
         raise
     except BaseException as error:  # the panics of tokenizers, in Rust, are no Exceptions
-        reason = " ".join(str(error).split()) or type(error).__name__
-        short = reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]}..."
-        raise QuantizeError(f"{what}: {short}; {remedy}") from error
+        raise QuantizeError(f"{what}: {reason(error)}; {remedy}") from error
