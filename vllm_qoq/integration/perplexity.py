@@ -54,9 +54,12 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
             enable_prefix_caching=False,
             enforce_eager=args.enforce_eager,
             dtype=args.dtype,
+            trust_remote_code=False,
             disable_log_stats=True,
             **engine,
         )
+    except UserError:
+        raise
     except Exception as error:  # of vLLM, which has its own and pydantic's, or a process that died
         raise UserError(
             f"{args.checkpoint}: vLLM did not start: {reason(error)}; its log above says more, "
