@@ -20,6 +20,7 @@ from vllm_qoq import cli, errors
 from vllm_qoq.checkpoint import Checkpoint
 from vllm_qoq.errors import UserError
 from vllm_qoq.quantize.inputs import check_inputs
+from vllm_qoq.quantize.load import load_model
 from vllm_qoq.quantize.options import Options
 from vllm_qoq.quantize.plan import Job, make_plan
 
@@ -329,11 +330,12 @@ def test_what_is_harmless_is_taken(model, job, change):
     change(model)
     plan = make_plan(job, Options(samples=1, seqlen=16))
     assert len(plan.linears) == 14 and len(plan.samples) == 1
+    loaded, stored = load_model(model), load_file(model / "model.safetensors")
+    head = stored.get(HEAD, stored[EMBEDDING])
+    assert loaded.lm_head.weight.dtype == head.dtype and torch.equal(loaded.lm_head.weight, head)
 
 
 def test_transformers_gets_the_weights_that_were_checked_and_no_others(model):
-    from vllm_qoq.quantize.load import load_model
-
     expected = load_file(model / "model.safetensors")
     with_value(NORM, 7.0)(model)
     shutil.move(model / "model.safetensors", model / "shard.safetensors")
