@@ -146,8 +146,8 @@ def test_a_null_quantization_config_is_none(tmp_path):
     ("path", "message"),
     [
         ("org/Llama-3.1-8B", "run `hf download org/Llama-3.1-8B --local-dir Llama-3.1-8B` and"),
-        ("/typo/model", "no such folder; give"),
-        (str(DATA / "heldout.txt"), "not a folder"),
+        ("/typo/model", "not a folder, nothing is there; give"),
+        (str(DATA / "heldout.txt"), "not a folder; give the folder that has config.json"),
     ],
 )
 def test_what_is_no_folder_is_refused_with_the_way_to_one(path, message):

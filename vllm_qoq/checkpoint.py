@@ -56,7 +56,7 @@ CODE_KEYS = frozenset({"auto_map", "transformers_weights"})
 """Keys of a config.json that name code or weights beside it, and do not go into an output."""
 
 _CONFIG_BYTES = 16 << 20
-_INDEX_BYTES = 256 << 20
+_INDEX_BYTES = 32 << 20
 _JSON_DEPTH = 64
 _JSON_REMEDY = "mend the file, or download or write it again"
 _MOST_TENSORS = 1 << 19
@@ -187,10 +187,12 @@ def require_folder(path: Path) -> None:
         raise FormatError(f"{path}: not a folder; give the folder that has {CONFIG} in it")
     if _HUB_NAME.fullmatch(str(path)) and not path.parent.exists():
         raise FormatError(
-            f"{path}: no such folder; if you mean the model of that name on the Hugging Face Hub, "
+            f"{path}: not a folder; if you mean the model of that name on the Hugging Face Hub, "
             f"run `hf download {path} --local-dir {path.name}` and give {path.name}"
         )
-    raise FormatError(f"{path}: no such folder; give the folder of a Hugging Face checkpoint")
+    raise FormatError(
+        f"{path}: not a folder, nothing is there; give the folder of a Hugging Face checkpoint"
+    )
 
 
 def weights_entry(path: Path) -> str:

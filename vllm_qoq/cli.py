@@ -17,26 +17,12 @@ from vllm_qoq.importer import cli as import_cli
 from vllm_qoq.quantize import cli as quantize_cli
 from vllm_qoq.tune import cli as tune_cli
 
-_USAGE = 2
+_DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 
 
 def main() -> int:
     """Parse the command line and run the command; the result is the exit code."""
-    if not output.are_open():
-        return _USAGE  # there is nobody to tell
-    for argument in sys.argv:
-        try:
-            argument.encode()
-        except UnicodeEncodeError:
-            print(f"error: {argument}: is not UTF-8; rename that file or folder", file=sys.stderr)
-            return _USAGE
-    try:
-        code = merge_cli.run(_parser().parse_args(kebab_case(sys.argv[1:])))
-    except SystemExit:  # argparse, after --help, --version or a usage error
-        if not output.is_written():
-            return _USAGE
-        raise
-    return code if output.is_written(is_refused=code == _USAGE) else _USAGE
+    return output.guarded(lambda: merge_cli.run(_parser().parse_args(kebab_case(sys.argv[1:]))))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,7 +58,9 @@ def _add_perplexity(commands: argparse._SubParsersAction[argparse.ArgumentParser
     parser.add_argument(
         "--kv-bits", type=int, choices=(4, 8, 16), help="KV cache (default: the checkpoint's)"
     )
-    parser.add_argument("--dtype", default="auto", help="vLLM's --dtype (default: auto)")
+    parser.add_argument(
+        "--dtype", default="auto", choices=_DTYPES, help="vLLM's --dtype (default: auto)"
+    )
     parser.add_argument("--enforce-eager", action="store_true", help="start faster, run slower")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -101,6 +89,12 @@ def _check_perplexity(args: argparse.Namespace) -> None:
     from vllm_qoq.text_file import check_text
 
     check_text("--text", args.text)
+    size = args.text.stat().st_size
+    if size + 1 < args.seqlen:  # no token is shorter than a byte; some have a space before it
+        raise FormatError(
+            f"--text {args.text}: {size} bytes, fewer than one window of {args.seqlen} tokens; "
+            "give a longer text or a smaller --seqlen"
+        )
     folder = Path(args.checkpoint)
     if not folder.is_dir():
         if args.checkpoint.count("/") != 1 or folder.exists() or folder.parent.exists():

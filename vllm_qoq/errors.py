@@ -5,10 +5,22 @@ from __future__ import annotations
 import reprlib
 
 _LONGEST = 100
+_LONGEST_REASON = 300
 
 
 class UserError(ValueError):
-    """Something that was asked for cannot be done. The message says why, and what to do instead."""
+    """Something that was asked for cannot be done. The message says why, and what to do instead.
+
+    Names come out of untrusted files, so what a terminal would obey is escaped.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with control characters and the like as escape sequences."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shown(value: object) -> str:
@@ -18,3 +30,9 @@ def shown(value: object) -> str:
     short.maxlevel = 3
     text = short.repr(value)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def reason(error: BaseException) -> str:
+    """What a library's error says, on one line of at most 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _LONGEST_REASON else f"{text[: _LONGEST_REASON - 3]}..."

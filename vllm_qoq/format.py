@@ -77,6 +77,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vllm_qoq.errors import UserError
+from vllm_qoq.errors import printable as printable
 from vllm_qoq.kv_config import KVCache
 from vllm_qoq.routing import MOST_RULES, Routing, RoutingError, one_line
 
@@ -103,13 +104,7 @@ _RESERVED = frozenset(
 
 
 class FormatError(UserError):
-    """A checkpoint that breaks the contract. The message names file, tensor or key.
-
-    Names come out of untrusted files, so what a terminal would obey is escaped.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+    """A checkpoint that breaks the contract. The message names file, tensor or key."""
 
 
 class QoQSet(BaseModel):
@@ -283,11 +278,6 @@ def _check_base(name: str, base: str, sets: Mapping[str, Mapping[str, Any]]) -> 
         raise ValueError(
             f"set {name!r} has the base {base!r}, which is no {QOQ_LINEAR} set with groups"
         )
-
-
-def printable(text: str) -> str:
-    """`text` on one line, with control characters and the like as escape sequences."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def check_set_name(name: str) -> None:

@@ -77,8 +77,8 @@ def check_inputs(job: Job) -> Inputs:
 
 def dtype_name(config: Mapping[str, Any]) -> str | None:
     """The dtype in which config.json runs the model, by torch's name; None where it is silent."""
-    value = config.get("dtype", config.get("torch_dtype"))
-    return value.removeprefix("torch.") if isinstance(value, str) else None
+    value = config.get("dtype") or config.get("torch_dtype")
+    return value if isinstance(value, str) else None
 
 
 def _check_dtype(config: Mapping[str, Any]) -> None:

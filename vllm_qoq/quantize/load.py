@@ -15,6 +15,7 @@ import torch
 
 from merge_tools.progress import Progress
 from vllm_qoq.checkpoint import CODE_KEYS, CONFIG, Checkpoint, TensorInfo
+from vllm_qoq.errors import reason
 from vllm_qoq.format import SECTION
 from vllm_qoq.importer.expected import CONSTANT, EMBEDDING, HEAD
 from vllm_qoq.quantize import QuantizeError
@@ -25,18 +26,19 @@ _UNUSED_KEYS = CODE_KEYS | {
     *("attn_implementation", "_attn_implementation", "experts_implementation"),
 }
 _CHUNK_VALUES = 4 << 20
-_LONGEST = 300
 
 
-def load_tokenizer(folder: Path, rows: int) -> Any:
-    """The tokenizer of a model whose embedding has `rows` rows; QuantizeError if it is of none."""
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The model's tokenizer; QuantizeError if it is broken or another model's."""
     from transformers import AutoTokenizer
 
+    folder, config = checkpoint.path, _config(checkpoint)
+    rows, _ = checkpoint.tensors[EMBEDDING].shape
     remedy = "copy the model's tokenizer.json and tokenizer_config.json there again"
     code = "its own code (auto_map) is not run, only classes of transformers"
     with _refusing(f"{folder}: the tokenizer cannot be loaded ({code})", remedy):
         tokenizer: Any = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
+            folder, config=config, trust_remote_code=False, local_files_only=True
         )
         last = max(tokenizer.get_vocab().values(), default=-1)
     if last >= rows:
@@ -120,6 +122,7 @@ def load_model(folder: Path) -> Any:
                 f"{folder}: {what.replace('_', ' ')}: {sorted(map(str, names))[0]}; download the "
                 "model again"
             )
+    model.config.name_or_path = str(folder)  # where llmcompressor looks at config.json
     return model.eval()
 
 
@@ -169,6 +172,4 @@ def _refusing(what: str, remedy: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, MemoryError, QuantizeError):
         raise
     except BaseException as error:  # the panics of tokenizers, in Rust, are no Exceptions
-        reason = " ".join(str(error).split()) or type(error).__name__
-        short = reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]}..."
-        raise QuantizeError(f"{what}: {short}; {remedy}") from error
+        raise QuantizeError(f"{what}: {reason(error)}; {remedy}") from error

@@ -88,13 +88,12 @@ def make_plan(job: Job, options: Options) -> Plan:
 
     from vllm_qoq.quantize import load
 
-    rows, _ = checkpoint.tensors[f"{arch.embedding}.weight"].shape
-    tokenizer = load.load_tokenizer(job.model, rows)
+    load.check_model(checkpoint)
+    tokenizer = load.load_tokenizer(checkpoint)
     windows = []
     if job.eval_text is not None:
         windows = pieces(job.eval_text, tokenizer, options.seqlen, None)
     samples = pieces(job.text, tokenizer, options.seqlen, options.samples)
-    load.check_model(checkpoint)
     load.check_values(checkpoint, Progress(job.quiet))
     hessians = 4 * sum(k * k for _, k in linears) // shape.layers
     return Plan(
