@@ -62,17 +62,26 @@ def surplus_biases(weights: WeightSet) -> list[str]:
 
     GPTQ tools write one into every layer.
     """
-    if not is_known(weights):
+    tensors = _expected(weights)
+    if tensors is None:
         return []
-    tensors = expected_tensors(weights.checkpoint.config)
     return [name for name in weights.tensors if _is_surplus_bias(name, tensors)]
 
 
 def has_tied_copy(weights: WeightSet) -> bool:
     """Whether the embedding is the lm_head, too, and the set has one all the same."""
-    if not is_known(weights) or HEAD not in weights.tensors or EMBEDDING not in weights.tensors:
+    if HEAD not in weights.tensors or EMBEDDING not in weights.tensors:
         return False
-    return HEAD in expected_tensors(weights.checkpoint.config).optional
+    tensors = _expected(weights)
+    return tensors is not None and HEAD in tensors.optional
+
+
+def _expected(weights: WeightSet) -> ExpectedTensors | None:
+    """None where not every tensor is known, or `findings` says what is wrong with the config."""
+    try:
+        return expected_tensors(weights.checkpoint.config)
+    except FormatError:
+        return None
 
 
 def _present_layers(weights: WeightSet) -> set[int]:

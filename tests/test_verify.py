@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from qoq_checkpoints import write_checkpoint, write_nested
+from qoq_checkpoints import PER_CHANNEL, write_checkpoint, write_nested, write_plain
 from safetensors.torch import load_file, save_file
 
 from merge_tools import inspect, verify
@@ -213,8 +213,6 @@ def test_inspect_shows_the_bits_of_kv_cache_and_head(command, sound, tmp_path):
 
 
 def test_files_of_other_sets_come_along_and_code_and_links_do_not(command, tiny_model, tmp_path):
-    from qoq_checkpoints import PER_CHANNEL, write_plain
-
     a = write_plain(tiny_model, tmp_path / "a")
     b = write_plain(tiny_model, tmp_path / "b", PER_CHANNEL)
     c = write_plain(tiny_model, tmp_path / "c")
