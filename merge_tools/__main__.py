@@ -5,13 +5,14 @@ import sys
 
 from merge_tools.cli import add_parsers, run
 from merge_tools.spelling import kebab_case
+from vllm_qoq.output import guarded
 
 
 def main() -> int:
     """Parse the command line and run the command."""
     parser = argparse.ArgumentParser(prog="merge_tools", description="Merge quantized checkpoints.")
     add_parsers(parser.add_subparsers(required=True, metavar="COMMAND"))
-    return run(parser.parse_args(kebab_case(sys.argv[1:])))
+    return guarded(lambda: run(parser.parse_args(kebab_case(sys.argv[1:]))))
 
 
 if __name__ == "__main__":

@@ -7,15 +7,26 @@ Heavy modules are imported by the handlers, so that --help answers at once.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import math
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
+_REMEDIES = {
+    errno.ENOSPC: "make room there or choose another disk",
+    errno.EDQUOT: "make room in your quota or choose another disk",
+    errno.EFBIG: "lower --max-shard-size, or raise the limit (ulimit -f)",
+    errno.EACCES: "get the right to it or choose another place",
+    errno.EROFS: "choose another place",
+}
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _ROUTING_BYTES = 1 << 20
+# Findings of `verify` that are printed, and that --json has: a lost file brings thousands.
+_SHOWN, _MOST = 20, 1000
 # examples/nested_16m.md
 MAX_CLIPPED = 0.1
 MAX_CLIPPED_HELP = f"of a layer's weights that nesting may clip (default: {MAX_CLIPPED})"
@@ -25,7 +36,9 @@ def add_parsers(commands: Any) -> None:
     """Add the three commands to the result of `ArgumentParser.add_subparsers`."""
     merge = commands.add_parser("merge", help="merge finished checkpoints of one model into one")
     merge.add_argument("sources", nargs="+", metavar="NAME=DIR", help="a set and its checkpoint")
-    merge.add_argument("-o", "--output", type=Path, required=True, metavar="OUT")
+    merge.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="OUT", help="folder to make"
+    )
     merge.add_argument("--prefill", metavar="NAME", help="set for prompts (default: the first)")
     merge.add_argument(
         "--decode",
@@ -51,7 +64,13 @@ def add_parsers(commands: Any) -> None:
         choices=("bfloat16", "float16"),
         help="in which all sets run (default: what they say; bfloat16 where they differ)",
     )
-    merge.add_argument("--max-shard-size", default="5GB", type=size, metavar="SIZE")
+    merge.add_argument(
+        "--max-shard-size",
+        default="5GB",
+        type=size,
+        metavar="SIZE",
+        help="of a file with weights, for example 500MB (default: 5GB)",
+    )
     merge.add_argument("--dry-run", action="store_true", help="check and show the plan, then stop")
     merge.add_argument("--overwrite", action="store_true", help="replace OUT once done")
     merge.add_argument("--no-model-card", action="store_true", help="write no README.md")
@@ -73,11 +92,23 @@ def run(args: argparse.Namespace) -> int:
     except (UserError, EngineError, OSError) as error:
         if args.debug:
             raise
-        print(f"error: {_printable(str(error))}", file=sys.stderr)
+        print(f"error: {_printable(_message(error))}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was left behind", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # this is the end, also for a second one
+        state = str(interrupt)
+        print(f"interrupted{'; ' if state else ''}{_printable(state)}", file=sys.stderr)
         return 130
+
+
+def _message(error: Exception) -> str:
+    """What to tell of an error; of the system's, with the file and what to do."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return str(error)
+    files = " -> ".join(str(file) for file in (error.filename, error.filename2) if file is not None)
+    remedy = _REMEDIES.get(error.errno)
+    text = f"{files}: {error.strerror}" if files else str(error.strerror)
+    return f"{text}; {remedy}" if remedy else text
 
 
 def _common(parser: argparse.ArgumentParser, handler: Any) -> None:
@@ -115,6 +146,8 @@ def _merge(args: argparse.Namespace) -> int:
     preflight.check_output(args.output, folders.values(), args.overwrite)
     sources = {source.name: source for source in open_sources(folders, takes_floats=args.nest)}
     prefill, progress = sources[routing.prefill], Progress(args.quiet or args.json)
+    for source in sources.values():
+        source.checkpoint.check_links()
     several = compatible.has_several_dtypes(list(sources.values()))
     dtype = compatible.choose_dtype(list(sources.values()), prefill, args.dtype)
     left_out = []
@@ -126,6 +159,7 @@ def _merge(args: argparse.Namespace) -> int:
     left_out += found_unused
     prefill = sources[routing.prefill]
     compatible.check(list(sources.values()), prefill)
+    execute.side_files_of(sources, prefill.name)
     nested = nest.pair(list(sources.values())) if args.nest else None
     rules.check(routing, frozenset().union(*(source.quantized for source in sources.values())))
     found = survey(list(sources.values()), prefill, progress, compatible.stored_name(dtype))
@@ -163,6 +197,8 @@ def _check_values(sources: list[Any], progress: Any) -> None:
             for info in source.tensors.values():
                 values.check(source.checkpoint, info)
                 advance(info.nbytes)
+    for source in sources:
+        values.check_set(source)
 
 
 def _check_kv(kv_basis: Any, prefill: Any, source: Any) -> None:
@@ -268,15 +304,25 @@ def _verify(args: argparse.Namespace) -> int:
     findings = verify.structure(args.checkpoint)
     findings += verify.contents(args.checkpoint, Progress(args.quiet or args.json))
     limits = {} if findings else verify.limits(args.checkpoint)
+    notes = verify.notes(args.checkpoint)
     if args.json:
-        report = {"checkpoint": str(args.checkpoint), "findings": findings}
-        print(json.dumps(report | ({"limit_shares": limits} if limits else {})))
+        report: dict[str, Any] = {"checkpoint": str(args.checkpoint), "findings": findings[:_MOST]}
+        if len(findings) > _MOST:
+            report["more_findings"] = len(findings) - _MOST
+        report |= {"limit_shares": limits} if limits else {}
+        report |= {"notes": notes} if notes else {}
+        print(json.dumps(report))
     else:
-        for finding in findings:
+        for finding in findings[:_SHOWN]:
             print(_printable(finding))
+        if len(findings) > _SHOWN:
+            print(f"and {len(findings) - _SHOWN} more")
         for name, share in limits.items():
             print(f"set {name}: at most {share:.2%} of the weights are clipped by their residual")
-        print(f"{args.checkpoint}: " + (f"{len(findings)} findings" if findings else "verified"))
+        for note in notes:
+            print(f"note: {_printable(note)}")
+        verdict = f"{len(findings)} findings" if findings else "verified"
+        print(f"{_printable(str(args.checkpoint))}: {verdict}")
     return 1 if findings else 0
 
 

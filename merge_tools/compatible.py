@@ -9,7 +9,7 @@ from typing import Any
 from merge_tools import MergeError
 from merge_tools.meaning import default, normal
 from merge_tools.sources import WeightSet
-from vllm_qoq.checkpoint import CONFIG, read_json
+from vllm_qoq.checkpoint import CODE_KEYS, CONFIG, read_json
 from vllm_qoq.format import SECTION, Section
 
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -77,7 +77,7 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 def merged_config(prefill: WeightSet, section: Section, dtype: str | None) -> dict[str, Any]:
     """The `config.json` of the output: the prefill set's, with one section and one dtype."""
-    config = dict(prefill.checkpoint.config)
+    config = {k: v for k, v in prefill.checkpoint.config.items() if k not in CODE_KEYS}
     config.pop("compression_config", None)
     text = config.get("text_config")
     if isinstance(text, dict) and SECTION in text:

@@ -1,18 +1,18 @@
 """Is anything missing from a set, as far as headers tell? vLLM itself does not notice.
 
 Three views, because no single one sees every loss: the tensors of one layer must
-fit together (`layout`), the decoder layers must look alike, and a model of a known
-architecture must have every layer that it runs.
+fit together (`layout`), the decoder layers must look alike, and all must be as
+`config.json` says (`sizes`).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from typing import Any
 
-from merge_tools import served
-from merge_tools.architectures import architecture, split_decoder, text_config
+from merge_tools import served, sizes
+from merge_tools.architectures import split_decoder, text_config
+from merge_tools.expected import MOST_LAYERS
 from merge_tools.layout import weight_args
 from merge_tools.sources import WeightSet
 from vllm_qoq.checkpoint import CONFIG
@@ -23,10 +23,11 @@ _REMEDY = "download or quantize the model again"
 
 def findings(weights: WeightSet) -> Iterator[str]:
     """What is missing or malformed, one line each; nothing for a complete set."""
-    yield from _outside_decoder(weights)
+    yield from sizes.findings(weights)
     yield from served.findings(weights)
     yield from _malformed_layers(weights)
-    yield from _missing_modules(weights)
+    if not sizes.is_known(weights):
+        yield from _missing_modules(weights)
     yield from _unlike_layers(weights)
 
 
@@ -50,43 +51,24 @@ def _malformed_layers(weights: WeightSet) -> Iterator[str]:
             yield str(error)
 
 
-def _outside_decoder(weights: WeightSet) -> Iterator[str]:
-    config = weights.checkpoint.config
-    known = architecture(config)
-    if known is None:
-        return
-    needed = list(known.outside)
-    if not text_config(config).get("tie_word_embeddings", False):
-        needed.append("lm_head")
-    for module in needed:
-        if "weight" not in weights.layers.get(module, {}):
-            yield f"{module}.weight: missing; {_REMEDY}"
-
-
 def _missing_modules(weights: WeightSet) -> Iterator[str]:
-    """Decoder layers without a module that others have or that the architecture needs."""
+    """Decoder layers without a module that others have, or without anything."""
     count = text_config(weights.checkpoint.config).get("num_hidden_layers")
-    if not isinstance(count, int) or isinstance(count, bool) or not 0 < count < 100_000:
-        yield f"{CONFIG}: num_hidden_layers: {count!r} is not a number of layers"
+    if not isinstance(count, int) or isinstance(count, bool) or not 0 < count <= MOST_LAYERS:
+        yield f"{CONFIG}: num_hidden_layers: {count!r} is not a number from 1 to {MOST_LAYERS}"
         return
-    known = architecture(weights.checkpoint.config)
     for prefix, indices in _decoders(weights.layers).items():
         extra = sorted(i for i in indices if i >= count)
         if extra:
             yield f"{prefix}{extra[0]}: is beyond num_hidden_layers = {count} of {CONFIG}"
-        kinds = _layer_types(weights, count)
-        for kind in set(kinds):
-            alike = [i for i in range(count) if kinds[i] == kind]
-            needed = set(known.layers) if known else set()
-            needed |= set().union(*(indices.get(i, set()) for i in alike))
+        for alike in _kinds(weights, count):
+            needed = set().union(*(indices.get(i, set()) for i in alike))
             for i in alike:
                 if i not in indices:
                     yield f"{prefix}{i}: has no tensors at all; {_REMEDY}"
                     continue
                 for module in sorted(needed - indices[i]):
                     yield f"{prefix}{i}.{module}: missing, other layers have it; {_REMEDY}"
-    if known and not _decoders(weights.layers):
-        yield f"model.layers.0: has no tensors at all; {_REMEDY}"
 
 
 def _decoders(layers: Iterable[str]) -> dict[str, dict[int, set[str]]]:
@@ -102,14 +84,15 @@ def _decoders(layers: Iterable[str]) -> dict[str, dict[int, set[str]]]:
     return found
 
 
-def _layer_types(weights: WeightSet, count: int) -> list[Any]:
-    """What kind each decoder layer is: hybrid models mix kinds with different modules."""
+def _kinds(weights: WeightSet, count: int) -> Iterable[list[int]]:
+    """The decoder layers of each kind: hybrid models mix kinds with different modules."""
     types = text_config(weights.checkpoint.config).get("layer_types")
-    if architecture(weights.checkpoint.config) is None and isinstance(types, list):
-        names = [str(item) for item in types]
-        if len(names) == count:
-            return names
-    return [None] * count
+    if not isinstance(types, list) or len(types) != count:
+        return [list(range(count))]
+    kinds: dict[str, list[int]] = defaultdict(list)
+    for index, kind in enumerate(types):
+        kinds[str(kind)].append(index)
+    return kinds.values()
 
 
 def _unlike_layers(weights: WeightSet) -> Iterator[str]:

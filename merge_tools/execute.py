@@ -1,32 +1,30 @@
 """Carry out a plan: stream the tensors into a hidden folder, verify it, rename it.
 
-The output is absent or complete. A folder that a killed process left behind is
-removed by the next merge into the same place. Inputs are only read.
+The output is absent or complete (`replace`). Inputs are only read.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import signal
+import filecmp
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from merge_tools import MergeError, card, compatible, nest, verify
+from merge_tools import MergeError, card, compatible, nest, ours, verify
 from merge_tools.norms import ratio
 from merge_tools.plan import Plan, Planned
 from merge_tools.progress import Progress
+from merge_tools.replace import replacing
 from merge_tools.sources import WeightSet
 from merge_tools.survey import torch_dtype
 from merge_tools.writer import copy_file, sync_folder, write_bytes, write_json, write_shard
-from vllm_qoq.checkpoint import CONFIG, INDEX, TensorInfo
+from vllm_qoq.checkpoint import CONFIG, INDEX, TensorInfo, side_files
 from vllm_qoq.format import Section
 
 _PIECE_BYTES = 16 << 20
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 _README, _RECIPE = "README.md", "recipe.yaml"
+# Of a checkpoint of ours that was an input of something before, and not true of this one.
+_OURS = frozenset({"quantization_report.json", "qoq_tune.json"})
 
 
 def execute(
@@ -43,14 +41,14 @@ def execute(
 
     MergeError, FormatError or OSError leave nothing behind.
     """
-    with replacing(out, overwrite) as folder:
+    with replacing(out, overwrite, ours.foreign) as folder:
         with progress.stage("write", plan.total_bytes) as advance:
             for file, shard in plan.shards.items():
                 _write(folder / file, shard, sources, plan, advance)
         config = compatible.merged_config(sources[plan.prefill], section, plan.dtype)
         write_json(folder / INDEX, plan.index())
         write_json(folder / CONFIG, config)
-        _copy_other_files(folder, sources, plan.prefill)
+        _copy_side_files(folder, sources, plan.prefill)
         if model_card:
             sizes = {owner: plan.bytes_of(owner) for owner in (None, *plan.sets)}
             inputs = [source.checkpoint.path for source in sources.values()]
@@ -97,77 +95,36 @@ def _uint8() -> Any:
     return torch.uint8
 
 
-def _copy_other_files(folder: Path, sources: Mapping[str, WeightSet], prefill: str) -> None:
-    """Tokenizer, generation config, licence, remote code: all but weights, once."""
-    for item in sorted(sources[prefill].checkpoint.path.iterdir()):
-        is_ours = item.name in (CONFIG, _README, _RECIPE) or item.name.startswith(".")
-        if item.is_file() and not is_ours and not item.name.endswith(_WEIGHTS):
-            copy_file(item, folder / item.name)
-    for name, source in sources.items():
-        recipe = source.checkpoint.path / _RECIPE
+def _copy_side_files(folder: Path, sources: Mapping[str, WeightSet], prefill: str) -> None:
+    """Tokenizer, chat templates, generation config, licence: what `side_files` chooses."""
+    for file, source in side_files_of(sources, prefill).items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        copy_file(source / file, folder / file)
+    for name, weights in sources.items():
+        recipe = weights.checkpoint.path / _RECIPE
         if recipe.is_file():
             copy_file(recipe, folder / f"recipe-{name}.yaml")
 
 
-@contextmanager
-def replacing(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A hidden sibling of `out` to write into, which becomes `out` at the end."""
-    out = out.resolve()
-    _remove_leftovers(out)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    old = out.with_name(f".{out.name}.replaced-{os.getpid()}")
-    with _terminable():
-        try:
-            partial.mkdir()
-            yield partial
-            if out.exists():
-                if not overwrite:
-                    raise MergeError(f"{out}: appeared in the meantime; choose another folder")
-                out.rename(old)
-            try:
-                partial.rename(out)
-            except OSError:
-                if old.exists():
-                    old.rename(out)
-                raise
-            sync_folder(out.parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+def side_files_of(sources: Mapping[str, WeightSet], prefill: str) -> dict[Path, Path]:
+    """File of the output, relative -> the input folder that it comes from.
 
-
-def _remove_leftovers(out: Path) -> None:
-    """Clear what a killed merge left, and bring an output back that it had moved aside."""
-    for kind in ("partial", "replaced"):
-        for left in out.parent.glob(f".{out.name}.{kind}-*"):
-            process = left.name.rpartition("-")[2]
-            if not process.isdecimal() or _is_alive(int(process)):
+    The prefill set's come first; what only another set has is kept, too. MergeError where two
+    other sets have different files of one name, and the prefill set has none.
+    """
+    found: dict[Path, Path] = {}
+    order = [prefill, *(name for name in sources if name != prefill)]
+    for name in order:
+        folder = sources[name].checkpoint.path
+        for file in side_files(folder):
+            if str(file) == _RECIPE or str(file) in _OURS:
                 continue
-            if kind == "replaced" and not out.exists():
-                left.rename(out)
-            else:
-                shutil.rmtree(left)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return process != os.getpid()
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM clean up like Ctrl-C."""
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+            before = found.setdefault(file, folder)
+            if before in (folder, sources[prefill].checkpoint.path):
+                continue
+            if not filecmp.cmp(before / file, folder / file, shallow=False):
+                raise MergeError(
+                    f"{file}: differs between {before} and {folder}, and {prefill} has none; "
+                    f"copy the right one into {sources[prefill].checkpoint.path}"
+                )
+    return found

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from merge_tools.expected import HEAD
 from merge_tools.progress import human_bytes
 from merge_tools.sources import WeightSet
 from merge_tools.tensor_parallel import obstacles
 from merge_tools.verify import open_merged
-from vllm_qoq.format import INPUT_RATIO, printable, split_layer
+from vllm_qoq.checkpoint import ITEM_BYTES, Checkpoint
+from vllm_qoq.format import INPUT_RATIO, KVSection, Section, printable, split_layer
+
+_SHOWN = 20
+"""Layer rules that people see."""
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """Sets, bytes and routing as one JSON object; no tensor is read."""
+    """Sets, bytes, routing and KV cache as one JSON object; no tensor is read."""
     checkpoint, section, sets = open_merged(folder)
-    report = {weights.name: _set(weights) for weights in sets}
+    has_sets = isinstance(section, Section)
+    stream = section.stream if isinstance(section, Section) else None
+    report = {weights.name: _set(weights) for weights in sets if has_sets}
     own = sum(entry["bytes"] for entry in report.values())
     return {
         "checkpoint": str(folder),
@@ -24,40 +31,75 @@ def describe(folder: Path) -> dict[str, Any]:
         "sets": report,
         "shared_bytes": checkpoint.total_bytes - own,
         "total_bytes": checkpoint.total_bytes,
-        "routing": section.routing.to_json(),
-        **({"stream": section.stream.model_dump()} if section.stream is not None else {}),
+        "routing": section.routing.to_json() if isinstance(section, Section) else None,
+        "kv_cache": section.kv_cache.to_json() if section.kv_cache is not None else None,
+        "lm_head": {"bits": _head_bits(checkpoint, section)},
+        **({"stream": stream.model_dump()} if stream is not None else {}),
         "tensor_parallel": _tensor_parallel(checkpoint.config, sets),
     }
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report for people."""
-    lines = [f"{report['checkpoint']}  {', '.join(report['architectures'] or ['?'])}"]
+    """The report for people, without what a terminal would obey."""
+    return "\n".join(map(printable, _lines(report)))
+
+
+def _lines(report: dict[str, Any]) -> Iterator[str]:
+    names = report["architectures"]
+    names = names if isinstance(names, list) and names else ["?"]
+    yield f"{report['checkpoint']}  {', '.join(map(str, names))}"
     for name, entry in report["sets"].items():
-        lines.append(
+        yield (
             f"  {name:10} {entry['method']:20} {human_bytes(entry['bytes']):>10}  "
             f"{entry['bits_per_weight']:.2f} bits a weight in {entry['layers']} layers"
             + (_with_base(entry) if "base" in entry else "")
             + (f", {entry['input_ratios']} with input_ratio" if entry["input_ratios"] else "")
         )
-    lines.append(f"  {'shared':31} {human_bytes(report['shared_bytes']):>10}")
-    lines.append(f"  {'total':31} {human_bytes(report['total_bytes']):>10}")
+    if report["sets"]:
+        yield f"  {'shared':31} {human_bytes(report['shared_bytes']):>10}"
+    yield f"  {'total':31} {human_bytes(report['total_bytes']):>10}"
+    yield from _kv_cache(report["kv_cache"])
     if "stream" in report:
-        lines.append(f"residual stream: rotated, rotation {report['stream']['rotation']}")
-    routing = report["routing"]
-    lines += _phases(routing)
+        yield f"residual stream: rotated, rotation {report['stream']['rotation']}"
+    if (bits := report["lm_head"]["bits"]) is not None:
+        yield f"lm_head: {bits} bits"
+    routing = report["routing"] or {}
+    yield from _phases(routing)
     if load := routing.get("load"):
-        lines.append(f"busy, from {load['enter']} waiting requests until {load['leave']} are left:")
-        lines += (f"  {line}" for line in _phases(load))
-    for rule in routing.get("layers", []):
-        lines.append(
-            f"layers {rule['match']}: { ({k: v for k, v in rule.items() if k != 'match'}) }"
-        )
+        yield f"busy, from {load['enter']} waiting requests until {load['leave']} are left:"
+        yield from (f"  {line}" for line in _phases(load))
+    rules = routing.get("layers", [])
+    for rule in rules[:_SHOWN]:
+        yield f"layers {rule['match']}: { ({k: v for k, v in rule.items() if k != 'match'}) }"
+    yield from _more(rules)
     parallel = report["tensor_parallel"]
-    lines.append(f"--tensor-parallel-size: {', '.join(map(str, parallel['sizes']))}")
+    yield f"--tensor-parallel-size: {', '.join(map(str, parallel['sizes']))}"
     for size, reason in list(parallel["refused"].items())[:1]:
-        lines.append(f"  not {size}: {printable(reason)}")
-    return "\n".join(lines)
+        yield f"  not {size}: {reason}"
+
+
+def _kv_cache(cache: Mapping[str, Any] | None) -> Iterator[str]:
+    if cache is None:
+        yield "KV cache: 16 bits, none is asked for"
+        return
+    rotated = ", keys rotated" if cache.get("hadamard") else ""
+    yield f"KV cache: {cache['bits']} bits{rotated}"
+    rules = cache.get("layers", [])
+    yield from (f"  layers {rule['match']}: {rule['bits']} bits" for rule in rules[:_SHOWN])
+    yield from _more(rules)
+
+
+def _more(rules: Sequence[Any]) -> Iterator[str]:
+    if len(rules) > _SHOWN:
+        yield f"  and {len(rules) - _SHOWN} more rules"
+
+
+def _head_bits(checkpoint: Checkpoint, section: Section | KVSection) -> int | None:
+    """Bits of a weight of the lm_head, None where the embedding is the lm_head."""
+    if isinstance(section, Section) and section.lm_head is not None:
+        return section.lm_head.bits
+    info = checkpoint.tensors.get(HEAD)
+    return 8 * ITEM_BYTES[info.dtype] if info is not None else None
 
 
 def _phases(table: Mapping[str, Any]) -> Iterator[str]:

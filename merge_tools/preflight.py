@@ -7,26 +7,54 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from merge_tools import MergeError
+from merge_tools import MergeError, ours
 from merge_tools.progress import human_bytes
+from merge_tools.replace import Foreign, is_name_short, recover
+
+_REMEDY = "choose another output folder"
 
 
-def check_output(out: Path, inputs: Iterable[Path], overwrite: bool) -> None:
-    """Raise MergeError unless `out` may be created beside, not over, the inputs."""
+def check_output(
+    out: Path, inputs: Iterable[Path], overwrite: bool, foreign: Foreign = ours.foreign
+) -> None:
+    """Raise MergeError unless `out` may be created beside, not over, the inputs.
+
+    foreign  tells why a folder that exists may not be replaced
+
+    An old output that a killed run had moved aside gets its name back first.
+    """
+    try:
+        str(out).encode()
+    except UnicodeEncodeError:
+        raise MergeError(f"{out}: is not UTF-8; {_REMEDY}") from None
     target = out.resolve()
+    here = Path.cwd()
+    if target == here or target in here.parents:
+        raise MergeError(f"{out}: holds the current folder; name a folder to create in it")
     for folder in inputs:
         source = folder.resolve()
         if target == source or source in target.parents or target in source.parents:
-            raise MergeError(f"{out}: overlaps the input {folder}; choose another output folder")
-    if out.exists() and not overwrite:
-        raise MergeError(f"{out}: exists already; choose another folder or add --overwrite")
-    if out.exists() and not out.is_dir():
-        raise MergeError(f"{out}: is not a folder; choose another output")
+            raise MergeError(f"{out}: overlaps the input {folder}; {_REMEDY}")
+    if out.is_symlink():
+        raise MergeError(f"{out}: is a symbolic link to {target}; name a folder, not a link")
     parent = target.parent
     if not parent.is_dir():
         raise MergeError(f"{parent}: no such folder; create it first")
+    if not is_name_short(target):
+        raise MergeError(f"{out}: the name is too long to write beside it; {_REMEDY}")
     if not os.access(parent, os.W_OK):
-        raise MergeError(f"{parent}: not writable; choose another output folder")
+        raise MergeError(f"{parent}: not writable; {_REMEDY}")
+    recover(target)
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise MergeError(f"{out}: is not a folder; {_REMEDY}")
+    if out.is_mount():
+        raise MergeError(f"{out}: is a mount point, which cannot be replaced; name a folder in it")
+    if not overwrite:
+        raise MergeError(f"{out}: exists already; choose another folder or add --overwrite")
+    if reason := foreign(target):
+        raise MergeError(f"{out}: {reason}; --overwrite deletes only what is ours: {_REMEDY}")
 
 
 def check_space(out: Path, needed: int) -> None:

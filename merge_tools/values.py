@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from merge_tools import sizes
+from merge_tools.expected import EMBEDDING, HEAD
 from merge_tools.layout import FLOATS, FP8
 from merge_tools.sources import WeightSet
-from vllm_qoq.checkpoint import Checkpoint, TensorInfo
-from vllm_qoq.format import FormatError, split_layer
+from vllm_qoq.checkpoint import CONFIG, Checkpoint, TensorInfo
+from vllm_qoq.format import QOQ_LINEAR, QOQ_RESIDUAL, FormatError, split_layer
 
 if TYPE_CHECKING:
     import torch
 
+_REMEDY = "quantize the model again"
 _CHUNK_VALUES = 4 << 20
+_NUMBERS = FLOATS | FP8 | {"F64"}
 _SCALES = frozenset(
     {
         *("weight_scale", "weight_scale_inv", "weight_global_scale", "scales"),
@@ -24,18 +28,44 @@ _SCALES = frozenset(
 
 def finding(checkpoint: Checkpoint, info: TensorInfo) -> str | None:
     """What is wrong with the values of a tensor, or None. Reads it in chunks."""
-    if info.dtype not in FLOATS | FP8:
+    if info.dtype not in _NUMBERS:
         return None
     must_be_positive = split_layer(info.name)[1] in _SCALES
     for values in _chunks(checkpoint.get(info.name)):
         if not values.isfinite().all():
-            return f"{info.file}: {info.name}: holds NaN or infinity; quantize the model again"
+            return f"{info.file}: {info.name}: holds NaN or infinity; {_REMEDY}"
         if must_be_positive and not (values > 0).all():
-            return (
-                f"{info.file}: {info.name}: holds a scale that is not positive; "
-                "quantize the model again"
-            )
+            return f"{info.file}: {info.name}: holds a scale that is not positive; {_REMEDY}"
     return None
+
+
+def set_findings(weights: WeightSet) -> Iterator[str]:
+    """What is wrong with the values of a set beyond single tensors. Reads those that matter.
+
+    Integers out of range, biases that the model does not have, a tied lm_head of its own.
+    """
+    if weights.config.get("quant_method") in (QOQ_LINEAR, QOQ_RESIDUAL):
+        found = (layer_finding(weights, layer) for layer in sorted(weights.quantized))
+        yield from (message for message in found if message)
+    for layer in sorted(weights.quantized):
+        yield from _index_findings(weights, layer)
+    for name in sizes.surplus_biases(weights):
+        if bool(weights.get(name).any()):
+            yield (
+                f"{weights.tensors[name].file}: {weights.tensors[name].name}: is not zero, but the "
+                f"model that {CONFIG} describes has no such bias; {_REMEDY}"
+            )
+    if sizes.has_tied_copy(weights) and not _is_copy(weights, HEAD, EMBEDDING):
+        yield (
+            f"{weights.tensors[HEAD].file}: {HEAD}: differs from {EMBEDDING}, but {CONFIG} says "
+            f"tie_word_embeddings, so vLLM would not use it; remove it or mend {CONFIG}"
+        )
+
+
+def check_set(weights: WeightSet) -> None:
+    """Raise FormatError with the first finding of a set, if there is one."""
+    for message in set_findings(weights):
+        raise FormatError(f"{weights.checkpoint.path}: {message}")
 
 
 def layer_finding(weights: WeightSet, layer: str) -> str | None:
@@ -56,8 +86,34 @@ def layer_finding(weights: WeightSet, layer: str) -> str | None:
         info = weights.layers[layer].get(leaf)
         if info is None:  # the base's, and reported with it
             return None
-        return f"{info.file}: {info.name}: {problem}; quantize the model again"
+        return f"{info.file}: {info.name}: {problem}; {_REMEDY}"
     return None
+
+
+def _index_findings(weights: WeightSet, layer: str) -> Iterator[str]:
+    """Groups and sizes that a layer stores as numbers, where they point beyond its tensors."""
+    leaves = weights.layers[layer]
+    try:
+        layout = weights.describe(layer)
+    except FormatError:  # reported with the layer
+        return
+    groups = -(-layout.in_features // layout.block[1])
+    for leaf in ("g_idx", "weight_g_idx"):
+        if leaf in leaves:
+            low, high = (int(x) for x in weights.get(f"{layer}.{leaf}").aminmax())
+            if low < -1 or high >= groups:  # -1: no order
+                yield (
+                    f"{leaves[leaf].file}: {leaves[leaf].name}: names the groups {low} to {high} "
+                    f"of {groups}; {_REMEDY}"
+                )
+    if "weight_shape" in leaves and layout.method == "packed":
+        found = [int(x) for x in weights.get(f"{layer}.weight_shape")]
+        n, k = layout.out_features, layout.in_features
+        if found[0] != n or not k - 32 // layout.bits < found[1] <= k:
+            yield (
+                f"{leaves['weight_shape'].file}: {leaves['weight_shape'].name}: says {found}, but "
+                f"the weight is {[n, k]}; {_REMEDY}"
+            )
 
 
 def limit_share(weights: WeightSet) -> float:
@@ -80,6 +136,13 @@ def check(checkpoint: Checkpoint, info: TensorInfo) -> None:
     """Raise FormatError with the finding, if there is one."""
     if message := finding(checkpoint, info):
         raise FormatError(f"{checkpoint.path}: {message}")
+
+
+def _is_copy(weights: WeightSet, left: str, right: str) -> bool:
+    a, b = weights.get(left), weights.get(right)
+    return a.shape == b.shape and all(
+        bool((x == y).all()) for x, y in zip(_chunks(a), _chunks(b), strict=True)
+    )
 
 
 def _chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

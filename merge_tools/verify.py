@@ -6,28 +6,37 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from merge_tools import complete, rules, stream, values
+from merge_tools.expected import model_of
 from merge_tools.progress import Progress
 from merge_tools.sources import WeightSet
 from vllm_qoq.checkpoint import CONFIG, Checkpoint, TensorInfo
+from vllm_qoq.errors import shown
 from vllm_qoq.format import (
     INPUT_RATIO,
     INT8_HEAD_TENSORS,
     LM_HEAD,
-    QOQ_LINEAR,
-    QOQ_RESIDUAL,
+    QUANT_METHOD,
     SECTION,
     FormatError,
+    KVSection,
     Section,
     split_layer,
     split_name,
 )
 
 
-def open_merged(folder: Path) -> tuple[Checkpoint, Section, list[WeightSet]]:
-    """Open a vllm-qoq checkpoint as its sets, each with the shared tensors."""
+def open_merged(folder: Path) -> tuple[Checkpoint, Section | KVSection, list[WeightSet]]:
+    """Open a vllm-qoq checkpoint as its sets, each with the shared tensors.
+
+    A model of which only the KV cache is quantized is one set without a name.
+    """
     checkpoint = Checkpoint.open(folder)
+    raw = checkpoint.config.get(SECTION)
+    if isinstance(raw, dict) and raw.get("quant_method") == QUANT_METHOD and "sets" not in raw:
+        return checkpoint, _kv_section(raw), [WeightSet("", checkpoint, {}, checkpoint.tensors)]
     section = checkpoint.section
     if section is None:
         raise FormatError(f"{folder}: {CONFIG}: {SECTION}: this is not a vllm-qoq checkpoint")
@@ -52,6 +61,8 @@ def open_merged(folder: Path) -> tuple[Checkpoint, Section, list[WeightSet]]:
 def structure(folder: Path) -> list[str]:
     """What is wrong with names, dtypes and shapes; reads headers only."""
     checkpoint, section, sets = open_merged(folder)
+    if isinstance(section, KVSection):
+        return [f for weights in sets for f in complete.findings(weights)]
     head = _int8_head(checkpoint) if section.lm_head is not None else ()
     return [*head, *stream.structure(checkpoint, section), *_structure(section, sets)]
 
@@ -65,12 +76,29 @@ def contents(folder: Path, progress: Progress) -> list[str]:
             message = values.finding(checkpoint, info)
             found += [message] if message else []
             advance(info.nbytes)
-    found += stream.contents(checkpoint, section)
-    for weights in sets:
-        if weights.config["quant_method"] in (QOQ_LINEAR, QOQ_RESIDUAL):
-            messages = (values.layer_finding(weights, layer) for layer in sorted(weights.quantized))
-            found += [message for message in messages if message]
-    return found
+    if isinstance(section, Section):
+        found += stream.contents(checkpoint, section)
+    return found + [f for weights in sets for f in values.set_findings(weights)]
+
+
+def notes(folder: Path) -> list[str]:
+    """What could not be checked."""
+    checkpoint, _, _ = open_merged(folder)
+    if model_of(checkpoint.config) is not None:
+        return []
+    names = shown(checkpoint.config.get("architectures"))
+    return [
+        f"{CONFIG}: architectures: {names}: not an architecture "
+        "whose every tensor is known; sizes that its config does not tell were checked for "
+        "consistency between layers and sets only"
+    ]
+
+
+def _kv_section(raw: dict[str, Any]) -> KVSection:
+    try:
+        return KVSection.parse(raw)
+    except FormatError as error:
+        raise FormatError(f"{CONFIG}: {error}") from None
 
 
 def limits(folder: Path) -> dict[str, float]:

@@ -29,10 +29,16 @@ def durable(path: Path) -> Iterator[IO[bytes]]:
     The mode is that of the umask. A failing flush or close raises OSError: on a full
     disk, that is the only sign of a file cut short.
     """
-    with open(path, "xb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(path, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        # The system names the file of a failing open, but not of a failing write.
+        if error.errno is not None and error.filename is None:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise
 
 
 def write_bytes(path: Path, content: bytes) -> None:

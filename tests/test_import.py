@@ -568,7 +568,9 @@ def test_dry_run_and_overwrite(place, run, grouped):
     (place / "out").mkdir()
     (place / "out" / "mine").touch()
     assert run()[0] == 2 and (place / "out" / "mine").exists()
-    assert run("--overwrite")[0] == 0 and not (place / "out" / "mine").exists()
+    assert run("--overwrite")[0] == 2 and (place / "out" / "mine").exists()
+    (place / "out" / "mine").unlink()
+    assert run("--overwrite")[0] == 0 and run("--overwrite")[0] == 0
 
 
 def test_help_needs_no_torch():

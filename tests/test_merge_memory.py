@@ -50,6 +50,7 @@ def sets(tmp_path):
         "architectures": ["LlamaForCausalLM"],
         **{"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "dtype": "bfloat16"},
         **{"num_attention_heads": 16, "num_key_value_heads": 16, "tie_word_embeddings": True},
+        **{"vocab_size": 512, "intermediate_size": INTERMEDIATE},
         "quantization_config": {
             "quant_method": "compressed-tensors",
             "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8}}},

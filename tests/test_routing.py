@@ -111,8 +111,9 @@ def test_unmatched_names_the_dead_rules():
     ],
 )
 def test_bad_tables_are_refused_with_the_reason(table, message):
-    with pytest.raises(RoutingError, match=message):
+    with pytest.raises(RoutingError, match=message) as error:
         Routing.parse(table, SETS)
+    assert "; " in str(error.value)  # and what to do
 
 
 LOAD = {"enter": 8, "leave": 2, "decode": [{"max_batch": 4, "set": "w4a8"}, {"set": "w4a16"}]}
@@ -179,10 +180,17 @@ def test_command_line_form():
     assert [(row.max_batch, row.set_name) for row in rows] == [(16, "w4a16"), (None, "w8a8")]
 
 
-@pytest.mark.parametrize("text", ["", "16:w8a8", "x:w8a8,w4a8", "w8a8,w4a8", "8:a,4:b,c"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "16:w8a8", "x:w8a8,w4a8", "w8a8,w4a8", "8:a,4:b,c", "a,", "16:,a"),
+        *("0:a,b", "00:a,b", "-1:a,b", f"{'9' * 5000}:a,b", "9999999999:a,b", "\u0661:a,b"),
+    ],
+)
 def test_bad_command_line_forms(text):
-    with pytest.raises(RoutingError):
+    with pytest.raises(RoutingError, match=r"--decode '.*'.*: .*; ") as error:
         parse_decode(text)
+    assert len(str(error.value)) < 400
 
 
 @given(

@@ -1,8 +1,21 @@
 """What all errors that a user can mend have in common."""
 
+from __future__ import annotations
+
+import reprlib
+
+_LONGEST = 100
+_LONGEST_REASON = 300
+
 
 class UserError(ValueError):
-    """Something that was asked for cannot be done. The message says why, and what to do instead."""
+    """Something that was asked for cannot be done. The message says why, and what to do instead.
+
+    Names come out of untrusted files, so what a terminal would obey is escaped.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class EngineError(RuntimeError):
@@ -11,3 +24,23 @@ class EngineError(RuntimeError):
     pydantic makes that configuration, and wraps a ValueError into a page of its own. This one
     passes, so that its message is the last line that `vllm serve` and `LLM()` write.
     """
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with control characters and the like as escape sequences."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(value: object) -> str:
+    """`repr` of a value from a file or a command line, at most 100 characters of it."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = _LONGEST
+    short.maxlevel = 3
+    text = short.repr(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def reason(error: BaseException) -> str:
+    """What a library's error says, on one line of at most 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _LONGEST_REASON else f"{text[: _LONGEST_REASON - 3]}..."

@@ -87,13 +87,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vllm_qoq.errors import UserError
+from vllm_qoq.errors import printable as printable
 from vllm_qoq.kv_config import KVCache
-from vllm_qoq.routing import Routing, RoutingError, one_line
+from vllm_qoq.routing import MOST_RULES, Routing, RoutingError, one_line
 
 QUANT_METHOD = "qoq"
 SECTION = "quantization_config"
@@ -120,13 +121,7 @@ _RESERVED = frozenset(
 
 
 class FormatError(UserError):
-    """A checkpoint that breaks the contract. The message names file, tensor or key.
-
-    Names come out of untrusted files, so what a terminal would obey is escaped.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+    """A checkpoint that breaks the contract. The message names file, tensor or key."""
 
 
 class QoQSet(BaseModel):
@@ -140,7 +135,7 @@ class QoQSet(BaseModel):
 
     quant_method: Literal["qoq_linear"] = "qoq_linear"
     group_size: Literal[128, -1] = 128
-    ignore: tuple[str, ...] = ("lm_head",)
+    ignore: tuple[str, ...] = Field(default=("lm_head",), max_length=MOST_RULES)
 
     @classmethod
     def parse(cls, config: Mapping[str, Any], where: str) -> QoQSet:
@@ -249,7 +244,7 @@ class Section(BaseModel):
     format_version: Literal[1] = 1
     sets: dict[str, dict[str, Any]]
     routing: Routing
-    input_ratio: dict[str, tuple[str, ...]] = {}
+    input_ratio: dict[str, Annotated[tuple[str, ...], Field(max_length=MOST_RULES)]] = {}
     kv_cache: KVCache | None = None
     lm_head: LMHead | None = None
     stream: Stream | None = None
@@ -324,11 +319,6 @@ def _check_base(name: str, base: str, sets: Mapping[str, Mapping[str, Any]]) -> 
         raise ValueError(
             f"set {name!r} has the base {base!r}, which is no {QOQ_LINEAR} set with groups"
         )
-
-
-def printable(text: str) -> str:
-    """`text` on one line, with control characters and the like as escape sequences."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def check_set_name(name: str) -> None:

@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
+
+from vllm_qoq.routing import MOST_RULES
 
 Bits = Literal[4, 8, 16]
 UNQUANTIZED: Bits = 16
@@ -38,7 +40,7 @@ class KVCache(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     bits: Bits
-    layers: tuple[KVLayerRule, ...] = ()
+    layers: tuple[KVLayerRule, ...] = Field(default=(), max_length=MOST_RULES)
     hadamard: bool = False
 
     def bits_of(self, layer: str) -> Bits:

@@ -49,7 +49,13 @@ from pydantic import (
     model_validator,
 )
 
-from vllm_qoq.errors import UserError
+from vllm_qoq.errors import UserError, shown
+
+MOST_RULES = 4096
+"""Globs in one list: several for each layer of any model, and few enough to try all of them."""
+_BATCH_DIGITS = 9
+_BATCH = re.compile(rf"0*[1-9][0-9]{{0,{_BATCH_DIGITS - 1}}}")
+_DECODE_FORM = "write [BATCH:]SET,..., for example 16:w4a16,w8a8"
 
 
 class RoutingError(UserError):
@@ -106,7 +112,10 @@ class LayerRule(_Table):
     @model_validator(mode="after")
     def _says_something(self) -> LayerRule:
         if self.prefill is None and self.decode is None:
-            raise ValueError(f"layer rule {self.match!r} sets neither 'prefill' nor 'decode'")
+            raise ValueError(
+                f"layer rule {shown(self.match)} sets neither 'prefill' nor 'decode'; give one of "
+                "them, or remove the rule"
+            )
         if self.decode is not None:
             _check_order(self.decode)
         return self
@@ -124,10 +133,10 @@ class Load(_Table):
     def _says_something(self) -> Load:
         if self.leave >= self.enter:
             raise ValueError(
-                f"'leave' is {self.leave}, but has to be less than 'enter', {self.enter}"
+                f"'leave' is {self.leave}, but has to be less than 'enter', {self.enter}; lower it"
             )
         if self.prefill is None and self.decode is None:
-            raise ValueError("it sets neither 'prefill' nor 'decode'")
+            raise ValueError("it sets neither 'prefill' nor 'decode'; give one of them")
         if self.decode is not None:
             _check_order(self.decode)
         return self
@@ -179,7 +188,7 @@ class Routing(_Table):
 
     prefill: str
     decode: DecodeTable
-    layers: tuple[LayerRule, ...] = ()
+    layers: tuple[LayerRule, ...] = Field(default=(), max_length=MOST_RULES)
     load: Load | None = None
 
     @model_validator(mode="after")
@@ -213,7 +222,8 @@ class Routing(_Table):
         for where, name in self._mentions():
             if name not in known:
                 raise RoutingError(
-                    f"{where} names the set {name!r}, but the checkpoint has {', '.join(known)}"
+                    f"{where} names the set {shown(name)}, but the checkpoint has "
+                    f"{', '.join(known)}; name one of these"
                 )
 
     def route(self, names: Sequence[str], fused_name: str | None = None) -> LayerRoute:
@@ -272,7 +282,7 @@ class Routing(_Table):
                 return rule
             if hits:
                 raise RoutingError(
-                    f"layer rule {rule.match!r} matches {', '.join(hits)} but not all of "
+                    f"layer rule {shown(rule.match)} matches {', '.join(hits)} but not all of "
                     f"{', '.join(names)}, which run as one layer; widen the glob"
                 )
         return None
@@ -281,7 +291,7 @@ class Routing(_Table):
         yield "routing.prefill", self.prefill
         yield from (("routing.decode", row.set_name) for row in self.decode)
         for rule in self.layers:
-            where = f"layer rule {rule.match!r}"
+            where = f"layer rule {shown(rule.match)}"
             if rule.prefill is not None:
                 yield where, rule.prefill
             yield from ((where, row.set_name) for row in rule.decode or ())
@@ -296,41 +306,48 @@ def parse_decode(text: str) -> tuple[DecodeRow, ...]:
 
     Each row is `MAX_BATCH:SET`; the last one is `SET` alone.
     """
+    where = f"--decode {shown(text)}"
     rows = []
     for item in text.split(","):
-        bound, colon, name = (part.strip() for part in item.rpartition(":"))
-        if colon and not re.fullmatch(r"[1-9][0-9]{0,8}", bound):
+        bound, colon, name = item.strip().rpartition(":")
+        if colon and not _BATCH.fullmatch(bound):
             raise RoutingError(
-                f"--decode {_shortened(text)}: {_shortened(bound)} is not a batch size; write a "
-                "number from 1 to 999999999, as in 16:w4a16,w8a8"
+                f"{where}: {shown(bound)} is not a batch size from 1 to {10**_BATCH_DIGITS - 1}; "
+                f"{_DECODE_FORM}"
             )
         if not name:
-            raise RoutingError(
-                f"--decode {_shortened(text)}: a set's name is missing; write [BATCH:]NAME for "
-                "each row, as in 16:w4a16,w8a8"
-            )
+            raise RoutingError(f"{where}: a set's name is missing; {_DECODE_FORM}")
         rows.append(DecodeRow(max_batch=int(bound) if colon else None, set_name=name))
     try:
         _check_order(rows)
     except ValueError as error:
-        raise RoutingError(f"--decode {_shortened(text)}: {error}") from None
+        raise RoutingError(f"{where}: {error}") from None
     return tuple(rows)
 
 
-def _shortened(text: str) -> str:
-    return repr(text if len(text) <= 80 else f"{text[:80]}...")
-
-
 def one_line(error: Any, root: str) -> str:
-    """The first finding of a pydantic ValidationError as `key: what is wrong`."""
+    """The first finding of a pydantic ValidationError as `key: what is wrong; what to do`."""
     finding = error.errors(include_url=False)[0]
-    key = ".".join((root, *(str(part) for part in finding["loc"])))
-    return f"{key}: {finding['msg'].removeprefix('Value error, ')}"
+    key = ".".join((root, *(_part(part) for part in finding["loc"])))
+    message = finding["msg"].removeprefix("Value error, ")
+    if finding["type"] == "value_error":  # one of ours, which says all of it
+        return f"{key}: {message}"
+    if finding["type"] == "missing":
+        return f"{key}: {message}; add it"
+    if finding["type"] == "extra_forbidden":
+        return f"{key}: {message} ({shown(finding['input'])}); check its spelling or remove it"
+    return f"{key}: {message}, but it is {shown(finding['input'])}; change it"
+
+
+def _part(part: object) -> str:
+    """A key or an index on the way to a finding; keys come out of files."""
+    text = str(part)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _check_order(rows: Sequence[DecodeRow]) -> None:
     if not rows:
-        raise ValueError("the decode table is empty")
+        raise ValueError("the decode table is empty; give it a set")
     *bounded, last = rows
     if last.max_batch is not None:
         raise ValueError(
@@ -341,7 +358,9 @@ def _check_order(rows: Sequence[DecodeRow]) -> None:
     if None in sizes:
         raise ValueError(
             f"the decode row {sizes.index(None) + 1} has no batch size, so the rows after it "
-            "are never reached; give it one, or end the table there"
+            "are never reached; give it one, or remove what follows"
         )
     if any(a >= b for a, b in itertools.pairwise(sizes)):  # type: ignore[operator]
-        raise ValueError(f"the batch sizes of the decode table must grow: {sizes[:8]}")
+        raise ValueError(
+            f"the batch sizes of the decode table must grow: {shown(sizes)}; sort its rows"
+        )

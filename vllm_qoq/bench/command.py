@@ -114,18 +114,29 @@ def check_gpu(
 
 def _write(finished: Finished, name: str, output: Path, overwrite: bool) -> None:
     """The three files in the folder `output`, all or none."""
-    from merge_tools.execute import replacing
+    from merge_tools.replace import replacing
 
-    with replacing(output, overwrite) as folder:
+    with replacing(output, overwrite, _foreign(name)) as folder:
         (folder / f"{name}.json").write_text(json.dumps(finished.document, indent=1) + "\n")
         (folder / f"{name}.md").write_text(finished.report)
         finished.plot(folder / f"{name}.png")
 
 
+def _foreign(name: str) -> Callable[[Path], str | None]:
+    """What in an older output is not a result of the benchmark `name`, and would be lost."""
+
+    def find(folder: Path) -> str | None:
+        results = {f"{name}.{kind}" for kind in ("json", "md", "png")} | {".vllm-qoq-lock"}
+        others = sorted(item.name for item in folder.iterdir() if item.name not in results)
+        return f"holds {others[0]}, which is no result of this benchmark" if others else None
+
+    return find
+
+
 def _check_output(output: Path, overwrite: bool, name: str) -> None:
     from merge_tools.preflight import check_output
 
-    check_output(output, (), overwrite)
+    check_output(output, (), overwrite, _foreign(name))
     if find_spec("matplotlib") is None:
         raise BenchError(
             f"matplotlib, which -o draws {name}.png with, is not installed; pip install "

@@ -14,7 +14,9 @@ def add_parser(commands: Any) -> None:
         "import", help="read a checkpoint of QServe or deepcompressor into ours"
     )
     parser.add_argument("source", type=Path, metavar="SRC", help="folder with the weights")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="OUT", help="folder to make"
+    )
     parser.add_argument(
         "--base",
         type=Path,
@@ -43,11 +45,12 @@ def add_parser(commands: Any) -> None:
 
 def _import(args: argparse.Namespace) -> int:
     from merge_tools import preflight
+
+    _check(args)
     from merge_tools.execute import execute
     from merge_tools.progress import Progress
     from vllm_qoq.importer import imported
 
-    preflight.check_output(args.output, (args.source, args.base), args.overwrite)
     progress = Progress(args.quiet or args.json)
     opened = imported.open_source(args.source, args.base, args.s2_order)
     result = imported.make_set(opened, args.base, progress)
@@ -59,6 +62,20 @@ def _import(args: argparse.Namespace) -> int:
         execute(plan, sources, section, args.output, args.overwrite, progress, notes=notes)
     _report(args, opened, plan, section, notes)
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what can be known without torch, before it is imported."""
+    from merge_tools import preflight
+    from vllm_qoq.checkpoint import Checkpoint, read_config, require_folder, side_files
+    from vllm_qoq.importer.expected import expected
+
+    require_folder(args.source)
+    config = read_config(args.base)
+    preflight.check_output(args.output, (args.source, args.base), args.overwrite)
+    expected(config)
+    Checkpoint(args.base, config, {}).check_links()
+    side_files(args.base)  # which are copied at the end
 
 
 def _notes(opened: Any) -> list[str]:

@@ -9,10 +9,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from merge_tools.expected import HEAD
 from merge_tools.layout import FLOATS
 from vllm_qoq.checkpoint import TensorInfo
 from vllm_qoq.format import FormatError
-from vllm_qoq.importer.expected import HEAD, Expected
+from vllm_qoq.importer.expected import CONSTANT, Expected
 from vllm_qoq.importer.tiles import TILE
 from vllm_qoq.reference import GROUP_SIZE
 
@@ -26,8 +27,6 @@ _MARKS: Mapping[str, Kind] = {
     ".s1_szeros": "channel",
     ".dequant_scale": "w8a8",
 }
-# Older versions of transformers save this constant with the weights.
-_CONSTANT = ".rotary_emb.inv_freq"
 _I8 = frozenset({"I8"})
 
 
@@ -122,7 +121,7 @@ def _check_all(
     wanted = dict(linears)
     wanted |= {f"{x}.bias": Wanted(FLOATS, (model.linears[x][0],)) for x in model.biased}
     wanted |= {name: Wanted(FLOATS, shape) for name, shape in model.others.items()}
-    dropped = sorted(n for n in tensors if n.endswith((f".{KV_SCALE}", _CONSTANT)))
+    dropped = sorted(n for n in tensors if n.endswith((f".{KV_SCALE}", CONSTANT)))
     for name, want in sorted(wanted.items()):
         if name in tensors:
             _check_one(tensors[name], want)

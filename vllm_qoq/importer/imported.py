@@ -10,17 +10,18 @@ from typing import Any, Protocol
 import torch
 
 from merge_tools import stream
+from merge_tools.expected import EMBEDDING, HEAD
 from merge_tools.layout import group_leaves
 from merge_tools.plan import Plan, make_plan
 from merge_tools.progress import Progress
 from merge_tools.sources import WeightSet
 from merge_tools.survey import Survey
-from vllm_qoq.checkpoint import Checkpoint, TensorInfo, read_config
+from vllm_qoq.checkpoint import CODE_KEYS, Checkpoint, TensorInfo, read_config
 from vllm_qoq.format import KVCache, QoQSet, Section, split_layer
 from vllm_qoq.importer import detect, source
 from vllm_qoq.importer.deepcompressor import RawLayers
 from vllm_qoq.importer.detect import Kind
-from vllm_qoq.importer.expected import EMBEDDING, HEAD, Expected, expected
+from vllm_qoq.importer.expected import Expected, expected
 from vllm_qoq.importer.qserve import PackedLayers
 from vllm_qoq.importer.tiles import S2Order
 from vllm_qoq.importer.values import to_half
@@ -126,7 +127,8 @@ def make_set(opened: Opened, base: Path, progress: Progress) -> ImportedSet:
     opened.layers.settle()
     is_tied = _is_tied(opened)
     tensors = _infos(opened, is_tied)
-    config = {k: v for k, v in read_config(base).items() if k != "torch_dtype"}
+    left_out = {"torch_dtype"} | CODE_KEYS
+    config = {k: v for k, v in read_config(base).items() if k not in left_out}
     config |= {"dtype": _DTYPE, "tie_word_embeddings": is_tied}
     name = "w8a8" if opened.kind == "w8a8" else "w4a8"
     checkpoint = Checkpoint(base, config, {})

@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from vllm_qoq.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo
+from vllm_qoq.checkpoint import (
+    INDEX,
+    ITEM_BYTES,
+    Checkpoint,
+    TensorInfo,
+    check_link,
+    weight_files,
+)
 from vllm_qoq.format import FormatError
 
 RAW_MODEL, RAW_SCALES = "model.pt", "scale.pt"
@@ -74,6 +81,9 @@ def is_raw(folder: Path) -> bool:
 
 def open_packed(folder: Path) -> Source:
     """The tensors of a packed checkpoint."""
+    if any((folder / name).exists() for name in (INDEX, "model.safetensors")):
+        # In Hugging Face's format, a folder says which of its files hold the model.
+        return _open_safetensors(folder, [folder / file for file in weight_files(folder)])
     for pattern in _PATTERNS:
         if files := sorted(folder.glob(pattern)):
             is_pickled = pattern != _PATTERNS[0]
@@ -181,6 +191,7 @@ def _add(tensors: dict[str, TensorInfo], info: TensorInfo) -> None:
 
 
 def _require_regular(path: Path) -> None:
+    check_link(path.parent, path)
     if not path.exists():
         raise FormatError(f"{path.name}: missing from {path.parent}; copy it there")
     if not path.is_file():

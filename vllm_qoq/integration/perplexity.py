@@ -27,6 +27,7 @@ from typing import Any, TextIO
 from vllm import LLM, SamplingParams
 from vllm.config import VllmConfig
 
+from vllm_qoq.errors import UserError, reason
 from vllm_qoq.format import QUANT_METHOD, FormatError
 from vllm_qoq.integration.config import QoQConfig
 from vllm_qoq.integration.kv_cache import describe
@@ -45,17 +46,26 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         engine = {"max_num_batched_tokens": args.chunk, "max_num_seqs": 1}
     if args.kv_bits is not None:
         engine["quantization"] = QUANT_METHOD  # also where the model has no section of ours
-    llm = LLM(
-        str(args.checkpoint),
-        max_model_len=tokens_per_window + 1,
-        additional_config={NAMESPACE: options},
-        enable_prefix_caching=False,
-        enforce_eager=args.enforce_eager,
-        dtype=args.dtype,
-        disable_log_stats=True,
-        **engine,
-    )
-    result = perplexity(llm, args.text.read_text(), tokens_per_window)
+    try:
+        llm = LLM(
+            str(args.checkpoint),
+            max_model_len=tokens_per_window + 1,
+            additional_config={NAMESPACE: options},
+            enable_prefix_caching=False,
+            enforce_eager=args.enforce_eager,
+            dtype=args.dtype,
+            trust_remote_code=False,
+            disable_log_stats=True,
+            **engine,
+        )
+    except UserError:
+        raise
+    except Exception as error:  # of vLLM, which has its own and pydantic's, or a process that died
+        raise UserError(
+            f"{args.checkpoint}: vLLM did not start: {reason(error)}; its log above says more, "
+            "--debug shows where"
+        ) from error
+    result = perplexity(llm, args.text.read_text(encoding="utf-8"), tokens_per_window)
     result |= {
         "checkpoint": str(args.checkpoint),
         "text": str(args.text),

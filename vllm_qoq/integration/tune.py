@@ -53,6 +53,7 @@ def open_engine(folder: Path, sets: tuple[str, ...], max_batch: int) -> TuneEngi
         max_num_batched_tokens=max(len(_PROMPT) * requests, _MODEL_LEN),
         enforce_eager=True,
         enable_prefix_caching=False,
+        trust_remote_code=False,
         gpu_memory_utilization=_MEMORY_SHARE,
         kv_cache_memory_bytes=_KV_BYTES["cuda" if torch.cuda.is_available() else "cpu"],
         additional_config={NAMESPACE: {"routing": _reaching(sets)}},

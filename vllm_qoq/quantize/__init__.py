@@ -11,6 +11,8 @@
     sets           what a set stores of a layer, and its entry in config.json
     modifiers      the two passes over the calibration text, in llmcompressor's pipeline
     workdir        results per layer on the disk, so that a stopped run goes on
+    inputs         what config, headers and texts must say, without an import
+    load           model and tokenizer, from checked files alone
     plan, estimate what is known beforehand
     job, assemble  the run from start to end, and the checkpoint at its end
     evaluate, check  perplexity and text of the float model and of every set

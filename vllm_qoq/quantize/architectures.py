@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_qoq.checkpoint import CONFIG
+from vllm_qoq.errors import shown
+from vllm_qoq.format import SECTION
+from vllm_qoq.importer.expected import expected
 from vllm_qoq.quantize import QuantizeError
 
 
@@ -57,16 +61,30 @@ class Architecture:
 _LLAMA = Architecture()
 _QWEN3 = Architecture(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
 _ARCHITECTURES = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _QWEN3}
+# By which vLLM chooses a model. Classifiers, rewards and embeddings share the model_type.
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
     """The table entry for a model's config.json; QuantizeError names what is not supported."""
-    if "quantization_config" in config:
+    if config.get(SECTION) is not None:
         raise QuantizeError("the model is quantized already; give the one in bf16 or fp16")
     kind = config.get("model_type")
-    if kind not in _ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in _ARCHITECTURES:
         raise QuantizeError(
-            f"model_type {kind!r} is not supported; supported are {', '.join(_ARCHITECTURES)}"
+            f"{CONFIG}: model_type {shown(kind)} is not supported; supported are "
+            f"{', '.join(_ARCHITECTURES)}"
+        )
+    if config.get("architectures", [_CLASSES[kind]]) not in (None, [_CLASSES[kind]]):
+        raise QuantizeError(
+            f"{CONFIG}: architectures: {shown(config.get('architectures'))} cannot be quantized; "
+            f"a model of type {kind!r} must be [{_CLASSES[kind]!r}], the language model alone, so "
+            "give that one"
         )
     return _ARCHITECTURES[kind]
 
@@ -83,15 +101,14 @@ class Shape:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Shape:
-        """Read config.json, with the defaults of transformers."""
-        heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-        return cls(
-            hidden=hidden,
-            layers=int(config["num_hidden_layers"]),
-            heads=heads,
-            kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
-        )
+        """Read config.json, with the defaults of transformers; FormatError for what is no size."""
+        names = {"architectures": [_CLASSES[config["model_type"]]]}
+        model = expected({**config, **names}, "quantized")
+        q, hidden = model.linears["model.layers.0.self_attn.q_proj"]
+        k, _ = model.linears["model.layers.0.self_attn.k_proj"]
+        heads = config["num_attention_heads"]
+        head_dim = q // heads
+        return cls(hidden, config["num_hidden_layers"], heads, k // head_dim, head_dim)
 
     @property
     def queries_per_kv(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,10 +10,18 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from merge_tools import card, verify
-from merge_tools.execute import replacing
+from merge_tools import card, ours, verify
+from merge_tools.replace import replacing
 from merge_tools.writer import copy_file, sync_folder, write_bytes, write_json, write_shard
-from vllm_qoq.checkpoint import CONFIG, INDEX, ITEM_BYTES, TensorInfo
+from vllm_qoq.checkpoint import (
+    CODE_KEYS,
+    CONFIG,
+    INDEX,
+    ITEM_BYTES,
+    TensorInfo,
+    read_config,
+    side_files,
+)
 from vllm_qoq.format import (
     SECTION,
     STREAM,
@@ -35,7 +42,6 @@ from vllm_qoq.routing import DecodeRow, Routing
 REPORT = "quantization_report.json"
 SHARED = "shared"
 _PROPAGATED = "propagated"
-_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ def write_checkpoint(
     """Write `out` from the pieces in `work` and the other files of `model`; whole or not at all."""
     tensors = list(_tensors(work, arch, layers, options))
     shards = _shards(tensors, max_shard_bytes)
-    with replacing(out, overwrite) as folder:
+    with replacing(out, overwrite, ours.foreign) as folder:
         for name, shard in shards.items():
             _write(folder / name, shard)
         weight_map = {t.info.name: file for file, shard in shards.items() for t in shard}
@@ -70,10 +76,10 @@ def write_checkpoint(
         write_json(folder / INDEX, index)
         write_json(folder / CONFIG, config(model, options))
         write_json(folder / REPORT, report)
-        for item in sorted(model.iterdir()):
-            is_ours = item.name in (CONFIG, "README.md") or item.name.startswith(".")
-            if item.is_file() and not is_ours and not item.name.endswith(_NOT_COPIED):
-                copy_file(item, folder / item.name)
+        for file in side_files(model):
+            if str(file) != REPORT:
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                copy_file(model / file, folder / file)
         write_bytes(folder / "README.md", _card(out.name, options, model, tensors).encode())
         sync_folder(folder)
         if findings := verify.structure(folder):
@@ -82,7 +88,7 @@ def write_checkpoint(
 
 def config(model: Path, options: Options) -> dict[str, Any]:
     """config.json of the output."""
-    content: dict[str, Any] = json.loads((model / CONFIG).read_text(encoding="utf-8"))
+    content = {key: value for key, value in read_config(model).items() if key not in CODE_KEYS}
     content[SECTION] = section(options).to_json()
     content["tie_word_embeddings"] = False
     return content

@@ -7,10 +7,14 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from merge_tools.cli import MAX_CLIPPED, MAX_CLIPPED_HELP, share, size
 from vllm_qoq.output import stdout_for
+
+if TYPE_CHECKING:
+    from vllm_qoq.quantize.options import Options
+    from vllm_qoq.quantize.plan import Job
 
 
 def add_parser(commands: Any) -> None:
@@ -20,7 +24,9 @@ def add_parser(commands: Any) -> None:
     """
     parser = commands.add_parser("quantize", help="make all sets from a Hugging Face model")
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder, bf16 or fp16")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="OUT", help="folder to make"
+    )
     parser.add_argument("--text", type=Path, required=True, help="calibration text, UTF-8")
     parser.add_argument(
         "--sets",
@@ -63,7 +69,13 @@ def add_parser(commands: Any) -> None:
         choices=("auto", "required", "never"),
         help="whether to go on with what --work-dir holds (default: auto)",
     )
-    parser.add_argument("--max-shard-size", default="5GB", type=size, metavar="SIZE")
+    parser.add_argument(
+        "--max-shard-size",
+        default="5GB",
+        type=size,
+        metavar="SIZE",
+        help="of a file with weights, for example 500MB (default: 5GB)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="check and show the plan, then stop")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT once done")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
@@ -93,7 +105,10 @@ _OPTIONS = ("nested", "group_size", "kv_bits", "lm_head_bits", "samples", "seqle
 
 def _quantize(args: argparse.Namespace) -> int:
     from vllm_qoq.quantize import QuantizeError
+    from vllm_qoq.quantize.inputs import check_inputs
 
+    job, options = _job(args)
+    check_inputs(job)  # what needs no import, before the imports
     if args.json:
         args.quiet = True
     if args.quiet or not sys.stderr.isatty():
@@ -105,7 +120,7 @@ def _quantize(args: argparse.Namespace) -> int:
         except ImportError as error:
             raise QuantizeError(f"{error}; install it: pip install 'vllm-qoq[quantize]'") from None
         try:
-            return _run(args, out)
+            return _run(args, job, options, out)
         except KeyboardInterrupt:
             print(
                 f"interrupted; {_work_dir(args)} has what is done, the same command goes on there",
@@ -114,18 +129,13 @@ def _quantize(args: argparse.Namespace) -> int:
             return 130
 
 
-def _run(args: argparse.Namespace, out: TextIO) -> int:
-    from llmcompressor import LoggerConfig, configure_logger
-
-    from vllm_qoq.quantize.job import run
+def _job(args: argparse.Namespace) -> tuple[Job, Options]:
     from vllm_qoq.quantize.options import Options
-    from vllm_qoq.quantize.plan import Job, make_plan
+    from vllm_qoq.quantize.plan import Job
 
-    configure_logger(LoggerConfig(console_log_level="WARNING"))
     given = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
     if args.sets is not None:
         given["sets"] = args.sets.split(",")
-    options = Options.read(args.recipe, given)
     job = Job(
         model=args.model,
         out=args.output,
@@ -137,8 +147,18 @@ def _run(args: argparse.Namespace, out: TextIO) -> int:
         resume=args.resume,
         overwrite=args.overwrite,
         max_shard_bytes=args.max_shard_size,
-        quiet=args.quiet,
+        quiet=args.quiet or args.json,
     )
+    return job, Options.read(args.recipe, given)
+
+
+def _run(args: argparse.Namespace, job: Job, options: Options, out: TextIO) -> int:
+    from llmcompressor import LoggerConfig, configure_logger
+
+    from vllm_qoq.quantize.job import run
+    from vllm_qoq.quantize.plan import make_plan
+
+    configure_logger(LoggerConfig(console_log_level="WARNING"))
     if args.dry_run:
         _show_plan(args, make_plan(job, options), options, out)
     else:
@@ -190,5 +210,5 @@ def _show_report(args: argparse.Namespace, report: dict[str, Any], out: TextIO) 
 
 
 def _work_dir(args: argparse.Namespace) -> Path:
-    beside: Path = args.output.with_name(args.output.name + ".work")
-    return args.work_dir or beside
+    out: Path = args.output.resolve()  # "." has no name
+    return args.work_dir or out.parent / f"{out.name}.work"

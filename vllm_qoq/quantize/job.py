@@ -18,6 +18,7 @@ from vllm_qoq.quantize.architectures import Architecture, blocks
 from vllm_qoq.quantize.assemble import SHARED, write_checkpoint
 from vllm_qoq.quantize.check import PROMPT_TOKENS, Check
 from vllm_qoq.quantize.clock import Clock
+from vllm_qoq.quantize.load import load_model
 from vllm_qoq.quantize.modifiers import QuantizePass, SmoothPass, apply_saved, piece
 from vllm_qoq.quantize.options import Options
 from vllm_qoq.quantize.plan import Job, Plan, make_plan
@@ -98,9 +99,8 @@ def _check(job: Job, options: Options, plan: Plan) -> Check:
 def _load(folder: Path, arch: Architecture) -> Any:
     """The model in the CPU's memory; what runs or reads a layer brings it to the GPU, if any."""
     from compressed_tensors.offload import set_onload_device
-    from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    model = load_model(folder)
     rotate.untie(model, arch)
     if torch.cuda.is_available():
         set_onload_device(model, torch.device("cuda"))
@@ -143,7 +143,7 @@ def _smooth(model: Any, plan: Plan, options: Options, work: WorkDir, quiet: bool
         samples=len(plan.samples),
         done=Clock("smoothing, block", plan.shape.layers, quiet),
     )
-    _pipeline(model, step, plan.samples)
+    _pipeline(model, step, plan)
     work.save(_SMOOTHING, step.found, {})
 
 
@@ -157,19 +157,22 @@ def _quantize(model: Any, plan: Plan, options: Options, work: WorkDir, quiet: bo
         work=work,
         done=Clock("quantizing, block", plan.shape.layers, quiet),
     )
-    _pipeline(model, step, plan.samples)
+    _pipeline(model, step, plan)
 
 
-def _pipeline(model: Any, step: Any, samples: list[list[int]]) -> None:
+def _pipeline(model: Any, step: Any, plan: Plan) -> None:
     from llmcompressor import oneshot
 
     batches: Any = [
         {"input_ids": torch.tensor([tokens]), "attention_mask": torch.ones(1, len(tokens)).long()}
-        for tokens in samples
+        for tokens in plan.samples
     ]
     # In this order always: a resumed run must see the same.
     data: Any = torch.utils.data.DataLoader(batches, batch_size=None, shuffle=False)
-    oneshot(model=model, recipe=[step], dataset=data, pipeline="sequential")
+    # With a tokenizer given, oneshot loads no processor from the folder, nor code of one.
+    oneshot(
+        model=model, recipe=[step], dataset=data, pipeline="sequential", tokenizer=plan.tokenizer
+    )
 
 
 def _shared(model: Any, arch: Architecture, options: Options) -> dict[str, torch.Tensor]:

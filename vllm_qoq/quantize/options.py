@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     PositiveInt,
     ValidationError,
     field_validator,
     model_validator,
 )
 
+from vllm_qoq.checkpoint import read_json
+from vllm_qoq.errors import UserError, shown
 from vllm_qoq.quantize import QuantizeError
-from vllm_qoq.quantize.sets import NAMES, SetKind
 from vllm_qoq.routing import one_line
+
+if TYPE_CHECKING:
+    from vllm_qoq.quantize.sets import SetKind
+
+SetName = Literal["w8a8", "w4a8", "w4a16"]
+_RECIPE_BYTES = 1 << 20
 
 
 class Options(BaseModel):
@@ -39,13 +46,13 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    sets: tuple[Literal["w8a8", "w4a8", "w4a16"], ...] = ("w8a8", "w4a8")
+    sets: tuple[SetName, ...] = ("w8a8", "w4a8")
     nested: bool = False
     group_size: Literal[128, -1] = 128
     kv_bits: Literal[4, 8, 16] = 4
     lm_head_bits: Literal[8, 16] = 16
     samples: PositiveInt = 128
-    seqlen: PositiveInt = 1024
+    seqlen: Annotated[int, Field(ge=2)] = 1024
     rotate: bool = True
     smooth_attention: bool = True
     smooth_outputs: bool = True
@@ -57,7 +64,8 @@ class Options(BaseModel):
     @classmethod
     def _distinct(cls, sets: tuple[str, ...]) -> tuple[str, ...]:
         if not sets or len(set(sets)) != len(sets):
-            raise ValueError(f"sets must be distinct, of {', '.join(NAMES)}")
+            names = ", ".join(get_args(SetName))
+            raise ValueError(f"sets must be distinct, of {names}, not {shown(list(sets))}")
         return sets
 
     @model_validator(mode="after")
@@ -88,16 +96,16 @@ class Options(BaseModel):
         if recipe is None:
             return cls.parse(given, "options")
         try:
-            values = json.loads(recipe.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            values = read_json(recipe, _RECIPE_BYTES)
+        except UserError as error:
             raise QuantizeError(f"--recipe {recipe}: {error}") from None
-        if not isinstance(values, dict):
-            raise QuantizeError(f"--recipe {recipe}: not a JSON object")
         return cls.parse({**values, **given}, f"--recipe {recipe}")
 
     @property
     def kinds(self) -> tuple[SetKind, ...]:
         """The sets in order."""
+        from vllm_qoq.quantize.sets import SetKind
+
         return tuple(
             SetKind(name, self.group_size, "w4a8" if self.nested and name == "w8a8" else None)
             for name in self.sets

@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from merge_tools import preflight
-from vllm_qoq.checkpoint import Checkpoint
+from merge_tools.progress import Progress
 from vllm_qoq.quantize import QuantizeError
-from vllm_qoq.quantize.architectures import Architecture, Shape, architecture
+from vllm_qoq.quantize.architectures import Architecture, Shape
+from vllm_qoq.quantize.inputs import Inputs, check_inputs
 from vllm_qoq.quantize.options import Options
 from vllm_qoq.quantize.text import pieces
-from vllm_qoq.quantize.workdir import Resume
-from vllm_qoq.reference import GROUP_SIZE
 
-_FLOATS = ("F32", "F16", "BF16")
+if TYPE_CHECKING:
+    from vllm_qoq.quantize.workdir import Resume
+
 _BYTES_16_BIT = 2
 
 
@@ -64,19 +65,14 @@ class Plan:
 
 
 def make_plan(job: Job, options: Options) -> Plan:
-    """Check everything that headers, texts and options tell.
+    """Check everything that can be known before work begins, the weights' numbers at last.
 
-    Raises QuantizeError, FormatError or MergeError with what is wrong and the remedy.
+    Raises QuantizeError, FormatError, TextError or MergeError with what is wrong and the remedy.
     """
-    from transformers import AutoTokenizer
-
-    checkpoint = Checkpoint.open(job.model)
-    arch, shape = architecture(checkpoint.config), Shape.of(checkpoint.config)
-    linears = _linears(checkpoint, arch, shape)
-    preflight.check_output(job.out, [job.model], job.overwrite)
-    for option, text in (("--text", job.text), ("--eval-text", job.eval_text)):
-        if text is not None and not text.is_file():
-            raise QuantizeError(f"{option} {text}: no such file")
+    inputs = check_inputs(job)
+    _check_divisible(inputs)
+    checkpoint, arch, shape = inputs.checkpoint, inputs.arch, inputs.shape
+    linears = inputs.linears
     parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
     quantized = sum(n * k for n, k in linears)
     shared = _BYTES_16_BIT * (parameters - quantized)
@@ -92,16 +88,21 @@ def make_plan(job: Job, options: Options) -> Plan:
     preflight.check_space(job.out, output)
     preflight.check_space(job.work_dir, work)
 
-    tokenizer = AutoTokenizer.from_pretrained(job.model)
+    from vllm_qoq.quantize import load
+
+    load.check_model(checkpoint)
+    tokenizer = load.load_tokenizer(checkpoint)
     windows = []
     if job.eval_text is not None:
         windows = pieces(job.eval_text, tokenizer, options.seqlen, None)
+    samples = pieces(job.text, tokenizer, options.seqlen, options.samples)
+    load.check_values(checkpoint, Progress(job.quiet))
     hessians = 4 * sum(k * k for _, k in linears) // shape.layers
     return Plan(
         arch,
         shape,
         tokenizer,
-        samples=pieces(job.text, tokenizer, options.seqlen, options.samples),
+        samples=samples,
         windows=windows,
         linears=linears,
         parameters=parameters,
@@ -111,24 +112,13 @@ def make_plan(job: Job, options: Options) -> Plan:
     )
 
 
-def _linears(checkpoint: Checkpoint, arch: Architecture, shape: Shape) -> list[tuple[int, int]]:
-    sizes = []
-    for index in range(shape.layers):
-        for name in arch.linears:
-            tensor = f"{arch.blocks}.{index}.{name}.weight"
-            if tensor not in checkpoint.tensors:
-                raise QuantizeError(f"{checkpoint.path}: {tensor} is missing; download it again")
-            info = checkpoint.tensors[tensor]
-            if info.dtype not in _FLOATS or len(info.shape) != 2:
-                raise QuantizeError(
-                    f"{info.file}: {tensor}: {info.dtype} {list(info.shape)} is not a matrix of "
-                    "floats; give the model in bf16 or fp16"
-                )
-            n, k = info.shape
-            if k % GROUP_SIZE or n % 8:
-                raise QuantizeError(
-                    f"{tensor}: [{n}, {k}] cannot be quantized: the kernels need inputs that are "
-                    f"a multiple of {GROUP_SIZE} and outputs that are one of 8"
-                )
-            sizes.append((n, k))
-    return sizes
+def _check_divisible(inputs: Inputs) -> None:
+    from vllm_qoq.reference import GROUP_SIZE
+
+    for name, (n, k) in zip(inputs.arch.linears, inputs.linears, strict=False):  # all blocks alike
+        if k % GROUP_SIZE or n % 8:
+            raise QuantizeError(
+                f"{inputs.arch.blocks}.0.{name}.weight: [{n}, {k}] cannot be quantized: the "
+                f"kernels need inputs that are a multiple of {GROUP_SIZE} and outputs that are "
+                "one of 8"
+            )

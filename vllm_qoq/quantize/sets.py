@@ -92,9 +92,6 @@ class SetKind:
         }
 
 
-NAMES = ("w8a8", "w4a8", "w4a16")
-
-
 def dequantize(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """float32 [N, K]: the weight that a layer's tensors, by leaf, stand for in any of the sets.
 

@@ -1,0 +1,77 @@
+"""The table of expected tensors, held against the models of transformers."""
+
+import json
+
+import pytest
+import transformers
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from merge_tools.expected import MODELS, expected_tensors
+from vllm_qoq.format import FormatError
+
+SIZES = {
+    **{"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0},
+}
+BIASED = {"attention_bias": True, "mlp_bias": True}
+MOE = {"moe_intermediate_size": 24, "num_experts": 4}
+CASES = {
+    "llama": ("Llama", {}),
+    "llama, biases": ("Llama", BIASED),
+    "llama, tied": ("Llama", {"tie_word_embeddings": True}),
+    "llama, other heads": ("Llama", {"head_dim": 24}),
+    "mistral": ("Mistral", {"head_dim": 16}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2, tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3, biases": ("Qwen3", {"attention_bias": True, "head_dim": 16}),
+    "phi3": ("Phi3", {}),
+    "gemma": ("Gemma", {"head_dim": 16}),
+    "gemma2": ("Gemma2", {"head_dim": 16}),
+    "gemma2, untied": ("Gemma2", {"head_dim": 16, "tie_word_embeddings": False}),
+    "gemma3": ("Gemma3", {"head_dim": 16}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "qwen3 moe": ("Qwen3Moe", MOE | {"head_dim": 16}),
+    "qwen3 moe, some dense": ("Qwen3Moe", MOE | {"num_hidden_layers": 4, "mlp_only_layers": [1]}),
+    "qwen3 moe, every other": ("Qwen3Moe", MOE | {"decoder_sparse_step": 2}),
+}
+
+
+@pytest.mark.parametrize(("family", "changes"), CASES.values(), ids=CASES)
+def test_the_table_has_what_transformers_saves(tmp_path, family, changes):
+    name = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
+    config = getattr(transformers, name)(**(SIZES | changes))
+    config.architectures = [f"{family}ForCausalLM"]
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    saved = {}
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        for tensor in file.keys():  # noqa: SIM118 - not a mapping
+            saved[tensor] = tuple(file.get_slice(tensor).get_shape())
+    expected = expected_tensors(json.loads((tmp_path / "config.json").read_text()))
+    assert dict(expected) == saved
+    assert len(expected) == len(saved) and all(expected[name] == saved[name] for name in saved)
+
+
+def test_every_architecture_is_tried():
+    assert {f"{family}ForCausalLM" for family, _ in CASES.values()} == set(MODELS)
+
+
+LLAMA = SIZES | {"architectures": ["LlamaForCausalLM"]}
+REFUSED = {
+    "hidden_size": (None, "32", -1, 0, 1.5, True, [32], 1 << 40, 34),
+    "num_hidden_layers": (None, "2", -1, 0, 1_000_000, {}),
+    "num_attention_heads": (None, 0, "4", 3, 5),
+    "num_key_value_heads": (0, -2, 3, "2"),
+    "vocab_size": (None, 0, "many"),
+    "head_dim": (0, "16"),
+    "architectures": (None, [], [5], "LlamaForCausalLM", ["Unknown"], ["LlamaForCausalLM"] * 2),
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in REFUSED.items() for value in values]
+)
+def test_a_key_that_cannot_be_is_named(key, value):
+    with pytest.raises(FormatError, match=key):
+        expected_tensors(LLAMA | {key: value})

@@ -1,0 +1,205 @@
+"""What config.json, headers, texts and options tell of a job. Imports neither torch nor more.
+
+So a mistyped path costs no seconds of imports. `load` checks what needs them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from merge_tools import preflight
+from merge_tools.architectures import split_decoder
+from vllm_qoq.checkpoint import CONFIG, Checkpoint, TensorInfo, side_files
+from vllm_qoq.errors import shown
+from vllm_qoq.importer.expected import CONSTANT, HEAD, Expected, expected
+from vllm_qoq.quantize import QuantizeError
+from vllm_qoq.quantize.architectures import Architecture, Shape, architecture
+from vllm_qoq.text_file import check_text
+
+if TYPE_CHECKING:
+    from vllm_qoq.quantize.plan import Job
+
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+"""In which a model may run and be stored: by torch's name, safetensors' name."""
+
+_REMEDY = "mend it, or download the model again"
+# At least one of them, whatever the tokenizer's class.
+_TOKENIZERS = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
+    *("sentencepiece.bpe.model", "tekken.json"),
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A model whose headers are what its config.json says.
+
+    linears  (outputs, inputs) of every layer to quantize
+    """
+
+    checkpoint: Checkpoint
+    arch: Architecture
+    shape: Shape
+    linears: list[tuple[int, int]]
+
+
+def check_inputs(job: Job) -> Inputs:
+    """Open the model and refuse, by name, what cannot be quantized or would be lost."""
+    checkpoint = Checkpoint.open(job.model)
+    config = checkpoint.config
+    arch, model = architecture(config), expected(config, "quantized")
+    _check_dtype(config)
+    _check_rope(config)
+    _check_constants(config)
+    _check_tensors(checkpoint, model)
+    checkpoint.check_links()
+    files = {str(file) for file in side_files(job.model)}
+    if not files.intersection(_TOKENIZERS):
+        raise QuantizeError(
+            f"{job.model}: has no tokenizer ({', '.join(_TOKENIZERS)}); copy the model's "
+            "tokenizer.json and tokenizer_config.json there"
+        )
+    preflight.check_output(job.out, [job.model], job.overwrite)
+    check_text("--text", job.text)
+    if job.eval_text is not None:
+        check_text("--eval-text", job.eval_text)
+    shape = Shape.of(config)
+    linears = [
+        model.linears[f"{arch.blocks}.{i}.{name}"]
+        for i in range(shape.layers)
+        for name in arch.linears
+    ]
+    return Inputs(checkpoint, arch, shape, linears)
+
+
+def dtype_name(config: Mapping[str, Any]) -> str | None:
+    """The dtype in which config.json runs the model, by torch's name; None where it is silent."""
+    value = config.get("dtype") or config.get("torch_dtype")
+    return value if isinstance(value, str) else None
+
+
+def _check_dtype(config: Mapping[str, Any]) -> None:
+    for key in ("dtype", "torch_dtype"):
+        value = config.get(key)
+        if value is not None and dtype_name({"dtype": value}) not in DTYPES:
+            raise QuantizeError(
+                f"{CONFIG}: {key}: {shown(value)} is not supported; give the model in one of "
+                f"{', '.join(DTYPES)}"
+            )
+
+
+def _check_rope(config: Mapping[str, Any]) -> None:
+    for key in ("rope_parameters", "rope_scaling"):
+        value = config.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise QuantizeError(f"{CONFIG}: {key}: {shown(value)} is not an object; {_REMEDY}")
+        for name, entry in (value or {}).items():
+            _check_rope_value(f"{key}.{name}", entry)
+    for key in ("rope_theta", "partial_rotary_factor"):
+        _check_rope_value(key, config.get(key))
+
+
+def _check_rope_value(key: str, value: Any) -> None:
+    leaf = key.rpartition(".")[2]
+    if leaf == "partial_rotary_factor" and value not in (None, 1):
+        # vLLM would turn this part of each head, transformers the whole of it.
+        raise QuantizeError(
+            f"{CONFIG}: {key}: {shown(value)} is not supported: the models that can be "
+            "quantized turn whole heads; give another model"
+        )
+    if leaf in ("rope_type", "type"):
+        is_fine = value is None or isinstance(value, str)
+    elif leaf in ("rope_theta", "factor", "original_max_position_embeddings"):
+        is_fine = value is None or _is_positive(value)
+    elif isinstance(value, list):
+        is_fine = all(map(_is_positive, value))
+    else:
+        is_fine = value is None or isinstance(value, (bool, str)) or _is_finite(value)
+    if not is_fine:
+        raise QuantizeError(f"{CONFIG}: {key}: {shown(value)} cannot be; {_REMEDY}")
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer of more than 308 digits
+        return False
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_finite(value) and value > 0
+
+
+def _check_constants(config: Mapping[str, Any]) -> None:
+    activation = config.get("hidden_act", "silu")
+    if activation != "silu":
+        raise QuantizeError(
+            f"{CONFIG}: hidden_act: {shown(activation)} is not supported: vLLM runs these models "
+            "with 'silu' only; give another model"
+        )
+    epsilon = config.get("rms_norm_eps")
+    if epsilon is not None and not (_is_finite(epsilon) and 0 <= epsilon < 1):
+        raise QuantizeError(
+            f"{CONFIG}: rms_norm_eps: {shown(epsilon)} is not a number from 0 to 1; {_REMEDY}"
+        )
+    longest = config.get("max_position_embeddings")
+    if longest is not None and (type(longest) is not int or not 0 < longest < 1 << 31):
+        raise QuantizeError(
+            f"{CONFIG}: max_position_embeddings: {shown(longest)} is not a number of tokens; "
+            f"{_REMEDY}"
+        )
+
+
+def _check_tensors(checkpoint: Checkpoint, model: Expected) -> None:
+    """Every tensor of the architecture, each with its shape, and no other."""
+    wanted: dict[str, tuple[int, ...]] = {f"{x}.weight": nk for x, nk in model.linears.items()}
+    wanted |= {f"{name}.bias": (model.linears[name][0],) for name in model.biased}
+    wanted |= model.others
+    tensors = checkpoint.tensors
+    for name, info in sorted(tensors.items()):
+        if name not in wanted and not name.endswith(CONSTANT):
+            raise QuantizeError(_surplus(info, checkpoint.config))
+    for name, shape in wanted.items():
+        if name not in tensors:
+            if name == HEAD and model.is_tied:
+                continue
+            raise QuantizeError(f"{checkpoint.path}: {name} is missing; {_missing(name)}")
+        info = tensors[name]
+        if info.dtype not in DTYPES.values():
+            raise QuantizeError(
+                f"{info.file}: {name}: is {info.dtype}, but {', '.join(DTYPES.values())} can be "
+                "quantized; give the model in bf16 or fp16"
+            )
+        if info.shape != shape:
+            raise QuantizeError(
+                f"{info.file}: {name}: is {list(info.shape)}, but {CONFIG} makes it {list(shape)}; "
+                "download both again, from one model"
+            )
+
+
+def _surplus(info: TensorInfo, config: Mapping[str, Any]) -> str:
+    place, count = split_decoder(info.name), config["num_hidden_layers"]
+    if place is not None and place[1] >= count:
+        return (
+            f"{info.file}: {info.name}: is beyond num_hidden_layers = {count} of {CONFIG}, so it "
+            "would be lost; mend that number, or save the model without this layer"
+        )
+    return (
+        f"{info.file}: {info.name}: {config['architectures'][0]} has no such tensor, so it would "
+        "be lost; if the model may do without it, load and save it with transformers, which "
+        "leaves it out"
+    )
+
+
+def _missing(name: str) -> str:
+    if name == HEAD:
+        return (
+            f"download it again, or write tie_word_embeddings: true into {CONFIG} if the "
+            "embedding serves as lm_head"
+        )
+    return "download it again"
