@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent.parent / "vllm_qoq"
+# Without it vLLM itself finds no method, ours neither.
+OF_VLLM_ITSELF = ("vllm.model_executor.layers.quantization", "QUANTIZATION_METHODS")
 SECTION = {"quant_method": "qoq", "kv_cache": {"bits": 4}}
 
 
@@ -30,7 +32,7 @@ def imported_names() -> set[tuple[str, str]]:
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
                 found |= {(str(node.module), alias.name) for alias in node.names}
-    return found
+    return found - {OF_VLLM_ITSELF}
 
 
 def remove(module: str, name: str) -> None:
