@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from merge_tools import cli as merge_cli
 from merge_tools.spelling import kebab_case
 from vllm_qoq import __version__
 from vllm_qoq.bench import cli as bench_cli
+from vllm_qoq.errors import UserError
 from vllm_qoq.importer import cli as import_cli
 from vllm_qoq.output import stdout_for
 from vllm_qoq.quantize import cli as quantize_cli
@@ -58,6 +60,8 @@ def _add_perplexity(commands: argparse._SubParsersAction[argparse.ArgumentParser
 
 
 def _perplexity(args: argparse.Namespace) -> int:
+    if find_spec("vllm") is None:
+        raise UserError("vLLM is not installed; install it: pip install 'vllm-qoq[vllm]'")
     with stdout_for(sys.stderr.fileno()) as out:
         from vllm_qoq.integration.perplexity import run
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
 from typing import Any
 
 _PACKAGES = {
@@ -29,6 +30,7 @@ _SECONDS = 5.0
 def describe() -> dict[str, Any]:
     """Versions, platform, GPUs and whether vLLM will find the plugin, as one JSON object.
 
+    `kernels` says whether this build has the CUDA kernels (README, Install).
     `gpus` is a list of {field: text}, empty where nvidia-smi lists none, and None
     where there is no working nvidia-smi.
     """
@@ -37,6 +39,7 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(names) for name, names in _PACKAGES.items()},
         "gpus": _gpus(),
+        "kernels": Path(__file__).with_name("_C.so").exists(),
         "plugin_visible": _is_plugin_visible(),
     }
 
@@ -50,6 +53,7 @@ def table(report: dict[str, Any]) -> str:
         rows.append(("GPU", "none" if gpus == [] else "none (no working nvidia-smi)"))
     else:
         rows += [("GPU", ", ".join(gpu.values())) for gpu in gpus]
+    rows.append(("CUDA kernels", "built" if report["kernels"] else "not built (README, Install)"))
     seen = report["plugin_visible"]
     rows.append(("vLLM plugin", "visible" if seen else "not visible; reinstall vllm-qoq"))
     return "\n".join(f"{name:20}{value}" for name, value in rows)
