@@ -30,7 +30,7 @@ demo: setup  ## quantize a tiny model twice, merge, measure, serve and ask it so
 	@$(VENV)/python examples/demo.py
 
 test: setup lint  ## every test that this machine can run
-	@$(VENV)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
+	@$(VENV)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 lint: setup  ## ruff and mypy
 	@$(VENV)/ruff check .
