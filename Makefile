@@ -33,7 +33,7 @@ demo: setup  ## quantize a tiny model twice, merge, measure, serve and ask it so
 	@$(VENV)/python examples/demo.py
 
 test: setup lint  ## every test that this machine can run
-	@$(VENV)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
+	@$(VENV)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 test-gpu:  ## every GPU test, and a line in tests/gpu_record.tsv (GPU_PYTHON=, GPU_WORKERS=)
 	@$(GPU_PYTHON) tests/gpu_record.py -n $(GPU_WORKERS) --dist worksteal

@@ -11,6 +11,7 @@ The kernels are one library for torch 2.11 and later and every Python: `pip inst
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,8 @@ def arguments() -> dict[str, Any]:
         return kernels()
     if choice == "1":
         raise SystemExit(f"VLLM_QOQ_CUDA=1, but {missing}")
+    # pip shows it with -v; `vllm-qoq env` says it at any time.
+    print(f"vllm-qoq: a build without CUDA kernels: {missing}", file=sys.stderr)
     return {}
 
 

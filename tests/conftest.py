@@ -26,8 +26,25 @@ SERVER_ENVIRONMENT = {
 os.environ.update({k: os.environ.get(k, v) for k, v in SERVER_ENVIRONMENT.items()})
 
 
+# Minutes each. Begun last, one of them would leave all workers but its own idle.
+LONGEST_FIRST = (
+    "test_load_serving.py",
+    "test_kernel_sources.py",
+    "test_serving.py",
+    "test_quantize_run.py",
+    "test_qoq_linear.py",
+    "test_install.py",
+    "test_server.py",
+    "test_tune.py",
+    "test_vllm_sources.py",
+    "test_kv_serving.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip GPU tests, with the reason, where they cannot run."""
+    """Put the longest files first; skip GPU tests, with the reason, where they cannot run."""
+    rank = {name: i for i, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
     reason = _why_no_gpu_tests()
     for item in items:
         if reason and item.get_closest_marker("gpu"):

@@ -206,15 +206,15 @@ def test_what_is_missing_is_said_before_work_begins(run, tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "measure", None)
     monkeypatch.setattr(command, "find_spec", lambda name: None)
     code, _, stderr = run("-o", tmp_path / "out")
-    assert code == 2 and "pip install matplotlib" in stderr
+    assert code == 2 and "pip install 'vllm-qoq[plots]'" in stderr
     code, _, stderr = run("-o", tmp_path / "no" / "out")
     assert code == 2 and "no such folder" in stderr
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
-    code, _, stderr = run()
-    assert code == 2 and "Some GPU has 8.9" in stderr
     monkeypatch.setattr(ops, "has_kernels", lambda device: False)
     code, _, stderr = run()
-    assert code == 2 and "VLLM_QOQ_CUDA=1" in stderr
+    assert code == 2 and ops.BUILD in stderr
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    code, _, stderr = run()
+    assert code == 2 and "Some GPU has 8.9" in stderr and "build" not in stderr
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, _, stderr = run("--kernels", "cutlass-int8")
     assert code == 2 and "no NVIDIA GPU" in stderr

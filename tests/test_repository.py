@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from conftest import LONGEST_FIRST
 
-from vllm_qoq import cli
+from vllm_qoq import cli, ops
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
+PYPROJECT = (ROOT / "pyproject.toml").read_text()
 PAGES = ("README.md", *(f"examples/{page.name}" for page in (ROOT / "examples").glob("*.md")))
 
 # The only two that may reach into the adapter, and only inside a function.
@@ -140,6 +142,28 @@ def test_tracked_files_are_small():
     large = [name for name, size in sizes.items() if size > MIB]
     assert all(name.startswith("tests/data/") for name in large), large
     assert sum(sizes.values()) < 12 * MIB
+
+
+def test_the_longest_test_files_are_there():
+    assert not [name for name in LONGEST_FIRST if not (ROOT / "tests" / name).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_documented_extras_exist(page):
+    extras = set(re.findall(r"^(\w+) = \[", PYPROJECT.partition("optional-dependencies]")[2], re.M))
+    commands = [code for code in code_of(page) if "pip install" in code]
+    named = {
+        extra
+        for code in commands
+        for names in re.findall(r"\.\[([\w,]+)\]|vllm-qoq\[([\w,]+)\]", code)
+        for extra in "".join(names).split(",")
+    }
+    assert named <= extras
+    assert page != "README.md" or named == {"vllm", "quantize"}
+
+
+def test_the_readme_builds_kernels_as_the_refusals_say():
+    assert ops.BUILD in set(code_of("README.md"))
 
 
 def code_of(page: str) -> Iterator[str]:

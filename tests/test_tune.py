@@ -675,14 +675,15 @@ def test_a_missing_folder_or_package_is_named(run, tmp_path, monkeypatch, checkp
     assert "not a folder" in run(None, tmp_path / "absent")[2]
     monkeypatch.undo()
     monkeypatch.setattr(device, "find_spec", lambda name: None)
-    with pytest.raises(TuneError, match="vLLM is not installed"):
+    with pytest.raises(TuneError, match=r"vLLM is not installed.*pip install 'vllm-qoq\[vllm\]'"):
         device.check({"w8a8": "compressed-tensors"})
 
 
 def test_sets_that_this_gpu_cannot_run_are_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("vllm_qoq.ops.has_kernels", lambda device_type: False)
-    with pytest.raises(TuneError, match="set 'w4a8' needs kernels"):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    with pytest.raises(TuneError, match=r"set 'w4a8' .*no CUDA kernels.*VLLM_QOQ_CUDA=1 pip"):
         device.check({"w8a8": "compressed-tensors", "w4a8": "qoq_linear"})
     device.check({"w8a8": "compressed-tensors"})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from merge_tools.spelling import kebab_case
 from vllm_qoq import __version__, output
 from vllm_qoq.bench import cli as bench_cli
 from vllm_qoq.bench.cli import positive
+from vllm_qoq.errors import UserError
 from vllm_qoq.importer import cli as import_cli
 from vllm_qoq.quantize import cli as quantize_cli
 from vllm_qoq.tune import cli as tune_cli
@@ -75,6 +77,8 @@ def _at_least_two(text: str) -> int:
 
 
 def _perplexity(args: argparse.Namespace) -> int:
+    if find_spec("vllm") is None:
+        raise UserError("vLLM is not installed; install it: pip install 'vllm-qoq[vllm]'")
     _check_perplexity(args)
     with output.stdout_for(sys.stderr.fileno()) as out:
         from vllm_qoq.integration.perplexity import run

@@ -11,6 +11,7 @@ import platform
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
 from typing import Any
 
 from vllm_qoq import __version__
@@ -36,6 +37,7 @@ _SECONDS = 5.0
 def describe() -> dict[str, Any]:
     """Versions, platform, GPUs and whether vLLM will find the plugin, as one JSON object.
 
+    `kernels` says whether this build has the CUDA kernels (README, Install).
     `gpus` is a list of {field: text}, empty where nvidia-smi lists none, and None
     where there is no working nvidia-smi. `plugin_allowed` is false where VLLM_PLUGINS
     keeps vLLM from loading the plugin that it finds.
@@ -45,6 +47,7 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(names) for name, names in _PACKAGES.items()},
         "gpus": _gpus(),
+        "kernels": Path(__file__).with_name("_C.so").exists(),
         "plugin_visible": _is_plugin_visible(),
         "plugin_allowed": _is_plugin_allowed(),
     }
@@ -60,6 +63,7 @@ def table(report: dict[str, Any]) -> str:
     else:
         rows += [("GPU", ", ".join(gpu.values())) for gpu in gpus]
     rows.append(("vLLM plugin", _plugin_text(report)))
+    rows.append(("CUDA kernels", "built" if report["kernels"] else "not built (README, Install)"))
     return "\n".join(f"{name:20}{value}" for name, value in rows)
 
 

@@ -24,6 +24,7 @@ _GEMM = "w4a8_gemm"
 _MAX_K = 1 << 16
 _MAX_ROWS = 1 << 24
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+HOPPER = (9, 0)
 
 
 def is_built(device_type: str) -> bool:
@@ -40,7 +41,23 @@ def has_kernels(device_type: str) -> bool:
         return False
     # The kernels are compiled for sm_90a, which no other generation runs.
     return device_type != "cuda" or (
-        torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+        torch.cuda.is_available() and torch.cuda.get_device_capability() == HOPPER
+    )
+
+
+BUILD = "VLLM_QOQ_CUDA=1 pip install --no-build-isolation --no-deps --force-reinstall ."
+
+
+def missing_kernels() -> str:
+    """Why `has_kernels("cuda")` is false here, and what to do: the end of a refusal."""
+    if torch.cuda.is_available() and (found := torch.cuda.get_device_capability()) != HOPPER:
+        name = torch.cuda.get_device_name()
+        return (
+            f"our kernels are for Hopper, compute capability 9.0; {name} has {found[0]}.{found[1]}"
+        )
+    return (
+        "this build of vllm-qoq has no CUDA kernels; on a Hopper GPU build them in a clone, with "
+        f"nvcc: {BUILD} (README, Install)"
     )
 
 

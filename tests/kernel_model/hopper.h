@@ -8,7 +8,6 @@
 #pragma once
 
 #include <cuda.h>
-#include <ucontext.h>
 #include <vector_functions.h>
 #include <vector_types.h>
 
@@ -26,6 +25,31 @@
 #include <set>
 #include <span>
 #include <vector>
+
+// Stores the stack pointer at `from` and goes on where the one in `to` was stored; on the stacks are
+// the registers that a call keeps. swapcontext would also make a system call, at every switch.
+extern "C" void model_switch(void** from, void* to);
+asm(R"(
+.text
+.type model_switch, @function
+model_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size model_switch, .-model_switch
+)");
 
 namespace model {
 
@@ -123,8 +147,8 @@ struct Store {
 };
 
 struct Thread {
-  ucontext_t context;
-  std::vector<char> stack;
+  void* stack_pointer;
+  std::unique_ptr<char[]> stack;
   int index;
   Block* block;
   bool has_ended = false;
@@ -135,7 +159,7 @@ struct Thread {
   std::deque<std::vector<Store>> stores = {{}};  // groups; the last one is not committed
 };
 
-inline ucontext_t scheduler;
+inline void* scheduler;  // its stack pointer while a thread runs
 inline Thread* self;
 inline int grid_blocks, block_threads;
 inline int round_now;                         // every thread that does not sleep runs once
@@ -144,7 +168,7 @@ inline std::span<const uint8_t> bulk_memory;  // where bulk copies may read
 inline std::mt19937 random_order;
 inline std::function<void()> kernel;
 
-inline void yield() { swapcontext(&self->context, &scheduler); }
+inline void yield() { model_switch(&self->stack_pointer, scheduler); }
 inline void yield_perhaps(int one_in = 4) {
   if (random_order() % one_in == 0) yield();
 }
@@ -246,7 +270,19 @@ inline void run_thread() {
   --self->block->alive;
   --self->block->cluster->alive;
   self->block->cluster->update();
-  swapcontext(&self->context, &scheduler);
+  yield();
+}
+
+// Gives a thread a stack from which `model_switch` enters `run_thread`.
+inline void prepare(Thread& thread) {
+  constexpr size_t kBytes = 24 << 10, kKeptRegisters = 6;
+  thread.stack.reset(new char[kBytes]);
+  const auto end = reinterpret_cast<uintptr_t>(thread.stack.get() + kBytes) & ~uintptr_t{15};
+  // Aligned, so that `run_thread` begins as after a call: the return address off by 8.
+  auto* frame = reinterpret_cast<void**>(end) - (kKeptRegisters + 2);
+  std::fill_n(frame, kKeptRegisters + 2, nullptr);
+  frame[kKeptRegisters] = reinterpret_cast<void*>(&run_thread);
+  thread.stack_pointer = frame;
 }
 
 inline void run_until_all_end(const std::vector<std::unique_ptr<Thread>>& threads) {
@@ -268,7 +304,7 @@ inline void run_until_all_end(const std::vector<std::unique_ptr<Thread>>& thread
     for (Thread* thread : live) {
       if (asleep >> (16 * thread->block->rank + thread->index / sleepers) % 32 & 1) continue;
       self = thread;
-      swapcontext(&scheduler, &thread->context);
+      model_switch(&scheduler, thread->stack_pointer);
     }
     std::erase_if(live, [](const Thread* thread) { return thread->has_ended; });
   }
@@ -298,12 +334,7 @@ inline void launch(int clusters, int cluster_size, int threads_of_block, int sha
           Thread& thread = *threads.emplace_back(std::make_unique<Thread>());
           thread.index = i;
           thread.block = &block;
-          thread.stack.resize(24 << 10);
-          getcontext(&thread.context);
-          thread.context.uc_stack.ss_sp = thread.stack.data();
-          thread.context.uc_stack.ss_size = thread.stack.size();
-          thread.context.uc_link = nullptr;
-          makecontext(&thread.context, run_thread, 0);
+          prepare(thread);
         }
       }
     }

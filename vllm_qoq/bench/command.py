@@ -14,8 +14,6 @@ from typing import Any
 from vllm_qoq.bench import BenchError
 from vllm_qoq.output import stdout_for
 
-_HOPPER = (9, 0)
-
 
 @dataclass(frozen=True)
 class Finished:
@@ -93,6 +91,8 @@ def check_gpu(
     """Whether there is a GPU, and our kernels if they are among `names`."""
     import torch
 
+    from vllm_qoq.ops import missing_kernels
+
     if not torch.cuda.is_available():
         raise BenchError(
             "torch finds no NVIDIA GPU to measure on; `vllm-qoq env` shows what is here"
@@ -101,15 +101,7 @@ def check_gpu(
         return
     others = ",".join(name for name in known if name not in ours)
     if not has_kernels():
-        raise BenchError(
-            "this build has no CUDA kernels; build them from a clone: VLLM_QOQ_CUDA=1 pip install "
-            f"--no-build-isolation . (or measure the peers alone: --kernels {others})"
-        )
-    if (found := torch.cuda.get_device_capability()) != _HOPPER:
-        raise BenchError(
-            f"our kernels are for Hopper, compute capability 9.0; {torch.cuda.get_device_name()} "
-            f"has {found[0]}.{found[1]} (measure the peers alone: --kernels {others})"
-        )
+        raise BenchError(f"{missing_kernels()} (or measure the peers alone: --kernels {others})")
 
 
 def _write(finished: Finished, name: str, output: Path, overwrite: bool) -> None:
@@ -139,6 +131,6 @@ def _check_output(output: Path, overwrite: bool, name: str) -> None:
     check_output(output, (), overwrite, _foreign(name))
     if find_spec("matplotlib") is None:
         raise BenchError(
-            f"matplotlib, which -o draws {name}.png with, is not installed; pip install "
-            "matplotlib, or leave out -o: --json prints all numbers"
+            f"matplotlib, which -o draws {name}.png with, is not installed; install it: pip "
+            "install 'vllm-qoq[plots]', or leave out -o: --json prints all numbers"
         )

@@ -18,7 +18,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_qoq import kv_ops
+from vllm_qoq import kv_ops, ops
 from vllm_qoq.integration.kv_backend import (
     KVMetadata,
     KVMetadataBuilder,
@@ -249,7 +249,7 @@ class CUDAKV4Backend(QuantizedKVBackend):
     def obstacles(cls, layer: Any, dtype: torch.dtype) -> Iterator[str]:
         """What the kernels do not serve of a layer."""
         if not kv_ops.has_kernels():
-            yield "a build without CUDA kernels, or a GPU other than Hopper (README, Install)"
+            yield f"a machine without its kernels: {ops.missing_kernels()}"
         if layer.head_size not in _HEAD_SIZES:
             yield f"head size {layer.head_size} on a GPU (it serves 64 and 128)"
         if layer.num_heads > _MAX_GROUP * layer.num_kv_heads:

@@ -155,9 +155,8 @@ class QoQLinearMethod(LinearMethodBase):
         device = layer.qweight.device
         if not ops.has_kernels(device.type):
             raise RuntimeError(
-                f"{self.prefix}: this build of vllm-qoq has no {device.type.upper()} kernels for "
-                f"{QOQ_LINEAR} on this machine; on a Hopper GPU build them (README, Install), else "
-                "use another set of the checkpoint, for example with "
+                f"{self.prefix}: {QOQ_LINEAR} cannot run here: {ops.missing_kernels()}; or use "
+                "another set of the checkpoint, for example with "
                 """--additional-config '{"qoq": {"force_set": "w8a8"}}', or serve on the CPU"""
             )
         if self.is_dummy:

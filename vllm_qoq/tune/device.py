@@ -40,7 +40,7 @@ def name() -> str:
 def check(methods: dict[str, str]) -> None:
     """Raise TuneError where an engine with these sets (name -> quant_method) cannot start."""
     if find_spec("vllm") is None:
-        raise TuneError("vLLM is not installed; pip install 'vllm-qoq[vllm]'")
+        raise TuneError("vLLM is not installed; install it: pip install 'vllm-qoq[vllm]'")
     import torch
 
     from vllm_qoq import ops
@@ -49,9 +49,8 @@ def check(methods: dict[str, str]) -> None:
     of_ours = [set_name for set_name, method in methods.items() if method == QOQ_LINEAR]
     if of_ours and torch.cuda.is_available() and not ops.has_kernels("cuda"):
         raise TuneError(
-            f"set {of_ours[0]!r} needs kernels that this build or GPU does not have (README, "
-            "Install), and all sets are measured; tune where the checkpoint will be served, or "
-            "write the routing into config.json by hand"
+            f"set {of_ours[0]!r} is measured, too, and {ops.missing_kernels()}; or tune where the "
+            "checkpoint will be served, or write the routing into config.json by hand"
         )
 
 
