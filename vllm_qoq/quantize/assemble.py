@@ -62,7 +62,7 @@ def write_checkpoint(
         write_json(folder / CONFIG, config(model, options))
         write_json(folder / REPORT, report)
         for item in sorted(model.iterdir()):
-            is_ours = item.name in (CONFIG, "README.md") or item.name.startswith(".")
+            is_ours = item.name in (CONFIG, REPORT, "README.md") or item.name.startswith(".")
             if item.is_file() and not is_ours and not item.name.endswith(_NOT_COPIED):
                 copy_file(item, folder / item.name)
         write_bytes(folder / "README.md", _card(out.name, options).encode())
@@ -84,7 +84,7 @@ def section(options: Options) -> Section:
     return Section(
         sets={kind.name: kind.config() for kind in options.kinds},
         routing=Routing(prefill=options.sets[0], decode=(DecodeRow(set_name=options.sets[-1]),)),
-        kv_cache=KVCache(bits=options.kv_bits),
+        kv_cache=KVCache(bits=options.kv_bits, hadamard=options.kv_hadamard),
         lm_head=LMHead(bits=8) if options.lm_head_bits == 8 else None,
     )
 
