@@ -222,3 +222,21 @@ def test_a_recipe_and_options_over_it(tiny_model, tmp_path, quantize):
     assert "w4a8.model.layers.0.mlp.up_proj.channel_zero" in checkpoint.tensors
     assert checkpoint.section.kv_cache.bits == 16
     assert verify.structure(out) == []
+
+
+def test_a_file_with_the_reports_name_in_the_model_is_not_copied(changed_model, tmp_path, quantize):
+    """A model that was itself made here, or one that brings a report of its own."""
+    model, out = changed_model(), tmp_path / "out"
+    (model / "quantization_report.json").write_text('{"theirs": true}')
+    code, _, err = quantize(model, out, *FEW, "--sets", "w4a8", "--no-gptq", "--no-clip")
+    assert code == 0, err
+    assert "layers" in json.loads((out / "quantization_report.json").read_text())
+    assert "No accelerator" not in err
+
+
+def test_the_default_work_folder_of_a_name_without_letters(
+    tiny_model, tmp_path, monkeypatch, quantize
+):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = quantize(tiny_model, ".", *FEW)
+    assert code == 2 and err.splitlines()[-1].startswith("error: .: exists already")

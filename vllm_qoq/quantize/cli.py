@@ -109,7 +109,7 @@ def _quantize(args: argparse.Namespace) -> int:
     noise.hide_bars()
     with stdout_for(sys.stderr.fileno()) as out:  # llmcompressor logs there
         try:
-            import llmcompressor  # noqa: F401
+            noise.import_llmcompressor()
         except ImportError as error:
             raise QuantizeError(f"{error}; install it: pip install 'vllm-qoq[quantize]'") from None
         try:
@@ -127,7 +127,6 @@ def _run(args: argparse.Namespace, out: TextIO) -> int:
     from vllm_qoq.quantize.options import Options
     from vllm_qoq.quantize.plan import Job
 
-    noise.show_warnings()
     given = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
     if args.sets is not None:
         given["sets"] = args.sets.split(",")

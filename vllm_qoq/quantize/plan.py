@@ -75,10 +75,11 @@ def make_plan(job: Job, options: Options) -> Plan:
         if text is not None and not text.is_file():
             raise QuantizeError(f"{option} {text}: no such file")
     parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+    stored = stored_bytes(job.work_dir)
     size.check_apart(job.work_dir, job.out, job.model)
     needed = size.sizes(checkpoint, arch, shape, linears, options)
     # Both exist until the output is complete; the pieces of a stopped run do so already.
-    to_come = max(needed.work - stored_bytes(job.work_dir), 0)
+    to_come = max(needed.work - stored, 0)
     size.check_disks([(job.out, needed.output), (job.work_dir, to_come)])
 
     tokenizer = AutoTokenizer.from_pretrained(job.model)

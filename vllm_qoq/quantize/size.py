@@ -21,7 +21,7 @@ from vllm_qoq.reference import GROUP_SIZE
 _FLOAT32, _FLOAT64, _INT64 = 4, 8, 8
 _ITEM_OF_CONFIG = {"float32": 4, "float16": 2, "bfloat16": 2}
 # Python, torch, transformers and llmcompressor, once they have worked on a small model.
-_LIBRARIES = 10**9
+_LIBRARIES = 7 * 10**8
 # float32 copies of a layer's weights while its scales are searched, and [K, K] matrices.
 _WEIGHT_COPIES, _MATRIX_COPIES = 12, 5
 
