@@ -1,7 +1,9 @@
 """What a quantization needs of disk and memory, and where its work folder may be."""
 
 import os
+import shutil
 from collections import namedtuple
+from dataclasses import replace
 
 import pytest
 import torch
@@ -119,6 +121,19 @@ def test_memory_has_its_parts(prepare):
     assert many.output == few.output
 
 
+def test_a_size_that_cannot_be_rotated_is_refused_before_work(prepare, monkeypatch):
+    real = job.make_plan
+
+    def other_shape(*arguments):
+        plan = real(*arguments)
+        return replace(plan, shape=replace(plan.shape, hidden=34 * 128))
+
+    monkeypatch.setattr(job, "make_plan", other_shape)
+    with pytest.raises(QuantizeError, match=r"size 4352 is known; quantize with --no-rotate"):
+        prepare()
+    prepare(rotate=False)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -127,8 +142,6 @@ def test_memory_has_its_parts(prepare):
     ],
 )
 def test_another_tokenizer_is_another_run(prepare, tiny_model, tmp_path, change, message):
-    import shutil
-
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
     begin(prepare, model, tmp_path)

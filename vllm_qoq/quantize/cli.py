@@ -202,9 +202,5 @@ def _show_report(args: argparse.Namespace, report: dict[str, Any], out: TextIO) 
 
 
 def _work_dir(args: argparse.Namespace) -> Path:
-    if args.work_dir is not None:
-        return Path(args.work_dir)
-    out = Path(args.output)
-    if out.name in ("", ".."):  # such as `.`, which has its name in its parent only
-        out = Path(os.path.abspath(out))
-    return out.parent / f"{out.name}.work"
+    out: Path = args.output.resolve()  # "." has no name
+    return args.work_dir or out.parent / f"{out.name}.work"

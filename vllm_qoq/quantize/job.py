@@ -37,6 +37,8 @@ _LIBRARIES = ("torch", "transformers", "compressed-tensors", "llmcompressor")
 def prepare(job: Job, options: Options) -> Plan:
     """Everything that `run` refuses before its work begins, and the plan of that work."""
     plan = make_plan(job, options)
+    if options.rotate:
+        rotate.require_sizes(plan.shape)
     size = plan.shape.head_dim
     if options.kv_hadamard and size & (size - 1):
         raise QuantizeError(
