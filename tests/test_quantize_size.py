@@ -126,10 +126,10 @@ def test_a_size_that_cannot_be_rotated_is_refused_before_work(prepare, monkeypat
 
     def other_shape(*arguments):
         plan = real(*arguments)
-        return replace(plan, shape=replace(plan.shape, hidden=34 * 128))
+        return replace(plan, shape=replace(plan.shape, hidden=34))
 
     monkeypatch.setattr(job, "make_plan", other_shape)
-    with pytest.raises(QuantizeError, match=r"size 4352 is known; quantize with --no-rotate"):
+    with pytest.raises(QuantizeError, match=r"size 34 is known; quantize with --no-rotate"):
         prepare()
     prepare(rotate=False)
 
