@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import QKVParallelLinear
 
 from vllm_qoq import key_bias
-from vllm_qoq.kv_config import UNQUANTIZED, KVCache
+from vllm_qoq.kv_config import UNQUANTIZED
 
 logger = init_logger("vllm." + __name__)
 
@@ -21,28 +21,29 @@ class KeyBiasWatch:
     """The projections to Q, K and V of one engine, until they are looked at."""
 
     def __init__(self) -> None:
-        self._layers: dict[str, nn.Module] = {}
+        self._layers: dict[str, QKVParallelLinear] = {}
 
     def add(self, layer: nn.Module, prefix: str) -> None:
-        """Remember `layer`, of any kind and without weights yet, if it makes keys with a bias."""
-        if isinstance(layer, QKVParallelLinear) and layer.has_bias:
+        """Remember `layer`, of any kind and without weights yet, if it makes keys."""
+        if isinstance(layer, QKVParallelLinear):
             self._layers[prefix] = layer
 
-    def warn(self, kv_cache: KVCache) -> None:
-        """Log the layers whose bias is too large, all in one line; then forget them.
+    def warn(self, bits_of: Mapping[str, int], use_hadamard: bool) -> None:
+        """Log the layers whose bias is too large, a line for each precision; then forget them.
 
-        Call when the weights are in the form that the layers compute with.
+        `bits_of` has the bits of every attention layer, which is beside its projections. Call when
+        the weights are in the form that the layers compute with.
         """
+        beside = {name.rpartition(".")[0]: bits for name, bits in bits_of.items()}
         found: dict[int, list[str]] = {}
         for prefix, layer in self._layers.items():
-            # The attention layer is beside its projections.
-            bits = kv_cache.bits_of(f"{prefix.rpartition('.')[0]}.attn")
-            if bits != UNQUANTIZED and _is_too_large(layer, bits, kv_cache.hadamard):
+            bits = beside.get(prefix.rpartition(".")[0], UNQUANTIZED)
+            if bits != UNQUANTIZED and layer.has_bias and _is_too_large(layer, bits, use_hadamard):
                 found.setdefault(bits, []).append(prefix)
         self._layers.clear()
         for bits, names in found.items():
             ways = ["quantize the model with `vllm-qoq quantize`, which evens the keys out"]
-            ways += [] if kv_cache.hadamard else [f"rotate them with {_SWITCH}"]
+            ways += [] if use_hadamard else [f"rotate them with {_SWITCH}"]
             ways += ["use kv_bits 8" if bits == 4 else "use kv_bits 16"]
             logger.warning("%s", key_bias.warning(names, bits, ", or ".join(ways)))
 

@@ -91,7 +91,7 @@ class QuantizedKVCache:
         """Give `layer` the backend of its bits; a second call, when weights are loaded, none."""
         bits = self.kv_cache.bits_of(prefix)
         if prefix in self._layers:
-            self._key_biases.warn(self.kv_cache)
+            self._key_biases.warn(self._layers, self.kv_cache.hadamard)
             return
         self._layers[prefix] = bits
         if bits == UNQUANTIZED:
