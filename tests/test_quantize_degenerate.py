@@ -110,15 +110,16 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("dead", ["no", "some", "all"])
+@pytest.mark.parametrize("dead", ["some", "all"])
 @pytest.mark.parametrize("case", WEIGHTS)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_degenerate_weights_have_finite_scales_above_zero(kind, case, dead, dtype):
+def test_degenerate_weights_have_finite_scales_above_zero(kind, case, dead):
+    """In float16, where 1e-10 is zero."""
     torch.manual_seed(0)
+    dtype = torch.float16
     weight, x = torch.randn(16, 256), torch.randn(512, 256)
     WEIGHTS[case](weight)
-    x[:, {"no": [], "some": range(100), "all": range(256)}[dead]] = 0
+    x[:, {"some": range(100), "all": range(256)}[dead]] = 0
     hessian = x.t() @ x / len(x)
     base, leaves = None, {}
     if kind.base is not None:
