@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -72,7 +73,7 @@ def _computation(layer: QKVParallelLinear) -> Callable[[torch.Tensor, bool], tor
     """The product of the layer outside of an engine's step: (inputs, whether to add the bias)."""
     from vllm_qoq.integration.linear import FlexLinearMethod
 
-    method = layer.quant_method
+    method: Any = layer.quant_method
     if isinstance(method, FlexLinearMethod):
         weights = method.weights(next(iter(method.sets)))  # all sets have one bias and nearly one W
         return lambda x, has_bias: weights.apply(x, has_bias)

@@ -115,10 +115,14 @@ def _check(job: Job, options: Options, plan: Plan) -> Check:
     prompts = plan.samples[:_PROMPTS] if job.sanity_check else []
     prompts = [sample[:PROMPT_TOKENS] for sample in prompts]
     kv_bits = (16,) if options.kv_bits == 16 else (16, options.kv_bits)
-    has_int8_head = options.lm_head_bits == 8
     return Check(
-        *(plan.tokenizer, plan.windows, prompts, kv_bits),
-        *(options.kv_hadamard, has_int8_head, job.quiet),
+        plan.tokenizer,
+        plan.windows,
+        prompts,
+        kv_bits,
+        kv_hadamard=options.kv_hadamard,
+        has_int8_head=options.lm_head_bits == 8,
+        quiet=job.quiet,
     )
 
 
