@@ -75,7 +75,7 @@ def test_what_is_warned_of_is_the_error_of_the_scores(bias):
     lost = evaluate.round_cache(key, 4) - key
     scores = torch.einsum("qhgd,khd->hqgk", query.view(32, 2, 2, 64), lost) / 8
     measured = scores.square().mean(dim=(1, 2, 3)).sqrt()
-    assert torch.allclose(noise, measured, rtol=0.5)
+    assert (noise < 3 * measured).all() and (measured < 3 * noise).all(), (noise, measured)
     assert (noise > without).all()
 
 
