@@ -210,8 +210,9 @@ def test_the_size_of_a_dry_run_is_the_size_of_the_checkpoint(quantized, tmp_path
     arguments = ("--sets", ",".join(SETS), "--dry-run", "--json")
     _, printed, _ = quantize(model, tmp_path / "out", *arguments)
     written = Checkpoint.open(out).total_bytes
-    # the lm_head that was tied, and scales per row
-    assert json.loads(printed)["output_bytes"] == pytest.approx(written, rel=0.2)
+    plan = json.loads(printed)
+    assert plan["output_bytes"] == written
+    assert plan["disk_bytes"] == written + plan["work_bytes"]
 
 
 def test_a_recipe_and_options_over_it(tiny_model, tmp_path, quantize):
@@ -247,3 +248,21 @@ def test_embeddings_are_those_of_the_original_model(quantized, tiny_model):
     assert torch.cosine_similarity(original[:-1], original[1:]).max() < 0.9  # they do differ
     served = embeddings(out, {"force_set": "w8a8"})
     assert torch.cosine_similarity(original, served).min() > 0.99
+
+
+def test_a_file_with_the_reports_name_in_the_model_is_not_copied(changed_model, tmp_path, quantize):
+    """A model that was itself made here, or one that brings a report of its own."""
+    model, out = changed_model(), tmp_path / "out"
+    (model / "quantization_report.json").write_text('{"theirs": true}')
+    code, _, err = quantize(model, out, *FEW, "--sets", "w4a8", "--no-gptq", "--no-clip")
+    assert code == 0, err
+    assert "layers" in json.loads((out / "quantization_report.json").read_text())
+    assert "No accelerator" not in err
+
+
+def test_the_default_work_folder_of_a_name_without_letters(
+    tiny_model, tmp_path, monkeypatch, quantize
+):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = quantize(tiny_model, ".", *FEW)
+    assert code == 2 and err.splitlines()[-1].startswith("error: .: exists already")

@@ -165,6 +165,7 @@ class QoQConfig(QuantizationConfig):
         if isinstance(layer, Attention | MLAAttention):
             kv_cache.attach(layer, prefix)
             return None
+        kv_cache.watch(layer, prefix)
         if self.section is None:
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
         if self.section.lm_head is not None and isinstance(layer, ParallelLMHead):

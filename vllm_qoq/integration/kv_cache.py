@@ -22,6 +22,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm_qoq.errors import UserError
 from vllm_qoq.integration import kv_refusals
 from vllm_qoq.integration.compat import set_kv_cache_spec
+from vllm_qoq.integration.key_bias import KeyBiasWatch
 from vllm_qoq.integration.kv_backend import QuantizedKVBackend
 from vllm_qoq.integration.kv_cpu import CPUKV4Backend, CPUKV8Backend
 from vllm_qoq.integration.kv_spec import spec_of_layer
@@ -43,11 +44,21 @@ def backends_of(device_type: str) -> dict[int, type[QuantizedKVBackend]]:
 
 
 def kv_cache_in_force(kv_cache: KVCache | None, options: Options) -> KVCache:
-    """The checkpoint's; `kv_bits` of the options replaces its bits, for every layer."""
+    """The checkpoint's; `kv_bits` of the options replaces its bits, for every layer.
+
+    UserError where `kv_hadamard` asks for a rotation of keys that nothing quantizes.
+    """
     kv_cache = kv_cache or KVCache(bits=UNQUANTIZED)
-    if options.kv_bits is None:
+    if options.kv_bits is not None:
+        kv_cache = kv_cache.model_copy(update={"bits": options.kv_bits, "layers": ()})
+    if options.kv_hadamard is None:
         return kv_cache
-    return kv_cache.model_copy(update={"bits": options.kv_bits, "layers": ()})
+    if options.kv_hadamard and not kv_cache.is_quantized():
+        raise UserError(
+            f"--additional-config: {NAMESPACE}.kv_hadamard: rotates the keys of a quantized KV "
+            "cache, and this one has 16 bits; add kv_bits, or leave kv_hadamard out"
+        )
+    return kv_cache.model_copy(update={"hadamard": options.kv_hadamard})
 
 
 def check_kv_cache(kv_cache: KVCache, vllm_config: VllmConfig) -> None:
@@ -77,15 +88,17 @@ class QuantizedKVCache:
         self._vllm_config = vllm_config
         self._layers: dict[str, int] = {}
         check_kv_cache(self.kv_cache, vllm_config)
+        self._key_biases = KeyBiasWatch()
         if not self.kv_cache.is_quantized():
             return
         self._backends = backends_of(vllm_config.device_config.device_type)
         logger.info("Quantized KV cache: %s", self.kv_cache.to_json())
 
     def attach(self, layer: nn.Module, prefix: str) -> None:
-        """Give `layer` the backend of its bits; a second call changes nothing."""
+        """Give `layer` the backend of its bits; a second call, when weights are loaded, none."""
         bits = self.kv_cache.bits_of(prefix)
         if prefix in self._layers:
+            self._key_biases.warn(self._layers, self.kv_cache.hadamard)
             return
         self._layers[prefix] = bits
         if bits == UNQUANTIZED:
@@ -96,6 +109,11 @@ class QuantizedKVCache:
         if layer.sliding_window is not None:
             kv_refusals.check_mixed_windows(self.kv_cache, self._vllm_config)
         self._swap(layer, bits)
+
+    def watch(self, layer: nn.Module, prefix: str) -> None:
+        """Look at `layer` when its weights are loaded, if it makes keys."""
+        if self.kv_cache.is_quantized():
+            self._key_biases.add(layer, prefix)
 
     def check_layers(self) -> None:
         """Refuse layers that were never asked about, and rules without a layer.

@@ -5,12 +5,15 @@
     --additional-config '{"qoq": {"force_load": "calm"}}'
     --additional-config '{"qoq": {"trace": "/tmp/routing.jsonl"}}'
     --additional-config '{"qoq": {"kv_bits": 4}}'
+    --additional-config '{"qoq": {"kv_bits": 4, "kv_hadamard": true}}'
 
 `force_set` uses one set for everything, `routing` replaces the checkpoint's table, `force_load`
 keeps a table with a `load` in one state, "calm" or "busy", however long the queue is. `trace`
 writes every decision as a line of JSON, with the engine and the process that made it; with CUDA
 graphs those of a `load` are made on the device, so `busy` is null there and `set_if_busy` the other
 set. `kv_bits` stores the keys and values of every layer in that many bits; 16 is vLLM's own cache.
+`kv_hadamard` says whether keys are rotated before they are quantized, which helps where few
+channels are far larger than the others.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ class Options(BaseModel):
     force_load: Literal["calm", "busy"] | None = None
     trace: str | None = None
     kv_bits: Bits | None = None
+    kv_hadamard: bool | None = None
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> Options:

@@ -13,10 +13,11 @@
     workdir        results per layer on the disk, so that a stopped run goes on
     inputs         what config, headers and texts must say, without an import
     load           model and tokenizer, from checked files alone
-    plan, estimate what is known beforehand
+    plan, size, estimate what is known beforehand
+    keys           biases of K that a quantized cache cannot hold
     job, assemble  the run from start to end, and the checkpoint at its end
     evaluate, check  perplexity and text of the float model and of every set
-    report, cli    what the user sees
+    report, cli, noise what the user sees
 
 Each step preserves the function of the float model until `grid` rounds it.
 llmcompressor is imported by `modifiers` and `job` only; vLLM never.

@@ -26,6 +26,7 @@ class Check:
     windows  token ids to measure the perplexity on
     prompts  token ids to continue
     kv_bits  precisions of the KV cache to measure with, simulated below 16
+    kv_hadamard  whether the cache rotates keys
     has_int8_head  whether the quantized model rounds the lm_head's inputs
     """
 
@@ -33,6 +34,7 @@ class Check:
     windows: list[list[int]]
     prompts: list[list[int]]
     kv_bits: tuple[int, ...]
+    kv_hadamard: bool
     has_int8_head: bool
     quiet: bool
 
@@ -75,7 +77,7 @@ class Check:
 
     def _perplexity(self, model: Module, bits: int, label: str) -> float:
         clock = Clock(f"perplexity of {label}, KV{bits}", len(self.windows), self.quiet)
-        found = evaluate.perplexity(model, self.windows, bits, clock)
+        found = evaluate.perplexity(model, self.windows, bits, clock, self.kv_hadamard)
         if not math.isfinite(found):
             raise QuantizeError(f"{label}: perplexity {found}; {_REMEDY}")
         return found

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from merge_tools.cli import MAX_CLIPPED, MAX_CLIPPED_HELP, share, size
 from vllm_qoq.output import stdout_for
+from vllm_qoq.quantize import noise
 
 if TYPE_CHECKING:
     from vllm_qoq.quantize.options import Options
@@ -46,6 +46,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--group-size", type=int, choices=(128, -1), help="default: 128")
     parser.add_argument(
         "--kv-bits", type=int, choices=(4, 8, 16), help="KV cache to prepare for (default: 4)"
+    )
+    parser.add_argument(
+        "--kv-hadamard",
+        action="store_true",
+        default=None,
+        help="rotate K in the KV cache: for a model whose K has channels of very different size",
     )
     parser.add_argument(
         "--lm-head-bits", type=int, choices=(8, 16), help="8 for an int8 lm_head (default: 16)"
@@ -100,7 +106,10 @@ def _add_steps(group: Any) -> None:
         group.add_argument(option, dest=name, action="store_false", default=None, help=text)
 
 
-_OPTIONS = ("nested", "group_size", "kv_bits", "lm_head_bits", "samples", "seqlen", *_STEPS)
+_OPTIONS = (
+    *("nested", "group_size", "kv_bits", "kv_hadamard", "lm_head_bits", "samples", "seqlen"),
+    *_STEPS,
+)
 
 
 def _quantize(args: argparse.Namespace) -> int:
@@ -111,21 +120,19 @@ def _quantize(args: argparse.Namespace) -> int:
     check_inputs(job)  # what needs no import, before the imports
     if args.json:
         args.quiet = True
-    if args.quiet or not sys.stderr.isatty():
-        # llmcompressor's bars; ours are lines. tqdm reads this when it is imported.
-        os.environ.setdefault("TQDM_DISABLE", "1")
+    noise.hide_bars()
     with stdout_for(sys.stderr.fileno()) as out:  # llmcompressor logs there
         try:
-            import llmcompressor  # noqa: F401
+            noise.import_llmcompressor()
         except ImportError as error:
             raise QuantizeError(f"{error}; install it: pip install 'vllm-qoq[quantize]'") from None
         try:
             return _run(args, job, options, out)
         except KeyboardInterrupt:
-            print(
-                f"interrupted; {_work_dir(args)} has what is done, the same command goes on there",
-                file=sys.stderr,
-            )
+            work = _work_dir(args)
+            done = f"{work} has what is done, the same command goes on there"
+            # A folder without a finished piece does not stay.
+            print(f"interrupted; {done if work.exists() else 'nothing is left'}", file=sys.stderr)
             return 130
 
 
@@ -153,14 +160,10 @@ def _job(args: argparse.Namespace) -> tuple[Job, Options]:
 
 
 def _run(args: argparse.Namespace, job: Job, options: Options, out: TextIO) -> int:
-    from llmcompressor import LoggerConfig, configure_logger
+    from vllm_qoq.quantize.job import prepare, run
 
-    from vllm_qoq.quantize.job import run
-    from vllm_qoq.quantize.plan import make_plan
-
-    configure_logger(LoggerConfig(console_log_level="WARNING"))
     if args.dry_run:
-        _show_plan(args, make_plan(job, options), options, out)
+        _show_plan(args, prepare(job, options), options, out)
     else:
         _show_report(args, run(job, options), out)
     return 0
@@ -174,6 +177,10 @@ def _show_plan(args: argparse.Namespace, plan: Any, options: Any, out: TextIO) -
     from vllm_qoq.quantize.clock import duration
 
     seconds = estimate.seconds(plan.linears, options, len(plan.samples), torch.bfloat16)
+    memory = plan.sizes.memory
+    parts = ", ".join(f"{name} {human_bytes(count)}" for name, count in memory.items())
+    on_gpu = sum(memory[name] for name in plan.sizes.gpu)
+    gpu = f", {human_bytes(on_gpu)} of it on the GPU" if torch.cuda.is_available() else ""
     if args.json:
         report = {
             "output": str(args.output),
@@ -182,19 +189,22 @@ def _show_plan(args: argparse.Namespace, plan: Any, options: Any, out: TextIO) -
             "parameters": plan.parameters,
             "quantized_layers": len(plan.linears),
             "samples": len(plan.samples),
-            "output_bytes": plan.output_bytes,
-            "work_bytes": plan.work_bytes,
-            "memory_bytes": plan.memory_bytes,
+            "output_bytes": plan.sizes.output,
+            "work_bytes": plan.sizes.work,
+            "disk_bytes": plan.sizes.output + plan.sizes.work,
+            "memory_bytes": sum(memory.values()),
+            "memory": memory,
             "seconds": round(seconds),
         }
         print(json.dumps(report), file=out)
         return
     print(
-        f"would write {args.output}: {human_bytes(plan.output_bytes)}, sets "
+        f"would write {args.output}: {human_bytes(plan.sizes.output)}, sets "
         f"{', '.join(options.sets)} of {len(plan.linears)} layers\n"
         f"calibration: {len(plan.samples)} pieces of {options.seqlen} tokens\n"
-        f"memory: {human_bytes(plan.memory_bytes)} for weights and Hessians; "
-        f"disk: {human_bytes(plan.work_bytes)} more in {_work_dir(args)} until done\n"
+        f"disk: {human_bytes(plan.sizes.output)} for {args.output} and, until it is complete, "
+        f"{human_bytes(plan.sizes.work)} in {_work_dir(args)}\n"
+        f"memory: about {human_bytes(sum(memory.values()))}{gpu} ({parts})\n"
         f"time: about {duration(seconds)}, estimated from a second of the same work here",
         file=out,
     )

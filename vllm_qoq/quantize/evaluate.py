@@ -19,6 +19,7 @@ from torch import nn
 from vllm_qoq import kv_layout
 from vllm_qoq.quantize.architectures import Architecture, Module, blocks
 from vllm_qoq.reference import quantize_per_token
+from vllm_qoq.reference_attention import hadamard
 
 _ATTENTION = "qoq_simulated_kv"
 
@@ -29,14 +30,16 @@ def perplexity(
     windows: Iterable[list[int]],
     kv_bits: int = 16,
     done: Callable[[], object] = lambda: None,
+    kv_hadamard: bool = False,
 ) -> float:
     """exp of the mean negative log-likelihood of every token but the first of each window.
 
-    `done` is called after each window.
+    `kv_hadamard` rotates keys before they are rounded to `kv_bits`; `done` is called after each
+    window.
     """
     device = device_of(model)
     total, count = 0.0, 0
-    with _simulated_cache(model, kv_bits):
+    with _simulated_cache(model, kv_bits, kv_hadamard):
         for window in windows:
             tokens = torch.tensor([window], device=device)
             logits = model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
@@ -81,23 +84,30 @@ def round_cache(x: torch.Tensor, bits: int) -> torch.Tensor:
     return kv_layout.dequantize(*kv_layout.quantize(x, bits)).to(x.dtype)
 
 
+def round_keys(keys: torch.Tensor, bits: int, use_hadamard: bool) -> torch.Tensor:
+    """`round_cache` of keys after RoPE, which the cache may rotate."""
+    if not use_hadamard:
+        return round_cache(keys, bits)
+    return hadamard(round_cache(hadamard(keys), bits)).to(keys.dtype)
+
+
 class _simulated_cache:
     """Rounds keys and values in the attention of `model`."""
 
-    def __init__(self, model: Any, bits: int) -> None:
-        self.model, self.bits = model, bits
+    def __init__(self, model: Any, bits: int, use_hadamard: bool) -> None:
+        self.model, self.bits, self.use_hadamard = model, bits, use_hadamard
 
     def __enter__(self) -> None:
         self.before = self.model.config._attn_implementation
         if self.bits < 16:
-            _register(self.bits)
-            self.model.set_attn_implementation(f"{_ATTENTION}{self.bits}")
+            self.model.set_attn_implementation(_register(self.bits, self.use_hadamard))
 
     def __exit__(self, *error: object) -> None:
         self.model.set_attn_implementation(self.before)
 
 
-def _register(bits: int) -> None:
+def _register(bits: int, use_hadamard: bool) -> str:
+    """Make an attention known to transformers; returns its name."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
@@ -110,8 +120,10 @@ def _register(bits: int) -> None:
         mask: torch.Tensor | None,
         **options: Any,
     ) -> Any:
-        keys, values = round_cache(key, bits), round_cache(value, bits)
+        keys, values = round_keys(key, bits, use_hadamard), round_cache(value, bits)
         return sdpa_attention_forward(module, query, keys, values, mask, **options)
 
-    AttentionInterface.register(f"{_ATTENTION}{bits}", attention)
-    AttentionMaskInterface.register(f"{_ATTENTION}{bits}", sdpa_mask)
+    name = f"{_ATTENTION}{bits}{'_hadamard' if use_hadamard else ''}"
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    return name

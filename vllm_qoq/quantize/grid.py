@@ -233,7 +233,8 @@ class Symmetric(Grid):
 
     def _rounded(self, scale: torch.Tensor) -> torch.Tensor:
         """As it will be stored, so that the codes fit the scale that vLLM reads."""
-        return scale.clamp_min(_MIN_SCALE).to(self.scale_dtype).float()
+        smallest = torch.finfo(self.scale_dtype).smallest_normal * torch.finfo(self.scale_dtype).eps
+        return scale.clamp_min(max(_MIN_SCALE, smallest)).to(self.scale_dtype).float()
 
 
 def _search(

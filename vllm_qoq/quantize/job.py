@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vllm_qoq.checkpoint import Checkpoint
+from vllm_qoq import __version__
+from vllm_qoq.checkpoint import CONFIG, Checkpoint
 from vllm_qoq.format import STREAM
-from vllm_qoq.quantize import head, rotate
+from vllm_qoq.quantize import QuantizeError, head, keys, rotate, workdir
 from vllm_qoq.quantize.architectures import Architecture, blocks
 from vllm_qoq.quantize.assemble import SHARED, write_checkpoint
 from vllm_qoq.quantize.check import PROMPT_TOKENS, Check
@@ -28,16 +31,36 @@ from vllm_qoq.quantize.workdir import WorkDir
 
 _SMOOTHING = "smoothing"
 _PROMPTS = 2
+_TOKENIZER_FILES = ("tokenizer", "vocab", "merges.txt", "special_tokens_map", "added_tokens")
+# What decides which function a piece belongs to: the model's code, the rotations and their signs.
+_LIBRARIES = ("torch", "transformers", "compressed-tensors", "llmcompressor")
+
+
+def prepare(job: Job, options: Options) -> Plan:
+    """Everything that `run` refuses before its work begins, and the plan of that work."""
+    plan = make_plan(job, options)
+    if options.rotate:
+        rotate.require_sizes(plan.shape)
+    size = plan.shape.head_dim
+    if options.kv_hadamard and size & (size - 1):
+        raise QuantizeError(
+            f"kv_hadamard: heads of {size} channels cannot be rotated, which needs a power of two; "
+            "leave it out"
+        )
+    workdir.check(job.work_dir, fingerprint(job, options, plan), job.resume)
+    return plan
 
 
 def run(job: Job, options: Options) -> dict[str, Any]:
     """Quantize; returns the report. A stopped run leaves only its work folder."""
     started = time.monotonic()
-    plan = make_plan(job, options)
+    plan = prepare(job, options)
     arch, shape = plan.arch, plan.shape
     check = _check(job, options, plan)
+    if not (job.quiet or torch.cuda.is_available()):
+        print("no GPU here: quantizing on the CPU", file=sys.stderr, flush=True)
 
-    with WorkDir.open(job.work_dir, fingerprint(job, options), job.resume) as work:
+    with WorkDir.open(job.work_dir, fingerprint(job, options, plan), job.resume) as work:
         model = _load(job.model, arch)
         before = check.measure(model, "the model")
         if options.rotate:
@@ -48,6 +71,9 @@ def run(job: Job, options: Options) -> dict[str, Any]:
         _smooth(model, plan, options, work, job.quiet)
         if options.rotate:
             rotate.rotate_values(model, arch, shape)  # of channels that are smooth already
+        biased = keys.large_biases(model, arch, shape, options.kv_bits, options.kv_hadamard)
+        if biased:
+            print(f"warning: {keys.warning(biased, options)}", file=sys.stderr, flush=True)
         if not work.has(SHARED):
             work.save(SHARED, _shared(model, arch, options), {})
         if not all(work.has(piece(i)) for i in range(shape.layers)):
@@ -67,6 +93,7 @@ def run(job: Job, options: Options) -> dict[str, Any]:
             "model": job.model.name,
             "options": options.model_dump(mode="json"),
             **summary(errors, time.monotonic() - started),
+            **({"large_key_biases": biased} if biased else {}),
             **({"before": before, "after": after} if before else {}),
         }
         write_checkpoint(
@@ -92,8 +119,15 @@ def _check(job: Job, options: Options, plan: Plan) -> Check:
     prompts = plan.samples[:_PROMPTS] if job.sanity_check else []
     prompts = [sample[:PROMPT_TOKENS] for sample in prompts]
     kv_bits = (16,) if options.kv_bits == 16 else (16, options.kv_bits)
-    has_int8_head = options.lm_head_bits == 8
-    return Check(plan.tokenizer, plan.windows, prompts, kv_bits, has_int8_head, job.quiet)
+    return Check(
+        plan.tokenizer,
+        plan.windows,
+        prompts,
+        kv_bits,
+        kv_hadamard=options.kv_hadamard,
+        has_int8_head=options.lm_head_bits == 8,
+        quiet=job.quiet,
+    )
 
 
 def _load(folder: Path, arch: Architecture) -> Any:
@@ -107,18 +141,32 @@ def _load(folder: Path, arch: Architecture) -> Any:
     return model
 
 
-def fingerprint(job: Job, options: Options) -> dict[str, Any]:
+def fingerprint(job: Job, options: Options, plan: Plan) -> dict[str, Any]:
     """What the pieces in a work folder depend on."""
     checkpoint = Checkpoint.open(job.model)
-    digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
+    weights = {}
     for file in sorted({info.file for info in checkpoint.tensors.values()}):
         stat = (checkpoint.path / file).stat()
-        digest.update(f"{file} {stat.st_size} {stat.st_mtime_ns}".encode())
-    return {
-        "model": digest.hexdigest(),
-        "text": hashlib.sha256(job.text.read_bytes()).hexdigest(),
-        **options.model_dump(mode="json"),
+        weights[file] = f"{stat.st_size} bytes of {stat.st_mtime_ns}"
+    tokenizer = {
+        file.name: _sha256(file.read_bytes())
+        for file in sorted(checkpoint.path.iterdir())
+        if file.name.startswith(_TOKENIZER_FILES) and file.is_file()
     }
+    return {
+        f"the model's {CONFIG}": _sha256(json.dumps(checkpoint.config, sort_keys=True).encode()),
+        "the model's weights": weights,
+        "the tokenizer": tokenizer,
+        "the text": _sha256(job.text.read_bytes()),
+        "the text's tokens": _sha256(json.dumps(plan.samples).encode()),
+        **options.model_dump(mode="json"),
+        "the version of vllm-qoq": __version__,
+        **{f"the version of {name}": version(name) for name in _LIBRARIES},
+    }
+
+
+def _sha256(content: bytes) -> str:
+    return f"sha256 {hashlib.sha256(content).hexdigest()[:16]}"
 
 
 def _smooth(model: Any, plan: Plan, options: Options, work: WorkDir, quiet: bool) -> None:
@@ -129,6 +177,7 @@ def _smooth(model: Any, plan: Plan, options: Options, work: WorkDir, quiet: bool
         options.reorder,
         kv_bits=options.kv_bits,
         weight_bits=min(int(kind.bits) for kind in options.kinds),
+        kv_hadamard=options.kv_hadamard,
     )
     if not (wanted.attention or wanted.outputs or wanted.reorder):
         return

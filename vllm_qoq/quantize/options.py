@@ -34,6 +34,7 @@ class Options(BaseModel):
     nested           store w8a8 as a residual on w4a8
     group_size       128, or -1 for a scale per output channel (w4a8, w4a16)
     kv_bits          what the K and V are prepared for and the server is told
+    kv_hadamard      rotate K in the cache before it is quantized
     lm_head_bits     16 leaves the lm_head in the model's dtype
     samples, seqlen  pieces of the calibration text, and tokens in each
     rotate           fold the norms, R1 on the residual stream, R2 on the values
@@ -50,6 +51,7 @@ class Options(BaseModel):
     nested: bool = False
     group_size: Literal[128, -1] = 128
     kv_bits: Literal[4, 8, 16] = 4
+    kv_hadamard: bool = False
     lm_head_bits: Literal[8, 16] = 16
     samples: PositiveInt = 128
     seqlen: Annotated[int, Field(ge=2)] = 1024
@@ -67,6 +69,12 @@ class Options(BaseModel):
             names = ", ".join(get_args(SetName))
             raise ValueError(f"sets must be distinct, of {names}, not {shown(list(sets))}")
         return sets
+
+    @model_validator(mode="after")
+    def _rotatable(self) -> Options:
+        if self.kv_hadamard and self.kv_bits == 16:
+            raise ValueError("kv_hadamard rotates keys that are quantized; give kv_bits 4 or 8")
+        return self
 
     @model_validator(mode="after")
     def _nestable(self) -> Options:

@@ -7,18 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge_tools import preflight
 from merge_tools.progress import Progress
-from vllm_qoq.quantize import QuantizeError
+from vllm_qoq.quantize import QuantizeError, size
 from vllm_qoq.quantize.architectures import Architecture, Shape
 from vllm_qoq.quantize.inputs import Inputs, check_inputs
 from vllm_qoq.quantize.options import Options
 from vllm_qoq.quantize.text import pieces
+from vllm_qoq.quantize.workdir import stored_bytes
 
 if TYPE_CHECKING:
     from vllm_qoq.quantize.workdir import Resume
-
-_BYTES_16_BIT = 2
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked job. Bytes; the memory is the CPU's.
+    """A checked job.
 
     linears  (outputs, inputs) of every layer to quantize
     samples  token ids of the calibration text
@@ -59,9 +57,7 @@ class Plan:
     windows: list[list[int]]
     linears: list[tuple[int, int]]
     parameters: int
-    output_bytes: int
-    work_bytes: int
-    memory_bytes: int
+    sizes: size.Sizes
 
 
 def make_plan(job: Job, options: Options) -> Plan:
@@ -74,19 +70,12 @@ def make_plan(job: Job, options: Options) -> Plan:
     checkpoint, arch, shape = inputs.checkpoint, inputs.arch, inputs.shape
     linears = inputs.linears
     parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
-    quantized = sum(n * k for n, k in linears)
-    shared = _BYTES_16_BIT * (parameters - quantized)
-    if options.lm_head_bits == 8:
-        # Where the embedding was the lm_head, the int8 one is new.
-        vocabulary, hidden = checkpoint.tensors[f"{arch.embedding}.weight"].shape
-        is_stored = f"{arch.head}.weight" in checkpoint.tensors
-        shared += vocabulary * hidden * (1 - _BYTES_16_BIT if is_stored else 1)
-    if options.rotate:
-        shared += shape.hidden**2  # what turns hidden states back
-    output = shared + sum(int(quantized * kind.bits / 8) for kind in options.kinds)
-    work = output + _BYTES_16_BIT * quantized  # the weights that make the next block's inputs
-    preflight.check_space(job.out, output)
-    preflight.check_space(job.work_dir, work)
+    stored = stored_bytes(job.work_dir)
+    size.check_apart(job.work_dir, job.out, job.model)
+    needed = size.sizes(checkpoint, arch, shape, linears, options)
+    # Both exist until the output is complete; the pieces of a stopped run do so already.
+    to_come = max(needed.work - stored, 0)
+    size.check_disks([(job.out, needed.output), (job.work_dir, to_come)])
 
     from vllm_qoq.quantize import load
 
@@ -97,7 +86,6 @@ def make_plan(job: Job, options: Options) -> Plan:
         windows = pieces(job.eval_text, tokenizer, options.seqlen, None)
     samples = pieces(job.text, tokenizer, options.seqlen, options.samples)
     load.check_values(checkpoint, Progress(job.quiet))
-    hessians = 4 * sum(k * k for _, k in linears) // shape.layers
     return Plan(
         arch,
         shape,
@@ -106,9 +94,7 @@ def make_plan(job: Job, options: Options) -> Plan:
         windows=windows,
         linears=linears,
         parameters=parameters,
-        output_bytes=output,
-        work_bytes=work,
-        memory_bytes=checkpoint.total_bytes + 2 * hessians,
+        sizes=needed,
     )
 
 

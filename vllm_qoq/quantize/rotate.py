@@ -28,16 +28,25 @@ _SEED = 0
 
 def hadamard(size: int, seed: int = _SEED) -> torch.Tensor:
     """An orthogonal float64 [size, size] matrix whose entries have one magnitude."""
+    return _random_matrix(size, torch.device("cpu"), seed) / size**0.5
+
+
+def require_sizes(shape: Shape) -> None:
+    """QuantizeError where the stream or the heads have a size that no rotation is known for."""
+    for size in (shape.hidden, shape.head_dim):
+        _random_matrix(size, torch.device("meta"), _SEED)
+
+
+def _random_matrix(size: int, device: torch.device, seed: int) -> torch.Tensor:
     from compressed_tensors.transform.utils.hadamard import random_hadamard_matrix
 
     generator = torch.Generator().manual_seed(seed)
     try:
-        matrix = random_hadamard_matrix(size, torch.float64, torch.device("cpu"), generator)
+        return random_hadamard_matrix(size, torch.float64, device, generator)
     except ValueError as error:
         raise QuantizeError(
             f"no Hadamard matrix of size {size} is known; quantize with --no-rotate"
         ) from error
-    return matrix / size**0.5
 
 
 @torch.no_grad()

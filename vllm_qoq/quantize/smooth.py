@@ -36,6 +36,7 @@ class SmoothOptions:
     reorder: bool
     kv_bits: int
     weight_bits: int
+    kv_hadamard: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def transforms(
         if arch.k_norm is not None:  # one weight for all heads
             keys = keys.flatten(0, 1)[:, None]
             queries = queries.square().mean(dim=0, keepdim=True).sqrt()
-        scale = strength.key_scale(keys, queries, options.kv_bits)
+        scale = strength.key_scale(keys, queries, options.kv_bits, options.kv_hadamard)
         found["key_scale"] = scale.expand(shape.kv_heads, -1).contiguous()
     if options.outputs:
         readers = block.get_submodule(arch.o).weight.detach().float().square().sum(dim=0)

@@ -1,7 +1,9 @@
 """How strongly to smooth: scales whose rounding errors, measured on a few tokens, are least.
 
 The searches try the scales `a^x / b^y` of a few exponents, with a what is divided by
-the scale and b what is multiplied, and keep the best.
+the scale and b what is multiplied, and keep the best. Channels of zeros, which padded and
+pruned models have, count as channels far smaller than the largest; heads of zeros are left
+as they are.
 """
 
 from __future__ import annotations
@@ -10,10 +12,13 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from vllm_qoq.quantize.evaluate import round_cache
+from vllm_qoq.quantize.evaluate import round_keys
 from vllm_qoq.reference import GROUP_SIZE, quantize_per_token
+from vllm_qoq.reference_attention import hadamard
 
+# A channel that is smaller than the largest by this factor is a channel of zeros.
 _TINY = 1e-5
+_SMALLEST = 1e-30
 _DOWN_EXPONENTS = ((0.0, 0.0), *((x / 10, 1 - x / 10) for x in range(1, 10)))
 _KEY_EXPONENTS = ((0.0, 0.0), (0.5, 0.0), (0.5, 0.5), (1.0, 0.0))
 _STEPS, _RATE = 200, 0.02
@@ -22,11 +27,20 @@ _STEPS, _RATE = 200, 0.02
 def scale(
     divided: torch.Tensor, x: float, multiplied: torch.Tensor | None = None, y: float = 0.0
 ) -> torch.Tensor:
-    """divided^x / multiplied^y, float32, with a geometric mean of 1 so that nothing grows."""
-    logarithm = divided.float().clamp_min(_TINY).log() * x
+    """divided^x / multiplied^y, float32 [..., K], each vector with a geometric mean of 1."""
+    logarithm = _logarithm(divided) * x
     if multiplied is not None:
-        logarithm = logarithm - multiplied.float().clamp_min(_TINY).log() * y
-    return (logarithm - logarithm.mean()).exp()
+        logarithm = logarithm - _logarithm(multiplied) * y
+    return (logarithm - logarithm.mean(dim=-1, keepdim=True)).exp()
+
+
+def _logarithm(magnitudes: torch.Tensor) -> torch.Tensor:
+    """Of magnitudes [..., K] as far down as the largest of each vector allows; 0 for zeros."""
+    magnitudes = magnitudes.float()
+    largest = magnitudes.amax(dim=-1, keepdim=True)
+    # The square of the smallest must not vanish where a search weights with it.
+    floor = (largest * _TINY).clamp_min(_SMALLEST)
+    return torch.where(largest > _SMALLEST, magnitudes.maximum(floor).log(), 0.0)
 
 
 def down_scale(
@@ -51,11 +65,14 @@ def down_scale(
     return _best(candidates, error)
 
 
-def key_scale(keys: torch.Tensor, query_pairs: torch.Tensor, bits: int) -> torch.Tensor:
+def key_scale(
+    keys: torch.Tensor, query_pairs: torch.Tensor, bits: int, use_hadamard: bool = False
+) -> torch.Tensor:
     """float32 [heads, head_dim / 2] for the pairs of the keys, head by head.
 
     keys         float [tokens, heads, head_dim] after RoPE, a sample
     query_pairs  float32 [heads, head_dim / 2]: root mean square of the queries' pairs
+    use_hadamard  whether the cache rotates the keys
 
     A key's error is about its range over the head, whatever the channel, and a query
     weights it. The product of both is brought down from the best of a few starts.
@@ -64,13 +81,15 @@ def key_scale(keys: torch.Tensor, query_pairs: torch.Tensor, bits: int) -> torch
 
     def lost(candidate: torch.Tensor) -> torch.Tensor:
         both = torch.cat((candidate, candidate), dim=-1)
-        error = (round_cache(keys / both, bits) * both - keys) * query_pairs.repeat(1, 2)
+        error = (round_keys(keys / both, bits, use_hadamard) * both - keys) * query_pairs.repeat(
+            1, 2
+        )
         return error.square().mean(dim=0).sum(dim=-1)
 
     magnitude = pairs(keys).square().mean(dim=0).sqrt()
     starts = [scale(magnitude, x, query_pairs, y) for x, y in _KEY_EXPONENTS]
     start = _best_of_each_head(starts, lost)
-    return _best_of_each_head([start, _descend(keys, query_pairs, start)], lost)
+    return _best_of_each_head([start, _descend(keys, query_pairs, start, use_hadamard)], lost)
 
 
 def pairs(x: torch.Tensor) -> torch.Tensor:
@@ -90,16 +109,19 @@ def with_rope(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) 
 
 
 @torch.enable_grad()
-def _descend(keys: torch.Tensor, query_pairs: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+def _descend(
+    keys: torch.Tensor, query_pairs: torch.Tensor, start: torch.Tensor, use_hadamard: bool
+) -> torch.Tensor:
     logarithm = start.log().requires_grad_(True)
     optimizer = torch.optim.Adam([logarithm], lr=_RATE)
     weights = query_pairs.repeat(1, 2)
     for _ in range(_STEPS):
         both = logarithm.exp().repeat(1, 2)
-        scaled = keys / both
+        scaled = hadamard(keys / both) if use_hadamard else keys / both
         span = scaled.amax(dim=-1) - scaled.amin(dim=-1)
         error = span.square().mean(dim=0) * (both * weights).square().sum(dim=-1)
-        loss = error.log().sum()
+        # A head of zero keys or queries loses nothing, and its scale stays where it is.
+        loss = error.clamp_min(_SMALLEST).log().sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -109,7 +131,8 @@ def _descend(keys: torch.Tensor, query_pairs: torch.Tensor, start: torch.Tensor)
 def _best_of_each_head(
     candidates: list[torch.Tensor], lost: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    best = torch.stack([lost(candidate) for candidate in candidates]).argmin(dim=0)
+    losses = torch.stack([lost(candidate) for candidate in candidates])
+    best = losses.nan_to_num(torch.inf, torch.inf).argmin(dim=0)
     stacked = torch.stack(candidates)
     return stacked[best, torch.arange(stacked.shape[1], device=best.device)]
 
@@ -123,8 +146,7 @@ def value_scale(values: torch.Tensor, readers: torch.Tensor) -> torch.Tensor:
     R2 spreads the rounding error evenly over a head, so that the output loses
     sum(v^2 / s^2) * sum(s^2 o^2), which by Cauchy and Schwarz is least for this s.
     """
-    logarithm = (values.clamp_min(_TINY).log() - readers.clamp_min(_TINY).log()) / 2
-    return (logarithm - logarithm.mean(dim=1, keepdim=True)).exp()
+    return scale(values, 0.5, readers, 0.5)
 
 
 def _best(

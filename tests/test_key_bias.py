@@ -1,0 +1,163 @@
+"""Biases of K that a quantized KV cache cannot hold: who is warned, and what helps."""
+
+import logging
+
+import pytest
+import torch
+from biased_models import write_llama, write_qwen2
+from conftest import DATA
+from engines import engine
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from vllm_qoq import key_bias
+from vllm_qoq.checkpoint import read_config
+from vllm_qoq.errors import UserError
+from vllm_qoq.integration.kv_cache import kv_cache_in_force
+from vllm_qoq.integration.options import Options as ServingOptions
+from vllm_qoq.integration.perplexity import perplexity
+from vllm_qoq.kv_config import KVCache
+from vllm_qoq.quantize import QuantizeError, evaluate, job, keys
+from vllm_qoq.quantize.architectures import Shape, architecture
+from vllm_qoq.quantize.options import Options
+from vllm_qoq.quantize.plan import Job
+from vllm_qoq.quantize.text import pieces
+
+LARGE = 80.0
+
+
+@pytest.fixture(scope="module")
+def models(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("key-bias")
+    return {
+        "none": tiny_model,
+        "small": write_qwen2(tiny_model, folder / "small"),
+        "llama": write_llama(tiny_model, folder / "llama"),
+        "large": write_qwen2(tiny_model, folder / "large", LARGE),
+    }
+
+
+@pytest.fixture(scope="module")
+def text(heldout_text):
+    return heldout_text.read_text()[:3000]
+
+
+def large_biases(folder, bits, use_hadamard=False):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    config = read_config(folder)
+    arch, shape = architecture(config), Shape.of(config)
+    return keys.large_biases(model, arch, shape, bits, use_hadamard)
+
+
+@pytest.mark.parametrize("name", ["none", "small", "llama"])
+def test_ordinary_models_are_not_warned_of(models, name):
+    assert large_biases(models[name], 4) == large_biases(models[name], 4, True) == []
+
+
+def test_a_large_bias_is_found_where_it_does_harm(models):
+    layers = [f"model.layers.{i}.self_attn.k_proj" for i in (0, 1)]
+    assert large_biases(models["large"], 4) == layers
+    assert large_biases(models["large"], 8) == large_biases(models["large"], 16) == []
+
+
+@pytest.mark.parametrize("bias", [3.0, 30.0, 300.0])
+def test_what_is_warned_of_is_the_error_of_the_scores(bias):
+    """The error of attention scores as a cache makes it, at real positions."""
+    from vllm_qoq.quantize.strength import with_rope
+
+    torch.manual_seed(0)
+    queries, content = torch.randn(32, 4, 64), torch.randn(32, 2, 64)
+    constant = torch.zeros(2, 64)
+    constant[:, 31], constant[1, 10] = bias, bias / 3
+    noise, without = key_bias.score_noise(queries, content, constant, 4, False)
+    inv_freq = 10000.0 ** -(torch.arange(32) / 32)
+    key = with_rope(content + constant, torch.arange(32) * 37, inv_freq)
+    query = with_rope(queries, torch.arange(32) * 41, inv_freq)
+    lost = evaluate.round_cache(key, 4) - key
+    scores = torch.einsum("qhgd,khd->hqgk", query.view(32, 2, 2, 64), lost) / 8
+    measured = scores.square().mean(dim=(1, 2, 3)).sqrt()
+    assert (noise < 3 * measured).all() and (measured < 3 * noise).all(), (noise, measured)
+    assert (noise > without).all()
+
+
+def test_rotating_the_keys_helps_in_the_simulation_too(models, text, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(models["large"], dtype=torch.float32).eval()
+    (tmp_path / "text").write_text(text)
+    windows = pieces(tmp_path / "text", AutoTokenizer.from_pretrained(models["large"]), 256, None)
+    plain = evaluate.perplexity(model, windows)
+    four, rotated = (evaluate.perplexity(model, windows, 4, kv_hadamard=h) for h in (False, True))
+    assert four > 3 * plain and rotated < 0.5 * four
+
+
+@pytest.fixture
+def warnings_of():
+    """The messages of a logger while the test runs."""
+    messages = []
+
+    class Kept(logging.Handler):
+        def emit(self, record):
+            messages.append(record.getMessage())
+
+    logger, handler = logging.getLogger("vllm.vllm_qoq.integration.key_bias"), Kept()
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)
+
+
+def test_serving_warns_of_it_and_rotation_can_be_asked_for(models, text, warnings_of):
+    def serve(name, **qoq):
+        llm = engine(models[name], qoq, quantization="qoq", **CHUNKED)
+        warned = list(warnings_of)
+        warnings_of.clear()
+        return perplexity(llm, text, 256)["perplexity"], warned
+
+    eight, not_warned = serve("large", kv_bits=8)
+    four, warned = serve("large", kv_bits=4)
+    rotated, _ = serve("large", kv_bits=4, kv_hadamard=True)
+    assert not_warned == [] and len(warned) == 1
+    assert "model.layers.0.self_attn.qkv_proj, model.layers.1.self_attn.qkv_proj" in warned[0]
+    assert '{"qoq": {"kv_hadamard": true}}' in warned[0] and "vllm-qoq quantize" in warned[0]
+    assert four > 3 * eight and rotated < 0.5 * four
+    assert serve("small", kv_bits=4)[1] == []
+
+
+# So that most of a window is read from the cache.
+CHUNKED = {"max_num_batched_tokens": 16, "enable_chunked_prefill": True}
+
+
+def in_force(kv_cache, **options):
+    return kv_cache_in_force(kv_cache, ServingOptions(**options))
+
+
+def test_the_switch_replaces_what_the_checkpoint_says():
+    four = KVCache(bits=4)
+    assert in_force(four, kv_hadamard=True).hadamard
+    assert not in_force(KVCache(bits=4, hadamard=True), kv_hadamard=False).hadamard
+    assert in_force(KVCache(bits=4, hadamard=True)).hadamard
+    assert in_force(None, kv_bits=8, kv_hadamard=True) == KVCache(bits=8, hadamard=True)
+    for options in ({}, {"kv_bits": 16}):
+        with pytest.raises(UserError, match=r"kv_hadamard: .* add kv_bits"):
+            in_force(None, kv_hadamard=True, **options)
+
+
+def quantize(model, folder, **options):
+    options = {"sets": ("w4a8",), "gptq": False, "clip": False, **options}
+    wanted = Options(**options, samples=4, seqlen=128)
+    out, work = folder / "out", folder / "work"
+    return job.run(Job(model, out, DATA / "calibration.txt", work, overwrite=True), wanted)
+
+
+def test_quantize_warns_where_smooth_attention_is_left_out(models, tmp_path, capsys):
+    report = quantize(models["large"], tmp_path, smooth_attention=False, kv_hadamard=True)
+    err = capsys.readouterr().err
+    assert "warning: the bias of K" in err and "model.layers.0.self_attn.k_proj" in err
+    assert "do not leave out SmoothAttention" in err and "--kv-bits 8" in err
+    assert len(report["large_key_biases"]) == 2
+    config = read_config(tmp_path / "out")
+    assert config["quantization_config"]["kv_cache"] == {"bits": 4, "hadamard": True}
+    report = quantize(models["large"], tmp_path)
+    assert "warning" not in capsys.readouterr().err and "large_key_biases" not in report
+
+
+def test_a_rotation_of_nothing_is_refused():
+    with pytest.raises(QuantizeError, match=r"kv_hadamard rotates.*kv_bits 4 or 8"):
+        Options.parse({"kv_hadamard": True, "kv_bits": 16}, "options")
