@@ -22,6 +22,11 @@ _REMEDIES = {
     errno.EFBIG: "lower --max-shard-size, or raise the limit (ulimit -f)",
     errno.EACCES: "get the right to it or choose another place",
     errno.EROFS: "choose another place",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.ELOOP: "remove the circle of links",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EMFILE: "raise the limit (ulimit -n)",
 }
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _ROUTING_BYTES = 1 << 20
@@ -270,7 +275,7 @@ def _report(
             "quantization_config": section.to_json(),
             **({"clipped_shares": shares} if shares else {}),
         }
-        print(json.dumps(report))
+        print(json_line(report))
         return
     verb = "would write" if args.dry_run else "wrote"
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in owners.items())
@@ -293,7 +298,7 @@ def _inspect(args: argparse.Namespace) -> int:
     from merge_tools.inspect import describe, table
 
     report = describe(args.checkpoint)
-    print(json.dumps(report) if args.json else table(report))
+    print(json_line(report) if args.json else table(report))
     return 0
 
 
@@ -324,6 +329,11 @@ def _verify(args: argparse.Namespace) -> int:
         verdict = f"{len(findings)} findings" if findings else "verified"
         print(f"{_printable(str(args.checkpoint))}: {verdict}")
     return 1 if findings else 0
+
+
+def json_line(report: dict[str, Any]) -> str:
+    """A report as JSON, with null for NaN and infinity: a config.json may hold them, JSON not."""
+    return json.dumps(json.loads(json.dumps(report), parse_constant=lambda _: None))
 
 
 def size(text: str) -> int:

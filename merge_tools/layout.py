@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vllm_qoq.checkpoint import TensorInfo
+from vllm_qoq.errors import shown
 from vllm_qoq.format import (
     INPUT_RATIO,
     QOQ_LINEAR,
@@ -283,7 +284,7 @@ def _bits_and_group(config: Mapping[str, Any]) -> tuple[int, int | None]:
     bits = config.get("w_bit", config.get("bits"))
     group = config.get("q_group_size", config.get("group_size"))
     if bits not in (2, 4, 8):
-        raise FormatError(f"config.json: quantization_config.bits: {bits!r} is not 2, 4 or 8")
+        raise FormatError(f"config.json: quantization_config.bits: {shown(bits)} is not 2, 4 or 8")
     return bits, group if _is_positive(group) else None
 
 

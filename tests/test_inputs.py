@@ -286,6 +286,17 @@ LOADED = [
 ]
 
 
+def test_a_token_that_no_row_stands_for_is_refused_in_the_text_only(model, job):
+    file = model / "tokenizer.json"
+    known = json.loads(file.read_text())
+    pad = {**known["added_tokens"][0], "id": 1024, "content": "[PAD]"}
+    file.write_text(json.dumps(known | {"added_tokens": [*known["added_tokens"], pad]}))
+    assert make_plan(job, Options(samples=1, seqlen=16)).samples
+    job.text.write_text("[PAD]" * 20)
+    with pytest.raises(UserError, match=r"has '\[PAD\]', which is token 1024, but .*; take"):
+        make_plan(job, Options(samples=1, seqlen=16))
+
+
 @pytest.mark.parametrize(("damage", "message"), LOADED)
 def test_what_only_the_libraries_and_the_weights_tell_is_refused(
     model, job, damage, message, monkeypatch
