@@ -26,6 +26,7 @@ from typing import Any, Literal
 from vllm_qoq.checkpoint import TensorInfo
 from vllm_qoq.errors import shown
 from vllm_qoq.format import (
+    GROUP_SIZE,
     INPUT_RATIO,
     QOQ_LINEAR,
     QOQ_RESIDUAL,
@@ -34,7 +35,6 @@ from vllm_qoq.format import (
     ResidualSet,
     split_layer,
 )
-from vllm_qoq.reference import GROUP_SIZE
 
 Method = Literal["plain", "dense", "packed", "gptq", "awq", "qoq", "residual"]
 Leaves = Mapping[str, TensorInfo]

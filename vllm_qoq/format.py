@@ -106,6 +106,8 @@ LM_HEAD = "lm_head"
 # Leaves of an int8 lm_head.
 INT8_HEAD_TENSORS = ("weight", "weight_scale")
 STREAM = "stream"
+GROUP_SIZE = 128
+"""Inputs that share a group_scale of a QoQ set."""
 
 _SET_NAME = re.compile(r"[a-z][a-z0-9]{0,31}")
 # First components of tensor names in Hugging Face checkpoints, and attributes of

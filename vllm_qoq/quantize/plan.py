@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from merge_tools.progress import Progress
 from vllm_qoq.errors import shown
+from vllm_qoq.format import GROUP_SIZE
 from vllm_qoq.importer.expected import EMBEDDING
 from vllm_qoq.quantize import QuantizeError, size
 from vllm_qoq.quantize.architectures import Architecture, Shape
@@ -108,8 +109,6 @@ def make_plan(job: Job, options: Options) -> Plan:
 
 
 def _check_divisible(inputs: Inputs) -> None:
-    from vllm_qoq.reference import GROUP_SIZE
-
     for name, (n, k) in zip(inputs.arch.linears, inputs.linears, strict=False):  # all blocks alike
         if k % GROUP_SIZE or n % 8:
             raise QuantizeError(
