@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
-from merge_tools import served, sizes
+from merge_tools import constants, served, sizes
 from merge_tools.architectures import split_decoder, text_config
 from merge_tools.expected import MOST_LAYERS
 from merge_tools.layout import weight_args
@@ -24,6 +24,7 @@ _REMEDY = "download or quantize the model again"
 
 def findings(weights: WeightSet) -> Iterator[str]:
     """What is missing or malformed, one line each; nothing for a complete set."""
+    yield from constants.findings(weights.checkpoint.config)
     yield from sizes.findings(weights)
     yield from served.findings(weights)
     yield from _malformed_layers(weights)

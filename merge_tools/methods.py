@@ -458,9 +458,9 @@ def parse(config: Mapping[str, Any]) -> Method:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
-        given = repr(first["input"])
+        message = first["msg"].partition(" or instance of ")[0]  # a class of ours
         raise FormatError(
-            f"{_WHERE}.{key}: {given[:80]}: {first['msg']}; mend {key or 'it'} or quantize the "
+            f"{_WHERE}.{key}: {shown(first['input'])}: {message}; mend {key or 'it'} or quantize the "
             "model again"
         ) from None
 
