@@ -22,11 +22,17 @@ _REMEDIES = {
     errno.EFBIG: "lower --max-shard-size, or raise the limit (ulimit -f)",
     errno.EACCES: "get the right to it or choose another place",
     errno.EROFS: "choose another place",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.ELOOP: "remove the circle of links",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EMFILE: "raise the limit (ulimit -n)",
 }
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _ROUTING_BYTES = 1 << 20
 # Findings of `verify` that are printed, and that --json has: a lost file brings thousands.
 _SHOWN, _MOST = 20, 1000
+_LONGEST_PATH = 1000
 # examples/nested_16m.md
 MAX_CLIPPED = 0.1
 MAX_CLIPPED_HELP = f"of a layer's weights that nesting may clip (default: {MAX_CLIPPED})"
@@ -105,7 +111,9 @@ def _message(error: Exception) -> str:
     """What to tell of an error; of the system's, with the file and what to do."""
     if not isinstance(error, OSError) or error.errno is None:
         return str(error)
-    files = " -> ".join(str(file) for file in (error.filename, error.filename2) if file is not None)
+    files = " -> ".join(
+        str(file)[:_LONGEST_PATH] for file in (error.filename, error.filename2) if file is not None
+    )
     remedy = _REMEDIES.get(error.errno)
     text = f"{files}: {error.strerror}" if files else str(error.strerror)
     return f"{text}; {remedy}" if remedy else text
@@ -125,7 +133,6 @@ def _merge(args: argparse.Namespace) -> int:
         compatible,
         complete,
         execute,
-        kv_basis,
         nest,
         preflight,
         rules,
@@ -175,7 +182,7 @@ def _merge(args: argparse.Namespace) -> int:
         raise FormatError(finding)
     for source in sources.values():
         if source is not prefill:
-            _check_kv(kv_basis, prefill, source)
+            _check_kv(prefill, source)
     shares = nest.clipped_shares(*nested, progress) if nested is not None else {}
     nest.check_clipped(shares, args.max_clipped)
     section = _section(sources, routing, plan, stream.of_source(prefill))
@@ -201,8 +208,8 @@ def _check_values(sources: list[Any], progress: Any) -> None:
         values.check_set(source)
 
 
-def _check_kv(kv_basis: Any, prefill: Any, source: Any) -> None:
-    from merge_tools import MergeError
+def _check_kv(prefill: Any, source: Any) -> None:
+    from merge_tools import MergeError, kv_basis
 
     kv_basis.check(prefill, source)
     for tensor in kv_basis.biases(prefill, source):
@@ -220,22 +227,22 @@ def _routing(args: argparse.Namespace, names: list[str]) -> Any:
             raise RoutingError("--routing is the whole table; leave out --prefill and --decode")
         return _read_routing(args.routing, names)
     decode = parse_decode(args.decode if args.decode is not None else names[-1])
-    routing = Routing(prefill=args.prefill or names[0], decode=decode)
+    routing = Routing(prefill=names[0] if args.prefill is None else args.prefill, decode=decode)
     routing.check_sets(names)
     return routing
 
 
 def _read_routing(path: Path, names: list[str]) -> Any:
     from vllm_qoq.checkpoint import read_json
+    from vllm_qoq.errors import UserError
     from vllm_qoq.routing import Routing, RoutingError
 
     if not path.is_file():
-        raise RoutingError(f"{path}: no such file; --routing takes a file with a JSON object")
-    table = read_json(path, _ROUTING_BYTES)
+        raise RoutingError(f"--routing {path}: no such file; give a file with a JSON object")
     try:
-        return Routing.parse(table, names)
-    except RoutingError as error:
-        raise RoutingError(f"{path}: {error}") from None
+        return Routing.parse(read_json(path, _ROUTING_BYTES), names)
+    except UserError as error:
+        raise RoutingError(f"--routing {path}: {error}") from None
 
 
 def _section(sources: dict[str, Any], routing: Any, plan: Any, basis: Any) -> Any:
@@ -270,7 +277,7 @@ def _report(
             "quantization_config": section.to_json(),
             **({"clipped_shares": shares} if shares else {}),
         }
-        print(json.dumps(report))
+        print(json_line(report))
         return
     verb = "would write" if args.dry_run else "wrote"
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in owners.items())
@@ -293,7 +300,7 @@ def _inspect(args: argparse.Namespace) -> int:
     from merge_tools.inspect import describe, table
 
     report = describe(args.checkpoint)
-    print(json.dumps(report) if args.json else table(report))
+    print(json_line(report) if args.json else table(report))
     return 0
 
 
@@ -324,6 +331,11 @@ def _verify(args: argparse.Namespace) -> int:
         verdict = f"{len(findings)} findings" if findings else "verified"
         print(f"{_printable(str(args.checkpoint))}: {verdict}")
     return 1 if findings else 0
+
+
+def json_line(report: dict[str, Any]) -> str:
+    """A report as JSON, with null for NaN and infinity: a config.json may hold them, JSON not."""
+    return json.dumps(json.loads(json.dumps(report), parse_constant=lambda _: None))
 
 
 def size(text: str) -> int:

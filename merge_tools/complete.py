@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
-from merge_tools import served, sizes
+from merge_tools import constants, served, sizes
 from merge_tools.architectures import split_decoder, text_config
 from merge_tools.expected import MOST_LAYERS
 from merge_tools.layout import weight_args
 from merge_tools.sources import WeightSet
 from vllm_qoq.checkpoint import CONFIG
+from vllm_qoq.errors import shown
 from vllm_qoq.format import FormatError
 
 _REMEDY = "download or quantize the model again"
@@ -23,6 +24,7 @@ _REMEDY = "download or quantize the model again"
 
 def findings(weights: WeightSet) -> Iterator[str]:
     """What is missing or malformed, one line each; nothing for a complete set."""
+    yield from constants.findings(weights.checkpoint.config)
     yield from sizes.findings(weights)
     yield from served.findings(weights)
     yield from _malformed_layers(weights)
@@ -55,7 +57,7 @@ def _missing_modules(weights: WeightSet) -> Iterator[str]:
     """Decoder layers without a module that others have, or without anything."""
     count = text_config(weights.checkpoint.config).get("num_hidden_layers")
     if not isinstance(count, int) or isinstance(count, bool) or not 0 < count <= MOST_LAYERS:
-        yield f"{CONFIG}: num_hidden_layers: {count!r} is not a number from 1 to {MOST_LAYERS}"
+        yield f"{CONFIG}: num_hidden_layers: {shown(count)} is not a number from 1 to {MOST_LAYERS}"
         return
     for prefix, indices in _decoders(weights.layers).items():
         extra = sorted(i for i in indices if i >= count)

@@ -21,6 +21,7 @@ from merge_tools import MergeError
 from merge_tools.architectures import text_config
 from merge_tools.dequantize import dequantize, row_chunks
 from merge_tools.sources import WeightSet
+from vllm_qoq.errors import shown
 from vllm_qoq.format import FormatError
 
 if TYPE_CHECKING:
@@ -97,8 +98,9 @@ def _cached_rows(config: Mapping[str, Any], kind: str, rows: int) -> slice:
     kv_heads: Any = text.get("num_key_value_heads") or heads
     if not (_is_count(heads, rows) and _is_count(kv_heads, rows)):
         raise FormatError(
-            f"config.json: num_attention_heads, num_key_value_heads: {heads!r}, {kv_heads!r} are "
-            f"no numbers of heads in {rows} rows of qkv_proj; download the config again"
+            f"config.json: num_attention_heads, num_key_value_heads: {shown(heads)}, "
+            f"{shown(kv_heads)} are no numbers of heads in {rows} rows of qkv_proj; download the "
+            "config again"
         )
     return slice(rows * int(heads) // (int(heads) + 2 * int(kv_heads)), rows)
 

@@ -24,7 +24,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vllm_qoq.checkpoint import TensorInfo
+from vllm_qoq.errors import shown
 from vllm_qoq.format import (
+    GROUP_SIZE,
     INPUT_RATIO,
     QOQ_LINEAR,
     QOQ_RESIDUAL,
@@ -33,7 +35,6 @@ from vllm_qoq.format import (
     ResidualSet,
     split_layer,
 )
-from vllm_qoq.reference import GROUP_SIZE
 
 Method = Literal["plain", "dense", "packed", "gptq", "awq", "qoq", "residual"]
 Leaves = Mapping[str, TensorInfo]
@@ -283,7 +284,7 @@ def _bits_and_group(config: Mapping[str, Any]) -> tuple[int, int | None]:
     bits = config.get("w_bit", config.get("bits"))
     group = config.get("q_group_size", config.get("group_size"))
     if bits not in (2, 4, 8):
-        raise FormatError(f"config.json: quantization_config.bits: {bits!r} is not 2, 4 or 8")
+        raise FormatError(f"config.json: quantization_config.bits: {shown(bits)} is not 2, 4 or 8")
     return bits, group if _is_positive(group) else None
 
 

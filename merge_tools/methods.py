@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from merge_tools.architectures import FUSED
 from merge_tools.patterns import matches, occurs
+from vllm_qoq.errors import shown
 from vllm_qoq.format import QOQ_LINEAR, QOQ_RESIDUAL, SECTION, FormatError
 
 _WHERE = f"config.json: {SECTION}"
@@ -236,7 +237,7 @@ class AWQ(Method):
     def unserved(self) -> Iterator[str]:
         bits = self.w_bit if self.w_bit is not None else self.bits
         if bits != 4:
-            yield f"bits: {bits!r} is not 4; quantize the model again"
+            yield f"bits: {shown(bits)} is not 4; quantize the model again"
         if self.group_size is None and self.q_group_size is None:
             yield "group_size: missing; take it from the tool that quantized the model"
         if self.zero_point is None:
@@ -263,13 +264,13 @@ class AutoRound(Method):
 
     def unserved(self) -> Iterator[str]:
         if self.bits not in (2, 3, 4, 5, 6, 7, 8):
-            yield f"bits: {self.bits!r} is not 2 to 8; quantize the model again"
+            yield f"bits: {shown(self.bits)} is not 2 to 8; quantize the model again"
         if self.group_size is None:
             yield "group_size: missing; take it from the tool that quantized the model"
         is_awq, is_gptq = "awq" in self.packing_format, "gptq" in self.packing_format
         if self.data_type == "int" and not is_awq and not is_gptq:
             yield (
-                f"packing_format: {self.packing_format!r} is not served; export with "
+                f"packing_format: {shown(self.packing_format)} is not served; export with "
                 "format='auto_round:auto_gptq' or 'auto_round:auto_awq'"
             )
         if self.data_type == "int" and is_gptq and not self.sym:
@@ -331,7 +332,7 @@ class FP8(Method):
 
     def unserved(self) -> Iterator[str]:
         if self.activation_scheme not in ("static", "dynamic"):
-            yield f"activation_scheme: {self.activation_scheme!r} is not 'static' or 'dynamic'"
+            yield f"activation_scheme: {shown(self.activation_scheme)} is not 'static' or 'dynamic'"
 
     def quantizes(self, unit: Unit, stored: Collection[str]) -> bool:
         skipped = self.ignored_layers or self.modules_to_not_convert or ()
@@ -371,11 +372,11 @@ class ModelOpt(Method):
     def unserved(self) -> Iterator[str]:
         algo = self.quantization.quant_algo if self.quantization else self.quant_algo
         if not (algo or "").upper().startswith("FP8"):
-            yield f"quant_algo: {algo!r} cannot be a set; quantize to FP8"
+            yield f"quant_algo: {shown(algo)} cannot be a set; quantize to FP8"
         if self.quantization and self.quantization.kv_cache_quant_algo:
             yield (
                 f"quantization.kv_cache_quant_algo: "
-                f"{self.quantization.kv_cache_quant_algo!r}, but all sets share one KV cache, "
+                f"{shown(self.quantization.kv_cache_quant_algo)}, but all sets share one KV cache, "
                 "whose precision is chosen when serving; quantize without it"
             )
 
@@ -443,7 +444,7 @@ def parse(config: Mapping[str, Any]) -> Method:
     name = method_name(config)
     if name not in METHODS:
         raise FormatError(
-            f"{_WHERE}.quant_method: {config.get('quant_method')!r} cannot be a set; take a "
+            f"{_WHERE}.quant_method: {shown(config.get('quant_method'))} cannot be a set; take a "
             f"checkpoint in one of {', '.join(METHODS)}, for example from llmcompressor"
         )
     for key, entries in config.items():
@@ -457,9 +458,9 @@ def parse(config: Mapping[str, Any]) -> Method:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
-        given = repr(first["input"])
+        message = first["msg"].partition(" or instance of ")[0]  # a class of ours
         raise FormatError(
-            f"{_WHERE}.{key}: {given[:80]}: {first['msg']}; mend {key or 'it'} or quantize the "
+            f"{_WHERE}.{key}: {shown(first['input'])}: {message}; mend {key or 'it'} or quantize the "
             "model again"
         ) from None
 

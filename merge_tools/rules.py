@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from merge_tools.architectures import FUSED
+from vllm_qoq.errors import shown
 from vllm_qoq.routing import Routing, RoutingError
 
 # vLLM runs these projections as one layer, whose name a rule may use.
@@ -25,7 +26,7 @@ def check(routing: Routing, quantized: Iterable[str]) -> None:
     layers = sorted(quantized)
     for glob in unmatched(routing, layers):
         example = f"; a layer is called {layers[0]}" if layers else ""
-        raise RoutingError(f"layer rule {glob!r} matches no quantized layer{example}")
+        raise RoutingError(f"layer rule {shown(glob)} matches no quantized layer{example}")
 
 
 def _fused(layers: Iterable[str]) -> Iterator[str]:

@@ -119,7 +119,8 @@ def open_sources(folders: Mapping[str, Path], takes_floats: bool = False) -> lis
             config = _set_config(checkpoint, takes_floats)
             _check_tensors(checkpoint)
         except FormatError as error:
-            raise FormatError(f"{folder}: {error}") from None
+            place = "" if str(error).startswith(f"{folder}: ") else f"{folder}: "
+            raise FormatError(f"{place}{error}") from None
         sources.append(WeightSet(name, checkpoint, config, checkpoint.tensors))
     for source in sources:
         _check_names(source, folders)

@@ -43,7 +43,7 @@ def obstacles(
     """
     try:
         heads = _heads(config)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):  # also Infinity
         return {size: None if size == 1 else _UNKNOWN_HEADS for size in SIZES}
     return {size: _obstacle(heads, sets, size) for size in SIZES}
 

@@ -39,7 +39,12 @@ def open_merged(folder: Path) -> tuple[Checkpoint, Section | KVSection, list[Wei
         return checkpoint, _kv_section(raw), [WeightSet("", checkpoint, {}, checkpoint.tensors)]
     section = checkpoint.section
     if section is None:
-        raise FormatError(f"{folder}: {CONFIG}: {SECTION}: this is not a vllm-qoq checkpoint")
+        method = raw.get("quant_method") if isinstance(raw, dict) else raw
+        raise FormatError(
+            f"{folder}: {CONFIG}: {SECTION}: quant_method is {shown(method)}, not "
+            f"{QUANT_METHOD!r}, so this is not a vllm-qoq checkpoint; give a folder that quantize, "
+            "merge or import made"
+        )
     owned: dict[str | None, dict[str, TensorInfo]] = {name: {} for name in (None, *section.sets)}
     for name, info in checkpoint.tensors.items():
         owner, tensor = split_name(name, section.sets)
@@ -120,7 +125,7 @@ def _structure(section: Section, sets: list[WeightSet]) -> Iterator[str]:
     yield from _same_layers(sets)
     quantized = frozenset().union(*(weights.quantized for weights in sets))
     for glob in rules.unmatched(section.routing, quantized):
-        yield f"{CONFIG}: {SECTION}.routing.layers: {glob!r} matches no quantized layer"
+        yield f"{CONFIG}: {SECTION}.routing.layers: {shown(glob)} matches no quantized layer"
 
 
 def _int8_head(checkpoint: Checkpoint) -> Iterator[str]:

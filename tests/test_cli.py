@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 import vllm_qoq
+from merge_tools.cli import json_line
 from vllm_qoq import environment
+from vllm_qoq.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -93,3 +95,17 @@ def test_env_says_when_vllm_would_not_find_the_plugin(monkeypatch):
     report = environment.describe()
     assert report["plugin_visible"] is False
     assert "not visible" in environment.table(report)
+
+
+def test_reports_are_json_whatever_a_config_holds():
+    report = {"architectures": [float("nan")], "sets": {"a": float("-inf")}}
+    assert json_line(report) == '{"architectures": [null], "sets": {"a": null}}'
+
+
+def test_what_argparse_repeats_is_one_short_line(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["vllm-qoq", "verify", "x", "y\n\x1b[31m" + "z" * 9999])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(r"vllm-qoq: error: unrecognized arguments: y\n\x1b[31mzz")
+    assert len(line) < 1100

@@ -25,6 +25,12 @@ def test_json_round_trip():
         ({"sets": {"q_proj": {"quant_method": "x"}}}, "'q_proj'.*lower-case"),
         ({"sets": {"model": {"quant_method": "x"}}}, "'model' is reserved"),
         ({"sets": {"w8a8": {}}}, "'w8a8' has no quant_method"),
+        ({"sets": {"w4": {"quant_method": "qoq_linear", "group_size": 64}}}, "w4.group_size: .*64"),
+        (
+            {"sets": {"w8a8": {"quant_method": "qoq_residual", "base": 5}}},
+            "w8a8.base: .*string.* 5",
+        ),
+        ({"routing": 5}, "routing: Input should be a valid dictionary, but it is 5; change"),
         ({"format_version": 2}, "format_version"),
         ({"routing": {"prefill": "w9", "decode": "w4"}}, "'w9'"),
         ({"input_ratio": {"w9": []}}, "'w9'"),

@@ -216,6 +216,8 @@ HEADERS = [
     (remove("config.json"), "config.json: missing"),
     (write("config.json", b"{"), "config.json: is not JSON: .*; mend"),
     (write("config.json", b"\xff{}"), "config.json: is not JSON: .*; mend"),
+    (write("config.json", b"\xef\xbb\xbf{}"), "config.json: is not JSON: .*BOM.*; mend"),
+    (write("config.json", "{}".encode("utf-16")), "config.json: is not JSON: .*; mend"),
     (write("config.json", b"[" * 99999), "config.json: is nested too deeply; mend"),
     (write("config.json", b'{"a":' * 99 + b"1" + b"}" * 99), "nested more than 64 levels"),
     (write("config.json", b'{"a": ' + b"9" * 5000 + b"}"), "config.json: is not JSON: .*; mend"),
@@ -284,6 +286,17 @@ LOADED = [
     (config(rope_parameters={"rope_theta": 1e4, "rope_type": "own"}), "cannot build the model"),
     (biased_as_mistral, r"q_proj.bias|o_proj.bias|k_proj.bias: is \[\d+\] there and missing"),
 ]
+
+
+def test_a_token_that_no_row_stands_for_is_refused_in_the_text_only(model, job):
+    file = model / "tokenizer.json"
+    known = json.loads(file.read_text())
+    pad = {**known["added_tokens"][0], "id": 1024, "content": "[PAD]"}
+    file.write_text(json.dumps(known | {"added_tokens": [*known["added_tokens"], pad]}))
+    assert make_plan(job, Options(samples=1, seqlen=16)).samples
+    job.text.write_text("[PAD]" * 20)
+    with pytest.raises(UserError, match=r"has '\[PAD\]', which is token 1024, but .*; take"):
+        make_plan(job, Options(samples=1, seqlen=16))
 
 
 @pytest.mark.parametrize(("damage", "message"), LOADED)
@@ -403,8 +416,12 @@ TINY = DATA / "tiny-llama"
         (["quantize", TINY, "--text", TEXT, "--eval-text", "LATIN1"], "--eval-text .*not UTF-8"),
         (["quantize", TINY, "--text", TEXT, "--recipe", "DEEP"], "--recipe .*nested too deeply"),
         (["quantize", TINY, "--text", TEXT, "--recipe", "LATIN1"], "--recipe .*larger than"),
+        (["quantize", TINY, "--text", TEXT, "--recipe", "."], r"--recipe \.: no such file; give"),
         (["quantize", TINY, "--text", TEXT, "--sets", "w8a8,w9"], "options.sets.1: .*'w9'"),
         (["quantize", TINY, "--text", TEXT, "-o", "."], "exists already|overlaps|current folder"),
+        (["merge", "a=x", "b=y", "--routing", "typo"], "--routing typo: no such file; give"),
+        (["merge", "a=x", "b=y", "--prefill", ""], "routing.prefill names the set '', but"),
+        (["inspect", TINY], "quant_method is None, not 'qoq', so .*; give a folder that quantize"),
         (["import", "typo", "--base", TINY], "typo: not a folder, nothing is there"),
         (["import", TINY, "--base", "org/model"], "hf download org/model"),
         (["import", TINY, "--base", "MILLION"], "num_hidden_layers: 1000000 is not"),
@@ -422,7 +439,7 @@ def test_what_needs_no_import_is_refused_before_any(tmp_path, arguments, message
     shutil.copytree(TINY, tmp_path / "MILLION")
     config(num_hidden_layers=10**6)(tmp_path / "MILLION")
     arguments = [tmp_path / a if (tmp_path / str(a)).exists() else a for a in arguments]
-    if arguments[0] in ("quantize", "import") and "-o" not in arguments:
+    if arguments[0] in ("quantize", "import", "merge") and "-o" not in arguments:
         arguments += ["-o", tmp_path / "out"]
     done = subprocess.run(
         [sys.executable, "-c", IMPORTED, *map(str, arguments)],

@@ -105,3 +105,9 @@ def test_inspect_shows_the_sizes(monkeypatch, merged_dir, capsys):
     assert f"--tensor-parallel-size: {', '.join(map(str, report['sizes']))}\n" in text
     refused = min(report["refused"], key=int)
     assert f"not {refused}: {report['refused'][refused]}" in text
+
+
+@pytest.mark.parametrize("heads", [float("inf"), float("nan"), "x", None, [], -4])
+def test_heads_that_are_no_count_leave_one_gpu(heads):
+    found = obstacles(LLAMA | {"num_attention_heads": heads}, {})
+    assert [size for size, reason in found.items() if reason is None] == [1]

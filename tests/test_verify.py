@@ -104,6 +104,12 @@ DAMAGE = {
         say("architectures", ["Qwen3ForCausalLM"]),
         ("self_attn.q_norm: missing",),
     ),
+    "no epsilon": (say("rms_norm_eps", "1e-5"), ("rms_norm_eps: '1e-5' is not a number",)),
+    "an infinite theta": (
+        say("rope_parameters", {"rope_type": "default", "rope_theta": float("inf")}),
+        ("rope_parameters.rope_theta: inf is not a positive number",),
+    ),
+    "no context": (say("max_position_embeddings", 0), ("max_position_embeddings: 0 is not",)),
     "a lost norm": (lose(NORM), (f"{NORM}: missing",)),
     "a lost head": (lose(HEAD), (f"{HEAD}: missing",)),
     "a surplus tensor": (add("v_head.weight", torch.zeros(1, 256)), ("v_head.weight", "no such")),

@@ -312,7 +312,8 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
             f"{_JSON_REMEDY}"
         )
     try:
-        value = json.loads(path.read_bytes(), object_pairs_hook=_unique_keys)
+        # As vLLM and transformers read it: not in UTF-16, not after a byte order mark.
+        value = json.loads(path.read_bytes().decode(), object_pairs_hook=_unique_keys)
     except RecursionError:
         raise FormatError(f"{path.name}: is nested too deeply; {_JSON_REMEDY}") from None
     except FormatError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_tools import cli as merge_cli
+from merge_tools.parser import Parser
 from merge_tools.spelling import kebab_case
 from vllm_qoq import __version__, output
 from vllm_qoq.bench import cli as bench_cli
@@ -28,7 +29,7 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="vllm-qoq", description="One checkpoint, several precisions, served by vLLM."
     )
     parser.add_argument("--version", action="version", version=f"vllm-qoq {__version__}")

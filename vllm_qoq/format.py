@@ -91,7 +91,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from vllm_qoq.errors import UserError
+from vllm_qoq.errors import UserError, shown
 from vllm_qoq.errors import printable as printable
 from vllm_qoq.kv_config import KVCache
 from vllm_qoq.routing import MOST_RULES, Routing, RoutingError, one_line
@@ -106,6 +106,8 @@ LM_HEAD = "lm_head"
 # Leaves of an int8 lm_head.
 INT8_HEAD_TENSORS = ("weight", "weight_scale")
 STREAM = "stream"
+GROUP_SIZE = 128
+"""Inputs that share a group_scale of a QoQ set."""
 
 _SET_NAME = re.compile(r"[a-z][a-z0-9]{0,31}")
 # First components of tensor names in Hugging Face checkpoints, and attributes of
@@ -253,16 +255,16 @@ class Section(BaseModel):
     @classmethod
     def _sets(cls, sets: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         if not sets:
-            raise ValueError("a checkpoint needs at least one set")
+            raise ValueError("a checkpoint needs at least one set; make it again")
         for name, config in sets.items():
             check_set_name(name)
             if not isinstance(config.get("quant_method"), str):
-                raise ValueError(f"set {name!r} has no quant_method")
+                raise ValueError(f"set {shown(name)} has no quant_method; make it again")
             if config["quant_method"] == QOQ_LINEAR:
-                QoQSet.model_validate(config)
+                QoQSet.parse(config, name)
         for name, config in sets.items():
             if config["quant_method"] == QOQ_RESIDUAL:
-                _check_base(name, ResidualSet.model_validate(config).base, sets)
+                _check_base(name, ResidualSet.parse(config, name).base, sets)
         return sets
 
     @model_validator(mode="after")
@@ -270,7 +272,10 @@ class Section(BaseModel):
         self.routing.check_sets(self.sets)
         for name in self.input_ratio:
             if name not in self.sets:
-                raise ValueError(f"input_ratio names the set {name!r}, which does not exist")
+                raise ValueError(
+                    f"input_ratio names the set {shown(name)}, which does not exist; the sets are "
+                    f"{', '.join(self.sets)}"
+                )
         return self
 
     @classmethod
@@ -314,10 +319,13 @@ class Section(BaseModel):
 def _check_base(name: str, base: str, sets: Mapping[str, Mapping[str, Any]]) -> None:
     config = sets.get(base)
     if config is None:
-        raise ValueError(f"set {name!r} has the base {base!r}, which does not exist")
+        raise ValueError(
+            f"set {shown(name)} has the base {shown(base)}, which does not exist; make it again"
+        )
     if config["quant_method"] != QOQ_LINEAR or QoQSet.model_validate(config).group_size == -1:
         raise ValueError(
-            f"set {name!r} has the base {base!r}, which is no {QOQ_LINEAR} set with groups"
+            f"set {shown(name)} has the base {shown(base)}, which is no {QOQ_LINEAR} set with "
+            "groups; make it again"
         )
 
 
@@ -329,10 +337,12 @@ def check_set_name(name: str) -> None:
     """
     if not _SET_NAME.fullmatch(name):
         raise ValueError(
-            f"set name {name!r}: use lower-case letters and digits, beginning with a letter"
+            f"set name {shown(name)}: use lower-case letters and digits, beginning with a letter"
         )
     if name in _RESERVED:
-        raise ValueError(f"set name {name!r} is reserved: models name their own tensors so")
+        raise ValueError(
+            f"set name {shown(name)} is reserved, models name their own tensors so; choose another"
+        )
 
 
 def split_name(tensor: str, sets: Iterable[str]) -> tuple[str | None, str]:

@@ -11,9 +11,9 @@ from functools import cache
 
 import torch
 
+from vllm_qoq.format import GROUP_SIZE as GROUP_SIZE
 from vllm_qoq.packing import unpack_nibbles
 
-GROUP_SIZE = 128
 INT8_MAX = 127
 GROUP_SCALE_MAX = 16
 # Stored residuals 0..15 stand for -8..7.

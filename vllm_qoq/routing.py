@@ -330,6 +330,7 @@ def one_line(error: Any, root: str) -> str:
     finding = error.errors(include_url=False)[0]
     key = ".".join((root, *(_part(part) for part in finding["loc"])))
     message = finding["msg"].removeprefix("Value error, ")
+    message = message.partition(" or instance of ")[0]  # classes of ours, which no file can hold
     if finding["type"] == "value_error":  # one of ours, which says all of it
         return f"{key}: {message}"
     if finding["type"] == "missing":

@@ -94,7 +94,7 @@ def positive(text: str) -> int:
 
 
 def _is_positive(text: str) -> bool:
-    return text.isascii() and text.isdecimal() and int(text) > 0
+    return text.isascii() and text.isdecimal() and len(text) < 10 and int(text) > 0
 
 
 def _gemm(args: argparse.Namespace) -> int:

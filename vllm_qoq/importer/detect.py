@@ -12,10 +12,9 @@ from typing import Literal
 from merge_tools.expected import HEAD
 from merge_tools.layout import FLOATS
 from vllm_qoq.checkpoint import TensorInfo
-from vllm_qoq.format import FormatError
+from vllm_qoq.format import GROUP_SIZE, FormatError
 from vllm_qoq.importer.expected import CONSTANT, Expected
 from vllm_qoq.importer.tiles import TILE
-from vllm_qoq.reference import GROUP_SIZE
 
 Kind = Literal["g128", "channel", "w8a8"]
 VECTORS = frozenset({"channel_scale", "channel_zero", "weight_scale"})

@@ -141,8 +141,14 @@ def _load(path: Path) -> Mapping[str, Any]:
     _require_regular(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except OSError:
-        raise
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # of the mapping, which an empty file does not allow
+        raise FormatError(
+            f"{path.name}: {error.strerror or error}; the file is damaged or cut off, download it "
+            "again"
+        ) from None
     except UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         what = f" ({named[1]})" if named else ""

@@ -5,13 +5,13 @@ So a mistyped path costs no seconds of imports. `load` checks what needs them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from merge_tools import preflight
+from merge_tools import constants, preflight
 from merge_tools.architectures import split_decoder
+from merge_tools.constants import is_finite, is_positive
 from vllm_qoq.checkpoint import CONFIG, Checkpoint, TensorInfo, side_files
 from vllm_qoq.errors import shown
 from vllm_qoq.importer.expected import CONSTANT, HEAD, Expected, expected
@@ -113,26 +113,13 @@ def _check_rope_value(key: str, value: Any) -> None:
     if leaf in ("rope_type", "type"):
         is_fine = value is None or isinstance(value, str)
     elif leaf in ("rope_theta", "factor", "original_max_position_embeddings"):
-        is_fine = value is None or _is_positive(value)
+        is_fine = value is None or is_positive(value)
     elif isinstance(value, list):
-        is_fine = all(map(_is_positive, value))
+        is_fine = all(map(is_positive, value))
     else:
-        is_fine = value is None or isinstance(value, (bool, str)) or _is_finite(value)
+        is_fine = value is None or isinstance(value, (bool, str)) or is_finite(value)
     if not is_fine:
         raise QuantizeError(f"{CONFIG}: {key}: {shown(value)} cannot be; {_REMEDY}")
-
-
-def _is_finite(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer of more than 308 digits
-        return False
-
-
-def _is_positive(value: Any) -> bool:
-    return _is_finite(value) and value > 0
 
 
 def _check_constants(config: Mapping[str, Any]) -> None:
@@ -142,17 +129,8 @@ def _check_constants(config: Mapping[str, Any]) -> None:
             f"{CONFIG}: hidden_act: {shown(activation)} is not supported: vLLM runs these models "
             "with 'silu' only; give another model"
         )
-    epsilon = config.get("rms_norm_eps")
-    if epsilon is not None and not (_is_finite(epsilon) and 0 <= epsilon < 1):
-        raise QuantizeError(
-            f"{CONFIG}: rms_norm_eps: {shown(epsilon)} is not a number from 0 to 1; {_REMEDY}"
-        )
-    longest = config.get("max_position_embeddings")
-    if longest is not None and (type(longest) is not int or not 0 < longest < 1 << 31):
-        raise QuantizeError(
-            f"{CONFIG}: max_position_embeddings: {shown(longest)} is not a number of tokens; "
-            f"{_REMEDY}"
-        )
+    for finding in constants.findings(config):
+        raise QuantizeError(finding)
 
 
 def _check_tensors(checkpoint: Checkpoint, model: Expected) -> None:

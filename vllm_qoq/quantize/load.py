@@ -40,11 +40,14 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         tokenizer: Any = AutoTokenizer.from_pretrained(
             folder, config=config, trust_remote_code=False, local_files_only=True
         )
-        last = max(tokenizer.get_vocab().values(), default=-1)
-    if last >= rows:
+        vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
+        last = max(vocabulary.values(), default=-1)
+        # A class adds tokens of its own, and finetunes a padding token, which no text has.
+        last_of_text = max((i for token, i in vocabulary.items() if token not in added), default=-1)
+    if last_of_text >= rows:
         raise QuantizeError(
-            f"{folder}: the tokenizer has tokens up to {last}, but the embedding only {rows} rows; "
-            f"{remedy}"
+            f"{folder}: the tokenizer has tokens up to {last_of_text}, but the embedding only "
+            f"{rows} rows; {remedy}"
         )
     if last + 1 <= rows // 2:
         raise QuantizeError(

@@ -103,6 +103,8 @@ class Options(BaseModel):
         """The recipe file (JSON), with what was `given` on the command line over it."""
         if recipe is None:
             return cls.parse(given, "options")
+        if not recipe.is_file():
+            raise QuantizeError(f"--recipe {recipe}: no such file; give a file with a JSON object")
         try:
             values = read_json(recipe, _RECIPE_BYTES)
         except UserError as error:

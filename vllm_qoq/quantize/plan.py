@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_tools.progress import Progress
+from vllm_qoq.errors import shown
+from vllm_qoq.format import GROUP_SIZE
+from vllm_qoq.importer.expected import EMBEDDING
 from vllm_qoq.quantize import QuantizeError, size
 from vllm_qoq.quantize.architectures import Architecture, Shape
 from vllm_qoq.quantize.inputs import Inputs, check_inputs
@@ -85,6 +88,13 @@ def make_plan(job: Job, options: Options) -> Plan:
     if job.eval_text is not None:
         windows = pieces(job.eval_text, tokenizer, options.seqlen, None)
     samples = pieces(job.text, tokenizer, options.seqlen, options.samples)
+    rows, _ = checkpoint.tensors[EMBEDDING].shape
+    for path, texts in ((job.eval_text, windows), (job.text, samples)):
+        if (last := max(map(max, texts), default=0)) >= rows:
+            raise QuantizeError(
+                f"{path}: has {shown(tokenizer.decode([last]))}, which is token {last}, but the "
+                f"embedding has {rows} rows; take it out of the text"
+            )
     load.check_values(checkpoint, Progress(job.quiet))
     return Plan(
         arch,
@@ -99,8 +109,6 @@ def make_plan(job: Job, options: Options) -> Plan:
 
 
 def _check_divisible(inputs: Inputs) -> None:
-    from vllm_qoq.reference import GROUP_SIZE
-
     for name, (n, k) in zip(inputs.arch.linears, inputs.linears, strict=False):  # all blocks alike
         if k % GROUP_SIZE or n % 8:
             raise QuantizeError(
