@@ -21,6 +21,8 @@ class Model(Block):
         super().__init__(quant_config)
         self.block.norm = torch.nn.LayerNorm(8, bias=False)
         self.embed = torch.nn.Embedding(4, 8)
+        self.head = torch.nn.Linear(8, 4, bias=False)
+        self.head.weight = self.embed.weight  # tied
 
 
 SHARED = {"block.norm.weight": torch.ones(8), "embed.weight": torch.randn(4, 8)}

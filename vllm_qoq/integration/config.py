@@ -25,7 +25,7 @@ from vllm_qoq.format import (
     Section,
     split_name,
 )
-from vllm_qoq.integration import front_end, hidden_states, load
+from vllm_qoq.integration import front_end, hidden_states, load, refusal
 from vllm_qoq.integration.compat import map_name
 from vllm_qoq.integration.fusion import install as install_fusion
 from vllm_qoq.integration.int8_head import Int8HeadMethod
@@ -66,6 +66,7 @@ class QoQConfig(QuantizationConfig):
             if isinstance(config, QoQResidualConfig):
                 config.attach(self.set_configs[config.residual_set.base])
         self.counter_stem = new_stem()
+        refusal.repeat_at_exit(self.counter_stem)
         self._has_load_writer = False
         self._policy: Policy | None = None
         self._kv_cache: QuantizedKVCache | None = None
@@ -80,6 +81,11 @@ class QoQConfig(QuantizationConfig):
         """What the front end sends to its engines, along with whether it will tell their load."""
         own = {"_has_load_writer": self._has_load_writer or load.is_writer_here()}
         return vars(self) | own | {"_tree": None, "_a_layer": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In an engine, and wherever vLLM copies its configuration."""
+        vars(self).update(state)
+        refusal.leave_in_spawned(self.counter_stem)
 
     @classmethod
     def get_name(cls) -> str:

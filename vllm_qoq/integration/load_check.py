@@ -145,6 +145,7 @@ def _naming(name: str, load: Loader) -> Loader:
 
 def _shared(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters that a checkpoint has to fill and that no set, cache or expert owns."""
+    seen: set[int] = set()  # tied weights are one parameter under two names
     for prefix, module in model.named_modules():
         if isinstance(module, WeightSet | Attention | MLAAttention):
             continue  # sets prove it themselves, and a cache may have no scales
@@ -154,5 +155,7 @@ def _shared(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             continue  # a bias that each set has for itself
         for name, parameter in module.named_parameters(recurse=False):
             is_float = parameter.is_floating_point() and parameter.element_size() > 1
-            if is_float and parameter.numel() and not parameter.is_meta:
+            is_stored = is_float and parameter.numel() > 0 and not parameter.is_meta
+            if is_stored and id(parameter) not in seen:
+                seen.add(id(parameter))
                 yield f"{prefix}.{name}" if prefix else name, parameter
