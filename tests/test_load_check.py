@@ -78,6 +78,30 @@ def test_a_shared_tensor_of_another_shape_is_named(shape):
         loaded({"block.norm.weight": torch.ones(shape)})
 
 
+def test_integers_are_no_norm():
+    with pytest.raises(FormatError, match=r"^block\.norm\.weight .*torch\.int8"):
+        loaded({"block.norm.weight": torch.ones(8, dtype=torch.int8)})
+
+
+@pytest.mark.parametrize("leaf", ["w8a8.block.k_proj.weight", "w4a16.block.down_proj.weight_scale"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t[:-1],
+        lambda t: t[:, :-1],
+        lambda t: torch.cat([t, t]),
+        lambda t: torch.cat([t, t], 1),
+        lambda t: t[0],
+        lambda t: t.float() if t.dtype == torch.int8 else t.to(torch.int8),
+    ],
+    ids=["row-less", "column-less", "rows-twice", "columns-twice", "vector", "other-kind"],
+)
+def test_a_tensor_of_a_set_that_does_not_fit_is_named(leaf, change):
+    tensors = stored(8, "w8a8.") | stored(4, "w4a16.")
+    with pytest.raises(FormatError, match=rf"proj: {leaf} is torch\.\w+ \[.*vllm-qoq verify"):
+        loaded({leaf: change(tensors[leaf]).contiguous()})
+
+
 @pytest.mark.parametrize("set_name", ["w8a8", "w4a16"])
 @pytest.mark.parametrize(
     ("value", "message"),
