@@ -14,7 +14,7 @@ from vllm.v1.metrics.loggers import load_stat_logger_plugin_factories
 
 from vllm_qoq import ops
 from vllm_qoq.cli import main
-from vllm_qoq.errors import EngineError
+from vllm_qoq.errors import EngineError, UserError
 from vllm_qoq.integration import front_end, load
 from vllm_qoq.integration.metrics import RoutingStatLogger
 from vllm_qoq.integration.options import Options
@@ -95,12 +95,16 @@ def test_so_is_what_a_model_without_sets_cannot_do(tiny_model, qoq, message):
         configure(tiny_model, qoq, quantization="qoq")
 
 
-def test_a_command_says_it_in_one_line(tiny_model, heldout_text, monkeypatch, capfd):
-    command = ["vllm-qoq", "perplexity", str(tiny_model), "--text", str(heldout_text)]
-    monkeypatch.setattr(sys, "argv", [*command, "--kv-bits", "16"])
+def test_a_command_says_it_in_one_line(nested_dir, heldout_text, monkeypatch, capfd):
+    def refuse(config, vllm_config):
+        raise UserError("what is refused")
+
+    monkeypatch.setattr(front_end, "check", refuse)
+    command = ["vllm-qoq", "perplexity", str(nested_dir), "--text", str(heldout_text)]
+    monkeypatch.setattr(sys, "argv", command)
     assert main() == 2
     last = capfd.readouterr().err.splitlines()[-1]
-    assert last.startswith("error: ") and "can only quantize its KV cache" in last
+    assert last.startswith("error: ") and "what is refused" in last
 
 
 def test_a_broken_section_is_one_line_too(nested_dir, tmp_path):
