@@ -7,13 +7,14 @@ import pytest
 
 # Plays a front end and its engine; logs as vLLM does.
 SCRIPT = """
-import logging, multiprocessing, sys
+import logging, multiprocessing, os, sys
 from vllm_qoq.errors import UserError
 from vllm_qoq.integration import refusal
 
-def engine(stem, start, errors):
-    if start == "spawn":
-        refusal.leave_in_spawned(stem)
+def engine(stem, front_end, errors):
+    logging.getLogger("vllm").handlers.clear()  # as vLLM does when it sets up its log
+    refusal.leave("an engine before", front_end)
+    refusal.leave(stem, front_end)
     for error in errors:
         try:
             raise error
@@ -23,10 +24,12 @@ def engine(stem, start, errors):
 if __name__ == "__main__":
     stem, start, kind, end = sys.argv[1:]
     refusal.repeat_at_exit("an engine before")
+    refusal.leave("an engine before", os.getpid())
     refusal.repeat_at_exit(stem)
     user_errors = [UserError("the reason\\n\\x1b[2J"), UserError("what another rank says")]
     errors = user_errors if kind == "refuses" else [ValueError("a fault")]
-    process = multiprocessing.get_context(start).Process(target=engine, args=(stem, start, errors))
+    arguments = (stem, os.getpid(), errors)
+    process = multiprocessing.get_context(start).Process(target=engine, args=arguments)
     process.start()
     process.join()
     if end == "fails":

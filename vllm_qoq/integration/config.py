@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import weakref
 from collections.abc import Iterable
@@ -69,6 +70,7 @@ class QoQConfig(QuantizationConfig):
             if isinstance(config, QoQResidualConfig):
                 config.attach(self.set_configs[config.residual_set.base])
         self.counter_stem = new_stem()
+        self._front_end = os.getpid()
         refusal.repeat_at_exit(self.counter_stem)
         self._has_load_writer = False
         self._policy: Policy | None = None
@@ -83,11 +85,6 @@ class QoQConfig(QuantizationConfig):
         """What the front end sends to its engines, along with whether it will tell their load."""
         own = {"_has_load_writer": self._has_load_writer or load.is_writer_here()}
         return vars(self) | own | {"_model": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """In an engine, and wherever vLLM copies its configuration."""
-        vars(self).update(state)
-        refusal.leave_in_spawned(self.counter_stem)
 
     @classmethod
     def get_name(cls) -> str:
@@ -198,6 +195,7 @@ class QoQConfig(QuantizationConfig):
     def kv_cache(self) -> QuantizedKVCache:
         """The KV cache of the engine, decided when the first layer asks for it."""
         if self._kv_cache is None:
+            refusal.leave(self.counter_stem, self._front_end)
             vllm_config = get_current_vllm_config()
             if self.section is None:
                 check_without_sets(self.checkpoint_kv_cache, vllm_config)

@@ -21,35 +21,33 @@ _LONGEST = 4000  # bytes
 
 def repeat_at_exit(stem: str) -> None:
     """In the front end: write what an engine refused when this process ends by an error."""
-    _leave(stem, front_end=os.getpid())  # forks inherit it
     atexit.register(_repeat, stem, os.getpid())
 
 
-def leave_in_spawned(stem: str) -> None:
-    """In an engine that the front end has started anew: leave what is refused."""
-    _leave(stem, front_end=None)
+def leave(stem: str, front_end: int) -> None:
+    """In the process that builds a model: leave what is refused for the process `front_end`.
 
-
-def _leave(stem: str, front_end: int | None) -> None:
+    Not before, because vLLM sets up the log of a new process late, and drops other handlers.
+    """
     logger = logging.getLogger("vllm")
+    if os.getpid() == front_end:  # it sees the error itself
+        return
     for handler in [handler for handler in logger.handlers if isinstance(handler, _Leave)]:
-        if handler.path == _file(stem):  # a copy of the configuration
-            return
         logger.removeHandler(handler)  # of the engine before
-    logger.addHandler(_Leave(_file(stem), front_end))
+    logger.addHandler(_Leave(_file(stem)))
 
 
 class _Leave(logging.Handler):
-    """Sees the errors that vLLM logs, in every process but the front end."""
+    """Sees the errors that vLLM logs."""
 
-    def __init__(self, path: Path, front_end: int | None) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__(logging.ERROR)
-        self.path, self._front_end = path, front_end
+        self.path = path
 
     def emit(self, record: logging.LogRecord) -> None:
         """Leave the message of a UserError; the first of several stays."""
         error = record.exc_info[1] if record.exc_info else None
-        if os.getpid() == self._front_end or not isinstance(error, UserError):
+        if not isinstance(error, UserError):
             return
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
