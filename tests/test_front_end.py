@@ -14,7 +14,7 @@ from vllm.v1.metrics.loggers import load_stat_logger_plugin_factories
 
 from vllm_qoq import ops
 from vllm_qoq.cli import main
-from vllm_qoq.errors import EngineError
+from vllm_qoq.errors import EngineError, UserError
 from vllm_qoq.integration import front_end, load
 from vllm_qoq.integration.metrics import RoutingStatLogger
 from vllm_qoq.integration.options import Options
@@ -58,9 +58,9 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
     ("qoq", "options", "message"),
     [
         ({"kv_bitz": 4}, {}, "qoq: there is no option 'kv_bitz'; did you mean 'kv_bits'"),
-        ({"kv_bits": 5}, {}, "qoq.kv_bits: Input should be 4, 8 or 16, not 5"),
+        ({"kv_bits": 5}, {}, "qoq.kv_bits: Input should be 4, 8 or 16, but it is 5"),
         ({"force_set": "w4"}, {}, "force_set is 'w4', but the checkpoint has w8a8, w4a8"),
-        ({"routing": "w8a8"}, {}, "qoq.routing: .*not 'w8a8'"),
+        ({"routing": "w8a8"}, {}, "qoq.routing: .*but it is 'w8a8'"),
         ({"routing": {"prefill": "w8a8"}}, {}, "routing.decode"),
         ({"force_load": "busy"}, {}, "the routing has no 'load'"),
         ({"trace": "/nowhere/steps.jsonl"}, {}, "qoq.trace is '/nowhere/steps.jsonl'"),
@@ -96,11 +96,15 @@ def test_so_is_what_a_model_without_sets_cannot_do(tiny_model, qoq, message):
 
 
 def test_a_command_says_it_in_one_line(nested_dir, heldout_text, monkeypatch, capfd):
+    def refuse(config, vllm_config):
+        raise UserError("what is refused")
+
+    monkeypatch.setattr(front_end, "check", refuse)
     command = ["vllm-qoq", "perplexity", str(nested_dir), "--text", str(heldout_text)]
-    monkeypatch.setattr(sys, "argv", [*command, "--force-set", "w9"])
+    monkeypatch.setattr(sys, "argv", command)
     assert main() == 2
     last = capfd.readouterr().err.splitlines()[-1]
-    assert last.startswith("error: --additional-config: qoq.force_set is 'w9'")
+    assert last.startswith("error: ") and "what is refused" in last
 
 
 def test_a_broken_section_is_one_line_too(nested_dir, tmp_path):

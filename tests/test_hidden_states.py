@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from vllm.config import ModelConfig
 from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm.model_executor.model_loader import reload
 from vllm.model_executor.models.utils import AutoWeightsLoader
 
 from merge_tools import verify
@@ -210,6 +211,26 @@ def test_the_root_of_a_pooling_model_turns_hidden_states_back(pooling):
         root.stream.quant_method.process_weights_after_loading(root.stream)
     hidden = torch.randn(7, HIDDEN)
     torch.testing.assert_close(root(hidden), hidden @ signs.float().T / HIDDEN**0.5 * norm)
+
+
+def test_the_way_back_is_loaded_anew(pooling):
+    rotation, hidden = basis.signs(rotate.hadamard(HIDDEN)), torch.randn(7, HIDDEN)
+    norms = torch.rand(2, HIDDEN)
+    with tensor_parallel(0, 1, pooling):
+        root = Root(qoq_config(stream=STORED))
+        reload.record_metadata_for_reloading(root)
+
+        def load(norm):
+            tensors = [("stream.rotation", rotation), ("stream.norm", norm)]
+            AutoWeightsLoader(root).load_weights(tensors)
+
+        load(norms[0])
+        root.stream.quant_method.process_weights_after_loading(root.stream)
+        before = root(hidden)
+        reload.initialize_layerwise_reload(root)
+        load(norms[1])
+        reload.finalize_layerwise_reload(root, pooling.model_config)
+    torch.testing.assert_close(root(hidden), before / norms[0] * norms[1])
 
 
 @pytest.mark.parametrize("leaf", ["rotation", "norm", ""])

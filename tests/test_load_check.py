@@ -21,6 +21,8 @@ class Model(Block):
         super().__init__(quant_config)
         self.block.norm = torch.nn.LayerNorm(8, bias=False)
         self.embed = torch.nn.Embedding(4, 8)
+        self.head = torch.nn.Linear(8, 4, bias=False)
+        self.head.weight = self.embed.weight  # tied
 
 
 SHARED = {"block.norm.weight": torch.ones(8), "embed.weight": torch.randn(4, 8)}
@@ -74,6 +76,30 @@ def test_a_shared_tensor_that_is_not_finite_is_named(name, value):
 def test_a_shared_tensor_of_another_shape_is_named(shape):
     with pytest.raises(FormatError, match=r"^block\.norm\.weight has shape .* and \[8\] in"):
         loaded({"block.norm.weight": torch.ones(shape)})
+
+
+def test_integers_are_no_norm():
+    with pytest.raises(FormatError, match=r"^block\.norm\.weight .*torch\.int8"):
+        loaded({"block.norm.weight": torch.ones(8, dtype=torch.int8)})
+
+
+@pytest.mark.parametrize("leaf", ["w8a8.block.k_proj.weight", "w4a16.block.down_proj.weight_scale"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t[:-1],
+        lambda t: t[:, :-1],
+        lambda t: torch.cat([t, t]),
+        lambda t: torch.cat([t, t], 1),
+        lambda t: t[0],
+        lambda t: t.float() if t.dtype == torch.int8 else t.to(torch.int8),
+    ],
+    ids=["row-less", "column-less", "rows-twice", "columns-twice", "vector", "other-kind"],
+)
+def test_a_tensor_of_a_set_that_does_not_fit_is_named(leaf, change):
+    tensors = stored(8, "w8a8.") | stored(4, "w4a16.")
+    with pytest.raises(FormatError, match=rf"proj: {leaf} is torch\.\w+ \[.*vllm-qoq verify"):
+        loaded({leaf: change(tensors[leaf]).contiguous()})
 
 
 @pytest.mark.parametrize("set_name", ["w8a8", "w4a16"])

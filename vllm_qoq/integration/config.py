@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -25,19 +27,21 @@ from vllm_qoq.format import (
     Section,
     split_name,
 )
-from vllm_qoq.integration import front_end, hidden_states, load
+from vllm_qoq.integration import front_end, hidden_states, load, refusal
 from vllm_qoq.integration.compat import map_name
 from vllm_qoq.integration.fusion import install as install_fusion
 from vllm_qoq.integration.int8_head import Int8HeadMethod
 from vllm_qoq.integration.kv_cache import QuantizedKVCache, check_without_sets
 from vllm_qoq.integration.linear import FlexLinearMethod, SetMethod
-from vllm_qoq.integration.load_check import ModelTree, begin_load
+from vllm_qoq.integration.load_check import begin_load
 from vllm_qoq.integration.policy import Policy, check_lora
 from vllm_qoq.integration.qoq_linear import fused_parts
 from vllm_qoq.integration.qoq_residual import QoQResidualConfig, QoQResidualMethod
 from vllm_qoq.integration.register import as_engine_error
+from vllm_qoq.integration.root import model_in_the_making
 from vllm_qoq.integration.set_config import set_config
 from vllm_qoq.integration.shared_files import new_stem
+from vllm_qoq.integration.weight_set import UNTRACKED_LOADERS
 from vllm_qoq.routing import Phase, RoutingError
 
 if TYPE_CHECKING:
@@ -66,20 +70,21 @@ class QoQConfig(QuantizationConfig):
             if isinstance(config, QoQResidualConfig):
                 config.attach(self.set_configs[config.residual_set.base])
         self.counter_stem = new_stem()
+        self._front_end = os.getpid()
+        refusal.repeat_at_exit(self.counter_stem)
         self._has_load_writer = False
         self._policy: Policy | None = None
         self._kv_cache: QuantizedKVCache | None = None
         self._mapper: WeightsMapper | None = None
         self._way_back: hidden_states.WayBack | None = None
-        self._tree: ModelTree | None = None
-        self._a_layer: nn.Module | None = None
+        self._model: weakref.ref[nn.Module] | None = None
         self._used: set[str] = set()
         self._unreachable: list[tuple[str, str]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """What the front end sends to its engines, along with whether it will tell their load."""
         own = {"_has_load_writer": self._has_load_writer or load.is_writer_here()}
-        return vars(self) | own | {"_tree": None, "_a_layer": None}
+        return vars(self) | own | {"_model": None}
 
     @classmethod
     def get_name(cls) -> str:
@@ -158,9 +163,7 @@ class QoQConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method of `layer`: routed if a set quantizes it, vLLM's own otherwise."""
-        if self._tree is None:
-            self._tree = ModelTree()
-        self._a_layer = layer
+        self._remember_model()
         kv_cache = self.kv_cache()
         if isinstance(layer, Attention | MLAAttention):
             kv_cache.attach(layer, prefix)
@@ -177,17 +180,22 @@ class QoQConfig(QuantizationConfig):
             return UnquantizedLinearMethod()
         return self._routed(layer, prefix, methods)
 
+    def _remember_model(self) -> None:
+        model = model_in_the_making()
+        is_tracked = get_current_vllm_config().load_config.load_format not in UNTRACKED_LOADERS
+        self._model = weakref.ref(model) if model is not None and is_tracked else None
+
     def _begin_load(self) -> None:
-        """Before the first tensor of a model that was just built; loading anew has no tree."""
-        if self._tree is None or self._a_layer is None:
-            return
-        begin_load(self._tree.root(self._a_layer))
-        self._tree.close()
-        self._tree = self._a_layer = None
+        """Before the first tensor of a model that was just built, not of one that serves."""
+        model = self._model() if self._model is not None else None
+        self._model = None
+        if model is not None:
+            begin_load(model)
 
     def kv_cache(self) -> QuantizedKVCache:
         """The KV cache of the engine, decided when the first layer asks for it."""
         if self._kv_cache is None:
+            refusal.leave(self.counter_stem, self._front_end)
             vllm_config = get_current_vllm_config()
             if self.section is None:
                 check_without_sets(self.checkpoint_kv_cache, vllm_config)
@@ -218,7 +226,7 @@ class QoQConfig(QuantizationConfig):
         if self._way_back is None:
             assert self.section is not None
             self._way_back = hidden_states.way_back(
-                self.section, get_current_vllm_config(), layer, prefix
+                self.section, get_current_vllm_config(), model_in_the_making(), prefix
             )
         route = policy.route(prefix, parts)
         if policy.has_graphs():

@@ -7,10 +7,6 @@ hidden states back: outside what vLLM compiles, and inside what its CUDA graphs 
 makes of rows of lm_head (`classifier_from_token`) is in the basis of the stream and needs the
 hidden states as they are.
 
-A quantization method is asked for linear layers only and never meets the root. The module that
-gets a pooler and holds our layers is the root, and torch tells of it
-(`register_module_module_registration_hook`, as vLLM itself replaces modules).
-
 Everything else that hands hidden states to others or takes them is refused by name.
 """
 
@@ -23,7 +19,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import Parameter
-from torch.nn.modules.module import register_module_module_registration_hook
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, model_parallel_is_initialized
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -88,26 +83,29 @@ def is_pooling(vllm_config: VllmConfig) -> bool:
 
 
 def way_back(
-    section: Section, vllm_config: VllmConfig, layer: nn.Module, prefix: str
+    section: Section, vllm_config: VllmConfig, root: nn.Module | None, prefix: str
 ) -> WayBack | None:
-    """The way back for the model that `layer` is being built for; None where none is needed."""
+    """The way back for the model `root`, which is being built; None where none is needed."""
     is_stored = section.stream is not None and section.stream.is_stored
     if not is_stored or not is_pooling(vllm_config) or _reads_lm_head(vllm_config):
         return None
-    return WayBack(vllm_config, layer, prefix)
+    return WayBack(vllm_config, root, prefix)
 
 
 class WayBack:
-    """Waits for the root of the model that holds `layer`, and turns what it returns back."""
+    """Turns what the root of a model returns back.
 
-    def __init__(self, vllm_config: VllmConfig, layer: nn.Module, prefix: str) -> None:
+    prefix  a layer of the model, for messages
+    """
+
+    def __init__(self, vllm_config: VllmConfig, root: nn.Module | None, prefix: str) -> None:
         model = vllm_config.model_config
         self.is_tracked = vllm_config.load_config.load_format not in UNTRACKED_LOADERS
         self.hidden_size, self.dtype = model.get_hidden_size(), model.dtype
-        self.is_attached = False
         self._prefix = prefix
-        self._layer: weakref.ref[nn.Module] | None = weakref.ref(layer)
-        self._waiting = register_module_module_registration_hook(self._registered)
+        self._root: weakref.ref[nn.Module] | None = None
+        if root is not None and _is_last_rank():
+            self._attach(root)
 
     def keeps_tensors(self) -> bool:
         """Whether this rank loads the tensors of the stream; call when all modules exist.
@@ -116,28 +114,14 @@ class WayBack:
         """
         if not _is_last_rank():
             return False
-        if not self.is_attached:
-            self._stop()
+        root = self._root() if self._root is not None else None
+        if not hasattr(root, _POOLER):
             raise UserError(
                 "the hidden states of this checkpoint are rotated, and where they leave this "
                 f"model class was not found ({self._prefix}); serve it as a model of vLLM "
                 f"(--model-impl vllm), or {_REMEDY}"
             )
         return True
-
-    def _registered(self, parent: nn.Module, name: str, _: nn.Module | None) -> None:
-        """Torch calls this for every module that becomes an attribute of another."""
-        layer = self._layer() if self._layer is not None else None
-        if layer is None:  # the model was given up
-            self._stop()
-        elif name == _POOLER and any(module is layer for module in parent.modules()):
-            self._stop()
-            if _is_last_rank():
-                self._attach(parent)
-
-    def _stop(self) -> None:
-        self._waiting.remove()
-        self._layer = None
 
     def _attach(self, root: nn.Module) -> None:
         if hasattr(root, STREAM):
@@ -146,7 +130,7 @@ class WayBack:
             return  # would be compiled without the hook: refused when loading begins
         root.add_module(STREAM, OriginalBasis(self.hidden_size, self.dtype, self.is_tracked))
         root.register_forward_hook(_turn_back)
-        self.is_attached = True
+        self._root = weakref.ref(root)
 
 
 class OriginalBasis(nn.Module):
@@ -188,15 +172,16 @@ class OriginalBasis(nn.Module):
         set_weight_attrs(parameter, {"weight_loader": self._load})
         return parameter
 
-    def _load(self, parameter: Parameter, tensor: torch.Tensor) -> None:
-        leaf = "rotation" if parameter.dtype == torch.int8 else "norm"
+    # vLLM's loading anew exchanges the argument that is named `param`.
+    def _load(self, param: Parameter, tensor: torch.Tensor) -> None:
+        leaf = "rotation" if param.dtype == torch.int8 else "norm"
         is_int8 = tensor.dtype == torch.int8
-        if tensor.shape != parameter.shape or is_int8 != (leaf == "rotation"):
+        if tensor.shape != param.shape or is_int8 != (leaf == "rotation"):
             raise FormatError(
                 f"{STREAM}.{leaf}: is {tensor.dtype} {list(tensor.shape)}, the model needs "
-                f"{parameter.dtype} {list(parameter.shape)}"
+                f"{param.dtype} {list(param.shape)}"
             )
-        parameter.data.copy_(tensor)
+        param.data.copy_(tensor)
         self.loaded.add(leaf)
 
 

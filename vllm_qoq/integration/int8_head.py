@@ -65,7 +65,8 @@ class Int8HeadMethod(LinearMethodBase):
                     f"the checkpoint did not fill {self.prefix}.{name}, which its "
                     "quantization_config.lm_head announces; run `vllm-qoq verify` on the checkpoint"
                 )
-        scale = layer.weight_scale.data
+        # Rows beyond the vocabulary, to which vLLM pads it, are zeros.
+        scale = layer.weight_scale.data[: layer.shard_indices.num_org_elements]
         if self.is_tracked and not (scale.isfinite() & (scale > 0)).all():
             raise FormatError(
                 f"{self.prefix}.weight_scale holds a scale that is not finite and positive; run "

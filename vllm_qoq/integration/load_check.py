@@ -10,13 +10,11 @@ do not ask for the renaming of tensors, with which a load begins here, and are n
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
 from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -24,42 +22,9 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from vllm_qoq.format import FormatError
 from vllm_qoq.integration.compat import may_process_in_place
-from vllm_qoq.integration.weight_set import Loader, WeightSet
-
-_REMEDY = "run `vllm-qoq verify` on the checkpoint, download or quantize it again"
+from vllm_qoq.integration.weight_set import REMEDY, Loader, WeightSet
 
 _LOADER = "weight_loader"
-
-
-class ModelTree:
-    """Who holds whom among the modules that are built while it exists.
-
-    A quantization config is told of layers, never of the model that they belong to.
-    """
-
-    def __init__(self) -> None:
-        parents: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]]
-        self._parents = parents = weakref.WeakKeyDictionary()
-
-        def note(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-            if child is not None:
-                parents[child] = weakref.ref(parent)
-
-        handle = register_module_module_registration_hook(note)
-        self._close = weakref.finalize(self, handle.remove)
-
-    def close(self) -> None:
-        """Take notice of no more modules."""
-        self._close()
-
-    def root(self, module: nn.Module) -> nn.Module:
-        """The model that `module` is in."""
-        while (found := self._parents.get(module)) is not None:
-            parent = found()
-            if parent is None:
-                break
-            module = parent
-        return module
 
 
 def begin_load(model: nn.Module) -> None:
@@ -120,9 +85,9 @@ class LoadCheck(QuantizeMethodBase):
         if parameter.data.isnan().all():
             raise FormatError(
                 f"the checkpoint did not fill {name}{more}: it has no such tensor, or nothing but "
-                f"NaN in it; {_REMEDY}"
+                f"NaN in it; {REMEDY}"
             )
-        raise FormatError(f"{name}{more} holds NaN or infinity, or was filled in part; {_REMEDY}")
+        raise FormatError(f"{name}{more} holds NaN or infinity, or was filled in part; {REMEDY}")
 
 
 def _naming(name: str, load: Loader) -> Loader:
@@ -132,12 +97,14 @@ def _naming(name: str, load: Loader) -> Loader:
         param: nn.Parameter, loaded_weight: torch.Tensor, *rest: Any, **more: Any
     ) -> Any:
         try:
+            if not loaded_weight.is_floating_point():
+                raise AssertionError(f"numbers of the type {loaded_weight.dtype}")
             return load(param, loaded_weight, *rest, **more)
         except (AssertionError, RuntimeError, IndexError) as error:
             raise FormatError(
                 f"{name} has shape {list(loaded_weight.shape)} in the checkpoint and "
                 f"{list(param.shape)} in this rank's model, into which it does not go "
-                f"({error}); {_REMEDY}"
+                f"({error}); {REMEDY}"
             ) from error
 
     return load_named
@@ -145,6 +112,7 @@ def _naming(name: str, load: Loader) -> Loader:
 
 def _shared(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters that a checkpoint has to fill and that no set, cache or expert owns."""
+    seen: set[int] = set()  # tied weights are one parameter under two names
     for prefix, module in model.named_modules():
         if isinstance(module, WeightSet | Attention | MLAAttention):
             continue  # sets prove it themselves, and a cache may have no scales
@@ -154,5 +122,7 @@ def _shared(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             continue  # a bias that each set has for itself
         for name, parameter in module.named_parameters(recurse=False):
             is_float = parameter.is_floating_point() and parameter.element_size() > 1
-            if is_float and parameter.numel() and not parameter.is_meta:
+            is_stored = is_float and parameter.numel() > 0 and not parameter.is_meta
+            if is_stored and id(parameter) not in seen:
+                seen.add(id(parameter))
                 yield f"{prefix}.{name}" if prefix else name, parameter

@@ -18,7 +18,6 @@ channels are far larger than the others.
 
 from __future__ import annotations
 
-import reprlib
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -69,13 +68,12 @@ class Options(BaseModel):
 
 
 def _with_remedy(error: ValidationError, where: str) -> str:
-    """The first finding, the value that is meant, and what may stand there."""
+    """The first finding, and for a key that is not known the one that was meant."""
     finding = error.errors(include_url=False)[0]
-    text = one_line(error, where)
     if finding["type"] == "extra_forbidden":
         options = tuple(Options.model_fields)
         key = str(finding["loc"][-1])
         near = get_close_matches(key, options, n=1)
         meant = f"did you mean {near[0]!r}? " if near else ""
         return f"{where}: there is no option {key!r}; {meant}There are {', '.join(options)}"
-    return f"{text}, not {reprlib.repr(finding['input'])}"
+    return one_line(error, where)

@@ -23,6 +23,8 @@ UNTRACKED_LOADERS = ("dummy", "sharded_state", "runai_streamer_sharded", "tensor
 
 Loader = Callable[..., Any]
 
+REMEDY = "run `vllm-qoq verify` on the checkpoint, download or quantize it again"
+
 # Elements of tensors such as compressed-tensors' weight_shape [2].
 _MOST_COUNTED_TWICE = 4
 
@@ -83,11 +85,10 @@ class WeightSet(nn.Module):
             ),
             **sizes,
         )
-        self.shard_ids = (
-            ("q", "k", "v")
-            if isinstance(layer, QKVParallelLinear)
-            else tuple(range(len(output_partition_sizes)))
-        )
+        self._sizes = _sizes(layer)
+        self.shard_ids = tuple(self._sizes)
+        self._outputs = sum(output_partition_sizes)
+        self._ranks_of_input = layer.input_size // input_size_per_partition
         self.bias: Parameter | None = self._bias(layer, sum(output_partition_sizes), params_dtype)
         self.input_ratio = (
             self._input_ratio(layer, input_size_per_partition) if has_input_ratio else None
@@ -134,10 +135,7 @@ class WeightSet(nn.Module):
             if is_finite and (low > 0 or "scale" not in name):
                 continue
             wrong = "a scale that is not positive" if is_finite else "NaN or infinity"
-            raise FormatError(
-                f"{prefix}: {name} of set {self.set_name!r} holds {wrong}; run `vllm-qoq verify` "
-                "on the checkpoint, download or quantize it again"
-            )
+            raise FormatError(f"{prefix}: {name} of set {self.set_name!r} holds {wrong}; {REMEDY}")
 
     def finish(self) -> None:
         """Bring the loaded weights into the form that the method's kernel reads."""
@@ -213,13 +211,45 @@ class WeightSet(nn.Module):
     def _recorded(self, load: Loader) -> Loader:
         # vLLM's loading anew exchanges the argument that is named `param`.
         def load_and_record(param: Parameter, tensor: torch.Tensor, *shard: Any) -> None:
-            load(param, tensor, *shard)
             shard_id = shard[0] if shard else None
             # One tensor may fill several shards.
             filled = shard_id if isinstance(shard_id, tuple) else (shard_id,)
+            try:
+                self._check_fits(param, tensor, filled)
+                load(param, tensor, *shard)
+            except FormatError:
+                raise
+            except (AssertionError, RuntimeError, ValueError, LookupError) as error:
+                raise FormatError(
+                    f"{self.prefix}: {self._name_of(param, shard_id)} is {tensor.dtype} "
+                    f"{list(tensor.shape)} in the checkpoint, which does not go into this model's "
+                    f"{param.dtype} {list(param.shape)} ({error}); {REMEDY}"
+                ) from error
             self._loaded.setdefault(id(param), set()).update(filled)
 
         return load_and_record
+
+    def _check_fits(self, param: Parameter, tensor: torch.Tensor, shards: tuple[Any, ...]) -> None:
+        """ValueError for what vLLM's loaders would convert or cut to size."""
+        if param.is_floating_point() != tensor.is_floating_point():
+            raise ValueError("numbers of another kind")
+        dim = getattr(param, "output_dim", None)
+        # Else it is packed or in blocks, and vLLM's loaders know how.
+        if dim is not None and tensor.ndim > dim and param.shape[dim] == self._outputs:
+            rows = sum(sum(self._sizes.values()) if s is None else self._sizes[s] for s in shards)
+            if tensor.shape[dim] != rows:
+                raise ValueError(f"{rows} outputs are needed")
+        dim = getattr(param, "input_dim", None)
+        if dim is not None and tensor.ndim > dim:
+            columns = param.shape[dim] * self._ranks_of_input
+            if tensor.shape[dim] != columns:
+                raise ValueError(f"dimension {dim} has to be {columns}")
+
+    def _name_of(self, param: Parameter, shard_id: Any) -> str:
+        """A parameter's name in the checkpoint."""
+        leaf = next((name for name, own in self.named_parameters() if own is param), "a tensor")
+        parts = dict(zip(self.shard_ids, self.parts, strict=False))
+        return join_name(self.set_name, f"{parts.get(shard_id, self.prefix)}.{leaf}")
 
     def _bias(self, layer: LinearBase, size: int, dtype: torch.dtype) -> Parameter:
         """Each set has its own bias: kernels convert it in place."""
@@ -285,6 +315,18 @@ class _Reload(QuantizeMethodBase):
         """Finish the set, unless its layer has."""
         assert isinstance(layer, WeightSet)
         layer.reload()
+
+
+def _sizes(layer: LinearBase) -> dict[Any, int]:
+    """How many outputs each part of a layer has on all ranks together, by the shard's id."""
+    if isinstance(layer, QKVParallelLinear):
+        heads, kv_heads = layer.total_num_heads, layer.total_num_kv_heads
+        return {
+            "q": heads * layer.head_size,
+            "k": kv_heads * layer.head_size,
+            "v": kv_heads * layer.v_head_size,
+        }
+    return dict(enumerate(getattr(layer, "output_sizes", (layer.output_size,))))
 
 
 def _only_zero_bias(param: Parameter, tensor: torch.Tensor, *shard: Any) -> None:
