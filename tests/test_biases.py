@@ -47,7 +47,8 @@ def quantized(llama, short, tmp_path_factory):
     """Three sets of the Llama with biases, one nested, and the report."""
     folder = tmp_path_factory.mktemp("biases")
     wanted = Job(llama, folder / "out", TEXT, folder / "work", short)
-    options = Options(sets=("w8a8", "w4a16", "w4a8"), nested=True, samples=16, seqlen=SEQLEN)
+    quick = {"samples": 4, "seqlen": SEQLEN, "gptq": False, "clip": False}
+    options = Options(sets=("w8a8", "w4a16", "w4a8"), nested=True, **quick)
     return folder / "out", job.run(wanted, options)
 
 
@@ -63,7 +64,7 @@ def test_every_set_has_every_bias(quantized):
         for layer in (0, 1):
             assert all(f"{name}.model.layers.{layer}.{b}.bias" in tensors for b in BIASED)
     before = report["before"]["perplexity"]["kv16"]
-    losses = {"w8a8": 1.02, "w4a16": 1.08, "w4a8": 1.08}
+    losses = {"w8a8": 1.03, "w4a16": 1.2, "w4a8": 1.2}
     for name, found in report["after"].items():
         assert found["perplexity"]["kv16"] < before * losses[name], name
 
@@ -73,7 +74,7 @@ NO_KERNEL = "vLLM has no W4A16 kernel for this CPU"
 
 @pytest.mark.parametrize("name", ["w8a8", "w4a16", "w4a8"])
 def test_vllm_adds_every_bias_of_every_set(quantized, short, name):
-    """A bias that is lost or added twice changes the perplexity by 5 % and more."""
+    """A bias that is lost or added twice changes the perplexity by 8 % and more."""
     out, report = quantized
     if name == "w4a16" and not hasattr(torch.ops._C, "cpu_gemm_wna16"):
         pytest.skip(NO_KERNEL)
@@ -131,7 +132,7 @@ def test_merged_sets_keep_their_biases(llama, quantized, short, tmp_path, nest):
     out = merge(tmp_path / "out", f"w8a8={w8a8}", f"w4a8={w4a8}", *options)
     assert sound(out)
     found = perplexity(engine(out, {"force_set": "w8a8"}), short.read_text(), SEQLEN)["perplexity"]
-    assert found == pytest.approx(float_one, rel=0.03)
+    assert found == pytest.approx(float_one, rel=0.06)  # SmoothQuant is left out
 
 
 def test_an_imported_model_keeps_its_biases(llama, tmp_path):

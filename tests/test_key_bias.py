@@ -1,7 +1,5 @@
 """Biases of K that a quantized KV cache cannot hold: who is warned, and what helps."""
 
-import logging
-
 import pytest
 import torch
 from biased_models import write_llama, write_qwen2
@@ -12,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_qoq import key_bias
 from vllm_qoq.checkpoint import read_config
 from vllm_qoq.errors import UserError
+from vllm_qoq.integration import key_bias as serving_key_bias
 from vllm_qoq.integration.kv_cache import kv_cache_in_force
 from vllm_qoq.integration.options import Options as ServingOptions
 from vllm_qoq.integration.perplexity import perplexity
@@ -89,18 +88,13 @@ def test_rotating_the_keys_helps_in_the_simulation_too(models, text, tmp_path):
 
 
 @pytest.fixture
-def warnings_of():
-    """The messages of a logger while the test runs."""
+def warnings_of(monkeypatch):
+    """What is warned of while the test runs."""
     messages = []
-
-    class Kept(logging.Handler):
-        def emit(self, record):
-            messages.append(record.getMessage())
-
-    logger, handler = logging.getLogger("vllm.vllm_qoq.integration.key_bias"), Kept()
-    logger.addHandler(handler)
-    yield messages
-    logger.removeHandler(handler)
+    monkeypatch.setattr(
+        serving_key_bias.logger, "warning", lambda form, *args: messages.append(form % args)
+    )
+    return messages
 
 
 def test_serving_warns_of_it_and_rotation_can_be_asked_for(models, text, warnings_of):

@@ -184,7 +184,7 @@ def test_a_model_with_dead_parts_is_quantized(tiny_model, tmp_path):
     text = tmp_path / "text"
     text.write_text((DATA / "heldout.txt").read_text()[:3000])
     wanted = Job(model, tmp_path / "out", DATA / "calibration.txt", tmp_path / "work", text)
-    options = Options(sets=("w8a8", "w4a8", "w4a16"), nested=True, samples=8, seqlen=128)
+    options = Options(sets=("w8a8", "w4a8", "w4a16"), nested=True, samples=4, seqlen=128)
     report = job.run(wanted, options)
     assert not verify.structure(tmp_path / "out")
     assert not verify.contents(tmp_path / "out", Progress(quiet=True))

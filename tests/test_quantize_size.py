@@ -108,9 +108,7 @@ def test_a_work_folder_in_the_output_or_the_model_is_refused(
         "around": folder.parent if of == "out" else tiny_model.parent,
         "linked": tmp_path / "link",
     }[place]
-    with pytest.raises(
-        QuantizeError, match=r"(overlaps|not a work folder).*choose another --work-dir"
-    ):
+    with pytest.raises(QuantizeError, match=r"--work-dir"):
         prepare(work, tmp_path / "outs" / "out", model)
 
 
