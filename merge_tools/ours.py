@@ -63,4 +63,4 @@ def _weights(folder: Path) -> frozenset[str]:
         return frozenset({"model.safetensors"})
     weight_map = read_json(folder / INDEX, _INDEX_BYTES).get("weight_map")
     names = weight_map.values() if isinstance(weight_map, dict) else ()
-    return frozenset(name for name in names if isinstance(name, str))
+    return frozenset(n for n in names if isinstance(n, str) and n.endswith(".safetensors"))
