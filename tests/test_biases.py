@@ -47,7 +47,7 @@ def quantized(llama, short, tmp_path_factory):
     """Three sets of the Llama with biases, one nested, and the report."""
     folder = tmp_path_factory.mktemp("biases")
     wanted = Job(llama, folder / "out", TEXT, folder / "work", short)
-    quick = {"samples": 4, "seqlen": SEQLEN, "gptq": False, "clip": False}
+    quick = {"samples": 4, "seqlen": SEQLEN, "clip": False}
     options = Options(sets=("w8a8", "w4a16", "w4a8"), nested=True, **quick)
     return folder / "out", job.run(wanted, options)
 
