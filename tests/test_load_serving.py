@@ -118,13 +118,9 @@ def with_load_dir(nested_dir, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("method", ["spawn", "fork"])
-def test_offline_engines_are_refused_with_the_remedy(with_load_dir, method):
-    environment = {
-        **os.environ,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "VLLM_WORKER_MULTIPROC_METHOD": method,
-    }
+def test_offline_engines_are_refused_with_the_remedy(with_load_dir):
+    """By the front end, before it starts or forks an engine."""
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     script = with_load_dir / "offline.py"
     script.write_text('if __name__ == "__main__":\n    ' + OFFLINE.strip().replace("\n", "\n    "))
     done = subprocess.run(
