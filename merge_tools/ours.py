@@ -19,10 +19,11 @@ _INDEX_BYTES = 256 << 20
 _NAMES = re.compile(
     r"config\.json|model\.safetensors\.index\.json|README\.md|recipe(-[a-z0-9]+)?\.yaml"
     r"|quantization_report\.json|qoq_tune\.(json|md|png)|\.vllm-qoq-lock|\.gitattributes|\.cache"
-    r"|\.\w+\.partial-\d+"
+    r"|\.[\w.]+\.partial-\d+"
     r"|(generation|preprocessor|processor|video_preprocessor|image_processor)_config\.json"
     r"|(special_tokens_map|added_tokens|vocab|modules|config_sentence_transformers)\.json"
-    r"|sentence_\w+_config\.json|\d+_[A-Z]\w+|additional_chat_templates|assets"
+    r"|sentence_\w+_config\.json|additional_chat_templates|assets"
+    r"|\d_(Pooling|WeightedLayerPooling|Dense|LayerNorm|Normalize|Dropout)"
     r"|tokenizer\S*|vocab\.txt|merges\.txt|spiece\.model|sentencepiece\S*|tekken\.json"
     r"|chat_template\S*"
     r"|(LICEN[CS]E|NOTICE|USE_POLICY|Notice|license)\S*",

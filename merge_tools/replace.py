@@ -210,7 +210,7 @@ def _remove(partial: Path, lock: IO[bytes] | None) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """Delete what can be deleted of a folder of ours; only if that is all, what tells it is ours."""
+    """Delete all that can be of a folder of ours; once that is all, what tells that it is ours."""
     failed: OSError | None = None
     for item in sorted(folder.iterdir()):
         try:

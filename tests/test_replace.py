@@ -50,6 +50,17 @@ def test_an_old_one_of_ours_is_replaced_and_neighbours_stay(tmp_path, name):
     assert sorted(item.name for item in tmp_path.iterdir()) == sorted([*neighbours, name])
 
 
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", ".config.json.partial-12", "1_Pooling", "chat_template.jinja"]
+)
+def test_what_belongs_to_a_checkpoint_of_ours_goes_with_it(tmp_path, name):
+    out = checkpoint(tmp_path / "out")
+    (out / name).mkdir() if name == "1_Pooling" else (out / name).touch()
+    check_output(out, [], overwrite=True)
+    write(out)
+    assert sorted(item.name for item in out.iterdir()) == WRITTEN
+
+
 def photos(folder: Path) -> None:
     folder.mkdir()
     (folder / "photo.jpg").write_text("photo")
@@ -58,6 +69,16 @@ def photos(folder: Path) -> None:
 def ours_and_a_thesis(folder: Path) -> None:
     checkpoint(folder)
     (folder / "thesis.txt").write_text("thesis")
+
+
+def ours_and_a_folder(folder: Path) -> None:
+    photos(checkpoint(folder) / "2024_Summer")
+
+
+def ours_and_what_an_index_claims(folder: Path) -> None:
+    ours_and_a_thesis(folder)
+    index = {"weight_map": {"x": "thesis.txt"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def somebodys(folder: Path) -> None:
@@ -94,7 +115,8 @@ def plain_file(folder: Path) -> None:
 
 
 FOREIGN = [
-    *(photos, ours_and_a_thesis, somebodys, somebodys_with_a_cache, broken, fifo),
+    *(photos, ours_and_a_thesis, ours_and_a_folder, ours_and_what_an_index_claims),
+    *(somebodys, somebodys_with_a_cache, broken, fifo),
     *(linked, dangling, plain_file),
 ]
 
