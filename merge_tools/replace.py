@@ -31,7 +31,8 @@ from merge_tools.writer import sync_folder
 from vllm_qoq.format import printable
 
 LOCK = ".vllm-qoq-lock"
-_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})
+NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})
+"""What a file system without locks answers."""
 _LONGEST_NAME = 255
 
 Foreign = Callable[[Path], str | None]
@@ -192,7 +193,7 @@ def _take(file: IO[bytes], partial: Path) -> bool:
     except BlockingIOError:
         raise MergeError(_busy(partial)) from None
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
+        if error.errno not in NO_LOCKS:
             raise
         return False
     return True

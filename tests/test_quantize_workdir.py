@@ -1,5 +1,6 @@
 """The work folder: whose files it holds, what is deleted, and what a later run may go on with."""
 
+import errno
 import json
 import os
 import resource
@@ -237,6 +238,24 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
         ):
             pass
         assert work.has("piece")
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch, code):
+    def flock(file, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(workdir.fcntl, "flock", flock)
+    assert begun(tmp_path / "work").exists()
+
+
+def test_a_failing_lock_is_told(tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(workdir.fcntl, "flock", flock)
+    with pytest.raises(OSError, match="Input/output"):
+        begun(tmp_path / "work")
 
 
 def test_what_a_killed_run_left_unfinished_goes_with_the_folder(tmp_path):

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 
+from merge_tools.replace import NO_LOCKS
 from merge_tools.writer import sync_folder, write_bytes
 from vllm_qoq.checkpoint import read_json
 from vllm_qoq.format import FormatError
@@ -318,12 +319,20 @@ def _damaged(file: Path, why: str) -> QuantizeError:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Keep other processes out of the folder. The system lets go of it with the process."""
+    """Keep other processes out of the folder. The system lets go of it with the process.
+
+    On a file system without locks two processes may meet: one of them ends with an error, because
+    they write into files of one name, and none takes a piece that is not whole.
+    """
     # Neither follow a link nor wait for a FIFO that took the name meanwhile.
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     with open(path / _LOCK, "rb", opener=lambda name, _: os.open(name, flags, 0o666)) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
             is_held = os.path.samestat(os.fstat(file.fileno()), os.stat(path / _LOCK))
         except (BlockingIOError, FileNotFoundError):
             is_held = False
