@@ -61,6 +61,20 @@ def test_what_belongs_to_a_checkpoint_of_ours_goes_with_it(tmp_path, name):
     assert sorted(item.name for item in out.iterdir()) == WRITTEN
 
 
+def test_what_was_copied_from_a_model_goes_with_it(tmp_path):
+    out = checkpoint(tmp_path / "out")
+    files = [Path("figures/a/plot.png"), Path("figures/b.png"), Path("configuration.json")]
+    for file in files:
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
+        (out / file).touch()
+    index = ours.index({}, 0, files)
+    assert index["metadata"][ours.COPIED] == ["configuration.json", "figures"]
+    with pytest.raises(MergeError, match=r"holds configuration\.json"):
+        check_output(out, [], overwrite=True)
+    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    check_output(out, [], overwrite=True)
+
+
 def photos(folder: Path) -> None:
     folder.mkdir()
     (folder / "photo.jpg").write_text("photo")
