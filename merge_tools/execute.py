@@ -6,7 +6,7 @@ The output is absent or complete (`replace`). Inputs are only read.
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,10 @@ def execute(
             for file, shard in plan.shards.items():
                 _write(folder / file, shard, sources, plan, advance)
         config = compatible.merged_config(sources[plan.prefill], section, plan.dtype)
-        write_json(folder / INDEX, plan.index())
         write_json(folder / CONFIG, config)
-        _copy_side_files(folder, sources, plan.prefill)
+        copied = _copy_side_files(folder, sources, plan.prefill)
+        weight_map = {p.info.name: p.info.file for p in plan.tensors}
+        write_json(folder / INDEX, ours.index(weight_map, plan.total_bytes, copied))
         if model_card:
             sizes = {owner: plan.bytes_of(owner) for owner in (None, *plan.sets)}
             inputs = [source.checkpoint.path for source in sources.values()]
@@ -95,15 +96,19 @@ def _uint8() -> Any:
     return torch.uint8
 
 
-def _copy_side_files(folder: Path, sources: Mapping[str, WeightSet], prefill: str) -> None:
+def _copy_side_files(
+    folder: Path, sources: Mapping[str, WeightSet], prefill: str
+) -> Iterable[Path]:
     """Tokenizer, chat templates, generation config, licence: what `side_files` chooses."""
-    for file, source in side_files_of(sources, prefill).items():
+    files = side_files_of(sources, prefill)
+    for file, source in files.items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         copy_file(source / file, folder / file)
     for name, weights in sources.items():
         recipe = weights.checkpoint.path / _RECIPE
         if recipe.is_file():
             copy_file(recipe, folder / f"recipe-{name}.yaml")
+    return files
 
 
 def side_files_of(sources: Mapping[str, WeightSet], prefill: str) -> dict[Path, Path]:

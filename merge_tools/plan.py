@@ -70,14 +70,6 @@ class Plan:
     def total_bytes(self) -> int:
         return sum(p.info.nbytes for p in self.tensors)
 
-    def index(self) -> dict[str, Any]:
-        """The content of `model.safetensors.index.json`."""
-        weight_map = {p.info.name: p.info.file for p in self.tensors}
-        return {
-            "metadata": {"total_size": self.total_bytes},
-            "weight_map": dict(sorted(weight_map.items())),
-        }
-
 
 def make_plan(
     survey: Survey,

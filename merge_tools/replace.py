@@ -4,11 +4,12 @@ While a run writes OUT, these lie beside it:
 
     .OUT.partial    what becomes OUT; the run holds a lock on a file in it
     .OUT.replaced   the old OUT, from the moment before .OUT.partial gets its name
-                    until it has been deleted
+                    until it has been deleted; it takes over the file with the lock
 
 The lock is the system's and ends with the process, whatever ends it, so the next run
 tells what a killed one left from what another run is writing, also from other
-containers. Only a folder with that file, or an empty one, is taken for a leftover.
+containers. Only a folder with that file, or an empty one, is taken for a leftover, so
+that file is the last to be deleted of a folder.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,7 +31,8 @@ from merge_tools.writer import sync_folder
 from vllm_qoq.format import printable
 
 LOCK = ".vllm-qoq-lock"
-_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})
+NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})
+"""What a file system without locks answers."""
 _LONGEST_NAME = 255
 
 Foreign = Callable[[Path], str | None]
@@ -96,9 +98,13 @@ def replacing(out: Path, overwrite: bool, foreign: Foreign) -> Iterator[Path]:
             interrupts.hold()
             _remove(partial, lock)
             raise
-        (out / LOCK).unlink()
+        if old.exists():
+            (out / LOCK).rename(old / LOCK)
+            with suppress(OSError):
+                _delete(old)
+        else:
+            (out / LOCK).unlink()
         lock.close()
-        shutil.rmtree(old, ignore_errors=True)
         if old.exists():
             print(
                 f"{printable(str(old))}: is the old output and could not be deleted; delete it",
@@ -135,11 +141,13 @@ def _clear(partial: Path, old: Path, foreign: Foreign) -> None:
     """Remove what killed runs left."""
     with _leftover(partial) as is_left:
         if is_left:
-            shutil.rmtree(partial)
-    if os.path.lexists(old):  # `out` is complete, or `recover` had given this its name
-        if old.is_symlink() or not old.is_dir() or foreign(old):
-            raise MergeError(f"{old}: is in the way, and not ours to delete; move it elsewhere")
-        shutil.rmtree(old)
+            _delete(partial)
+    # `out` is complete, or `recover` had given this its name.
+    if old.is_dir() and not old.is_symlink() and not (old / LOCK).exists() and not foreign(old):
+        _delete(old)
+    with _leftover(old) as is_left:
+        if is_left:
+            _delete(old)
 
 
 @contextmanager
@@ -185,7 +193,7 @@ def _take(file: IO[bytes], partial: Path) -> bool:
     except BlockingIOError:
         raise MergeError(_busy(partial)) from None
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
+        if error.errno not in NO_LOCKS:
             raise
         return False
     return True
@@ -197,8 +205,26 @@ def _busy(partial: Path) -> str:
 
 def _remove(partial: Path, lock: IO[bytes] | None) -> None:
     if lock is not None:
-        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):
+            _delete(partial)
         lock.close()
+
+
+def _delete(folder: Path) -> None:
+    """Delete all that can be of a folder of ours; once that is all, what tells that it is ours."""
+    failed: OSError | None = None
+    for item in sorted(folder.iterdir()):
+        try:
+            if item.is_dir() and not item.is_symlink():
+                shutil.rmtree(item)
+            elif item.name != LOCK:
+                item.unlink()
+        except OSError as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
+    (folder / LOCK).unlink(missing_ok=True)
+    folder.rmdir()
 
 
 def _state(out: Path, partial: Path) -> str:

@@ -9,6 +9,7 @@ the library.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -20,6 +21,8 @@ from typing import IO, Any
 from vllm_qoq.checkpoint import TensorInfo
 
 _COPY_BYTES = 16 << 20
+# What file systems of other hosts answer that sync files, but no folders.
+_NO_SYNC = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 
 
 @contextmanager
@@ -112,9 +115,12 @@ def header(tensors: Sequence[TensorInfo]) -> bytes:
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in the folder `path` survive a power cut."""
+    """Make the names in the folder `path` survive a power cut, where its file system can."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(descriptor)

@@ -1,5 +1,6 @@
 """Whatever the writer writes, the safetensors library reads back bit for bit."""
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -10,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from merge_tools.writer import write_bytes, write_json, write_shard
+from merge_tools import writer
+from merge_tools.writer import sync_folder, write_bytes, write_json, write_shard
 from vllm_qoq.checkpoint import ITEM_BYTES, TensorInfo
 
 TORCH_DTYPES = {
@@ -101,3 +103,17 @@ def test_an_existing_file_is_never_overwritten(tmp_path):
 
 def _bytes(tensor) -> bytes:
     return tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def test_a_file_system_that_syncs_no_folders_will_do(tmp_path, monkeypatch):
+    def fsync(code):
+        def failing(descriptor):
+            raise OSError(code, os.strerror(code))
+
+        return failing
+
+    monkeypatch.setattr(writer.os, "fsync", fsync(errno.EINVAL))
+    sync_folder(tmp_path)
+    monkeypatch.setattr(writer.os, "fsync", fsync(errno.EIO))
+    with pytest.raises(OSError, match="Input/output"):
+        sync_folder(tmp_path)

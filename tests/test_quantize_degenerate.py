@@ -1,6 +1,7 @@
 """Heads, channels, rows and whole layers of zeros, as padded and pruned models have them."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -8,10 +9,11 @@ import torch
 from conftest import DATA
 from safetensors.torch import load_file, save_file
 from test_quantize_transforms import Model
+from transformers import AutoModelForCausalLM
 
 from merge_tools import verify
 from merge_tools.progress import Progress
-from vllm_qoq.quantize import gptq, job, strength
+from vllm_qoq.quantize import QuantizeError, evaluate, gptq, job, strength
 from vllm_qoq.quantize.options import Options
 from vllm_qoq.quantize.plan import Job
 from vllm_qoq.quantize.sets import SetKind, dequantize
@@ -191,3 +193,32 @@ def test_a_model_with_dead_parts_is_quantized(tiny_model, tmp_path):
     before = report["before"]["perplexity"]["kv16"]
     for found in report["after"].values():
         assert found["perplexity"]["kv4"] < before * 1.15
+
+
+NO_SMOOTHING = {"smooth_attention": False, "smooth_outputs": False, "reorder": False}
+
+
+@pytest.mark.parametrize("steps", [{}, NO_SMOOTHING])
+def test_a_model_that_computes_infinity_is_refused_with_the_place(tiny_model, tmp_path, steps):
+    """As one that was trained in bfloat16 may do in float16."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    tensors = load_file(tiny_model / "model.safetensors")
+    for name in ("up", "gate"):
+        tensors[f"model.layers.1.mlp.{name}_proj.weight"] *= 1000
+    config = json.loads((model / "config.json").read_text()) | {"dtype": "float16"}
+    (model / "config.json").write_text(json.dumps(config))
+    save_file({k: v.half() for k, v in tensors.items()}, model / "model.safetensors", {})
+    options = Options(sets=("w4a8",), samples=1, seqlen=32, gptq=False, clip=False, **steps)
+    wanted = Job(model, tmp_path / "out", DATA / "calibration.txt", tmp_path / "work")
+    place = r"model\.layers\.1(\.mlp\.down_proj)?: the model computes NaN or infinity"
+    with pytest.raises(QuantizeError, match=place):
+        job.run(wanted, options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_beyond_what_exp_holds_is_an_infinite_perplexity(tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e5)
+    assert evaluate.perplexity(model, [list(range(32))]) == math.inf

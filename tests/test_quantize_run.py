@@ -16,7 +16,7 @@ from engines import engine, generate
 from safetensors import safe_open
 
 import vllm_qoq
-from merge_tools import verify
+from merge_tools import ours, verify
 from merge_tools.progress import Progress
 from vllm_qoq import cli
 from vllm_qoq.checkpoint import Checkpoint
@@ -254,10 +254,13 @@ def test_a_file_with_the_reports_name_in_the_model_is_not_copied(changed_model, 
     """A model that was itself made here, or one that brings a report of its own."""
     model, out = changed_model(), tmp_path / "out"
     (model / "quantization_report.json").write_text('{"theirs": true}')
+    (model / "figures").mkdir()
+    (model / "figures" / "plot.png").touch()
     code, _, err = quantize(model, out, *FEW, "--sets", "w4a8", "--no-gptq", "--no-clip")
     assert code == 0, err
     assert "layers" in json.loads((out / "quantization_report.json").read_text())
     assert "No accelerator" not in err
+    assert (out / "figures" / "plot.png").exists() and ours.foreign(out) is None
 
 
 def test_the_default_work_folder_of_a_name_without_letters(

@@ -1,5 +1,6 @@
 """What a quantization needs of disk and memory, and where its work folder may be."""
 
+import json
 import os
 import shutil
 from collections import namedtuple
@@ -8,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import DATA
+from safetensors.torch import load_file, save_file
 
 from vllm_qoq.quantize import QuantizeError, gptq, job, size
 from vllm_qoq.quantize.options import Options
@@ -110,6 +112,22 @@ def test_a_work_folder_in_the_output_or_the_model_is_refused(
     }[place]
     with pytest.raises(QuantizeError, match=r"--work-dir"):
         prepare(work, tmp_path / "outs" / "out", model)
+
+
+def test_sizes_are_those_of_the_model_as_it_is_loaded(prepare, tiny_model, tmp_path):
+    """In the dtype of the embedding where config.json has none, without RoPE's constants."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    config = json.loads((model / "config.json").read_text())
+    del config["dtype"]
+    (model / "config.json").write_text(json.dumps(config))
+    tensors = load_file(model / "model.safetensors")
+    for name in ("lm_head.weight", "model.norm.weight"):
+        tensors[name] = tensors[name].float()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(32)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    mixed, plain = prepare(model=model).sizes, prepare().sizes
+    assert (mixed.output, mixed.work) == (plain.output, plain.work)
 
 
 def test_memory_has_its_parts(prepare):

@@ -1,7 +1,10 @@
 """The work folder: whose files it holds, what is deleted, and what a later run may go on with."""
 
+import errno
 import json
 import os
+import resource
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -131,6 +134,55 @@ def test_a_run_that_finished_nothing_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_was_killed_before_it_had_a_fingerprint_goes_with_the_folder(tmp_path):
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "vllm-qoq.lock").touch()
+    (work / ".fingerprint.json.partial-0123456789abcdef").write_text('{\n  "vllm-qoq wo')
+    with WorkDir.open(work, RUN, "auto") as again:
+        again.save("block-0000", PIECE, [])
+        again.remove()
+    assert not work.exists()
+
+
+@contextmanager
+def full_after(count):
+    """A disk that takes no file of more than `count` bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (count, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_is_told_with_the_file_and_takes_no_finished_piece(tmp_path):
+    work = begun(tmp_path / "work")
+    before = contents(work)
+    with (
+        pytest.raises(OSError, match="File too large") as raised,
+        WorkDir.open(work, RUN, "auto") as again,
+        full_after(1000),
+    ):
+        again.save("block-0001", {"x": torch.zeros(1000)}, [])
+    assert raised.value.filename.startswith(str(work / ".block-0001.safetensors"))
+    assert contents(work) == before
+    with (
+        pytest.raises(OSError, match="File too large"),
+        full_after(100),
+        WorkDir.open(tmp_path / "new", RUN, "auto"),
+    ):
+        pass
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(workdir.os, "access", lambda path, mode: False)
+    for folder in (tmp_path, tmp_path / "work"):
+        with pytest.raises(QuantizeError, match="not writable; choose another --work-dir"):
+            workdir.stored_bytes(folder)
+
+
 def cut_off(path):
     path.write_bytes(path.read_bytes()[:-5])
 
@@ -186,6 +238,24 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
         ):
             pass
         assert work.has("piece")
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch, code):
+    def flock(file, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(workdir.fcntl, "flock", flock)
+    assert begun(tmp_path / "work").exists()
+
+
+def test_a_failing_lock_is_told(tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(workdir.fcntl, "flock", flock)
+    with pytest.raises(OSError, match="Input/output"):
+        begun(tmp_path / "work")
 
 
 def test_what_a_killed_run_left_unfinished_goes_with_the_folder(tmp_path):

@@ -16,6 +16,7 @@ from merge_tools.replace import LOCK, partial_of, replaced_of, replacing
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTION = {"quant_method": "qoq", "sets": {"w8a8": {}}}
+WRITTEN = ["README.md", "config.json"]
 NAMES = ["out", "out[1]", "a*", "b?", ".hidden", "with space", "ü"]
 
 
@@ -49,6 +50,31 @@ def test_an_old_one_of_ours_is_replaced_and_neighbours_stay(tmp_path, name):
     assert sorted(item.name for item in tmp_path.iterdir()) == sorted([*neighbours, name])
 
 
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", ".config.json.partial-12", "1_Pooling", "chat_template.jinja"]
+)
+def test_what_belongs_to_a_checkpoint_of_ours_goes_with_it(tmp_path, name):
+    out = checkpoint(tmp_path / "out")
+    (out / name).mkdir() if name == "1_Pooling" else (out / name).touch()
+    check_output(out, [], overwrite=True)
+    write(out)
+    assert sorted(item.name for item in out.iterdir()) == WRITTEN
+
+
+def test_what_was_copied_from_a_model_goes_with_it(tmp_path):
+    out = checkpoint(tmp_path / "out")
+    files = [Path("figures/a/plot.png"), Path("figures/b.png"), Path("configuration.json")]
+    for file in files:
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
+        (out / file).touch()
+    index = ours.index({}, 0, files)
+    assert index["metadata"][ours.COPIED] == ["configuration.json", "figures"]
+    with pytest.raises(MergeError, match=r"holds configuration\.json"):
+        check_output(out, [], overwrite=True)
+    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    check_output(out, [], overwrite=True)
+
+
 def photos(folder: Path) -> None:
     folder.mkdir()
     (folder / "photo.jpg").write_text("photo")
@@ -57,6 +83,16 @@ def photos(folder: Path) -> None:
 def ours_and_a_thesis(folder: Path) -> None:
     checkpoint(folder)
     (folder / "thesis.txt").write_text("thesis")
+
+
+def ours_and_a_folder(folder: Path) -> None:
+    photos(checkpoint(folder) / "2024_Summer")
+
+
+def ours_and_what_an_index_claims(folder: Path) -> None:
+    ours_and_a_thesis(folder)
+    index = {"weight_map": {"x": "thesis.txt"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def somebodys(folder: Path) -> None:
@@ -93,7 +129,8 @@ def plain_file(folder: Path) -> None:
 
 
 FOREIGN = [
-    *(photos, ours_and_a_thesis, somebodys, somebodys_with_a_cache, broken, fifo),
+    *(photos, ours_and_a_thesis, ours_and_a_folder, ours_and_what_an_index_claims),
+    *(somebodys, somebodys_with_a_cache, broken, fifo),
     *(linked, dangling, plain_file),
 ]
 
@@ -179,16 +216,16 @@ from pathlib import Path
 from merge_tools import ours, replace
 point, number, out = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 signal.signal(signal.SIGINT, signal.default_int_handler)
-real_rename, real_rmtree, count = Path.rename, replace.shutil.rmtree, [0]
+count = {"rename": 0, "unlink": 0}
 def send(): os.kill(os.getpid(), number)
-def rename(self, target):
-    count[0] += 1
-    if point == f"rename {count[0]}": send()
-    return real_rename(self, target)
-def rmtree(*a, **k):
-    if point == "twice": send()
-    return real_rmtree(*a, **k)
-Path.rename, replace.shutil.rmtree = rename, rmtree
+def hook(name, real):
+    def call(self, *arguments, **options):
+        count[name] += 1
+        if point == f"{name} {count[name]}" or (point, name) == ("twice", "unlink"): send()
+        return real(self, *arguments, **options)
+    setattr(Path, name, call)
+hook("rename", Path.rename)
+hook("unlink", Path.unlink)
 try:
     with replace.replacing(out, True, ours.foreign) as folder:
         (folder / "config.json").write_text((out / "config.json").read_text())
@@ -206,11 +243,11 @@ def run(point: str, number: int, out: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("point", ["body", "twice", "rename 1", "rename 2"])
+@pytest.mark.parametrize("point", ["body", "twice", "rename 1", "rename 2", "unlink 1"])
 def test_a_signal_leaves_the_old_one_or_the_new_one(tmp_path, point, number):
     out = checkpoint(tmp_path / "out")
     done = run(point, number, out)
-    is_late = point.startswith("rename")  # the work is done, and finished
+    is_late = point not in ("body", "twice")  # the work is done, and finished
     assert done.returncode == (0 if is_late else 130), done.stderr
     assert text(out) == ("new" if is_late else "old")
     assert is_late or done.stdout == f"{out} is as it was\n"
@@ -232,6 +269,26 @@ def test_after_a_kill_the_next_run_brings_the_old_one_back_and_clears_up(
     assert ("is back" in capsys.readouterr().err) is (point == "rename 2")
     write(out)
     assert text(out) == "new" and list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3])
+def test_a_kill_while_the_old_one_is_deleted_leaves_what_the_next_run_deletes(tmp_path, nth):
+    out = checkpoint(tmp_path / "out")
+    assert run(f"unlink {nth}", signal.SIGKILL, out).returncode == -signal.SIGKILL
+    assert text(out) == "new" and len(list(replaced_of(out).iterdir())) == 4 - nth
+    write(out)
+    assert not replaced_of(out).exists() and sorted(f.name for f in out.iterdir()) == WRITTEN
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3])
+def test_a_kill_while_an_unfinished_one_is_deleted_leaves_a_leftover(tmp_path, nth):
+    out, left = tmp_path / "out", partial_of(tmp_path / "out")
+    checkpoint(left)
+    (left / LOCK).touch()
+    assert run(f"unlink {nth}", signal.SIGKILL, out).returncode == -signal.SIGKILL
+    assert len(list(left.iterdir())) == 4 - nth
+    write(out)
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_what_a_living_run_writes_is_left_alone(tmp_path):

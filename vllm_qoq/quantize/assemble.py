@@ -72,14 +72,13 @@ def write_checkpoint(
             _write(folder / name, shard)
         weight_map = {t.info.name: file for file, shard in shards.items() for t in shard}
         size = sum(t.info.nbytes for t in tensors)
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(folder / INDEX, index)
+        copied = [file for file in side_files(model) if str(file) != REPORT]
+        write_json(folder / INDEX, ours.index(weight_map, size, copied))
         write_json(folder / CONFIG, config(model, options))
         write_json(folder / REPORT, report)
-        for file in side_files(model):
-            if str(file) != REPORT:
-                (folder / file).parent.mkdir(parents=True, exist_ok=True)
-                copy_file(model / file, folder / file)
+        for file in copied:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            copy_file(model / file, folder / file)
         write_bytes(folder / "README.md", _card(out.name, options, model, tensors).encode())
         sync_folder(folder)
         if findings := verify.structure(folder):

@@ -22,6 +22,7 @@ from vllm_qoq.reference import quantize_per_token
 from vllm_qoq.reference_attention import hadamard
 
 _ATTENTION = "qoq_simulated_kv"
+_LARGEST_EXPONENT = 700  # beyond which exp overflows
 
 
 @torch.no_grad()
@@ -46,7 +47,8 @@ def perplexity(
             losses = nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum")
             total, count = total + float(losses), count + len(window) - 1
             done()
-    return math.exp(total / count)
+    mean = total / count
+    return math.inf if mean > _LARGEST_EXPONENT else math.exp(mean)
 
 
 def device_of(model: Module) -> torch.device:

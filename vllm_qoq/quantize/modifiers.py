@@ -12,14 +12,14 @@ one measures, rounded to int8 per token, depend on the smoothing.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from llmcompressor.modifiers import Modifier
 from pydantic import ConfigDict, PrivateAttr
 
-from vllm_qoq.quantize import gptq, smooth
+from vllm_qoq.quantize import QuantizeError, gptq, smooth
 from vllm_qoq.quantize.architectures import Architecture, Module, Shape, blocks
 from vllm_qoq.quantize.evaluate import to_int8
 from vllm_qoq.quantize.grid import Grid
@@ -92,12 +92,21 @@ class SmoothPass(_BlockPass):
 
     def finish(self, index: int, block: Module) -> None:
         seen = self._observers.pop(index).seen()
+        _require_finite(vars(seen).values(), f"{self.arch.blocks}.{index}")
         found = smooth.transforms(seen, block, self.arch, self.shape, self._inv_freq, self.options)
         # From the CPU, as a resumed run has them.
         found = {name: tensor.cpu() for name, tensor in found.items()}
         smooth.apply(block, found, self.arch, self.shape)
         self._found |= {f"{index}.{name}": tensor for name, tensor in found.items()}
         self.done()
+
+
+def _require_finite(seen: Iterable[torch.Tensor], place: str) -> None:
+    if not all(tensor.isfinite().all() for tensor in seen):
+        raise QuantizeError(
+            f"{place}: the model computes NaN or infinity there on the calibration text; run it in "
+            "bfloat16 (dtype in config.json), or check that it is sound in its own"
+        )
 
 
 def _output_hook(see: Callable[[torch.Tensor], None]) -> Callable[..., None]:
@@ -180,6 +189,7 @@ class QuantizePass(_BlockPass):
         for group in self.arch.inputs:
             key = (index, group[0])
             hessian = self._hessians.pop(key) / self._counts.pop(key)
+            _require_finite([hessian], f"{prefix}.{group[0]}")
             for name in group:
                 layer = block.get_submodule(name)
                 weight = layer.weight.data

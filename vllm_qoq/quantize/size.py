@@ -12,14 +12,15 @@ from pathlib import Path
 
 from merge_tools.progress import human_bytes
 from vllm_qoq.checkpoint import ITEM_BYTES, Checkpoint
+from vllm_qoq.importer.expected import CONSTANT
 from vllm_qoq.quantize import QuantizeError
 from vllm_qoq.quantize.architectures import Architecture, Shape
+from vllm_qoq.quantize.inputs import DTYPES, dtype_name
 from vllm_qoq.quantize.options import Options
 from vllm_qoq.quantize.sets import SetKind
 from vllm_qoq.reference import GROUP_SIZE
 
 _FLOAT32, _FLOAT64, _INT64 = 4, 8, 8
-_ITEM_OF_CONFIG = {"float32": 4, "float16": 2, "bfloat16": 2}
 # Python, torch, transformers and llmcompressor, once they have worked on a small model.
 _LIBRARIES = 7 * 10**8
 # float32 copies of a layer's weights while its scales are searched, and [K, K] matrices.
@@ -50,12 +51,12 @@ def sizes(
     options: Options,
 ) -> Sizes:
     """What a run with these options takes; `linears` has (N, K) of all layers, block by block."""
-    item = _item_bytes(checkpoint)
+    item = _item_bytes(checkpoint, arch)
     in_sets, biased = _names_in_sets(checkpoint, arch, shape)
     shared = sum(
         item * math.prod(info.shape)
         for name, info in checkpoint.tensors.items()
-        if name not in in_sets
+        if name not in in_sets and not name.endswith(CONSTANT)
     )
     vocabulary, hidden = _embedding(checkpoint, arch)
     is_tied = f"{arch.head}.weight" not in checkpoint.tensors
@@ -151,11 +152,11 @@ def _embedding(checkpoint: Checkpoint, arch: Architecture) -> tuple[int, int]:
     return info.shape[0], info.shape[1]
 
 
-def _item_bytes(checkpoint: Checkpoint) -> int:
-    """Bytes of a float as transformers loads the model."""
-    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    first = next(iter(checkpoint.tensors.values()))
-    return _ITEM_OF_CONFIG.get(str(named), ITEM_BYTES[first.dtype])
+def _item_bytes(checkpoint: Checkpoint, arch: Architecture) -> int:
+    """Bytes of a float of the model as `load` has it."""
+    name = dtype_name(checkpoint.config)
+    stored = checkpoint.tensors[f"{arch.embedding}.weight"].dtype
+    return ITEM_BYTES[stored if name is None else DTYPES[name]]
 
 
 def _names_in_sets(

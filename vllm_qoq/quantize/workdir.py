@@ -22,6 +22,8 @@ from typing import Any, Literal
 
 import torch
 
+from merge_tools.replace import NO_LOCKS
+from merge_tools.writer import sync_folder, write_bytes
 from vllm_qoq.checkpoint import read_json
 from vllm_qoq.format import FormatError
 from vllm_qoq.quantize import QuantizeError
@@ -54,7 +56,8 @@ class WorkDir:
         damaged. A folder in which nothing was finished is removed.
         """
         check(path, fingerprint, resume)
-        made_folder = not path.exists()
+        # What a run left that was killed before it had a fingerprint is in a folder that it made.
+        made_folder = not path.exists() or any(path.iterdir())
         path.mkdir(exist_ok=True)
         with _lock(path):
             # Anew: another process may have ended since.
@@ -66,11 +69,13 @@ class WorkDir:
             is_new = found is None or resume == "never"
             made_folder = found.made_folder if found is not None else made_folder
             work = cls(path, _run(fingerprint), made_folder)
-            if is_new:
-                work._write_fingerprint(fingerprint)
-            else:
-                work._check_pieces()
             try:
+                if is_new:
+                    for file in filter(_is_begun_fingerprint, list(path.iterdir())):
+                        file.unlink()
+                    work._write_fingerprint(fingerprint)
+                else:
+                    work._check_pieces()
                 yield work
             except BaseException:
                 if not any(_pieces(path)):
@@ -129,11 +134,14 @@ class WorkDir:
 
     def _write(self, name: str, content: bytes) -> None:
         partial = self.path / _partial(name, self._run)
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(self.path / name)
+        partial.unlink(missing_ok=True)  # of a run that was killed
+        try:
+            write_bytes(partial, content)
+            partial.rename(self.path / name)
+        except BaseException:
+            partial.unlink(missing_ok=True)  # on a full disk, what the next run needs
+            raise
+        sync_folder(self.path)
 
 
 @dataclass(frozen=True)
@@ -169,13 +177,14 @@ def _find(path: Path) -> _Found | None:
     QuantizeError for anything else. No file is opened unless it is a regular one.
     """
     if not os.path.lexists(path):
-        if not path.absolute().parent.is_dir():
-            raise QuantizeError(
-                f"{path.absolute().parent}: no such folder for --work-dir; create it first"
-            )
+        parent = path.absolute().parent
+        if not parent.is_dir():
+            raise QuantizeError(f"{parent}: no such folder for --work-dir; create it first")
+        _check_writable(parent)
         return None
     if not path.is_dir():
         raise QuantizeError(f"{path}: not a folder; choose another --work-dir")
+    _check_writable(path)
     known = path / _FINGERPRINT
     if not os.path.lexists(known):
         for file in path.iterdir():
@@ -200,6 +209,11 @@ def _find(path: Path) -> _Found | None:
     return found
 
 
+def _check_writable(folder: Path) -> None:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise QuantizeError(f"{folder}: not writable; choose another --work-dir")
+
+
 def _pieces(path: Path) -> Iterator[Path]:
     return (file for file in sorted(path.iterdir()) if file.name.endswith(_PIECE))
 
@@ -216,12 +230,15 @@ def _files_of(path: Path, run: str) -> list[Path]:
 
 def _is_begun(file: Path) -> bool:
     """Whether a run may have left the file that was killed before it had a fingerprint."""
-    is_partial = file.name.startswith(f".{_FINGERPRINT}.partial-")
-    if is_partial and _is_regular(file):
-        with open(file, "rb") as opened:
-            start, mark = opened.read(256), f'{{\n  "{_MARK}"'.encode()
-        return start.startswith(mark) or mark.startswith(start)
-    return file.name == _LOCK and _is_empty(file)
+    return _is_begun_fingerprint(file) or (file.name == _LOCK and _is_empty(file))
+
+
+def _is_begun_fingerprint(file: Path) -> bool:
+    if not file.name.startswith(f".{_FINGERPRINT}.partial-") or not _is_regular(file):
+        return False
+    with open(file, "rb") as opened:
+        start, mark = opened.read(256), f'{{\n  "{_MARK}"'.encode()
+    return start.startswith(mark) or mark.startswith(start)
 
 
 def _partial(name: str, run: str) -> str:
@@ -302,12 +319,20 @@ def _damaged(file: Path, why: str) -> QuantizeError:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Keep other processes out of the folder. The system lets go of it with the process."""
+    """Keep other processes out of the folder. The system lets go of it with the process.
+
+    On a file system without locks two processes may meet: one of them ends with an error, because
+    they write into files of one name, and none takes a piece that is not whole.
+    """
     # Neither follow a link nor wait for a FIFO that took the name meanwhile.
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     with open(path / _LOCK, "rb", opener=lambda name, _: os.open(name, flags, 0o666)) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
             is_held = os.path.samestat(os.fstat(file.fileno()), os.stat(path / _LOCK))
         except (BlockingIOError, FileNotFoundError):
             is_held = False
