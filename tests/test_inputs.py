@@ -418,7 +418,7 @@ TINY = DATA / "tiny-llama"
         (["quantize", TINY, "--text", TEXT, "--eval-text", "LATIN1"], "--eval-text .*not UTF-8"),
         (["quantize", TINY, "--text", TEXT, "--recipe", "DEEP"], "--recipe .*nested too deeply"),
         (["quantize", TINY, "--text", TEXT, "--recipe", "LATIN1"], "--recipe .*larger than"),
-        (["quantize", TINY, "--text", TEXT, "--recipe", "typo"], "--recipe typo: no such file; give"),
+        (["quantize", TINY, "--text", TEXT, "--recipe", "typo"], "--recipe typo: no such file"),
         (["quantize", TINY, "--text", TEXT, "--sets", "w8a8,w9"], "options.sets.1: .*'w9'"),
         (["quantize", TINY, "--text", TEXT, "-o", "."], "exists already|overlaps|current folder"),
         (["merge", "a=x", "b=y", "--routing", "typo"], "--routing typo: no such file; give"),
