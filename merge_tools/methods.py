@@ -460,8 +460,8 @@ def parse(config: Mapping[str, Any]) -> Method:
         key = ".".join(str(part) for part in first["loc"])
         message = first["msg"].partition(" or instance of ")[0]  # a class of ours
         raise FormatError(
-            f"{_WHERE}.{key}: {shown(first['input'])}: {message}; mend {key or 'it'} or quantize the "
-            "model again"
+            f"{_WHERE}.{key}: {shown(first['input'])}: {message}; mend {key or 'it'} or quantize "
+            "the model again"
         ) from None
 
 

@@ -171,7 +171,7 @@ def test_merge(sound, tmp_path, run, kind, monkeypatch):
         shutil.copytree(sound / name, name)
     assert run(*command, "--dry-run")
     chance, taken = random.Random(kind), 0
-    for _ in range(40):
+    for _ in range(25):
         name = chance.choice(sources)
         damage(tmp_path / name, chance)
         if run(*command):
@@ -182,24 +182,24 @@ def test_merge(sound, tmp_path, run, kind, monkeypatch):
         shutil.rmtree("out", ignore_errors=True)
         shutil.rmtree(name)
         shutil.copytree(sound / name, name)
-    assert 0 < taken < 30
+    assert 0 < taken < 25
 
 
 def test_inspect_and_verify(sound, tmp_path, run):
     chance, found = random.Random(0), {"inspect": 0, "verify": 0}
-    for _ in range(80):
+    for _ in range(40):
         shutil.copytree(sound / "ours", tmp_path / "ours", dirs_exist_ok=True)
         damage(tmp_path / "ours", chance)
         for command in found:
             found[command] += run(command, tmp_path / "ours", "--json")
         shutil.rmtree(tmp_path / "ours")
-    assert 5 < found["verify"] < found["inspect"] < 60
+    assert 0 < found["verify"] <= found["inspect"] < 40
 
 
 def test_import(sound, tmp_path, run):
     chance, taken = random.Random(0), 0
     command = ("import", tmp_path / "qserve", "--base", tmp_path / "base", "-o", tmp_path / "out")
-    for _ in range(60):
+    for _ in range(40):
         for name in ("qserve", "base"):
             shutil.copytree(sound / name, tmp_path / name)
         damage(tmp_path / "qserve", chance)
@@ -212,7 +212,7 @@ def test_import(sound, tmp_path, run):
             assert run("verify", tmp_path / "out", "-q")
         for folder in list(tmp_path.iterdir()):
             shutil.rmtree(folder)
-    assert 5 < taken < 40
+    assert 0 < taken < 40
 
 
 WORDS = (
@@ -229,7 +229,7 @@ def test_command_lines(sound, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(sound / "ours", "ours")
     chance = random.Random(0)
-    for _ in range(300):
+    for _ in range(200):
         command = chance.choice(["merge", "import", "inspect", "verify", "quantize", "perplexity"])
         words = [chance.choice(WORDS) for _ in range(chance.randrange(9))]
         monkeypatch.setattr("sys.argv", ["vllm-qoq", command, *words])

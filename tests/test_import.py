@@ -495,7 +495,7 @@ def test_a_file_cut_short_is_refused(place, run, grouped, file, share):
     save = torch.save if file.endswith("bin") else save_file
     save(grouped[0], path)
     os.truncate(path, int(path.stat().st_size * share))
-    assert_refused(place, run(), file, "; the file is damaged or cut off, download it again")
+    assert_refused(place, run(), file, "; the file is damaged")
 
 
 def test_another_base_model_is_refused(place, run, grouped):

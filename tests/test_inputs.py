@@ -295,9 +295,10 @@ def test_a_token_that_no_row_stands_for_is_refused_in_the_text_only(model, job):
     pad = {**known["added_tokens"][0], "id": 1024, "content": "[PAD]"}
     file.write_text(json.dumps(known | {"added_tokens": [*known["added_tokens"], pad]}))
     assert make_plan(job, Options(samples=1, seqlen=16)).samples
-    job.text.write_text("[PAD]" * 20)
+    text = model.parent / "text"
+    text.write_text("[PAD]" * 20)
     with pytest.raises(UserError, match=r"has '\[PAD\]', which is token 1024, but .*; take"):
-        make_plan(job, Options(samples=1, seqlen=16))
+        make_plan(replace(job, text=text), Options(samples=1, seqlen=16))
 
 
 @pytest.mark.parametrize(("damage", "message"), LOADED)
@@ -432,11 +433,11 @@ TINY = DATA / "tiny-llama"
         (["quantize", TINY, "--text", TEXT, "--eval-text", "LATIN1"], "--eval-text .*not UTF-8"),
         (["quantize", TINY, "--text", TEXT, "--recipe", "DEEP"], "--recipe .*nested too deeply"),
         (["quantize", TINY, "--text", TEXT, "--recipe", "LATIN1"], "--recipe .*larger than"),
-        (["quantize", TINY, "--text", TEXT, "--recipe", "."], r"--recipe \.: no such file; give"),
+        (["quantize", TINY, "--text", TEXT, "--recipe", "typo"], "--recipe typo: no such file"),
         (["quantize", TINY, "--text", TEXT, "--sets", "w8a8,w9"], "options.sets.1: .*'w9'"),
         (["quantize", TINY, "--text", TEXT, "-o", "."], "exists already|overlaps|current folder"),
         (["merge", "a=x", "b=y", "--routing", "typo"], "--routing typo: no such file; give"),
-        (["merge", "a=x", "b=y", "--prefill", ""], "routing.prefill names the set '', but"),
+        (["merge", "a=x", "b=y", "--prefill="], "routing.prefill names the set '', but"),
         (["inspect", TINY], "quant_method is None, not 'qoq', so .*; give a folder that quantize"),
         (["import", "typo", "--base", TINY], "typo: not a folder, nothing is there"),
         (["import", TINY, "--base", "org/model"], "hf download org/model"),

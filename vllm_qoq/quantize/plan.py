@@ -16,7 +16,6 @@ from vllm_qoq.quantize.architectures import Architecture, Shape
 from vllm_qoq.quantize.inputs import Inputs, check_inputs
 from vllm_qoq.quantize.options import Options
 from vllm_qoq.quantize.text import pieces
-from vllm_qoq.quantize.workdir import stored_bytes
 
 if TYPE_CHECKING:
     from vllm_qoq.quantize.workdir import Resume
@@ -70,6 +69,10 @@ def make_plan(job: Job, options: Options) -> Plan:
     """
     inputs = check_inputs(job)
     _check_divisible(inputs)
+
+    from vllm_qoq.quantize import load  # which import torch
+    from vllm_qoq.quantize.workdir import stored_bytes
+
     checkpoint, arch, shape = inputs.checkpoint, inputs.arch, inputs.shape
     linears = inputs.linears
     parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
@@ -79,8 +82,6 @@ def make_plan(job: Job, options: Options) -> Plan:
     # Both exist until the output is complete; the pieces of a stopped run do so already.
     to_come = max(needed.work - stored, 0)
     size.check_disks([(job.out, needed.output), (job.work_dir, to_come)])
-
-    from vllm_qoq.quantize import load
 
     load.check_model(checkpoint)
     tokenizer = load.load_tokenizer(checkpoint)

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from vllm_qoq import reference
-from vllm_qoq.format import QoQSet, ResidualSet
+from vllm_qoq.format import GROUP_SIZE, QoQSet, ResidualSet
 from vllm_qoq.quantize.grid import Grid, PerChannel, Symmetric, TwoLevel
 from vllm_qoq.quantize.nested import Nested
-from vllm_qoq.reference import GROUP_SIZE
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,19 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from merge_tools.progress import human_bytes
 from vllm_qoq.checkpoint import ITEM_BYTES, Checkpoint
+from vllm_qoq.format import GROUP_SIZE
 from vllm_qoq.importer.expected import CONSTANT
 from vllm_qoq.quantize import QuantizeError
 from vllm_qoq.quantize.architectures import Architecture, Shape
 from vllm_qoq.quantize.inputs import DTYPES, dtype_name
 from vllm_qoq.quantize.options import Options
-from vllm_qoq.quantize.sets import SetKind
-from vllm_qoq.reference import GROUP_SIZE
+
+if TYPE_CHECKING:
+    from vllm_qoq.quantize.sets import SetKind
 
 _FLOAT32, _FLOAT64, _INT64 = 4, 8, 8
 # Python, torch, transformers and llmcompressor, once they have worked on a small model.
