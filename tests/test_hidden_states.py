@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from vllm.config import ModelConfig
 from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.utils import AutoWeightsLoader
 
 from merge_tools import verify
@@ -201,12 +202,24 @@ def pooling(tiny_model):
     return vllm_config(model_config=model)
 
 
-def test_the_root_of_a_pooling_model_turns_hidden_states_back(pooling):
+def as_mistral(name, tensor):
+    """What vLLM's Mistral models make of a tensor's name."""
+    model = SimpleNamespace(mistral_mapping=MistralForCausalLM.mistral_mapping)
+    return MistralForCausalLM.maybe_remap_mistral(model, name, tensor)
+
+
+@pytest.mark.parametrize("loaded_by", ["any model", "Mistral"])
+def test_the_root_of_a_pooling_model_turns_hidden_states_back(pooling, loaded_by):
     config = qoq_config(stream=STORED)
     signs, norm = basis.signs(rotate.hadamard(HIDDEN)), torch.rand(HIDDEN)
+    tensors = [("stream.rotation", signs), ("stream.norm", norm)]
+    if loaded_by == "Mistral":
+        tensors = [as_mistral(*tensor) for tensor in tensors]
+        assert tensors[1][0] == "stream.model.norm"
     with tensor_parallel(0, 1, pooling):
         root = Root(config)
-        AutoWeightsLoader(root).load_weights([("stream.rotation", signs), ("stream.norm", norm)])
+        loaded = AutoWeightsLoader(root).load_weights(tensors)
+        assert loaded == {"stream.rotation", "stream.norm"}
         root.stream.quant_method.process_weights_after_loading(root.stream)
     hidden = torch.randn(7, HIDDEN)
     torch.testing.assert_close(root(hidden), hidden @ signs.float().T / HIDDEN**0.5 * norm)
