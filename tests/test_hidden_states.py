@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from vllm.config import ModelConfig
 from vllm.model_executor.layers.linear import RowParallelLinear
-from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.utils import AutoWeightsLoader
 
 from merge_tools import verify
@@ -202,24 +201,12 @@ def pooling(tiny_model):
     return vllm_config(model_config=model)
 
 
-def as_mistral(name, tensor):
-    """What vLLM's Mistral models make of a tensor's name."""
-    model = SimpleNamespace(mistral_mapping=MistralForCausalLM.mistral_mapping)
-    return MistralForCausalLM.maybe_remap_mistral(model, name, tensor)
-
-
-@pytest.mark.parametrize("loaded_by", ["any model", "Mistral"])
-def test_the_root_of_a_pooling_model_turns_hidden_states_back(pooling, loaded_by):
+def test_the_root_of_a_pooling_model_turns_hidden_states_back(pooling):
     config = qoq_config(stream=STORED)
     signs, norm = basis.signs(rotate.hadamard(HIDDEN)), torch.rand(HIDDEN)
-    tensors = [("stream.rotation", signs), ("stream.norm", norm)]
-    if loaded_by == "Mistral":
-        tensors = [as_mistral(*tensor) for tensor in tensors]
-        assert tensors[1][0] == "stream.model.norm"
     with tensor_parallel(0, 1, pooling):
         root = Root(config)
-        loaded = AutoWeightsLoader(root).load_weights(tensors)
-        assert loaded == {"stream.rotation", "stream.norm"}
+        AutoWeightsLoader(root).load_weights([("stream.rotation", signs), ("stream.norm", norm)])
         root.stream.quant_method.process_weights_after_loading(root.stream)
     hidden = torch.randn(7, HIDDEN)
     torch.testing.assert_close(root(hidden), hidden @ signs.float().T / HIDDEN**0.5 * norm)
@@ -326,3 +313,24 @@ def test_a_classifier_of_rows_of_lm_head_reads_the_stream_as_it_is():
     assert hidden_states.way_back(stored, config, torch.nn.Identity(), "") is None
     with pytest.raises(UserError, match="--lm-head-bits 16"):
         hidden_states.check_engine(Section.parse(section(lm_head={"bits": 8})), config)
+
+
+def test_the_way_back_of_a_mistral_model_is_loaded(pooling):
+    """Its loader makes `model.norm` of every `norm`."""
+    from vllm.model_executor.models.mistral import MistralForCausalLM
+
+    tensors = {"rotation": basis.signs(rotate.hadamard(HIDDEN)), "norm": torch.rand(HIDDEN)}
+    model = SimpleNamespace(mistral_mapping=MistralForCausalLM.mistral_mapping)
+    renamed = [
+        MistralForCausalLM.maybe_remap_mistral(model, f"stream.{name}", tensor)
+        for name, tensor in tensors.items()
+    ]
+    assert renamed[1][0] == "stream.model.norm"
+    with tensor_parallel(0, 1, pooling):
+        root = Root(qoq_config(stream=STORED))
+        loaded = AutoWeightsLoader(root).load_weights(renamed)
+        assert loaded == {"stream.rotation", "stream.norm"}
+        root.stream.quant_method.process_weights_after_loading(root.stream)
+        with pytest.raises(FormatError, match=r"stream\.other: is not known"):
+            AutoWeightsLoader(root).load_weights([("stream.other", tensors["norm"])])
+    assert torch.equal(root.stream.norm, tensors["norm"])

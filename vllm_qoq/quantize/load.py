@@ -40,10 +40,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         tokenizer: Any = AutoTokenizer.from_pretrained(
             folder, config=config, trust_remote_code=False, local_files_only=True
         )
-        # Text never becomes one of these two, and transformers adds its own where a model has none.
-        spare = (tokenizer.unk_token, tokenizer.pad_token)
-        vocabulary = tokenizer.get_vocab().items()
-        last = max((index for token, index in vocabulary if token not in spare), default=-1)
+        last = max(tokenizer.get_vocab().values(), default=-1)
     if last >= rows:
         raise QuantizeError(
             f"{folder}: the tokenizer has tokens up to {last}, but the embedding only {rows} rows; "
@@ -55,18 +52,6 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
             f"is not this model's; {remedy}"
         )
     return tokenizer
-
-
-def check_tokens(pieces: list[list[int]], checkpoint: Checkpoint) -> None:
-    """QuantizeError where a text holds a token that the embedding has no row for."""
-    rows, _ = checkpoint.tensors[EMBEDDING].shape
-    last = max((max(piece) for piece in pieces), default=-1)
-    if last >= rows:
-        raise QuantizeError(
-            f"{checkpoint.path}: the tokenizer makes token {last} of the text, but the embedding "
-            f"has only {rows} rows; leave out of the text what is such a token, or copy the "
-            "model's tokenizer.json and tokenizer_config.json there again"
-        )
 
 
 def check_model(checkpoint: Checkpoint) -> None:

@@ -85,7 +85,6 @@ def make_plan(job: Job, options: Options) -> Plan:
     if job.eval_text is not None:
         windows = pieces(job.eval_text, tokenizer, options.seqlen, None)
     samples = pieces(job.text, tokenizer, options.seqlen, options.samples)
-    load.check_tokens(samples + windows, checkpoint)
     load.check_values(checkpoint, Progress(job.quiet))
     return Plan(
         arch,
