@@ -334,3 +334,24 @@ def test_a_classifier_of_rows_of_lm_head_reads_the_stream_as_it_is():
     assert hidden_states.way_back(stored, config, torch.nn.Identity(), "") is None
     with pytest.raises(UserError, match="--lm-head-bits 16"):
         hidden_states.check_engine(Section.parse(section(lm_head={"bits": 8})), config)
+
+
+def test_the_way_back_of_a_mistral_model_is_loaded(pooling):
+    """Its loader makes `model.norm` of every `norm`."""
+    from vllm.model_executor.models.mistral import MistralForCausalLM
+
+    tensors = {"rotation": basis.signs(rotate.hadamard(HIDDEN)), "norm": torch.rand(HIDDEN)}
+    model = SimpleNamespace(mistral_mapping=MistralForCausalLM.mistral_mapping)
+    renamed = [
+        MistralForCausalLM.maybe_remap_mistral(model, f"stream.{name}", tensor)
+        for name, tensor in tensors.items()
+    ]
+    assert renamed[1][0] == "stream.model.norm"
+    with tensor_parallel(0, 1, pooling):
+        root = Root(qoq_config(stream=STORED))
+        loaded = AutoWeightsLoader(root).load_weights(renamed)
+        assert loaded == {"stream.rotation", "stream.norm"}
+        root.stream.quant_method.process_weights_after_loading(root.stream)
+        with pytest.raises(FormatError, match=r"stream\.other: is not known"):
+            AutoWeightsLoader(root).load_weights([("stream.other", tensors["norm"])])
+    assert torch.equal(root.stream.norm, tensors["norm"])

@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -322,11 +321,6 @@ def tied(folder, has_copy):
     all_of(tensors(change), TIE)(folder)
 
 
-# A token that the embedding has no row for: harmless where no text has it.
-PADDED = write(
-    "tokenizer_config.json",
-    {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]", "unk_token": "[UNK]"},
-)
 INV_FREQ = "model.layers.0.self_attn.rotary_emb.inv_freq"
 FINE = [
     lambda folder: tied(folder, has_copy=False),
@@ -338,21 +332,11 @@ FINE = [
     config(quantization_config=None),
     config("head_dim"),
     with_tensor(INV_FREQ, 32, dtype=torch.float32),
-    PADDED,
     write("pytorch_model.bin", b"a pickle"),
     write("generation_config.json", b"{"),
     write("processor_config.json", {}),
     config(transformers_weights="other.safetensors", attn_implementation="own/kernels"),
 ]
-
-
-@pytest.mark.parametrize("option", ["text", "eval_text"])
-def test_a_text_with_a_token_that_the_embedding_lacks_is_refused(model, job, option, tmp_path):
-    PADDED(model)
-    text = tmp_path / "text"
-    text.write_text(3 * "word " + "[PAD]" + 40 * " word")
-    with pytest.raises(UserError, match=r"token 102\d of the text, but .* 1024 rows; leave out"):
-        make_plan(replace(job, **{option: text}), Options(samples=1, seqlen=30))
 
 
 @pytest.mark.parametrize("change", FINE)

@@ -268,4 +268,4 @@ def test_the_default_work_folder_of_a_name_without_letters(
 ):
     monkeypatch.chdir(tmp_path)
     code, _, err = quantize(tiny_model, ".", *FEW)
-    assert code == 2 and err.splitlines()[-1].startswith("error: .: exists already")
+    assert code == 2 and err.splitlines()[-1].startswith("error: .: holds the current folder")

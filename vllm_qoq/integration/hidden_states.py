@@ -13,7 +13,7 @@ Everything else that hands hidden states to others or takes them is refused by n
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -166,6 +166,21 @@ class OriginalBasis(nn.Module):
         if is_tracked and (message := basis.finding(self.rotation)):
             raise FormatError(f"{STREAM}.rotation: {message}; download the checkpoint again")
         self.register_buffer("signs", self.rotation.to(self.norm.dtype), persistent=False)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Called by vLLM's loader with names below this module; returns those of the parameters.
+
+        vLLM's Mistral models make `model.norm` of every `norm`.
+        """
+        loaded = set()
+        for name, tensor in weights:
+            leaf = name.removeprefix("model.")
+            if leaf not in ("rotation", "norm"):
+                raise FormatError(f"{STREAM}.{name}: is not known; download the checkpoint again")
+            parameter: Any = self.get_parameter(leaf)
+            parameter.weight_loader(parameter, tensor)
+            loaded.add(leaf)
+        return loaded
 
     def _parameter(self, content: torch.Tensor) -> Parameter:
         parameter = Parameter(content, requires_grad=False)
