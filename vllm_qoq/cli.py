@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_perplexity(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_perplexity(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser("perplexity", help="perplexity of a checkpoint through vLLM")
     parser.add_argument("checkpoint", help="folder or Hub name; any checkpoint that vLLM serves")
     parser.add_argument("--text", type=Path, required=True, help="text to score, UTF-8")
@@ -126,7 +126,7 @@ def _open_tune_engine(folder: Path, sets: tuple[str, ...], max_batch: int) -> An
     return open_engine(folder, sets, max_batch)
 
 
-def _add_env(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_env(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser("env", help="versions, GPUs and plugin, for a bug report")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.set_defaults(run=_env, debug=False)
