@@ -159,6 +159,7 @@ def test_tensor_parallel_has_the_same_perplexity(w4a8_dir, heldout_text, tmp_pat
     assert two["perplexity"] == pytest.approx(one["perplexity"], rel=0.002)
 
 
+@pytest.mark.alone  # vLLM asserts that the GPU's memory shrinks
 @pytest.mark.parametrize("level", [1, 2])
 @pytest.mark.parametrize("checkpoint", ["nested_dir", "w4a8_per_channel_dir"])
 def test_it_wakes_as_it_fell_asleep(request, tmp_path, checkpoint, level):

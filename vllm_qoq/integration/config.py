@@ -181,9 +181,12 @@ class QoQConfig(QuantizationConfig):
         return self._routed(layer, prefix, methods)
 
     def _remember_model(self) -> None:
+        self._model = None
         model = model_in_the_making()
-        is_tracked = get_current_vllm_config().load_config.load_format not in UNTRACKED_LOADERS
-        self._model = weakref.ref(model) if model is not None and is_tracked else None
+        if model is None:  # weights are loaded anew, outside of any configuration
+            return
+        if get_current_vllm_config().load_config.load_format not in UNTRACKED_LOADERS:
+            self._model = weakref.ref(model)
 
     def _begin_load(self) -> None:
         """Before the first tensor of a model that was just built, not of one that serves."""
