@@ -161,7 +161,10 @@ def _merge(args: argparse.Namespace) -> int:
     for name, source in sources.items():
         sources[name], found_unused = unused.leave_out(source)
         left_out += found_unused
-        complete.check(sources[name])
+    sources, found_unused = unused.leave_out_zero_biases(sources)
+    left_out += found_unused
+    for source in sources.values():
+        complete.check(source)
     sources, found_unused = unused.settle(sources, routing.prefill)
     left_out += found_unused
     prefill = sources[routing.prefill]

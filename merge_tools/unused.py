@@ -39,19 +39,29 @@ def leave_out(source: WeightSet) -> tuple[WeightSet, list[LeftOut]]:
 def settle(
     sources: Mapping[str, WeightSet], prefill: str
 ) -> tuple[dict[str, WeightSet], list[LeftOut]]:
-    """The sets with the head that the set `prefill` has, and without what another set proves
-    unneeded. Reads heads and biases. MergeError for a head that is another matrix."""
+    """The sets with the head that the set `prefill` has. Reads heads.
+
+    MergeError for a head that is another matrix.
+    """
     left_out: list[LeftOut] = []
     settled = dict(sources)
     for name, source in sources.items():
         if name != prefill:
             settled[name], tensors = _like(sources[prefill], source)
             left_out += [(name, tensor, _COPY) for tensor in tensors]
-    zeros = list(_zero_biases(list(settled.values())))
-    left_out += [(name, tensor, "a bias of zeros") for name, tensor in zeros]
-    for name, source in settled.items():
-        settled[name] = _without(source, {tensor for owner, tensor in zeros if owner == name})
     return settled, left_out
+
+
+def leave_out_zero_biases(
+    sources: Mapping[str, WeightSet],
+) -> tuple[dict[str, WeightSet], list[LeftOut]]:
+    """The sets without the biases of zeros that another set proves unneeded. Reads biases."""
+    zeros = list(_zero_biases(list(sources.values())))
+    kept = {
+        name: _without(source, {tensor for owner, tensor in zeros if owner == name})
+        for name, source in sources.items()
+    }
+    return kept, [(name, tensor, "a bias of zeros") for name, tensor in zeros]
 
 
 def _unused(source: WeightSet) -> Iterator[tuple[str, str]]:

@@ -161,9 +161,12 @@ def test_output_has_three_files_and_is_replaced_only_when_asked(run, tmp_path):
     assert json.loads((out / "gemm.json").read_text())["model"] == MODEL
     code, stdout, stderr = run("-o", out)
     assert (code, stdout) == (2, "") and f"{out}: exists already" in stderr
-    (out / "old").touch()
+    (out / "gemm.md").write_text("old")
     assert run("-o", out, "--overwrite")[0] == 0
-    assert not (out / "old").exists() and list(tmp_path.iterdir()) == [out]
+    assert (out / "gemm.md").read_text() != "old" and list(tmp_path.iterdir()) == [out]
+    (out / "photo.jpg").touch()
+    code, _, stderr = run("-o", out, "--overwrite")
+    assert code == 2 and "photo.jpg" in stderr and (out / "photo.jpg").exists()
 
 
 def test_json_is_alone_on_stdout(run):

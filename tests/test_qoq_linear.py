@@ -247,21 +247,20 @@ def test_a_damaged_tensor_is_refused_by_name(group_size, tensor, value, message)
 
 def test_a_build_without_kernels_says_how_to_build_them(monkeypatch):
     monkeypatch.setattr(ops, "has_kernels", lambda device_type: False)
-    model = loaded(GROUP, stored(GROUP))
     with pytest.raises(
         RuntimeError, match=r"block\.qkv_proj: qoq_linear .*CUDA kernels"
     ) as refused:
-        finish(model)
+        finish(loaded(GROUP, stored(GROUP)))
     assert ops.BUILD in str(refused.value) and "force_set" in str(refused.value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
     with pytest.raises(RuntimeError, match=r"Hopper.*Some GPU has 8\.9") as refused:
-        finish(model)
+        finish(loaded(GROUP, stored(GROUP)))
     assert ops.BUILD not in str(refused.value), "a build would not help"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: ops.HOPPER)
     with pytest.raises(RuntimeError, match="VLLM_QOQ_CUDA=1 pip install"):
-        finish(model)
+        finish(loaded(GROUP, stored(GROUP)))
 
 
 @GROUPS

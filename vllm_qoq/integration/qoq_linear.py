@@ -112,6 +112,8 @@ class QoQLinearMethod(LinearMethodBase):
     parts   the checkpoint layers fused in it
     """
 
+    checked_tensors = frozenset(_TENSORS)
+
     def __init__(self, qoq_set: QoQSet, prefix: str, parts: list[str]) -> None:
         self.qoq_set, self.prefix, self.parts = qoq_set, prefix, parts
         self.residual: WeightSet | None = None  # the layer's nested set, if this is its base

@@ -125,8 +125,12 @@ class WeightSet(nn.Module):
             )
 
     def check_values(self, prefix: str) -> None:
-        """Raise FormatError by tensor name unless scales are positive and all numbers finite."""
-        for name in self._expected:
+        """Raise FormatError by tensor name unless scales are positive and all numbers finite.
+
+        A method may say which tensors it checks itself (`checked_tensors`), by checkpoint layer.
+        """
+        checked: frozenset[str] = getattr(self.linear_method, "checked_tensors", frozenset())
+        for name in (name for name in self._expected if name not in checked):
             values = getattr(self, name).data
             if not values.is_floating_point() or values.element_size() == 1:
                 continue
