@@ -59,6 +59,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.write_line(line)
 
 
+@pytest.fixture(autouse=True)
+def _float32_is_the_default() -> None:
+    """Undo what an engine of an earlier test in this process left as PyTorch's default dtype."""
+    if torch := sys.modules.get("torch"):
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(scope="session")
 def tiny_model() -> Path:
     """A trained Llama of 2.1 M parameters in bf16 (tests/data/README.md)."""

@@ -712,11 +712,11 @@ def _gemm(device: torch.device, weights: str) -> Arguments:
     is_channel, is_nested = weights == "channel", weights == "nested"
     return {
         "x": torch.ones(M, K, dtype=torch.int8, device=device),
-        "x_scale": torch.ones(M, device=device),
+        "x_scale": torch.ones(M, dtype=torch.float32, device=device),
         "x_row_sum": torch.full((M,), K, dtype=torch.int32, device=device),
         "weight": w4a8_layout.pack(codes, *(() if is_channel else (scale, offset))),
-        "channel_scale": torch.ones(N, device=device),
-        "channel_zero": torch.zeros(N, device=device) if is_channel else None,
+        "channel_scale": torch.ones(N, dtype=torch.float32, device=device),
+        "channel_zero": torch.zeros(N, dtype=torch.float32, device=device) if is_channel else None,
         "group_scale": None,
         "group_offset": None,
         "bias": None,
