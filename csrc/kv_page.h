@@ -1,4 +1,4 @@
-// A page of the quantized KV cache: N tokens of one KV head in one piece (vllm_qoq/kv_layout.py).
+// A page of the quantized KV cache: N tokens of one KV head in one piece (vllm_qoq/numerics/kv_layout.py).
 //
 //   K codes    N rows of kRow bytes; 4 bits: the channel with the even number in the low nibble
 //   V codes    N / 2 rows of 2 kRow bytes, one a pair of tokens. Their 16-bit units alternate, so

@@ -1,4 +1,4 @@
-// Keys and values of new tokens, quantized into their pages (vllm_qoq/kv_layout.py, to the bit).
+// Keys and values of new tokens, quantized into their pages (vllm_qoq/numerics/kv_layout.py, to the bit).
 #pragma once
 
 #include "common/ptx.cuh"

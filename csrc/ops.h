@@ -1,4 +1,4 @@
-// The CUDA implementations of `qoq::*`. Schemas and meaning: vllm_qoq/ops.py, kv_ops.py.
+// The CUDA implementations of `qoq::*`. Schemas and meaning: vllm_qoq/ops/linear.py, kv_ops.py.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

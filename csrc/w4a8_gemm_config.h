@@ -11,7 +11,7 @@ namespace qoq::w4a8 {
 inline constexpr int kBlockN = 64;
 inline constexpr int kBlockK = 128;
 
-// A packed block is 64 channels x 128 inputs (`vllm_qoq.w4a8_layout` makes it):
+// A packed block is 64 channels x 128 inputs (`vllm_qoq.ops.w4a8_layout` makes it):
 //   codes   [2 halves of k][128 threads][16 bytes]   what one thread's registers hold
 //   params  [32 pairs of rows][scale, offset + 128 of row r, the same of row r + 8]
 // `params` is there only with groups. A nested weight has a second plane of blocks, `codes` alone:

@@ -7,7 +7,7 @@
 // of its fragment in 16 bytes, and turns four codes at once into what wgmma reads, u8 = W8 + 128:
 //   q group_scale + (group_offset + 128)
 // as one 32-bit multiply-add of four bytes. Nothing carries: every byte stays in 0..255
-// (`vllm_qoq.format`). The 128 leaves in the epilogue with the row sum of x.
+// (`vllm_qoq.checkpoint.format`). The 128 leaves in the epilogue with the row sum of x.
 //
 // Where k is divided, sums are added up as int32, so the order does not matter and the result is
 // always the same: over shared memory among the warpgroups of a block and the blocks of a cluster,

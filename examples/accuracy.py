@@ -35,9 +35,9 @@ Row = dict[str, Any]
 def rows_of(name: str, args: argparse.Namespace, folder: Path) -> list[Row]:
     """Quantize once and measure before and after."""
     folder.mkdir()
-    from vllm_qoq.quantize.job import run
-    from vllm_qoq.quantize.options import Options
-    from vllm_qoq.quantize.plan import Job
+    from vllm_qoq.quantizer.job import run
+    from vllm_qoq.quantizer.options import Options
+    from vllm_qoq.quantizer.plan import Job
 
     options = Options.parse({**RUNS[name], "samples": args.samples, "seqlen": args.seqlen}, name)
     job = Job(
@@ -63,12 +63,12 @@ def compared(name: str, folder: str, args: argparse.Namespace) -> Row:
     """Measure a compressed-tensors checkpoint in the same way."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from vllm_qoq.checkpoint import Checkpoint
-    from vllm_qoq.quantize import evaluate
-    from vllm_qoq.quantize.architectures import architecture
-    from vllm_qoq.quantize.check import Check
-    from vllm_qoq.quantize.sets import dequantize
-    from vllm_qoq.quantize.text import pieces
+    from vllm_qoq.checkpoint.folder import Checkpoint
+    from vllm_qoq.quantizer import evaluate
+    from vllm_qoq.quantizer.check import Check
+    from vllm_qoq.quantizer.model import layer_names
+    from vllm_qoq.quantizer.sets import dequantize
+    from vllm_qoq.quantizer.text import pieces
 
     model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval()
     state, checkpoint = model.state_dict(), Checkpoint.open(folder)
@@ -85,7 +85,7 @@ def compared(name: str, folder: str, args: argparse.Namespace) -> Row:
     check = Check(tokenizer, windows, [], (16, 4), has_int8_head=False, quiet=True)
     groups = checkpoint.config["quantization_config"]["config_groups"].values()
     has_int8 = any(group["input_activations"] for group in groups)
-    arch = architecture({"model_type": model.config.model_type})
+    arch = layer_names({"model_type": model.config.model_type})
     with evaluate.int8_inputs(evaluate.linears(model, arch) if has_int8 else ()):
         return {"version": name, "set": "", **check.measure(model, name)["perplexity"]}
 

@@ -1,21 +1,22 @@
-"""Merge finished quantized checkpoints into one, look into the result and verify it.
+"""Merge finished quantized checkpoints of one model into one.
 
-`python -m merge_tools merge|inspect|verify` or `vllm-qoq merge|inspect|verify`.
+`python -m merge_tools merge|inspect|verify` or `vllm-qoq merge`; from Python `vllm_qoq.merge`.
 Needs torch and safetensors; neither vLLM nor llmcompressor.
 
 The way of a merge, a module each:
 
-    sources      open the folders, one per set
-    compatible   same model? same tokenizer? same tensors?
-    complete     no tensor lost, every one of the right dtype and shape (layout)
-    sizes        every tensor as config.json says, by the table of all tensors (expected)
-    survey       which tensors are equal, by content
-    plan         what the output will contain: pure, printable
-    values       numbers finite, scales positive
-    kv_basis     can the sets share one KV cache?
-    nest         an 8-bit set as a residual on a QoQ set
-    execute      stream the tensors out, verify
-    replace      rename; an older output only if it is ours
+    sources     open the folders, one per set
+    unused      leave out what the model does not use
+    compatible  same model? same tokenizer? same tensors? (meaning: of two configs)
+    survey      which tensors are equal, by content
+    norms       norms that differ, and the layers that make up for it
+    nest        an 8-bit set as a residual on a QoQ set
+    plan        what the output will contain: pure, printable
+    kv_basis    can the sets share one KV cache?
+    execute     the checkpoint, tensor by tensor
+    job         all of this, from start to end
+
+Reading, checking and writing checkpoints is the business of `vllm_qoq.checkpoint`.
 """
 
 from vllm_qoq.errors import UserError

@@ -2,16 +2,18 @@
 
 import sys
 
-from merge_tools.cli import add_parsers, run
-from merge_tools.parser import Parser
-from merge_tools.spelling import kebab_case
-from vllm_qoq.output import guarded
+from vllm_qoq.cli import inspect, merge, verify
+from vllm_qoq.cli.output import guarded
+from vllm_qoq.cli.parser import Parser, kebab_case
+from vllm_qoq.cli.run import run
 
 
 def main() -> int:
     """Parse the command line and run the command."""
     parser = Parser(prog="merge_tools", description="Merge quantized checkpoints.")
-    add_parsers(parser.add_subparsers(required=True, metavar="COMMAND"))
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in (merge, inspect, verify):
+        command.add_parser(commands)
     return guarded(lambda: run(parser.parse_args(kebab_case(sys.argv[1:]))))
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from merge_tools import MergeError
 from merge_tools.meaning import default, normal
-from merge_tools.sources import WeightSet
-from vllm_qoq.checkpoint import CODE_KEYS, CONFIG, read_json
-from vllm_qoq.format import SECTION, Section
+from vllm_qoq.checkpoint.folder import read_json
+from vllm_qoq.checkpoint.stored_set import StoredSet
+from vllm_qoq.models.config import CONFIG
 
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _TOKENIZER = "tokenizer.json"
@@ -20,7 +20,7 @@ _TOKENIZER_IGNORED = ("truncation", "padding")
 _TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
 
 
-def check(sources: Sequence[WeightSet], prefill: WeightSet) -> None:
+def check(sources: Sequence[StoredSet], prefill: StoredSet) -> None:
     """Raise MergeError unless all sources are the model that `prefill` is."""
     for source in sources:
         if source is prefill:
@@ -40,7 +40,7 @@ def stored_name(dtype: str) -> str:
     return _DTYPES[dtype]
 
 
-def choose_dtype(sources: Sequence[WeightSet], prefill: WeightSet, given: str | None) -> str:
+def choose_dtype(sources: Sequence[StoredSet], prefill: StoredSet, given: str | None) -> str:
     """The dtype in which all sets will run, `bfloat16`, `float16` or `float32`.
 
     `given` if there is one, else what the sets say. Of two, bfloat16 wins: it has the range of
@@ -58,32 +58,10 @@ def choose_dtype(sources: Sequence[WeightSet], prefill: WeightSet, given: str | 
     return known[0]
 
 
-def has_several_dtypes(sources: Sequence[WeightSet]) -> bool:
+def has_several_dtypes(sources: Sequence[StoredSet]) -> bool:
     """Whether the configs name more than one dtype."""
     named = {_named_dtype(source.checkpoint.config) for source in sources}
     return len(named & _DTYPES.keys()) > 1
-
-
-def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """`config` for a model that runs in `dtype`, under the name that it uses already."""
-    changed = dict(config)
-    for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
-        changed[key] = dtype
-    for key, part in config.items():
-        if isinstance(part, dict) and {"dtype", "torch_dtype"} & part.keys():
-            changed[key] = with_dtype(part, dtype)
-    return changed
-
-
-def merged_config(prefill: WeightSet, section: Section, dtype: str | None) -> dict[str, Any]:
-    """The `config.json` of the output: the prefill set's, with one section and one dtype."""
-    config = {k: v for k, v in prefill.checkpoint.config.items() if k not in CODE_KEYS}
-    config.pop("compression_config", None)
-    text = config.get("text_config")
-    if isinstance(text, dict) and SECTION in text:
-        config["text_config"] = {key: value for key, value in text.items() if key != SECTION}
-    config = with_dtype(config, dtype) if dtype is not None else config
-    return {**config, SECTION: section.to_json()}
 
 
 def _named_dtype(config: Mapping[str, Any]) -> str | None:
@@ -95,7 +73,7 @@ def _named_dtype(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _check_config(left: WeightSet, right: WeightSet) -> None:
+def _check_config(left: StoredSet, right: StoredSet) -> None:
     configs = [one.checkpoint.config for one in (left, right)]
     ours, theirs = (normal(config) for config in configs)
     for key in sorted({*ours, *theirs}):
@@ -115,7 +93,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def _check_tokenizer(left: WeightSet, right: WeightSet) -> None:
+def _check_tokenizer(left: StoredSet, right: StoredSet) -> None:
     """The same tokenizer.json, or without one the same of every file it could be made from."""
     ours, theirs = left.checkpoint.path, right.checkpoint.path
     is_whole = all((folder / _TOKENIZER).is_file() for folder in (ours, theirs))
@@ -153,7 +131,7 @@ def _content(path: Path) -> Any:
     return kept
 
 
-def _check_layers(left: WeightSet, right: WeightSet) -> None:
+def _check_layers(left: StoredSet, right: StoredSet) -> None:
     """Same layers, with weights of the same size."""
     quantized = left.quantized | right.quantized
     for layer in sorted({*left.layers, *right.layers}):
@@ -170,7 +148,7 @@ def _check_layers(left: WeightSet, right: WeightSet) -> None:
             _check_plain(left, right, layer)
 
 
-def _check_size(left: WeightSet, right: WeightSet, layer: str) -> None:
+def _check_size(left: StoredSet, right: StoredSet, layer: str) -> None:
     sizes = [one.size(layer) for one in (left, right)]
     if sizes[0] != sizes[1]:
         raise MergeError(
@@ -179,7 +157,7 @@ def _check_size(left: WeightSet, right: WeightSet, layer: str) -> None:
         )
 
 
-def _check_plain(left: WeightSet, right: WeightSet, layer: str) -> None:
+def _check_plain(left: StoredSet, right: StoredSet, layer: str) -> None:
     ours, theirs = left.layers[layer], right.layers[layer]
     for leaf in sorted({*ours, *theirs}):
         name = f"{layer}.{leaf}"

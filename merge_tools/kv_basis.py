@@ -18,11 +18,10 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from merge_tools import MergeError
-from merge_tools.architectures import text_config
-from merge_tools.dequantize import dequantize, row_chunks
-from merge_tools.sources import WeightSet
-from vllm_qoq.errors import shown
-from vllm_qoq.format import FormatError
+from vllm_qoq.checkpoint.dequantize import dequantize, row_chunks
+from vllm_qoq.checkpoint.stored_set import StoredSet
+from vllm_qoq.errors import FormatError, shown
+from vllm_qoq.models.config import text_config
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +34,7 @@ _LOST_COSINE = 0.8
 _LOST_SHARE = 0.05
 
 
-def check(reference: WeightSet, other: WeightSet) -> None:
+def check(reference: StoredSet, other: StoredSet) -> None:
     """Raise MergeError where a layer's K or V of `other` is in another basis."""
     for layer in sorted(reference.layers):
         kind = layer.rpartition(".")[2]
@@ -43,7 +42,7 @@ def check(reference: WeightSet, other: WeightSet) -> None:
             _check_layer(reference, other, layer, kind)
 
 
-def statistics(reference: WeightSet, other: WeightSet, layer: str) -> tuple[Any, Any]:
+def statistics(reference: StoredSet, other: StoredSet, layer: str) -> tuple[Any, Any]:
     """Gain and cosine of every row of `layer`: two float32 [out_features]."""
     import torch
 
@@ -58,7 +57,7 @@ def statistics(reference: WeightSet, other: WeightSet, layer: str) -> tuple[Any,
     return torch.cat(gains), torch.cat(cosines)
 
 
-def _check_layer(reference: WeightSet, other: WeightSet, layer: str, kind: str) -> None:
+def _check_layer(reference: StoredSet, other: StoredSet, layer: str, kind: str) -> None:
     gain, cosine = statistics(reference, other, layer)
     rows = _cached_rows(reference.checkpoint.config, kind, len(gain))
     gain, cosine = gain[rows], cosine[rows]
@@ -74,7 +73,7 @@ def _check_layer(reference: WeightSet, other: WeightSet, layer: str, kind: str) 
         )
 
 
-def _folded(weights: WeightSet, layer: str, rows: tuple[int, int]) -> torch.Tensor:
+def _folded(weights: StoredSet, layer: str, rows: tuple[int, int]) -> torch.Tensor:
     """float32 [rows, in_features]: what the rows do to the normalised input."""
     norm = f"{layer.partition('.self_attn.')[0]}.input_layernorm.weight"
     weight = dequantize(weights, layer, rows)
@@ -109,7 +108,7 @@ def _is_count(value: Any, most: int) -> bool:
     return type(value) is int and 0 < value <= most
 
 
-def biases(reference: WeightSet, other: WeightSet) -> Iterator[str]:
+def biases(reference: StoredSet, other: StoredSet) -> Iterator[str]:
     """The K and V biases that differ by more than rounding."""
     import torch
 

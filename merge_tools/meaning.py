@@ -13,7 +13,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
-from vllm_qoq.format import SECTION
+from vllm_qoq.checkpoint.format import SECTION
 
 # What a model computes when it is served does not depend on these.
 _IGNORED = frozenset(

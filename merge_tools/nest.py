@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from merge_tools import MergeError
-from merge_tools.layout import Layout
-from merge_tools.progress import Progress
-from merge_tools.sources import WeightSet
 from merge_tools.survey import Survey
-from vllm_qoq.format import QOQ_LINEAR, QoQSet
+from vllm_qoq.checkpoint.format import QOQ_LINEAR, QoQSet
+from vllm_qoq.checkpoint.layout import Layout
+from vllm_qoq.checkpoint.stored_set import StoredSet
+from vllm_qoq.progress import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _REMEDY = "leave out --nest to store both sets whole"
 
 
-def pair(sources: Sequence[WeightSet]) -> tuple[WeightSet, WeightSet]:
+def pair(sources: Sequence[StoredSet]) -> tuple[StoredSet, StoredSet]:
     """(the set to nest, its base) of the inputs, or a MergeError. Reads no tensor."""
     bases = [source for source in sources if _is_base(source)]
     others = [source for source in sources if not _is_base(source)]
@@ -46,7 +46,7 @@ def pair(sources: Sequence[WeightSet]) -> tuple[WeightSet, WeightSet]:
     return source, base
 
 
-def check_basis(found: Survey, source: WeightSet, base: WeightSet) -> None:
+def check_basis(found: Survey, source: StoredSet, base: StoredSet) -> None:
     """Raise MergeError for a tensor beside the quantized layers that is not the same in both."""
     for tensor in found.unequal:
         raise MergeError(
@@ -55,9 +55,9 @@ def check_basis(found: Survey, source: WeightSet, base: WeightSet) -> None:
         )
 
 
-def clipped_shares(source: WeightSet, base: WeightSet, progress: Progress) -> dict[str, float]:
+def clipped_shares(source: StoredSet, base: StoredSet, progress: Progress) -> dict[str, float]:
     """Layer -> share of its weights whose residual 4 bits do not hold. Reads both sets."""
-    from merge_tools.dequantize import row_chunks
+    from vllm_qoq.checkpoint.dequantize import row_chunks
 
     shares = {}
     with progress.stage("nest", base.checkpoint.total_bytes) as advance:
@@ -85,13 +85,13 @@ def check_clipped(shares: dict[str, float], limit: float) -> None:
         )
 
 
-def residual(source: WeightSet, base: WeightSet, layer: str) -> torch.Tensor:
-    """qresidual of `layer`: uint8 [N, K / 2] as `vllm_qoq.format` has it."""
+def residual(source: StoredSet, base: StoredSet, layer: str) -> torch.Tensor:
+    """qresidual of `layer`: uint8 [N, K / 2] as `vllm_qoq.checkpoint.format` has it."""
     import torch
 
-    from merge_tools.dequantize import row_chunks
-    from vllm_qoq.packing import pack_nibbles
-    from vllm_qoq.reference import RESIDUAL_ZERO
+    from vllm_qoq.checkpoint.dequantize import row_chunks
+    from vllm_qoq.numerics.packing import pack_nibbles
+    from vllm_qoq.numerics.reference import RESIDUAL_ZERO
 
     chunks = row_chunks(base.describe(layer))
     stored = [_residuals(source, base, layer, rows)[1] for rows in chunks]
@@ -99,11 +99,11 @@ def residual(source: WeightSet, base: WeightSet, layer: str) -> torch.Tensor:
 
 
 def _residuals(
-    source: WeightSet, base: WeightSet, layer: str, rows: tuple[int, int]
+    source: StoredSet, base: StoredSet, layer: str, rows: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 [rows, K], integers: what the residuals should be, and what can be stored."""
-    from merge_tools.dequantize import dequantize, qoq_tensors
-    from vllm_qoq.reference import RESIDUAL_ZERO, int8_weight
+    from vllm_qoq.checkpoint.dequantize import dequantize, qoq_tensors
+    from vllm_qoq.numerics.reference import RESIDUAL_ZERO, int8_weight
 
     tensors = qoq_tensors(base, layer, rows)
     upper = int8_weight(tensors).float()
@@ -113,7 +113,7 @@ def _residuals(
     return nearest - upper, reached.clamp(-128, 127) - upper
 
 
-def _is_base(source: WeightSet) -> bool:
+def _is_base(source: StoredSet) -> bool:
     config = source.config
     is_qoq = config.get("quant_method") == QOQ_LINEAR
     return is_qoq and QoQSet.parse(config, source.name).group_size != -1
@@ -124,6 +124,6 @@ def _is_source(layout: Layout) -> bool:
     return layout.method == "plain" or is_int8
 
 
-def _kind(source: WeightSet) -> str:
+def _kind(source: StoredSet) -> str:
     method = source.config.get("quant_method", "not quantized")
     return f"{method} per channel" if method == QOQ_LINEAR and not _is_base(source) else str(method)

@@ -14,9 +14,10 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from merge_tools import MergeError
-from merge_tools.architectures import layer_globs, norm_readers
-from merge_tools.sources import WeightSet
-from vllm_qoq.format import INPUT_RATIO, split_layer
+from vllm_qoq.checkpoint.format import INPUT_RATIO, split_layer
+from vllm_qoq.checkpoint.stored_set import StoredSet
+from vllm_qoq.models.names import layer_globs
+from vllm_qoq.models.table import norm_readers
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +46,7 @@ def readers_of(
     return readers
 
 
-def ratio(numerator: WeightSet, denominator: WeightSet, norm: str) -> torch.Tensor:
+def ratio(numerator: StoredSet, denominator: StoredSet, norm: str) -> torch.Tensor:
     """float32 [in_features]: the tensor `norm` of one set over that of the prefill set.
 
     0/0 is 1: such a channel is dead in both sets. MergeError where no factor helps.

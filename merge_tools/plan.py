@@ -6,14 +6,15 @@ shards per set, so that a set can be downloaded without the others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from merge_tools.norms import ratio_globs, readers_of
 from merge_tools.survey import Survey
-from vllm_qoq.checkpoint import ITEM_BYTES, TensorInfo
-from vllm_qoq.format import INPUT_RATIO, join_name, split_layer
+from vllm_qoq.checkpoint.folder import TensorInfo
+from vllm_qoq.checkpoint.format import INPUT_RATIO, join_name, split_layer
+from vllm_qoq.checkpoint.shards import Shards, cut, total_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,74 +34,79 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A tensor of the output. `info.file` is the shard that holds it."""
+    """A tensor of the output, the set that it belongs to (None: all sets), and its origin."""
 
     info: TensorInfo
     owner: str | None
-    """The set it belongs to, None for all of them."""
     origin: Origin
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The tensors of the output and what `config.json` says of them."""
+class MergePlan:
+    """The tensors of the output and what `config.json` says of them.
+
+    tensors      name in the output -> what it is made of
+    shards       file name -> tensors, in the order in which their bytes are written
+    input_ratio  set -> globs of the layers that carry one
+    dropped      (set, tensor) left out: biases of zeros
+    bases        nested set -> its base
+    dtype        the dtype that `config.json` gets, None for the prefill set's
+    """
 
     sets: tuple[str, ...]
     prefill: str
-    shards: Mapping[str, tuple[Planned, ...]]
-    """File name -> tensors, in the order in which their bytes are written."""
+    tensors: Mapping[str, Planned]
+    shards: Shards
     input_ratio: Mapping[str, tuple[str, ...]]
     dropped: tuple[tuple[str, str], ...]
-    """(set, tensor) left out: biases of zeros."""
     quantized: frozenset[str]
     bases: Mapping[str, str] = field(default_factory=dict)
-    """Nested set -> its base."""
     dtype: str | None = None
-    """The dtype that `config.json` gets, None for the prefill set's."""
-
-    @property
-    def tensors(self) -> list[Planned]:
-        return [planned for shard in self.shards.values() for planned in shard]
 
     def bytes_of(self, owner: str | None) -> int:
         """Bytes of the tensors of a set, or with None of the shared ones."""
-        return sum(p.info.nbytes for p in self.tensors if p.owner == owner)
+        return sum(p.info.nbytes for p in self.tensors.values() if p.owner == owner)
 
     @property
     def total_bytes(self) -> int:
-        return sum(p.info.nbytes for p in self.tensors)
+        """Bytes of all tensors."""
+        return total_bytes(self.shards)
 
 
 def make_plan(
     survey: Survey,
     config: Mapping[str, Any],
     max_shard_bytes: int,
-    bases: Mapping[str, str] | None = None,
-) -> Plan:
+    bases: Mapping[str, str],
+    dtype: str | None,
+) -> MergePlan:
     """Decide what is shared, what is per set and what is derived.
 
-    `config` is the `config.json` of the prefill set; `bases` maps a set to nest to its base. Raises
-    MergeError for a tensor that differs between the sets and cannot.
+    config  the `config.json` of the prefill set
+    bases   set to nest -> its base
+    dtype   that the output is said to run in, None for the prefill set's
+
+    Raises MergeError for a tensor that differs between the sets and cannot.
     """
     ratios = _ratio_layers(survey, config)
-    groups: list[list[Planned]] = [_shared(survey)]
-    bases = bases or {}
+    groups = [_shared(survey)]
     for name in survey.tensors:
-        groups.append(
-            _nested(survey, name, bases[name])
-            if name in bases
-            else _of_set(survey, name, ratios[name])
-        )
-    shards = [shard for group in groups for shard in _split(group, max_shard_bytes)]
+        if name in bases:
+            groups.append(_nested(survey, name, bases[name]))
+        else:
+            groups.append(_of_set(survey, name, ratios[name]))
+    infos = (sorted((p.info for p in group), key=lambda info: info.name) for group in groups)
     layers = {name: tuple(sorted(mine)) for name, mine in ratios.items()}
-    return Plan(
+    return MergePlan(
         sets=tuple(survey.tensors),
         prefill=survey.prefill,
-        shards=_named(shards),
+        tensors={planned.info.name: planned for group in groups for planned in group},
+        shards=cut(infos, max_shard_bytes),
         input_ratio=ratio_globs(layers, survey.quantized),
         dropped=tuple(sorted(survey.zero_biases)),
         quantized=survey.quantized,
         bases=bases,
+        dtype=dtype,
     )
 
 
@@ -155,27 +161,3 @@ def _nested(survey: Survey, set_name: str, base: str) -> list[Planned]:
             stored = replace(bias, name=join_name(set_name, bias.name))
             planned.append(Planned(stored, set_name, Origin("copy", set_name, bias.name)))
     return planned
-
-
-def _split(group: Sequence[Planned], max_bytes: int) -> list[list[Planned]]:
-    """Cut a group into shards of at most `max_bytes`, unless one tensor alone is larger."""
-    shards: list[list[Planned]] = []
-    room = 0
-    for planned in sorted(group, key=lambda p: p.info.name):
-        if not shards or planned.info.nbytes > room:
-            shards.append([])
-            room = max_bytes
-        shards[-1].append(planned)
-        room -= planned.info.nbytes
-    return shards
-
-
-def _named(shards: Sequence[Sequence[Planned]]) -> dict[str, tuple[Planned, ...]]:
-    named = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        # Wide items first: then every tensor starts at a multiple of its item size,
-        # which readers need to map it without a copy.
-        ordered = sorted(shard, key=lambda p: (-ITEM_BYTES[p.info.dtype], p.info.name))
-        named[file] = tuple(replace(p, info=replace(p.info, file=file)) for p in ordered)
-    return named

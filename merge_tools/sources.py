@@ -3,76 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from merge_tools import MergeError
-from merge_tools.layout import KV_CACHE_LEAVES, Layout, describe, group_leaves, is_quantized
-from merge_tools.methods import Method, Unit, is_nested, parse
-from vllm_qoq.checkpoint import CONFIG, Checkpoint, TensorInfo, read_json
-from vllm_qoq.format import SECTION, FormatError, check_set_name, split_layer
-
-if TYPE_CHECKING:
-    import torch
+from vllm_qoq.checkpoint.folder import Checkpoint, read_json
+from vllm_qoq.checkpoint.format import SECTION, check_set_name, split_layer
+from vllm_qoq.checkpoint.layout import KV_CACHE_LEAVES
+from vllm_qoq.checkpoint.methods import parse
+from vllm_qoq.checkpoint.stored_set import StoredSet
+from vllm_qoq.errors import FormatError
+from vllm_qoq.models.config import CONFIG
 
 # Where older checkpoints of compressed-tensors and of ModelOpt keep their config.
 _COMPRESSION, _MODELOPT = "compression_config", "hf_quant_config.json"
 _MODELOPT_BYTES = 16 << 20
 # Where older versions of AutoGPTQ and AutoAWQ keep it.
 _BESIDE = ("quantize_config.json", "quant_config.json")
-
-
-@dataclass(frozen=True)
-class WeightSet:
-    """One version of the model: an input of a merge, or one set of a merged checkpoint.
-
-    `tensors` has the names of an ordinary checkpoint; the `name` of each info is the
-    one in the file, with the prefix that a merged checkpoint puts in front.
-    """
-
-    name: str
-    checkpoint: Checkpoint
-    config: Mapping[str, Any]
-    """The `quantization_config` of this set."""
-    tensors: Mapping[str, TensorInfo]
-    shared_layers: frozenset[str] = field(default=frozenset(), kw_only=True)
-    """Layers that are quantized alike for all sets, and so in none."""
-    base: WeightSet | None = field(default=None, kw_only=True)
-    """Of a nested set in a merged checkpoint, the set that it is a residual on."""
-
-    @cached_property
-    def layers(self) -> dict[str, dict[str, TensorInfo]]:
-        """Layer -> leaf -> tensor."""
-        return group_leaves(self.tensors)
-
-    @cached_property
-    def quantized(self) -> frozenset[str]:
-        """The layers that are quantized in this set."""
-        found = (name for name, leaves in self.layers.items() if is_quantized(leaves))
-        return frozenset(found) - self.shared_layers
-
-    @cached_property
-    def method(self) -> Method:
-        """How vLLM reads `config`, which has to be there; FormatError as in `methods.parse`."""
-        return parse(self.config)
-
-    def describe(self, layer: str) -> Layout:
-        """How `layer` is stored; FormatError when its tensors do not fit together."""
-        config = self.config
-        if config and not is_nested(config):
-            config = self.method.of_layer(Unit.of(layer, self.layers), config)
-        return describe(self.layers[layer], config)
-
-    def size(self, layer: str) -> tuple[int, int]:
-        """(out_features, in_features) of `layer`; FormatError as in `describe`."""
-        layout = self.describe(layer)
-        return layout.out_features, layout.in_features
-
-    def get(self, tensor: str) -> torch.Tensor:
-        """The tensor with this ordinary name, mapped and not copied."""
-        return self.checkpoint.get(self.tensors[tensor].name)
 
 
 def parse_sources(arguments: Sequence[str]) -> dict[str, Path]:
@@ -107,7 +54,7 @@ def check_distinct(folders: Mapping[str, Path]) -> None:
             )
 
 
-def open_sources(folders: Mapping[str, Path], takes_floats: bool = False) -> list[WeightSet]:
+def open_sources(folders: Mapping[str, Path], takes_floats: bool = False) -> list[StoredSet]:
     """Open every folder and refuse what cannot be a set. Reads headers only.
 
     takes_floats  whether a model that is not quantized may be among them, with an empty config
@@ -121,7 +68,7 @@ def open_sources(folders: Mapping[str, Path], takes_floats: bool = False) -> lis
         except FormatError as error:
             place = "" if str(error).startswith(f"{folder}: ") else f"{folder}: "
             raise FormatError(f"{place}{error}") from None
-        sources.append(WeightSet(name, checkpoint, config, checkpoint.tensors))
+        sources.append(StoredSet(name, checkpoint, config, checkpoint.tensors))
     for source in sources:
         _check_names(source, folders)
     return sources
@@ -194,7 +141,7 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
             )
 
 
-def _check_names(source: WeightSet, names: Mapping[str, Path]) -> None:
+def _check_names(source: StoredSet, names: Mapping[str, Path]) -> None:
     for tensor, info in source.tensors.items():
         first = tensor.partition(".")[0]
         if first in names:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from merge_tools import MergeError
 from merge_tools.compatible import model_dtype
-from merge_tools.layout import FLOATS
-from merge_tools.progress import Progress
-from merge_tools.sources import WeightSet
-from vllm_qoq.checkpoint import TensorInfo
-from vllm_qoq.format import split_layer
+from vllm_qoq.checkpoint.folder import TensorInfo
+from vllm_qoq.checkpoint.format import split_layer
+from vllm_qoq.checkpoint.layout import FLOATS
+from vllm_qoq.checkpoint.stored_set import StoredSet
+from vllm_qoq.progress import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -41,8 +41,8 @@ class Survey:
 
 
 def survey(
-    sources: Sequence[WeightSet],
-    prefill: WeightSet,
+    sources: Sequence[StoredSet],
+    prefill: StoredSet,
     progress: Progress,
     dtype: str | None = None,
 ) -> Survey:
@@ -77,7 +77,7 @@ def survey(
     )
 
 
-def _compare(left: WeightSet, right: WeightSet, name: str, dtype: str) -> str:
+def _compare(left: StoredSet, right: StoredSet, name: str, dtype: str) -> str:
     """`equal`, `recast` (stored in two dtypes, equal but for their rounding) or `unequal`."""
     dtypes = [left.tensors[name].dtype, right.tensors[name].dtype]
     pairs = _chunks(left.get(name), right.get(name))
@@ -108,7 +108,7 @@ def _chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
         yield tuple(tensor[start : start + _CHUNK_VALUES] for tensor in flat)
 
 
-def is_same_tensor(source: WeightSet, left: str, right: str) -> bool:
+def is_same_tensor(source: StoredSet, left: str, right: str) -> bool:
     """Whether two tensors of a set have the same shape and values."""
     infos = [source.tensors[name] for name in (left, right)]
     if infos[0].shape != infos[1].shape or infos[0].dtype != infos[1].dtype:
@@ -132,7 +132,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def _zero_biases(
-    sources: Sequence[WeightSet], quantized: frozenset[str]
+    sources: Sequence[StoredSet], quantized: frozenset[str]
 ) -> Iterator[tuple[str, str]]:
     """GPTQ tools write a bias of zeros into every layer, also where the model has none."""
     for layer in sorted(quantized):

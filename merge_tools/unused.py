@@ -12,10 +12,10 @@ from dataclasses import replace
 
 from merge_tools import MergeError
 from merge_tools.meaning import is_tied
-from merge_tools.sources import WeightSet
 from merge_tools.survey import is_same_tensor
-from vllm_qoq.checkpoint import CONFIG
-from vllm_qoq.format import FormatError
+from vllm_qoq.checkpoint.stored_set import StoredSet
+from vllm_qoq.errors import FormatError
+from vllm_qoq.models.config import CONFIG
 
 _ROTARY = re.compile(r"(?:.*\.)?rotary(?:_pos)?_emb\.(?:inv_freq|cos_cached|sin_cached)")
 _HEAD = re.compile(r"(?:.*\.)?lm_head\.weight")
@@ -26,7 +26,7 @@ LeftOut = tuple[str, str, str]
 """Set, tensor, reason."""
 
 
-def leave_out(source: WeightSet) -> tuple[WeightSet, list[LeftOut]]:
+def leave_out(source: StoredSet) -> tuple[StoredSet, list[LeftOut]]:
     """A set without what its own model does not use, and what that is. Reads a tied head.
 
     FormatError for a head of its own where config.json says that it is the embedding.
@@ -37,8 +37,8 @@ def leave_out(source: WeightSet) -> tuple[WeightSet, list[LeftOut]]:
 
 
 def settle(
-    sources: Mapping[str, WeightSet], prefill: str
-) -> tuple[dict[str, WeightSet], list[LeftOut]]:
+    sources: Mapping[str, StoredSet], prefill: str
+) -> tuple[dict[str, StoredSet], list[LeftOut]]:
     """The sets with the head that the set `prefill` has. Reads heads.
 
     MergeError for a head that is another matrix.
@@ -53,8 +53,8 @@ def settle(
 
 
 def leave_out_zero_biases(
-    sources: Mapping[str, WeightSet],
-) -> tuple[dict[str, WeightSet], list[LeftOut]]:
+    sources: Mapping[str, StoredSet],
+) -> tuple[dict[str, StoredSet], list[LeftOut]]:
     """The sets without the biases of zeros that another set proves unneeded. Reads biases."""
     zeros = list(_zero_biases(list(sources.values())))
     kept = {
@@ -64,7 +64,7 @@ def leave_out_zero_biases(
     return kept, [(name, tensor, "a bias of zeros") for name, tensor in zeros]
 
 
-def _unused(source: WeightSet) -> Iterator[tuple[str, str]]:
+def _unused(source: StoredSet) -> Iterator[tuple[str, str]]:
     tied = is_tied(source.checkpoint.config)
     for tensor, info in source.tensors.items():
         if _ROTARY.fullmatch(tensor):
@@ -82,7 +82,7 @@ def _unused(source: WeightSet) -> Iterator[tuple[str, str]]:
             yield tensor, _COPY
 
 
-def _like(prefill: WeightSet, source: WeightSet) -> tuple[WeightSet, list[str]]:
+def _like(prefill: StoredSet, source: StoredSet) -> tuple[StoredSet, list[str]]:
     """`source` with a head where `prefill` has one, and without where it has none."""
     tied = [is_tied(one.checkpoint.config) for one in (prefill, source)]
     embedding = _embedding(source)
@@ -102,11 +102,11 @@ def _like(prefill: WeightSet, source: WeightSet) -> tuple[WeightSet, list[str]]:
     return replace(source, tensors={**source.tensors, **aliases}), []
 
 
-def _embedding(source: WeightSet) -> str | None:
+def _embedding(source: StoredSet) -> str | None:
     return next((tensor for tensor in source.tensors if _EMBEDDING.fullmatch(tensor)), None)
 
 
-def _zero_biases(sources: Sequence[WeightSet]) -> Iterator[tuple[str, str]]:
+def _zero_biases(sources: Sequence[StoredSet]) -> Iterator[tuple[str, str]]:
     """Biases of zeros in layers that are quantized in no set and have none in another."""
     quantized = frozenset().union(*(source.quantized for source in sources))
     for source in sources:
@@ -122,7 +122,7 @@ def _zero_biases(sources: Sequence[WeightSet]) -> Iterator[tuple[str, str]]:
                 yield source.name, tensor
 
 
-def _without(source: WeightSet, tensors: Collection[str]) -> WeightSet:
+def _without(source: StoredSet, tensors: Collection[str]) -> StoredSet:
     if not tensors:
         return source
     kept = {name: info for name, info in source.tensors.items() if name not in tensors}

@@ -5,8 +5,8 @@ import sys
 
 import torch
 
-from vllm_qoq import cli
-from vllm_qoq.bench import command
+from vllm_qoq.cli import main as cli
+from vllm_qoq.cli import measurement as command
 
 
 def bench_command(name, monkeypatch, capfd):

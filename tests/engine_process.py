@@ -20,9 +20,9 @@ import torch
 from engines import PROMPTS, engine, generate
 
 import vllm_qoq
-from vllm_qoq import ops
-from vllm_qoq.integration.metrics import RoutingStatLogger
-from vllm_qoq.integration.perplexity import perplexity
+from vllm_qoq.bench.perplexity import text_perplexity
+from vllm_qoq.ops import linear_ops
+from vllm_qoq.serving.signals.metrics import RoutingStatLogger
 
 # Options of an engine that compiles and captures graphs.
 DEFAULT = {
@@ -52,7 +52,7 @@ def run_engines(
     N, "text": T, "waiting": [N, ...]}; a result has the `generation`, the `counts` of steps in it
     ("decode w4a16": n), how many routing decisions were `traced` during it, if the spec asks for a
     trace, how many `cache_tokens` the KV cache holds, the `preemptions` so far, if the options ask
-    for statistics, and the `perplexity` of the text, if there is one. After the generation come
+    for statistics, and the `text_perplexity` of the text, if there is one. After the generation come
     the `loads`, one for each number of waiting requests that the engine is told: another
     `generation`, its `counts` and what was `traced`.
     "sleep": [LEVEL, ...] lets the engine sleep and wake; each time adds its generation to `awake`,
@@ -110,14 +110,14 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
             result["loads"].append(run())
     if "sleep" in spec:
         result["awake"] = [_awake(llm, level, run) for level in spec["sleep"]]
-        workspace = ops.workspace(torch.device("cuda", 0))
+        workspace = linear_ops.workspace(torch.device("cuda", 0))
         result["counters"] = int(workspace.count_nonzero())
     if spec.get("options", {}).get("disable_log_stats") is False:
         (result["preemptions"],) = (
             metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"
         )
     if "text" in spec:
-        result["perplexity"] = perplexity(llm, spec["text"], 256)["perplexity"]
+        result["perplexity"] = text_perplexity(llm, spec["text"], 256)["perplexity"]
     if spec.get("options", {}).get("tensor_parallel_size", 1) > 1:
         llm.llm_engine.engine_core.shutdown()  # its workers would spin beside the next engine's
     return result

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vllm_qoq import kv_ops, ops, w4a8_layout
+from vllm_qoq.ops import kv_ops, linear_ops, w4a8_layout
 
 Arguments = dict[str, Any]
 M, N, K = 4, 72, 256
@@ -312,7 +312,7 @@ def _of_gemm() -> Iterator[Refusal]:
     yield gemm(
         "no workspace",
         lambda a: {"workspace": None},
-        "on CUDA a workspace is needed (ops.workspace)",
+        "on CUDA a workspace is needed (linear_ops.workspace)",
         devices=("cuda",),
     )
     for name, change, text in (
@@ -721,7 +721,7 @@ def _gemm(device: torch.device, weights: str) -> Arguments:
         "group_offset": None,
         "bias": None,
         "out_dtype": torch.bfloat16,
-        "workspace": ops.workspace(device) if device.type == "cuda" else None,
+        "workspace": linear_ops.workspace(device) if device.type == "cuda" else None,
         "residual": w4a8_layout.pack(codes) if is_nested else None,
         "use_residual": torch.ones(1, dtype=torch.int32, device=device) if is_nested else None,
     }

@@ -13,7 +13,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
     CompressedTensorsConfig,
 )
 
-from vllm_qoq.integration.config import QoQConfig
+from vllm_qoq.serving.plugin.config import QoQConfig
 
 HIDDEN, HEAD, HEADS, KV_HEADS, GROUP = 256, 64, 4, 2, 128
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}

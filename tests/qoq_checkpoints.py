@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm_qoq.format import join_name
-from vllm_qoq.packing import pack_nibbles
-from vllm_qoq.reference import RESIDUAL_ZERO, dequantize, int8_weight
+from vllm_qoq.checkpoint.format import join_name
+from vllm_qoq.numerics.packing import pack_nibbles
+from vllm_qoq.numerics.reference import RESIDUAL_ZERO, dequantize, int8_weight
 
 GROUP = 128
 LEVEL1_MAX = 119  # QServe's protective range: 119 plus half a step of level 2 is an int8

@@ -13,7 +13,7 @@ import torch
 from bench_units import bench_command, cells
 from torch.overrides import TorchFunctionMode
 
-from vllm_qoq import kv_layout, kv_ops
+from vllm_qoq import ops
 from vllm_qoq.bench import (
     BenchError,
     attention_kernels,
@@ -21,8 +21,6 @@ from vllm_qoq.bench import (
     attention_plot,
     attention_report,
     attention_result,
-    cli,
-    timing,
 )
 from vllm_qoq.bench.attention_cases import (
     DECODES,
@@ -40,6 +38,10 @@ from vllm_qoq.bench.attention_cases import (
     turns,
 )
 from vllm_qoq.bench.result import LeftOut
+from vllm_qoq.cli import bench as cli
+from vllm_qoq.measuring import gpu as timing
+from vllm_qoq.numerics import kv_layout
+from vllm_qoq.ops import kv_ops
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADS = Heads()
@@ -81,7 +83,7 @@ def made_up(kernels=KERNELS, cases=(SMALL, LARGE), heads=HEADS, without=()):
 @pytest.fixture
 def run(monkeypatch, capfd):
     """run(ARGUMENTS): exit code, stdout and stderr of the command, on a made-up GPU."""
-    monkeypatch.setattr(kv_ops, "has_kernels", lambda: True)
+    monkeypatch.setattr(ops, "has_kernels", lambda device: True)
 
     def measure(heads, cases, kernels, quiet):
         return made_up(kernels, cases, heads)
@@ -238,7 +240,7 @@ def test_cases_keep_their_order():
 
 
 def test_peers_alone_need_no_kernels_of_ours(run, monkeypatch):
-    monkeypatch.setattr(kv_ops, "has_kernels", lambda: False)
+    monkeypatch.setattr(ops, "has_kernels", lambda device: False)
     assert run("--kernels", ",".join(PEERS), "--head-size", "96")[0] == 0
     code, _, stderr = run()
     assert code == 2 and "VLLM_QOQ_CUDA=1" in stderr and ",".join(PEERS) in stderr
@@ -246,7 +248,7 @@ def test_peers_alone_need_no_kernels_of_ours(run, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_the_command_says_so():
-    line = [sys.executable, "-m", "vllm_qoq.cli", "bench", "attention"]
+    line = [sys.executable, "-m", "vllm_qoq.cli.main", "bench", "attention"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: torch finds no NVIDIA GPU"), done.stderr
@@ -255,7 +257,7 @@ def test_without_a_gpu_the_command_says_so():
 def test_help_imports_no_torch():
     code = (
         "import sys\n"
-        "from vllm_qoq.cli import main\n"
+        "from vllm_qoq.cli.main import main\n"
         "sys.argv = ['vllm-qoq', 'bench', 'attention', '--help']\n"
         "try: main()\n"
         "finally: assert not {'torch', 'vllm', 'matplotlib'} & set(sys.modules)"

@@ -14,20 +14,12 @@ from bench_units import bench_command, cells
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vllm_qoq import ops
-from vllm_qoq.bench import (
-    BenchError,
-    command,
-    measure,
-    peers,
-    plot,
-    report,
-    result,
-    roofline,
-    timing,
-)
-from vllm_qoq.bench import cli as bench_cli
+from vllm_qoq.bench import BenchError, measure, peers, plot, report, result, roofline
 from vllm_qoq.bench.attempts import Attempts
 from vllm_qoq.bench.cases import KERNELS, OURS, PEERS, SHAPES, TIMED_TOKENS, Case
+from vllm_qoq.cli import bench as bench_cli
+from vllm_qoq.cli import measurement as command
+from vllm_qoq.measuring import gpu as timing
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, TOKENS = "llama-3-8b", (1, 64)
@@ -230,7 +222,7 @@ def test_peers_alone_need_no_kernels_of_ours(run, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_the_command_says_so():
-    command = [sys.executable, "-m", "vllm_qoq.cli", "bench", "gemm"]
+    command = [sys.executable, "-m", "vllm_qoq.cli.main", "bench", "gemm"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: torch finds no NVIDIA GPU"), done.stderr
@@ -239,7 +231,7 @@ def test_without_a_gpu_the_command_says_so():
 def test_help_imports_no_torch():
     code = (
         "import sys\n"
-        "from vllm_qoq.cli import main\n"
+        "from vllm_qoq.cli.main import main\n"
         "sys.argv = ['vllm-qoq', 'bench', 'gemm', '--help']\n"
         "try: main()\n"
         "finally: assert not {'torch', 'vllm', 'matplotlib'} & set(sys.modules)"

@@ -15,14 +15,14 @@ from qoq_checkpoints import write_plain
 from safetensors.torch import load_file, save_file
 from test_import_served import quantized as in_qserve_layout
 
-from merge_tools import verify
-from merge_tools.progress import Progress
-from vllm_qoq.checkpoint import Checkpoint
-from vllm_qoq.integration.perplexity import perplexity
-from vllm_qoq.quantize import job
-from vllm_qoq.quantize.options import Options
-from vllm_qoq.quantize.plan import Job
-from vllm_qoq.quantize.sets import SetKind
+from vllm_qoq.bench.perplexity import text_perplexity
+from vllm_qoq.checkpoint import verify
+from vllm_qoq.checkpoint.folder import Checkpoint
+from vllm_qoq.progress import Progress
+from vllm_qoq.quantizer import job
+from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.plan import Job
+from vllm_qoq.quantizer.sets import SetKind
 
 TEXT = DATA / "calibration.txt"
 SEQLEN = 256  # of calibration, and of all perplexities
@@ -74,12 +74,12 @@ NO_KERNEL = "vLLM has no W4A16 kernel for this CPU"
 
 @pytest.mark.parametrize("name", ["w8a8", "w4a16", "w4a8"])
 def test_vllm_adds_every_bias_of_every_set(quantized, short, name):
-    """A bias that is lost or added twice changes the perplexity by 8 % and more."""
+    """A bias that is lost or added twice changes the text_perplexity by 8 % and more."""
     out, report = quantized
     if name == "w4a16" and not hasattr(torch.ops._C, "cpu_gemm_wna16"):
         pytest.skip(NO_KERNEL)
     llm = engine(out, {"force_set": name}, dtype="float16")
-    served = perplexity(llm, short.read_text(), SEQLEN)["perplexity"]
+    served = text_perplexity(llm, short.read_text(), SEQLEN)["perplexity"]
     assert served == pytest.approx(report["after"][name]["perplexity"]["kv16"], rel=0.01)
 
 
@@ -131,7 +131,9 @@ def test_merged_sets_keep_their_biases(llama, quantized, short, tmp_path, nest):
     options = ("--nest",) if nest else ()
     out = merge(tmp_path / "out", f"w8a8={w8a8}", f"w4a8={w4a8}", *options)
     assert sound(out)
-    found = perplexity(engine(out, {"force_set": "w8a8"}), short.read_text(), SEQLEN)["perplexity"]
+    found = text_perplexity(engine(out, {"force_set": "w8a8"}), short.read_text(), SEQLEN)[
+        "perplexity"
+    ]
     assert found == pytest.approx(float_one, rel=0.06)  # SmoothQuant is left out
 
 
@@ -147,7 +149,7 @@ def test_an_imported_model_keeps_its_biases(llama, tmp_path):
     source = tmp_path / "qserve"
     shutil.copytree(llama, source)
     save_file(packed, source / "model.safetensors", metadata={"format": "pt"})
-    command = [sys.executable, "-m", "vllm_qoq.cli", "import", source, "-o", tmp_path / "out"]
+    command = [sys.executable, "-m", "vllm_qoq.cli.main", "import", source, "-o", tmp_path / "out"]
     command += ["--base", llama, "-q"]
     subprocess.run(list(map(str, command)), check=True, cwd=ROOT)
     assert sound(tmp_path / "out")

@@ -10,8 +10,8 @@ import pytest
 from conftest import DATA
 from safetensors.numpy import save_file
 
-from vllm_qoq.checkpoint import Checkpoint, read_config, side_files, weights_entry
-from vllm_qoq.format import FormatError
+from vllm_qoq.checkpoint.folder import Checkpoint, read_config, side_files, weights_entry
+from vllm_qoq.errors import FormatError
 
 TENSORS = {"x.weight": np.ones((2, 2), np.float32)}
 INDEX = "model.safetensors.index.json"

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import vllm_qoq
-from merge_tools.cli import json_line
 from vllm_qoq import environment
-from vllm_qoq.cli import main
+from vllm_qoq.cli.main import main
+from vllm_qoq.cli.merge import json_line
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,7 +33,7 @@ def nvidia_smi(tmp_path, monkeypatch):
 def test_env_reports_versions_without_importing_the_packages():
     code = (
         "import sys\n"
-        "from vllm_qoq.cli import main\n"
+        "from vllm_qoq.cli.main import main\n"
         "sys.argv = ['vllm-qoq', 'env', '--json']\n"
         "code = main()\n"
         "print([m for m in ('torch', 'vllm', 'transformers') if m in sys.modules])\n"

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from merge_tools import dequantize as module
-from merge_tools.dequantize import dequantize, row_chunks
-from merge_tools.sources import WeightSet
-from vllm_qoq.checkpoint import Checkpoint
+from vllm_qoq.checkpoint import dequantize as module
+from vllm_qoq.checkpoint.dequantize import dequantize, row_chunks
+from vllm_qoq.checkpoint.folder import Checkpoint
+from vllm_qoq.checkpoint.stored_set import StoredSet
 
 N, K, GROUP = 72, 256, 64
 LAYER = "model.layers.0.mlp.up_proj"
@@ -40,7 +40,7 @@ def whole(folder, tensors, config):
     save_file({f"{LAYER}.{leaf}": t for leaf, t in tensors.items()}, folder / "a.safetensors")
     (folder / "config.json").write_text(json.dumps({}))
     checkpoint = Checkpoint.open(folder)
-    weights = WeightSet("a", checkpoint, config, checkpoint.tensors)
+    weights = StoredSet("a", checkpoint, config, checkpoint.tensors)
     chunks = list(row_chunks(weights.describe(LAYER)))
     assert len(chunks) == 3
     return torch.cat([dequantize(weights, LAYER, rows) for rows in chunks])

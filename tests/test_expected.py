@@ -7,8 +7,9 @@ import transformers
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from merge_tools.expected import MODELS, expected_tensors
-from vllm_qoq.format import FormatError
+from vllm_qoq.errors import FormatError
+from vllm_qoq.models.table import ARCHITECTURES
+from vllm_qoq.models.tensors import expected_tensors
 
 SIZES = {
     **{"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
@@ -54,7 +55,7 @@ def test_the_table_has_what_transformers_saves(tmp_path, family, changes):
 
 
 def test_every_architecture_is_tried():
-    assert {f"{family}ForCausalLM" for family, _ in CASES.values()} == set(MODELS)
+    assert {f"{family}ForCausalLM" for family, _ in CASES.values()} == set(ARCHITECTURES)
 
 
 LLAMA = SIZES | {"architectures": ["LlamaForCausalLM"]}

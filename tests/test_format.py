@@ -2,7 +2,8 @@
 
 import pytest
 
-from vllm_qoq.format import FormatError, Section, join_name, split_layer, split_name
+from vllm_qoq.checkpoint.format import Section, join_name, split_layer, split_name
+from vllm_qoq.errors import FormatError
 
 GOOD = {
     "quant_method": "qoq",

@@ -13,13 +13,14 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.v1.metrics.loggers import load_stat_logger_plugin_factories
 
 from vllm_qoq import ops
-from vllm_qoq.cli import main
+from vllm_qoq.cli.main import main
 from vllm_qoq.errors import EngineError, UserError
-from vllm_qoq.integration import front_end, load
-from vllm_qoq.integration.metrics import RoutingStatLogger
-from vllm_qoq.integration.options import Options
-from vllm_qoq.integration.policy import routing_in_force
-from vllm_qoq.routing import RoutingError
+from vllm_qoq.routing.table import RoutingError
+from vllm_qoq.serving.plugin import front_end
+from vllm_qoq.serving.plugin.options import Options
+from vllm_qoq.serving.routing.policy import routing_in_force
+from vllm_qoq.serving.signals import queue as load
+from vllm_qoq.serving.signals.metrics import RoutingStatLogger
 
 LOAD = {
     "prefill": "w8a8",

@@ -8,7 +8,7 @@ from vllm.compilation.passes.inductor_pass import CallableInductorPass
 from vllm.config import CompilationConfig, CompilationMode
 from vllm.platforms import current_platform
 
-from vllm_qoq.integration.fusion import QuantizeFusionPass, install
+from vllm_qoq.serving.methods.fusion import QuantizeFusionPass, install
 
 EPSILON = 1e-5
 K = 64

@@ -17,7 +17,7 @@ from test_import import CONFIG as QSERVE_CONFIG
 from test_import import g128
 from test_import import model as qserve_model
 
-from vllm_qoq import cli
+from vllm_qoq.cli import main as cli
 
 MODEL = DATA / "tiny-llama"
 VALUES = (

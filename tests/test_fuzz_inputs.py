@@ -8,14 +8,14 @@ import struct
 import pytest
 from conftest import DATA
 
-from vllm_qoq.checkpoint import Checkpoint
+from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.errors import UserError
-from vllm_qoq.importer.expected import expected
-from vllm_qoq.quantize import load
-from vllm_qoq.quantize.inputs import check_inputs
-from vllm_qoq.quantize.options import Options
-from vllm_qoq.quantize.plan import Job
-from vllm_qoq.routing import Routing, parse_decode
+from vllm_qoq.models.linears import linear_layers
+from vllm_qoq.quantizer import load
+from vllm_qoq.quantizer.inputs import check_inputs
+from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.plan import Job
+from vllm_qoq.routing.table import Routing, parse_decode
 
 CONFIG = json.loads((DATA / "tiny-llama" / "config.json").read_text())
 VALUES = (
@@ -73,7 +73,7 @@ def test_config_json(job):
                 del config[key]
         (job.model / "config.json").write_text(json.dumps(config))
         count += taken(check)
-        taken(lambda config=config: expected(config))
+        taken(lambda config=config: linear_layers(config))
     assert 20 < count < 200  # neither is everything taken nor everything refused
 
 

@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
-from vllm_qoq import ops, reference, w4a8_layout
+from vllm_qoq import ops
 from vllm_qoq.bench.cases import SHAPES, TOKENS
-from vllm_qoq.packing import pack_nibbles
+from vllm_qoq.numerics import reference
+from vllm_qoq.numerics.packing import pack_nibbles
+from vllm_qoq.ops import linear_ops, w4a8_layout
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,7 +62,15 @@ class Layer:
     def __call__(self, x, x_scale, row_sum, bias=None, dtype=torch.bfloat16):
         return torch.ops.qoq.w4a8_gemm(
             *(x, x_scale, row_sum, self.packed, self.channel_scale, self.channel_zero),
-            *(None, None, bias, dtype, ops.workspace(DEVICE), self.residual, self.use_residual),
+            *(
+                None,
+                None,
+                bias,
+                dtype,
+                linear_ops.workspace(DEVICE),
+                self.residual,
+                self.use_residual,
+            ),
         )
 
     def expected(self, x, x_scale, row_sum, bias=None, dtype=torch.bfloat16):
@@ -87,7 +97,7 @@ def poison(m, n, dtype=torch.bfloat16):
 def assert_exact(layer, x, **options):
     poison(x[0].shape[0], layer.n, options.get("dtype", torch.bfloat16))
     assert torch.equal(layer(*x, **options), layer.expected(*x, **options))
-    assert not ops.workspace(DEVICE).any()
+    assert not linear_ops.workspace(DEVICE).any()
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)

@@ -6,12 +6,13 @@ import kv_oracle
 import pytest
 import torch
 
-from vllm_qoq import kv_ops
+from vllm_qoq import ops
+from vllm_qoq.ops import kv_ops
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not kv_ops.has_kernels(), reason="this build has no CUDA kernels (VLLM_QOQ_CUDA=1)"
+        not ops.has_kernels("cuda"), reason="this build has no CUDA kernels (VLLM_QOQ_CUDA=1)"
     ),
 ]
 

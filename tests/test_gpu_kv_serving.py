@@ -4,13 +4,13 @@ import pytest
 from engine_process import EAGER, GRAPHS, run_engines
 from engines import largest_gap
 
-from vllm_qoq import kv_ops
-from vllm_qoq.kv_layout import slot_bytes
+from vllm_qoq import ops
+from vllm_qoq.numerics.kv_layout import slot_bytes
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not kv_ops.has_kernels(), reason="this build has no CUDA kernels (VLLM_QOQ_CUDA=1)"
+        not ops.has_kernels("cuda"), reason="this build has no CUDA kernels (VLLM_QOQ_CUDA=1)"
     ),
 ]
 

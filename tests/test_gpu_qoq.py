@@ -7,7 +7,7 @@ from engines import engine
 from qoq_checkpoints import write_dequantized
 
 from vllm_qoq import ops
-from vllm_qoq.routing import RoutingError
+from vllm_qoq.routing.table import RoutingError
 
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 

@@ -48,10 +48,10 @@ def test_a_line_without_all_columns_is_refused():
 
 def test_changes_of_kernels_and_serving_since_the_last_run_are_named(tmp_path, history):
     old = history("csrc/a.cu")
-    history("vllm_qoq/integration/b.py")
-    tested = history("vllm_qoq/ops.py")
+    history("vllm_qoq/serving/b.py")
+    tested = history("vllm_qoq/ops/linear.py")
     history("README.md")
-    history("vllm_qoq/quantize/c.py")
+    history("vllm_qoq/quantizer/c.py")
     record = write_record(tmp_path, (old, "2 x H100"), (tested, "1 x H200"))
     assert not_run_since(tmp_path, record)[:2] == [
         f"one GPU: 7 passed on 1 x H200 at {tested}",
@@ -62,8 +62,8 @@ def test_changes_of_kernels_and_serving_since_the_last_run_are_named(tmp_path, h
     assert change.startswith("  not run since: ") and change.endswith("change csrc/a.cu")
     assert [line.rpartition(" ")[2] for line in more] == [
         "csrc/a.cu",
-        "vllm_qoq/ops.py",
-        "vllm_qoq/integration/b.py",
+        "vllm_qoq/ops/linear.py",
+        "vllm_qoq/serving/b.py",
     ]
 
 

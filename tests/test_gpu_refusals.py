@@ -4,12 +4,12 @@ import pytest
 import torch
 from op_refusals import call, refusals, right_arguments
 
-from vllm_qoq import kv_ops
+from vllm_qoq import ops
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not kv_ops.has_kernels(), reason="this build has no CUDA kernels (VLLM_QOQ_CUDA=1)"
+        not ops.has_kernels("cuda"), reason="this build has no CUDA kernels (VLLM_QOQ_CUDA=1)"
     ),
 ]
 

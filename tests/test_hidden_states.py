@@ -16,15 +16,15 @@ from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.model_loader import reload
 from vllm.model_executor.models.utils import AutoWeightsLoader
 
-from merge_tools import verify
 from merge_tools.__main__ import main
-from merge_tools.progress import Progress
-from vllm_qoq import basis
-from vllm_qoq.errors import UserError
-from vllm_qoq.format import FormatError, Section
-from vllm_qoq.integration import hidden_states
-from vllm_qoq.quantize import rotate
-from vllm_qoq.quantize.architectures import Shape, architecture
+from vllm_qoq.checkpoint import verify
+from vllm_qoq.checkpoint.format import Section
+from vllm_qoq.errors import FormatError, UserError
+from vllm_qoq.numerics import rotation as basis
+from vllm_qoq.progress import Progress
+from vllm_qoq.quantizer import rotate
+from vllm_qoq.quantizer.model import Dimensions, layer_names
+from vllm_qoq.serving.methods import hidden_states
 
 SIZES = {
     "hidden_size": 96,  # a Hadamard matrix that is no power of two
@@ -52,7 +52,7 @@ def test_what_quantize_stores_leads_back_to_the_original_hidden_states(kind, con
     model = kind(config).eval().double()
     model.model.norm.weight.copy_(torch.rand(96) * 2 + 0.1)
     content = config.to_dict() | {"model_type": config.model_type}
-    arch, shape = architecture(content), Shape.of(content)
+    arch, shape = layer_names(content), Dimensions.of(content)
     tokens = torch.randint(0, 64, (1, 20))
     before = model.model(tokens, output_hidden_states=True)
     rotate.untie(model, arch)

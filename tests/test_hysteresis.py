@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_qoq.hysteresis import Hysteresis
+from vllm_qoq.routing.hysteresis import Hysteresis
 
 BOUNDS = st.tuples(st.integers(0, 50), st.integers(1, 50)).map(lambda p: (p[0] + p[1], p[0]))
 QUEUES = st.lists(st.integers(0, 120), max_size=60)

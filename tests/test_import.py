@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm_qoq import cli
+from vllm_qoq.cli import main as cli
 from vllm_qoq.importer.qserve import PackedLayers
 from vllm_qoq.importer.source import open_packed
-from vllm_qoq.reference import dequantize
+from vllm_qoq.numerics.reference import dequantize
 
 DATA = Path(__file__).parent / "data"
 CONFIG = {
@@ -548,7 +548,7 @@ def test_a_full_disk_leaves_nothing_behind(place, run, grouped, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("merge_tools.writer.os.fsync", full)
+    monkeypatch.setattr("vllm_qoq.checkpoint.writer.os.fsync", full)
     assert_refused(place, run(), "No space left")
 
 

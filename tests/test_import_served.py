@@ -8,8 +8,8 @@ from engines import engine
 from safetensors.torch import load_file, save_file
 from test_import import packed_codes, permuted
 
-from vllm_qoq import cli
-from vllm_qoq.integration.perplexity import perplexity
+from vllm_qoq.bench.perplexity import text_perplexity
+from vllm_qoq.cli import main as cli
 
 
 def quantized(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -55,7 +55,7 @@ def test_vllm_runs_an_imported_model(tiny_model, heldout_text, tmp_path, monkeyp
     assert cli.main() == 0
     text = heldout_text.read_text()[:20_000]
     imported, dequantized = (
-        perplexity(engine(tmp_path / folder), text, 256)["perplexity"]
+        text_perplexity(engine(tmp_path / folder), text, 256)["perplexity"]
         for folder in ("out", "dequantized")
     )
     assert imported == pytest.approx(dequantized, rel=0.006)

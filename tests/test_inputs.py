@@ -17,13 +17,14 @@ import torch
 from conftest import DATA, ROOT
 from safetensors.torch import load_file, save_file
 
-from vllm_qoq import cli, errors
-from vllm_qoq.checkpoint import Checkpoint
+from vllm_qoq import errors
+from vllm_qoq.checkpoint.folder import Checkpoint
+from vllm_qoq.cli import main as cli
 from vllm_qoq.errors import UserError
-from vllm_qoq.quantize.inputs import check_inputs
-from vllm_qoq.quantize.load import load_model
-from vllm_qoq.quantize.options import Options
-from vllm_qoq.quantize.plan import Job, make_plan
+from vllm_qoq.quantizer.inputs import check_inputs
+from vllm_qoq.quantizer.load import load_model
+from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.plan import Job, make_plan
 
 TEXT = DATA / "calibration.txt"
 HEAD, EMBEDDING, NORM = "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"
@@ -393,12 +394,12 @@ def test_a_checkpoint_has_the_files_of_its_model_but_no_code(model, tmp_path, mo
 
 def command(*arguments, **options):
     options = {"capture_output": True, "cwd": ROOT, "timeout": 60} | options
-    return subprocess.run([sys.executable, "-m", "vllm_qoq.cli", *arguments], **options)
+    return subprocess.run([sys.executable, "-m", "vllm_qoq.cli.main", *arguments], **options)
 
 
 IMPORTED = """
 import sys
-from vllm_qoq.cli import main
+from vllm_qoq.cli.main import main
 sys.argv = ["vllm-qoq", *sys.argv[1:]]
 code = main()
 print([m for m in ("torch", "transformers", "llmcompressor", "vllm") if m in sys.modules])
@@ -478,7 +479,7 @@ def test_a_reader_that_stops_and_a_full_disk_get_one_line():
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
 def test_without_stdout_or_stderr_nothing_begins(closed):
-    line = f"{sys.executable} -m vllm_qoq.cli env {closed}"
+    line = f"{sys.executable} -m vllm_qoq.cli.main env {closed}"
     done = subprocess.run(["sh", "-c", line], capture_output=True, cwd=ROOT)
     assert done.returncode == 2 and b"Traceback" not in done.stderr
 

@@ -127,7 +127,7 @@ def test_the_metadata_names_every_extra_and_entry_point(wheel):
     assert {"vllm", "quantize", "plots"} <= set(said.get_all("Provides-Extra"))
     assert said.get_payload().startswith("# vllm-qoq")
     assert b"[vllm.general_plugins]\nqoq = vllm_qoq:register" in points
-    assert b"vllm-qoq = vllm_qoq.cli:main" in points
+    assert b"vllm-qoq = vllm_qoq.cli.main:main" in points
 
 
 def test_the_sdist_has_what_a_build_needs_and_builds_the_same_wheel(
@@ -239,7 +239,7 @@ def test_pip_alone_makes_an_environment_that_serves(wheel, uv_environment, tmp_p
         "print(type(config).__module__)"
     )
     said = run(bin_folder / "python", "-c", code, cwd=tmp_path)
-    assert said.split()[-1] == "vllm_qoq.integration.config"
+    assert said.split()[-1] == "vllm_qoq.serving.plugin.config"
 
 
 # What can be resolved with vLLM for GPUs, whose distributions are too large to install here

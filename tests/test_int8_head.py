@@ -15,15 +15,15 @@ from plugin_units import qoq_config, tensor_parallel, vllm_config
 from safetensors.torch import load_file, save_file
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from merge_tools import verify
-from merge_tools.progress import Progress
-from vllm_qoq.checkpoint import Checkpoint
-from vllm_qoq.format import FormatError
-from vllm_qoq.integration import perplexity as served
-from vllm_qoq.quantize.job import run
-from vllm_qoq.quantize.options import Options
-from vllm_qoq.quantize.plan import Job
-from vllm_qoq.reference import quantize_per_token
+from vllm_qoq.bench import perplexity as served
+from vllm_qoq.checkpoint import verify
+from vllm_qoq.checkpoint.folder import Checkpoint
+from vllm_qoq.errors import FormatError
+from vllm_qoq.numerics.reference import quantize_per_token
+from vllm_qoq.progress import Progress
+from vllm_qoq.quantizer.job import run
+from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.plan import Job
 
 VOCABULARY, HIDDEN = 200, 128
 SECTION = {"lm_head": {"bits": 8}}
@@ -59,7 +59,7 @@ def test_it_is_whole_and_served_as_measured(quantized):
     weight, scale = tensors["lm_head.weight"], tensors["lm_head.weight_scale"]
     assert weight.dtype == "I8" and scale.shape == (weight.shape[0], 1)
     llm = engine(out, dtype="float16")
-    found = served.perplexity(llm, text.read_text(), 256)["perplexity"]
+    found = served.text_perplexity(llm, text.read_text(), 256)["perplexity"]
     assert found == pytest.approx(report["after"]["w4a8"]["perplexity"]["kv16"], rel=0.003)
 
 

@@ -7,19 +7,19 @@ from conftest import DATA
 from engines import engine
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vllm_qoq import key_bias
-from vllm_qoq.checkpoint import read_config
+from vllm_qoq.bench.perplexity import text_perplexity
+from vllm_qoq.checkpoint.folder import read_config
+from vllm_qoq.checkpoint.kv_config import KVCache
 from vllm_qoq.errors import UserError
-from vllm_qoq.integration import key_bias as serving_key_bias
-from vllm_qoq.integration.kv_cache import kv_cache_in_force
-from vllm_qoq.integration.options import Options as ServingOptions
-from vllm_qoq.integration.perplexity import perplexity
-from vllm_qoq.kv_config import KVCache
-from vllm_qoq.quantize import QuantizeError, evaluate, job, keys
-from vllm_qoq.quantize.architectures import Shape, architecture
-from vllm_qoq.quantize.options import Options
-from vllm_qoq.quantize.plan import Job
-from vllm_qoq.quantize.text import pieces
+from vllm_qoq.numerics import key_bias
+from vllm_qoq.quantizer import QuantizeError, evaluate, job, keys
+from vllm_qoq.quantizer.model import Dimensions, layer_names
+from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.plan import Job
+from vllm_qoq.quantizer.text import pieces
+from vllm_qoq.serving.kv import key_bias as serving_key_bias
+from vllm_qoq.serving.kv.cache import kv_cache_in_force
+from vllm_qoq.serving.plugin.options import Options as ServingOptions
 
 LARGE = 80.0
 
@@ -43,7 +43,7 @@ def text(heldout_text):
 def large_biases(folder, bits, use_hadamard=False):
     model = AutoModelForCausalLM.from_pretrained(folder)
     config = read_config(folder)
-    arch, shape = architecture(config), Shape.of(config)
+    arch, shape = layer_names(config), Dimensions.of(config)
     return keys.large_biases(model, arch, shape, bits, use_hadamard)
 
 
@@ -61,7 +61,7 @@ def test_a_large_bias_is_found_where_it_does_harm(models):
 @pytest.mark.parametrize("bias", [3.0, 30.0, 300.0])
 def test_what_is_warned_of_is_the_error_of_the_scores(bias):
     """The error of attention scores as a cache makes it, at real positions."""
-    from vllm_qoq.quantize.strength import with_rope
+    from vllm_qoq.quantizer.strength import with_rope
 
     torch.manual_seed(0)
     queries, content = torch.randn(32, 4, 64), torch.randn(32, 2, 64)
@@ -102,7 +102,7 @@ def test_serving_warns_of_it_and_rotation_can_be_asked_for(models, text, warning
         llm = engine(models[name], qoq, quantization="qoq", **CHUNKED)
         warned = list(warnings_of)
         warnings_of.clear()
-        return perplexity(llm, text, 256)["perplexity"], warned
+        return text_perplexity(llm, text, 256)["perplexity"], warned
 
     eight, not_warned = serve("large", kv_bits=8)
     four, warned = serve("large", kv_bits=4)

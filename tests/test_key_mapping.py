@@ -6,9 +6,9 @@ from plugin_units import qoq_config, tensor_parallel, vllm_config
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.model_executor.models.utils import WeightsMapper
 
-from vllm_qoq.format import FormatError
-from vllm_qoq.integration import models
-from vllm_qoq.integration.config import QoQConfig
+from vllm_qoq.errors import FormatError
+from vllm_qoq.serving.plugin import flex_models as models
+from vllm_qoq.serving.plugin.config import QoQConfig
 
 LLAMA = WeightsMapper(
     orig_to_new_stacked={".q_proj": (".qkv_proj", "q"), ".up_proj": (".gate_up_proj", 1)}

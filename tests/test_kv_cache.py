@@ -19,14 +19,14 @@ from vllm.platforms.interface import Platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-from vllm_qoq.errors import UserError
-from vllm_qoq.format import FormatError, KVSection, Section
-from vllm_qoq.integration.compat import backends_size_pages
-from vllm_qoq.integration.config import QoQConfig
-from vllm_qoq.integration.kv_backend import PREFERRED_BLOCK_SIZE, QuantizedKVBackend, head_pages
-from vllm_qoq.integration.kv_cpu import CPUKV4Backend, CPUKV8Backend
-from vllm_qoq.kv_config import KVCache
-from vllm_qoq.kv_layout import slot_bytes
+from vllm_qoq.checkpoint.format import KVSection, Section
+from vllm_qoq.checkpoint.kv_config import KVCache
+from vllm_qoq.errors import FormatError, UserError
+from vllm_qoq.numerics.kv_layout import slot_bytes
+from vllm_qoq.serving.kv.backend import PREFERRED_BLOCK_SIZE, QuantizedKVBackend, head_pages
+from vllm_qoq.serving.kv.cpu import CPUKV4Backend, CPUKV8Backend
+from vllm_qoq.serving.plugin.config import QoQConfig
+from vllm_qoq.serving.vllm_versions import backends_size_pages
 
 KV4 = {"bits": 4}
 RULED = {"bits": 4, "layers": [{"match": "model.layers.0.*", "bits": 16}], "hadamard": True}

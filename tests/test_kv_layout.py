@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kv_qserve import from_qserve, to_qserve
 
-from vllm_qoq import kv_layout
-from vllm_qoq.kv_layout import HEAD_SIZES, dequantize, max_error, quantize, slot_bytes
-from vllm_qoq.kv_qserve import from_qserve, to_qserve
+from vllm_qoq.numerics import kv_layout
+from vllm_qoq.numerics.kv_layout import HEAD_SIZES, dequantize, max_error, quantize, slot_bytes
 
 FP16_MAX = 65504.0
 FORMATS = pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_qoq import kv_layout, reference_attention
-from vllm_qoq.integration.kv_prefill import (
+from vllm_qoq.numerics import kv_layout, reference_attention
+from vllm_qoq.serving.kv.prefill import (
     attend_prefill,
     history_runs,
     plan_prefill,

@@ -3,11 +3,11 @@
 import pytest
 from engines import PROMPTS, engine, generate, largest_gap
 
-from vllm_qoq.integration.perplexity import perplexity
-from vllm_qoq.kv_layout import slot_bytes
+from vllm_qoq.bench.perplexity import text_perplexity
+from vllm_qoq.numerics.kv_layout import slot_bytes
 
 HEAD, KV_HEADS, LAYERS = 64, 2, 2  # tests/data/tiny-llama
-# vLLM's own attention rounds otherwise on a CPU (vllm_qoq/integration/perplexity.py), so quantized
+# vLLM's own attention rounds otherwise on a CPU (vllm_qoq/bench/text_perplexity.py), so quantized
 # history is compared with prompts in one piece, which see none, in our attention.
 # Prompts in pieces of 16 tokens, whose history is quantized, as generated tokens' history is.
 CHUNKED = {"max_num_batched_tokens": 16, "enable_chunked_prefill": True}
@@ -42,7 +42,7 @@ def capacity(llm):
 
 
 def measure(llm, text):
-    return perplexity(llm, text, 256)["perplexity"]
+    return text_perplexity(llm, text, 256)["perplexity"]
 
 
 @pytest.mark.parametrize(("bits", "at_least"), [(4, 3.5), (8, 1.85)])

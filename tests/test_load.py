@@ -16,19 +16,19 @@ from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context, set_forward_context
 from vllm.model_executor.models.utils import AutoWeightsLoader
 
-from vllm_qoq import w4a8_layout
-from vllm_qoq.format import FormatError
-from vllm_qoq.integration import load
-from vllm_qoq.integration.config import QoQConfig
-from vllm_qoq.integration.counters import CounterReader, counter_file
-from vllm_qoq.integration.load import LoadReader, LoadWriter, load_file
-from vllm_qoq.integration.metrics import RoutingStatLogger
-from vllm_qoq.integration.options import Options
-from vllm_qoq.integration.policy import routing_in_force
-from vllm_qoq.integration.step import current_step
-from vllm_qoq.integration.trace import Trace
-from vllm_qoq.reference import quantize_per_token
-from vllm_qoq.routing import Load, Phase, RoutingError, Step
+from vllm_qoq.errors import FormatError
+from vllm_qoq.numerics.reference import quantize_per_token
+from vllm_qoq.ops import w4a8_layout
+from vllm_qoq.routing.table import Load, Phase, RoutingError, Step
+from vllm_qoq.serving.plugin.config import QoQConfig
+from vllm_qoq.serving.plugin.options import Options
+from vllm_qoq.serving.routing.policy import routing_in_force
+from vllm_qoq.serving.routing.step import current_step
+from vllm_qoq.serving.signals import queue as load
+from vllm_qoq.serving.signals.counters import CounterReader, counter_file
+from vllm_qoq.serving.signals.metrics import RoutingStatLogger
+from vllm_qoq.serving.signals.queue import LoadReader, LoadWriter, load_file
+from vllm_qoq.serving.signals.trace import Trace
 
 NONE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.FULL_AND_PIECEWISE
 THRESHOLDS = {"enter": 4, "leave": 1}

@@ -9,7 +9,7 @@ from plugin_units import qoq_config, tensor_parallel, vllm_config
 from safetensors.torch import load_file, save_file
 from test_loading import Block, load, stored
 
-from vllm_qoq.format import FormatError
+from vllm_qoq.errors import FormatError
 
 NAN, INFINITY = float("nan"), float("inf")
 

@@ -14,8 +14,8 @@ from engines import PROMPTS, engine, generate
 from test_server import Server
 
 import vllm_qoq
-from vllm_qoq.integration.metrics import RoutingStatLogger
-from vllm_qoq.integration.perplexity import perplexity
+from vllm_qoq.bench.perplexity import text_perplexity
+from vllm_qoq.serving.signals.metrics import RoutingStatLogger
 
 ENTER, LEAVE = 3, 0
 
@@ -138,7 +138,15 @@ def test_offline_engines_are_refused_with_the_remedy(with_load_dir):
 def test_the_perplexity_command_measures_a_calm_engine(with_load_dir, nested_dir, heldout_text):
     text = with_load_dir / "text.txt"
     text.write_text(heldout_text.read_text()[:4000])
-    command = [sys.executable, "-m", "vllm_qoq.cli", "perplexity", with_load_dir, "--text", text]
+    command = [
+        sys.executable,
+        "-m",
+        "vllm_qoq.cli.main",
+        "perplexity",
+        with_load_dir,
+        "--text",
+        text,
+    ]
     done = subprocess.run(
         [*map(str, command), "--seqlen", "128", "--enforce-eager", "--json"],
         capture_output=True,
@@ -148,7 +156,9 @@ def test_the_perplexity_command_measures_a_calm_engine(with_load_dir, nested_dir
     )
     assert done.returncode == 0, done.stderr[-3000:]
     calm, busy = (
-        perplexity(engine(nested_dir, {"force_set": name}), text.read_text(), 128)["perplexity"]
+        text_perplexity(engine(nested_dir, {"force_set": name}), text.read_text(), 128)[
+            "perplexity"
+        ]
         for name in ("w8a8", "w4a8")
     )
     assert json.loads(done.stdout)["perplexity"] == pytest.approx(calm, rel=1e-4)

@@ -29,8 +29,8 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
-from vllm_qoq.format import FormatError
-from vllm_qoq.routing import RoutingError
+from vllm_qoq.errors import FormatError
+from vllm_qoq.routing.table import RoutingError
 
 SETS = {"w8a8": 8, "w4a16": 4}
 BF16 = {"params_dtype": torch.bfloat16}

@@ -14,8 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from merge_tools import writer
 from merge_tools.__main__ import main
+from vllm_qoq.checkpoint import writer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -266,7 +266,7 @@ def test_a_stopped_merge_leaves_no_output_and_the_next_one_clears_up(monkeypatch
     assert leftovers(pair) == ["out"]
 
 
-@pytest.mark.parametrize("module", ["merge_tools", "vllm_qoq.cli"])
+@pytest.mark.parametrize("module", ["merge_tools", "vllm_qoq.cli.main"])
 def test_help_imports_neither_torch_nor_vllm(module):
     code = (
         "import sys, runpy\n"

@@ -8,7 +8,7 @@ from rtn_checkpoints import awq, edit, gptq, read, w8a8
 from safetensors.torch import load_file
 
 from merge_tools.__main__ import main
-from merge_tools.methods import METHODS, Unit, parse
+from vllm_qoq.checkpoint.methods import METHODS, Unit, parse
 
 DOWN, ATTENTION_OUT = "layers.0.mlp.down_proj", "layers.1.self_attn.o_proj"
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -280,15 +280,15 @@ def test_every_method_is_one_that_vllm_has():
     """By its name or by the method that takes its checkpoints."""
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 
-    from vllm_qoq.integration.set_config import _OURS, _overridden
+    from vllm_qoq.serving.methods.set_config import _OURS, _overridden
 
     for name in METHODS.keys() - _OURS.keys():
         assert name in QUANTIZATION_METHODS or _overridden({"quant_method": name}), name
 
 
 def test_vllms_refusal_names_the_set(tiny_model):
-    from vllm_qoq.format import FormatError
-    from vllm_qoq.integration.set_config import set_config
+    from vllm_qoq.errors import FormatError
+    from vllm_qoq.serving.methods.set_config import set_config
 
     config = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": False}
     with pytest.raises(FormatError, match=r"sets\.w4: vLLM does not serve this gptq config"):

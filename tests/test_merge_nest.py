@@ -9,13 +9,13 @@ import torch
 from qoq_checkpoints import write_plain
 from safetensors.torch import load_file, save_file
 
-from merge_tools import verify
 from merge_tools.__main__ import main
-from merge_tools.progress import Progress
-from vllm_qoq.checkpoint import Checkpoint
-from vllm_qoq.packing import unpack_nibbles
-from vllm_qoq.quantize.sets import SetKind
-from vllm_qoq.reference import dequantize, nested_int8
+from vllm_qoq.checkpoint import verify
+from vllm_qoq.checkpoint.folder import Checkpoint
+from vllm_qoq.numerics.packing import unpack_nibbles
+from vllm_qoq.numerics.reference import dequantize, nested_int8
+from vllm_qoq.progress import Progress
+from vllm_qoq.quantizer.sets import SetKind
 
 UP = "model.layers.0.mlp.up_proj"
 

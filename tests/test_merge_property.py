@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from qoq_checkpoints import PER_CHANNEL, round_to_nearest
 from safetensors.torch import save_file
 
-from merge_tools import verify
 from merge_tools.__main__ import main
-from merge_tools.expected import EMBEDDING, HEAD, expected_tensors
-from merge_tools.progress import Progress
-from vllm_qoq.quantize.sets import SetKind
+from vllm_qoq.checkpoint import verify
+from vllm_qoq.models.tensors import EMBEDDING, HEAD, expected_tensors
+from vllm_qoq.progress import Progress
+from vllm_qoq.quantizer.sets import SetKind
 
 CONFIG = {
     **{"vocab_size": 24, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2},

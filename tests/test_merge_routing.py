@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from merge_tools.spelling import kebab_case
-from vllm_qoq.cli import main
+from vllm_qoq.cli.main import main
+from vllm_qoq.cli.parser import kebab_case
 
 TABLE = {
     "prefill": "w8a8",

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from merge_tools.__main__ import main
-from merge_tools.layout import Layout
-from merge_tools.tensor_parallel import obstacles
+from vllm_qoq.checkpoint.layout import Layout
+from vllm_qoq.checkpoint.tensor_parallel import obstacles
 
 LLAMA = {"num_attention_heads": 32, "num_key_value_heads": 8}
 

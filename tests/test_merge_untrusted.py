@@ -13,8 +13,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from merge_tools.__main__ import main
-from vllm_qoq.checkpoint import INDEX
-from vllm_qoq.format import split_layer
+from vllm_qoq.checkpoint.folder import INDEX
+from vllm_qoq.checkpoint.format import split_layer
 
 SHARD = "model.safetensors"
 HANGING_SECONDS = 15.0

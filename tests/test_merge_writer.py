@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from merge_tools import writer
-from merge_tools.writer import sync_folder, write_bytes, write_json, write_shard
-from vllm_qoq.checkpoint import ITEM_BYTES, TensorInfo
+from vllm_qoq.checkpoint import writer
+from vllm_qoq.checkpoint.folder import ITEM_BYTES, TensorInfo
+from vllm_qoq.checkpoint.writer import sync_folder, write_bytes, write_json, write_shard
 
 TORCH_DTYPES = {
     **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"},

@@ -11,17 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from merge_tools import inspect, verify
-from merge_tools.progress import Progress
-from vllm_qoq import cli
-from vllm_qoq.checkpoint import Checkpoint
-from vllm_qoq.packing import unpack_nibbles
-from vllm_qoq.quantize import QuantizeError, gptq
-from vllm_qoq.quantize.job import run
-from vllm_qoq.quantize.options import Options
-from vllm_qoq.quantize.plan import Job
-from vllm_qoq.quantize.report import refuse_clipped, table
-from vllm_qoq.quantize.sets import SetKind, dequantize
+from vllm_qoq.checkpoint import inspect, verify
+from vllm_qoq.checkpoint.folder import Checkpoint
+from vllm_qoq.cli import main as cli
+from vllm_qoq.numerics.packing import unpack_nibbles
+from vllm_qoq.progress import Progress
+from vllm_qoq.quantizer import QuantizeError, gptq
+from vllm_qoq.quantizer.job import run
+from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.plan import Job
+from vllm_qoq.quantizer.report import refuse_clipped, table
+from vllm_qoq.quantizer.sets import SetKind, dequantize
 
 W4, NESTED, W8 = SetKind("w4a8", 128), SetKind("w8a8", 128, "w4a8"), SetKind("w8a8", 128)
 FEW = {"samples": 4, "seqlen": 64, "kv_bits": 16}

@@ -13,10 +13,10 @@ from vllm import SamplingParams
 from vllm.model_executor.models.utils import AutoWeightsLoader
 
 import vllm_qoq
-from vllm_qoq import reference
-from vllm_qoq.format import FormatError
-from vllm_qoq.integration.perplexity import perplexity
-from vllm_qoq.packing import pack_nibbles, unpack_nibbles
+from vllm_qoq.bench.perplexity import text_perplexity
+from vllm_qoq.errors import FormatError
+from vllm_qoq.numerics import reference
+from vllm_qoq.numerics.packing import pack_nibbles, unpack_nibbles
 
 BOTH = {"prefill": "w8a8", "decode": [{"set": "w4a8"}]}
 
@@ -173,7 +173,7 @@ def test_phases_use_their_planes(nested_dir, w4a8_dir):
 def test_eight_bits_lose_less_than_four(nested_dir, tiny_model, heldout_text):
     text = heldout_text.read_text()[:8000]
     plain, eight, four = (
-        perplexity(llm, text, 256)["perplexity"]
+        text_perplexity(llm, text, 256)["perplexity"]
         for llm in (
             engine(tiny_model),
             engine(nested_dir, {"force_set": "w8a8"}),

@@ -10,12 +10,14 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from vllm_qoq import ops, reference, w4a8_layout
-from vllm_qoq.packing import pack_nibbles, unpack_nibbles
+from vllm_qoq import ops
+from vllm_qoq.numerics import GROUP_SIZE, reference
+from vllm_qoq.numerics.packing import pack_nibbles, unpack_nibbles
+from vllm_qoq.ops import w4a8_layout
 
 settings.register_profile("tensors", deadline=None, max_examples=60)
 settings.load_profile("tensors")
-GROUP = reference.GROUP_SIZE
+GROUP = GROUP_SIZE
 LIMITS = st.sampled_from([-128, -127, -1, 0, 1, 127])
 
 

@@ -32,10 +32,11 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 import vllm_qoq
 from merge_tools.__main__ import main as merge_tools_main
-from vllm_qoq import ops, reference
-from vllm_qoq.format import FormatError
-from vllm_qoq.integration.perplexity import perplexity
-from vllm_qoq.integration.qoq_linear import QoQLinearConfig
+from vllm_qoq import ops
+from vllm_qoq.bench.perplexity import text_perplexity
+from vllm_qoq.errors import FormatError
+from vllm_qoq.numerics import reference
+from vllm_qoq.serving.methods.qoq_linear import QoQLinearConfig
 
 FORCED = {"prefill": "w4a8", "decode": "w4a8"}
 GROUPS = pytest.mark.parametrize("group_size", [GROUP, PER_CHANNEL], ids=["g128", "per-channel"])
@@ -380,7 +381,7 @@ def test_perplexity_is_that_of_the_dequantized_weights(
     text = heldout_text.read_text()[:20_000]
     dequantized = write_dequantized(tiny_model, tmp_path / "dequantized")
     base, rounded, w4a8, compiled = (
-        perplexity(engine(folder, **options), text, 256)["perplexity"]
+        text_perplexity(engine(folder, **options), text, 256)["perplexity"]
         for folder, options in (
             (tiny_model, {}),
             (dequantized, {}),

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from test_quantize_transforms import Model
 from transformers import AutoModelForCausalLM
 
-from merge_tools import verify
-from merge_tools.progress import Progress
-from vllm_qoq.quantize import QuantizeError, evaluate, gptq, job, strength
-from vllm_qoq.quantize.options import Options
-from vllm_qoq.quantize.plan import Job
-from vllm_qoq.quantize.sets import SetKind, dequantize
+from vllm_qoq.checkpoint import verify
+from vllm_qoq.progress import Progress
+from vllm_qoq.quantizer import QuantizeError, evaluate, gptq, job, strength
+from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.plan import Job
+from vllm_qoq.quantizer.sets import SetKind, dequantize
 
 HEADS, SIZE, TOKENS = 3, 32, 64
 Q, K, V, OUT, GATE, UP, DOWN = (

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_qoq import reference
-from vllm_qoq.quantize import QuantizeError, gptq
-from vllm_qoq.quantize.grid import PROTECTED
-from vllm_qoq.quantize.sets import SetKind, dequantize
+from vllm_qoq.numerics import reference
+from vllm_qoq.quantizer import QuantizeError, gptq
+from vllm_qoq.quantizer.grid import PROTECTED
+from vllm_qoq.quantizer.sets import SetKind, dequantize
 
 KINDS = [SetKind("w4a8", 128), SetKind("w4a8", -1), SetKind("w4a16", 128), SetKind("w8a8", 128)]
 KINDS += [SetKind("w4a16", -1)]

@@ -16,11 +16,11 @@ from engines import engine, generate
 from safetensors import safe_open
 
 import vllm_qoq
-from merge_tools import ours, verify
-from merge_tools.progress import Progress
-from vllm_qoq import cli
-from vllm_qoq.checkpoint import Checkpoint
-from vllm_qoq.integration.perplexity import perplexity
+from vllm_qoq.bench.perplexity import text_perplexity
+from vllm_qoq.checkpoint import ours, verify
+from vllm_qoq.checkpoint.folder import Checkpoint
+from vllm_qoq.cli import main as cli
+from vllm_qoq.progress import Progress
 
 TEXT = DATA / "calibration.txt"
 SETS = ("w8a8", "w4a16", "w4a8")
@@ -53,7 +53,7 @@ def quantized(tiny_model, tmp_path_factory):
     short = folder / "heldout.txt"
     short.write_text((DATA / "heldout.txt").read_text()[:20_000])
     out = folder / "checkpoint"
-    command = [sys.executable, "-m", "vllm_qoq.cli", "quantize", tiny_model, "-o", out]
+    command = [sys.executable, "-m", "vllm_qoq.cli.main", "quantize", tiny_model, "-o", out]
     command += ["--text", TEXT, "--sets", ",".join(SETS), "--samples", 32, "--seqlen", 256]
     command += ["--eval-text", short, "--sanity-check", "--json"]
     done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -114,7 +114,7 @@ def test_vllm_computes_what_the_report_says(quantized, name, loss):
     # matrix products drop the last 16 bits there, which makes everything 0.3 % smaller. To fp16
     # they round.
     llm = engine(out, {"force_set": name}, dtype="float16")
-    served = perplexity(llm, text.read_text(), 256)["perplexity"]
+    served = text_perplexity(llm, text.read_text(), 256)["perplexity"]
     # Four standard errors: int8 inputs that round differently change a token's loss by 0.065,
     # and the text has 8670 tokens.
     assert served == pytest.approx(after["kv16"], rel=0.003)
@@ -134,7 +134,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tiny_model, tmp_path, qua
     code, out, err = quantize(tiny_model, tmp_path / "whole", *FEW)
     assert code == 0 and "wrote" in out, err
     again, work = tmp_path / "killed", tmp_path / "killed.work"
-    command = [sys.executable, "-m", "vllm_qoq.cli", "quantize", tiny_model, "-o", again]
+    command = [sys.executable, "-m", "vllm_qoq.cli.main", "quantize", tiny_model, "-o", again]
     command += ["--text", TEXT, *FEW]
     process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + KILL_SECONDS

@@ -11,10 +11,10 @@ import torch
 from conftest import DATA
 from safetensors.torch import load_file, save_file
 
-from vllm_qoq.quantize import QuantizeError, gptq, job, size
-from vllm_qoq.quantize.options import Options
-from vllm_qoq.quantize.plan import Job
-from vllm_qoq.quantize.sets import SetKind
+from vllm_qoq.quantizer import QuantizeError, gptq, job, size
+from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.plan import Job
+from vllm_qoq.quantizer.sets import SetKind
 
 KINDS = [
     SetKind("w8a8", 128),

@@ -13,11 +13,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from vllm_qoq.quantize import QuantizeError, rotate, smooth
-from vllm_qoq.quantize.architectures import Shape, architecture, blocks
-from vllm_qoq.quantize.evaluate import round_cache
-from vllm_qoq.quantize.observe import Observer
-from vllm_qoq.quantize.strength import pairs, with_rope
+from vllm_qoq.quantizer import QuantizeError, rotate, smooth
+from vllm_qoq.quantizer.evaluate import round_cache
+from vllm_qoq.quantizer.model import Dimensions, blocks, layer_names
+from vllm_qoq.quantizer.observe import Observer
+from vllm_qoq.quantizer.strength import pairs, with_rope
 
 SIZES = {
     "hidden_size": 96,  # a Hadamard matrix that is no power of two
@@ -55,7 +55,7 @@ class Model:
                 if tensor.ndim == 1:  # norms and biases, which are born as ones and zeros
                     tensor.add_(torch.randn_like(tensor) * 0.3)
         content = config.to_dict() | {"model_type": config.model_type}
-        self.arch, self.shape = architecture(content), Shape.of(content)
+        self.arch, self.shape = layer_names(content), Dimensions.of(content)
         rotate.untie(self.model, self.arch)
 
     @torch.no_grad()
@@ -223,4 +223,4 @@ def test_a_size_without_a_hadamard_matrix_is_refused():
 )
 def test_an_unknown_architecture_is_refused_by_name(config, message):
     with pytest.raises(QuantizeError, match=message):
-        architecture(config)
+        layer_names(config)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vllm_qoq.quantize import QuantizeError, workdir
-from vllm_qoq.quantize.workdir import WorkDir
+from vllm_qoq.quantizer import QuantizeError, workdir
+from vllm_qoq.quantizer.workdir import WorkDir
 
 RUN = {"text": "a", "sets": ("w8a8",), "samples": 4}
 PIECE = {"x": torch.arange(6.0), "y": torch.ones(2, 3, dtype=torch.bfloat16)}

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from vllm_qoq import kv_layout, reference_attention
-from vllm_qoq.kv_layout import dequantize, quantize
-from vllm_qoq.reference_attention import attention, hadamard, update
+from vllm_qoq.numerics import kv_layout, reference_attention
+from vllm_qoq.numerics.kv_layout import dequantize, quantize
+from vllm_qoq.numerics.reference_attention import attention, hadamard, update
 
 BLOCK = 16
 # (tokens in the cache, new tokens): decode, a whole prompt, chunks, at and across blocks' ends

@@ -14,8 +14,8 @@ from vllm.model_executor.layers.quantization import get_quantization_config
 import vllm_qoq
 from vllm_qoq import environment
 from vllm_qoq.errors import EngineError
-from vllm_qoq.integration.config import QoQConfig
-from vllm_qoq.integration.register import _is_served
+from vllm_qoq.serving.plugin.config import QoQConfig
+from vllm_qoq.serving.plugin.register import _is_served
 
 SCRIPT = Path(__file__).with_name("unknown_vllm.py")
 # Without these there is nothing to register with.
@@ -42,7 +42,7 @@ def test_registering_brings_names_and_nothing_else(seen):
         "modules": [
             "vllm_qoq",
             *(f"vllm_qoq.{name}" for name in ("environment", "errors", "format", "integration")),
-            *(f"vllm_qoq.integration.{name}" for name in ("models", "register")),
+            *(f"vllm_qoq.serving.{name}" for name in ("models", "register")),
             *(f"vllm_qoq.{name}" for name in ("kv_config", "routing")),
         ],
         "finders": 0,
@@ -70,7 +70,7 @@ def test_whatever_registering_raises_is_one_line_and_no_error(monkeypatch, vllm_
     def fail():
         raise RuntimeError("something\nof several lines")
 
-    monkeypatch.setattr("vllm_qoq.integration.register.register_with_vllm", fail)
+    monkeypatch.setattr("vllm_qoq.serving.plugin.register.register_with_vllm", fail)
     monkeypatch.setattr(vllm_qoq, "_is_registered", False)
     vllm_qoq.register()
     vllm_qoq.register()

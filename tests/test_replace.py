@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from merge_tools import MergeError, ours, replace
-from merge_tools.preflight import check_output
-from merge_tools.replace import LOCK, partial_of, replaced_of, replacing
+from vllm_qoq.checkpoint import ours, replace
+from vllm_qoq.checkpoint.output import check_output
+from vllm_qoq.checkpoint.replace import LOCK, OutputError, partial_of, replaced_of, replacing
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTION = {"quant_method": "qoq", "sets": {"w8a8": {}}}
@@ -69,7 +69,7 @@ def test_what_was_copied_from_a_model_goes_with_it(tmp_path):
         (out / file).touch()
     index = ours.index({}, 0, files)
     assert index["metadata"][ours.COPIED] == ["configuration.json", "figures"]
-    with pytest.raises(MergeError, match=r"holds configuration\.json"):
+    with pytest.raises(OutputError, match=r"holds configuration\.json"):
         check_output(out, [], overwrite=True)
     (out / "model.safetensors.index.json").write_text(json.dumps(index))
     check_output(out, [], overwrite=True)
@@ -140,7 +140,7 @@ def test_what_is_not_ours_is_refused_by_name_and_stays(tmp_path, make):
     out = tmp_path / "out"
     make(out)
     before = sorted(map(str, tmp_path.rglob("*")))
-    with pytest.raises(MergeError, match="out"):
+    with pytest.raises(OutputError, match="out"):
         check_output(out, [], overwrite=True)
     assert sorted(map(str, tmp_path.rglob("*"))) == before
 
@@ -150,13 +150,13 @@ def test_the_current_folder_its_parents_and_the_root_are_refused(tmp_path, monke
     here.mkdir()
     monkeypatch.chdir(here)
     for out in (".", "", "..", "../../out", "/", "../assets"):
-        with pytest.raises(MergeError, match="current folder"):
+        with pytest.raises(OutputError, match="current folder"):
             check_output(Path(out), [], overwrite=True)
 
 
 @pytest.mark.parametrize("name", ["x" * 250, "ü" * 125, "\udcff"])
 def test_names_that_cannot_be_written_are_refused(tmp_path, name):
-    with pytest.raises(MergeError):
+    with pytest.raises(OutputError):
         check_output(tmp_path / name, [], overwrite=False)
 
 
@@ -164,14 +164,14 @@ def test_inputs_and_what_is_around_them_are_refused(tmp_path):
     model = checkpoint(tmp_path / "model")
     (tmp_path / "link").symlink_to(model)
     for out in (model, model / "out", tmp_path, tmp_path / "link", tmp_path / "link" / "out"):
-        with pytest.raises(MergeError, match=r"overlaps|link"):
+        with pytest.raises(OutputError, match=r"overlaps|link"):
             check_output(out, [model], overwrite=True)
 
 
 def test_what_appears_in_the_old_one_meanwhile_is_kept(tmp_path):
     out = checkpoint(tmp_path / "out")
     with (
-        pytest.raises(MergeError, match=r"thesis\.txt"),
+        pytest.raises(OutputError, match=r"thesis\.txt"),
         replacing(out, True, ours.foreign) as folder,
     ):
         (folder / "README.md").write_text("new")
@@ -263,7 +263,7 @@ def test_after_a_kill_the_next_run_brings_the_old_one_back_and_clears_up(
     assert run(point, signal.SIGKILL, out).returncode == -signal.SIGKILL
     assert partial_of(out).exists()
     assert out.exists() is (point != "rename 2")
-    with pytest.raises(MergeError, match="exists already"):
+    with pytest.raises(OutputError, match="exists already"):
         check_output(out, [], overwrite=False)
     assert text(out) == "old"
     assert ("is back" in capsys.readouterr().err) is (point == "rename 2")
@@ -296,7 +296,7 @@ def test_what_a_living_run_writes_is_left_alone(tmp_path):
     with replacing(out, False, ours.foreign) as folder:
         # As from another container: nothing but the lock tells.
         for refused in (lambda: check_output(out, [], True), lambda: write(out)):
-            with pytest.raises(MergeError, match="another run is writing"):
+            with pytest.raises(OutputError, match="another run is writing"):
                 refused()
         (folder / "README.md").write_text("first")
     assert text(out) == "first" and list(tmp_path.iterdir()) == [out]
@@ -308,7 +308,7 @@ def test_a_folder_of_somebodys_in_the_way_is_refused(tmp_path, of):
     photos(of(out))
     if of is replaced_of:
         checkpoint(out)
-    with pytest.raises(MergeError, match="in the way, and not ours"):
+    with pytest.raises(OutputError, match="in the way, and not ours"):
         write(out)
     assert (of(out) / "photo.jpg").exists()
 
@@ -319,7 +319,7 @@ def test_an_unlocked_partial_folder_with_our_file_is_a_leftover(tmp_path):
     (left / LOCK).touch()
     with open(left / LOCK, "r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(MergeError, match="another run"):
+        with pytest.raises(OutputError, match="another run"):
             write(tmp_path / "out")
     write(tmp_path / "out")
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_qoq.routing import LayerRoute, Phase, Routing, RoutingError, Step, parse_decode
+from vllm_qoq.routing.table import LayerRoute, Phase, Routing, RoutingError, Step, parse_decode
 
 SETS = ("w8a8", "w4a16", "w4a8")
 TABLE = {

@@ -9,7 +9,7 @@ from engine_process import run_engines
 from engines import PROMPTS, engine, generate, largest_gap
 
 import vllm_qoq
-from vllm_qoq.integration.perplexity import perplexity
+from vllm_qoq.bench.perplexity import text_perplexity
 
 # Where a set carries an input_ratio, its input is rounded to bf16 once more.
 BF16_ROUNDING = 0.15
@@ -150,12 +150,12 @@ def test_explicit_flexquant_class_equals_the_hook(merged_dir):
 
 @pytest.fixture(scope="module")
 def measured(heldout_text):
-    """A function that measures the perplexity of a checkpoint, of one set where it is named."""
+    """A function that measures the text_perplexity of a checkpoint, of one set where it is named."""
     text = heldout_text.read_text()[:20_000]
 
     def measure(checkpoint, force_set=None):
         qoq = {"force_set": force_set} if force_set else None
-        return perplexity(engine(checkpoint, qoq), text, 256)["perplexity"]
+        return text_perplexity(engine(checkpoint, qoq), text, 256)["perplexity"]
 
     return measure
 

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from test_import import CONFIG, g128
 from test_import import model as qserve_model
 
-from vllm_qoq import cli
-from vllm_qoq.quantize.options import Options
-from vllm_qoq.quantize.plan import Job, make_plan
+from vllm_qoq.cli import main as cli
+from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.plan import Job, make_plan
 
 TINY = DATA / "tiny-llama"
 

@@ -7,9 +7,9 @@ from plugin_units import qoq_config, tensor_parallel, vllm_config
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context, set_forward_context
 
-from vllm_qoq.integration.counters import CounterReader, counter_file
-from vllm_qoq.integration.step import current_step
-from vllm_qoq.routing import Phase
+from vllm_qoq.routing.table import Phase
+from vllm_qoq.serving.routing.step import current_step
+from vllm_qoq.serving.signals.counters import CounterReader, counter_file
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 DEFAULT, DECODE_ONLY = CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.FULL_DECODE_ONLY

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from vllm_qoq.integration.trace import Trace
-from vllm_qoq.routing import RoutingError
+from vllm_qoq.routing.table import RoutingError
+from vllm_qoq.serving.signals.trace import Trace
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "pipe", "nul"])

@@ -16,26 +16,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plugin_units import scheme
 
-from merge_tools import writer
-from vllm_qoq import cli
-from vllm_qoq.bench import command
-from vllm_qoq.format import Section
-from vllm_qoq.routing import Phase, Routing, Step
-from vllm_qoq.tune import TuneError, device, memory
-from vllm_qoq.tune.accuracy import Bits, accuracy_order, bits
-from vllm_qoq.tune.choose import choose, fastest
-from vllm_qoq.tune.engine import Layers
-from vllm_qoq.tune.measure import check, checked_batches, measure
-from vllm_qoq.tune.measurements import (
+from vllm_qoq.checkpoint import writer
+from vllm_qoq.checkpoint.format import Section
+from vllm_qoq.cli import main as cli
+from vllm_qoq.cli import measurement as command
+from vllm_qoq.measuring.host import host_seconds
+from vllm_qoq.routing.table import Phase, Routing, Step
+from vllm_qoq.tuner import TuneError, device, memory
+from vllm_qoq.tuner.accuracy import Bits, accuracy_order, bits
+from vllm_qoq.tuner.choose import choose, fastest
+from vllm_qoq.tuner.engine import LayerGroup
+from vllm_qoq.tuner.measure import check, checked_batches, measure
+from vllm_qoq.tuner.measurements import (
     PREFILL_TOKENS,
     Estimates,
     Key,
     Measurements,
     decode_batches,
 )
-from vllm_qoq.tune.preferences import SLOWER
-from vllm_qoq.tune.report import crossings
-from vllm_qoq.tune.timing import host_seconds
+from vllm_qoq.tuner.preferences import SLOWER
+from vllm_qoq.tuner.report import crossings
 
 QOQ = {"quant_method": "qoq_linear", "group_size": 128}
 SETS = {"w4a8": QOQ, "w8a8": scheme(8), "w4a16": scheme(4)}
@@ -216,7 +216,7 @@ class MadeUp:
         self.calls, self.steps, self.stop_at = [], steps or {}, stop_at
 
     def layers(self):
-        return [Layers("m.0.qkv_proj", 96, 64, 2), Layers("m.0.down_proj", 64, 128, 2)]
+        return [LayerGroup("m.0.qkv_proj", 96, 64, 2), LayerGroup("m.0.down_proj", 64, 128, 2)]
 
     def linear_seconds(self, layers, set_name, tokens):
         self.calls.append((layers.name, set_name, tokens))
@@ -289,7 +289,7 @@ def test_a_cpu_writes_its_routing_only_when_asked():
 def test_the_cpu_timer_calls_all_in_turn_and_takes_the_median(monkeypatch):
     order, clock = [], iter([0, 4, 10, 12, 20, 22])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    monkeypatch.setattr("vllm_qoq.tune.timing._LONG_SECONDS", 100)
+    monkeypatch.setattr("vllm_qoq.measuring.host._LONG_SECONDS", 100)
     assert host_seconds([lambda: order.append("a"), lambda: order.append("b")]) == 1
     assert order == ["a", *"ab" * 3]
 
@@ -681,7 +681,7 @@ def test_a_missing_folder_or_package_is_named(run, tmp_path, monkeypatch, checkp
 
 def test_sets_that_this_gpu_cannot_run_are_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("vllm_qoq.ops.has_kernels", lambda device_type: False)
+    monkeypatch.setattr("vllm_qoq.ops.linear.has_kernels", lambda device_type: False)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
     with pytest.raises(TuneError, match=r"set 'w4a8' .*no CUDA kernels.*VLLM_QOQ_CUDA=1 pip"):
         device.check({"w8a8": "compressed-tensors", "w4a8": "qoq_linear"})
@@ -694,8 +694,8 @@ def test_sets_that_this_gpu_cannot_run_are_refused(monkeypatch):
 def test_a_model_without_routed_layers_is_refused():
     from torch import nn
 
-    from vllm_qoq.format import FormatError
-    from vllm_qoq.integration.tune import TuneEngine
+    from vllm_qoq.errors import FormatError
+    from vllm_qoq.tuner.vllm_engine import TuneEngine
 
     with pytest.raises(FormatError, match="no linear layer is quantized"):
         TuneEngine(mock.Mock(), nn.Linear(2, 2))
@@ -703,7 +703,7 @@ def test_a_model_without_routed_layers_is_refused():
 
 @pytest.mark.parametrize("sets", [("a", "b"), ("a", "b", "c", "d")])
 def test_the_engine_loads_every_set(sets):
-    from vllm_qoq.integration.tune import _reaching
+    from vllm_qoq.tuner.vllm_engine import _reaching
 
     routing = Routing.parse(_reaching(sets), sets)
     assert routing.route([]).reachable(len(sets)) == set(sets)
@@ -734,7 +734,7 @@ def test_a_checkpoint_is_tuned_in_vllm_and_serves_with_the_routing(
         return opened[0]
 
     monkeypatch.setattr(cli, "_open_tune_engine", keep)
-    monkeypatch.setattr("vllm_qoq.tune.job.PREFILL_TOKENS", (512,))
+    monkeypatch.setattr("vllm_qoq.tuner.job.PREFILL_TOKENS", (512,))
     monkeypatch.setattr(command, "stdout_for", lambda file: contextlib.nullcontext(sys.stdout))
     arguments = ["tune", str(folder), "--max-batch", "4", "--json", "--on-cpu"]
     monkeypatch.setattr(sys, "argv", ["vllm-qoq", *arguments])

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vllm_qoq.format import Section
-from vllm_qoq.routing import LayerRule, Phase, Routing, Step
-from vllm_qoq.tune import TuneError, keep
+from vllm_qoq.checkpoint.format import Section
+from vllm_qoq.routing.table import LayerRule, Phase, Routing, Step
+from vllm_qoq.tuner import TuneError, keep
 
 ORDER = ("w8a8", "w4a8")
 SECTION = Section.parse(

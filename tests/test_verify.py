@@ -9,10 +9,10 @@ import torch
 from qoq_checkpoints import PER_CHANNEL, write_checkpoint, write_nested, write_plain
 from safetensors.torch import load_file, save_file
 
-from merge_tools import inspect, verify
 from merge_tools.__main__ import main
-from merge_tools.progress import Progress
-from vllm_qoq.checkpoint import INDEX
+from vllm_qoq.checkpoint import inspect, verify
+from vllm_qoq.checkpoint.folder import INDEX
+from vllm_qoq.progress import Progress
 
 UP, K = "model.layers.1.mlp.up_proj", "model.layers.0.self_attn.k_proj"
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"

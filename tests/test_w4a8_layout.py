@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from vllm_qoq import ops, reference, w4a8_layout
-from vllm_qoq.packing import pack_nibbles
+from vllm_qoq.numerics import reference
+from vllm_qoq.numerics.packing import pack_nibbles
+from vllm_qoq.ops import linear_ops, w4a8_layout
 
 
 def layer(n, k, grouped, seed=0):
@@ -58,15 +59,17 @@ def test_every_thread_finds_its_fragment():
 def test_the_cpu_op_reads_packed_weights(grouped):
     n, k, m = 72, 256, 3
     stored = layer(n, k, grouped)
-    x, x_scale, x_row_sum = ops.quantize_per_token(torch.randn(m, k))
+    x, x_scale, x_row_sum = linear_ops.quantize_per_token(torch.randn(m, k))
     scale, zero = torch.rand(n) + 0.5, None if grouped else torch.randn(n)
     common = (x, x_scale, x_row_sum)
-    expected = ops.w4a8_gemm(*common, stored[0], scale, zero, *stored[1:], None, torch.bfloat16)
+    expected = linear_ops.w4a8_gemm(
+        *common, stored[0], scale, zero, *stored[1:], None, torch.bfloat16
+    )
     packed = w4a8_layout.pack(*stored)
     got = torch.ops.qoq.w4a8_gemm(*common, packed, scale, zero, None, None, None, torch.bfloat16)
     assert torch.equal(got, expected)
     with pytest.raises(ValueError, match="packed weight has its groups"):
-        ops.w4a8_gemm(*common, packed, scale, zero, stored[0], None, None, torch.bfloat16)
+        linear_ops.w4a8_gemm(*common, packed, scale, zero, stored[0], None, None, torch.bfloat16)
 
 
 def test_pack_refuses_an_odd_k():

@@ -2,17 +2,43 @@
 
 Importing this package touches neither torch nor vLLM. vLLM calls `register`
 through the entry point `vllm.general_plugins` in every process that it starts.
+
+Each command is a function of this package, imported when it is asked for: `quantize`, `merge`,
+`import_checkpoint`, `inspect`, `verify`, `tune` and `perplexity`. They return what they found, and
+raise `UserError` with what is wrong and what to do.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from vllm_qoq.errors import UserError as UserError
 
 if TYPE_CHECKING:
     from vllm import LLM
 
+    from merge_tools.job import merge as merge
+    from vllm_qoq.bench.perplexity import perplexity as perplexity
+    from vllm_qoq.checkpoint.inspect import inspect as inspect
+    from vllm_qoq.checkpoint.verify import verify as verify
+    from vllm_qoq.importer.job import import_checkpoint as import_checkpoint
+    from vllm_qoq.quantizer.job import quantize as quantize
+    from vllm_qoq.tuner.job import tune as tune
+
 __version__ = "0.1.0"
+
+_COMMANDS = {
+    "quantize": "vllm_qoq.quantizer.job",
+    "merge": "merge_tools.job",
+    "import_checkpoint": "vllm_qoq.importer.job",
+    "inspect": "vllm_qoq.checkpoint.inspect",
+    "verify": "vllm_qoq.checkpoint.verify",
+    "tune": "vllm_qoq.tuner.job",
+    "perplexity": "vllm_qoq.bench.perplexity",
+}
+__all__ = ["UserError", "register", "step_counts", *_COMMANDS]
 
 _is_registered = False
 
@@ -29,7 +55,7 @@ def register() -> None:
         return
     _is_registered = True
     try:
-        from vllm_qoq.integration.register import register_with_vllm
+        from vllm_qoq.serving.plugin.register import register_with_vllm
 
         register_with_vllm()
     except Exception as error:
@@ -48,6 +74,12 @@ def step_counts(llm: LLM) -> dict[tuple[str, str], int]:
     under CUDA graphs, the few that vLLM runs to capture them; take differences.
     Raises ValueError when the model was not loaded with the method `qoq`.
     """
-    from vllm_qoq.integration.counters import read_step_counts
+    from vllm_qoq.serving.signals.counters import read_step_counts
 
     return read_step_counts(llm.llm_engine.vllm_config)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _COMMANDS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_COMMANDS[name]), name)

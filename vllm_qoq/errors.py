@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import reprlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 _LONGEST = 100
 _LONGEST_REASON = 300
@@ -16,6 +20,10 @@ class UserError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
+
+
+class FormatError(UserError):
+    """A checkpoint that breaks the contract. The message names file, tensor or key."""
 
 
 class EngineError(RuntimeError):
@@ -44,3 +52,24 @@ def reason(error: BaseException) -> str:
     """What a library's error says, on one line of at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= _LONGEST_REASON else f"{text[: _LONGEST_REASON - 3]}..."
+
+
+def one_line(error: ValidationError, root: str) -> str:
+    """The first finding of a pydantic ValidationError as `key: what is wrong; what to do`."""
+    finding = error.errors(include_url=False)[0]
+    key = ".".join((root, *(_part(part) for part in finding["loc"])))
+    message = finding["msg"].removeprefix("Value error, ")
+    message = message.partition(" or instance of ")[0]  # classes of ours, which no file can hold
+    if finding["type"] == "value_error":  # one of ours, which says all of it
+        return f"{key}: {message}"
+    if finding["type"] == "missing":
+        return f"{key}: {message}; add it"
+    if finding["type"] == "extra_forbidden":
+        return f"{key}: {message} ({shown(finding['input'])}); check its spelling or remove it"
+    return f"{key}: {message}, but it is {shown(finding['input'])}; change it"
+
+
+def _part(part: object) -> str:
+    """A key or an index on the way to a finding; keys come out of files."""
+    text = str(part)
+    return text if len(text) <= 60 else f"{text[:57]}..."

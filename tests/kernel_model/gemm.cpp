@@ -14,7 +14,7 @@ namespace {
 std::mt19937 values;
 int random_int(int low, int high) { return low + static_cast<int>(values() % (high - low)); }
 
-// The layout of vllm_qoq/w4a8_layout.py, written a second time; of codes alone without `scale`.
+// The layout of vllm_qoq/ops/w4a8_layout.py, written a second time; of codes alone without `scale`.
 std::vector<uint8_t> pack(const std::vector<int>& q, const std::vector<int>& scale,
                           const std::vector<int>& offset, int blocks, int k) {
   const int k_blocks = k / kBlockK, bytes = kCodeBytes + (scale.empty() ? 0 : kParamBytes);

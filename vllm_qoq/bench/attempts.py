@@ -9,8 +9,8 @@ import torch
 
 from vllm_qoq.bench import BenchError
 from vllm_qoq.bench.cases import KERNELS, OURS
-from vllm_qoq.bench.progress import say
 from vllm_qoq.bench.result import LeftOut
+from vllm_qoq.progress import say
 
 _T = TypeVar("_T")
 EVERYWHERE = "everywhere"

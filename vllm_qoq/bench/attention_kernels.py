@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vllm_qoq import kv_layout, kv_ops
 from vllm_qoq.bench import attention_cases, peers
 from vllm_qoq.bench.attention_cases import PREFILL_TOKENS, WRITTEN_TOKENS, Decode, Heads
-from vllm_qoq.bench.timing import Call
+from vllm_qoq.measuring.gpu import Call
+from vllm_qoq.numerics import kv_layout
+from vllm_qoq.ops import kv_ops
 
 _WRITES = 48
 _FILL_TOKENS = 8192  # at a time

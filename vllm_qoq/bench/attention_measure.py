@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from vllm_qoq import environment
-from vllm_qoq.bench import BenchError, attention_kernels, timing
+from vllm_qoq.bench import BenchError, attention_kernels
 from vllm_qoq.bench.attempts import EVERYWHERE, Attempts
 from vllm_qoq.bench.attention_cases import (
     KERNELS,
@@ -22,8 +22,9 @@ from vllm_qoq.bench.attention_cases import (
     pool_bytes,
 )
 from vllm_qoq.bench.attention_result import AttentionResult
-from vllm_qoq.bench.progress import progress
-from vllm_qoq.bench.timing import Call
+from vllm_qoq.measuring import gpu as timing
+from vllm_qoq.measuring.gpu import Call
+from vllm_qoq.progress import counted
 
 _SPARE_BYTES = 4e9  # of what the calls take besides, and the peers' code
 
@@ -57,7 +58,7 @@ def measure(
         return measured
 
     seconds: dict[Decode, dict[str, float]] = {}
-    with progress("measure", (len(cases) + 2) * len(kernels), quiet) as advance:
+    with counted("measure", (len(cases) + 2) * len(kernels), quiet) as advance:
         for case in cases:
             decodes = {name: partial(kernel.decode, case) for name, kernel in prepared.items()}
             seconds[case] = all_of(str(case), decodes)

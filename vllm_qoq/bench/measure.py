@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from vllm_qoq import environment
-from vllm_qoq.bench import peers, timing
+from vllm_qoq.bench import peers
 from vllm_qoq.bench.attempts import Attempts
 from vllm_qoq.bench.cases import LAYERS, SHAPES, Case
-from vllm_qoq.bench.progress import progress
 from vllm_qoq.bench.result import Result
+from vllm_qoq.measuring import gpu as timing
+from vllm_qoq.progress import counted
 
 
 def measure(model: str, tokens: Sequence[int], kernels: Sequence[str], quiet: bool) -> Result:
@@ -34,7 +35,7 @@ def measure(model: str, tokens: Sequence[int], kernels: Sequence[str], quiet: bo
     _compile(shapes, tokens, kernels, attempts, quiet)
 
     seconds: dict[Case, dict[str, float]] = {}
-    with progress("measure", len(shapes) * len(tokens) * len(kernels), quiet) as advance:
+    with counted("measure", len(shapes) * len(tokens) * len(kernels), quiet) as advance:
         for layer, (n, k) in zip(LAYERS, shapes, strict=True):
             prepared = _prepare(n, k, kernels, attempts)
             for m in tokens:
@@ -75,7 +76,7 @@ def _compile(
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
         futures = [pool.submit(job) for job in jobs]
-        with progress("compile", len(futures), quiet) as advance:
+        with counted("compile", len(futures), quiet) as advance:
             for future in futures:
                 future.exception()
                 advance()

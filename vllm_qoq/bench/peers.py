@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
-from vllm_qoq import ops, reference_attention, w4a8_layout
 from vllm_qoq.bench import humming_peer
 from vllm_qoq.bench.attention_cases import Decode, Heads
-from vllm_qoq.bench.timing import Call
+from vllm_qoq.measuring.gpu import Call
+from vllm_qoq.numerics import reference_attention
+from vllm_qoq.ops import linear_ops, w4a8_layout
 
 Calls = Callable[[int], list[Call]]
 
@@ -57,7 +58,7 @@ def qoq(n: int, k: int, is_grouped: bool, is_nested: bool = False) -> Calls:
     def calls(m: int) -> list[Call]:
         x = _int8(m, k)
         tokens = (x, _scale(m), x.sum(1, dtype=torch.int32))
-        rest = (scale, zero, None, None, None, torch.bfloat16, ops.workspace(x.device))
+        rest = (scale, zero, None, None, None, torch.bfloat16, linear_ops.workspace(x.device))
         return [
             partial(torch.ops.qoq.w4a8_gemm, *tokens, weight, *rest, *residual)
             for weight, *residual in weights

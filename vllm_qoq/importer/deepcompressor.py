@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import torch
 
-from vllm_qoq.checkpoint import TensorInfo
-from vllm_qoq.format import FormatError
+from vllm_qoq.checkpoint.folder import TensorInfo
+from vllm_qoq.errors import FormatError
 from vllm_qoq.importer import level2
 from vllm_qoq.importer.detect import VECTORS, Kind
 from vllm_qoq.importer.source import RAW_SCALES, Source
 from vllm_qoq.importer.values import check_finite, check_scale, damaged
-from vllm_qoq.packing import pack_nibbles
-from vllm_qoq.reference import GROUP_SIZE
+from vllm_qoq.numerics import GROUP_SIZE
+from vllm_qoq.numerics.packing import pack_nibbles
 
 # Of float16: a relative step and the smallest number.
 _ULP, _TINY = 2.0**-10, 2.0**-24

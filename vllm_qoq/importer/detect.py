@@ -9,12 +9,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from merge_tools.expected import HEAD
-from merge_tools.layout import FLOATS
-from vllm_qoq.checkpoint import TensorInfo
-from vllm_qoq.format import GROUP_SIZE, FormatError
-from vllm_qoq.importer.expected import CONSTANT, Expected
+from vllm_qoq.checkpoint.folder import TensorInfo
+from vllm_qoq.checkpoint.layout import FLOATS
+from vllm_qoq.errors import FormatError
 from vllm_qoq.importer.tiles import TILE
+from vllm_qoq.models.linears import CONSTANT, LinearLayers
+from vllm_qoq.models.tensors import HEAD
+from vllm_qoq.numerics import GROUP_SIZE
 
 Kind = Literal["g128", "channel", "w8a8"]
 VECTORS = frozenset({"channel_scale", "channel_zero", "weight_scale"})
@@ -80,7 +81,7 @@ def packed_layer(kind: Kind, n: int, k: int) -> dict[str, Wanted]:
     return qweight | {"s2_scales": groups, "s2_zeros": groups}
 
 
-def check_packed(tensors: Mapping[str, TensorInfo], kind: Kind, model: Expected) -> list[str]:
+def check_packed(tensors: Mapping[str, TensorInfo], kind: Kind, model: LinearLayers) -> list[str]:
     """Refuse, by name, what is missing, extra or misshapen; the result is what an import drops."""
     wanted: dict[str, Wanted] = {}
     for layer, (n, k) in model.linears.items():
@@ -92,7 +93,7 @@ def check_packed(tensors: Mapping[str, TensorInfo], kind: Kind, model: Expected)
     return _check_all(tensors, wanted, model)
 
 
-def check_raw(tensors: Mapping[str, TensorInfo], kind: Kind, model: Expected) -> list[str]:
+def check_raw(tensors: Mapping[str, TensorInfo], kind: Kind, model: LinearLayers) -> list[str]:
     """The same for `model.pt`."""
     for layer, (_, k) in model.linears.items():
         _check_divisible(f"{layer}.weight", TILE, k, GROUP_SIZE if kind == "g128" else 2)
@@ -102,7 +103,7 @@ def check_raw(tensors: Mapping[str, TensorInfo], kind: Kind, model: Expected) ->
     return _check_all(tensors, wanted, model)
 
 
-def check_scales(scales: Mapping[str, TensorInfo], kind: Kind, model: Expected) -> None:
+def check_scales(scales: Mapping[str, TensorInfo], kind: Kind, model: LinearLayers) -> None:
     """Refuse tensors of `scale.pt` that belong to no layer. Missing ones: `RawLayers`."""
     leaves = {"scale.0"} if kind == "w8a8" else {"scale.0", "zero", "scaled_zero"}
     leaves |= {"scale.1"} if kind == "g128" else set()
@@ -115,7 +116,7 @@ def check_scales(scales: Mapping[str, TensorInfo], kind: Kind, model: Expected) 
 
 
 def _check_all(
-    tensors: Mapping[str, TensorInfo], linears: Mapping[str, Wanted], model: Expected
+    tensors: Mapping[str, TensorInfo], linears: Mapping[str, Wanted], model: LinearLayers
 ) -> list[str]:
     wanted = dict(linears)
     wanted |= {f"{x}.bias": Wanted(FLOATS, (model.linears[x][0],)) for x in model.biased}

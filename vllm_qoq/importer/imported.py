@@ -9,25 +9,20 @@ from typing import Any, Protocol
 
 import torch
 
-from merge_tools import stream
-from merge_tools.expected import EMBEDDING, HEAD
-from merge_tools.layout import group_leaves
-from merge_tools.plan import Plan, make_plan
-from merge_tools.progress import Progress
-from merge_tools.sources import WeightSet
-from merge_tools.survey import Survey
-from vllm_qoq.checkpoint import CODE_KEYS, Checkpoint, TensorInfo, read_config
-from vllm_qoq.format import KVCache, QoQSet, Section, split_layer
+from vllm_qoq.checkpoint.folder import CODE_KEYS, Checkpoint, TensorInfo, read_config
+from vllm_qoq.checkpoint.format import QoQSet, split_layer
+from vllm_qoq.checkpoint.layout import group_leaves
+from vllm_qoq.checkpoint.stored_set import StoredSet
 from vllm_qoq.importer import detect, source
 from vllm_qoq.importer.deepcompressor import RawLayers
 from vllm_qoq.importer.detect import Kind
-from vllm_qoq.importer.expected import Expected, expected
 from vllm_qoq.importer.qserve import PackedLayers
 from vllm_qoq.importer.tiles import S2Order
 from vllm_qoq.importer.values import to_half
-from vllm_qoq.routing import Routing
+from vllm_qoq.models.linears import LinearLayers, linear_layers
+from vllm_qoq.models.tensors import EMBEDDING, HEAD
+from vllm_qoq.progress import Progress
 
-_SHARD_BYTES = 5 * 10**9
 _DTYPE = "float16"
 _W8A8: Mapping[str, Any] = {
     "quant_method": "compressed-tensors",
@@ -58,7 +53,7 @@ _W8A8: Mapping[str, Any] = {
 }
 
 
-class Layers(Protocol):
+class SourceLayers(Protocol):
     """Linear layers of a source, in our tensors: `PackedLayers` and `RawLayers`."""
 
     repaired: bool
@@ -75,15 +70,15 @@ class Opened:
     """A source whose names, dtypes and shapes are those of the base model."""
 
     kind: Kind
-    model: Expected
+    model: LinearLayers
     tensors: source.Source
-    layers: Layers
+    layers: SourceLayers
     dropped: tuple[str, ...]
     """Tensors that have no place in our format."""
 
 
 @dataclass(frozen=True)
-class ImportedSet(WeightSet):
+class ImportedSet(StoredSet):
     """The only set of the output. `get` converts; `checkpoint` is the base model's folder."""
 
     opened: Opened
@@ -108,7 +103,7 @@ class ImportedSet(WeightSet):
 def open_source(folder: Path, base: Path, order: S2Order | None) -> Opened:
     """Open `folder` and hold its headers against the `config.json` of `base`."""
     is_raw = source.is_raw(folder)
-    model = expected(read_config(base))
+    model = linear_layers(read_config(base), "imported")
     if is_raw:
         weights, scales = source.open_raw(folder)
         kind = detect.raw_kind(scales.tensors)
@@ -133,31 +128,6 @@ def make_set(opened: Opened, base: Path, progress: Progress) -> ImportedSet:
     name = "w8a8" if opened.kind == "w8a8" else "w4a8"
     checkpoint = Checkpoint(base, config, {})
     return ImportedSet(name, checkpoint, _set_config(opened.kind), tensors, opened, vectors)
-
-
-def plan(imported: ImportedSet) -> Plan:
-    """Which tensor goes into which file."""
-    survey = Survey(
-        tensors={imported.name: imported.tensors},
-        prefill=imported.name,
-        quantized=frozenset(imported.opened.model.linears),
-        model_dtype="F16",
-        unequal={},
-        recast={},
-        zero_biases=frozenset(),
-    )
-    return make_plan(survey, imported.checkpoint.config, _SHARD_BYTES)
-
-
-def section(imported: ImportedSet, kv_bits: int | None) -> Section:
-    """The `quantization_config` of the output."""
-    bits = kv_bits or (16 if imported.opened.kind == "w8a8" else 4)
-    return Section(
-        sets={imported.name: dict(imported.config)},
-        routing=Routing.parse({"prefill": imported.name, "decode": imported.name}, [imported.name]),
-        kv_cache=KVCache.model_validate({"bits": bits}),
-        stream=stream.of_source(imported),
-    )
 
 
 def _check_values(opened: Opened, progress: Progress) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_qoq.reference import GROUP_SIZE
+from vllm_qoq.numerics import GROUP_SIZE
 
 CLEAN, UNUSUAL, BROKEN = 0, 1, 2
 MAX_SCALE = 16

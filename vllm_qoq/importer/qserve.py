@@ -7,14 +7,13 @@ from collections.abc import Callable
 
 import torch
 
-from merge_tools import MergeError
-from vllm_qoq.format import FormatError
+from vllm_qoq.errors import FormatError
 from vllm_qoq.importer import level2, tiles
 from vllm_qoq.importer.detect import Kind
 from vllm_qoq.importer.source import Source
 from vllm_qoq.importer.tiles import S2_ORDERS, S2Order
 from vllm_qoq.importer.values import check_finite, check_scale, damaged
-from vllm_qoq.packing import pack_nibbles
+from vllm_qoq.numerics.packing import pack_nibbles
 
 
 class PackedLayers:
@@ -61,7 +60,7 @@ class PackedLayers:
             )
         for order, layer in by_order.items():
             if self._asked not in (None, order):
-                raise MergeError(
+                raise FormatError(
                     f"{layer}.s2_scales: is in the order of {order}, not of {self._asked}; "
                     "leave --s2-order out"
                 )

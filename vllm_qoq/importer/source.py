@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from vllm_qoq.checkpoint import (
+from vllm_qoq.checkpoint.folder import (
     INDEX,
     ITEM_BYTES,
     Checkpoint,
@@ -23,7 +23,7 @@ from vllm_qoq.checkpoint import (
     check_link,
     weight_files,
 )
-from vllm_qoq.format import FormatError
+from vllm_qoq.errors import FormatError
 
 RAW_MODEL, RAW_SCALES = "model.pt", "scale.pt"
 # In this order: the first pattern that matches has the weights. QServe writes

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from vllm_qoq.checkpoint import TensorInfo
-from vllm_qoq.format import FormatError
+from vllm_qoq.checkpoint.folder import TensorInfo
+from vllm_qoq.errors import FormatError
 
 
 def damaged(info: TensorInfo, what: str) -> FormatError:

@@ -1,0 +1,119 @@
+"""Is anything missing from a set, as far as headers tell? vLLM itself does not notice.
+
+Three views, because no single one sees every loss: the tensors of one layer must
+fit together (`layout`), the decoder layers must look alike, and all must be as
+`config.json` says (`sizes`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+from vllm_qoq.checkpoint import constants, served, sizes
+from vllm_qoq.checkpoint.layout import weight_args
+from vllm_qoq.checkpoint.stored_set import StoredSet
+from vllm_qoq.errors import FormatError, shown
+from vllm_qoq.models.config import CONFIG, text_config
+from vllm_qoq.models.names import split_decoder
+from vllm_qoq.models.tensors import MOST_LAYERS
+
+_REMEDY = "download or quantize the model again"
+
+
+def findings(weights: StoredSet) -> Iterator[str]:
+    """What is missing or malformed, one line each; nothing for a complete set."""
+    yield from constants.findings(weights.checkpoint.config)
+    yield from sizes.findings(weights)
+    yield from served.findings(weights)
+    yield from _malformed_layers(weights)
+    if not sizes.is_known(weights):
+        yield from _missing_modules(weights)
+    yield from _unlike_layers(weights)
+
+
+def check(weights: StoredSet) -> None:
+    """Raise FormatError with the first finding."""
+    for finding in findings(weights):
+        raise FormatError(f"{weights.checkpoint.path}: {finding}")
+
+
+def _malformed_layers(weights: StoredSet) -> Iterator[str]:
+    for layer in sorted(weights.quantized):
+        if "lm_head" in layer or "embed" in layer:
+            yield (
+                f"{layer}: is quantized, but the sets share embeddings and lm_head; quantize "
+                'with ignore=["lm_head"]'
+            )
+            continue
+        try:
+            weights.describe(layer)
+        except FormatError as error:
+            yield str(error)
+
+
+def _missing_modules(weights: StoredSet) -> Iterator[str]:
+    """Decoder layers without a module that others have, or without anything."""
+    count = text_config(weights.checkpoint.config).get("num_hidden_layers")
+    if not isinstance(count, int) or isinstance(count, bool) or not 0 < count <= MOST_LAYERS:
+        yield f"{CONFIG}: num_hidden_layers: {shown(count)} is not a number from 1 to {MOST_LAYERS}"
+        return
+    for prefix, indices in _decoders(weights.layers).items():
+        extra = sorted(i for i in indices if i >= count)
+        if extra:
+            yield f"{prefix}{extra[0]}: is beyond num_hidden_layers = {count} of {CONFIG}"
+        for alike in _kinds(weights, count):
+            needed = set().union(*(indices.get(i, set()) for i in alike))
+            for i in alike:
+                if i not in indices:
+                    yield f"{prefix}{i}: has no tensors at all; {_REMEDY}"
+                    continue
+                for module in sorted(needed - indices[i]):
+                    yield f"{prefix}{i}.{module}: missing, other layers have it; {_REMEDY}"
+
+
+def _decoders(layers: Iterable[str]) -> dict[str, dict[int, set[str]]]:
+    """Prefix -> index -> modules, for the stack of decoder layers.
+
+    Vision towers have a `layers.` of their own, whose length another key gives.
+    """
+    found: dict[str, dict[int, set[str]]] = {}
+    for name in layers:
+        place = split_decoder(name)
+        if place is not None and "vision" not in place[0] and "visual" not in place[0]:
+            found.setdefault(place[0], {}).setdefault(place[1], set()).add(place[2])
+    return found
+
+
+def _kinds(weights: StoredSet, count: int) -> Iterable[list[int]]:
+    """The decoder layers of each kind: hybrid models mix kinds with different modules."""
+    types = text_config(weights.checkpoint.config).get("layer_types")
+    if not isinstance(types, list) or len(types) != count:
+        return [list(range(count))]
+    kinds: dict[str, list[int]] = defaultdict(list)
+    for index, kind in enumerate(types):
+        kinds[str(kind)].append(index)
+    return kinds.values()
+
+
+def _unlike_layers(weights: StoredSet) -> Iterator[str]:
+    """Layers whose tensors differ from those of the same module elsewhere in the decoder."""
+    by_module: dict[tuple[str, str], dict[str, frozenset[str]]] = defaultdict(dict)
+    for name, tensors in weights.layers.items():
+        place = split_decoder(name)
+        if place is not None:
+            by_module[place[0], place[2]][name] = frozenset(tensors)
+    has_schemes = len(weight_args(weights.config)) > 1 or any(
+        weights.config.get(key) for key in ("dynamic", "extra_config")
+    )
+    for layers in by_module.values():
+        groups: dict[bool, dict[str, frozenset[str]]] = {True: {}, False: {}}
+        for layer, leaves in layers.items():
+            groups[layer in weights.quantized][layer] = leaves
+        for is_quantized, group in groups.items():
+            if is_quantized and has_schemes:
+                continue  # mixed precision: `layout` has looked at each layer alone
+            every = frozenset().union(*group.values())
+            for layer, leaves in sorted(group.items()):
+                for leaf in sorted(every - leaves):
+                    yield f"{layer}.{leaf}: missing, other layers have it; {_REMEDY}"

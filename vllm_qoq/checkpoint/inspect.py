@@ -1,0 +1,148 @@
+"""What is in a merged checkpoint, from its headers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_qoq.checkpoint.folder import ITEM_BYTES, Checkpoint
+from vllm_qoq.checkpoint.format import INPUT_RATIO, KVSection, Section, split_layer
+from vllm_qoq.checkpoint.stored_set import StoredSet
+from vllm_qoq.checkpoint.tensor_parallel import obstacles
+from vllm_qoq.checkpoint.verify import open_merged
+from vllm_qoq.errors import printable
+from vllm_qoq.models.tensors import HEAD
+from vllm_qoq.progress import human_bytes
+
+_SHOWN = 20
+"""Layer rules that people see."""
+
+
+def inspect(folder: str | Path) -> dict[str, Any]:
+    """Describe a checkpoint of ours: sets, bytes, routing and KV cache, as one JSON object.
+
+    Reads headers only. FormatError for a folder that cannot be opened as a checkpoint of ours.
+    """
+    checkpoint, section, sets = open_merged(Path(folder))
+    has_sets = isinstance(section, Section)
+    stream = section.stream if isinstance(section, Section) else None
+    report = {weights.name: _set(weights) for weights in sets if has_sets}
+    own = sum(entry["bytes"] for entry in report.values())
+    return {
+        "checkpoint": str(folder),
+        "architectures": checkpoint.config.get("architectures"),
+        "sets": report,
+        "shared_bytes": checkpoint.total_bytes - own,
+        "total_bytes": checkpoint.total_bytes,
+        "routing": section.routing.to_json() if isinstance(section, Section) else None,
+        "kv_cache": section.kv_cache.to_json() if section.kv_cache is not None else None,
+        "lm_head": {"bits": _head_bits(checkpoint, section)},
+        **({"stream": stream.model_dump()} if stream is not None else {}),
+        "tensor_parallel": _tensor_parallel(checkpoint.config, sets),
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for people, without what a terminal would obey."""
+    return "\n".join(map(printable, _lines(report)))
+
+
+def _lines(report: dict[str, Any]) -> Iterator[str]:
+    names = report["architectures"]
+    names = names if isinstance(names, list) and names else ["?"]
+    yield f"{report['checkpoint']}  {', '.join(map(str, names))}"
+    for name, entry in report["sets"].items():
+        yield (
+            f"  {name:10} {entry['method']:20} {human_bytes(entry['bytes']):>10}  "
+            f"{entry['bits_per_weight']:.2f} bits a weight in {entry['layers']} layers"
+            + (_with_base(entry) if "base" in entry else "")
+            + (f", {entry['input_ratios']} with input_ratio" if entry["input_ratios"] else "")
+        )
+    if report["sets"]:
+        yield f"  {'shared':31} {human_bytes(report['shared_bytes']):>10}"
+    yield f"  {'total':31} {human_bytes(report['total_bytes']):>10}"
+    yield from _kv_cache(report["kv_cache"])
+    if "stream" in report:
+        yield f"residual stream: rotated, rotation {report['stream']['rotation']}"
+    if (bits := report["lm_head"]["bits"]) is not None:
+        yield f"lm_head: {bits} bits"
+    routing = report["routing"] or {}
+    yield from _phases(routing)
+    if load := routing.get("load"):
+        yield f"busy, from {load['enter']} waiting requests until {load['leave']} are left:"
+        yield from (f"  {line}" for line in _phases(load))
+    rules = routing.get("layers", [])
+    for rule in rules[:_SHOWN]:
+        yield f"layers {rule['match']}: { ({k: v for k, v in rule.items() if k != 'match'}) }"
+    yield from _more(rules)
+    parallel = report["tensor_parallel"]
+    yield f"--tensor-parallel-size: {', '.join(map(str, parallel['sizes']))}"
+    for size, reason in list(parallel["refused"].items())[:1]:
+        yield f"  not {size}: {reason}"
+
+
+def _kv_cache(cache: Mapping[str, Any] | None) -> Iterator[str]:
+    if cache is None:
+        yield "KV cache: 16 bits, none is asked for"
+        return
+    rotated = ", keys rotated" if cache.get("hadamard") else ""
+    yield f"KV cache: {cache['bits']} bits{rotated}"
+    rules = cache.get("layers", [])
+    yield from (f"  layers {rule['match']}: {rule['bits']} bits" for rule in rules[:_SHOWN])
+    yield from _more(rules)
+
+
+def _more(rules: Sequence[Any]) -> Iterator[str]:
+    if len(rules) > _SHOWN:
+        yield f"  and {len(rules) - _SHOWN} more rules"
+
+
+def _head_bits(checkpoint: Checkpoint, section: Section | KVSection) -> int | None:
+    """Bits of a weight of the lm_head, None where the embedding is the lm_head."""
+    if isinstance(section, Section) and section.lm_head is not None:
+        return section.lm_head.bits
+    info = checkpoint.tensors.get(HEAD)
+    return 8 * ITEM_BYTES[info.dtype] if info is not None else None
+
+
+def _phases(table: Mapping[str, Any]) -> Iterator[str]:
+    """What a routing table, or its `load`, says of each phase that it names."""
+    if "prefill" in table:
+        yield f"prompts: {table['prefill']}"
+    for row in table.get("decode", []):
+        bound = f"up to {row['max_batch']} requests" if "max_batch" in row else "any batch"
+        yield f"generation, {bound}: {row['set']}"
+
+
+def _tensor_parallel(config: Mapping[str, Any], sets: list[StoredSet]) -> dict[str, Any]:
+    """The sizes that can be served, and the others (as text, for JSON) with the reason."""
+    layouts = {w.name: {layer: w.describe(layer) for layer in sorted(w.quantized)} for w in sets}
+    found = obstacles(config, layouts)
+    return {
+        "sizes": [size for size, reason in found.items() if reason is None],
+        "refused": {str(size): reason for size, reason in found.items() if reason is not None},
+    }
+
+
+def _with_base(entry: Mapping[str, Any]) -> str:
+    return f", {entry['bits_per_weight_with_base']:.2f} with its base {entry['base']}"
+
+
+def _set(weights: StoredSet) -> dict[str, Any]:
+    own = [i for i in weights.tensors.values() if i.name.startswith(f"{weights.name}.")]
+    sizes = [weights.size(layer) for layer in sorted(weights.quantized)]
+    count = sum(n * k for n, k in sizes)
+    size = sum(info.nbytes for info in own)
+    bits = 8 * size / count if count else 0.0
+    report = {
+        "method": weights.config["quant_method"],
+        "bytes": size,
+        "layers": len(sizes),
+        "bits_per_weight": bits,
+        "input_ratios": sum(split_layer(i.name)[1] == INPUT_RATIO for i in own),
+    }
+    if weights.base is None:
+        return report
+    together = bits + _set(weights.base)["bits_per_weight"]
+    return report | {"base": weights.base.name, "bits_per_weight_with_base": together}

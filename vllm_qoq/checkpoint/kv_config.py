@@ -1,0 +1,75 @@
+"""Which layers keep their keys and values in how many bits.
+
+The `kv_cache` object of a checkpoint (`vllm_qoq.checkpoint.format`) reads
+
+    {"bits": 4,
+     "layers": [{"match": "model.layers.0.*", "bits": 16}],
+     "hadamard": false}
+
+`bits` is 4, 8 or 16; 16 is vLLM's own cache, in the type that `--kv-cache-dtype` names. The first
+rule of `layers` whose glob matches an attention layer's name overrides it. `hadamard` rotates K,
+and Q to match, before K is quantized (`vllm_qoq.numerics.reference_attention`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from vllm_qoq.routing.table import MOST_RULES
+
+Bits = Literal[4, 8, 16]
+UNQUANTIZED: Bits = 16
+
+
+class KVLayerRule(BaseModel):
+    """Overrides the bits of the layers whose name matches the glob `match`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    match: str
+    bits: Bits
+
+
+class KVCache(BaseModel):
+    """How keys and values are stored, which is also what they were prepared for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bits: Bits
+    layers: tuple[KVLayerRule, ...] = Field(default=(), max_length=MOST_RULES)
+    hadamard: bool = False
+
+    def bits_of(self, layer: str) -> Bits:
+        """The bits of one attention layer, `model.layers.0.self_attn.attn`."""
+        matching = (rule.bits for rule in self.layers if fnmatchcase(layer, rule.match))
+        return next(matching, self.bits)
+
+    def is_quantized(self) -> bool:
+        """Whether any layer can be in fewer than 16 bits."""
+        return any(bits != UNQUANTIZED for bits in (self.bits, *(r.bits for r in self.layers)))
+
+    def all_bits(self) -> str:
+        """Every number of bits that a layer can be in, for people: `4`, `4,16`."""
+        return ",".join(map(str, sorted({self.bits, *(rule.bits for rule in self.layers)})))
+
+    def unmatched(self, layers: Iterable[str]) -> list[str]:
+        """The globs of the rules that match none of `layers`."""
+        names = list(layers)
+        return [
+            rule.match
+            for rule in self.layers
+            if not any(fnmatchcase(name, rule.match) for name in names)
+        ]
+
+    def rename(self, map_name: Callable[[str], str]) -> KVCache:
+        """The same with the globs passed through `map_name`."""
+        rules = [rule.model_copy(update={"match": map_name(rule.match)}) for rule in self.layers]
+        return self.model_copy(update={"layers": tuple(rules)})
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object, without what is as by default."""
+        return self.model_dump(exclude_defaults=True, mode="json")

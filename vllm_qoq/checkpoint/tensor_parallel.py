@@ -1,0 +1,106 @@
+"""Over how many GPUs vLLM can split the layers of a checkpoint. No tensor is read.
+
+vLLM cuts a column-parallel layer (q, k, v, gate, up) along its outputs and a
+row-parallel one (o, down) along its inputs. A cut must not go through a head, a
+group or block that shares a scale, or a word of packed codes. Where there are fewer
+K and V heads than GPUs, each GPU gets a copy of one. The hidden size is never cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_qoq.checkpoint.layout import Layout
+from vllm_qoq.models.config import text_config
+
+SIZES = (1, 2, 4, 8, 16)
+
+_QUERY = frozenset({"q_proj", "o_proj"})
+_KEY_VALUE = frozenset({"k_proj", "v_proj"})
+_MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
+_ROW_PARALLEL = frozenset({"o_proj", "down_proj"})
+_WORD_BITS = 32
+_UNKNOWN_HEADS = "config.json: num_attention_heads or num_key_value_heads: not a count"
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Attention heads of the model, and how many of K and V."""
+
+    query: int
+    key_value: int
+
+
+def obstacles(
+    config: Mapping[str, Any], sets: Mapping[str, Mapping[str, Layout]]
+) -> dict[int, str | None]:
+    """Each of `SIZES` -> why vLLM cannot split the layers over so many GPUs; None: it can.
+
+    `config` is the `config.json`; `sets` maps a set to its quantized layers.
+    """
+    try:
+        heads = _heads(config)
+    except (KeyError, TypeError, ValueError, OverflowError):  # also Infinity
+        return {size: None if size == 1 else _UNKNOWN_HEADS for size in SIZES}
+    return {size: _obstacle(heads, sets, size) for size in SIZES}
+
+
+def _heads(config: Mapping[str, Any]) -> Heads:
+    text = text_config(config)
+    query = int(text["num_attention_heads"])
+    heads = Heads(query, int(text.get("num_key_value_heads") or query))
+    if min(heads.query, heads.key_value) < 1:
+        raise ValueError("no heads")
+    return heads
+
+
+def _obstacle(heads: Heads, sets: Mapping[str, Mapping[str, Layout]], size: int) -> str | None:
+    if size == 1:
+        return None
+    if heads.query % size:
+        return f"{heads.query} attention heads are not a multiple of {size}"
+    more, fewer = max(heads.key_value, size), min(heads.key_value, size)
+    if more % fewer:
+        return f"{heads.key_value} key-value heads cannot be shared out over {size}"
+    for name, layers in sets.items():
+        for layer, layout in layers.items():
+            if reason := _layer_obstacle(layer, layout, heads, size):
+                return f"{name}.{layer}: {reason}"
+    return None
+
+
+def _layer_obstacle(layer: str, layout: Layout, heads: Heads, size: int) -> str | None:
+    leaf = layer.rpartition(".")[2]
+    if leaf not in _QUERY | _KEY_VALUE | _MLP:
+        return "not known how vLLM splits this layer"
+    if leaf in _ROW_PARALLEL:
+        return _cut(layout.in_features, size, _column_unit(layout), "inputs")
+    parts = min(size, heads.key_value) if leaf in _KEY_VALUE else size
+    return _cut(layout.out_features, parts, _row_unit(layout), "outputs")
+
+
+def _cut(length: int, parts: int, unit: int, what: str) -> str | None:
+    """Why `length` cannot be cut into `parts` of whole `unit`s; None: it can."""
+    if length % parts:
+        return f"{length} {what} cannot be split by {parts}"
+    if length // parts % unit:
+        return f"{length} {what} split by {parts} are {length // parts}, not a multiple of {unit}"
+    return None
+
+
+def _column_unit(layout: Layout) -> int:
+    """Inputs that have to stay together: a group, and the codes of one word."""
+    group = layout.group_size or 1
+    is_packed = layout.method in ("packed", "gptq")
+    return math.lcm(group, _WORD_BITS // layout.bits) if is_packed else group
+
+
+def _row_unit(layout: Layout) -> int:
+    """Outputs that have to stay together: a block, and the codes of one word."""
+    rows = layout.block[0]
+    block = rows if rows < layout.out_features else 1
+    is_packed = layout.method in ("gptq", "awq")
+    return math.lcm(block, _WORD_BITS // layout.bits) if is_packed else block

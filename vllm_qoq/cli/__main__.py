@@ -1,0 +1,7 @@
+"""`python -m vllm_qoq.cli`."""
+
+import sys
+
+from vllm_qoq.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,103 @@
+"""Arguments that several commands have: their types, their texts, and JSON for stdout."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vllm_qoq.numerics import MAX_CLIPPED
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """Add `-o OUT`, the folder that a command makes."""
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="OUT", help="folder to make"
+    )
+
+
+def add_dry_run(parser: argparse.ArgumentParser) -> None:
+    """Add what a command does with a folder that it makes: `--dry-run` and `--overwrite`."""
+    parser.add_argument("--dry-run", action="store_true", help="check and show the plan, then stop")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT once done")
+
+
+def add_max_clipped(parser: argparse.ArgumentParser) -> None:
+    """Add `--max-clipped SHARE`."""
+    parser.add_argument(
+        "--max-clipped",
+        default=MAX_CLIPPED,
+        type=share,
+        metavar="SHARE",
+        help=f"of a layer's weights that nesting may clip (default: {MAX_CLIPPED})",
+    )
+
+
+def add_max_shard_size(parser: argparse.ArgumentParser) -> None:
+    """Add `--max-shard-size SIZE`."""
+    parser.add_argument(
+        "--max-shard-size",
+        default="5GB",
+        type=size,
+        metavar="SIZE",
+        help="of a file with weights, for example 500MB (default: 5GB)",
+    )
+
+
+def add_reporting(
+    parser: argparse.ArgumentParser, handler: Callable[[argparse.Namespace], int]
+) -> None:
+    """Add `--json`, `--quiet` and `--debug`, and the function that runs the command."""
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.set_defaults(run=handler)
+
+
+def json_line(report: dict[str, Any]) -> str:
+    """A report as JSON, with null for NaN and infinity: a config.json may hold them, JSON not."""
+    return json.dumps(json.loads(json.dumps(report), parse_constant=lambda _: None))
+
+
+def size(text: str) -> int:
+    """Parse `5GB` as 5000000000."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)", text.strip().upper())
+    if match is None or not 0 < float(match[1]) < 1e15:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def share(text: str) -> float:
+    """Parse a number from 0 to 1."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 <= found <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to 1")
+    return found
+
+
+def positive(text: str) -> int:
+    """Parse a whole number above 0, of at most 9 digits."""
+    if not is_positive(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def is_positive(text: str) -> bool:
+    """Whether `positive` takes the text."""
+    return text.isascii() and text.isdecimal() and len(text) < 10 and int(text) > 0
+
+
+def at_least_two(text: str) -> int:
+    """Parse the tokens of a window."""
+    if (found := positive(text)) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r}: a window scores all tokens but its first")
+    return found

@@ -1,0 +1,44 @@
+"""The command `vllm-qoq`. `--help` and `--version` import neither torch nor vLLM."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from vllm_qoq import __version__
+from vllm_qoq.cli import (
+    bench,
+    env,
+    import_checkpoint,
+    inspect,
+    merge,
+    perplexity,
+    quantize,
+    tune,
+    verify,
+)
+from vllm_qoq.cli.output import guarded
+from vllm_qoq.cli.parser import Parser, kebab_case
+from vllm_qoq.cli.run import run
+
+_COMMANDS = (quantize, merge, inspect, verify, import_checkpoint, perplexity, tune, bench, env)
+
+
+def main() -> int:
+    """Parse the command line and run the command; the result is the exit code."""
+    return guarded(lambda: run(_parser().parse_args(kebab_case(sys.argv[1:]))))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="vllm-qoq", description="One checkpoint, several precisions, served by vLLM."
+    )
+    parser.add_argument("--version", action="version", version=f"vllm-qoq {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in _COMMANDS:
+        command.add_parser(commands)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""The command `quantize`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from vllm_qoq.cli import arguments
+from vllm_qoq.cli.output import stdout_for
+from vllm_qoq.cli.parser import Commands, Parser
+
+if TYPE_CHECKING:
+    from vllm_qoq.quantizer.options import Options
+    from vllm_qoq.quantizer.plan import CheckedJob, Job
+
+
+def add_parser(commands: Commands[Parser]) -> None:
+    """Add the command.
+
+    Options that a recipe may set have no default here: what is not given is the recipe's.
+    """
+    parser = commands.add_parser("quantize", help="make all sets from a Hugging Face model")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="folder, bf16 or fp16")
+    arguments.add_output(parser)
+    parser.add_argument("--text", type=Path, required=True, help="calibration text, UTF-8")
+    parser.add_argument(
+        "--sets",
+        metavar="NAME,...",
+        help="of w8a8, w4a8, w4a16; prompts run in the first, generation in the last "
+        "(default: w8a8,w4a8)",
+    )
+    parser.add_argument(
+        "--nested",
+        action="store_true",
+        default=None,
+        help="store w8a8 as 4 bits on top of w4a8's, which stay the same",
+    )
+    arguments.add_max_clipped(parser)
+    parser.add_argument("--group-size", type=int, choices=(128, -1), help="default: 128")
+    parser.add_argument(
+        "--kv-bits", type=int, choices=(4, 8, 16), help="KV cache to prepare for (default: 4)"
+    )
+    parser.add_argument(
+        "--kv-hadamard",
+        action="store_true",
+        default=None,
+        help="rotate K in the KV cache: for a model whose K has channels of very different size",
+    )
+    parser.add_argument(
+        "--lm-head-bits", type=int, choices=(8, 16), help="8 for an int8 lm_head (default: 16)"
+    )
+    parser.add_argument("--samples", type=int, help="pieces of text (default: 128)")
+    parser.add_argument("--seqlen", type=int, help="tokens a piece (default: 1024)")
+    parser.add_argument("--recipe", type=Path, metavar="FILE", help="JSON object of these options")
+    _add_steps(parser.add_argument_group("steps to leave out, for ablations"))
+    parser.add_argument("--eval-text", type=Path, help="measure perplexity before and after")
+    parser.add_argument(
+        "--sanity-check", action="store_true", help="show a few generated words before and after"
+    )
+    parser.add_argument(
+        "--work-dir", type=Path, help="for finished layers (default: OUT with .work behind)"
+    )
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="required",
+        default="auto",
+        choices=("auto", "required", "never"),
+        help="whether to go on with what --work-dir holds (default: auto)",
+    )
+    arguments.add_max_shard_size(parser)
+    arguments.add_dry_run(parser)
+    arguments.add_reporting(parser, _quantize)
+
+
+_STEPS = {
+    "rotate": "Hadamard rotations of the residual stream and of V",
+    "smooth_attention": "scales that make K even",
+    "smooth_outputs": "scales that make the inputs of o_proj and down_proj even",
+    "reorder": "order of down_proj's inputs",
+    "clip": "search of scales that clip",
+    "gptq": "passing rounding errors on",
+}
+
+
+def _add_steps(group: argparse._ArgumentGroup) -> None:
+    for name, text in _STEPS.items():
+        option = "--no-" + name.replace("_", "-")
+        group.add_argument(option, dest=name, action="store_false", default=None, help=text)
+
+
+_OPTIONS = (
+    *("nested", "group_size", "kv_bits", "kv_hadamard", "lm_head_bits", "samples", "seqlen"),
+    *_STEPS,
+)
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from vllm_qoq.quantizer.inputs import check_inputs
+
+    job, options = _job(args)
+    check_inputs(job)  # what needs no import, before the imports
+    with stdout_for(sys.stderr.fileno()) as out:  # llmcompressor logs there
+        return _run(args, job, options, out)
+
+
+def _job(args: argparse.Namespace) -> tuple[Job, Options]:
+    from vllm_qoq.quantizer.options import Options
+    from vllm_qoq.quantizer.plan import Job, default_work_dir
+
+    given = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
+    if args.sets is not None:
+        given["sets"] = args.sets.split(",")
+    job = Job(
+        model=args.model,
+        out=args.output,
+        text=args.text,
+        work_dir=args.work_dir or default_work_dir(args.output),
+        eval_text=args.eval_text,
+        sanity_check=args.sanity_check,
+        max_clipped=args.max_clipped,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        max_shard_bytes=args.max_shard_size,
+        quiet=args.quiet or args.json,
+    )
+    return job, Options.read(args.recipe, given)
+
+
+def _run(args: argparse.Namespace, job: Job, options: Options, out: TextIO) -> int:
+    from vllm_qoq.quantizer import noise
+
+    noise.hide_bars()
+    noise.import_llmcompressor()
+    from vllm_qoq.quantizer.job import prepare, run
+
+    try:
+        if args.dry_run:
+            plan = prepare(job, options)
+            text = _plan_document(plan) if args.json else _plan_text(plan)
+        else:
+            report = run(job, options)
+            text = _document(job.out, report) if args.json else _text(job.out, report)
+    except KeyboardInterrupt:
+        work = job.work_dir
+        kept = f"{work} has what is done, the same command goes on there"
+        # A folder without a finished piece does not stay.
+        print(f"interrupted; {kept if work.exists() else 'nothing is left'}", file=sys.stderr)
+        return 130
+    print(text, file=out)
+    return 0
+
+
+def _plan_document(plan: CheckedJob) -> str:
+    from vllm_qoq.quantizer import estimate
+
+    sizes = plan.sizes
+    return json.dumps(
+        {
+            "output": str(plan.job.out),
+            "dry_run": True,
+            "options": plan.options.model_dump(mode="json"),
+            "parameters": plan.parameters,
+            "quantized_layers": len(plan.linears),
+            "samples": len(plan.samples),
+            "output_bytes": sizes.output,
+            "work_bytes": sizes.work,
+            "disk_bytes": sizes.output + sizes.work,
+            "memory_bytes": sum(sizes.memory.values()),
+            "memory": sizes.memory,
+            "seconds": round(estimate.seconds(plan.linears, plan.options, len(plan.samples))),
+        }
+    )
+
+
+def _plan_text(plan: CheckedJob) -> str:
+    import torch
+
+    from vllm_qoq.progress import duration, human_bytes
+    from vllm_qoq.quantizer import estimate
+
+    seconds = estimate.seconds(plan.linears, plan.options, len(plan.samples))
+    out, memory = plan.job.out, plan.sizes.memory
+    parts = ", ".join(f"{name} {human_bytes(count)}" for name, count in memory.items())
+    on_gpu = sum(memory[name] for name in plan.sizes.gpu)
+    gpu = f", {human_bytes(on_gpu)} of it on the GPU" if torch.cuda.is_available() else ""
+    return (
+        f"would write {out}: {human_bytes(plan.sizes.output)}, sets "
+        f"{', '.join(plan.options.sets)} of {len(plan.linears)} layers\n"
+        f"calibration: {len(plan.samples)} pieces of {plan.options.seqlen} tokens\n"
+        f"disk: {human_bytes(plan.sizes.output)} for {out} and, until it is complete, "
+        f"{human_bytes(plan.sizes.work)} in {plan.job.work_dir}\n"
+        f"memory: about {human_bytes(sum(memory.values()))}{gpu} ({parts})\n"
+        f"time: about {duration(seconds)}, estimated from a second of the same work here"
+    )
+
+
+def _document(out: Path, report: dict[str, Any]) -> str:
+    return json.dumps({"output": str(out), "dry_run": False, **report})
+
+
+def _text(out: Path, report: dict[str, Any]) -> str:
+    from vllm_qoq.quantizer.report import table
+
+    return f"{table(report)}\nwrote {out}"

@@ -1,0 +1,50 @@
+"""Names of layers: where a decoder layer stands, and what vLLM runs as one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+LM_HEAD = "lm_head"
+
+_LAYER = re.compile(r"(?P<prefix>(?:.*\.)?layers\.)(?P<index>\d+)\.(?P<module>.+)")
+
+FUSED: Mapping[str, tuple[str, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+"""Projections that vLLM runs as one layer, under its name."""
+
+
+def split_decoder(name: str) -> tuple[str, int, str] | None:
+    """`model.layers.3.mlp.up_proj` -> ("model.layers.", 3, "mlp.up_proj"); None outside."""
+    match = _LAYER.fullmatch(name)
+    return (match["prefix"], int(match["index"]), match["module"]) if match else None
+
+
+def layer_globs(chosen: Iterable[str], every: Iterable[str]) -> tuple[str, ...]:
+    """Globs over layer names that match `chosen` and no other of `every`.
+
+    `model.layers.*.mlp.up_proj` where all indices are chosen, single names elsewhere.
+    """
+    chosen, every = set(chosen), set(every)
+    by_glob: dict[str, set[str]] = {}
+    for name in every:
+        by_glob.setdefault(_glob(name), set()).add(name)
+    globs = set()
+    for name in chosen:
+        glob = _glob(name)
+        globs.add(glob if by_glob.get(glob, set()) <= chosen else _literal(name))
+    return tuple(sorted(globs))
+
+
+def _glob(name: str) -> str:
+    place = split_decoder(name)
+    if place is None:
+        return _literal(name)
+    prefix, _, module = place
+    return f"{_literal(prefix)}*.{_literal(module)}"
+
+
+def _literal(name: str) -> str:
+    return re.sub(r"([*?[])", r"[\1]", name)

@@ -1,0 +1,246 @@
+"""One table of models: an entry says which layers an architecture has and what they do.
+
+To support another model, add an entry to `ARCHITECTURES` and a test that compares it with the
+class in transformers (tests/unit/test_expected.py); see "Extending" in the documentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_qoq.errors import FormatError, shown
+from vllm_qoq.models.config import CONFIG, architecture_name
+from vllm_qoq.models.names import split_decoder
+
+REMEDY = "mend it, or download the model again"
+"""What to do about a `config.json` that cannot be."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """The weight of a layer: the names of its sizes (`tensors`), two of a linear layer.
+
+    bias  the keys of `config.json` of which one announces a bias; True: always one, False: none
+    """
+
+    sizes: tuple[str, ...]
+    bias: tuple[str, ...] | bool = False
+
+    def has_bias(self, config: Mapping[str, Any]) -> bool:
+        """Whether the layer has a bias beside its weight."""
+        if isinstance(self.bias, bool):
+            return self.bias
+        return any([flag(config, key) for key in self.bias])
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The mixture of experts in place of an MLP: a router, and `prefix.NUMBER.module`."""
+
+    router: str
+    prefix: str
+    modules: Mapping[str, LayerSpec]
+
+
+@dataclass(frozen=True)
+class LayerNames:
+    """What the layers of a dense model are called, by what they do.
+
+    Names are those below one block of the model (`model.layers.3`), and whole beside the blocks.
+
+    Every group in `inputs` is a tuple of linear layers that read the same tensor: a
+    norm's output (`norms`), the attention output or the MLP's inner product.
+    """
+
+    blocks: str = "model.layers"
+    embedding: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    rotary: str = "model.rotary_emb"
+    attention: str = "self_attn"
+    q: str = "self_attn.q_proj"
+    k: str = "self_attn.k_proj"
+    v: str = "self_attn.v_proj"
+    o: str = "self_attn.o_proj"
+    gate: str = "mlp.gate_proj"
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
+    attention_norm: str = "input_layernorm"
+    mlp_norm: str = "post_attention_layernorm"
+    q_norm: str | None = None
+    k_norm: str | None = None
+
+    @property
+    def norms(self) -> dict[str, tuple[str, ...]]:
+        """Norm -> the layers that read it."""
+        return {
+            self.attention_norm: (self.q, self.k, self.v),
+            self.mlp_norm: (self.gate, self.up),
+        }
+
+    @property
+    def inputs(self) -> tuple[tuple[str, ...], ...]:
+        """Groups of linear layers that read one tensor, in the order in which they run."""
+        return ((self.q, self.k, self.v), (self.o,), (self.gate, self.up), (self.down,))
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """All quantized layers of a block."""
+        return tuple(name for group in self.inputs for name in group)
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A kind of model. Layers are named relative to a decoder layer (`model.layers.3.`).
+
+    common    what every decoder layer has
+    mlp       what a layer without experts has besides
+    experts   what the other layers have besides; None: all layers have `mlp`
+    is_tied   whether the embedding is the lm_head, too, when the config does not say
+    defaults  key -> value that transformers and vLLM take when the config lacks it
+    names     what its layers do, for a model that can be quantized, imported and merged with norms
+              that differ; None for one whose tensors are known and no more
+    type      the `model_type` of `config.json`, where there are `names`
+    """
+
+    common: Mapping[str, LayerSpec]
+    mlp: Mapping[str, LayerSpec]
+    experts: Experts | None = None
+    is_tied: bool = False
+    defaults: Mapping[str, int] = field(default_factory=dict)
+    names: LayerNames | None = None
+    type: str = ""
+
+
+_NORM, _HEAD_NORM = LayerSpec(("hidden",)), LayerSpec(("head",))
+_NORMS = {"input_layernorm": _NORM, "post_attention_layernorm": _NORM}
+_FOUR_NORMS = _NORMS | {"pre_feedforward_layernorm": _NORM, "post_feedforward_layernorm": _NORM}
+_QK_NORMS = {"self_attn.q_norm": _HEAD_NORM, "self_attn.k_norm": _HEAD_NORM}
+_BIAS = ("attention_bias",)
+
+
+def _attention(qkv: tuple[str, ...] | bool, o: tuple[str, ...] | bool) -> dict[str, LayerSpec]:
+    return {
+        "self_attn.q_proj": LayerSpec(("query", "hidden"), qkv),
+        "self_attn.k_proj": LayerSpec(("key", "hidden"), qkv),
+        "self_attn.v_proj": LayerSpec(("key", "hidden"), qkv),
+        "self_attn.o_proj": LayerSpec(("hidden", "query"), o),
+    }
+
+
+def _mlp(
+    parent: str = "mlp.", inner: str = "inner", bias: tuple[str, ...] = ()
+) -> dict[str, LayerSpec]:
+    return {
+        f"{parent}gate_proj": LayerSpec((inner, "hidden"), bias),
+        f"{parent}up_proj": LayerSpec((inner, "hidden"), bias),
+        f"{parent}down_proj": LayerSpec(("hidden", inner), bias),
+    }
+
+
+_LLAMA = Architecture(
+    # `bias` is the older key.
+    _NORMS | _attention((*_BIAS, "bias"), (*_BIAS, "bias")),
+    _mlp(bias=("mlp_bias",)),
+    names=LayerNames(),
+    type="llama",
+)
+_QWEN3 = _NORMS | _QK_NORMS | _attention(_BIAS, _BIAS)
+_GEMMA_HEADS = {"head_dim": 256, "num_key_value_heads": 4}
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "LlamaForCausalLM": _LLAMA,
+    "MistralForCausalLM": Architecture(
+        _LLAMA.common,
+        _LLAMA.mlp,
+        defaults={"num_key_value_heads": 8},
+        names=LayerNames(),
+        type="mistral",
+    ),
+    "Qwen2ForCausalLM": Architecture(
+        _NORMS | _attention(True, False),
+        _mlp(),
+        defaults={"num_key_value_heads": 32},
+        names=LayerNames(),
+        type="qwen2",
+    ),
+    "Qwen3ForCausalLM": Architecture(
+        _QWEN3,
+        _mlp(),
+        defaults={"head_dim": 128, "num_key_value_heads": 32},
+        names=LayerNames(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm"),
+        type="qwen3",
+    ),
+    "Phi3ForCausalLM": Architecture(
+        _NORMS
+        | {
+            "self_attn.qkv_proj": LayerSpec(("qkv", "hidden")),
+            "self_attn.o_proj": LayerSpec(("hidden", "query")),
+        },
+        {
+            "mlp.gate_up_proj": LayerSpec(("two_inner", "hidden")),
+            "mlp.down_proj": LayerSpec(("hidden", "inner")),
+        },
+    ),
+    "GemmaForCausalLM": Architecture(
+        _NORMS | _attention(False, False),
+        _mlp(),
+        is_tied=True,
+        defaults={"head_dim": 256, "num_key_value_heads": 16},
+    ),
+    "Gemma2ForCausalLM": Architecture(
+        _FOUR_NORMS | _attention(_BIAS, _BIAS), _mlp(), is_tied=True, defaults=_GEMMA_HEADS
+    ),
+    "Gemma3ForCausalLM": Architecture(
+        _FOUR_NORMS | _QK_NORMS | _attention(_BIAS, _BIAS),
+        _mlp(),
+        is_tied=True,
+        defaults=_GEMMA_HEADS,
+    ),
+    "MixtralForCausalLM": Architecture(
+        _NORMS | _attention(False, False),
+        {},
+        Experts(
+            "block_sparse_moe.gate",
+            "block_sparse_moe.experts",
+            {
+                "w1": LayerSpec(("inner", "hidden")),
+                "w2": LayerSpec(("hidden", "inner")),
+                "w3": LayerSpec(("inner", "hidden")),
+            },
+        ),
+        defaults={"num_key_value_heads": 8},
+    ),
+    "Qwen3MoeForCausalLM": Architecture(
+        _QWEN3, _mlp(), Experts("mlp.gate", "mlp.experts", _mlp("", "expert_inner"))
+    ),
+}
+"""Every architecture whose tensors are known. The KV cache of the last two can be quantized."""
+
+
+def architecture_of(config: Mapping[str, Any]) -> Architecture | None:
+    """The entry of the table for a `config.json`; None for an architecture that it lacks."""
+    return ARCHITECTURES.get(architecture_name(config) or "")
+
+
+def with_names() -> dict[str, LayerNames]:
+    """The architectures whose layers have `names`, by class name."""
+    return {name: one.names for name, one in ARCHITECTURES.items() if one.names is not None}
+
+
+def norm_readers(config: Mapping[str, Any], norm: str) -> tuple[str, ...]:
+    """The linear layers that read the module `norm`; empty when that is not known."""
+    known, place = architecture_of(config), split_decoder(norm)
+    if known is None or known.names is None or place is None:
+        return ()
+    prefix, index, module = place
+    return tuple(f"{prefix}{index}.{reader}" for reader in known.names.norms.get(module, ()))
+
+
+def flag(config: Mapping[str, Any], key: str) -> bool:
+    """The value of `key`, false where there is none; FormatError for what is neither."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise FormatError(f"{CONFIG}: {key}: {shown(value)} is not true or false; {REMEDY}")
+    return bool(value)

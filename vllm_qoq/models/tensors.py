@@ -1,0 +1,233 @@
+"""Every tensor that a model has in floating point, from its `config.json` alone.
+
+The table says which layers an architecture has; how their sizes follow from the keys of the config
+is here. Shapes are those of PyTorch: a linear layer is [out_features, in_features], a norm [size].
+No file is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeGuard
+
+from vllm_qoq.errors import FormatError, shown
+from vllm_qoq.models.config import CONFIG
+from vllm_qoq.models.names import LM_HEAD
+from vllm_qoq.models.table import (
+    ARCHITECTURES,
+    REMEDY,
+    Architecture,
+    LayerSpec,
+    architecture_of,
+    flag,
+)
+
+Shape = tuple[int, ...]
+
+EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", f"{LM_HEAD}.weight", "model.norm.weight"
+LAYERS = "model.layers."
+MOST_LAYERS = 1024
+_MOST_EXPERTS = 512
+_MOST = 1 << 24
+
+
+class ExpectedTensors(Mapping[str, Shape]):
+    """Tensor -> shape of the model that a `config.json` describes; computed when asked for.
+
+    `outside` are those of no decoder layer. `optional` are those that a checkpoint may have
+    besides: the lm_head, where it is the embedding. FormatError names a key that is missing or
+    cannot be.
+    """
+
+    def __init__(self, model: Architecture, config: Mapping[str, Any]) -> None:
+        sizes = _Sizes(model, config)
+        self.layers = sizes.key("num_hidden_layers", most=MOST_LAYERS)
+        self.is_tied = _is_tied(model, config)
+        vocabulary = (sizes["vocabulary"], sizes["hidden"])
+        self.outside: Mapping[str, Shape] = {
+            EMBEDDING: vocabulary,
+            FINAL_NORM: (sizes["hidden"],),
+            **({} if self.is_tied else {HEAD: vocabulary}),
+        }
+        self.optional: Mapping[str, Shape] = {HEAD: vocabulary} if self.is_tied else {}
+        self._indices = {str(index): index for index in range(self.layers)}
+        self._sparse = _sparse_layers(model, config, self.layers)
+        self._modules = {kind: _modules(model, sizes, kind) for kind in set(self._sparse)}
+        self._kinds = {
+            kind: dict(_tensors(modules, config, sizes)) for kind, modules in self._modules.items()
+        }
+
+    def keys_of(self, name: str) -> tuple[str, ...]:
+        """For each size of a tensor the keys of `config.json` that it is made of."""
+        index, _, tensor = name.removeprefix(LAYERS).partition(".")
+        if not name.startswith(LAYERS):
+            return ("hidden_size",) if name == FINAL_NORM else ("vocab_size", "hidden_size")
+        layer, _, leaf = tensor.rpartition(".")
+        sizes = self._modules[self._sparse[self._indices[index]]][layer].sizes
+        keys = tuple(_KEYS[size] for size in sizes)
+        return keys[:1] if leaf == "bias" else keys
+
+    def of_layer(self, index: int) -> Mapping[str, Shape]:
+        """The tensors of decoder layer `index`, named relative to it."""
+        return self._kinds[self._sparse[index]]
+
+    def __getitem__(self, name: str) -> Shape:
+        index, dot, tensor = name.removeprefix(LAYERS).partition(".")
+        if name.startswith(LAYERS) and dot and index in self._indices:
+            return self.of_layer(self._indices[index])[tensor]
+        return self.outside[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.outside
+        for index in range(self.layers):
+            for tensor in self.of_layer(index):
+                yield f"{LAYERS}{index}.{tensor}"
+
+    def __len__(self) -> int:
+        return len(self.outside) + sum(len(self.of_layer(i)) for i in range(self.layers))
+
+
+def expected_tensors(config: Mapping[str, Any]) -> ExpectedTensors:
+    """What a checkpoint in floating point of the model that `config` describes must hold.
+
+    FormatError if the architecture is not in the table, or a size is missing or cannot be.
+    """
+    model = architecture_of(config)
+    if model is None:
+        raise FormatError(
+            f"{CONFIG}: architectures: {shown(config.get('architectures'))} is not known; known "
+            f"are {', '.join(ARCHITECTURES)}"
+        )
+    return ExpectedTensors(model, config)
+
+
+def _modules(model: Architecture, sizes: _Sizes, is_sparse: bool) -> dict[str, LayerSpec]:
+    """The modules of a decoder layer with or without experts."""
+    if not is_sparse or model.experts is None:
+        return {**model.common, **model.mlp}
+    modules = {**model.common, model.experts.router: LayerSpec(("experts", "hidden"))}
+    for number in range(sizes["experts"]):
+        for name, module in model.experts.modules.items():
+            modules[f"{model.experts.prefix}.{number}.{name}"] = module
+    return modules
+
+
+def _tensors(
+    modules: Mapping[str, LayerSpec], config: Mapping[str, Any], sizes: _Sizes
+) -> Iterator[tuple[str, Shape]]:
+    for name, module in modules.items():
+        shape = tuple(sizes[size] for size in module.sizes)
+        yield f"{name}.weight", shape
+        if module.has_bias(config):
+            yield f"{name}.bias", shape[:1]
+
+
+def _sparse_layers(model: Architecture, config: Mapping[str, Any], layers: int) -> list[bool]:
+    """Which decoder layers have experts."""
+    if model.experts is None:
+        return [False] * layers
+    dense = config.get("mlp_only_layers")
+    step = config.get("decoder_sparse_step")
+    step = step if _is_count(step) else 1
+    dense = set(map(str, dense)) if isinstance(dense, list) else set()
+    return [str(i) not in dense and (i + 1) % step == 0 for i in range(layers)]
+
+
+def _is_tied(model: Architecture, config: Mapping[str, Any]) -> bool:
+    is_said = config.get("tie_word_embeddings") is not None
+    return flag(config, "tie_word_embeddings") if is_said else model.is_tied
+
+
+# What the sizes are made of.
+_KEYS = {
+    "hidden": "hidden_size",
+    "vocabulary": "vocab_size",
+    "inner": "intermediate_size",
+    "two_inner": "2 * intermediate_size",
+    "head": "head_dim",
+    "query": "num_attention_heads * head_dim",
+    "key": "num_key_value_heads * head_dim",
+    "qkv": "(num_attention_heads + 2 * num_key_value_heads) * head_dim",
+    "expert_inner": "moe_intermediate_size",
+    "experts": "num_experts",
+}
+
+
+class _Sizes:
+    """The sizes that modules are made of, by name, out of a `config.json`."""
+
+    def __init__(self, model: Architecture, config: Mapping[str, Any]) -> None:
+        self._config = config
+        self._defaults = model.defaults
+
+    def __getitem__(self, name: str) -> int:
+        match name:
+            case "hidden":
+                return self.key("hidden_size")
+            case "vocabulary":
+                return self.key("vocab_size")
+            case "inner":
+                return self.key("intermediate_size")
+            case "two_inner":
+                return 2 * self["inner"]
+            case "head":
+                return self._head_dim()
+            case "query":
+                return self.key("num_attention_heads") * self["head"]
+            case "key":
+                return self._key_value_heads() * self["head"]
+            case "qkv":
+                return self["query"] + 2 * self["key"]
+            case "expert_inner":
+                return self.key("moe_intermediate_size")
+            case "experts":
+                keys = ("num_local_experts", "num_experts")
+                name = next((k for k in keys if k in self._config), keys[-1])
+                return self.key(name, most=_MOST_EXPERTS)
+        raise KeyError(name)
+
+    def key(self, key: str, default: Callable[[], int] | None = None, most: int = _MOST) -> int:
+        """The count that `config.json` has under `key`; without one, what `default` returns."""
+        value = self._config.get(key)
+        if value is None and key not in self._config:
+            value = self._defaults.get(key)
+        if value is None and default is not None:
+            return default()
+        if value is None:
+            raise FormatError(f"{CONFIG}: {key}: missing; {REMEDY}")
+        if not _is_count(value) or value > most:
+            raise FormatError(
+                f"{CONFIG}: {key}: {shown(value)} is not a whole number from 1 to {most}; {REMEDY}"
+            )
+        return value
+
+    def _head_dim(self) -> int:
+        found = self.key("head_dim", self._even_head)
+        if found % 2:
+            raise FormatError(
+                f"{CONFIG}: head_dim: {found} is odd, but rotary embeddings turn pairs; {REMEDY}"
+            )
+        return found
+
+    def _even_head(self) -> int:
+        heads, hidden = self.key("num_attention_heads"), self["hidden"]
+        if hidden % heads:
+            raise FormatError(
+                f"{CONFIG}: hidden_size: {hidden} is not a multiple of num_attention_heads, "
+                f"{heads}, and there is no head_dim; {REMEDY}"
+            )
+        return hidden // heads
+
+    def _key_value_heads(self) -> int:
+        heads = self.key("num_attention_heads")
+        found = self.key("num_key_value_heads", lambda: heads)
+        if heads % found:
+            raise FormatError(
+                f"{CONFIG}: num_attention_heads: {heads} is not a multiple of "
+                f"num_key_value_heads, {found}; {REMEDY}"
+            )
+        return found
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

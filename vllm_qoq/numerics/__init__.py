@@ -1,0 +1,15 @@
+"""What the numbers mean: QoQ weights, quantized activations, and the pages of the KV cache.
+
+packing              two codes of 4 bits in a byte
+reference            weights and activations, in plain PyTorch: the oracle of the kernels
+kv_layout            a page of the KV cache
+reference_attention  attention over such pages
+key_bias             whether a bias of K spoils a quantized cache
+rotation             the basis of a rotated residual stream
+"""
+
+GROUP_SIZE = 128
+"""Inputs that share a group_scale of a QoQ set."""
+
+MAX_CLIPPED = 0.1
+"""Share of a layer's weights that a nested set may clip, unless the user says otherwise."""

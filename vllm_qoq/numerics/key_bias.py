@@ -1,0 +1,78 @@
+"""Whether a bias of K is too large for a quantized KV cache.
+
+All channels of a token's key in one head share a scale. A bias that is far larger than what
+differs between tokens takes the whole range, so that the rest of the key falls between two
+codes. The scores do not need it: it adds nearly the same to the score of every key, and the
+softmax does not see that.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from vllm_qoq.numerics import kv_layout
+from vllm_qoq.numerics.reference_attention import hadamard
+
+TOKENS = 32
+"""Random inputs that `score_noise` wants the outputs of."""
+
+# Scores are exponents: an error of this size changes a weight of the softmax by a third.
+_LIMIT = 0.3
+# And so much of the error is the bias's doing.
+_SHARE = 3.0
+
+
+def random_inputs(size: int, like: torch.Tensor) -> torch.Tensor:
+    """What a norm without a gain may give, [TOKENS, size] in the dtype and place of `like`."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(TOKENS, size, generator=generator).to(like.device, like.dtype)
+
+
+def is_too_large(
+    queries: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor, bits: int, use_hadamard: bool
+) -> bool:
+    """Whether the bias spoils the scores in a cache of `bits`.
+
+    queries  float [TOKENS, heads, D] of random inputs, with their bias
+    keys     float [TOKENS, kv_heads, D] of the same inputs, without
+    bias     float [kv_heads, D] of the keys
+    """
+    noise, without = score_noise(queries, keys, bias, bits, use_hadamard)
+    return bool(((noise > _LIMIT) & (noise > _SHARE * without)).any())
+
+
+def score_noise(
+    queries: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor, bits: int, use_hadamard: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Root mean square error of a score, with the bias and without it: float32 [kv_heads].
+
+    RoPE turns the bias by another angle at every position; here by random ones.
+    """
+    keys, bias = keys.float(), bias.float()
+    kv_heads, size = bias.shape
+    low, high = bias.chunk(2, dim=-1)
+    magnitude = torch.hypot(low, high)
+    generator = torch.Generator().manual_seed(1)
+    angles = torch.rand(len(keys), 1, size // 2, generator=generator).to(bias.device) * math.tau
+    turned = torch.cat((magnitude * angles.cos(), magnitude * angles.sin()), dim=-1)
+    per_query = queries.float().square().sum(dim=-1)  # [TOKENS, heads]
+    queried = per_query.view(len(queries), kv_heads, -1).mean(dim=(0, 2)).sqrt()
+
+    def error(vectors: torch.Tensor) -> torch.Tensor:
+        vectors = hadamard(vectors) if use_hadamard else vectors
+        lost = kv_layout.dequantize(*kv_layout.quantize(vectors, bits)) - vectors
+        # A query meets the error of every channel, and scores are divided by sqrt(D).
+        return lost.square().mean(dim=(0, 2)).sqrt() * queried / math.sqrt(size)
+
+    return error(keys + turned), error(keys)
+
+
+def warning(layers: list[str], bits: int, remedy: str) -> str:
+    """What to tell of layers whose bias is too large."""
+    shown = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
+    return (
+        f"the bias of K is so large that a {bits}-bit KV cache loses what differs between keys, in "
+        f"{shown}; {remedy}"
+    )

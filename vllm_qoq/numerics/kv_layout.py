@@ -1,0 +1,188 @@
+"""The page of the quantized KV cache: the one place that knows where its bytes are.
+
+One layer's cache is uint8 [num_blocks, num_kv_heads, head_bytes]. A block holds N tokens, N a
+multiple of 16; D is the head size, B = D * bits / 8 the bytes of one token's codes, and
+
+    head_bytes = N * (2 * B + 8)        4 bits, head 128: 136 bytes a token and head, bf16 has 512
+
+The bytes of one block and head are contiguous, so that one bulk copy fetches them:
+
+    | K codes            | V codes            | K scale, zero      | V scale, zero      |
+    | N rows of B bytes  | N/2 rows of 2B     | N x 2 x fp16       | N x 2 x fp16       |
+
+K: row t is token t. With 4 bits, byte i has channel 2i in the low nibble and 2i + 1 in the high.
+V: row j is the tokens 2j and 2j + 1, whose 16-bit units alternate. A 32-bit word masked with
+0x000F000F is then one channel of two neighbouring tokens, the pair that the tensor cores want for
+the product with the probabilities:
+
+    token 2j      a0 a1 | a2 a3 | ...          row j   a0 a1 b0 b1 | a2 a3 b2 b3 | ...
+    token 2j + 1  b0 b1 | b2 b3 | ...
+
+Row j is rotated right by 32 * (j mod 4) bytes, modulo its length, against bank conflicts.
+
+Quantization is QServe's (qserve/kernels/csrc/fused_attention): per token and head over the D
+channels, K after RoPE, a float zero in units of codes,
+
+    x = scale * (code - zero)
+
+QServe divides by max - min. That range is bounded below here, so that `zero` is finite and
+accurate in fp16 also for a vector that hardly varies; where the bound does not bind, scales, zeros
+and codes are QServe's.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from vllm_qoq.numerics.packing import pack_nibbles, unpack_nibbles
+
+HEAD_SIZES = (64, 96, 128, 256)
+QUANTIZED_BITS = (4, 8)
+BLOCK_MULTIPLE = 16  # tokens in a block
+
+_FP16_MAX = 65504.0
+_SMALLEST_SCALE = 6.2e-5  # a little above the smallest normal fp16
+# max|x| / range stays below this, so that |zero| <= levels * this is 15360 or 32640.
+_LARGEST_OFFSET = {4: 1024.0, 8: 128.0}
+_SCALE_AND_ZERO_BYTES = 4
+
+
+def code_bytes(head_size: int, bits: int) -> int:
+    """B: bytes of the codes of one token and head, of K or of V. ValueError if not served."""
+    if bits not in QUANTIZED_BITS:
+        raise ValueError(f"a KV cache of {bits} bits; the page is defined for 4 and 8")
+    if head_size not in HEAD_SIZES:
+        sizes = ", ".join(map(str, HEAD_SIZES))
+        raise ValueError(f"head size {head_size}; the quantized KV cache serves {sizes}")
+    return head_size * bits // 8
+
+
+def slot_bytes(head_size: int, bits: int) -> int:
+    """Bytes that one token and head take, K and V with their scales and zeros."""
+    return 2 * (code_bytes(head_size, bits) + _SCALE_AND_ZERO_BYTES)
+
+
+def quantize(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Quantize vectors of one head.
+
+    x  [..., D] float  ->  codes uint8 [..., D], scale and zero float16 [...]
+
+    Beyond +-65504, which includes infinities, x is clamped. A vector with a NaN has the scale
+    NaN, so it is read back as NaN. All arithmetic is float32, each operation rounded once.
+    """
+    levels = float(2**bits - 1)
+    x = x.float().clamp(-_FP16_MAX, _FP16_MAX)
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    largest = torch.maximum(low.abs(), high.abs())
+    bound = (largest / _LARGEST_OFFSET[bits]).clamp_min(_SMALLEST_SCALE * levels)
+    span = torch.maximum(high - low, bound)
+
+    zero = -levels * low / span
+    codes = (x * (levels / span) + zero).round().clamp(0, levels).nan_to_num()
+    return codes.to(torch.uint8), (span / levels).squeeze(-1).half(), zero.squeeze(-1).half()
+
+
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    """scale * (code - zero): codes uint8 [..., D], scale and zero float16 [...] -> float32."""
+    return scale.float()[..., None] * (codes.float() - zero.float()[..., None])
+
+
+def max_error(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """The largest error of any channel that `quantize` allows: [..., D] -> float32 [..., 1].
+
+    Half a step, and half a unit in the last place of fp16 for each of scale and zero.
+    """
+    _, scale, _ = quantize(x, bits)
+    largest = x.float().clamp(-_FP16_MAX, _FP16_MAX).abs().amax(-1, keepdim=True)
+    half_step = scale.float()[..., None] * (0.5 + 2**-11)
+    return half_step * 1.001 + largest * (3 * 2**-11) + 1e-10
+
+
+def write(
+    pages: torch.Tensor, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bits: int
+) -> None:
+    """Quantize tokens and put them into their slots; nothing else in the pages changes.
+
+    pages       uint8 [num_blocks, H, head_bytes]
+    slots       int [T]     block * N + position in it, each at most once; negative: skipped
+    key, value  float [T, H, D]
+    """
+    head_size = key.shape[-1]
+    tokens = block_tokens(pages, head_size, bits)
+    is_real = slots >= 0
+    slots = slots[is_real].long()
+    records = torch.cat(
+        [_pack(*quantize(vectors[is_real], bits), bits=bits) for vectors in (key, value)], dim=-1
+    )
+    heads = torch.arange(pages.shape[1])
+    positions = record_positions(tokens, head_size, bits)[slots % tokens]
+    pages[(slots // tokens)[:, None, None], heads[None, :, None], positions[:, None, :]] = records
+
+
+def read(
+    pages: torch.Tensor, blocks: torch.Tensor, length: int, head_size: int, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first `length` tokens of a request whose block table is `blocks`, dequantized.
+
+    pages uint8 [num_blocks, H, head_bytes], blocks int [>= length / N]  ->  keys and values,
+    float32 [length, H, D]
+    """
+    tokens = block_tokens(pages, head_size, bits)
+    used = blocks[: -(-length // tokens)].long()
+    positions = record_positions(tokens, head_size, bits)
+    records = pages[used][:, :, positions.flatten()].unflatten(-1, positions.shape)
+    records = records.transpose(1, 2).flatten(0, 1)[:length]
+    key, value = (
+        dequantize(*_unpack(half, bits)) for half in records.chunk(2, dim=-1)
+    )  # [length, H, D]
+    return key, value
+
+
+def block_tokens(pages: torch.Tensor, head_size: int, bits: int) -> int:
+    """N: the tokens that a block of `pages` [num_blocks, H, head_bytes] holds."""
+    tokens, rest = divmod(pages.shape[-1], slot_bytes(head_size, bits))
+    if rest or tokens % BLOCK_MULTIPLE:
+        raise ValueError(
+            f"pages of {pages.shape[-1]} bytes a head do not hold a multiple of {BLOCK_MULTIPLE} "
+            f"tokens of {slot_bytes(head_size, bits)} bytes"
+        )
+    return tokens
+
+
+@cache
+def record_positions(tokens: int, head_size: int, bits: int) -> torch.Tensor:
+    """Where the bytes of a token are: int64 [N, 2 * B + 8], offsets into head_bytes.
+
+    The record of a token is K codes, K scale, K zero, V codes, V scale, V zero.
+    """
+    if tokens % BLOCK_MULTIPLE or tokens <= 0:
+        raise ValueError(f"a block of {tokens} tokens; it holds a multiple of {BLOCK_MULTIPLE}")
+    row = code_bytes(head_size, bits)
+    token = torch.arange(tokens)[:, None]
+    byte = torch.arange(row)[None, :]
+
+    pair = token // 2
+    alternated = 4 * (byte // 2) + 2 * (token % 2) + byte % 2
+    rotated = (alternated + 32 * (pair % 4)) % (2 * row)
+
+    key_codes = token * row + byte
+    value_codes = tokens * row + pair * 2 * row + rotated
+    key_numbers = 2 * tokens * row + token * _SCALE_AND_ZERO_BYTES + torch.arange(4)
+    value_numbers = key_numbers + tokens * _SCALE_AND_ZERO_BYTES
+    return torch.cat([key_codes, key_numbers, value_codes, value_numbers], dim=1)
+
+
+def _pack(
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, *, bits: int
+) -> torch.Tensor:
+    packed = pack_nibbles(codes) if bits == 4 else codes
+    numbers = torch.stack([scale, zero], dim=-1)
+    return torch.cat([packed, numbers.view(torch.uint8)], dim=-1)
+
+
+def _unpack(record: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    codes, numbers = record[..., :-_SCALE_AND_ZERO_BYTES], record[..., -_SCALE_AND_ZERO_BYTES:]
+    scale, zero = numbers.contiguous().view(torch.float16).unbind(-1)
+    return unpack_nibbles(codes) if bits == 4 else codes, scale, zero

@@ -1,0 +1,125 @@
+"""The CUDA ops over the quantized KV cache: schemas and fakes. `kv_layout` defines the page,
+`reference_attention` what they compute; the CPU calls those.
+
+pages        uint8 [num_blocks, H, head_bytes]: a block of N tokens, N a multiple of 16
+bits         4 or 8; the head size D is 64 or 128, and up to 16 query heads share a KV head
+hadamard     rotate K (and the query to match) by the Sylvester matrix / sqrt(D)
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from vllm_qoq.ops.library import define
+
+_COUNTERS = 1024
+_BLOCKS_PER_PROCESSOR = 2
+_PARTIAL_PADDING = 4
+_MAX_GROUP = 16
+
+
+@cache
+def workspace(device: torch.device, group: int, head_size: int) -> torch.Tensor:
+    """Where the blocks of one `kv_decode` on `device` add up what they share: int32, all zero.
+
+    Every launch leaves its counters zero, so all layers use the same one; two launches that run at
+    the same time in two streams need one each. `group` is the query heads of a KV head. The sizes
+    are those of csrc/kv_decode_config.h. Made by the first step, so outside of the memory of
+    weights and cache, which vLLM drops when it sleeps.
+    """
+    if not 1 <= group <= _MAX_GROUP:
+        raise ValueError(f"{group} query heads share a KV head; the kernels serve 1 to 16")
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    partials = 2 * processors * _BLOCKS_PER_PROCESSOR * group * (head_size + _PARTIAL_PADDING)
+    return torch.zeros(_COUNTERS + partials, dtype=torch.int32, device=device)
+
+
+def kv_write(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slots: torch.Tensor,
+    bits: int,
+    hadamard: bool,
+    pages: torch.Tensor,
+) -> None:
+    """`reference_attention.update`: quantize new tokens into their pages.
+
+    key, value  bfloat16 or float16 [>= T, H, D]   K after RoPE
+    slots       int64 [T]   block * N + position in it; what is not in `pages` is skipped
+    """
+    torch.ops.qoq.kv_write(key, value, slots, bits, hadamard, pages)
+
+
+def kv_decode(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    bits: int,
+    window: int,
+    hadamard: bool,
+    out: torch.Tensor,
+    workspace: torch.Tensor,
+) -> None:
+    """Attention of one new token a request, which is in the pages already.
+
+    query, out   bfloat16 or float16 [R, Hq, D]
+    block_table  int32 [R, max_blocks]     seq_lens  int32 [R], on the device; 0 gives zeros
+    window       the last tokens that are seen; 0: all
+    workspace    of `workspace`
+
+    The same inputs give the same bits on the same GPU. Nothing of the launch depends on
+    `seq_lens`, so a CUDA graph may be replayed with others.
+    """
+    torch.ops.qoq.kv_decode(
+        *(query, pages, block_table, seq_lens, scale, bits, window, hadamard, out, workspace)
+    )
+
+
+def kv_dequantize(
+    pages: torch.Tensor,
+    block_table: torch.Tensor,
+    first_token: torch.Tensor,
+    row_start: torch.Tensor,
+    bits: int,
+    hadamard: bool,
+    key: torch.Tensor,
+    value: torch.Tensor,
+) -> None:
+    """Tokens of the pages, request after request, for attention that knows no pages of ours.
+
+    first_token  int32 [R]        of each request, the first token that is wanted
+    row_start    int32 [R + 1]    request r gets rows [r] to [r + 1] of the outputs
+    key, value   bfloat16 or float16 [rows, H, D]; other rows are left as they are
+    hadamard     K is rotated back
+    """
+    torch.ops.qoq.kv_dequantize(
+        *(pages, block_table, first_token, row_start, bits, hadamard, key, value)
+    )
+
+
+def _fake(*_: object) -> None:
+    """Stand in for an op while a graph is traced: it returns nothing, and the schema says what it
+    writes."""
+
+
+define(
+    "kv_write",
+    "(Tensor key, Tensor value, Tensor slots, int bits, bool hadamard, Tensor(a!) pages) -> ()",
+    fake=_fake,
+)
+define(
+    "kv_decode",
+    "(Tensor query, Tensor pages, Tensor block_table, Tensor seq_lens, float scale, int bits, "
+    "int window, bool hadamard, Tensor(a!) out, Tensor(b!) workspace) -> ()",
+    fake=_fake,
+)
+define(
+    "kv_dequantize",
+    "(Tensor pages, Tensor block_table, Tensor first_token, Tensor row_start, int bits, "
+    "bool hadamard, Tensor(a!) key, Tensor(b!) value) -> ()",
+    fake=_fake,
+)

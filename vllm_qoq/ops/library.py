@@ -1,0 +1,75 @@
+"""Where ops are defined, and the library of CUDA kernels that may stand behind them.
+
+Ops are defined in Python, so that they exist, trace and run on the CPU in every build. A build
+with VLLM_QOQ_CUDA=1 has `_C.so` in the package, which adds the CUDA kernels; it is loaded where
+torch has CUDA, and a library that cannot be loaded is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.library import Library, register_fake
+
+HOPPER = (9, 0)
+BUILD = "VLLM_QOQ_CUDA=1 pip install --no-build-isolation --no-deps --force-reinstall ."
+
+_NAMESPACE = "qoq"
+_CUDA_LIBRARY = Path(__file__).parent.with_name("_C.so")
+_DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+# The ops live as long as this object.
+_library = Library(_NAMESPACE, "DEF")
+# Device type -> the ops that a build for it has.
+_ops: dict[str, list[str]] = {"cpu": [], "cuda": []}
+
+
+def define(
+    name: str, schema: str, fake: Callable[..., Any], cpu: Callable[..., Any] | None = None
+) -> None:
+    """Define the op `qoq::name`; `cpu` computes it on the CPU, where it runs there at all."""
+    _library.define(name + schema)
+    register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
+    _ops["cuda"].append(name)
+    if cpu is not None:
+        _library.impl(name, cpu, "CPU")
+        _ops["cpu"].append(name)
+
+
+def is_built(device_type: str) -> bool:
+    """Whether this build has the ops for a "cpu" or "cuda", whatever the machine has."""
+    key = _DISPATCH_KEYS.get(device_type)
+    return key is not None and all(
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"{_NAMESPACE}::{name}", key)
+        for name in _ops[device_type]
+    )
+
+
+def has_kernels(device_type: str) -> bool:
+    """Whether this build computes the ops on this machine's "cpu" or "cuda"."""
+    if not is_built(device_type):
+        return False
+    # The kernels are compiled for sm_90a, which no other generation runs.
+    return device_type != "cuda" or (
+        torch.cuda.is_available() and torch.cuda.get_device_capability() == HOPPER
+    )
+
+
+def missing_kernels() -> str:
+    """Say why `has_kernels("cuda")` is false here and what to do: the end of a refusal."""
+    if torch.cuda.is_available() and (found := torch.cuda.get_device_capability()) != HOPPER:
+        name = torch.cuda.get_device_name()
+        return (
+            f"our kernels are for Hopper, compute capability 9.0; {name} has {found[0]}.{found[1]}"
+        )
+    return (
+        "this build of vllm-qoq has no CUDA kernels; on a Hopper GPU build them in a clone, with "
+        f"nvcc: {BUILD} (README, Install)"
+    )
+
+
+# It links torch's CUDA libraries, which a CPU build of torch has not.
+if _CUDA_LIBRARY.exists() and torch.version.cuda is not None:
+    torch.ops.load_library(_CUDA_LIBRARY)

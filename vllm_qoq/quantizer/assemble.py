@@ -1,0 +1,121 @@
+"""From the finished pieces to a checkpoint, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from vllm_qoq.checkpoint import card
+from vllm_qoq.checkpoint.folder import TensorInfo, read_config, side_files
+from vllm_qoq.checkpoint.format import (
+    STREAM,
+    KVCache,
+    LMHead,
+    Section,
+    Stream,
+    join_name,
+    split_name,
+)
+from vllm_qoq.checkpoint.output_config import output_config
+from vllm_qoq.checkpoint.shards import Content, cut
+from vllm_qoq.checkpoint.writer import json_bytes
+from vllm_qoq.models.table import LayerNames
+from vllm_qoq.quantizer.modifiers import piece
+from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.plan import Job
+from vllm_qoq.quantizer.workdir import WorkDir
+from vllm_qoq.routing.table import DecodeRow, Routing
+
+REPORT = "quantization_report.json"
+SHARED = "shared"
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor of the output: what it is called there, and where it lies now."""
+
+    info: TensorInfo
+    file: Path
+    name: str
+
+    def read(self) -> torch.Tensor:
+        """The tensor."""
+        with safe_open(self.file, "pt") as file:
+            return file.get_tensor(self.name)
+
+
+def content(
+    job: Job,
+    work: WorkDir,
+    arch: LayerNames,
+    layers: int,
+    options: Options,
+    report: dict[str, Any],
+) -> Content:
+    """The checkpoint that is made of the pieces in `work` and of the other files of the model."""
+    stored = {one.info.name: one for one in _tensors(work, arch, layers, options)}
+    # The shared tensors of each module, and each set, begin a new file.
+    groups = groupby((one.info for one in stored.values()), key=lambda i: i.name.partition(".")[0])
+    shards = cut((list(group) for _, group in groups), job.max_shard_bytes)
+    text = _card(job.out.name, options, job.model, stored.values())
+    return Content(
+        shards=shards,
+        read=lambda info: stored[info.name].read(),
+        config=output_config(read_config(job.model), section(options))
+        | {"tie_word_embeddings": False},
+        copied={file: job.model / file for file in side_files(job.model) if str(file) != REPORT},
+        others={REPORT: json_bytes(report), card.README: text.encode()},
+    )
+
+
+def section(options: Options) -> Section:
+    """Prompts in the first set, generation in the last."""
+    return Section(
+        sets={kind.name: kind.config() for kind in options.kinds},
+        routing=Routing(prefill=options.sets[0], decode=(DecodeRow(set_name=options.sets[-1]),)),
+        kv_cache=KVCache(bits=options.kv_bits, hadamard=options.kv_hadamard),
+        lm_head=LMHead(bits=8) if options.lm_head_bits == 8 else None,
+        stream=Stream(rotation="stored") if options.rotate else None,
+    )
+
+
+def _tensors(work: WorkDir, arch: LayerNames, layers: int, options: Options) -> Iterator[_Stored]:
+    """Everything to write: shared tensors first, then set by set."""
+    shared = [SHARED, STREAM] if options.rotate else [SHARED]
+    for file in map(work.file, shared):
+        for key, dtype, shape in _entries(file):
+            yield _Stored(TensorInfo(key, dtype, shape, ""), file, key)
+    for owner in options.sets:
+        for index in range(layers):
+            file = work.file(piece(index))
+            for key, dtype, shape in _entries(file):
+                head, _, rest = key.partition(".")
+                if head == owner:
+                    name = join_name(owner, f"{arch.blocks}.{index}.{rest}")
+                    yield _Stored(TensorInfo(name, dtype, shape, ""), file, key)
+
+
+def _entries(file: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Name, dtype and shape of the tensors of a piece."""
+    with safe_open(file, "pt") as tensors:
+        for key in sorted(tensors.keys()):
+            entry = tensors.get_slice(key)
+            yield key, entry.get_dtype(), tuple(entry.get_shape())
+
+
+def _card(name: str, options: Options, model: Path, tensors: Iterable[_Stored]) -> str:
+    sizes: dict[str | None, int] = dict.fromkeys((None, *options.sets), 0)
+    for tensor in tensors:
+        sizes[split_name(tensor.info.name, options.sets)[0]] += tensor.info.nbytes
+    body = (
+        f"Sets made by `vllm-qoq quantize` from one transformed model, with the options\n\n"
+        f"```json\n{options.model_dump_json(indent=2)}\n```\n\n"
+        f"Errors of every layer: `{REPORT}`.\n"
+    )
+    return card.text(name, section(options), sizes, [model], body=body)

@@ -1,0 +1,102 @@
+"""What the user asks to see of the model before and after: perplexity, a few generated tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_qoq.models.table import LayerNames
+from vllm_qoq.progress import Clock
+from vllm_qoq.quantizer import QuantizeError, evaluate
+from vllm_qoq.quantizer.model import Module, blocks
+from vllm_qoq.quantizer.sets import SetKind, dequantize
+from vllm_qoq.quantizer.weights import assign
+
+PROMPT_TOKENS, NEW_TOKENS = 16, 16
+_REMEDY = "check the model in its own dtype, then switch single steps off to find the cause"
+
+
+@dataclass(frozen=True)
+class SetCheck:
+    """What to measure. Without windows and prompts, nothing.
+
+    windows  token ids to measure the perplexity on
+    prompts  token ids to continue
+    kv_bits  precisions of the KV cache to measure with, simulated below 16
+    kv_hadamard  whether the cache rotates keys
+    has_int8_head  whether the quantized model rounds the lm_head's inputs
+    """
+
+    tokenizer: Any
+    windows: list[list[int]]
+    prompts: list[list[int]]
+    kv_bits: tuple[int, ...]
+    kv_hadamard: bool
+    has_int8_head: bool
+    quiet: bool
+
+    def measure(self, model: Module, label: str) -> dict[str, Any]:
+        """`perplexity` by KV precision ("kv16", "kv4") and `generated` texts, where asked for."""
+        found: dict[str, Any] = {}
+        if self.windows:
+            found["perplexity"] = {
+                f"kv{bits}": self._perplexity(model, bits, label) for bits in self.kv_bits
+            }
+        if self.prompts:
+            found["generated"] = [self._continue(model, prompt, label) for prompt in self.prompts]
+        return found
+
+    def measure_set(
+        self,
+        model: Module,
+        arch: LayerNames,
+        kind: SetKind,
+        layers: Iterable[Mapping[str, torch.Tensor]],
+    ) -> dict[str, Any]:
+        """The same of one set; `layers` has the tensors of each block as `SET.LAYER.LEAF`.
+
+        The transformed `model` gets the set's weights.
+        """
+        if not (self.windows or self.prompts):
+            return {}
+        for block, tensors in zip(blocks(model, arch), layers, strict=True):
+            for name in arch.linears:
+                leaves = _leaves(tensors, kind.name, name)
+                if kind.base is not None:
+                    leaves = {**_leaves(tensors, kind.base, name), **leaves}
+                layer = block.get_submodule(name)
+                assign(layer, "weight", dequantize(leaves).to(layer.weight.device))
+        rounded = list(evaluate.linears(model, arch)) if kind.has_int8_activations else []
+        if self.has_int8_head:
+            rounded.append(model.get_submodule(arch.head))
+        with evaluate.int8_inputs(rounded):
+            return self.measure(model, kind.name)
+
+    def _perplexity(self, model: Module, bits: int, label: str) -> float:
+        clock = Clock(f"perplexity of {label}, KV{bits}", len(self.windows), self.quiet)
+        found = evaluate.perplexity(model, self.windows, bits, clock, self.kv_hadamard)
+        if not math.isfinite(found):
+            raise QuantizeError(f"{label}: perplexity {found}; {_REMEDY}")
+        return found
+
+    @torch.no_grad()
+    def _continue(self, model: Module, prompt: list[int], label: str) -> str:
+        tokens = list(prompt)
+        device = evaluate.device_of(model)
+        for _ in range(NEW_TOKENS):
+            logits = model(input_ids=torch.tensor([tokens], device=device), use_cache=False).logits
+            if not logits.isfinite().all():
+                raise QuantizeError(f"{label}: the model computes NaN or infinity; {_REMEDY}")
+            tokens.append(int(logits[0, -1].argmax()))
+        return str(self.tokenizer.decode(tokens[len(prompt) :]))
+
+
+def _leaves(
+    tensors: Mapping[str, torch.Tensor], set_name: str, layer: str
+) -> dict[str, torch.Tensor]:
+    prefix = f"{set_name}.{layer}."
+    return {k[len(prefix) :]: t for k, t in tensors.items() if k.startswith(prefix)}

@@ -1,0 +1,87 @@
+"""How long a quantization will take, from a second of the same work on this machine.
+
+Two parts are timed: a matrix product, for the passes over the calibration text and the
+Hessians, and `gptq.quantize` on two small layers, whose time is a constant per column
+(launches, on a GPU) plus one per weight.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+import torch
+
+from vllm_qoq.quantizer import gptq
+from vllm_qoq.quantizer.grid import Grid
+from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.sets import SetKind
+
+_COLUMNS = 512
+_FEW_ROWS, _MANY_ROWS = 64, 512
+# The pipeline runs every block twice in each pass: to measure, and with its new weights.
+_RUNS = {True: 4, False: 2}
+
+
+def seconds(
+    linears: Iterable[tuple[int, int]],
+    options: Options,
+    samples: int,
+    dtype: torch.dtype = torch.bfloat16,
+) -> float:
+    """Time for quantized layers of the sizes (N, K), once each, with `samples` pieces of text."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = list(linears)
+    tokens = samples * options.seqlen
+    has_smoothing = bool(options.smooth_attention or options.smooth_outputs or options.reorder)
+    forward = 2 * tokens * _RUNS[has_smoothing] * sum(n * k for n, k in sizes)
+    hessians = 2 * tokens * sum(k * k for _, k in sizes)
+    total = forward * _seconds_per_flop(device, dtype)
+    total += hessians * _seconds_per_flop(device, torch.float32)
+    kinds = {kind.name: kind for kind in options.kinds}
+    for kind in options.kinds:
+        base = kinds[kind.base] if kind.base is not None else None
+        per_column, per_weight = _rounding(kind, base, options.clip, device)
+        total += sum(per_column * k + per_weight * n * k for n, k in sizes)
+    return total
+
+
+def _seconds_per_flop(device: torch.device, dtype: torch.dtype) -> float:
+    size = 4096 if device.type == "cuda" else 512
+    x = torch.randn(size, size, device=device).to(dtype)
+    return min(_timed(lambda: x @ x, device) for _ in range(3)) / (2 * size**3)
+
+
+def _rounding(
+    kind: SetKind, base: SetKind | None, clip: bool, device: torch.device
+) -> tuple[float, float]:
+    """Seconds per column and per weight, without those of `base`."""
+    found = []
+    for rows in (_FEW_ROWS, _MANY_ROWS):
+        weight = torch.randn(rows, _COLUMNS, device=device)
+        hessian = torch.eye(_COLUMNS, device=device)
+        filled = None
+        if base is not None:
+            filled = base.grid(weight, torch.bfloat16, clip)
+            gptq.quantize(weight, None, filled, "")
+
+        def run(
+            weight: torch.Tensor = weight,
+            hessian: torch.Tensor = hessian,
+            filled: Grid | None = filled,
+        ) -> None:
+            grid = kind.grid(weight, torch.bfloat16, clip, filled)
+            gptq.quantize(weight, hessian, grid, "")
+
+        found.append(min(_timed(run, device) for _ in range(2)))
+    few, many = found
+    per_weight = max(many - few, 0.0) / (_COLUMNS * (_MANY_ROWS - _FEW_ROWS))
+    return max(few / _COLUMNS - per_weight * _FEW_ROWS, 0.0), per_weight
+
+
+def _timed(work: object, device: torch.device) -> float:
+    started = time.monotonic()
+    work()  # type: ignore[operator]
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.monotonic() - started

@@ -1,0 +1,132 @@
+"""Perplexity of a set in plain transformers, before any kernel is involved.
+
+Weights are dequantized, the inputs of quantized layers rounded to int8 per token
+where the set says so, and the KV cache is simulated: keys (after RoPE) and values
+are rounded to 4 or 8 bits per token and head. The protocol is that of
+`vllm_qoq.bench.perplexity`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_qoq.models.table import LayerNames
+from vllm_qoq.numerics import kv_layout
+from vllm_qoq.numerics.reference import quantize_per_token
+from vllm_qoq.numerics.reference_attention import hadamard
+from vllm_qoq.quantizer.model import Module, blocks
+
+_ATTENTION = "qoq_simulated_kv"
+_LARGEST_EXPONENT = 700  # beyond which exp overflows
+
+
+@torch.no_grad()
+def perplexity(
+    model: Module,
+    windows: Iterable[list[int]],
+    kv_bits: int = 16,
+    done: Callable[[], object] = lambda: None,
+    kv_hadamard: bool = False,
+) -> float:
+    """exp of the mean negative log-likelihood of every token but the first of each window.
+
+    `kv_hadamard` rotates keys before they are rounded to `kv_bits`; `done` is called after each
+    window.
+    """
+    device = device_of(model)
+    total, count = 0.0, 0
+    with _simulated_cache(model, kv_bits, kv_hadamard):
+        for window in windows:
+            tokens = torch.tensor([window], device=device)
+            logits = model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
+            losses = nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum")
+            total, count = total + float(losses), count + len(window) - 1
+            done()
+    mean = total / count
+    return math.inf if mean > _LARGEST_EXPONENT else math.exp(mean)
+
+
+def device_of(model: Module) -> torch.device:
+    """Where the model computes, also if its weights are kept elsewhere."""
+    from compressed_tensors.offload import get_execution_device
+
+    return get_execution_device(model.get_input_embeddings())
+
+
+def linears(model: Module, arch: LayerNames) -> Iterator[Module]:
+    """The layers that every set quantizes."""
+    return (block.get_submodule(name) for block in blocks(model, arch) for name in arch.linears)
+
+
+@contextmanager
+def int8_inputs(layers: Iterable[Module]) -> Iterator[None]:
+    """Round the inputs of `layers` to int8 per token meanwhile."""
+    hooks = [layer.register_forward_pre_hook(to_int8) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def to_int8(module: Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """A forward pre-hook: round the input [..., K] to int8 per token and back."""
+    x = args[0]
+    codes, scale, _ = quantize_per_token(x.flatten(0, -2))
+    return ((codes * scale[:, None]).to(x.dtype).view_as(x), *args[1:])
+
+
+def round_cache(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """What the cache gives back of keys or values [..., D], in their dtype."""
+    return kv_layout.dequantize(*kv_layout.quantize(x, bits)).to(x.dtype)
+
+
+def round_keys(keys: torch.Tensor, bits: int, use_hadamard: bool) -> torch.Tensor:
+    """`round_cache` of keys after RoPE, which the cache may rotate."""
+    if not use_hadamard:
+        return round_cache(keys, bits)
+    return hadamard(round_cache(hadamard(keys), bits)).to(keys.dtype)
+
+
+class _simulated_cache:
+    """Rounds keys and values in the attention of `model`."""
+
+    def __init__(self, model: Any, bits: int, use_hadamard: bool) -> None:
+        self.model, self.bits, self.use_hadamard = model, bits, use_hadamard
+
+    def __enter__(self) -> None:
+        self.before = self.model.config._attn_implementation
+        if self.bits < 16:
+            self.model.set_attn_implementation(_register(self.bits, self.use_hadamard))
+
+    def __exit__(self, *error: object) -> None:
+        self.model.set_attn_implementation(self.before)
+
+
+def _register(bits: int, use_hadamard: bool) -> str:
+    """Make an attention known to transformers; returns its name."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def attention(
+        module: Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        **options: Any,
+    ) -> Any:
+        keys, values = round_keys(key, bits, use_hadamard), round_cache(value, bits)
+        return sdpa_attention_forward(module, query, keys, values, mask, **options)
+
+    name = f"{_ATTENTION}{bits}{'_hadamard' if use_hadamard else ''}"
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    return name

@@ -1,0 +1,34 @@
+"""An int8 lm_head: rounded to the nearest, one scale per row (token of the vocabulary).
+
+The last norm is folded into it, so after the rotation its inputs have no outliers and are
+rounded to int8 as well.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_qoq.models.table import LayerNames
+from vllm_qoq.numerics.reference import quantize_per_token
+from vllm_qoq.quantizer.model import Module
+from vllm_qoq.quantizer.weights import assign
+
+
+def int8_tensors(model: Module, arch: LayerNames) -> dict[str, torch.Tensor]:
+    """The checkpoint's tensors: weight int8 [V, K] and weight_scale float32 [V, 1].
+
+    A row is rounded as a token is, to -127..127.
+    """
+    codes, scale, _ = quantize_per_token(_weight(model, arch))
+    return {f"{arch.head}.weight": codes, f"{arch.head}.weight_scale": scale[:, None]}
+
+
+def round_weight(model: Module, arch: LayerNames) -> None:
+    """Give the model the weight that `int8_tensors` stands for, to be measured with."""
+    codes, scale, _ = quantize_per_token(_weight(model, arch))
+    assign(model.get_submodule(arch.head), "weight", codes * scale[:, None])
+
+
+def _weight(model: Module, arch: LayerNames) -> torch.Tensor:
+    weight: torch.Tensor = model.state_dict()[f"{arch.head}.weight"]
+    return weight

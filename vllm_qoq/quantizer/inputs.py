@@ -1,0 +1,187 @@
+"""What config.json, headers, texts and options tell of a job. Imports neither torch nor more.
+
+So a mistyped path costs no seconds of imports. `load` checks what needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm_qoq.checkpoint import constants
+from vllm_qoq.checkpoint.constants import is_finite, is_positive
+from vllm_qoq.checkpoint.folder import Checkpoint, TensorInfo, side_files
+from vllm_qoq.checkpoint.output import check_output
+from vllm_qoq.errors import shown
+from vllm_qoq.models.config import CONFIG
+from vllm_qoq.models.linears import CONSTANT, LinearLayers, linear_layers
+from vllm_qoq.models.names import split_decoder
+from vllm_qoq.models.table import LayerNames
+from vllm_qoq.models.tensors import HEAD
+from vllm_qoq.quantizer import QuantizeError
+from vllm_qoq.quantizer.model import Dimensions, layer_names
+from vllm_qoq.text_file import check_text
+
+if TYPE_CHECKING:
+    from vllm_qoq.quantizer.plan import Job
+
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+"""In which a model may run and be stored: by torch's name, safetensors' name."""
+
+_REMEDY = "mend it, or download the model again"
+# At least one of them, whatever the tokenizer's class.
+_TOKENIZERS = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
+    *("sentencepiece.bpe.model", "tekken.json"),
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A model whose headers are what its config.json says.
+
+    linears  (outputs, inputs) of every layer to quantize
+    """
+
+    checkpoint: Checkpoint
+    arch: LayerNames
+    shape: Dimensions
+    linears: list[tuple[int, int]]
+
+
+def check_inputs(job: Job) -> Inputs:
+    """Open the model and refuse, by name, what cannot be quantized or would be lost."""
+    checkpoint = Checkpoint.open(job.model)
+    config = checkpoint.config
+    arch, model = layer_names(config), linear_layers(config, "quantized")
+    _check_dtype(config)
+    _check_rope(config)
+    _check_constants(config)
+    _check_tensors(checkpoint, model)
+    checkpoint.check_links()
+    files = {str(file) for file in side_files(job.model)}
+    if not files.intersection(_TOKENIZERS):
+        raise QuantizeError(
+            f"{job.model}: has no tokenizer ({', '.join(_TOKENIZERS)}); copy the model's "
+            "tokenizer.json and tokenizer_config.json there"
+        )
+    check_output(job.out, [job.model], job.overwrite)
+    check_text("--text", job.text)
+    if job.eval_text is not None:
+        check_text("--eval-text", job.eval_text)
+    shape = Dimensions.of(config)
+    linears = [
+        model.linears[f"{arch.blocks}.{i}.{name}"]
+        for i in range(shape.layers)
+        for name in arch.linears
+    ]
+    return Inputs(checkpoint, arch, shape, linears)
+
+
+def dtype_name(config: Mapping[str, Any]) -> str | None:
+    """The dtype in which config.json runs the model, by torch's name; None where it is silent."""
+    value = config.get("dtype") or config.get("torch_dtype")
+    return value if isinstance(value, str) else None
+
+
+def _check_dtype(config: Mapping[str, Any]) -> None:
+    for key in ("dtype", "torch_dtype"):
+        value = config.get(key)
+        if value is not None and dtype_name({"dtype": value}) not in DTYPES:
+            raise QuantizeError(
+                f"{CONFIG}: {key}: {shown(value)} is not supported; give the model in one of "
+                f"{', '.join(DTYPES)}"
+            )
+
+
+def _check_rope(config: Mapping[str, Any]) -> None:
+    for key in ("rope_parameters", "rope_scaling"):
+        value = config.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise QuantizeError(f"{CONFIG}: {key}: {shown(value)} is not an object; {_REMEDY}")
+        for name, entry in (value or {}).items():
+            _check_rope_value(f"{key}.{name}", entry)
+    for key in ("rope_theta", "partial_rotary_factor"):
+        _check_rope_value(key, config.get(key))
+
+
+def _check_rope_value(key: str, value: Any) -> None:
+    leaf = key.rpartition(".")[2]
+    if leaf == "partial_rotary_factor" and value not in (None, 1):
+        # vLLM would turn this part of each head, transformers the whole of it.
+        raise QuantizeError(
+            f"{CONFIG}: {key}: {shown(value)} is not supported: the models that can be "
+            "quantized turn whole heads; give another model"
+        )
+    if leaf in ("rope_type", "type"):
+        is_fine = value is None or isinstance(value, str)
+    elif leaf in ("rope_theta", "factor", "original_max_position_embeddings"):
+        is_fine = value is None or is_positive(value)
+    elif isinstance(value, list):
+        is_fine = all(map(is_positive, value))
+    else:
+        is_fine = value is None or isinstance(value, (bool, str)) or is_finite(value)
+    if not is_fine:
+        raise QuantizeError(f"{CONFIG}: {key}: {shown(value)} cannot be; {_REMEDY}")
+
+
+def _check_constants(config: Mapping[str, Any]) -> None:
+    activation = config.get("hidden_act", "silu")
+    if activation != "silu":
+        raise QuantizeError(
+            f"{CONFIG}: hidden_act: {shown(activation)} is not supported: vLLM runs these models "
+            "with 'silu' only; give another model"
+        )
+    for finding in constants.findings(config):
+        raise QuantizeError(finding)
+
+
+def _check_tensors(checkpoint: Checkpoint, model: LinearLayers) -> None:
+    """Every tensor of the architecture, each with its shape, and no other."""
+    wanted: dict[str, tuple[int, ...]] = {f"{x}.weight": nk for x, nk in model.linears.items()}
+    wanted |= {f"{name}.bias": (model.linears[name][0],) for name in model.biased}
+    wanted |= model.others
+    tensors = checkpoint.tensors
+    for name, info in sorted(tensors.items()):
+        if name not in wanted and not name.endswith(CONSTANT):
+            raise QuantizeError(_surplus(info, checkpoint.config))
+    for name, shape in wanted.items():
+        if name not in tensors:
+            if name == HEAD and model.is_tied:
+                continue
+            raise QuantizeError(f"{checkpoint.path}: {name} is missing; {_missing(name)}")
+        info = tensors[name]
+        if info.dtype not in DTYPES.values():
+            raise QuantizeError(
+                f"{info.file}: {name}: is {info.dtype}, but {', '.join(DTYPES.values())} can be "
+                "quantized; give the model in bf16 or fp16"
+            )
+        if info.shape != shape:
+            raise QuantizeError(
+                f"{info.file}: {name}: is {list(info.shape)}, but {CONFIG} makes it {list(shape)}; "
+                "download both again, from one model"
+            )
+
+
+def _surplus(info: TensorInfo, config: Mapping[str, Any]) -> str:
+    place, count = split_decoder(info.name), config["num_hidden_layers"]
+    if place is not None and place[1] >= count:
+        return (
+            f"{info.file}: {info.name}: is beyond num_hidden_layers = {count} of {CONFIG}, so it "
+            "would be lost; mend that number, or save the model without this layer"
+        )
+    return (
+        f"{info.file}: {info.name}: {config['architectures'][0]} has no such tensor, so it would "
+        "be lost; if the model may do without it, load and save it with transformers, which "
+        "leaves it out"
+    )
+
+
+def _missing(name: str) -> str:
+    if name == HEAD:
+        return (
+            f"download it again, or write tie_word_embeddings: true into {CONFIG} if the "
+            "embedding serves as lm_head"
+        )
+    return "download it again"

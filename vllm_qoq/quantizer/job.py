@@ -1,0 +1,303 @@
+"""A quantization from start to end: check, transform, two passes, write."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_qoq import __version__
+from vllm_qoq.checkpoint.folder import Checkpoint
+from vllm_qoq.checkpoint.format import STREAM
+from vllm_qoq.checkpoint.shards import MAX_SHARD_BYTES, write_checkpoint
+from vllm_qoq.models.config import CONFIG
+from vllm_qoq.models.table import LayerNames
+from vllm_qoq.numerics import MAX_CLIPPED
+from vllm_qoq.progress import Clock, Progress
+from vllm_qoq.quantizer import QuantizeError, head, keys, noise, rotate, workdir
+from vllm_qoq.quantizer.assemble import SHARED, content
+from vllm_qoq.quantizer.check import PROMPT_TOKENS, SetCheck
+from vllm_qoq.quantizer.inputs import check_inputs
+from vllm_qoq.quantizer.load import load_model
+from vllm_qoq.quantizer.model import blocks
+from vllm_qoq.quantizer.modifiers import QuantizePass, SmoothPass, apply_saved, piece
+from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.plan import CheckedJob, Job, check_job, default_work_dir
+from vllm_qoq.quantizer.report import LayerError, refuse_clipped, summary
+from vllm_qoq.quantizer.smooth import SmoothOptions
+from vllm_qoq.quantizer.workdir import Resume, WorkDir
+
+_SMOOTHING = "smoothing"
+_PROMPTS = 2
+_TOKENIZER_FILES = ("tokenizer", "vocab", "merges.txt", "special_tokens_map", "added_tokens")
+# What decides which function a piece belongs to: the model's code, the rotations and their signs.
+_LIBRARIES = ("torch", "transformers", "compressed-tensors", "llmcompressor")
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What a quantization wrote.
+
+    output  the checkpoint
+    report  the content of its quantization_report.json
+    """
+
+    output: Path
+    report: Mapping[str, Any]
+
+
+def quantize(
+    model: str | Path,
+    output: str | Path,
+    text: str | Path,
+    options: Options | None = None,
+    *,
+    work_dir: str | Path | None = None,
+    eval_text: str | Path | None = None,
+    sanity_check: bool = False,
+    max_clipped: float = MAX_CLIPPED,
+    resume: Resume = "auto",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+    quiet: bool = True,
+) -> Quantized:
+    """Make a checkpoint with all sets from a model in floating point.
+
+    model            folder of a Hugging Face model in bf16 or fp16
+    output           the folder to make
+    text             file with calibration text in UTF-8
+    options          which sets, and how they are made; by default w8a8 for prompts and w4a8 for
+                     generation
+    work_dir         for finished layers, by default OUTPUT with .work behind; a run that was stopped
+                     goes on there
+    eval_text        text to measure the perplexity on, before and after
+    sanity_check     whether to let every version continue a few words
+    max_clipped      share of a layer's residuals that may be clipped in a nested set
+    resume           whether to go on with what `work_dir` holds: "auto", "required" or "never"
+    max_shard_bytes  of a file with weights
+    overwrite        replace an older output, if it is ours
+
+    Raises UserError with what is wrong and what to do, before work begins; an output is complete or
+    absent.
+    """
+    out = Path(output)
+    job = Job(
+        model=Path(model),
+        out=out,
+        text=Path(text),
+        work_dir=Path(work_dir) if work_dir is not None else default_work_dir(out),
+        eval_text=Path(eval_text) if eval_text is not None else None,
+        sanity_check=sanity_check,
+        max_clipped=max_clipped,
+        resume=resume,
+        overwrite=overwrite,
+        max_shard_bytes=max_shard_bytes,
+        quiet=quiet,
+    )
+    check_inputs(job)
+    noise.hide_bars()
+    noise.import_llmcompressor()
+    return Quantized(out, run(job, options or Options()))
+
+
+def prepare(job: Job, options: Options) -> CheckedJob:
+    """Everything that `run` refuses before its work begins, and the plan of that work."""
+    plan = check_job(job, options)
+    if options.rotate:
+        rotate.require_sizes(plan.shape)
+    size = plan.shape.head_dim
+    if options.kv_hadamard and size & (size - 1):
+        raise QuantizeError(
+            f"kv_hadamard: heads of {size} channels cannot be rotated, which needs a power of two; "
+            "leave it out"
+        )
+    workdir.check(job.work_dir, fingerprint(job, options, plan), job.resume)
+    return plan
+
+
+def run(job: Job, options: Options) -> dict[str, Any]:
+    """Quantize; returns the report. A stopped run leaves only its work folder."""
+    started = time.monotonic()
+    plan = prepare(job, options)
+    arch, shape = plan.arch, plan.shape
+    check = _check(job, options, plan)
+    if not (job.quiet or torch.cuda.is_available()):
+        print("no GPU here: quantizing on the CPU", file=sys.stderr, flush=True)
+
+    with WorkDir.open(job.work_dir, fingerprint(job, options, plan), job.resume) as work:
+        model = _load(job.model, arch)
+        before = check.measure(model, "the model")
+        if options.rotate:
+            if not work.has(STREAM):
+                work.save(STREAM, rotate.way_back(model, arch, shape), {})
+            rotate.fold_norms(model, arch)
+            rotate.rotate_stream(model, arch, shape)
+        _smooth(model, plan, options, work, job.quiet)
+        if options.rotate:
+            rotate.rotate_values(model, arch, shape)  # of channels that are smooth already
+        biased = keys.large_biases(model, arch, shape, options.kv_bits, options.kv_hadamard)
+        if biased:
+            print(f"warning: {keys.warning(biased, options)}", file=sys.stderr, flush=True)
+        if not work.has(SHARED):
+            work.save(SHARED, _shared(model, arch, options), {})
+        if not all(work.has(piece(i)) for i in range(shape.layers)):
+            _quantize(model, plan, options, work, job.quiet)
+
+        errors: list[LayerError] = [
+            row for index in range(shape.layers) for row in work.load(piece(index))[1]
+        ]
+        refuse_clipped(errors, job.max_clipped)
+        if options.lm_head_bits == 8:
+            head.round_weight(model, arch)
+        after = {
+            kind.name: check.measure_set(model, arch, kind, _results(work, shape.layers))
+            for kind in options.kinds
+        }
+        report = {
+            "model": job.model.name,
+            "options": options.model_dump(mode="json"),
+            **summary(errors, time.monotonic() - started),
+            **({"large_key_biases": biased} if biased else {}),
+            **({"before": before, "after": after} if before else {}),
+        }
+        write_checkpoint(
+            job.out,
+            content(job, work, arch, shape.layers, options, report),
+            job.overwrite,
+            Progress(quiet=True),
+        )
+        work.remove()
+    return report
+
+
+def _results(work: WorkDir, layers: int) -> Iterator[dict[str, torch.Tensor]]:
+    return (work.load(piece(index))[0] for index in range(layers))
+
+
+def _check(job: Job, options: Options, plan: CheckedJob) -> SetCheck:
+    prompts = plan.samples[:_PROMPTS] if job.sanity_check else []
+    prompts = [sample[:PROMPT_TOKENS] for sample in prompts]
+    kv_bits = (16,) if options.kv_bits == 16 else (16, options.kv_bits)
+    return SetCheck(
+        plan.tokenizer,
+        plan.windows,
+        prompts,
+        kv_bits,
+        kv_hadamard=options.kv_hadamard,
+        has_int8_head=options.lm_head_bits == 8,
+        quiet=job.quiet,
+    )
+
+
+def _load(folder: Path, arch: LayerNames) -> Any:
+    """The model in the CPU's memory; what runs or reads a layer brings it to the GPU, if any."""
+    from compressed_tensors.offload import set_onload_device
+
+    model = load_model(folder)
+    rotate.untie(model, arch)
+    if torch.cuda.is_available():
+        set_onload_device(model, torch.device("cuda"))
+    return model
+
+
+def fingerprint(job: Job, options: Options, plan: CheckedJob) -> dict[str, Any]:
+    """What the pieces in a work folder depend on."""
+    checkpoint = Checkpoint.open(job.model)
+    weights = {}
+    for file in sorted({info.file for info in checkpoint.tensors.values()}):
+        stat = (checkpoint.path / file).stat()
+        weights[file] = f"{stat.st_size} bytes of {stat.st_mtime_ns}"
+    tokenizer = {
+        file.name: _sha256(file.read_bytes())
+        for file in sorted(checkpoint.path.iterdir())
+        if file.name.startswith(_TOKENIZER_FILES) and file.is_file()
+    }
+    return {
+        f"the model's {CONFIG}": _sha256(json.dumps(checkpoint.config, sort_keys=True).encode()),
+        "the model's weights": weights,
+        "the tokenizer": tokenizer,
+        "the text": _sha256(job.text.read_bytes()),
+        "the text's tokens": _sha256(json.dumps(plan.samples).encode()),
+        **options.model_dump(mode="json"),
+        "the version of vllm-qoq": __version__,
+        **{f"the version of {name}": version(name) for name in _LIBRARIES},
+    }
+
+
+def _sha256(content: bytes) -> str:
+    return f"sha256 {hashlib.sha256(content).hexdigest()[:16]}"
+
+
+def _smooth(model: Any, plan: CheckedJob, options: Options, work: WorkDir, quiet: bool) -> None:
+    wanted = SmoothOptions(
+        # A 16-bit cache rounds nothing that a scale could help.
+        options.smooth_attention and options.kv_bits < 16,
+        options.smooth_outputs,
+        options.reorder,
+        kv_bits=options.kv_bits,
+        weight_bits=min(int(kind.bits) for kind in options.kinds),
+        kv_hadamard=options.kv_hadamard,
+    )
+    if not (wanted.attention or wanted.outputs or wanted.reorder):
+        return
+    if work.has(_SMOOTHING):
+        found, _ = work.load(_SMOOTHING)
+        apply_saved(model, found, plan.arch, plan.shape)
+        return
+    step = SmoothPass(
+        arch=plan.arch,
+        shape=plan.shape,
+        options=wanted,
+        samples=len(plan.samples),
+        done=Clock("smoothing, block", plan.shape.layers, quiet),
+    )
+    _pipeline(model, step, plan)
+    work.save(_SMOOTHING, step.found, {})
+
+
+def _quantize(model: Any, plan: CheckedJob, options: Options, work: WorkDir, quiet: bool) -> None:
+    step = QuantizePass(
+        arch=plan.arch,
+        shape=plan.shape,
+        sets=options.kinds,
+        use_gptq=options.gptq,
+        clip=options.clip,
+        work=work,
+        done=Clock("quantizing, block", plan.shape.layers, quiet),
+    )
+    _pipeline(model, step, plan)
+
+
+def _pipeline(model: Any, step: Any, plan: CheckedJob) -> None:
+    from llmcompressor import oneshot
+
+    batches: Any = [
+        {"input_ids": torch.tensor([tokens]), "attention_mask": torch.ones(1, len(tokens)).long()}
+        for tokens in plan.samples
+    ]
+    # In this order always: a resumed run must see the same.
+    data: Any = torch.utils.data.DataLoader(batches, batch_size=None, shuffle=False)
+    # With a tokenizer given, oneshot loads no processor from the folder, nor code of one.
+    oneshot(
+        model=model, recipe=[step], dataset=data, pipeline="sequential", tokenizer=plan.tokenizer
+    )
+
+
+def _shared(model: Any, arch: LayerNames, options: Options) -> dict[str, torch.Tensor]:
+    """Everything but the layers that are in each set."""
+    mine = {
+        f"{arch.blocks}.{i}.{name}."
+        for i in range(len(blocks(model, arch)))
+        for name in arch.linears
+    }
+    state = model.state_dict()
+    shared = {k: v for k, v in state.items() if k.rpartition(".")[0] + "." not in mine}
+    return shared | (head.int8_tensors(model, arch) if options.lm_head_bits == 8 else {})

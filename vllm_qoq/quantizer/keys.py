@@ -1,0 +1,47 @@
+"""The blocks whose keys a quantized cache cannot hold, because of their bias."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_qoq.models.table import LayerNames
+from vllm_qoq.numerics import key_bias
+from vllm_qoq.quantizer.model import Dimensions, Module, blocks
+from vllm_qoq.quantizer.options import Options
+
+
+@torch.no_grad()
+def large_biases(
+    model: Module, arch: LayerNames, shape: Dimensions, bits: int, use_hadamard: bool
+) -> list[str]:
+    """The names of the layers, of the model as it will be quantized, with `bits` of its cache."""
+    if bits == 16 or arch.k_norm is not None:  # which evens the bias out with the rest
+        return []
+    found = []
+    for index, block in enumerate(blocks(model, arch)):
+        q, k = block.get_submodule(arch.q), block.get_submodule(arch.k)
+        if k.bias is None:
+            continue
+        weight = k.weight.data.float()
+        gain = block.get_submodule(arch.attention_norm).weight.data.to(weight)
+        x = key_bias.random_inputs(shape.hidden, weight) * gain
+        queries = x @ q.weight.data.to(weight).t()
+        if q.bias is not None:
+            queries = queries + q.bias.data.to(weight)
+        if key_bias.is_too_large(
+            queries.view(-1, shape.heads, shape.head_dim),
+            (x @ weight.t()).view(-1, shape.kv_heads, shape.head_dim),
+            k.bias.data.to(weight).view(shape.kv_heads, shape.head_dim),
+            bits,
+            use_hadamard,
+        ):
+            found.append(f"{arch.blocks}.{index}.{arch.k}")
+    return found
+
+
+def warning(layers: list[str], options: Options) -> str:
+    """What to tell of `large_biases`."""
+    ways = [] if options.smooth_attention else ["do not leave out SmoothAttention"]
+    ways += [] if options.kv_hadamard else ["rotate the keys with --kv-hadamard"]
+    ways += ["give --kv-bits 8" if options.kv_bits == 4 else "give --kv-bits 16"]
+    return key_bias.warning(layers, options.kv_bits, ", or ".join(ways))

@@ -1,0 +1,180 @@
+"""The model and its tokenizer, from the files that were checked and no others.
+
+Nothing of the folder is run, and transformers does not choose the files: it gets the
+tensors that `Checkpoint` describes, and a config without the keys that name code or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_qoq.checkpoint.folder import CODE_KEYS, Checkpoint, TensorInfo
+from vllm_qoq.checkpoint.format import SECTION
+from vllm_qoq.errors import reason
+from vllm_qoq.models.config import CONFIG
+from vllm_qoq.models.linears import CONSTANT
+from vllm_qoq.models.tensors import EMBEDDING, HEAD
+from vllm_qoq.progress import Progress
+from vllm_qoq.quantizer import QuantizeError
+from vllm_qoq.quantizer.inputs import DTYPES, dtype_name
+
+_UNUSED_KEYS = CODE_KEYS | {
+    *(SECTION, "_name_or_path", "fusion_config", "distributed_config"),
+    *("attn_implementation", "_attn_implementation", "experts_implementation"),
+}
+_CHUNK_VALUES = 4 << 20
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The model's tokenizer; QuantizeError if it is broken or another model's."""
+    from transformers import AutoTokenizer
+
+    folder, config = checkpoint.path, _config(checkpoint)
+    rows, _ = checkpoint.tensors[EMBEDDING].shape
+    remedy = "copy the model's tokenizer.json and tokenizer_config.json there again"
+    code = "its own code (auto_map) is not run, only classes of transformers"
+    with _refusing(f"{folder}: the tokenizer cannot be loaded ({code})", remedy):
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            folder, config=config, trust_remote_code=False, local_files_only=True
+        )
+        vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
+        last = max(vocabulary.values(), default=-1)
+        # A class adds tokens of its own, and finetunes a padding token, which no text has.
+        last_of_text = max((i for token, i in vocabulary.items() if token not in added), default=-1)
+    if last_of_text >= rows:
+        raise QuantizeError(
+            f"{folder}: the tokenizer has tokens up to {last_of_text}, but the embedding only "
+            f"{rows} rows; {remedy}"
+        )
+    if last + 1 <= rows // 2:
+        raise QuantizeError(
+            f"{folder}: the tokenizer has {last + 1} tokens, but the embedding {rows} rows, so it "
+            f"is not this model's; {remedy}"
+        )
+    return tokenizer
+
+
+def check_model(checkpoint: Checkpoint) -> None:
+    """Build the model without memory; QuantizeError unless its tensors are the checkpoint's."""
+    config = _config(checkpoint)
+    with _building(checkpoint), torch.device("meta"):
+        wanted = {k: tuple(v.shape) for k, v in _class(config)(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        wanted.pop(HEAD)
+    found = {info.name: info.shape for info in _tensors(checkpoint)}
+    found.pop(HEAD if config.tie_word_embeddings else "", None)
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise QuantizeError(
+                f"{checkpoint.path}: {name}: is {_shape(found.get(name))} there and "
+                f"{_shape(wanted.get(name))} in the model that {CONFIG} describes; download both "
+                "again, from one model"
+            )
+
+
+def check_values(checkpoint: Checkpoint, progress: Progress) -> None:
+    """Read every tensor once; QuantizeError for NaN, infinity, or two heads where one is tied."""
+    tensors, dtype = _tensors(checkpoint), _dtype(checkpoint)
+    with progress.stage("check values", sum(info.nbytes for info in tensors)) as advance:
+        for info in tensors:
+            for values in checkpoint.get(info.name).reshape(-1).split(_CHUNK_VALUES):
+                if not values.isfinite().all():
+                    raise QuantizeError(
+                        f"{info.file}: {info.name}: holds NaN or infinity; download the model again"
+                    )
+                if not values.to(dtype).isfinite().all():
+                    raise QuantizeError(
+                        f"{info.file}: {info.name}: holds {float(values.abs().max()):g}, beyond "
+                        f"the {str(dtype).removeprefix('torch.')} in which {CONFIG} runs the "
+                        "model; write bfloat16 there"
+                    )
+            advance(info.nbytes)
+    is_tied = bool(checkpoint.config.get("tie_word_embeddings", False))
+    if not is_tied or HEAD not in checkpoint.tensors:
+        return
+    if not torch.equal(checkpoint.get(HEAD), checkpoint.get(EMBEDDING)):
+        raise QuantizeError(
+            f"{checkpoint.tensors[HEAD].file}: {HEAD}: differs from {EMBEDDING}, although "
+            f"{CONFIG} ties them; write tie_word_embeddings: false there, or leave it out of "
+            "the file if the embedding serves as lm_head"
+        )
+
+
+def load_model(folder: Path) -> Any:
+    """The model in the CPU's memory, mapped from its files, in the dtype of its config.json."""
+    checkpoint = Checkpoint.open(folder)
+    config, dtype = _config(checkpoint), _dtype(checkpoint)
+    with _building(checkpoint):
+        model, info = _class(config).from_pretrained(
+            None,
+            config=config,
+            # One mapping of each file, which the tensors keep: writing to them copies the page.
+            state_dict={info.name: checkpoint.get(info.name) for info in _tensors(checkpoint)},
+            dtype=dtype,
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    for what, names in info.items():
+        if names:
+            raise QuantizeError(
+                f"{folder}: {what.replace('_', ' ')}: {sorted(map(str, names))[0]}; download the "
+                "model again"
+            )
+    model.config.name_or_path = str(folder)  # where llmcompressor looks at config.json
+    return model.eval()
+
+
+def _config(checkpoint: Checkpoint) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    values = {k: v for k, v in checkpoint.config.items() if k not in _UNUSED_KEYS}
+    with _refusing(f"{checkpoint.path / CONFIG}", "mend it, or download the model again"):
+        return CONFIG_MAPPING[values.pop("model_type")].from_dict(values)
+
+
+def _class(config: Any) -> Any:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def _tensors(checkpoint: Checkpoint) -> list[TensorInfo]:
+    """What the model reads, file by file."""
+    infos = (info for info in checkpoint.tensors.values() if not info.name.endswith(CONSTANT))
+    return sorted(infos, key=lambda info: (info.file, info.name))
+
+
+def _dtype(checkpoint: Checkpoint) -> torch.dtype:
+    name = dtype_name(checkpoint.config)
+    if name is None:
+        stored = checkpoint.tensors[EMBEDDING].dtype
+        name = next(name for name, short in DTYPES.items() if short == stored)
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else str(list(shape))
+
+
+def _building(checkpoint: Checkpoint) -> Any:
+    what = f"{checkpoint.path}: transformers cannot build the model"
+    return _refusing(what, f"mend {CONFIG}, or download the model again")
+
+
+@contextmanager
+def _refusing(what: str, remedy: str) -> Iterator[None]:
+    """Turn whatever a library raises at a stranger's file into a QuantizeError of one line."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError, QuantizeError):
+        raise
+    except BaseException as error:  # the panics of tokenizers, in Rust, are no Exceptions
+        raise QuantizeError(f"{what}: {reason(error)}; {remedy}") from error

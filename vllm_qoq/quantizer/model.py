@@ -1,0 +1,77 @@
+"""The model that is quantized: whether it can be, its dimensions and its blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_qoq.checkpoint.format import SECTION
+from vllm_qoq.errors import shown
+from vllm_qoq.models.config import CONFIG
+from vllm_qoq.models.linears import linear_layers
+from vllm_qoq.models.table import ARCHITECTURES, LayerNames, with_names
+from vllm_qoq.quantizer import QuantizeError
+
+
+def layer_names(config: Mapping[str, Any]) -> LayerNames:
+    """What the layers of a model are called; QuantizeError names what is not supported."""
+    if config.get(SECTION) is not None:
+        raise QuantizeError("the model is quantized already; give the one in bf16 or fp16")
+    classes, kind = _classes(), config.get("model_type")
+    if not isinstance(kind, str) or kind not in classes:
+        raise QuantizeError(
+            f"{CONFIG}: model_type {shown(kind)} is not supported; supported are "
+            f"{', '.join(classes)}"
+        )
+    if config.get("architectures", [classes[kind]]) not in (None, [classes[kind]]):
+        raise QuantizeError(
+            f"{CONFIG}: architectures: {shown(config.get('architectures'))} cannot be quantized; "
+            f"a model of type {kind!r} must be [{classes[kind]!r}], the language model alone, so "
+            "give that one"
+        )
+    return with_names()[classes[kind]]
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """The sizes that the steps need."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Dimensions:
+        """Read config.json, with the defaults of transformers; FormatError for what is no size."""
+        names = {"architectures": [_classes()[config["model_type"]]]}
+        model = linear_layers({**config, **names}, "quantized")
+        q, hidden = model.linears["model.layers.0.self_attn.q_proj"]
+        k, _ = model.linears["model.layers.0.self_attn.k_proj"]
+        heads = config["num_attention_heads"]
+        head_dim = q // heads
+        return cls(hidden, config["num_hidden_layers"], heads, k // head_dim, head_dim)
+
+    @property
+    def queries_per_kv(self) -> int:
+        """Query heads that share a key-value head."""
+        return self.heads // self.kv_heads
+
+
+Module = Any
+"""An `nn.Module`, untyped: mypy takes each attribute of one for either a tensor or a module."""
+
+
+def blocks(model: Module, arch: LayerNames) -> list[Module]:
+    """The decoder blocks in order."""
+    return list(model.get_submodule(arch.blocks).children())
+
+
+def _classes() -> dict[str, str]:
+    """The model_type of `config.json` -> the class by which vLLM chooses the model.
+
+    Classifiers, rewards and embeddings share the model_type.
+    """
+    return {ARCHITECTURES[name].type: name for name in with_names()}

@@ -1,0 +1,245 @@
+"""The two passes over the calibration text, as modifiers of llmcompressor.
+
+Its sequential pipeline runs the model block by block: it shows a block all inputs,
+calls `on_sequential_epoch_end`, and runs the block again with its new weights to
+make the inputs of the next one. Only one block has to be on the GPU.
+
+`SmoothPass` observes and smooths (`smooth`). `QuantizePass` measures the Hessians
+and quantizes into every set. They are separate because the inputs that the second
+one measures, rounded to int8 per token, depend on the smoothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from llmcompressor.modifiers import Modifier
+from pydantic import ConfigDict, PrivateAttr
+
+from vllm_qoq.models.table import LayerNames
+from vllm_qoq.quantizer import QuantizeError, gptq, smooth
+from vllm_qoq.quantizer.evaluate import to_int8
+from vllm_qoq.quantizer.grid import Grid
+from vllm_qoq.quantizer.model import Dimensions, Module, blocks
+from vllm_qoq.quantizer.nested import Nested
+from vllm_qoq.quantizer.observe import Observer
+from vllm_qoq.quantizer.report import LayerError
+from vllm_qoq.quantizer.sets import SetKind
+from vllm_qoq.quantizer.weights import assign
+from vllm_qoq.quantizer.workdir import WorkDir
+
+Done = Callable[[], None]
+
+
+class _BlockPass(Modifier):
+    """What both passes share: finding the block of a pipeline step."""
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    requires_calibration_data: bool = True  # else llmcompressor runs no data and no hooks
+    arch: LayerNames
+    shape: Dimensions
+
+    _blocks: list[Module] = PrivateAttr(default_factory=list)
+
+    def on_initialize(self, state: Any, **kwargs: Any) -> bool:
+        self._blocks = blocks(state.model, self.arch)
+        return True
+
+    def on_sequential_epoch_end(
+        self, state: Any, event: Any, modules: list[Module], **kwargs: Any
+    ) -> None:
+        """Finish the blocks that this step ran: one, or none for the step of lm_head."""
+        seen = set(map(id, modules))
+        for index, block in enumerate(self._blocks):
+            if id(block.get_submodule(self.arch.q)) in seen:
+                self.finish(index, block)
+
+    def on_calibration_end(self, state: Any, event: Any, **kwargs: Any) -> None:
+        self.remove_hooks()
+
+    def finish(self, index: int, block: Module) -> None:
+        """Change the weights of a block whose inputs have all been seen."""
+        raise NotImplementedError
+
+
+class SmoothPass(_BlockPass):
+    """Watches every block and smooths it."""
+
+    options: smooth.SmoothOptions
+    samples: int
+    done: Done
+
+    _observers: dict[int, Observer] = PrivateAttr(default_factory=dict)
+    _found: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
+    _inv_freq: torch.Tensor = PrivateAttr()
+
+    @property
+    def found(self) -> dict[str, torch.Tensor]:
+        """The transforms of all blocks, `INDEX.NAME`, for `apply_saved`."""
+        return self._found
+
+    def on_calibration_start(self, state: Any, event: Any, **kwargs: Any) -> None:
+        self._inv_freq = state.model.get_submodule(self.arch.rotary).inv_freq.detach().float()
+        for index, block in enumerate(self._blocks):
+            observer = self._observers[index] = Observer(self.arch, self.shape, self.samples)
+            for name, see in observer.outputs.items():
+                self.register_hook(block.get_submodule(name), _output_hook(see), "forward")
+            for name, see in observer.inputs.items():
+                self.register_hook(block.get_submodule(name), _input_hook(see), "forward_pre")
+
+    def finish(self, index: int, block: Module) -> None:
+        seen = self._observers.pop(index).seen()
+        _require_finite(vars(seen).values(), f"{self.arch.blocks}.{index}")
+        found = smooth.transforms(seen, block, self.arch, self.shape, self._inv_freq, self.options)
+        # From the CPU, as a resumed run has them.
+        found = {name: tensor.cpu() for name, tensor in found.items()}
+        smooth.apply(block, found, self.arch, self.shape)
+        self._found |= {f"{index}.{name}": tensor for name, tensor in found.items()}
+        self.done()
+
+
+def _require_finite(seen: Iterable[torch.Tensor], place: str) -> None:
+    if not all(tensor.isfinite().all() for tensor in seen):
+        raise QuantizeError(
+            f"{place}: the model computes NaN or infinity there on the calibration text; run it in "
+            "bfloat16 (dtype in config.json), or check that it is sound in its own"
+        )
+
+
+def _output_hook(see: Callable[[torch.Tensor], None]) -> Callable[..., None]:
+    def hook(module: Module, args: Any, output: torch.Tensor) -> None:
+        see(output)
+
+    return hook
+
+
+def _input_hook(see: Callable[[torch.Tensor], None]) -> Callable[..., None]:
+    def hook(module: Module, args: tuple[torch.Tensor, ...]) -> None:
+        see(args[0])
+
+    return hook
+
+
+def apply_saved(
+    model: Module, found: dict[str, torch.Tensor], arch: LayerNames, shape: Dimensions
+) -> None:
+    """Smooth with what an earlier run found."""
+    for index, block in enumerate(blocks(model, arch)):
+        mine = {k.partition(".")[2]: t for k, t in found.items() if k.startswith(f"{index}.")}
+        smooth.apply(block, mine, arch, shape)
+
+
+class QuantizePass(_BlockPass):
+    """Quantizes block by block into every set.
+
+    sets       the last one's weights make the inputs of the next block
+    use_gptq   else round to nearest
+    clip       whether scales that clip are tried
+    """
+
+    sets: tuple[SetKind, ...]
+    use_gptq: bool
+    clip: bool
+    work: WorkDir
+    done: Done
+
+    _hessians: dict[tuple[int, str], torch.Tensor] = PrivateAttr(default_factory=dict)
+    _counts: dict[tuple[int, str], int] = PrivateAttr(default_factory=dict)
+    _input_hooks: list[Any] = PrivateAttr(default_factory=list)
+
+    def on_calibration_start(self, state: Any, event: Any, **kwargs: Any) -> None:
+        has_int8_inputs = any(kind.has_int8_activations for kind in self.sets)
+        for index, block in enumerate(self._blocks):
+            for group in self.arch.inputs:
+                for name in group if has_int8_inputs else ():
+                    # An ordinary hook: unlike the modifier's own, it also acts while the
+                    # pipeline makes the inputs of the next block.
+                    layer = block.get_submodule(name)
+                    self._input_hooks.append(layer.register_forward_pre_hook(to_int8))
+                if not self.work.has(piece(index)):
+                    first = block.get_submodule(group[0])
+                    self.register_hook(first, self._hessian_hook(index, group[0]), "forward_pre")
+
+    def on_calibration_end(self, state: Any, event: Any, **kwargs: Any) -> None:
+        super().on_calibration_end(state, event, **kwargs)
+        for hook in self._input_hooks:
+            hook.remove()
+
+    def finish(self, index: int, block: Module) -> None:
+        name = piece(index)
+        if not self.work.has(name):
+            self.work.save(name, *self._quantize(index, block))
+        tensors, _ = self.work.load(name)
+        for layer in self.arch.linears:
+            # The same from a fresh and from a resumed run: both take what was stored.
+            kept = tensors[f"propagated.{layer}"]
+            target = block.get_submodule(layer)
+            assign(target, "weight", kept.to(target.weight.device))
+        self.done()
+
+    def _quantize(
+        self, index: int, block: Module
+    ) -> tuple[dict[str, torch.Tensor], list[LayerError]]:
+        tensors: dict[str, torch.Tensor] = {}
+        errors: list[LayerError] = []
+        prefix = f"{self.arch.blocks}.{index}"
+        for group in self.arch.inputs:
+            key = (index, group[0])
+            hessian = self._hessians.pop(key) / self._counts.pop(key)
+            _require_finite([hessian], f"{prefix}.{group[0]}")
+            for name in group:
+                layer = block.get_submodule(name)
+                weight = layer.weight.data
+                for kind, grid, row in self._round(weight, hessian, f"{prefix}.{name}"):
+                    stored = grid.tensors(weight.dtype)
+                    if layer.bias is not None:
+                        stored["bias"] = layer.bias.data
+                    tensors |= {f"{kind.name}.{name}.{leaf}": t for leaf, t in stored.items()}
+                    errors.append(row)
+                tensors[f"propagated.{name}"] = grid.dequantized().to(weight.dtype)
+        return tensors, errors
+
+    def _round(
+        self, weight: torch.Tensor, hessian: torch.Tensor, layer: str
+    ) -> list[tuple[SetKind, Grid, LayerError]]:
+        """The layer in every set, in the order of `sets`, with its rows of the report."""
+        grids: dict[str, Grid] = {}
+        rows: dict[str, LayerError] = {}
+        # A base comes before what is a residual on it.
+        for kind in sorted(self.sets, key=lambda kind: kind.base is not None):
+            started = time.monotonic()
+            base = grids[kind.base] if kind.base is not None else None
+            grid = grids[kind.name] = kind.grid(weight, weight.dtype, self.clip, base)
+            gptq.quantize(weight, hessian if self.use_gptq else None, grid, layer)
+            rows[kind.name] = {
+                "layer": layer,
+                "set": kind.name,
+                "output_error": gptq.output_error(weight, grid.dequantized(), hessian),
+                "seconds": round(time.monotonic() - started, 3),
+            }
+            if isinstance(grid, Nested):
+                rows[kind.name]["clipped_share"] = grid.clipped_share()
+        return [(kind, grids[kind.name], rows[kind.name]) for kind in self.sets]
+
+    def _hessian_hook(self, index: int, name: str) -> Callable[..., None]:
+        key = (index, name)
+
+        def hook(module: Module, args: tuple[torch.Tensor, ...]) -> None:
+            x = args[0].detach().float().flatten(0, -2)
+            if key not in self._hessians:
+                k = x.shape[1]
+                self._hessians[key] = torch.zeros(k, k, device=x.device)
+                self._counts[key] = 0
+            self._hessians[key].addmm_(x.t(), x)
+            self._counts[key] += len(x)
+
+        return hook
+
+
+def piece(index: int) -> str:
+    """The name of a block's results in the work folder."""
+    return f"block-{index:04d}"

@@ -1,0 +1,91 @@
+"""Watching one block while the calibration text runs through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from vllm_qoq.models.table import LayerNames
+from vllm_qoq.quantizer.model import Dimensions
+from vllm_qoq.quantizer.smooth import Seen
+from vllm_qoq.quantizer.strength import pairs
+
+_SAMPLE_TOKENS = 1024
+
+
+class Observer:
+    """Gathers `Seen` from the outputs of q, k and v and the inputs of down_proj.
+
+    It is called with one piece of text at a time, and keeps a few tokens of each,
+    `_SAMPLE_TOKENS` in all.
+    """
+
+    def __init__(self, arch: LayerNames, shape: Dimensions, samples: int) -> None:
+        self._shape = shape
+        self._tokens_per_sample = max(1, _SAMPLE_TOKENS // samples)
+        self._positions: list[torch.Tensor] = []
+        self._sampled: dict[str, list[torch.Tensor]] = {}
+        self._largest: dict[str, torch.Tensor] = {}
+        self._squares: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self.outputs: dict[str, Callable[[torch.Tensor], None]] = {
+            arch.q_norm or arch.q: self._queries,
+            arch.k_norm or arch.k: self._keys,
+            arch.v: self._values,
+        }
+        self.inputs = {arch.down: self._down}
+
+    def seen(self) -> Seen:
+        """What was gathered."""
+        queries = self._mean_square("queries").view(
+            self._shape.kv_heads, self._shape.queries_per_kv, -1
+        )
+        return Seen(
+            keys=torch.cat(self._sampled["keys"]),
+            positions=torch.cat(self._positions),
+            query_pairs=queries.mean(dim=1).sqrt(),
+            values=self._mean_square("values").sqrt(),
+            down_inputs=torch.cat(self._sampled["down"]),
+            down=self._largest["down"],
+        )
+
+    def _queries(self, x: torch.Tensor) -> None:
+        self._add_squares("queries", pairs(self._heads(x, self._shape.heads)))
+
+    def _keys(self, x: torch.Tensor) -> None:
+        keys = self._heads(x, self._shape.kv_heads)
+        rows = self._sample("keys", keys)
+        self._positions.append(rows)
+
+    def _values(self, x: torch.Tensor) -> None:
+        self._add_squares("values", self._heads(x, self._shape.kv_heads))
+
+    def _down(self, x: torch.Tensor) -> None:
+        tokens = x.detach().flatten(0, -2)
+        self._sample("down", tokens)
+        self._add_largest("down", tokens)
+
+    def _heads(self, x: torch.Tensor, heads: int) -> torch.Tensor:
+        return x.detach().reshape(-1, heads, self._shape.head_dim)
+
+    def _sample(self, name: str, tokens: torch.Tensor) -> torch.Tensor:
+        """Keep a few rows, and say which."""
+        step = max(1, len(tokens) // self._tokens_per_sample)
+        rows = torch.arange(step // 2, len(tokens), step, device=tokens.device)
+        rows = rows[: self._tokens_per_sample]
+        self._sampled.setdefault(name, []).append(tokens[rows])
+        return rows
+
+    def _add_largest(self, name: str, x: torch.Tensor) -> None:
+        largest = x.float().abs().amax(dim=0)
+        known = self._largest.get(name)
+        self._largest[name] = largest if known is None else torch.maximum(known, largest)
+
+    def _add_squares(self, name: str, x: torch.Tensor) -> None:
+        squares = x.float().square().sum(dim=0)
+        self._squares[name] = self._squares.get(name, 0) + squares
+        self._counts[name] = self._counts.get(name, 0) + len(x)
+
+    def _mean_square(self, name: str) -> torch.Tensor:
+        return self._squares[name] / self._counts[name]

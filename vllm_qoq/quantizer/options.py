@@ -1,0 +1,121 @@
+"""The options of a quantization, from the command line or a recipe file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from vllm_qoq.checkpoint.folder import read_json
+from vllm_qoq.errors import UserError, one_line, shown
+from vllm_qoq.quantizer import QuantizeError
+
+if TYPE_CHECKING:
+    from vllm_qoq.quantizer.sets import SetKind
+
+SetName = Literal["w8a8", "w4a8", "w4a16"]
+_RECIPE_BYTES = 1 << 20
+
+
+class Options(BaseModel):
+    """Everything that decides the bytes of the result, besides model and text.
+
+    sets             which sets, the first for prompts and the last for generation
+    nested           store w8a8 as a residual on w4a8
+    group_size       128, or -1 for a scale per output channel (w4a8, w4a16)
+    kv_bits          what the K and V are prepared for and the server is told
+    kv_hadamard      rotate K in the cache before it is quantized
+    lm_head_bits     16 leaves the lm_head in the model's dtype
+    samples, seqlen  pieces of the calibration text, and tokens in each
+    rotate           fold the norms, R1 on the residual stream, R2 on the values
+    smooth_attention SmoothAttention on K
+    smooth_outputs   smooth the inputs of o_proj and down_proj
+    reorder          sort the inputs of down_proj by magnitude
+    clip             try scales that clip
+    gptq             pass rounding errors on; else round to nearest
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sets: tuple[SetName, ...] = ("w8a8", "w4a8")
+    nested: bool = False
+    group_size: Literal[128, -1] = 128
+    kv_bits: Literal[4, 8, 16] = 4
+    kv_hadamard: bool = False
+    lm_head_bits: Literal[8, 16] = 16
+    samples: PositiveInt = 128
+    seqlen: Annotated[int, Field(ge=2)] = 1024
+    rotate: bool = True
+    smooth_attention: bool = True
+    smooth_outputs: bool = True
+    reorder: bool = True
+    clip: bool = True
+    gptq: bool = True
+
+    @field_validator("sets")
+    @classmethod
+    def _distinct(cls, sets: tuple[str, ...]) -> tuple[str, ...]:
+        if not sets or len(set(sets)) != len(sets):
+            names = ", ".join(get_args(SetName))
+            raise ValueError(f"sets must be distinct, of {names}, not {shown(list(sets))}")
+        return sets
+
+    @model_validator(mode="after")
+    def _rotatable(self) -> Options:
+        if self.kv_hadamard and self.kv_bits == 16:
+            raise ValueError("kv_hadamard rotates keys that are quantized; give kv_bits 4 or 8")
+        return self
+
+    @model_validator(mode="after")
+    def _nestable(self) -> Options:
+        if not self.nested:
+            return self
+        if not {"w8a8", "w4a8"} <= set(self.sets):
+            raise ValueError("nested stores w8a8 as a residual on w4a8; give both in sets")
+        if self.group_size == -1:
+            raise ValueError("nested needs a w4a8 with groups; give group_size 128")
+        if self.sets[-1] == "w8a8":
+            # The last set's weights make the inputs of the next block, so w4a8 would depend on
+            # what is nested on it.
+            raise ValueError("nested w8a8 cannot be the last set; give w8a8,w4a8")
+        return self
+
+    @classmethod
+    def parse(cls, values: dict[str, Any], where: str) -> Options:
+        """Validate; QuantizeError begins with `where`."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise QuantizeError(one_line(error, where)) from None
+
+    @classmethod
+    def read(cls, recipe: Path | None, given: dict[str, Any]) -> Options:
+        """The recipe file (JSON), with what was `given` on the command line over it."""
+        if recipe is None:
+            return cls.parse(given, "options")
+        if not recipe.is_file():
+            raise QuantizeError(f"--recipe {recipe}: no such file; give a file with a JSON object")
+        try:
+            values = read_json(recipe, _RECIPE_BYTES)
+        except UserError as error:
+            raise QuantizeError(f"--recipe {recipe}: {error}") from None
+        return cls.parse({**values, **given}, f"--recipe {recipe}")
+
+    @property
+    def kinds(self) -> tuple[SetKind, ...]:
+        """The sets in order."""
+        from vllm_qoq.quantizer.sets import SetKind
+
+        return tuple(
+            SetKind(name, self.group_size, "w4a8" if self.nested and name == "w8a8" else None)
+            for name in self.sets
+        )

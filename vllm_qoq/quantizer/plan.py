@@ -1,0 +1,131 @@
+"""What can be known and refused before the weights are read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_qoq.checkpoint.shards import MAX_SHARD_BYTES
+from vllm_qoq.errors import shown
+from vllm_qoq.models.table import LayerNames
+from vllm_qoq.models.tensors import EMBEDDING
+from vllm_qoq.numerics import GROUP_SIZE
+from vllm_qoq.progress import Progress
+from vllm_qoq.quantizer import QuantizeError, size
+from vllm_qoq.quantizer.inputs import Inputs, check_inputs
+from vllm_qoq.quantizer.model import Dimensions
+from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.text import pieces
+
+if TYPE_CHECKING:
+    from vllm_qoq.quantizer.workdir import Resume
+
+
+@dataclass(frozen=True)
+class Job:
+    """Where a quantization reads and writes and what it shows, besides its `Options`.
+
+    eval_text     text to measure the perplexity on, before and after
+    sanity_check  whether to let every version continue a few words
+    max_clipped   share of a layer's residuals that may be clipped in a nested set
+    """
+
+    model: Path
+    out: Path
+    text: Path
+    work_dir: Path
+    eval_text: Path | None = None
+    sanity_check: bool = False
+    max_clipped: float = 1.0
+    resume: Resume = "auto"
+    overwrite: bool = False
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class CheckedJob:
+    """A job that can be done, with all that was found out for it.
+
+    linears  (outputs, inputs) of every layer to quantize
+    samples  token ids of the calibration text
+    windows  token ids of the evaluation text, none without one
+    """
+
+    job: Job
+    options: Options
+    arch: LayerNames
+    shape: Dimensions
+    tokenizer: Any
+    samples: list[list[int]]
+    windows: list[list[int]]
+    linears: list[tuple[int, int]]
+    parameters: int
+    sizes: size.Sizes
+
+
+def default_work_dir(out: Path) -> Path:
+    """Where finished layers go unless the user says otherwise: OUT with .work behind."""
+    resolved = out.resolve()  # "." has no name
+    return resolved.parent / f"{resolved.name}.work"
+
+
+def check_job(job: Job, options: Options) -> CheckedJob:
+    """Check everything that can be known before work begins, the weights' numbers at last.
+
+    Raises QuantizeError, FormatError, TextError or OutputError with what is wrong and the remedy.
+    """
+    inputs = check_inputs(job)
+    _check_divisible(inputs)
+
+    from vllm_qoq.quantizer import load
+    from vllm_qoq.quantizer.workdir import stored_bytes
+
+    checkpoint, arch, shape = inputs.checkpoint, inputs.arch, inputs.shape
+    linears = inputs.linears
+    parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+    stored = stored_bytes(job.work_dir)
+    size.check_apart(job.work_dir, job.out, job.model)
+    needed = size.sizes(checkpoint, arch, shape, linears, options)
+    # Both exist until the output is complete; the pieces of a stopped run do so already.
+    to_come = max(needed.work - stored, 0)
+    size.check_disks([(job.out, needed.output), (job.work_dir, to_come)])
+
+    load.check_model(checkpoint)
+    tokenizer = load.load_tokenizer(checkpoint)
+    windows = []
+    if job.eval_text is not None:
+        windows = pieces(job.eval_text, tokenizer, options.seqlen, None)
+    samples = pieces(job.text, tokenizer, options.seqlen, options.samples)
+    rows, _ = checkpoint.tensors[EMBEDDING].shape
+    for path, texts in ((job.eval_text, windows), (job.text, samples)):
+        if (last := max(map(max, texts), default=0)) >= rows:
+            raise QuantizeError(
+                f"{path}: has {shown(tokenizer.decode([last]))}, which is token {last}, but the "
+                f"embedding has {rows} rows; take it out of the text"
+            )
+    load.check_values(checkpoint, Progress(job.quiet))
+    return CheckedJob(
+        job,
+        options,
+        arch,
+        shape,
+        tokenizer,
+        samples=samples,
+        windows=windows,
+        linears=linears,
+        parameters=parameters,
+        sizes=needed,
+    )
+
+
+def _check_divisible(inputs: Inputs) -> None:
+    for name, (n, k) in zip(inputs.arch.linears, inputs.linears, strict=False):  # all blocks alike
+        if k % GROUP_SIZE or n % 8:
+            raise QuantizeError(
+                f"{inputs.arch.blocks}.0.{name}.weight: [{n}, {k}] cannot be quantized: the "
+                f"kernels need inputs that are a multiple of {GROUP_SIZE} and outputs that are "
+                "one of 8"
+            )

@@ -1,0 +1,116 @@
+"""What a quantization reports: the error of every layer in every set, time and memory."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterable
+from typing import Any, TypedDict
+
+from typing_extensions import NotRequired
+
+from vllm_qoq.progress import duration, human_bytes
+from vllm_qoq.quantizer import QuantizeError
+
+
+class LayerError(TypedDict):
+    """One row of the report.
+
+    output_error   |W x - W' x| / |W x| over the calibration inputs
+    clipped_share  of a nested set, weights whose residual is out of the range of 4 bits
+    """
+
+    layer: str
+    set: str
+    output_error: float
+    seconds: float
+    clipped_share: NotRequired[float]
+
+
+def refuse_clipped(errors: Iterable[LayerError], limit: float) -> None:
+    """Raise QuantizeError if a layer's clipped share is above `limit`."""
+    shares = {row["layer"]: row["clipped_share"] for row in errors if "clipped_share" in row}
+    worst = max(shares, key=shares.__getitem__, default=None)
+    if worst is not None and shares[worst] > limit:
+        raise QuantizeError(
+            f"{worst}: {shares[worst]:.2%} of the residuals are clipped, more than --max-clipped "
+            f"{limit:g}; leave out --nested to store w8a8 by itself, or raise --max-clipped, which "
+            "goes on with what is done"
+        )
+
+
+def summary(errors: list[LayerError], seconds: float) -> dict[str, Any]:
+    """The content of quantization_report.json, without what `job` knows."""
+    import torch
+
+    peak_gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return {
+        "seconds": round(seconds, 1),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_gpu_memory_bytes": peak_gpu,
+        "layers": errors,
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as plain text: errors by kind of layer and set, time, memory, what was checked."""
+    errors: list[LayerError] = report["layers"]
+    sets = list(dict.fromkeys(row["set"] for row in errors))
+    kinds = list(dict.fromkeys(row["layer"].rpartition(".")[2] for row in errors))
+    lines = [_row("output error, mean (worst)", sets)]
+    for kind in kinds:
+        cells = []
+        for name in sets:
+            mine = [
+                row["output_error"]
+                for row in errors
+                if row["set"] == name and row["layer"].endswith("." + kind)
+            ]
+            cells.append(f"{sum(mine) / len(mine):.4f} ({max(mine):.4f})")
+        lines.append(_row(f"  {kind}", cells))
+    lines += _clipped(errors, sets)
+    lines += _perplexities(report, sets) + _texts(report)
+    gpu = report["peak_gpu_memory_bytes"]
+    lines.append(
+        f"{duration(report['seconds'])}, peak memory {human_bytes(report['peak_memory_bytes'])}"
+        + (f", on the GPU {human_bytes(gpu)}" if gpu else "")
+    )
+    return "\n".join(lines)
+
+
+def _clipped(errors: list[LayerError], sets: list[str]) -> list[str]:
+    cells = []
+    for name in sets:
+        mine = [
+            row["clipped_share"] for row in errors if row["set"] == name and "clipped_share" in row
+        ]
+        cells.append(f"{sum(mine) / len(mine):.2%} ({max(mine):.2%})" if mine else "")
+    return [_row("clipped, mean (worst)", cells)] if any(cells) else []
+
+
+def _perplexities(report: dict[str, Any], sets: list[str]) -> list[str]:
+    before = report.get("before", {}).get("perplexity")
+    if before is None:
+        return []
+    lines = [_row("perplexity", ["before", *sets])]
+    for cache, value in before.items():
+        label = "  KV16" if cache == "kv16" else f"  {cache.upper()}, simulated"
+        cells = [f"{value:.4f}"]
+        for name in sets:
+            found = report["after"][name]["perplexity"][cache]
+            cells.append(f"{found:.4f} ({found / before['kv16'] - 1:+.2%})")
+        lines.append(_row(label, cells))
+    return lines
+
+
+def _texts(report: dict[str, Any]) -> list[str]:
+    lines = []
+    for index, text in enumerate(report.get("before", {}).get("generated", ())):
+        lines.append(f"before   {text!r}")
+        lines += [
+            f"{name:8} {found['generated'][index]!r}" for name, found in report["after"].items()
+        ]
+    return lines
+
+
+def _row(label: str, cells: Iterable[str]) -> str:
+    return label.ljust(28) + "".join(cell.rjust(19) for cell in cells)

@@ -1,0 +1,124 @@
+"""Rotations that leave the model's function as it is and spread outliers over channels.
+
+R1 turns the residual stream: the embedding and what writes to the stream (o, down)
+on their outputs, what reads it (q, k, v, gate, up, lm_head) on their inputs. An
+RMSNorm commutes with a rotation once its weight is folded into the layers that read
+it. R2 turns each value head: v on its outputs, o on its inputs.
+
+The matrices are Hadamard matrices divided by the square root of their size
+(compressed-tensors has the tables for sizes that are no power of two), with the
+signs of a fixed seed. QuaRot (arXiv 2404.00456) and SpinQuant (2405.16406) describe
+the method; llmcompressor's SpinQuantModifier is not used because it subtracts the
+mean of each embedding, which an RMSNorm does not undo, and forgets biases.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from vllm_qoq.checkpoint.format import STREAM
+from vllm_qoq.models.table import LayerNames
+from vllm_qoq.numerics import rotation as basis
+from vllm_qoq.quantizer import QuantizeError
+from vllm_qoq.quantizer.model import Dimensions, Module, blocks
+from vllm_qoq.quantizer.weights import assign
+
+_SEED = 0
+
+
+def hadamard(size: int, seed: int = _SEED) -> torch.Tensor:
+    """An orthogonal float64 [size, size] matrix whose entries have one magnitude."""
+    return _random_matrix(size, torch.device("cpu"), seed) / size**0.5
+
+
+def require_sizes(shape: Dimensions) -> None:
+    """QuantizeError where the stream or the heads have a size that no rotation is known for."""
+    for size in (shape.hidden, shape.head_dim):
+        _random_matrix(size, torch.device("meta"), _SEED)
+
+
+def _random_matrix(size: int, device: torch.device, seed: int) -> torch.Tensor:
+    from compressed_tensors.transform.utils.hadamard import random_hadamard_matrix
+
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        return random_hadamard_matrix(size, torch.float64, device, generator)
+    except ValueError as error:
+        raise QuantizeError(
+            f"no Hadamard matrix of size {size} is known; quantize with --no-rotate"
+        ) from error
+
+
+@torch.no_grad()
+def fold_norms(model: Module, arch: LayerNames) -> None:
+    """Move the weights of the norms into the layers that read them."""
+    for block in blocks(model, arch):
+        for norm, readers in arch.norms.items():
+            _fold(block.get_submodule(norm), [block.get_submodule(name) for name in readers])
+    _fold(model.get_submodule(arch.final_norm), [model.get_submodule(arch.head)])
+
+
+def way_back(model: Module, arch: LayerNames, shape: Dimensions) -> dict[str, torch.Tensor]:
+    """The checkpoint's tensors that turn hidden states back. The norms must not be folded yet."""
+    norm = model.get_submodule(arch.final_norm).weight.detach().clone()
+    return {f"{STREAM}.rotation": basis.signs(hadamard(shape.hidden)), f"{STREAM}.norm": norm}
+
+
+@torch.no_grad()
+def untie(model: Module, arch: LayerNames) -> None:
+    """Give lm_head a weight of its own: it reads the folded norm, the embedding does not."""
+    head, embedding = model.get_submodule(arch.head), model.get_submodule(arch.embedding)
+    if head.weight is embedding.weight:
+        head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = False
+
+
+@torch.no_grad()
+def rotate_stream(model: Module, arch: LayerNames, shape: Dimensions) -> None:
+    """Apply R1. The norms must be folded."""
+    rotation = hadamard(shape.hidden)
+    turn_inputs(model.get_submodule(arch.embedding), rotation)
+    turn_inputs(model.get_submodule(arch.head), rotation)
+    for block in blocks(model, arch):
+        for name in (arch.q, arch.k, arch.v, arch.gate, arch.up):
+            turn_inputs(block.get_submodule(name), rotation)
+        for name in (arch.o, arch.down):
+            turn_outputs(block.get_submodule(name), rotation)
+
+
+@torch.no_grad()
+def rotate_values(model: Module, arch: LayerNames, shape: Dimensions) -> None:
+    """Apply R2 to every head."""
+    rotation = hadamard(shape.head_dim)
+    for block in blocks(model, arch):
+        turn_outputs(block.get_submodule(arch.v), rotation)
+        turn_inputs(block.get_submodule(arch.o), rotation)
+
+
+def turn_inputs(layer: Module, rotation: torch.Tensor) -> None:
+    """W [N, K] -> W @ R, block by block where R is smaller than K."""
+    weight = layer.weight.data
+    size = len(rotation)
+    blocked = weight.double().view(weight.shape[0], -1, size)
+    assign(layer, "weight", (blocked @ rotation.to(weight.device)).view_as(weight).to(weight.dtype))
+
+
+def turn_outputs(layer: Module, rotation: torch.Tensor) -> None:
+    """W [N, K] -> R.T @ W and b -> R.T @ b, block by block where R is smaller than N."""
+    weight, size = layer.weight.data, len(rotation)
+    rotation = rotation.to(weight.device)
+    blocked = weight.double().view(-1, size, weight.shape[1])
+    assign(layer, "weight", (rotation.t() @ blocked).view_as(weight).to(weight.dtype))
+    if layer.bias is not None:
+        bias = layer.bias.data
+        turned = bias.double().view(-1, size) @ rotation
+        assign(layer, "bias", turned.view_as(bias).to(bias.dtype))
+
+
+def _fold(norm: Module, readers: list[Module]) -> None:
+    scale = norm.weight.data.double()
+    for reader in readers:
+        weight = reader.weight.data
+        assign(reader, "weight", (weight.double() * scale.to(weight.device)).to(weight.dtype))
+    assign(norm, "weight", torch.ones_like(norm.weight.data))

@@ -1,0 +1,107 @@
+"""The sets that `quantize` can make: their grids, and what config.json says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_qoq.checkpoint.format import QoQSet, ResidualSet
+from vllm_qoq.numerics import GROUP_SIZE, reference
+from vllm_qoq.quantizer.grid import Grid, PerChannel, Symmetric, TwoLevel
+from vllm_qoq.quantizer.nested import Nested
+
+
+@dataclass(frozen=True)
+class SetKind:
+    """One of `w8a8`, `w4a8`, `w4a16`.
+
+    group_size  128 or -1 (w4a8: no groups; w4a16: a scale per output channel)
+    base        of a nested w8a8, the set that it is stored as a residual on
+    """
+
+    name: str
+    group_size: int
+    base: str | None = None
+
+    @property
+    def has_int8_activations(self) -> bool:
+        """Whether vLLM quantizes the inputs of the set's layers per token."""
+        return self.name.endswith("a8")
+
+    @property
+    def bits(self) -> float:
+        """Stored bits per weight, without what belongs to whole rows."""
+        if self.base is not None:
+            return 4.0
+        if self.name == "w8a8":
+            return 8.0
+        per_group = 0 if self.group_size == -1 else 16
+        return 4.0 + per_group / GROUP_SIZE
+
+    def grid(
+        self, weight: torch.Tensor, dtype: torch.dtype, clip: bool, base: Grid | None = None
+    ) -> Grid:
+        """An empty grid for `weight` [N, K]; `dtype` is the model's.
+
+        base  the layer's filled grid in the set `self.base`
+        """
+        if self.base is not None:
+            assert isinstance(base, TwoLevel)
+            return Nested(base)
+        n, k = weight.shape
+        if self.name == "w4a8":
+            kind = PerChannel if self.group_size == -1 else TwoLevel
+            return kind(n, k, weight.device, clip)
+        bits = 8 if self.name == "w8a8" else 4
+        group = GROUP_SIZE if bits == 4 and self.group_size != -1 else None
+        return Symmetric(n, k, weight.device, clip, bits, group, dtype)
+
+    def config(self) -> dict[str, Any]:
+        """The set's entry in `quantization_config.sets`."""
+        if self.base is not None:
+            return ResidualSet(base=self.base).model_dump(mode="json")
+        if self.name == "w4a8":
+            return QoQSet(group_size=self.group_size).model_dump(mode="json")
+        is_w8 = self.name == "w8a8"
+        integer = {"type": "int", "symmetric": True}
+        has_groups = not is_w8 and self.group_size != -1
+        weights = {
+            "num_bits": 8 if is_w8 else 4,
+            **integer,
+            "strategy": "group" if has_groups else "channel",
+            "group_size": GROUP_SIZE if has_groups else None,
+            "dynamic": False,
+        }
+        activations = {"num_bits": 8, **integer, "strategy": "token", "dynamic": True}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "int-quantized" if is_w8 else "pack-quantized",
+            "quantization_status": "compressed",
+            "ignore": ["lm_head"],
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": weights,
+                    "input_activations": activations if is_w8 else None,
+                }
+            },
+        }
+
+
+def dequantize(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """float32 [N, K]: the weight that a layer's tensors, by leaf, stand for in any of the sets.
+
+    Those of a nested set are the base's and its own.
+    """
+    if "qweight" in tensors:
+        return reference.dequantize(dict(tensors))
+    scale = tensors["weight_scale"].float()
+    if "weight_packed" in tensors:
+        words = tensors["weight_packed"]
+        codes = torch.stack([(words >> (4 * i)) & 15 for i in range(8)], dim=-1).flatten(1) - 8
+    else:
+        codes = tensors["weight"]
+    return codes.float() * scale.repeat_interleave(codes.shape[1] // scale.shape[1], dim=1)

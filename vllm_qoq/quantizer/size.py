@@ -1,0 +1,180 @@
+"""How much disk and memory a quantization takes, known from headers and options."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_qoq.checkpoint.folder import ITEM_BYTES, Checkpoint
+from vllm_qoq.models.linears import CONSTANT
+from vllm_qoq.models.table import LayerNames
+from vllm_qoq.numerics import GROUP_SIZE
+from vllm_qoq.progress import human_bytes
+from vllm_qoq.quantizer import QuantizeError
+from vllm_qoq.quantizer.inputs import DTYPES, dtype_name
+from vllm_qoq.quantizer.model import Dimensions
+from vllm_qoq.quantizer.options import Options
+
+if TYPE_CHECKING:
+    from vllm_qoq.quantizer.sets import SetKind
+
+_FLOAT32, _FLOAT64, _INT64 = 4, 8, 8
+# Python, torch, transformers and llmcompressor, once they have worked on a small model.
+_LIBRARIES = 7 * 10**8
+# float32 copies of a layer's weights while its scales are searched, and [K, K] matrices.
+_WEIGHT_COPIES, _MATRIX_COPIES = 12, 5
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes.
+
+    output  the tensors of the checkpoint
+    work    the pieces in the work folder, which exist until the output is complete
+    memory  what is in memory at once, by its purpose
+    gpu     the part of it that is on the GPU where there is one
+    """
+
+    output: int
+    work: int
+    memory: dict[str, int]
+    gpu: frozenset[str] = frozenset(("hessians", "rounding"))
+
+
+def sizes(
+    checkpoint: Checkpoint,
+    arch: LayerNames,
+    shape: Dimensions,
+    linears: Sequence[tuple[int, int]],
+    options: Options,
+) -> Sizes:
+    """What a run with these options takes; `linears` has (N, K) of all layers, block by block."""
+    item = _item_bytes(checkpoint, arch)
+    in_sets, biased = _names_in_sets(checkpoint, arch, shape)
+    shared = sum(
+        item * math.prod(info.shape)
+        for name, info in checkpoint.tensors.items()
+        if name not in in_sets and not name.endswith(CONSTANT)
+    )
+    vocabulary, hidden = _embedding(checkpoint, arch)
+    is_tied = f"{arch.head}.weight" not in checkpoint.tensors
+    head = item * vocabulary * hidden
+    if options.lm_head_bits == 8:
+        shared += vocabulary * (hidden + _FLOAT32) - (0 if is_tied else head)
+    elif is_tied:
+        shared += head  # the final norm is folded into a copy
+    if options.rotate:
+        shared += hidden * hidden + item * hidden  # what turns hidden states back
+    sets = sum(
+        layer_bytes(kind, n, k, item) + item * n * has_bias
+        for kind in options.kinds
+        for (n, k), has_bias in zip(linears, biased, strict=True)
+    )
+    # The weights that make the next block's inputs are pieces, too.
+    propagated = sum(item * n * k for n, k in linears)
+    output, work = shared + sets, shared + sets + propagated
+    block = linears[: len(arch.linears)]
+    inputs = {group[0]: k for group, k in _inputs(arch, block)}
+    largest_k, largest = max(k for _, k in block), max(n * k for n, k in block)
+    memory = {
+        "libraries": _LIBRARIES,
+        "weights": item * sum(math.prod(i.shape) for i in checkpoint.tensors.values())
+        + (head if is_tied else 0),
+        "calibration": 2 * item * options.samples * options.seqlen * hidden,
+        "hessians": _FLOAT32 * sum(k * k for k in inputs.values()),
+        "rounding": _FLOAT32 * (_MATRIX_COPIES * largest_k**2 + _WEIGHT_COPIES * largest),
+        "results of a block": 2 * (sets + propagated) // shape.layers,
+        # Two float64 matrices of its size, or the results before they are written.
+        "embedding": 2 * _FLOAT64 * vocabulary * hidden,
+    }
+    return Sizes(output, work, memory)
+
+
+def layer_bytes(kind: SetKind, n: int, k: int, item: int) -> int:
+    """Bytes of a layer [n, k] in one set, without its bias; `item` are the bytes of a float."""
+    if kind.base is not None:
+        return n * k // 2
+    if kind.name == "w8a8":
+        return n * k + item * n
+    groups = 1 if kind.group_size == -1 else k // GROUP_SIZE
+    if kind.name == "w4a16":
+        return n * k // 2 + item * n * groups + 2 * _INT64
+    scales = 2 * _FLOAT32 * n if kind.group_size == -1 else (_FLOAT32 + 2 * groups) * n
+    return n * k // 2 + scales
+
+
+def check_disks(needs: Iterable[tuple[Path, int]]) -> None:
+    """QuantizeError unless every disk can take what is written to it in all.
+
+    needs  (folder or file that may not exist yet, bytes)
+    """
+    by_device: dict[int, list[tuple[Path, int]]] = defaultdict(list)
+    for path, count in needs:
+        by_device[os.stat(_existing(path)).st_dev].append((path, count))
+    for parts in by_device.values():
+        needed = sum(count for _, count in parts)
+        free = shutil.disk_usage(_existing(parts[0][0])).free
+        if free < needed:
+            what = " and ".join(f"{path} ({human_bytes(count)})" for path, count in parts)
+            raise QuantizeError(
+                f"{what} need {human_bytes(needed)} on one disk, but {human_bytes(free)} are free; "
+                "make room, or choose another disk for --output or --work-dir"
+            )
+
+
+def check_apart(work_dir: Path, out: Path, model: Path) -> None:
+    """QuantizeError where the work folder is, holds or lies in the output or the model."""
+    work = work_dir.resolve()
+    for option, folder in (("--output", out), ("the model", model)):
+        other = folder.resolve()
+        if work == other or work in other.parents or other in work.parents:
+            raise QuantizeError(
+                f"--work-dir {work_dir}: overlaps {option} {folder}; choose another --work-dir"
+            )
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def _embedding(checkpoint: Checkpoint, arch: LayerNames) -> tuple[int, int]:
+    """Vocabulary and hidden size."""
+    name = f"{arch.embedding}.weight"
+    info = checkpoint.tensors.get(name)
+    if info is None or len(info.shape) != 2:
+        raise QuantizeError(
+            f"{checkpoint.path}: {name} is {'missing' if info is None else 'not a matrix'}; "
+            "download the model again"
+        )
+    return info.shape[0], info.shape[1]
+
+
+def _item_bytes(checkpoint: Checkpoint, arch: LayerNames) -> int:
+    """Bytes of a float of the model as `load` has it."""
+    name = dtype_name(checkpoint.config)
+    stored = checkpoint.tensors[f"{arch.embedding}.weight"].dtype
+    return ITEM_BYTES[stored if name is None else DTYPES[name]]
+
+
+def _names_in_sets(
+    checkpoint: Checkpoint, arch: LayerNames, shape: Dimensions
+) -> tuple[set[str], list[bool]]:
+    """The tensors of the layers that every set has, and which of these layers have a bias."""
+    layers = [f"{arch.blocks}.{i}.{name}" for i in range(shape.layers) for name in arch.linears]
+    biased = [f"{layer}.bias" in checkpoint.tensors for layer in layers]
+    return {f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias")}, biased
+
+
+def _inputs(
+    arch: LayerNames, block: Sequence[tuple[int, int]]
+) -> Iterable[tuple[tuple[str, ...], int]]:
+    """The groups of layers that read one input, and its size."""
+    sizes_of = dict(zip(arch.linears, block, strict=True))
+    return ((group, sizes_of[group[0]][1]) for group in arch.inputs)

@@ -1,0 +1,161 @@
+"""Scales and orders of channels that the quantizers see and the model's function does not.
+
+SmoothAttention divides the channels of K, and multiplies those of Q, by a scale
+that K's large channels ask for. RoPE mixes channel i with i + D/2 of a head, so the
+two share a scale. Where a norm follows k_proj (Qwen3), its weight takes the scale,
+for all heads alike.
+
+Outputs of a block are smoothed in its last products: v_proj's rows are divided by a
+scale and o_proj's columns multiplied, and up_proj's and down_proj's likewise. `order`
+sorts the inputs of down_proj by magnitude, so that a group of 128 holds channels of
+one size. These are QServe's steps (arXiv 2405.04532); `strength` chooses the scales.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_qoq.models.table import LayerNames
+from vllm_qoq.quantizer import strength
+from vllm_qoq.quantizer.model import Dimensions, Module
+from vllm_qoq.quantizer.weights import assign
+
+
+@dataclass(frozen=True)
+class SmoothOptions:
+    """What to smooth, and the precisions that the scales are chosen for.
+
+    attention  SmoothAttention on K
+    outputs    the inputs of o_proj and down_proj
+    reorder    sort down_proj's inputs
+    """
+
+    attention: bool
+    outputs: bool
+    reorder: bool
+    kv_bits: int
+    weight_bits: int
+    kv_hadamard: bool = False
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the calibration text showed of one block.
+
+    keys         float [tokens, kv_heads, head_dim] before RoPE, a sample
+    positions    int64 [tokens] of these keys in their pieces of text
+    query_pairs  float32 [kv_heads, head_dim / 2]: root mean square of the queries' pairs
+    values       float32 [kv_heads, head_dim]: root mean square
+    down_inputs  float [tokens, intermediate], a sample
+    down         float32 [intermediate]: largest inputs of down_proj
+    """
+
+    keys: torch.Tensor
+    positions: torch.Tensor
+    query_pairs: torch.Tensor
+    values: torch.Tensor
+    down_inputs: torch.Tensor
+    down: torch.Tensor
+
+
+@torch.no_grad()
+def transforms(
+    seen: Seen,
+    block: Module,
+    arch: LayerNames,
+    shape: Dimensions,
+    inv_freq: torch.Tensor,
+    options: SmoothOptions,
+) -> dict[str, torch.Tensor]:
+    """The tensors that `apply` needs, for one block; only those that `options` ask for.
+
+    inv_freq float32 [head_dim / 2] is RoPE's.
+
+    key_scale    float32 [kv_heads, head_dim / 2]
+    value_scale  float32 [kv_heads, head_dim]
+    down_scale   float32 [intermediate]
+    down_order   int64 [intermediate]
+    """
+    found = {}
+    if options.attention:
+        keys = strength.with_rope(seen.keys, seen.positions, inv_freq.to(seen.keys.device))
+        queries = seen.query_pairs
+        if arch.k_norm is not None:  # one weight for all heads
+            keys = keys.flatten(0, 1)[:, None]
+            queries = queries.square().mean(dim=0, keepdim=True).sqrt()
+        scale = strength.key_scale(keys, queries, options.kv_bits, options.kv_hadamard)
+        found["key_scale"] = scale.expand(shape.kv_heads, -1).contiguous()
+    if options.outputs:
+        readers = block.get_submodule(arch.o).weight.detach().float().square().sum(dim=0)
+        readers = readers.view(shape.kv_heads, shape.queries_per_kv, -1).sum(dim=1).sqrt()
+        found["value_scale"] = strength.value_scale(seen.values, readers)
+        found["down_scale"] = strength.down_scale(
+            seen.down_inputs,
+            seen.down,
+            block.get_submodule(arch.down).weight.detach(),
+            options.weight_bits,
+        )
+    if options.reorder:
+        found["down_order"] = (seen.down / found.get("down_scale", 1)).argsort(descending=True)
+    return found
+
+
+@torch.no_grad()
+def apply(
+    block: Module, found: dict[str, torch.Tensor], arch: LayerNames, shape: Dimensions
+) -> None:
+    """Change the weights of one block. The function stays, but for rounding to their dtype."""
+    if "key_scale" in found:
+        _smooth_keys(block, found["key_scale"].double(), arch, shape)
+    if "value_scale" in found:
+        scale = found["value_scale"].double()
+        _scale_rows(block.get_submodule(arch.v), 1 / scale.flatten())
+        per_head = scale.repeat_interleave(shape.queries_per_kv, dim=0)
+        _scale_columns(block.get_submodule(arch.o), per_head.flatten())
+    if "down_scale" in found:
+        scale = found["down_scale"].double()
+        _scale_rows(block.get_submodule(arch.up), 1 / scale)
+        _scale_columns(block.get_submodule(arch.down), scale)
+    if "down_order" in found:
+        _reorder(block, found["down_order"], arch)
+
+
+def _smooth_keys(block: Module, scale: torch.Tensor, arch: LayerNames, shape: Dimensions) -> None:
+    per_kv_head = torch.cat((scale, scale), dim=1)  # both halves of each pair
+    if arch.k_norm is not None and arch.q_norm is not None:
+        _scale_vector(block.get_submodule(arch.k_norm), 1 / per_kv_head[0])
+        _scale_vector(block.get_submodule(arch.q_norm), per_kv_head[0])
+        return
+    _scale_rows(block.get_submodule(arch.k), 1 / per_kv_head.flatten())
+    per_head = per_kv_head.repeat_interleave(shape.queries_per_kv, dim=0)
+    _scale_rows(block.get_submodule(arch.q), per_head.flatten())
+
+
+def _reorder(block: Module, order: torch.Tensor, arch: LayerNames) -> None:
+    for name in (arch.gate, arch.up):
+        layer = block.get_submodule(name)
+        assign(layer, "weight", layer.weight.data[order.to(layer.weight.device)].contiguous())
+        if layer.bias is not None:
+            assign(layer, "bias", layer.bias.data[order.to(layer.bias.device)].contiguous())
+    down = block.get_submodule(arch.down)
+    assign(down, "weight", down.weight.data[:, order.to(down.weight.device)].contiguous())
+
+
+def _scale_vector(norm: Module, factor: torch.Tensor) -> None:
+    weight = norm.weight.data
+    assign(norm, "weight", (weight.double() * factor.to(weight.device)).to(weight.dtype))
+
+
+def _scale_rows(layer: Module, factor: torch.Tensor) -> None:
+    weight = layer.weight.data
+    factor = factor.to(weight.device)
+    assign(layer, "weight", (weight.double() * factor[:, None]).to(weight.dtype))
+    if layer.bias is not None:
+        assign(layer, "bias", (layer.bias.data.double() * factor).to(layer.bias.dtype))
+
+
+def _scale_columns(layer: Module, factor: torch.Tensor) -> None:
+    weight = layer.weight.data
+    assign(layer, "weight", (weight.double() * factor.to(weight.device)).to(weight.dtype))

@@ -1,0 +1,165 @@
+"""How strongly to smooth: scales whose rounding errors, measured on a few tokens, are least.
+
+The searches try the scales `a^x / b^y` of a few exponents, with a what is divided by
+the scale and b what is multiplied, and keep the best. Channels of zeros, which padded and
+pruned models have, count as channels far smaller than the largest; heads of zeros are left
+as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from vllm_qoq.numerics import GROUP_SIZE
+from vllm_qoq.numerics.reference import quantize_per_token
+from vllm_qoq.numerics.reference_attention import hadamard
+from vllm_qoq.quantizer.evaluate import round_keys
+
+# A channel that is smaller than the largest by this factor is a channel of zeros.
+_TINY = 1e-5
+_SMALLEST = 1e-30
+_DOWN_EXPONENTS = ((0.0, 0.0), *((x / 10, 1 - x / 10) for x in range(1, 10)))
+_KEY_EXPONENTS = ((0.0, 0.0), (0.5, 0.0), (0.5, 0.5), (1.0, 0.0))
+_STEPS, _RATE = 200, 0.02
+
+
+def scale(
+    divided: torch.Tensor, x: float, multiplied: torch.Tensor | None = None, y: float = 0.0
+) -> torch.Tensor:
+    """divided^x / multiplied^y, float32 [..., K], each vector with a geometric mean of 1."""
+    logarithm = _logarithm(divided) * x
+    if multiplied is not None:
+        logarithm = logarithm - _logarithm(multiplied) * y
+    return (logarithm - logarithm.mean(dim=-1, keepdim=True)).exp()
+
+
+def _logarithm(magnitudes: torch.Tensor) -> torch.Tensor:
+    """Of magnitudes [..., K] as far down as the largest of each vector allows; 0 for zeros."""
+    magnitudes = magnitudes.float()
+    largest = magnitudes.amax(dim=-1, keepdim=True)
+    # The square of the smallest must not vanish where a search weights with it.
+    floor = (largest * _TINY).clamp_min(_SMALLEST)
+    return torch.where(largest > _SMALLEST, magnitudes.maximum(floor).log(), 0.0)
+
+
+def down_scale(
+    inputs: torch.Tensor, largest: torch.Tensor, weight: torch.Tensor, weight_bits: int
+) -> torch.Tensor:
+    """float32 [K] for the inputs of a layer with weight [N, K], rounded to int8 per token.
+
+    inputs   float [tokens, K], a sample
+    largest  float32 [K], of all inputs
+    """
+    weight = weight.float()
+    columns = weight.abs().amax(dim=0)
+    exact = inputs.float() @ weight.t()
+
+    def error(candidate: torch.Tensor) -> float:
+        codes, token_scale, _ = quantize_per_token(inputs.float() / candidate)
+        rounded = _rounded_weight(weight * candidate, weight_bits)
+        y = (codes.float() @ rounded.t()) * token_scale[:, None]
+        return float((y - exact).square().sum())
+
+    candidates = (scale(largest, x, columns, y) for x, y in _DOWN_EXPONENTS)
+    return _best(candidates, error)
+
+
+def key_scale(
+    keys: torch.Tensor, query_pairs: torch.Tensor, bits: int, use_hadamard: bool = False
+) -> torch.Tensor:
+    """float32 [heads, head_dim / 2] for the pairs of the keys, head by head.
+
+    keys         float [tokens, heads, head_dim] after RoPE, a sample
+    query_pairs  float32 [heads, head_dim / 2]: root mean square of the queries' pairs
+    use_hadamard  whether the cache rotates the keys
+
+    A key's error is about its range over the head, whatever the channel, and a query
+    weights it. The product of both is brought down from the best of a few starts.
+    """
+    keys = keys.float()
+
+    def lost(candidate: torch.Tensor) -> torch.Tensor:
+        both = torch.cat((candidate, candidate), dim=-1)
+        error = (round_keys(keys / both, bits, use_hadamard) * both - keys) * query_pairs.repeat(
+            1, 2
+        )
+        return error.square().mean(dim=0).sum(dim=-1)
+
+    magnitude = pairs(keys).square().mean(dim=0).sqrt()
+    starts = [scale(magnitude, x, query_pairs, y) for x, y in _KEY_EXPONENTS]
+    start = _best_of_each_head(starts, lost)
+    return _best_of_each_head([start, _descend(keys, query_pairs, start, use_hadamard)], lost)
+
+
+def pairs(x: torch.Tensor) -> torch.Tensor:
+    """float32 [..., head_dim / 2] of [..., head_dim]: the magnitude of each pair of RoPE."""
+    return x.float().unflatten(-1, (2, -1)).norm(dim=-2)
+
+
+def with_rope(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
+    """x [tokens, heads, head_dim] turned as in the attention of the Llama family.
+
+    positions int64 [tokens], inv_freq float32 [head_dim / 2]
+    """
+    angles = positions[:, None, None] * inv_freq
+    low, high = x.float().chunk(2, dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+
+
+@torch.enable_grad()
+def _descend(
+    keys: torch.Tensor, query_pairs: torch.Tensor, start: torch.Tensor, use_hadamard: bool
+) -> torch.Tensor:
+    logarithm = start.log().requires_grad_(True)
+    optimizer = torch.optim.Adam([logarithm], lr=_RATE)
+    weights = query_pairs.repeat(1, 2)
+    for _ in range(_STEPS):
+        both = logarithm.exp().repeat(1, 2)
+        scaled = hadamard(keys / both) if use_hadamard else keys / both
+        span = scaled.amax(dim=-1) - scaled.amin(dim=-1)
+        error = span.square().mean(dim=0) * (both * weights).square().sum(dim=-1)
+        # A head of zero keys or queries loses nothing, and its scale stays where it is.
+        loss = error.clamp_min(_SMALLEST).log().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return logarithm.detach().exp()
+
+
+def _best_of_each_head(
+    candidates: list[torch.Tensor], lost: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    losses = torch.stack([lost(candidate) for candidate in candidates])
+    best = losses.nan_to_num(torch.inf, torch.inf).argmin(dim=0)
+    stacked = torch.stack(candidates)
+    return stacked[best, torch.arange(stacked.shape[1], device=best.device)]
+
+
+def value_scale(values: torch.Tensor, readers: torch.Tensor) -> torch.Tensor:
+    """float32 [kv_heads, head_dim] for values that R2 will turn, sqrt(value / reader).
+
+    values   float32 [kv_heads, head_dim]: root mean square
+    readers  float32 [kv_heads, head_dim]: norm of the columns of o_proj that read the channel
+
+    R2 spreads the rounding error evenly over a head, so that the output loses
+    sum(v^2 / s^2) * sum(s^2 o^2), which by Cauchy and Schwarz is least for this s.
+    """
+    return scale(values, 0.5, readers, 0.5)
+
+
+def _best(
+    candidates: Iterable[torch.Tensor], error: Callable[[torch.Tensor], float]
+) -> torch.Tensor:
+    return min(candidates, key=error)
+
+
+def _rounded_weight(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """To the nearest code, in groups of 128 for 4 bits and per row for 8."""
+    n, k = weight.shape
+    groups = weight.view(n, -1, GROUP_SIZE if bits == 4 else k)
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    step = ((high - low) / ((1 << bits) - 1)).clamp_min(1e-10)
+    return (((groups - low) / step).round() * step + low).view(n, k)

@@ -1,0 +1,26 @@
+"""Calibration and evaluation text: a file, cut into pieces of equal length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vllm_qoq.quantizer import QuantizeError
+
+
+def pieces(path: Path, tokenizer: Any, seqlen: int, samples: int | None) -> list[list[int]]:
+    """Token ids of up to `samples` consecutive pieces of `seqlen` tokens, from all over the file.
+
+    Without special tokens, as `vllm_qoq.bench.perplexity` has them. Raises
+    QuantizeError if the text is too short.
+    """
+    tokens = tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False).input_ids
+    starts = list(range(0, len(tokens) - seqlen + 1, seqlen))
+    if not starts:
+        raise QuantizeError(
+            f"{path}: {len(tokens)} tokens, fewer than one piece of {seqlen}; give a longer text "
+            "or a smaller --seqlen"
+        )
+    if samples is not None and samples < len(starts):
+        starts = [starts[i * len(starts) // samples] for i in range(samples)]
+    return [tokens[start : start + seqlen] for start in starts]

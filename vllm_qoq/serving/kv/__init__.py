@@ -1,0 +1,1 @@
+"""The quantized KV cache in vLLM's attention layers."""

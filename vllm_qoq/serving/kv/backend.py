@@ -1,0 +1,221 @@
+"""What every attention backend over the quantized KV cache shares: page, block size, metadata.
+
+A device adds the implementation: a subclass per bit width with `bits` and `get_impl_cls`
+(`kv_cpu`, `kv_cuda`), known to `kv_cache`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from vllm_qoq.numerics.kv_layout import BLOCK_MULTIPLE, HEAD_SIZES, slot_bytes
+from vllm_qoq.serving.kv.spec import packed
+from vllm_qoq.serving.vllm_versions import kv_cache_layouts
+
+# QServe's block, and what the kernels prefer: longer runs of bytes, fewer entries of block tables.
+PREFERRED_BLOCK_SIZE = 64
+
+
+@dataclass
+class KVMetadata(AttentionMetadata):
+    """One step, for R requests with T new tokens in all.
+
+    query_start_loc  int32 [R + 1]             seq_lens      int32 [R], the new tokens included
+    block_table      int32 [R, max_blocks]     slot_mapping  int64 [>= T]
+    """
+
+    num_actual_tokens: int
+    max_query_len: int
+    max_seq_len: int
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    slot_mapping: torch.Tensor
+
+
+class KVMetadataBuilder(AttentionMetadataBuilder[KVMetadata]):
+    """Hands on what the runner prepared."""
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: Any,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> KVMetadata:
+        """The metadata of one step; no synchronization with the device."""
+        common = common_attn_metadata
+        return KVMetadata(
+            num_actual_tokens=common.num_actual_tokens,
+            max_query_len=common.max_query_len,
+            max_seq_len=common.max_seq_len,
+            query_start_loc=common.query_start_loc,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            slot_mapping=common.slot_mapping,
+        )
+
+
+M = TypeVar("M", bound=KVMetadata)
+
+
+class QuantizedKVImpl(AttentionImpl[M], Generic[M]):
+    """The attention of one layer; a device adds `do_kv_cache_update` and `attend`.
+
+    scale           of the scores
+    sliding_window  a token sees itself and the sliding_window - 1 before it; None: all
+    use_hadamard    rotate K, and Q to match
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        *,
+        sliding_window: int | None,
+        bits: int,
+        use_hadamard: bool,
+    ) -> None:
+        self.num_heads, self.head_size, self.num_kv_heads = num_heads, head_size, num_kv_heads
+        self.scale = scale
+        self.sliding_window = sliding_window
+        self.bits, self.use_hadamard = bits, use_hadamard
+        self.kv_cache_dtype = "auto"  # to vLLM an ordinary cache
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: M | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """query [>= T, Hq, D], key and value [>= T, H, D]; writes the T rows of `output`."""
+        if output_scale is not None or output_block_scale is not None:
+            raise ValueError(
+                "the quantized KV cache does not quantize the attention's output; leave "
+                "fuse_attn_quant out of --compilation-config"
+            )
+        return self.attend(query, key, value, kv_cache, attn_metadata, output)
+
+    @abstractmethod
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: M | None,
+        output: torch.Tensor,
+    ) -> torch.Tensor:
+        """`forward` without what only vLLM's interface has; without metadata a profiling run."""
+
+
+class QuantizedKVBackend(AttentionBackend):
+    """Attention over pages of `vllm_qoq.numerics.kv_layout`.
+
+    The cache of a layer is uint8 [num_blocks, H, N, slot bytes], of which the last two dimensions
+    only say how many bytes a head has: `head_pages` is the view that the page's definition means.
+    """
+
+    bits: ClassVar[int]
+    forward_includes_kv_cache_update = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+
+    @staticmethod
+    def get_name() -> str:
+        """A member of vLLM's enumeration of backends; this one is for plugins."""
+        return "CUSTOM"
+
+    @staticmethod
+    def get_builder_cls() -> type[KVMetadataBuilder]:
+        """The same on every device."""
+        return KVMetadataBuilder
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        """The head sizes of the page."""
+        return list(HEAD_SIZES)
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[MultipleOf]:
+        """Multiples of 16 tokens; vLLM 0.32 also says for which spec it asks."""
+        return [MultipleOf(BLOCK_MULTIPLE)]
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """What vLLM takes on a GPU without --block-size, if the first layers have this backend."""
+        return max(default_block_size, PREFERRED_BLOCK_SIZE)
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        """Yes."""
+        return True
+
+    @classmethod
+    def impl_options(cls, vllm_config: Any) -> dict[str, Any]:
+        """More arguments of the implementation, that depend on the engine."""
+        return {}
+
+    @classmethod
+    def obstacles(cls, layer: Any, dtype: torch.dtype) -> Iterator[str]:
+        """What this device does not serve of a layer that computes in `dtype`."""
+        return iter(())
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """The size of the page (vLLM 0.32+)."""
+        return packed(spec, cls.bits)
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[Any, ...]:
+        """The order of the cache's dimensions (vLLM 0.32+)."""
+        return kv_cache_layouts()
+
+    @classmethod
+    def get_kv_cache_shape(
+        cls,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_size: int,
+        cache_dtype_str: str = "auto",
+    ) -> tuple[int, ...]:
+        """The shape of the cache (vLLM before 0.32)."""
+        return num_blocks, num_kv_heads, block_size, slot_bytes(head_size, cls.bits)
+
+
+def head_pages(kv_cache: torch.Tensor) -> torch.Tensor:
+    """uint8 [num_blocks, H, N, slot bytes] as uint8 [num_blocks, H, head_bytes], the same memory.
+
+    Blocks and heads may be further apart than they are large.
+    """
+    return kv_cache.view(*kv_cache.shape[:2], -1)

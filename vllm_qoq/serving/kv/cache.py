@@ -1,0 +1,181 @@
+"""Turns the quantized KV cache on, layer by layer.
+
+vLLM asks the quantization config about each attention layer at the end of the layer's
+constructor. Layers that are to be quantized get another backend and implementation there, on the
+instance: `--kv-cache-dtype` stays `auto` and everything that handles whole pages (prefix caching,
+preemption, KV connectors) sees an ordinary cache. vLLM asks again once the weights are loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention, MLAAttention
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from vllm_qoq.checkpoint.kv_config import UNQUANTIZED, KVCache
+from vllm_qoq.errors import UserError
+from vllm_qoq.serving.kv import refusals as kv_refusals
+from vllm_qoq.serving.kv.backend import QuantizedKVBackend
+from vllm_qoq.serving.kv.cpu import CPUKV4Backend, CPUKV8Backend
+from vllm_qoq.serving.kv.key_bias import KeyBiasWatch
+from vllm_qoq.serving.kv.spec import spec_of_layer
+from vllm_qoq.serving.plugin.options import NAMESPACE, Options
+from vllm_qoq.serving.vllm_versions import set_kv_cache_spec
+
+logger = init_logger("vllm." + __name__)
+
+DEVICES = ("cpu", "cuda")
+
+
+def backends_of(device_type: str) -> dict[int, type[QuantizedKVBackend]]:
+    """Bits -> backend. That of a GPU imports what vLLM has only there."""
+    if device_type == "cpu":
+        return {4: CPUKV4Backend, 8: CPUKV8Backend}
+    from vllm_qoq.serving.kv.cuda import CUDAKV4Backend, CUDAKV8Backend
+
+    return {4: CUDAKV4Backend, 8: CUDAKV8Backend}
+
+
+def kv_cache_in_force(kv_cache: KVCache | None, options: Options) -> KVCache:
+    """The checkpoint's; `kv_bits` of the options replaces its bits, for every layer.
+
+    UserError where `kv_hadamard` asks for a rotation of keys that nothing quantizes.
+    """
+    kv_cache = kv_cache or KVCache(bits=UNQUANTIZED)
+    if options.kv_bits is not None:
+        kv_cache = kv_cache.model_copy(update={"bits": options.kv_bits, "layers": ()})
+    if options.kv_hadamard is None:
+        return kv_cache
+    if options.kv_hadamard and not kv_cache.is_quantized():
+        raise UserError(
+            f"--additional-config: {NAMESPACE}.kv_hadamard: rotates the keys of a quantized KV "
+            "cache, and this one has 16 bits; add kv_bits, or leave kv_hadamard out"
+        )
+    return kv_cache.model_copy(update={"hadamard": options.kv_hadamard})
+
+
+def check_kv_cache(kv_cache: KVCache, vllm_config: VllmConfig) -> None:
+    """UserError where the engine or its device does not serve a cache in these bits."""
+    if not kv_cache.is_quantized():
+        return
+    kv_refusals.check_engine(vllm_config)
+    device = vllm_config.device_config.device_type
+    if device not in DEVICES:
+        raise UserError(
+            f"the quantized KV cache runs on {' and '.join(DEVICES)}, not on {device}; "
+            f"{kv_refusals.REMEDY}"
+        )
+
+
+class QuantizedKVCache:
+    """The KV cache of one engine, in one process."""
+
+    def __init__(
+        self,
+        kv_cache: KVCache | None,
+        vllm_config: VllmConfig,
+        map_name: Callable[[str], str],
+    ) -> None:
+        in_force = kv_cache_in_force(kv_cache, Options.of(vllm_config))
+        self.kv_cache = in_force.rename(map_name)
+        self._vllm_config = vllm_config
+        self._layers: dict[str, int] = {}
+        check_kv_cache(self.kv_cache, vllm_config)
+        self._key_biases = KeyBiasWatch()
+        if not self.kv_cache.is_quantized():
+            return
+        self._backends = backends_of(vllm_config.device_config.device_type)
+        logger.info("Quantized KV cache: %s", self.kv_cache.to_json())
+
+    def attach(self, layer: nn.Module, prefix: str) -> None:
+        """Give `layer` the backend of its bits; a second call, when weights are loaded, none."""
+        bits = self.kv_cache.bits_of(prefix)
+        if prefix in self._layers:
+            self._key_biases.warn(self._layers, self.kv_cache.hadamard)
+            return
+        self._layers[prefix] = bits
+        if bits == UNQUANTIZED:
+            return
+        backend, dtype = self._backends[bits], self._vllm_config.model_config.dtype
+        of_device = partial(backend.obstacles, dtype=dtype)
+        kv_refusals.check_layer(layer, prefix, self.kv_cache.hadamard, of_device)
+        if layer.sliding_window is not None:
+            kv_refusals.check_mixed_windows(self.kv_cache, self._vllm_config)
+        self._swap(layer, bits)
+
+    def watch(self, layer: nn.Module, prefix: str) -> None:
+        """Look at `layer` when its weights are loaded, if it makes keys."""
+        if self.kv_cache.is_quantized():
+            self._key_biases.add(layer, prefix)
+
+    def check_layers(self) -> None:
+        """Refuse layers that were never asked about, and rules without a layer.
+
+        Call when all layers exist. A model that does not hand its quantization config to an
+        attention layer would silently keep that one unquantized.
+        """
+        if not self.kv_cache.is_quantized():
+            return
+        layers: dict[str, Any] = self._vllm_config.compilation_config.static_forward_context
+        for name, layer in layers.items():
+            is_decoder = isinstance(layer, Attention) and layer.attn_type == AttentionType.DECODER
+            if (is_decoder or isinstance(layer, MLAAttention)) and name not in self._layers:
+                raise UserError(
+                    f"{name}: this model does not offer its attention to quantization; "
+                    f"{kv_refusals.REMEDY}"
+                )
+        is_pipeline = self._vllm_config.parallel_config.pipeline_parallel_size > 1
+        unmatched = [] if is_pipeline else self.kv_cache.unmatched(self._layers)
+        if unmatched:
+            raise UserError(
+                f"the KV cache rule {unmatched[0]!r} matches no attention layer of this model; "
+                f"names look like {next(iter(self._layers))!r}"
+            )
+
+    def _swap(self, layer: Any, bits: int) -> None:
+        backend = self._backends[bits]
+        layer.attn_backend = backend
+        layer.impl = backend.get_impl_cls()(
+            layer.num_heads,
+            layer.head_size,
+            float(layer.impl.scale),
+            layer.num_kv_heads,
+            sliding_window=layer.sliding_window,
+            bits=bits,
+            use_hadamard=self.kv_cache.hadamard,
+            **backend.impl_options(self._vllm_config),
+        )
+        layer.backend = AttentionBackendEnum[backend.get_name()]
+        set_kv_cache_spec(layer, partial(spec_of_layer, layer, bits))
+
+
+def check_without_sets(kv_cache: KVCache | None, vllm_config: VllmConfig) -> None:
+    """UserError unless the KV cache, and nothing else, is asked for of a model without sets."""
+    options = Options.of(vllm_config)
+    if kv_cache is None and options.kv_bits is None:
+        raise UserError(
+            "this model has no quantized weights, so quantization 'qoq' can only quantize its KV "
+            'cache: --additional-config \'{"qoq": {"kv_bits": 4}}\', or leave out --quantization'
+        )
+    for key in ("force_set", "routing", "force_load", "trace"):
+        value = getattr(options, key)
+        # Without sets it is always calm.
+        if value is not None and (key, value) != ("force_load", "calm"):
+            raise UserError(
+                f"--additional-config: {NAMESPACE}.{key}: this model has no sets to choose from"
+            )
+
+
+def describe(kv_cache: KVCache | None, vllm_config: VllmConfig) -> str:
+    """What an engine stores keys and values in, for people: `4 bits`, or vLLM's own word."""
+    in_force = kv_cache_in_force(kv_cache, Options.of(vllm_config))
+    if in_force.bits == UNQUANTIZED:
+        return str(vllm_config.cache_config.cache_dtype)
+    return f"{in_force.bits} bits{' of rotated K' if in_force.hadamard else ''}"

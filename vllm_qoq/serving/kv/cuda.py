@@ -1,0 +1,265 @@
+"""Attention over the quantized KV cache on a GPU: our kernels for writing and generation,
+FlashAttention for prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from vllm_qoq import ops
+from vllm_qoq.ops import kv_ops
+from vllm_qoq.serving.kv.backend import (
+    KVMetadata,
+    KVMetadataBuilder,
+    QuantizedKVBackend,
+    QuantizedKVImpl,
+    head_pages,
+)
+from vllm_qoq.serving.kv.prefill import (
+    Piece,
+    Prefill,
+    attend_prefill,
+    buffer_rows,
+    plan_prefill,
+)
+
+_HEAD_SIZES = (64, 128)
+_MAX_GROUP = 16
+
+
+@dataclass
+class CUDAKVMetadata(KVMetadata):
+    """Requests with one new token come first.
+
+    num_decodes  so many of them     prefill  the others, None without any
+    """
+
+    num_decodes: int
+    prefill: Prefill | None
+
+
+class CUDAKVMetadataBuilder(KVMetadataBuilder):
+    """Full CUDA graphs for steps that only generate; nothing there depends on the host."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = (
+        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    )
+    reorder_batch_threshold: int | None = 1
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: Any,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._window: int | None = getattr(kv_cache_spec, "sliding_window", None)
+        max_new = vllm_config.scheduler_config.max_num_batched_tokens
+        self._rows = buffer_rows(self._window, max_new)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> CUDAKVMetadata:
+        """The metadata of one step; no synchronization with the device."""
+        common = common_attn_metadata
+        decodes, prefills, decode_tokens, _ = split_decodes_and_prefills(common, 1)
+        prefill = None
+        if prefills:
+            starts = common.query_start_loc_cpu[decodes : common.num_reqs + 1] - decode_tokens
+            # Exact for prompts, and known on the host.
+            lengths = common.seq_lens_cpu_upper_bound
+            assert lengths is not None, "vLLM did not say how long the prompts are"
+            history = lengths[decodes : common.num_reqs] - (starts[1:] - starts[:-1])
+            prefill = plan_prefill(
+                starts.tolist(), history.tolist(), self._window, self._rows, self.device
+            )
+        return CUDAKVMetadata(
+            **vars(super().build(common_prefix_len, common, fast_build)),
+            num_decodes=decodes,
+            prefill=prefill,
+        )
+
+
+class CUDAQuantizedKVImpl(QuantizedKVImpl[CUDAKVMetadata]):
+    """The attention of one layer; `vllm_qoq.numerics.reference_attention` says what it computes."""
+
+    def __init__(self, *sizes: Any, max_new_tokens: int, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self._buffer_rows = buffer_rows(self.sliding_window, max_new_tokens)
+        self._flash_version = get_flash_attn_version()
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Quantize the new tokens into their pages; vLLM calls it before `forward`."""
+        pages = head_pages(kv_cache)
+        kv_ops.kv_write(key, value, slot_mapping, self.bits, self.use_hadamard, pages)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: CUDAKVMetadata | None,
+        output: torch.Tensor,
+    ) -> torch.Tensor:
+        """`forward` without what only vLLM's interface has."""
+        out = output.view(-1, self.num_heads, self.head_size)
+        if attn_metadata is None:
+            # A profiling run has no cache yet, but shall see the memory that we take.
+            self._buffers(query)
+            self._workspace(query)
+            return output.zero_()
+        pages, decodes = head_pages(kv_cache), attn_metadata.num_decodes
+        if decodes:
+            kv_ops.kv_decode(
+                query[:decodes],
+                pages,
+                attn_metadata.block_table[:decodes],
+                attn_metadata.seq_lens[:decodes],
+                self.scale,
+                self.bits,
+                self.sliding_window or 0,
+                self.use_hadamard,
+                out[:decodes],
+                self._workspace(query),
+            )
+        if attn_metadata.prefill is not None:
+            rows = slice(decodes, attn_metadata.num_actual_tokens)
+            block_table = attn_metadata.block_table[decodes:]
+            attend_prefill(
+                *(query[rows], key[rows], value[rows], out[rows]),
+                *(attn_metadata.prefill, self.sliding_window),
+                _Kernels(self, pages, block_table, self._buffers(query)),
+            )
+        return output
+
+    def _workspace(self, query: torch.Tensor) -> torch.Tensor:
+        group = self.num_heads // self.num_kv_heads
+        return kv_ops.workspace(query.device, group, self.head_size)
+
+    def _buffers(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = self._buffer_rows, self.num_kv_heads, self.head_size
+        return _shared_buffers(query.device, query.dtype, shape)
+
+
+@cache
+def _shared_buffers(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For keys and values that are read back; all layers use the same, one after the other."""
+    return torch.empty(shape, dtype=dtype, device=device), torch.empty(
+        shape, dtype=dtype, device=device
+    )
+
+
+@dataclass(frozen=True)
+class _Kernels:
+    """What `attend_prefill` calls, for one layer and step."""
+
+    impl: CUDAQuantizedKVImpl
+    pages: torch.Tensor
+    block_table: torch.Tensor
+    buffers: tuple[torch.Tensor, torch.Tensor]
+
+    def read(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = (buffer[: piece.rows] for buffer in self.buffers)
+        kv_ops.kv_dequantize(
+            *(self.pages, self.block_table[piece.requests], piece.first_token, piece.row_start),
+            *(self.impl.bits, self.impl.use_hadamard, keys, values),
+        )
+        return keys, values
+
+    def flash(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        query_start: torch.Tensor,
+        key_start: torch.Tensor,
+        longest_query: int,
+        longest_key: int,
+        is_causal: bool,
+        window: int | None,
+        out: torch.Tensor | None = None,
+    ) -> Any:
+        return flash_attn_varlen_func(
+            q=query,
+            k=key,
+            v=value,
+            cu_seqlens_q=query_start,
+            cu_seqlens_k=key_start,
+            max_seqlen_q=longest_query,
+            max_seqlen_k=longest_key,
+            softmax_scale=self.impl.scale,
+            causal=is_causal,
+            window_size=[-1, -1] if window is None else [window - 1, 0],
+            return_softmax_lse=out is None,
+            out=out,
+            fa_version=self.impl._flash_version,
+        )
+
+    def merge(self, out: torch.Tensor, out_lse: torch.Tensor, *parts: torch.Tensor) -> None:
+        merge_attn_states(out, *parts, out_lse)
+
+
+class CUDAKV4Backend(QuantizedKVBackend):
+    """4 bits."""
+
+    bits = 4
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
+
+    @staticmethod
+    def get_builder_cls() -> type[KVMetadataBuilder]:
+        """Splits a step into generation and prompts."""
+        return CUDAKVMetadataBuilder
+
+    @staticmethod
+    def get_impl_cls() -> type[Any]:
+        """The implementation, whatever the bits."""
+        return CUDAQuantizedKVImpl
+
+    @classmethod
+    def impl_options(cls, vllm_config: Any) -> dict[str, Any]:
+        """What the implementation wants to know of the engine."""
+        return {"max_new_tokens": vllm_config.scheduler_config.max_num_batched_tokens}
+
+    @classmethod
+    def obstacles(cls, layer: Any, dtype: torch.dtype) -> Iterator[str]:
+        """What the kernels do not serve of a layer."""
+        if not ops.has_kernels("cuda"):
+            yield f"a machine without its kernels: {ops.missing_kernels()}"
+        if layer.head_size not in _HEAD_SIZES:
+            yield f"head size {layer.head_size} on a GPU (it serves 64 and 128)"
+        if layer.num_heads > _MAX_GROUP * layer.num_kv_heads:
+            yield f"{layer.num_heads // layer.num_kv_heads} query heads for a KV head (at most 16)"
+        if dtype not in cls.supported_dtypes:
+            yield f"{dtype} on a GPU (it serves bfloat16 and float16)"
+
+
+class CUDAKV8Backend(CUDAKV4Backend):
+    """8 bits."""
+
+    bits = 8

@@ -1,0 +1,80 @@
+"""A warning, once the weights are loaded, of layers whose K bias a quantized cache cannot hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import QKVParallelLinear
+
+from vllm_qoq.checkpoint.kv_config import UNQUANTIZED
+from vllm_qoq.numerics import key_bias
+
+logger = init_logger("vllm." + __name__)
+
+_SWITCH = """--additional-config '{"qoq": {"kv_hadamard": true}}'"""
+
+
+class KeyBiasWatch:
+    """The projections to Q, K and V of one engine, until they are looked at."""
+
+    def __init__(self) -> None:
+        self._layers: dict[str, QKVParallelLinear] = {}
+
+    def add(self, layer: nn.Module, prefix: str) -> None:
+        """Remember `layer`, of any kind and without weights yet, if it makes keys."""
+        if isinstance(layer, QKVParallelLinear):
+            self._layers[prefix] = layer
+
+    def warn(self, bits_of: Mapping[str, int], use_hadamard: bool) -> None:
+        """Log the layers whose bias is too large, a line for each precision; then forget them.
+
+        `bits_of` has the bits of every attention layer, which is beside its projections. Call when
+        the weights are in the form that the layers compute with.
+        """
+        beside = {name.rpartition(".")[0]: bits for name, bits in bits_of.items()}
+        found: dict[int, list[str]] = {}
+        for prefix, layer in self._layers.items():
+            bits = beside.get(prefix.rpartition(".")[0], UNQUANTIZED)
+            if bits != UNQUANTIZED and layer.has_bias and _is_too_large(layer, bits, use_hadamard):
+                found.setdefault(bits, []).append(prefix)
+        self._layers.clear()
+        for bits, names in found.items():
+            ways = ["quantize the model with `vllm-qoq quantize`, which evens the keys out"]
+            ways += [] if use_hadamard else [f"rotate them with {_SWITCH}"]
+            ways += ["use kv_bits 8" if bits == 4 else "use kv_bits 16"]
+            logger.warning("%s", key_bias.warning(names, bits, ", or ".join(ways)))
+
+
+@torch.no_grad()
+def _is_too_large(layer: QKVParallelLinear, bits: int, use_hadamard: bool) -> bool:
+    compute = _computation(layer)
+    like = next(layer.parameters())
+    device = torch.empty(0, dtype=layer.params_dtype, device=like.device)
+    x = key_bias.random_inputs(layer.input_size, device)
+    # Apart: 16-bit outputs with a large bias have lost what differs between tokens.
+    bias = compute(torch.zeros_like(x), True)[0].float()
+    rows = compute(x, False).float()
+    heads, kv_heads, size = layer.num_heads, layer.num_kv_heads, layer.head_size
+    q, k = heads * size, kv_heads * size
+    return key_bias.is_too_large(
+        (rows[:, :q] + bias[:q]).view(-1, heads, size),
+        rows[:, q : q + k].view(-1, kv_heads, size),
+        bias[q : q + k].view(kv_heads, size),
+        bits,
+        use_hadamard,
+    )
+
+
+def _computation(layer: QKVParallelLinear) -> Callable[[torch.Tensor, bool], torch.Tensor]:
+    """The product of the layer outside of an engine's step: (inputs, whether to add the bias)."""
+    from vllm_qoq.serving.methods.routed_linear import FlexLinearMethod
+
+    method: Any = layer.quant_method
+    if isinstance(method, FlexLinearMethod):
+        weights = method.weights(next(iter(method.sets)))  # all sets have one bias and nearly one W
+        return lambda x, has_bias: weights.apply(x, has_bias)
+    return lambda x, has_bias: method.apply(layer, x, layer.bias if has_bias else None)

@@ -1,0 +1,89 @@
+"""What the quantized KV cache does not serve: each is refused by name, with what to do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any
+
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import AttentionType
+
+from vllm_qoq.checkpoint.kv_config import KVCache
+from vllm_qoq.errors import UserError
+from vllm_qoq.numerics.kv_layout import BLOCK_MULTIPLE, HEAD_SIZES
+from vllm_qoq.serving.vllm_versions import backends_size_pages
+
+REMEDY = 'serve with vLLM\'s own cache: --additional-config \'{"qoq": {"kv_bits": 16}}\''
+_LAYER_REMEDY = f"give the layer 16 bits in kv_cache.layers of config.json, or {REMEDY}"
+
+
+def check_engine(vllm_config: VllmConfig) -> None:
+    """UserError for settings of the engine that the quantized cache does not serve."""
+    for what, remedy in _engine_obstacles(vllm_config):
+        raise UserError(f"the quantized KV cache does not work with {what}; {remedy}, or {REMEDY}")
+
+
+def check_layer(
+    layer: nn.Module, prefix: str, use_hadamard: bool, of_device: Callable[[Any], Iterator[str]]
+) -> None:
+    """UserError for a kind of attention that the quantized cache does not serve.
+
+    `of_device` says what the device adds to that.
+    """
+    for what in chain(_layer_obstacles(layer, use_hadamard), of_device(layer)):
+        raise UserError(f"{prefix}: the quantized KV cache does not serve {what}; {_LAYER_REMEDY}")
+
+
+def check_mixed_windows(kv_cache: KVCache, vllm_config: VllmConfig) -> None:
+    """UserError where vLLM can only give layers with different windows pages of one size."""
+    is_mixed = any(rule.bits != kv_cache.bits for rule in kv_cache.layers)
+    has_manager = not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+    if is_mixed and has_manager and not backends_size_pages():
+        raise UserError(
+            "a model with sliding windows whose layers differ in kv_cache bits needs vLLM 0.32, or "
+            "--disable-hybrid-kv-cache-manager"
+        )
+
+
+def _engine_obstacles(vllm_config: VllmConfig) -> Iterator[tuple[str, str]]:
+    cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
+    model: Any = vllm_config.model_config
+    if cache.cache_dtype != "auto":
+        yield f"--kv-cache-dtype {cache.cache_dtype}", "leave it out"
+    if cache.user_specified_block_size and cache.block_size % BLOCK_MULTIPLE:
+        yield f"--block-size {cache.block_size}", f"use a multiple of {BLOCK_MULTIPLE}"
+    if vllm_config.speculative_config is not None:
+        yield "speculative decoding", "leave out --speculative-config"
+    if parallel.decode_context_parallel_size > 1:
+        yield "--decode-context-parallel-size", "leave it out"
+    if model is not None and model.is_hybrid:
+        yield f"hybrid models such as {model.model}", "use a model of attention layers only"
+    if model is not None and model.is_mm_prefix_lm:
+        yield f"attention in both directions as in {model.model}", "use a causal model"
+
+
+def _layer_obstacles(layer: Any, use_hadamard: bool) -> Iterator[str]:
+    # Subclasses are vLLM's special cases: cross and encoder attention, chunks, static sinks.
+    if type(layer) is not Attention:
+        yield type(layer).__name__
+        return
+    if layer.attn_type != AttentionType.DECODER:
+        yield f"attention of type {layer.attn_type}"
+    if layer.head_size not in HEAD_SIZES:
+        yield f"head size {layer.head_size} (it serves {', '.join(map(str, HEAD_SIZES))})"
+    if layer.head_size_v != layer.head_size:
+        yield f"values of another size than keys, {layer.head_size_v} and {layer.head_size}"
+    if use_hadamard and layer.head_size & (layer.head_size - 1):
+        yield f"a Hadamard rotation of head size {layer.head_size}, which is no power of two"
+    if layer.kv_sharing_target_layer_name is not None:
+        yield f"a cache shared with {layer.kv_sharing_target_layer_name}"
+    impl = layer.impl
+    if getattr(impl, "alibi_slopes", None) is not None or layer.use_alibi_sqrt:
+        yield "ALiBi"
+    if getattr(impl, "logits_soft_cap", None):
+        yield f"scores capped at {impl.logits_soft_cap}"
+    if layer.has_sink:
+        yield "attention sinks"

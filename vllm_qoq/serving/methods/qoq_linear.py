@@ -1,0 +1,290 @@
+"""The method of a set with `"quant_method": "qoq_linear"`: 4-bit weights, int8 activations.
+
+The tensors are those of `vllm_qoq.checkpoint.format.QoQSet`. Nothing in them is permuted, so
+vLLM's own parameter classes slice them for tensor parallelism; where a row-parallel
+layer is per channel, every rank has the whole channel_scale and channel_zero and its
+own row sum, and the products add up over the ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.parameter import (
+    ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
+    PackedvLLMParameter,
+)
+
+from vllm_qoq import ops
+from vllm_qoq.checkpoint.format import QOQ_LINEAR, QoQSet
+from vllm_qoq.errors import FormatError
+from vllm_qoq.numerics import reference
+from vllm_qoq.ops import linear_ops, w4a8_layout
+
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    from vllm_qoq.serving.methods.weight_set import WeightSet
+
+# Codes int8 [M, K], scale float32 [M] and row sum int32 [M] of `qoq::quantize_per_token`.
+QuantizedTokens = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+_TENSORS = ("qweight", "channel_scale", "channel_zero", "group_scale", "group_offset")
+
+
+class QoQSetConfig(QuantizationConfig):
+    """What every set that our kernels compute says to vLLM."""
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """The dtypes that the ops can write."""
+        return [torch.bfloat16, torch.float16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Hopper, which the kernels are for."""
+        return 90
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: everything is in config.json."""
+        return []
+
+
+class QoQLinearConfig(QoQSetConfig):
+    """One qoq_linear set in vLLM's words."""
+
+    def __init__(self, qoq_set: QoQSet) -> None:
+        super().__init__()
+        self.qoq_set = qoq_set
+
+    @classmethod
+    def get_name(cls) -> str:
+        """The `quant_method` of the set."""
+        return QOQ_LINEAR
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> QoQLinearConfig:
+        """Read one entry of `sets`; FormatError says what is wrong."""
+        return cls(QoQSet.parse(config, QOQ_LINEAR))
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        """Follow a model whose layers have other names in vLLM than in the checkpoint."""
+        ignore = tuple(hf_to_vllm_mapper.apply_list(list(self.qoq_set.ignore)))
+        self.qoq_set = self.qoq_set.model_copy(update={"ignore": ignore})
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+        """The method of a linear layer; None for everything else, which stays unquantized."""
+        if not isinstance(layer, LinearBase):
+            return None
+        parts = fused_parts(prefix, self.packed_modules_mapping)
+        ignored = [part for part in parts if self.qoq_set.ignores(part)]
+        if not ignored:
+            return QoQLinearMethod(self.qoq_set, prefix, parts)
+        if len(ignored) < len(parts):
+            raise FormatError(
+                f"the ignore list of a {QOQ_LINEAR} set has {ignored[0]} but not all of "
+                f"{', '.join(parts)}, which vLLM computes as one layer; quantize all or none"
+            )
+        return UnquantizedLinearMethod()
+
+
+def fused_parts(prefix: str, packed_modules_mapping: Mapping[str, list[str]]) -> list[str]:
+    """The checkpoint layers that vLLM fuses into `prefix`."""
+    parent, dot, leaf = prefix.rpartition(".")
+    return [f"{parent}{dot}{part}" for part in packed_modules_mapping.get(leaf, [leaf])]
+
+
+@register_weight_loader_v2_supported_method
+class QoQLinearMethod(LinearMethodBase):
+    """Computes one linear layer with QoQ weights.
+
+    prefix  the layer's name in vLLM
+    parts   the checkpoint layers fused in it
+    """
+
+    checked_tensors = frozenset(_TENSORS)
+
+    def __init__(self, qoq_set: QoQSet, prefix: str, parts: list[str]) -> None:
+        self.qoq_set, self.prefix, self.parts = qoq_set, prefix, parts
+        self.residual: WeightSet | None = None  # the layer's nested set, if this is its base
+
+    def create_weights(
+        self,
+        layer: LinearBase,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Create this rank's slice of every tensor; FormatError for a size that cannot be."""
+        n, k, group = sum(output_partition_sizes), input_size_per_partition, self.qoq_set.group_size
+        self._check_size(k, input_size)
+        self.output_partition_sizes = output_partition_sizes
+        load = {"weight_loader": extra_weight_attrs["weight_loader"]}
+        self.is_dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        both = {"input_dim": 1, "output_dim": 0, **load}
+        for name in _TENSORS:
+            layer.register_parameter(name, None)
+        layer.qweight = PackedvLLMParameter(
+            data=torch.empty(n, k // 2, dtype=torch.uint8), packed_dim=1, packed_factor=2, **both
+        )
+        layer.channel_scale = _per_channel(n, load)
+        if group == -1:
+            layer.channel_zero = _per_channel(n, load)
+            return
+        shape = (n, k // group)
+        layer.group_scale = GroupQuantScaleParameter(
+            data=torch.empty(shape, dtype=torch.uint8), **both
+        )
+        layer.group_offset = GroupQuantScaleParameter(
+            data=torch.empty(shape, dtype=torch.int8), **both
+        )
+
+    def process_weights_after_loading(self, layer: LinearBase) -> None:
+        """Check the values and bring the weight into the order of the kernels, once."""
+        device = layer.qweight.device
+        if not ops.has_kernels(device.type):
+            raise RuntimeError(
+                f"{self.prefix}: {QOQ_LINEAR} cannot run here: {ops.missing_kernels()}; or use "
+                "another set of the checkpoint, for example with "
+                """--additional-config '{"qoq": {"force_set": "w8a8"}}', or serve on the CPU"""
+            )
+        if self.is_dummy:
+            make_valid(layer)
+        n, half_k = layer.qweight.shape
+        is_packed = device.type == "cuda"
+        if is_packed:
+            self._check_size_of_kernel(n, 2 * half_k)
+        weight = torch.empty(0 if is_packed else n, 2 * half_k, dtype=torch.int8, device=device)
+        for part, rows in self._rows():
+            checked = checked_int8(part, layer, rows)
+            if not is_packed:
+                weight[rows] = checked
+        # A buffer, because its counters have to be zero: sleeping at level 2, vLLM drops what was
+        # allocated while the model was loaded, and brings back the buffers of the model alone.
+        layer.register_buffer(
+            "workspace", linear_ops.workspace(device) if is_packed else None, persistent=False
+        )
+        if is_packed:
+            weight = w4a8_layout.pack(layer.qweight, layer.group_scale, layer.group_offset)
+            # The kernel fetches weights before the kernel ahead of it has ended.
+            torch.cuda.synchronize(device)
+        layer.weight = Parameter(weight, requires_grad=False)
+        del layer.qweight
+        layer.group_scale = layer.group_offset = None
+        if self.residual is not None and self.residual.linear_method.is_waiting:
+            self.residual.linear_method.complete(self.residual)
+
+    def apply(
+        self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """y = x @ W.T + bias, x [..., K] in the model's dtype."""
+        quantized = torch.ops.qoq.quantize_per_token(x.reshape(-1, x.shape[-1]))
+        y = self.apply_int8(layer, quantized, bias, x.dtype)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def apply_int8(
+        self,
+        layer: LinearBase,
+        quantized: QuantizedTokens,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """y [M, N] in `out_dtype` of inputs that are quantized already."""
+        return torch.ops.qoq.w4a8_gemm(
+            *quantized,
+            layer.weight,
+            layer.channel_scale,
+            layer.channel_zero,
+            layer.group_scale,
+            layer.group_offset,
+            bias,
+            out_dtype,
+            layer.workspace,
+        )
+
+    def _check_size(self, k: int, input_size: int) -> None:
+        multiple = 2 if self.qoq_set.group_size == -1 else self.qoq_set.group_size
+        if k % multiple == 0:
+            return
+        # The layer that owns this one adds the remedy for a split.
+        remedy = "; quantize again with this layer in `ignore`" if k == input_size else ""
+        raise FormatError(
+            f"{k} inputs are not a multiple of {multiple}, as {QOQ_LINEAR} with group_size "
+            f"{self.qoq_set.group_size} needs{remedy}"
+        )
+
+    def _check_size_of_kernel(self, n: int, k: int) -> None:
+        if n % 8 or k % w4a8_layout.BLOCK_K:
+            raise FormatError(
+                f"{self.prefix}: the CUDA kernel for {QOQ_LINEAR} needs a multiple of 8 outputs "
+                f"and of {w4a8_layout.BLOCK_K} inputs, this rank has {n} and {k}; use fewer ranks, "
+                "or quantize again with this layer in `ignore`"
+            )
+
+    def _rows(self) -> Iterator[tuple[str, slice]]:
+        """The checkpoint layers and their rows in the fused weight."""
+        sizes = self.output_partition_sizes
+        parts = self.parts
+        if len(parts) != len(sizes):  # fused on disk, too
+            parts, sizes = [self.prefix], [sum(sizes)]
+        start = 0
+        for part, size in zip(parts, sizes, strict=True):
+            yield part, slice(start, start + size)
+            start += size
+
+
+def _per_channel(size: int, load: dict[str, Any]) -> ChannelQuantScaleParameter:
+    data = torch.empty(size, dtype=torch.float32)
+    return ChannelQuantScaleParameter(data=data, output_dim=0, **load)
+
+
+def checked_int8(part: str, layer: LinearBase, rows: slice, **more: torch.Tensor) -> torch.Tensor:
+    """`reference.int8_weight` of the rows of a layer as loaded; FormatError names it."""
+    tensors = more | {
+        name: parameter.data[rows]
+        for name in _TENSORS
+        if (parameter := getattr(layer, name)) is not None
+    }
+    try:
+        _check_floats(tensors)
+        return reference.int8_weight(tensors)
+    except ValueError as error:
+        raise FormatError(
+            f"{part}.{error}; run `vllm-qoq verify` on the checkpoint, download or quantize it "
+            "again"
+        ) from None
+
+
+def make_valid(layer: LinearBase) -> None:
+    """`--load-format dummy` leaves random bytes, which are codes but not scales."""
+    layer.channel_scale.data.fill_(1e-3)
+    if layer.channel_zero is not None:
+        layer.channel_zero.data.zero_()
+    else:
+        layer.group_scale.data.fill_(1)
+        layer.group_offset.data.zero_()
+
+
+def _check_floats(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError, beginning with the tensor's name, unless scales and zeros are sound."""
+    scale, zero = tensors["channel_scale"], tensors.get("channel_zero")
+    if not (scale.isfinite() & (scale > 0)).all():
+        raise ValueError("channel_scale: holds a scale that is not finite and positive")
+    if zero is not None and not zero.isfinite().all():
+        raise ValueError("channel_zero: holds NaN or infinity")

@@ -1,0 +1,1 @@
+"""How vLLM meets the plugin: what is registered, configured and refused."""

@@ -1,0 +1,316 @@
+"""The quantization method `qoq` in vLLM's words."""
+
+from __future__ import annotations
+
+import os
+import re
+import weakref
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.attention import Attention, MLAAttention
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+from vllm_qoq.checkpoint.format import QUANT_METHOD, STREAM, KVSection, Section, split_name
+from vllm_qoq.errors import FormatError
+from vllm_qoq.routing.table import Phase, RoutingError
+from vllm_qoq.serving.kv.cache import QuantizedKVCache, check_without_sets
+from vllm_qoq.serving.methods import hidden_states
+from vllm_qoq.serving.methods.fusion import install as install_fusion
+from vllm_qoq.serving.methods.int8_head import Int8HeadMethod
+from vllm_qoq.serving.methods.qoq_linear import fused_parts
+from vllm_qoq.serving.methods.qoq_residual import QoQResidualConfig, QoQResidualMethod
+from vllm_qoq.serving.methods.routed_linear import FlexLinearMethod, SetMethod
+from vllm_qoq.serving.methods.set_config import set_config
+from vllm_qoq.serving.methods.weight_set import UNTRACKED_LOADERS
+from vllm_qoq.serving.plugin import front_end, refusal
+from vllm_qoq.serving.plugin.load_check import begin_load
+from vllm_qoq.serving.plugin.register import as_engine_error
+from vllm_qoq.serving.plugin.root import model_in_the_making
+from vllm_qoq.serving.plugin.shared_files import new_stem
+from vllm_qoq.serving.routing.policy import Policy, check_lora
+from vllm_qoq.serving.signals import queue as load
+from vllm_qoq.serving.vllm_versions import map_name
+
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
+
+# Attributes in which in-tree configs keep module names that they read from the checkpoint.
+_MODULE_LISTS = ("modules_in_block_to_quantize", "modules_to_not_convert")
+
+
+class QoQConfig(QuantizationConfig):
+    """Holds one real config per set, vLLM's or ours, and asks each for its part of a layer.
+
+    Without `Section`, that is without sets, linear layers stay as they are and only the KV cache
+    is quantized: by the `KVSection` of the model, or by `kv_bits` of `--additional-config` where
+    the model has no section at all, for which vLLM calls this without arguments.
+    """
+
+    def __init__(self, section: Section | KVSection | None = None) -> None:
+        super().__init__()
+        self.section = section if isinstance(section, Section) else None
+        self.checkpoint_kv_cache = section.kv_cache if section is not None else None
+        sets = self.section.sets if self.section is not None else {}
+        self.set_names = tuple(sets)
+        self.set_configs = {name: set_config(name, config) for name, config in sets.items()}
+        for config in self.set_configs.values():
+            if isinstance(config, QoQResidualConfig):
+                config.attach(self.set_configs[config.residual_set.base])
+        self.counter_stem = new_stem()
+        self._front_end = os.getpid()
+        refusal.repeat_at_exit(self.counter_stem)
+        self._has_load_writer = False
+        self._policy: Policy | None = None
+        self._kv_cache: QuantizedKVCache | None = None
+        self._mapper: WeightsMapper | None = None
+        self._way_back: hidden_states.WayBack | None = None
+        self._model: weakref.ref[nn.Module] | None = None
+        self._used: set[str] = set()
+        self._unreachable: list[tuple[str, str]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What the front end sends to its engines, along with whether it will tell their load."""
+        own = {"_has_load_writer": self._has_load_writer or load.is_writer_here()}
+        return vars(self) | own | {"_model": None}
+
+    @classmethod
+    def get_name(cls) -> str:
+        """The method's name on vLLM's command line and in config.json."""
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """The activation dtypes that all sets support."""
+        common = {torch.bfloat16, torch.float16, torch.float32}
+        for config in self.set_configs.values():
+            common &= set(config.get_supported_act_dtypes())
+        return sorted(common, key=str)
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """The sets ask for more themselves where they need it."""
+        return 75
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: everything is in config.json."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> QoQConfig:
+        """Read the section of config.json; FormatError says what is wrong."""
+        if "kv_cache" in config and "sets" not in config:
+            return cls(KVSection.parse(config))
+        return cls(Section.parse(config))
+
+    def maybe_update_config(self, model_name: str, **kwargs: Any) -> None:
+        """Let the sets read the checkpoint's headers, as GPTQ and AWQ do.
+
+        vLLM calls this where the engine is configured. EngineError says what it cannot do.
+        """
+        with as_engine_error():
+            front_end.prepare(self)
+        for name, config in self.set_configs.items():
+            config.maybe_update_config(model_name, **kwargs)
+            for attribute in _MODULE_LISTS:
+                modules = getattr(config, attribute, None)
+                if modules:
+                    setattr(config, attribute, self._of_set(name, modules))
+
+    def get_cache_scale_mapper(self) -> WeightsMapper:
+        """Rename tensors for vLLM's loader: `w8a8.LAYER.weight` to `LAYER.w8a8.weight`.
+
+        vLLM asks the instance for this mapper before any other renaming. Sets
+        that the routing cannot reach are dropped.
+        """
+        from vllm.model_executor.models.utils import WeightsMapper
+
+        self.kv_cache().check_layers()
+        self._begin_load()
+        rules: dict[re.Pattern[str], str | None] = {}
+        in_use = self._sets_in_use()
+        # A layer rule may keep single layers out of a set that others use.
+        for name, layer in self._unreachable:
+            rules[re.compile(rf"^{name}\.{re.escape(layer)}\.[^.]+$")] = None
+        for name in self.set_names:
+            if name in in_use:
+                rules[re.compile(rf"^({name})\.(.+)\.([^.]+)$")] = r"\2.\1.\3"
+            else:
+                rules[re.compile(rf"^{name}\.")] = None
+        is_turned = self.section is not None and self.section.stream is not None
+        if is_turned and not (self._way_back is not None and self._way_back.keeps_tensors()):
+            rules[re.compile(rf"^{STREAM}\.")] = None  # generation does without
+        inherited = QuantizationConfig.get_cache_scale_mapper().orig_to_new_regex
+        return WeightsMapper(orig_to_new_regex={**rules, **inherited})
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        """Follow a model whose layers have other names in vLLM than in the checkpoint."""
+        self._mapper = hf_to_vllm_mapper
+        for config in self.set_configs.values():
+            config.apply_vllm_mapper(hf_to_vllm_mapper)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The method of `layer`: routed if a set quantizes it, vLLM's own otherwise."""
+        self._remember_model()
+        kv_cache = self.kv_cache()
+        if isinstance(layer, Attention | MLAAttention):
+            kv_cache.attach(layer, prefix)
+            return None
+        kv_cache.watch(layer, prefix)
+        if self.section is None:
+            return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+        if self.section.lm_head is not None and isinstance(layer, ParallelLMHead):
+            return self._int8_head(prefix)
+        methods = self._ask_sets(layer, prefix)
+        if not isinstance(layer, LinearBase):
+            return self._unrouted(layer, prefix, methods)
+        if all(isinstance(choice.method, UnquantizedLinearMethod) for choice in methods.values()):
+            return UnquantizedLinearMethod()
+        return self._routed(layer, prefix, methods)
+
+    def _remember_model(self) -> None:
+        self._model = None
+        model = model_in_the_making()
+        if model is None:  # weights are loaded anew, outside of any configuration
+            return
+        if get_current_vllm_config().load_config.load_format not in UNTRACKED_LOADERS:
+            self._model = weakref.ref(model)
+
+    def _begin_load(self) -> None:
+        """Before the first tensor of a model that was just built, not of one that serves."""
+        model = self._model() if self._model is not None else None
+        self._model = None
+        if model is not None:
+            begin_load(model)
+
+    def kv_cache(self) -> QuantizedKVCache:
+        """The KV cache of the engine, decided when the first layer asks for it."""
+        if self._kv_cache is None:
+            refusal.leave(self.counter_stem, self._front_end)
+            vllm_config = get_current_vllm_config()
+            if self.section is None:
+                check_without_sets(self.checkpoint_kv_cache, vllm_config)
+            self._kv_cache = QuantizedKVCache(self.checkpoint_kv_cache, vllm_config, self._map_name)
+        return self._kv_cache
+
+    def policy(self) -> Policy:
+        """The routing in force, made when the first layer asks for it."""
+        if self._policy is None:
+            assert self.section is not None
+            vllm_config = get_current_vllm_config()
+            check_lora(vllm_config)
+            hidden_states.check_engine(self.section, vllm_config)
+            install_fusion(vllm_config.compilation_config)
+            self._policy = Policy(
+                self.section,
+                vllm_config,
+                self.counter_stem,
+                self._map_name,
+                self._has_load_writer or load.is_writer_here(),
+            )
+        return self._policy
+
+    def _routed(
+        self, layer: LinearBase, prefix: str, methods: dict[str, SetMethod]
+    ) -> FlexLinearMethod:
+        policy, parts = self.policy(), self._parts(prefix)
+        if self._way_back is None:
+            assert self.section is not None
+            self._way_back = hidden_states.way_back(
+                self.section, get_current_vllm_config(), model_in_the_making(), prefix
+            )
+        route = policy.route(prefix, parts)
+        if policy.has_graphs():
+            _check_nested(prefix, policy.pairs(route), methods)
+        reachable = policy.reachable(route)
+        # The base's weights are a part of a nested set's.
+        reachable |= {base for name in reachable if (base := methods[name].base) is not None}
+        self._used |= reachable
+        chosen = {name: methods[name] for name in self.set_names if name in reachable}
+        if policy.routing.layers:
+            skipped = [name for name in self.set_names if name not in reachable]
+            self._unreachable += [(name, part) for name in skipped for part in parts]
+        return FlexLinearMethod(prefix, parts, chosen, route, policy)
+
+    def _ask_sets(self, layer: nn.Module, prefix: str) -> dict[str, SetMethod]:
+        parts = self._parts(prefix)
+        methods = {}
+        for name, config in self.set_configs.items():
+            config.packed_modules_mapping = self.packed_modules_mapping
+            before = dict(vars(layer))
+            method = config.get_quant_method(layer, prefix)
+            state = {key: value for key, value in vars(layer).items() if key not in before}
+            for key in state:  # e.g. `scheme`, which every set would overwrite
+                delattr(layer, key)
+            assert self.section is not None
+            ratios = [part for part in parts if self.section.has_input_ratio(name, part)]
+            if ratios and len(ratios) != len(parts):
+                raise FormatError(
+                    f"quantization_config.input_ratio.{name} lists {ratios[0]} but not all of "
+                    f"{', '.join(parts)}, which read one input"
+                )
+            methods[name] = SetMethod(method, state, bool(ratios), self._base_of(name, method))
+        return methods
+
+    def _unrouted(
+        self, layer: nn.Module, prefix: str, methods: dict[str, SetMethod]
+    ) -> QuantizeMethodBase | None:
+        """Embeddings, lm_head, experts: as in a model that is not quantized, or refused."""
+        for name, choice in methods.items():
+            if choice.method is not None and "Unquantized" not in type(choice.method).__name__:
+                raise FormatError(
+                    f"{prefix} ({type(layer).__name__}) is quantized in set {name!r}, but only "
+                    "linear layers can be routed; quantize the set again with this layer ignored"
+                )
+        return next(iter(methods.values())).method
+
+    def _int8_head(self, prefix: str) -> Int8HeadMethod:
+        vllm_config = get_current_vllm_config()
+        if getattr(vllm_config.model_config.hf_text_config, "tie_word_embeddings", False):
+            raise FormatError(
+                "quantization_config.lm_head: the model's lm_head is its embedding "
+                "(tie_word_embeddings), which is not quantized; take lm_head out of the section"
+            )
+        return Int8HeadMethod(prefix, vllm_config.load_config.load_format)
+
+    def _base_of(self, name: str, method: Any) -> str | None:
+        assert self.section is not None
+        return self.section.base_of(name) if isinstance(method, QoQResidualMethod) else None
+
+    def _sets_in_use(self) -> set[str]:
+        if self.section is not None:
+            self.policy()
+        return self._used
+
+    def _parts(self, prefix: str) -> list[str]:
+        return fused_parts(prefix, self.packed_modules_mapping)
+
+    def _map_name(self, name: str) -> str:
+        return map_name(self._mapper, name) if self._mapper is not None else name
+
+    def _of_set(self, name: str, modules: list[str]) -> list[str]:
+        """Module names read from the checkpoint, without the other sets' and without prefix."""
+        split = (split_name(module, self.set_names) for module in modules)
+        return [module for owner, module in split if owner in (None, name)]
+
+
+def _check_nested(
+    prefix: str, pairs: Iterable[tuple[Phase, str, str]], methods: dict[str, SetMethod]
+) -> None:
+    """RoutingError unless the sets of every pair are one GEMM, which a graph leaves to a flag."""
+    for phase, calm, busy in pairs:
+        if methods[calm].base != busy and methods[busy].base != calm:
+            raise RoutingError(
+                f"routing.load: in {phase.name.lower()} steps {prefix} goes from {calm!r} to "
+                f"{busy!r} when the engine is busy, and CUDA graphs follow only from one set of a "
+                "nested pair to the other (quantize --nested, merge --nest); use nested sets, or "
+                "--enforce-eager"
+            )

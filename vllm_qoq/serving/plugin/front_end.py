@@ -1,0 +1,120 @@
+"""What is settled where the server or `LLM()` is started, before there is an engine.
+
+Engines start in processes of their own and take a minute; what they raise stands in the middle of
+the log. So whatever can be known from the configuration alone is refused here.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from vllm_qoq import ops
+from vllm_qoq.checkpoint.format import QOQ_LINEAR, QOQ_RESIDUAL, Section
+from vllm_qoq.routing.table import Routing, RoutingError
+from vllm_qoq.serving.kv.cache import check_kv_cache, check_without_sets, kv_cache_in_force
+from vllm_qoq.serving.plugin.options import Options
+from vllm_qoq.serving.routing.policy import check_lora, routing_in_force
+from vllm_qoq.serving.signals import queue as load
+from vllm_qoq.serving.signals import stat_logger_plugin
+from vllm_qoq.serving.signals.trace import Trace
+from vllm_qoq.serving.vllm_versions import (
+    FrontEnd,
+    api_process_count,
+    api_process_rank,
+    front_end_in_the_making,
+)
+
+if TYPE_CHECKING:
+    from vllm_qoq.serving.plugin.config import QoQConfig
+
+logger = init_logger("vllm." + __name__)
+
+_MULTIPROCESS_PROMETHEUS = "PROMETHEUS_MULTIPROC_DIR"
+_HOPPER = (9, 0)
+
+
+def prepare(config: QoQConfig) -> None:
+    """Refuse what the engine would refuse later, and offer the stat logger where it has a use.
+
+    Does nothing where vLLM is not making an engine's configuration, for example for the draft
+    model of a running engine. Raises UserError.
+    """
+    front_end = front_end_in_the_making()
+    if front_end is None:
+        return
+    stat_logger_plugin.withdraw()
+    routing = check(config, front_end)
+    follows_load = routing is not None and routing.load is not None
+    if not is_shown(front_end.vllm_config):
+        if front_end.counts_statistics and front_end.is_server:
+            logger.warning(
+                "/metrics has no vllm:qoq_* and the log no steps by set: they need a single API "
+                "process, in Python (--api-server-count 1), and no %s in its environment",
+                _MULTIPROCESS_PROMETHEUS,
+            )
+    elif front_end.counts_statistics or follows_load:
+        stat_logger_plugin.offer()
+
+
+def check(config: QoQConfig, front_end: FrontEnd) -> Routing | None:
+    """Raise UserError unless an engine can be started; the routing in force if there are sets."""
+    vllm_config = front_end.vllm_config
+    options = Options.of(vllm_config)
+    routing = None
+    if config.section is None:
+        check_without_sets(config.checkpoint_kv_cache, vllm_config)
+    else:
+        check_lora(vllm_config)
+        routing = routing_in_force(config.section, options)
+        if routing.load is not None:
+            will_tell = front_end.is_server and api_process_rank(vllm_config.parallel_config) >= 0
+            load.check_engine(vllm_config, will_tell or load.is_writer_here())
+        _check_kernels(config.section, routing, vllm_config.device_config.device_type)
+    check_kv_cache(kv_cache_in_force(config.checkpoint_kv_cache, options), vllm_config)
+    if options.trace is not None:
+        Trace(options.trace, engine=0).close()
+    return routing
+
+
+def is_shown(vllm_config: VllmConfig) -> bool:
+    """Whether the process that answers /metrics is this one, and reads more than shared files.
+
+    Several API processes share their metrics through files of prometheus_client, which hold no
+    numbers of ours; so do those of a Rust front end, which is a process of its own.
+    """
+    parallel = vllm_config.parallel_config
+    is_only = api_process_count(parallel) == 1 and api_process_rank(parallel) >= 0
+    return is_only and _MULTIPROCESS_PROMETHEUS not in os.environ
+
+
+def _check_kernels(section: Section, routing: Routing, device_type: str) -> None:
+    """RoutingError for a set of ours that this GPU or this build does not compute."""
+    of_ours = [
+        name
+        for name in section.sets
+        if name in routing.sets()
+        and section.sets[name]["quant_method"] in (QOQ_LINEAR, QOQ_RESIDUAL)
+    ]
+    if device_type != "cuda" or not of_ours:
+        return
+    # Through NVML: torch would start CUDA in the front end.
+    capability = current_platform.get_device_capability()
+    if not ops.is_built(device_type):
+        obstacle = "this build of vllm-qoq has no CUDA kernels; build them (README, Install)"
+    elif capability is not None and tuple(capability) != _HOPPER:
+        obstacle = (
+            f"its kernels are for Hopper GPUs, compute capability 9.0, and this one has "
+            f"{capability[0]}.{capability[1]}; use a Hopper GPU"
+        )
+    else:
+        return
+    raise RoutingError(
+        f"the routing uses the set {of_ours[0]!r}, and {obstacle}, or leave the set out with "
+        """--additional-config '{"qoq": {"force_set": ...}}' and one of """
+        f"{', '.join(name for name in section.sets if name not in of_ours) or 'another checkpoint'}"
+    )

@@ -1,0 +1,128 @@
+"""The proof that a checkpoint filled the tensors that all sets share: norms, embeddings, lm_head.
+
+vLLM does not look at them in quantized models: a norm that no file has stays ones, an embedding
+stays what was in memory, and NaN is served. So before loading all of them are made NaN, and after
+it none may be left. That needs no list of names, and sees whatever way a model loads.
+
+Loaders that fill parameters without the model's `load_weights` (dummy, sharded_state, tensorizer)
+do not ask for the renaming of tensors, with which a load begins here, and are not checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.attention import Attention, MLAAttention
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
+from vllm_qoq.errors import FormatError
+from vllm_qoq.serving.methods.weight_set import REMEDY, Loader, WeightSet
+from vllm_qoq.serving.vllm_versions import may_process_in_place
+
+_LOADER = "weight_loader"
+
+
+def begin_load(model: nn.Module) -> None:
+    """Before the first tensor of a model that was just built."""
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1 and not may_process_in_place():
+        return  # an old vLLM would move all that is offloaded to the device at once
+    model.quant_method = LoadCheck(model)
+
+
+class LoadCheck(QuantizeMethodBase):
+    """The first thing that vLLM processes after loading: it comes to the model before its layers.
+
+    It is the model's `quant_method` from the beginning of the load until then.
+    """
+
+    # Where weights are offloaded, vLLM would move the whole model to the device.
+    requires_device_loading = False
+
+    def __init__(self, model: nn.Module) -> None:
+        self._own_loaders: list[tuple[nn.Parameter, Loader | None]] = []
+        for name, parameter in _shared(model):
+            parameter.data.fill_(float("nan"))
+            own = getattr(parameter, _LOADER, None)
+            self._own_loaders.append((parameter, own))
+            # A plain parameter has the attribute only where somebody sets it.
+            setattr(parameter, _LOADER, _naming(name, own or default_weight_loader))
+
+    def create_weights(
+        self, layer: nn.Module, *weight_args: Any, **extra_weight_attrs: Any
+    ) -> None:
+        """Nothing: the parameters are the layers'."""
+
+    def apply(self, layer: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Nothing calls it."""
+        raise NotImplementedError
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """FormatError, by name, unless every shared parameter was filled with finite numbers."""
+        del layer.quant_method
+        for parameter, own in self._own_loaders:
+            if own is None:
+                delattr(parameter, _LOADER)
+            else:
+                setattr(parameter, _LOADER, own)
+        self._own_loaders.clear()
+        shared = list(_shared(layer))
+        if not shared:
+            return
+        # NaN passes through both ends, and one number leaves the device for each tensor.
+        ends = [torch.stack(torch.aminmax(parameter.data)) for _, parameter in shared]
+        are_sound = torch.stack([pair.float().isfinite().all() for pair in ends]).tolist()
+        faults = [item for item, is_sound in zip(shared, are_sound, strict=True) if not is_sound]
+        if not faults:
+            return
+        name, parameter = faults[0]
+        more = f" (and {len(faults) - 1} more tensors)" if len(faults) > 1 else ""
+        if parameter.data.isnan().all():
+            raise FormatError(
+                f"the checkpoint did not fill {name}{more}: it has no such tensor, or nothing but "
+                f"NaN in it; {REMEDY}"
+            )
+        raise FormatError(f"{name}{more} holds NaN or infinity, or was filled in part; {REMEDY}")
+
+
+def _naming(name: str, load: Loader) -> Loader:
+    """`load`, whose refusals begin with the tensor's name: vLLM's are bare assertions."""
+
+    def load_named(
+        param: nn.Parameter, loaded_weight: torch.Tensor, *rest: Any, **more: Any
+    ) -> Any:
+        try:
+            if not loaded_weight.is_floating_point():
+                raise AssertionError(f"numbers of the type {loaded_weight.dtype}")
+            return load(param, loaded_weight, *rest, **more)
+        except (AssertionError, RuntimeError, IndexError) as error:
+            raise FormatError(
+                f"{name} has shape {list(loaded_weight.shape)} in the checkpoint and "
+                f"{list(param.shape)} in this rank's model, into which it does not go "
+                f"({error}); {REMEDY}"
+            ) from error
+
+    return load_named
+
+
+def _shared(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that a checkpoint has to fill and that no set, cache or expert owns."""
+    seen: set[int] = set()  # tied weights are one parameter under two names
+    for prefix, module in model.named_modules():
+        if isinstance(module, WeightSet | Attention | MLAAttention):
+            continue  # sets prove it themselves, and a cache may have no scales
+        if isinstance(getattr(module, "quant_method", None), FusedMoEMethodBase):
+            continue  # experts may be padded
+        if any(isinstance(child, WeightSet) for child in module.children()):
+            continue  # a bias that each set has for itself
+        for name, parameter in module.named_parameters(recurse=False):
+            is_float = parameter.is_floating_point() and parameter.element_size() > 1
+            is_stored = is_float and parameter.numel() > 0 and not parameter.is_meta
+            if is_stored and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield f"{prefix}.{name}" if prefix else name, parameter

@@ -1,0 +1,1 @@
+"""Which set the current step of the engine runs in."""

@@ -1,0 +1,1 @@
+"""What the engine tells of itself: step counts, metrics, traces, and how long its queue is."""

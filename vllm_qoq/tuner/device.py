@@ -1,0 +1,91 @@
+"""What this machine measures on, by name."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+from vllm_qoq import __version__, environment
+from vllm_qoq.checkpoint.format import QOQ_LINEAR, Section
+from vllm_qoq.tuner import TuneError
+from vllm_qoq.tuner.measurements import PREFILL_TOKENS, Key
+
+# Measurements are of one GPU, or of one CPU engine.
+_TENSOR_PARALLEL_SIZE = 1
+
+
+def key(checkpoint_digest: str) -> Key:
+    """What measurements of this checkpoint on this machine are filed under."""
+    return Key(
+        device=name(),
+        tensor_parallel_size=_TENSOR_PARALLEL_SIZE,
+        vllm_qoq=__version__,
+        vllm=environment.describe()["packages"]["vllm"] or "unknown",
+        checkpoint=checkpoint_digest,
+    )
+
+
+def name() -> str:
+    """The GPU's model, or the CPU's and how many of its threads this process may use."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{_processor()}, {len(os.sched_getaffinity(0))} threads"
+
+
+def check_sets(section: Section) -> None:
+    """Raise TuneError where an engine with the sets of the checkpoint cannot start."""
+    if find_spec("vllm") is None:
+        raise TuneError("vLLM is not installed; install it: pip install 'vllm-qoq[vllm]'")
+    import torch
+
+    from vllm_qoq import ops
+
+    of_ours = [n for n, config in section.sets.items() if config["quant_method"] == QOQ_LINEAR]
+    if of_ours and torch.cuda.is_available() and not ops.has_kernels("cuda"):
+        raise TuneError(
+            f"set {of_ours[0]!r} is measured, too, and {ops.missing_kernels()}; or tune where the "
+            "checkpoint will be served, or write the routing into config.json by hand"
+        )
+
+
+def check_consent(*, writes: bool, on_cpu: bool) -> None:
+    """Raise TuneError where the routing of a CPU would be written and nobody asked for one."""
+    import torch
+
+    if writes and not on_cpu and not torch.cuda.is_available():
+        raise TuneError(
+            f"this machine has no GPU that torch {torch.__version__} can use, so the routing would "
+            f"be that of its CPU ({name()}); tune on the GPU that will serve, look without writing "
+            "with --dry-run, or write the CPU's routing with --on-cpu"
+        )
+
+
+@contextmanager
+def within_memory(folder: Path) -> Iterator[None]:
+    """Raise TuneError with a remedy where the GPU's memory does not hold what is measured."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        said = str(error).partition(". GPU")[0]
+        raise TuneError(
+            f"{folder}: all sets of the checkpoint together, and a prompt of {PREFILL_TOKENS[-1]} "
+            f"tokens, need more memory than this GPU has free ({said}); stop what else runs on it, "
+            "or tune on a larger one and copy the routing"
+        ) from error
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.machine())

@@ -1,0 +1,90 @@
+"""The checkpoint: what is refused before work begins, and config.json with another routing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_qoq.checkpoint.folder import read_config
+from vllm_qoq.checkpoint.format import QUANT_METHOD, SECTION, Section
+from vllm_qoq.checkpoint.writer import replace_file
+from vllm_qoq.errors import FormatError
+from vllm_qoq.models.config import CONFIG
+from vllm_qoq.routing.table import Routing
+from vllm_qoq.tuner import TuneError, keep
+from vllm_qoq.tuner.accuracy import accuracy_order
+
+
+@dataclass(frozen=True)
+class Target:
+    """A checkpoint with something to choose from.
+
+    order   the sets, the most accurate first
+    digest  of config.json without the routing
+    """
+
+    folder: Path
+    section: Section
+    order: tuple[str, ...]
+    digest: str
+
+    @classmethod
+    def open(cls, folder: Path, will_write: bool) -> Target:
+        """Read config.json; an error of the user names the remedy."""
+        config, section = _read(folder)
+        if len(section.sets) == 1:
+            raise TuneError(
+                f"{folder}: has one set, {next(iter(section.sets))!r}, so there is nothing to "
+                "choose from; `vllm-qoq merge` makes a checkpoint of several"
+            )
+        order = accuracy_order(section.sets)
+        if will_write and not os.access(folder, os.W_OK):
+            raise TuneError(
+                f"{folder}: not writable; copy the checkpoint, or add --dry-run to measure only"
+            )
+        return cls(folder, section, order, _digest(config))
+
+    def layers_to_keep(self, first: int, sensitive: int) -> tuple[str, ...]:
+        """The decoder layers that `--keep-first` and `--keep-sensitive` name, each once."""
+        blocks = keep.first(self.folder, self.section, first) if first else []
+        if sensitive:
+            blocks += keep.sensitive(self.folder, self.order, sensitive)
+        return tuple(dict.fromkeys(blocks))
+
+    def write(self, routing: Routing) -> None:
+        """Put `routing` into config.json and leave everything else in it as it is."""
+        config, section = _read(self.folder)
+        if section.sets.keys() != self.section.sets.keys():
+            raise TuneError(f"{self.folder / CONFIG}: its sets changed in the meantime; tune again")
+        config[SECTION]["routing"] = routing.to_json()
+        # Escaped, because the file may hold half a surrogate pair, which UTF-8 cannot.
+        replace_file(self.folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], Section]:
+    config = read_config(folder)
+    section = config.get(SECTION)
+    if not isinstance(section, dict) or section.get("quant_method") != QUANT_METHOD:
+        raise TuneError(
+            f"{folder}: not a vllm-qoq checkpoint ({CONFIG} has no {SECTION} of method "
+            f"{QUANT_METHOD!r}); make one with `vllm-qoq quantize` or `vllm-qoq merge`"
+        )
+    if "sets" not in section and "kv_cache" in section:
+        raise TuneError(
+            f"{folder}: only its KV cache is quantized, so there are no sets to choose from; "
+            "`vllm-qoq quantize` makes some"
+        )
+    try:
+        return config, Section.parse(section)
+    except FormatError as error:
+        raise FormatError(f"{folder / CONFIG}: {error}") from None
+
+
+def _digest(config: dict[str, Any]) -> str:
+    section = {key: value for key, value in config[SECTION].items() if key != "routing"}
+    text = json.dumps({**config, SECTION: section}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
