@@ -19,10 +19,14 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = sorted(map(str, (ROOT / "tests").glob("test_gpu*.py")))
+FILES = sorted(map(str, (ROOT / "tests" / "gpu").glob("test_gpu*.py")))
 RECORD = ROOT / "tests" / "gpu_record.tsv"
 # What runs on a GPU: kernels, how they are built, serving and what it shares with the tools.
-ON_THE_GPU = ("csrc", "setup.py", "vllm_qoq/integration", ":(glob)vllm_qoq/*.py")
+ON_THE_GPU = (
+    *("csrc", "setup.py", ":(glob)vllm_qoq/*.py"),
+    *(f"vllm_qoq/{room}" for room in ("serving", "ops", "numerics", "routing", "models")),
+    *(f"vllm_qoq/checkpoint/{name}.py" for name in ("format", "kv_config")),
+)
 
 PREPARE = """\
   make test-gpu needs a Hopper GPU (two for all tests), its driver, nvcc of CUDA 13 and g++:

@@ -15,6 +15,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from vllm_qoq.errors import UserError as UserError
+from vllm_qoq.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from vllm_qoq.quantizer.job import quantize as quantize
     from vllm_qoq.tuner.job import tune as tune
 
-__version__ = "0.1.0"
 
 _COMMANDS = {
     "quantize": "vllm_qoq.quantizer.job",
@@ -74,7 +74,7 @@ def step_counts(llm: LLM) -> dict[tuple[str, str], int]:
     under CUDA graphs, the few that vLLM runs to capture them; take differences.
     Raises ValueError when the model was not loaded with the method `qoq`.
     """
-    from vllm_qoq.serving.signals.counters import read_step_counts
+    from vllm_qoq.serving.plugin.step_counts import read_step_counts
 
     return read_step_counts(llm.llm_engine.vllm_config)
 

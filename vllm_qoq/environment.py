@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
 
-from vllm_qoq import __version__
+from vllm_qoq.version import __version__
 
 OLDEST_VLLM, NEWEST_VLLM = (0, 26), (0, 33)
 SERVED_VLLM = " to ".join(".".join(map(str, numbers)) for numbers in (OLDEST_VLLM, NEWEST_VLLM))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,6 +34,15 @@ class EngineError(RuntimeError):
     pydantic makes that configuration, and wraps a ValueError into a page of its own. This one
     passes, so that its message is the last line that `vllm serve` and `LLM()` write.
     """
+
+
+@contextmanager
+def as_engine_error() -> Iterator[None]:
+    """Give a UserError the type that pydantic lets pass."""
+    try:
+        yield
+    except UserError as error:
+        raise EngineError(str(error)) from None
 
 
 def printable(text: str) -> str:

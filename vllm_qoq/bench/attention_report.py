@@ -14,7 +14,8 @@ from vllm_qoq.bench.attention_cases import (
     token_bytes,
 )
 from vllm_qoq.bench.attention_result import AttentionResult, speedups
-from vllm_qoq.bench.report import commas, left_out, number, table, versions
+from vllm_qoq.bench.report import commas, left_out, number, versions
+from vllm_qoq.markdown import markdown_table
 
 
 def markdown(result: AttentionResult) -> str:
@@ -78,7 +79,7 @@ def _times(result: AttentionResult) -> Iterator[str]:
             [name, *(number(value(name, case), form) for case in result.cases)]
             for name in result.kernels
         ]
-        yield table(["sequences x tokens", *map(str, result.cases)], rows)
+        yield markdown_table(["sequences x tokens", *map(str, result.cases)], rows)
 
 
 def _speedups(result: AttentionResult) -> Iterator[str]:
@@ -89,7 +90,7 @@ def _speedups(result: AttentionResult) -> Iterator[str]:
     if rows:
         yield "## Our kernels against their peers\n"
         yield "Time of the peer / time of ours; above 1 ours is faster.\n"
-        yield table(["sequences x tokens", *map(str, result.cases)], rows)
+        yield markdown_table(["sequences x tokens", *map(str, result.cases)], rows)
 
 
 def _writes(result: AttentionResult) -> Iterator[str]:
@@ -99,7 +100,7 @@ def _writes(result: AttentionResult) -> Iterator[str]:
         for name in result.kernels
     ]
     yield ("K and V of new tokens into random places; fa3 is vLLM's reshape_and_cache_flash.\n")
-    yield table(["kernel", "microseconds"], rows)
+    yield markdown_table(["kernel", "microseconds"], rows)
 
 
 def _prefills(result: AttentionResult) -> Iterator[str]:
@@ -109,7 +110,7 @@ def _prefills(result: AttentionResult) -> Iterator[str]:
         for name in result.kernels
     ]
     yield "Written into the cache and attended to; ours unquantized, in FlashAttention 3.\n"
-    yield table(["kernel", "microseconds"], rows)
+    yield markdown_table(["kernel", "microseconds"], rows)
 
 
 def _micro(seconds: float | None) -> float | None:

@@ -9,8 +9,8 @@ in the prefill set unless a set is forced, in that of a calm engine where the
 routing has a `load`.
 
 With a quantized KV cache, a window that fits in one step reads its own tokens unquantized, so the
-result says nothing of the cache (vllm_qoq.numerics.reference_attention). `--chunk N` runs one window at a
-time, N tokens a step; all but those N are read from the cache.
+result says nothing of the cache (`vllm_qoq.numerics.reference_attention`). `--chunk N` runs one
+window at a time, N tokens a step; all but those N are read from the cache.
 
 On x86 CPUs without AVX512_BF16, vLLM's attention, RoPE, W8A8 and W4A16 kernels truncate
 float32 to bf16 (csrc/cpu/cpu_types_x86.hpp), which makes their outputs 0.3 to 0.4 %
@@ -30,8 +30,8 @@ from vllm.config.model import ModelDType
 from vllm_qoq.checkpoint.format import QUANT_METHOD
 from vllm_qoq.errors import FormatError, UserError, reason
 from vllm_qoq.serving.kv.cache import describe
+from vllm_qoq.serving.options import NAMESPACE
 from vllm_qoq.serving.plugin.config import QoQConfig
-from vllm_qoq.serving.plugin.options import NAMESPACE
 
 
 def perplexity(

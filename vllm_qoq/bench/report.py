@@ -8,6 +8,7 @@ from typing import Any
 from vllm_qoq.bench.cases import KERNELS, OURS, Case
 from vllm_qoq.bench.result import NESTED, SUBJECT, LeftOut, Result, speedups
 from vllm_qoq.bench.roofline import INT8_RATE, bytes_moved, operations
+from vllm_qoq.markdown import markdown_table
 
 MISSING = "-"
 
@@ -57,7 +58,7 @@ def _layers(result: Result) -> Iterator[str]:
         for name in result.kernels:
             if name in OURS:
                 lines += _ours(result, name, cases)
-        yield table(["microseconds at M =", *map(str, result.tokens)], lines)
+        yield markdown_table(["microseconds at M =", *map(str, result.tokens)], lines)
 
 
 def _ours(result: Result, name: str, cases: Sequence[Case]) -> Iterator[list[str]]:
@@ -80,7 +81,7 @@ def _summary(result: Result) -> Iterator[str]:
         [label, *(number(value, ".2f") for value in values)]
         for label, values in speedups(result).items()
     ]
-    yield table(["at M =", *map(str, result.tokens)], rows)
+    yield markdown_table(["at M =", *map(str, result.tokens)], rows)
 
 
 def left_out(missing: Iterable[LeftOut]) -> Iterator[str]:
@@ -102,17 +103,6 @@ def _microseconds(result: Result, kernel: str, case: Case) -> str:
 def number(value: float | None, form: str) -> str:
     """The number, or a dash for a missing one."""
     return MISSING if value is None else format(value, form)
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """All columns but the first to the right."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = (
-        " | ".join((row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])))
-        for row in (head, rule, *rows)
-    )
-    return "\n".join(f"| {line} |" for line in lines) + "\n"
 
 
 def commas(values: Sequence[object]) -> str:

@@ -7,11 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vllm_qoq import __version__
 from vllm_qoq.checkpoint.folder import read_config
 from vllm_qoq.checkpoint.format import Section
 from vllm_qoq.errors import UserError
 from vllm_qoq.progress import human_bytes
+from vllm_qoq.version import __version__
 
 README = "README.md"
 _README_BYTES = 1 << 20

@@ -122,7 +122,7 @@ def _pieces(
     import torch
 
     flat = content.read(info).contiguous().reshape(-1)
-    data: Any = memoryview(flat.view(torch.uint8).numpy())
+    data = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
     for start in range(0, len(data), _PIECE_BYTES):
         yield data[start : start + _PIECE_BYTES]
     advance(info.nbytes)

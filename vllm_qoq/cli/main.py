@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 
-from vllm_qoq import __version__
 from vllm_qoq.cli import (
     bench,
     env,
@@ -20,6 +19,7 @@ from vllm_qoq.cli import (
 from vllm_qoq.cli.output import guarded
 from vllm_qoq.cli.parser import Parser, kebab_case
 from vllm_qoq.cli.run import run
+from vllm_qoq.version import __version__
 
 _COMMANDS = (quantize, merge, inspect, verify, import_checkpoint, perplexity, tune, bench, env)
 

@@ -167,7 +167,7 @@ def epilogue(
 
 
 def dequantize(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The weight that a layer's tensors (`vllm_qoq.checkpoint.format`) stand for: float32 [N, K]."""
+    """The weight float32 [N, K] that a layer's tensors (`checkpoint.format`) stand for."""
     weight = int8_weight(tensors).float() * tensors["channel_scale"].float()[:, None]
     if "channel_zero" in tensors:
         weight -= tensors["channel_zero"].float()[:, None]

@@ -30,8 +30,8 @@ def pack(
     """A layer's codes (and groups) as uint8 [ceil(N / 64), K / 128, 4096 or 4224].
 
     qweight uint8 [N, K / 2], group_scale uint8 and group_offset int8 [N, K / 128] as in
-    `vllm_qoq.checkpoint.format`; channels past the last are zero. On any device, once per layer. A nested
-    set's qresidual, without groups, has the order of codes.
+    `vllm_qoq.checkpoint.format`; channels past the last are zero. On any device, once per layer. A
+    nested set's qresidual, without groups, has the order of codes.
     """
     n, k = qweight.shape[0], 2 * qweight.shape[1]
     if k % BLOCK_K or k == 0:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from vllm_qoq import __version__
 from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.checkpoint.format import STREAM
 from vllm_qoq.checkpoint.shards import MAX_SHARD_BYTES, write_checkpoint
@@ -34,6 +33,7 @@ from vllm_qoq.quantizer.plan import CheckedJob, Job, check_job, default_work_dir
 from vllm_qoq.quantizer.report import LayerError, refuse_clipped, summary
 from vllm_qoq.quantizer.smooth import SmoothOptions
 from vllm_qoq.quantizer.workdir import Resume, WorkDir
+from vllm_qoq.version import __version__
 
 _SMOOTHING = "smoothing"
 _PROMPTS = 2
@@ -76,8 +76,8 @@ def quantize(
     text             file with calibration text in UTF-8
     options          which sets, and how they are made; by default w8a8 for prompts and w4a8 for
                      generation
-    work_dir         for finished layers, by default OUTPUT with .work behind; a run that was stopped
-                     goes on there
+    work_dir         for finished layers, by default OUTPUT with .work behind; a run that was
+                     stopped goes on there
     eval_text        text to measure the perplexity on, before and after
     sanity_check     whether to let every version continue a few words
     max_clipped      share of a layer's residuals that may be clipped in a nested set

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from vllm_qoq import __version__, environment
+from vllm_qoq import environment
 from vllm_qoq.checkpoint.format import QOQ_LINEAR, Section
 from vllm_qoq.tuner import TuneError
 from vllm_qoq.tuner.measurements import PREFILL_TOKENS, Key
+from vllm_qoq.version import __version__
 
 # Measurements are of one GPU, or of one CPU engine.
 _TENSOR_PARALLEL_SIZE = 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from vllm_qoq.routing.table import Routing
@@ -37,13 +36,3 @@ class Engine(Protocol):
 
         None if the KV cache does not hold so many.
         """
-
-
-def open_engine(folder: Path, sets: tuple[str, ...], max_batch: int) -> Engine:
-    """Load all `sets` of the checkpoint `folder` into vLLM for decode steps of up to `max_batch`.
-
-    Takes as long as vLLM takes to start.
-    """
-    from vllm_qoq.tuner import vllm_engine
-
-    return vllm_engine.open_engine(folder, sets, max_batch)

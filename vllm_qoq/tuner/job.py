@@ -7,8 +7,9 @@ from pathlib import Path
 
 from vllm_qoq.progress import say
 from vllm_qoq.routing.table import Routing
-from vllm_qoq.tuner import device, engine, keep, memory
+from vllm_qoq.tuner import device, keep, memory
 from vllm_qoq.tuner.choose import choose
+from vllm_qoq.tuner.engine import Engine
 from vllm_qoq.tuner.measure import SUSPICIOUS, check, measure
 from vllm_qoq.tuner.measurements import PREFILL_TOKENS, Measurements, StepCheck, decode_batches
 from vllm_qoq.tuner.preferences import DEFAULT, MAX_BATCH, SLOWER, Preference, check_max_batch
@@ -94,6 +95,16 @@ def tune(
     return run(target, request)
 
 
+def open_engine(folder: Path, sets: tuple[str, ...], max_batch: int) -> Engine:
+    """Load all `sets` of the checkpoint `folder` into vLLM for decode steps of up to `max_batch`.
+
+    Takes as long as vLLM takes to start.
+    """
+    from vllm_qoq.tuner import vllm_engine
+
+    return vllm_engine.open_engine(folder, sets, max_batch)
+
+
 def run(target: Target, request: Request) -> Outcome:
     """Carry out `request`. Nothing is written before everything is measured."""
     notes: list[str] = []
@@ -111,7 +122,7 @@ def run(target: Target, request: Request) -> Outcome:
     if remembered is None:
         decode = decode_batches(request.max_batch)
         with device.within_memory(target.folder):
-            opened = engine.open_engine(target.folder, sets, request.max_batch)
+            opened = open_engine(target.folder, sets, request.max_batch)
             measured = measure(opened, key, sets, decode, PREFILL_TOKENS, request.quiet)
         remembered = memory.Run(measured=measured)
 

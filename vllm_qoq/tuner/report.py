@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from vllm_qoq.bench.report import table
 from vllm_qoq.errors import printable
+from vllm_qoq.markdown import markdown_table
 from vllm_qoq.routing.table import DecodeRow, Phase, Step
 from vllm_qoq.tuner.choose import fastest
 from vllm_qoq.tuner.job import Outcome
@@ -62,7 +62,7 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
 
 
 def crossings(rows: Sequence[DecodeRow], decode: Sequence[int]) -> str:
-    """`w4a16 up to 16, w8a8 from 24`: rows of a table in words, at the measured sizes."""
+    """`w4a16 up to 16, w8a8 from 24`: rows of a markdown_table in words, at the measured sizes."""
     bounds = [row.max_batch for row in rows if row.max_batch is not None]
     starts = [None, *(decode[decode.index(bound) + 1] for bound in bounds)]
     words = []
@@ -100,7 +100,7 @@ def _decode(outcome: Outcome) -> Iterator[str]:
         ]
         for batch, times in estimates.decode.items()
     ]
-    yield table(["batch", *outcome.order, "chosen"], rows)
+    yield markdown_table(["batch", *outcome.order, "chosen"], rows)
     decode = outcome.measured.decode
     yield f"Fastest: {crossings(fastest(estimates, outcome.order), decode)}."
     yield f"Chosen: {crossings(outcome.routing.decode, decode)}.\n"
@@ -113,7 +113,7 @@ def _prefill(outcome: Outcome) -> Iterator[str]:
         [str(tokens), *(f"{1e3 * times[name]:.3f}" for name in outcome.order)]
         for tokens, times in estimates.prefill.items()
     ]
-    yield table(["tokens", *outcome.order], rows)
+    yield markdown_table(["tokens", *outcome.order], rows)
     per_token = estimates.prefill_per_token()
     best = min(per_token.values())
     yield (
@@ -140,7 +140,7 @@ def _check(outcome: Outcome) -> Iterator[str]:
         ]
         for batch, routed in checked.routed.items()
     ]
-    yield table(["batch", *outcome.order, "routing", "against the best"], rows)
+    yield markdown_table(["batch", *outcome.order, "routing", "against the best"], rows)
 
 
 def _routing(outcome: Outcome) -> Iterator[str]:

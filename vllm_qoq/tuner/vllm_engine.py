@@ -26,7 +26,7 @@ from vllm_qoq.models.names import LM_HEAD
 from vllm_qoq.routing.table import Phase, Routing
 from vllm_qoq.serving.methods.routed_linear import FlexLinearMethod
 from vllm_qoq.serving.methods.weight_set import WeightSet
-from vllm_qoq.serving.plugin.options import NAMESPACE
+from vllm_qoq.serving.options import NAMESPACE
 from vllm_qoq.serving.routing.policy import Policy
 from vllm_qoq.serving.routing.step import current_step
 from vllm_qoq.tuner.engine import LayerGroup

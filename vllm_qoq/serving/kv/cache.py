@@ -26,7 +26,7 @@ from vllm_qoq.serving.kv.backend import QuantizedKVBackend
 from vllm_qoq.serving.kv.cpu import CPUKV4Backend, CPUKV8Backend
 from vllm_qoq.serving.kv.key_bias import KeyBiasWatch
 from vllm_qoq.serving.kv.spec import spec_of_layer
-from vllm_qoq.serving.plugin.options import NAMESPACE, Options
+from vllm_qoq.serving.options import NAMESPACE, Options
 from vllm_qoq.serving.vllm_versions import set_kv_cache_spec
 
 logger = init_logger("vllm." + __name__)

@@ -20,7 +20,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from vllm_qoq.checkpoint.format import QUANT_METHOD, STREAM, KVSection, Section, split_name
-from vllm_qoq.errors import FormatError
+from vllm_qoq.errors import FormatError, as_engine_error
 from vllm_qoq.routing.table import Phase, RoutingError
 from vllm_qoq.serving.kv.cache import QuantizedKVCache, check_without_sets
 from vllm_qoq.serving.methods import hidden_states
@@ -33,11 +33,10 @@ from vllm_qoq.serving.methods.set_config import set_config
 from vllm_qoq.serving.methods.weight_set import UNTRACKED_LOADERS
 from vllm_qoq.serving.plugin import front_end, refusal
 from vllm_qoq.serving.plugin.load_check import begin_load
-from vllm_qoq.serving.plugin.register import as_engine_error
 from vllm_qoq.serving.plugin.root import model_in_the_making
 from vllm_qoq.serving.plugin.shared_files import new_stem
 from vllm_qoq.serving.routing.policy import Policy, check_lora
-from vllm_qoq.serving.signals import queue as load
+from vllm_qoq.serving.signals import queue
 from vllm_qoq.serving.vllm_versions import map_name
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ class QoQConfig(QuantizationConfig):
 
     def __getstate__(self) -> dict[str, Any]:
         """What the front end sends to its engines, along with whether it will tell their load."""
-        own = {"_has_load_writer": self._has_load_writer or load.is_writer_here()}
+        own = {"_has_load_writer": self._has_load_writer or queue.is_writer_here()}
         return vars(self) | own | {"_model": None}
 
     @classmethod
@@ -214,7 +213,7 @@ class QoQConfig(QuantizationConfig):
                 vllm_config,
                 self.counter_stem,
                 self._map_name,
-                self._has_load_writer or load.is_writer_here(),
+                self._has_load_writer or queue.is_writer_here(),
             )
         return self._policy
 

@@ -17,10 +17,10 @@ from vllm_qoq import ops
 from vllm_qoq.checkpoint.format import QOQ_LINEAR, QOQ_RESIDUAL, Section
 from vllm_qoq.routing.table import Routing, RoutingError
 from vllm_qoq.serving.kv.cache import check_kv_cache, check_without_sets, kv_cache_in_force
-from vllm_qoq.serving.plugin.options import Options
+from vllm_qoq.serving.options import Options
+from vllm_qoq.serving.plugin import stat_logger_plugin
 from vllm_qoq.serving.routing.policy import check_lora, routing_in_force
-from vllm_qoq.serving.signals import queue as load
-from vllm_qoq.serving.signals import stat_logger_plugin
+from vllm_qoq.serving.signals import queue
 from vllm_qoq.serving.signals.trace import Trace
 from vllm_qoq.serving.vllm_versions import (
     FrontEnd,
@@ -73,7 +73,7 @@ def check(config: QoQConfig, front_end: FrontEnd) -> Routing | None:
         routing = routing_in_force(config.section, options)
         if routing.load is not None:
             will_tell = front_end.is_server and api_process_rank(vllm_config.parallel_config) >= 0
-            load.check_engine(vllm_config, will_tell or load.is_writer_here())
+            queue.check_engine(vllm_config, will_tell or queue.is_writer_here())
         _check_kernels(config.section, routing, vllm_config.device_config.device_type)
     check_kv_cache(kv_cache_in_force(config.checkpoint_kv_cache, options), vllm_config)
     if options.trace is not None:

@@ -11,8 +11,6 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -22,7 +20,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from vllm_qoq.checkpoint.format import QUANT_METHOD
 from vllm_qoq.environment import NEWEST_VLLM, OLDEST_VLLM, SERVED_VLLM, vllm_obstacle
-from vllm_qoq.errors import EngineError, UserError
+from vllm_qoq.errors import EngineError, as_engine_error
 
 logger = logging.getLogger("vllm." + __name__)  # under vLLM's, so that its settings apply
 
@@ -82,15 +80,6 @@ class LazyQoQConfig(QuantizationConfig):
         if not _is_served(version):
             logger.warning("vllm-qoq is tested with vLLM %s, and this is %s", SERVED_VLLM, version)
         return QoQConfig
-
-
-@contextmanager
-def as_engine_error() -> Iterator[None]:
-    """Give a UserError the type that pydantic lets pass."""
-    try:
-        yield
-    except UserError as error:
-        raise EngineError(str(error)) from None
 
 
 def _warn_of_ignored_options() -> None:

@@ -17,7 +17,7 @@ from vllm.logger import init_logger
 from vllm_qoq.checkpoint.format import Section
 from vllm_qoq.errors import UserError
 from vllm_qoq.routing.table import LayerRoute, Phase, Routing, RoutingError, Step
-from vllm_qoq.serving.plugin.options import NAMESPACE, Options
+from vllm_qoq.serving.options import NAMESPACE, Options
 from vllm_qoq.serving.signals.counters import StepCounters, counter_file
 from vllm_qoq.serving.signals.queue import LoadReader, check_engine, load_file
 from vllm_qoq.serving.signals.trace import Trace

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from vllm.config import VllmConfig
 
 from vllm_qoq.routing.table import Phase
-from vllm_qoq.serving.vllm_versions import device_view, engine_index
+from vllm_qoq.serving.vllm_versions import device_view
 
 
 def counter_file(stem: str, engine: int) -> Path:
@@ -65,14 +64,3 @@ class CounterReader:
             for phase in Phase
             for column, name in enumerate(self._sets)
         }
-
-
-def read_step_counts(vllm_config: VllmConfig) -> dict[tuple[str, str], int]:
-    """The counters of the engine that `vllm_config` describes (`vllm_qoq.step_counts`)."""
-    from vllm_qoq.serving.plugin.config import QoQConfig
-
-    config = vllm_config.quant_config
-    if not isinstance(config, QoQConfig):
-        raise ValueError("step counts exist only for models loaded with quantization 'qoq'")
-    path = counter_file(config.counter_stem, engine_index(vllm_config.parallel_config))
-    return CounterReader(path, config.set_names).read()

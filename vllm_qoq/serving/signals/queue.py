@@ -1,9 +1,9 @@
 """Whether the engine is busy: said by the front end, read where its steps run.
 
 The signal is a file of int32 [is_calm, is_busy] in shared memory, one per engine. The front end
-of a server sees after every step how many requests wait (`metrics.py`); when that makes the
-engine busy or calm (`vllm_qoq.routing.hysteresis`) it writes the file, and every rank of the engine reads
-it once per forward pass:
+of a server sees after every step how many requests wait (`plugin.metrics`); when that makes the
+engine busy or calm (`vllm_qoq.routing.hysteresis`) it writes the file, and every rank of the engine
+reads it once per forward pass:
 
 * on the host, where no CUDA graph freezes what a step does,
 * else on the device, by a copy that the graph captures with the step, so that every replay reads
@@ -28,7 +28,7 @@ from vllm.logger import init_logger
 
 from vllm_qoq.routing.hysteresis import Hysteresis
 from vllm_qoq.routing.table import Load, RoutingError
-from vllm_qoq.serving.plugin.options import NAMESPACE
+from vllm_qoq.serving.options import NAMESPACE
 from vllm_qoq.serving.vllm_versions import api_process_count, device_view
 
 logger = init_logger("vllm." + __name__)

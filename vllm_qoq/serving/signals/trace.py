@@ -9,7 +9,7 @@ from typing import Any
 from vllm.logger import init_logger
 
 from vllm_qoq.routing.table import RoutingError
-from vllm_qoq.serving.plugin.options import NAMESPACE
+from vllm_qoq.serving.options import NAMESPACE
 
 logger = init_logger("vllm." + __name__)
 

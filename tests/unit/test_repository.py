@@ -10,15 +10,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-from conftest import LONGEST_FIRST
+from conftest import LONGEST_FIRST, ROOT
 
 from vllm_qoq import ops
 from vllm_qoq.cli import main as cli
 
-ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 PAGES = ("README.md", *(f"examples/{page.name}" for page in (ROOT / "examples").glob("*.md")))

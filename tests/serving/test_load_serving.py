@@ -15,7 +15,7 @@ from test_server import Server
 
 import vllm_qoq
 from vllm_qoq.bench.perplexity import text_perplexity
-from vllm_qoq.serving.signals.metrics import RoutingStatLogger
+from vllm_qoq.serving.plugin.metrics import RoutingStatLogger
 
 ENTER, LEAVE = 3, 0
 

@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from bench_units import bench_command, cells
+from conftest import ROOT
 from torch.overrides import TorchFunctionMode
 
 from vllm_qoq import ops
@@ -43,7 +44,6 @@ from vllm_qoq.measuring import gpu as timing
 from vllm_qoq.numerics import kv_layout
 from vllm_qoq.ops import kv_ops
 
-ROOT = Path(__file__).resolve().parent.parent
 HEADS = Heads()
 SMALL, LARGE = Decode(1, 8192), Decode(256, 4096)
 WITHOUT_PROMPT = ("triton-int4", "turboquant-4bit")

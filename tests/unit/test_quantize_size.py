@@ -138,13 +138,13 @@ def test_memory_has_its_parts(prepare):
 
 
 def test_a_size_that_cannot_be_rotated_is_refused_before_work(prepare, monkeypatch):
-    real = job.make_plan
+    real = job.check_job
 
     def other_shape(*arguments):
         plan = real(*arguments)
         return replace(plan, shape=replace(plan.shape, hidden=34))
 
-    monkeypatch.setattr(job, "make_plan", other_shape)
+    monkeypatch.setattr(job, "check_job", other_shape)
     with pytest.raises(QuantizeError, match=r"size 34 is known; quantize with --no-rotate"):
         prepare()
     prepare(rotate=False)

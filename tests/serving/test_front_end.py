@@ -16,11 +16,11 @@ from vllm_qoq import ops
 from vllm_qoq.cli.main import main
 from vllm_qoq.errors import EngineError, UserError
 from vllm_qoq.routing.table import RoutingError
+from vllm_qoq.serving.options import Options
 from vllm_qoq.serving.plugin import front_end
-from vllm_qoq.serving.plugin.options import Options
+from vllm_qoq.serving.plugin.metrics import RoutingStatLogger
 from vllm_qoq.serving.routing.policy import routing_in_force
-from vllm_qoq.serving.signals import queue as load
-from vllm_qoq.serving.signals.metrics import RoutingStatLogger
+from vllm_qoq.serving.signals import queue
 
 LOAD = {
     "prefill": "w8a8",
@@ -49,7 +49,7 @@ def configure(checkpoint, qoq=None, arguments=AsyncEngineArgs, **options):
 @pytest.fixture(autouse=True)
 def no_writer(monkeypatch):
     """As in a process that has not loaded the stat logger."""
-    monkeypatch.setattr(load, "_is_writer_here", False)
+    monkeypatch.setattr(queue, "_is_writer_here", False)
 
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}

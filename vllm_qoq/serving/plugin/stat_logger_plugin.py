@@ -15,7 +15,7 @@ from importlib.metadata import Distribution, DistributionFinder, EntryPoint
 from pathlib import Path
 from typing import Any
 
-from vllm_qoq import __version__
+from vllm_qoq.version import __version__
 
 _NAME = "vllm-qoq-stat-logger"
 _GROUP = "vllm.stat_logger_plugins"
@@ -45,7 +45,7 @@ class _InMemory(Distribution):
 
     @property
     def entry_points(self) -> Any:
-        return (_EntryPoint("qoq", "vllm_qoq.serving.signals.metrics:RoutingStatLogger", _GROUP),)
+        return (_EntryPoint("qoq", "vllm_qoq.serving.plugin.metrics:RoutingStatLogger", _GROUP),)
 
     def read_text(self, filename: str) -> str | None:
         return _METADATA if filename == "METADATA" else None

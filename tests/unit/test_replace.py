@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from vllm_qoq.checkpoint import ours, replace
 from vllm_qoq.checkpoint.output import check_output
 from vllm_qoq.checkpoint.replace import LOCK, OutputError, partial_of, replaced_of, replacing
 
-ROOT = Path(__file__).resolve().parent.parent
 SECTION = {"quant_method": "qoq", "sets": {"w8a8": {}}}
 WRITTEN = ["README.md", "config.json"]
 NAMES = ["out", "out[1]", "a*", "b?", ".hidden", "with space", "ü"]

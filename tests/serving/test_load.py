@@ -20,13 +20,13 @@ from vllm_qoq.errors import FormatError
 from vllm_qoq.numerics.reference import quantize_per_token
 from vllm_qoq.ops import w4a8_layout
 from vllm_qoq.routing.table import Load, Phase, RoutingError, Step
+from vllm_qoq.serving.options import Options
 from vllm_qoq.serving.plugin.config import QoQConfig
-from vllm_qoq.serving.plugin.options import Options
+from vllm_qoq.serving.plugin.metrics import RoutingStatLogger
 from vllm_qoq.serving.routing.policy import routing_in_force
 from vllm_qoq.serving.routing.step import current_step
-from vllm_qoq.serving.signals import queue as load
+from vllm_qoq.serving.signals import queue
 from vllm_qoq.serving.signals.counters import CounterReader, counter_file
-from vllm_qoq.serving.signals.metrics import RoutingStatLogger
 from vllm_qoq.serving.signals.queue import LoadReader, LoadWriter, load_file
 from vllm_qoq.serving.signals.trace import Trace
 
@@ -180,7 +180,7 @@ def test_prometheus_is_told_the_bits_of_the_cache():
     ],
 )
 def test_engines_that_nobody_could_tell_are_refused(parallel, has_writer, message, monkeypatch):
-    monkeypatch.setattr(load, "_is_writer_here", has_writer)
+    monkeypatch.setattr(queue, "_is_writer_here", has_writer)
     config = vllm_config()
     for name, value in parallel.items():
         setattr(config.parallel_config, name, value)
@@ -196,12 +196,12 @@ def test_engines_that_nobody_could_tell_are_refused(parallel, has_writer, messag
 
 
 def test_the_engine_is_told_by_the_config_that_there_is_a_front_end(monkeypatch):
-    monkeypatch.setattr(load, "_is_writer_here", False)
+    monkeypatch.setattr(queue, "_is_writer_here", False)
     config = qoq_config(routing=TWO_SETS)
     offline = pickle.dumps(config)
-    load.announce_writer()
+    queue.announce_writer()
     online = pickle.dumps(config)
-    monkeypatch.setattr(load, "_is_writer_here", False)  # in the engine
+    monkeypatch.setattr(queue, "_is_writer_here", False)  # in the engine
     with tensor_parallel(0, 1, vllm_config()):
         with pytest.raises(RoutingError, match="front end"):
             pickle.loads(offline).policy()
@@ -237,7 +237,7 @@ def test_forcing_a_state_leaves_its_table():
 
 @pytest.fixture
 def make_policy(monkeypatch):
-    monkeypatch.setattr(load, "_is_writer_here", True)
+    monkeypatch.setattr(queue, "_is_writer_here", True)
 
     def make(mode, **changes):
         config = vllm_config()
@@ -346,7 +346,7 @@ def block(mode, tensors=None, sets=NESTED, routing=NESTED_ROUTING, **options):
 
 @pytest.fixture
 def announced(monkeypatch):
-    monkeypatch.setattr(load, "_is_writer_here", True)
+    monkeypatch.setattr(queue, "_is_writer_here", True)
 
 
 @pytest.mark.parametrize("routing", [NESTED_ROUTING, {"swapped": True}], ids=["calm8", "calm4"])

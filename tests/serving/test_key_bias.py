@@ -19,7 +19,7 @@ from vllm_qoq.quantizer.plan import Job
 from vllm_qoq.quantizer.text import pieces
 from vllm_qoq.serving.kv import key_bias as serving_key_bias
 from vllm_qoq.serving.kv.cache import kv_cache_in_force
-from vllm_qoq.serving.plugin.options import Options as ServingOptions
+from vllm_qoq.serving.options import Options as ServingOptions
 
 LARGE = 80.0
 

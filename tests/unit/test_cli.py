@@ -4,16 +4,14 @@ import json
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import vllm_qoq
 from vllm_qoq import environment
 from vllm_qoq.cli.main import main
 from vllm_qoq.cli.merge import json_line
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 
 CSRC = ROOT / "csrc"
-MODEL = ROOT / "tests" / "kernel_model"
+MODEL = ROOT / "tests" / "kernels" / "kernel_model"
 TORCH = Path(torch.__file__).parent / "include"
 
 NVCC = shutil.which("nvcc")

@@ -31,8 +31,8 @@ from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from vllm_qoq.serving.kv.cache import kv_cache_in_force
+from vllm_qoq.serving.options import Options
 from vllm_qoq.serving.plugin.config import QoQConfig
-from vllm_qoq.serving.plugin.options import Options
 from vllm_qoq.serving.routing.policy import routing_in_force
 from vllm_qoq.serving.signals.counters import CounterReader, counter_file
 from vllm_qoq.serving.signals.queue import LoadWriter, announce_writer, load_file

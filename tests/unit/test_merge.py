@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from merge_tools.__main__ import main
 from vllm_qoq.checkpoint import writer
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def command(monkeypatch, *arguments) -> int:

@@ -22,7 +22,7 @@ from vllm_qoq.cli import main as cli
 from vllm_qoq.cli import measurement as command
 from vllm_qoq.measuring.host import host_seconds
 from vllm_qoq.routing.table import Phase, Routing, Step
-from vllm_qoq.tuner import TuneError, device, memory
+from vllm_qoq.tuner import TuneError, device, job, memory
 from vllm_qoq.tuner.accuracy import Bits, accuracy_order, bits
 from vllm_qoq.tuner.choose import choose, fastest
 from vllm_qoq.tuner.engine import LayerGroup
@@ -328,7 +328,7 @@ def run(monkeypatch, capfd):
             assert sets == tuple(SETS)
             return engine
 
-        monkeypatch.setattr(cli, "_open_tune_engine", open_engine)
+        monkeypatch.setattr(job, "open_engine", open_engine)
         monkeypatch.setattr(sys, "argv", ["vllm-qoq", "tune", *map(str, arguments)])
         try:
             code = cli.main()
@@ -727,13 +727,13 @@ def test_a_checkpoint_is_tuned_in_vllm_and_serves_with_the_routing(
     (folder / "config.json").write_text(json.dumps(config))
 
     opened = []
-    open_engine = cli._open_tune_engine
+    open_engine = job.open_engine
 
     def keep(*arguments):
         opened.append(open_engine(*arguments))
         return opened[0]
 
-    monkeypatch.setattr(cli, "_open_tune_engine", keep)
+    monkeypatch.setattr(job, "open_engine", keep)
     monkeypatch.setattr("vllm_qoq.tuner.job.PREFILL_TOKENS", (512,))
     monkeypatch.setattr(command, "stdout_for", lambda file: contextlib.nullcontext(sys.stdout))
     arguments = ["tune", str(folder), "--max-batch", "4", "--json", "--on-cpu"]

@@ -150,7 +150,7 @@ def test_explicit_flexquant_class_equals_the_hook(merged_dir):
 
 @pytest.fixture(scope="module")
 def measured(heldout_text):
-    """A function that measures the text_perplexity of a checkpoint, of one set where it is named."""
+    """A function that measures the perplexity of a checkpoint, of one set where it is named."""
     text = heldout_text.read_text()[:20_000]
 
     def measure(checkpoint, force_set=None):

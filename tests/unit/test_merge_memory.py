@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).resolve().parent.parent
 HIDDEN, INTERMEDIATE, LAYERS = 2048, 4096, 6
 ALLOWED_MB = 160
 

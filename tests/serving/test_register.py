@@ -5,9 +5,9 @@ import os
 import subprocess
 import sys
 from importlib.metadata import entry_points
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.quantization import get_quantization_config
 
@@ -17,7 +17,7 @@ from vllm_qoq.errors import EngineError
 from vllm_qoq.serving.plugin.config import QoQConfig
 from vllm_qoq.serving.plugin.register import _is_served
 
-SCRIPT = Path(__file__).with_name("unknown_vllm.py")
+SCRIPT = ROOT / "tests" / "support" / "unknown_vllm.py"
 # Without these there is nothing to register with.
 NEEDED = (
     "vllm.model_executor.layers.quantization.register_quantization_config",

@@ -1,16 +1,16 @@
 """Turning the quantized KV cache on: config, the swap of real attention layers, refusals, pages.
 
-Also run against the sources of the oldest and the newest vLLM (tests/test_vllm_sources.py).
+Also run against the sources of the oldest and the newest vLLM (tests/serving/test_vllm_sources.py).
 """
 
 import pickle
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import DATA
 from plugin_units import section, tensor_parallel, vllm_config
 from vllm.config import ModelConfig, SpeculativeConfig
 from vllm.model_executor.layers.attention import Attention, EncoderOnlyAttention, MLAAttention
@@ -30,7 +30,7 @@ from vllm_qoq.serving.vllm_versions import backends_size_pages
 
 KV4 = {"bits": 4}
 RULED = {"bits": 4, "layers": [{"match": "model.layers.0.*", "bits": 16}], "hadamard": True}
-TINY_MODEL = Path(__file__).parent / "data" / "tiny-llama"
+TINY_MODEL = DATA / "tiny-llama"
 HEAD, KV_HEADS, BLOCK = 128, 2, 32
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import DATA
 from safetensors.torch import load_file, save_file
 
 from vllm_qoq.cli import main as cli
@@ -16,7 +17,6 @@ from vllm_qoq.importer.qserve import PackedLayers
 from vllm_qoq.importer.source import open_packed
 from vllm_qoq.numerics.reference import dequantize
 
-DATA = Path(__file__).parent / "data"
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

@@ -1,0 +1,21 @@
+"""The step counters of an engine, for whoever has its configuration."""
+
+from __future__ import annotations
+
+from vllm.config import VllmConfig
+
+from vllm_qoq.serving.plugin.config import QoQConfig
+from vllm_qoq.serving.signals.counters import CounterReader, counter_file
+from vllm_qoq.serving.vllm_versions import engine_index
+
+
+def read_step_counts(vllm_config: VllmConfig) -> dict[tuple[str, str], int]:
+    """The steps of the engine that `vllm_config` describes, by phase and set.
+
+    ValueError where its model was not loaded with the quantization method `qoq`.
+    """
+    config = vllm_config.quant_config
+    if not isinstance(config, QoQConfig):
+        raise ValueError("step counts exist only for models loaded with quantization 'qoq'")
+    path = counter_file(config.counter_stem, engine_index(vllm_config.parallel_config))
+    return CounterReader(path, config.set_names).read()
