@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from merge_tools import MergeError, compatible, execute, kv_basis, unused
+from merge_tools import MergeError, compatible, execute, unused
 from merge_tools import nest as nesting
 from merge_tools.plan import MergePlan, make_plan
 from merge_tools.sources import check_distinct, open_sources
@@ -149,6 +149,8 @@ def _check_numbers(sources: Iterable[StoredSet], prefill: StoredSet, progress: P
 
 
 def _check_kv(prefill: StoredSet, source: StoredSet) -> None:
+    from merge_tools import kv_basis  # which imports torch
+
     kv_basis.check(prefill, source)
     for tensor in kv_basis.biases(prefill, source):
         raise MergeError(

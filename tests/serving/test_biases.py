@@ -74,7 +74,7 @@ NO_KERNEL = "vLLM has no W4A16 kernel for this CPU"
 
 @pytest.mark.parametrize("name", ["w8a8", "w4a16", "w4a8"])
 def test_vllm_adds_every_bias_of_every_set(quantized, short, name):
-    """A bias that is lost or added twice changes the text_perplexity by 8 % and more."""
+    """A bias that is lost or added twice changes the perplexity by 8 % and more."""
     out, report = quantized
     if name == "w4a16" and not hasattr(torch.ops._C, "cpu_gemm_wna16"):
         pytest.skip(NO_KERNEL)

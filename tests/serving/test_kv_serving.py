@@ -7,7 +7,7 @@ from vllm_qoq.bench.perplexity import text_perplexity
 from vllm_qoq.numerics.kv_layout import slot_bytes
 
 HEAD, KV_HEADS, LAYERS = 64, 2, 2  # tests/data/tiny-llama
-# vLLM's own attention rounds otherwise on a CPU (vllm_qoq/bench/text_perplexity.py), so quantized
+# vLLM's own attention rounds otherwise on a CPU (vllm_qoq/bench/perplexity.py), so quantized
 # history is compared with prompts in one piece, which see none, in our attention.
 # Prompts in pieces of 16 tokens, whose history is quantized, as generated tokens' history is.
 CHUNKED = {"max_num_batched_tokens": 16, "enable_chunked_prefill": True}

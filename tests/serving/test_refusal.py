@@ -9,7 +9,7 @@ import pytest
 SCRIPT = """
 import logging, multiprocessing, os, sys
 from vllm_qoq.errors import UserError
-from vllm_qoq.serving import refusal
+from vllm_qoq.serving.plugin import refusal
 
 def engine(stem, front_end, errors):
     logging.getLogger("vllm").handlers.clear()  # as vLLM does when it sets up its log

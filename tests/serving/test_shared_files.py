@@ -13,7 +13,7 @@ from vllm_qoq.serving.plugin.shared_files import new_stem, remove_abandoned
 PROCESS = """
 import sys, time
 from pathlib import Path
-from vllm_qoq.serving import shared_files
+from vllm_qoq.serving.plugin import shared_files
 
 shared_files._SHARED_MEMORY = Path(sys.argv[1])
 stem = shared_files.new_stem()

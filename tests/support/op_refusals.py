@@ -312,7 +312,7 @@ def _of_gemm() -> Iterator[Refusal]:
     yield gemm(
         "no workspace",
         lambda a: {"workspace": None},
-        "on CUDA a workspace is needed (linear_ops.workspace)",
+        "on CUDA a workspace is needed (ops.workspace)",
         devices=("cuda",),
     )
     for name, change, text in (

@@ -10,8 +10,8 @@ from conftest import ROOT
 
 import vllm_qoq
 from vllm_qoq import environment
+from vllm_qoq.cli.arguments import json_line
 from vllm_qoq.cli.main import main
-from vllm_qoq.cli.merge import json_line
 
 
 @pytest.fixture

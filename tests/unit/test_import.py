@@ -577,9 +577,9 @@ def test_dry_run_and_overwrite(place, run, grouped):
 def test_help_needs_no_torch():
     program = (
         "import sys\n"
-        "from vllm_qoq import cli\n"
+        "from vllm_qoq.cli.main import main\n"
         "sys.argv = ['vllm-qoq', 'import', '--help']\n"
-        "try:\n    cli.main()\n"
+        "try:\n    main()\n"
         "finally:\n    assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)

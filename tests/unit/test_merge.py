@@ -238,11 +238,11 @@ def test_a_stopped_merge_leaves_no_output_and_the_next_one_clears_up(monkeypatch
         "import signal, sys, time\n"
         # A shell starts background jobs with SIGINT ignored, which children inherit.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from merge_tools import writer, execute\n"
-        "real = execute.write_shard\n"
+        "from vllm_qoq.checkpoint import shards\n"
+        "real = shards.write_shard\n"
         "def write_shard(*a):\n"
         "    print('writing', flush=True); time.sleep(300); real(*a)\n"
-        "execute.write_shard = write_shard\n"
+        "shards.write_shard = write_shard\n"
         "from merge_tools.__main__ import main\n"
         "sys.exit(main())\n"
     )

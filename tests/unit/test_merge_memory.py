@@ -23,7 +23,7 @@ ALLOWED_MB = 160
 LIMITED = f"""
 import resource, sys
 import safetensors.torch, torch
-import vllm_qoq.cli.merge
+import merge_tools.job
 torch.ones(8, 8) @ torch.ones(8, 8)  # start what torch starts late
 
 with open("/proc/self/status") as status:

@@ -181,7 +181,7 @@ def test_integer_products_are_exact(seed, m, n, k, limit):
 
 SATURATING = """
 import torch
-from vllm_qoq import reference
+from vllm_qoq.numerics import reference
 for limits in [(-128, 127), (127, 127), (-128, -128)]:
     a, b = (torch.randint(limits[0], limits[1] + 1, (5, 3000), dtype=torch.int8) for _ in "ab")
     assert torch.equal(reference.int_matmul(a, b).long(), a.long() @ b.long().t()), limits

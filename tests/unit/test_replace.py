@@ -213,7 +213,7 @@ def test_a_failing_sync_restores_too(tmp_path, monkeypatch):
 SIGNALLED = """
 import os, signal, sys
 from pathlib import Path
-from merge_tools import ours, replace
+from vllm_qoq.checkpoint import ours, replace
 point, number, out = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 signal.signal(signal.SIGINT, signal.default_int_handler)
 count = {"rename": 0, "unlink": 0}

@@ -21,14 +21,68 @@ MIB = 1 << 20
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 PAGES = ("README.md", *(f"examples/{page.name}" for page in (ROOT / "examples").glob("*.md")))
 
-# The only two that may reach into the adapter, and only inside a function.
-HAND_OVER = ("vllm_qoq/__init__.py", "vllm_qoq/cli/main.py")
 PACKAGES = ("vllm_qoq/", "merge_tools/")
 # Within the packages, vLLM and llmcompressor are imported only there.
-VLLM_AT = "vllm_qoq/serving/"
+VLLM_AT = ("vllm_qoq/serving/", "vllm_qoq/tuner/vllm_engine.py", "vllm_qoq/bench/perplexity.py")
 # The benchmark times vLLM's kernels, and imports them when it runs.
 VLLM_PEERS = "vllm_qoq/bench/peers.py"
 LLMCOMPRESSOR_AT = "vllm_qoq/quantizer/"
+
+_SMALL = ("errors", "markdown", "progress", "text_file", "version")
+_COMMANDS = (*_SMALL, "environment", "checkpoint", "models", "numerics", "routing")
+ARROWS = {
+    "errors": (),
+    "markdown": (),
+    "progress": (),
+    "version": (),
+    "measuring": (),
+    "numerics": (),
+    "text_file": ("errors",),
+    "environment": ("version",),
+    "models": ("errors",),
+    "routing": ("errors",),
+    "ops": ("numerics",),
+    "checkpoint": (*_SMALL, "models", "numerics", "routing"),
+    "importer": _COMMANDS,
+    "quantizer": _COMMANDS,
+    "merge_tools": _COMMANDS,
+    "serving.vllm_versions": (),
+    "serving.options": ("errors", "routing", "checkpoint"),
+    "serving.signals": ("routing", "serving.options", "serving.vllm_versions"),
+    "serving.routing": (
+        *("errors", "routing", "checkpoint"),
+        *("serving.options", "serving.signals", "serving.vllm_versions"),
+    ),
+    "serving.methods": (
+        *("errors", "routing", "checkpoint", "models", "numerics", "ops"),
+        *("serving.routing", "serving.vllm_versions"),
+    ),
+    "serving.kv": (
+        *("errors", "checkpoint", "numerics", "ops"),
+        *("serving.options", "serving.methods", "serving.vllm_versions"),
+    ),
+    "serving.plugin": (
+        *("errors", "version", "environment", "routing", "checkpoint", "models", "ops"),
+        *("serving.options", "serving.signals", "serving.routing", "serving.methods"),
+        *("serving.kv", "serving.vllm_versions"),
+    ),
+    "bench": (
+        *(*_COMMANDS, "measuring", "ops", "plots"),
+        *("serving.options", "serving.kv", "serving.plugin"),
+    ),
+    "tuner": (
+        *(*_COMMANDS, "measuring", "ops", "plots"),
+        *("serving.options", "serving.routing", "serving.methods"),
+    ),
+    "plots": (),
+    "cli": (
+        *(*_COMMANDS, "ops"),
+        *("quantizer", "importer", "tuner", "bench", "merge_tools"),
+    ),
+    # The package itself: functions that are imported when they are asked for.
+    "vllm_qoq": ("errors", "version", "environment", "serving.plugin"),
+}
+"""Room -> the rooms that it may import. Nobody imports `cli`, and only it imports merge_tools."""
 
 # A developer's folders. Examples such as a file directly in /tmp are fine.
 MACHINE_PATH = re.compile(rb"(?<![\w.~])/(?:work|root|home/\w+|Users/\w+|tmp/[\w.-]+)/[\w.-]*")
@@ -96,7 +150,34 @@ class G:
     ]
 
 
-def test_only_the_adapter_imports_vllm_and_only_the_quantizer_llmcompressor():
+def module_of(file: str) -> str:
+    """`vllm_qoq/ops/kv_ops.py` -> "vllm_qoq.ops.kv_ops"."""
+    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def room_of(module: str) -> str:
+    """The folder, or the file of the top level, that a module is in."""
+    package, *rest = module.split(".")
+    if package == "merge_tools" or not rest:
+        return package
+    return ".".join(rest[:2]) if rest[0] == "serving" and len(rest) > 1 else rest[0]
+
+
+def arrows() -> dict[str, set[str]]:
+    """Module -> the modules of the packages that it imports, at any time."""
+    files = python_files(*PACKAGES)
+    modules = {module_of(name) for name in files}
+    found: dict[str, set[str]] = {}
+    for name, imported in files.items():
+        if name.endswith("__main__.py"):  # a command line, whatever folder it is in
+            continue
+        names = {one.name for one in imported}
+        targets = {one if one in modules else one.rpartition(".")[0] for one in names}
+        found[module_of(name)] = (targets & modules) - {module_of(name)}
+    return found
+
+
+def test_only_few_places_import_vllm_and_only_the_quantizer_llmcompressor():
     files = python_files(*PACKAGES)
     assert any(one.is_in("vllm") for name in files for one in files[name])
     for name, found in files.items():
@@ -106,20 +187,34 @@ def test_only_the_adapter_imports_vllm_and_only_the_quantizer_llmcompressor():
             assert not one.is_in("llmcompressor") or name.startswith(LLMCOMPRESSOR_AT), (name, one)
 
 
-def test_nothing_but_the_entry_points_imports_the_adapter_and_they_do_it_late():
-    files = python_files(*PACKAGES)
-    reached = set()
-    for name, found in files.items():
+def test_imports_point_one_way():
+    rooms = {(room_of(one), room_of(other)) for one, all_ in arrows().items() for other in all_}
+    assert not [
+        arrow for arrow in rooms if arrow[0] != arrow[1] and arrow[1] not in ARROWS[arrow[0]]
+    ]
+
+
+def test_modules_import_no_circle():
+    """Not even late, inside of functions."""
+    waiting = arrows()
+    while waiting:
+        free = {module for module, needed in waiting.items() if not needed & waiting.keys()}
+        assert free, sorted(waiting)
+        waiting = {module: needed for module, needed in waiting.items() if module not in free}
+
+
+def test_what_needs_vllm_is_imported_late():
+    for name, found in python_files(*PACKAGES).items():
         for one in found:
-            if one.is_in("vllm_qoq.serving") and not name.startswith(VLLM_AT):
-                assert name in HAND_OVER and one.is_lazy, (name, one)
-                reached.add(name)
-    assert reached == set(HAND_OVER)
+            needs_vllm = one.is_in("vllm_qoq.serving") or (
+                one.is_in("vllm_qoq.tuner.vllm_engine") or one.is_in("vllm_qoq.bench.perplexity")
+            )
+            assert not needs_vllm or name.startswith(VLLM_AT) or one.is_lazy, (name, one)
 
 
 def test_nothing_imports_examples_and_only_tests_import_tests():
     modules = {
-        folder: {folder, *(path.stem for path in (ROOT / folder).glob("*.py"))}
+        folder: {folder, *(path.stem for path in (ROOT / folder).rglob("*.py"))}
         for folder in ("tests", "examples")
     }
     for name, found in python_files("").items():
@@ -144,7 +239,7 @@ def test_tracked_files_are_small():
 
 
 def test_the_longest_test_files_are_there():
-    assert not [name for name in LONGEST_FIRST if not (ROOT / "tests" / name).exists()]
+    assert not [name for name in LONGEST_FIRST if not list((ROOT / "tests").rglob(name))]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -317,7 +317,7 @@ def checkpoint(tmp_path):
 @pytest.fixture
 def run(monkeypatch, capfd):
     """run(ENGINE, ARGUMENTS...): exit code, stdout, stderr. Without an engine, none may start."""
-    monkeypatch.setattr(device, "check", lambda methods: None)
+    monkeypatch.setattr(device, "check_sets", lambda methods: None)
     monkeypatch.setattr(device, "check_consent", lambda **asked: None)
     monkeypatch.setattr(device, "name", lambda: "Some GPU")
     monkeypatch.setattr(command, "stdout_for", lambda file: contextlib.nullcontext(sys.stdout))
@@ -676,7 +676,7 @@ def test_a_missing_folder_or_package_is_named(run, tmp_path, monkeypatch, checkp
     monkeypatch.undo()
     monkeypatch.setattr(device, "find_spec", lambda name: None)
     with pytest.raises(TuneError, match=r"vLLM is not installed.*pip install 'vllm-qoq\[vllm\]'"):
-        device.check({"w8a8": "compressed-tensors"})
+        device.check_sets({"w8a8": "compressed-tensors"})
 
 
 def test_sets_that_this_gpu_cannot_run_are_refused(monkeypatch):
@@ -684,8 +684,8 @@ def test_sets_that_this_gpu_cannot_run_are_refused(monkeypatch):
     monkeypatch.setattr("vllm_qoq.ops.linear.has_kernels", lambda device_type: False)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
     with pytest.raises(TuneError, match=r"set 'w4a8' .*no CUDA kernels.*VLLM_QOQ_CUDA=1 pip"):
-        device.check({"w8a8": "compressed-tensors", "w4a8": "qoq_linear"})
-    device.check({"w8a8": "compressed-tensors"})
+        device.check_sets({"w8a8": "compressed-tensors", "w4a8": "qoq_linear"})
+    device.check_sets({"w8a8": "compressed-tensors"})
 
 
 # In vLLM

@@ -53,14 +53,16 @@ def add_parser(commands: Commands[Parser]) -> None:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from merge_tools.job import merge
     from merge_tools.sources import parse_sources
 
     folders = parse_sources(args.sources)
+    routing = _routing(args, list(folders))
+    from merge_tools.job import merge
+
     merged = merge(
         folders,
         args.output,
-        _routing(args, list(folders)),
+        routing,
         nest=args.nest,
         max_clipped=args.max_clipped,
         dtype=args.dtype,

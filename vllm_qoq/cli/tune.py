@@ -74,7 +74,7 @@ def _tune(args: argparse.Namespace) -> int:
     def check() -> None:
         from vllm_qoq.tuner import device
 
-        device.check_sets(target.section)
+        device.check_sets(target.methods)
         device.check_consent(writes=not args.dry_run, on_cpu=args.on_cpu)
 
     def work() -> measurement.Finished:

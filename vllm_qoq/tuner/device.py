@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 from vllm_qoq import environment
-from vllm_qoq.checkpoint.format import QOQ_LINEAR, Section
+from vllm_qoq.checkpoint.format import QOQ_LINEAR
 from vllm_qoq.tuner import TuneError
 from vllm_qoq.tuner.measurements import PREFILL_TOKENS, Key
 from vllm_qoq.version import __version__
@@ -39,15 +39,15 @@ def name() -> str:
     return f"{_processor()}, {len(os.sched_getaffinity(0))} threads"
 
 
-def check_sets(section: Section) -> None:
-    """Raise TuneError where an engine with the sets of the checkpoint cannot start."""
+def check_sets(methods: Mapping[str, str]) -> None:
+    """Raise TuneError where an engine with these sets (name -> quant_method) cannot start."""
     if find_spec("vllm") is None:
         raise TuneError("vLLM is not installed; install it: pip install 'vllm-qoq[vllm]'")
     import torch
 
     from vllm_qoq import ops
 
-    of_ours = [n for n, config in section.sets.items() if config["quant_method"] == QOQ_LINEAR]
+    of_ours = [set_name for set_name, method in methods.items() if method == QOQ_LINEAR]
     if of_ours and torch.cuda.is_available() and not ops.has_kernels("cuda"):
         raise TuneError(
             f"set {of_ours[0]!r} is measured, too, and {ops.missing_kernels()}; or tune where the "

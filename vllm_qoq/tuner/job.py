@@ -81,7 +81,7 @@ def tune(
     check_max_batch(max_batch)
     target = Target.open(Path(checkpoint), will_write=not dry_run)
     kept = target.layers_to_keep(keep_first, keep_sensitive)
-    device.check_sets(target.section)
+    device.check_sets(target.methods)
     device.check_consent(writes=not dry_run, on_cpu=on_cpu)
     request = Request(
         prefer=prefer,

@@ -32,6 +32,11 @@ class Target:
     order: tuple[str, ...]
     digest: str
 
+    @property
+    def methods(self) -> dict[str, str]:
+        """Set -> its quant_method."""
+        return {name: config["quant_method"] for name, config in self.section.sets.items()}
+
     @classmethod
     def open(cls, folder: Path, will_write: bool) -> Target:
         """Read config.json; an error of the user names the remedy."""
