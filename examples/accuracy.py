@@ -106,23 +106,35 @@ def table(rows: list[Row]) -> str:
 
 def plot(rows: list[Row], path: Path) -> None:
     """Distance from the float model per row."""
-    import matplotlib
+    from vllm_qoq import plots
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    base, caches = rows[0]["kv16"], ("kv16", "kv4")
 
-    base, labels = rows[0]["kv16"], [f"{row['version']}: {row['set']}" for row in rows[1:]]
-    figure, axes = plt.subplots(figsize=(9, 0.4 * len(labels) + 1.5))
-    for offset, key, colour in ((0.2, "kv16", "tab:blue"), (-0.2, "kv4", "tab:orange")):
-        places = [len(labels) - i + offset for i in range(len(labels))]
-        values = [100 * (row[key] / base - 1) for row in rows[1:]]
-        axes.barh(places, values, height=0.38, label=key.upper(), color=colour)
-    axes.set_yticks([len(labels) - i for i in range(len(labels))], labels)
-    axes.set_xlabel("perplexity above the float model's, %")
-    axes.set_xlim(0, 15)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    def added(row: Row, kv: str) -> float:
+        return 100 * (row[kv] / base - 1)
+
+    bars = [
+        (
+            f"{row['version']} {row['set'].upper()}".rstrip(),
+            [
+                plots.Bar(added(row, kv), f"{added(row, kv):+.2f} %", plots.METHODS[kv].colour)
+                for kv in caches
+            ],
+        )
+        for row in rows
+    ]
+    chosen = [row["version"] == "QoQ" and row["set"] == "w4a8" for row in rows]
+    place = chosen.index(True) if any(chosen) else len(rows) - 1
+    less, more = (added(rows[place], kv) for kv in caches)
+    figure = plots.figure(
+        f"{bars[place][0]} adds {less:.2f} % to the perplexity, {more:.2f} % with a 4-bit KV cache",
+        "Perplexity over that of the float model with a 16-bit cache; 4-bit caches simulated.",
+        height=1 + 0.4 * len(rows),
+    )
+    largest = max(bar.value for _, found in bars for bar in found)
+    plots.cut_bars(figure.subplots(), bars, min(max(largest, 1), 10), "perplexity added, %")
+    plots.colour_names(figure, caches)
+    plots.save(figure, path)
 
 
 def save(rows: list[Row], folder: Path) -> None:

@@ -104,19 +104,24 @@ def table(results, rates):
 
 
 def plot(results, rates, path):
-    """TTFT and TPOT over the request rate."""
-    from matplotlib.figure import Figure
+    """TPOT and TTFT at every request rate."""
+    from vllm_qoq import plots
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    metrics = ("median_ttft_ms", "median_tpot_ms")
-    for axes, metric in zip(figure.subplots(1, 2), metrics, strict=True):
-        for name, found in results.items():
-            line = [found["rates"][str(rate)][metric] for rate in rates]
-            axes.plot(rates, line, "o-", label=name)
-        axes.set(xlabel="requests a second", ylabel=f"{METRICS[metric]}, ms, median", yscale="log")
-        axes.grid(alpha=0.3)
-    figure.axes[0].legend()
-    figure.savefig(path, dpi=110)
+    columns = []
+    for metric in ("median_tpot_ms", "median_ttft_ms"):
+        for rate in rates:
+            values = {name: found["rates"][str(rate)][metric] for name, found in results.items()}
+            columns.append(plots.Column(f"{METRICS[metric]}, {rate:g} requests/s", "ms", values))
+    tokens = columns[len(rates) - 1].values  # at the last rate
+    best, *others = sorted(tokens, key=tokens.__getitem__)
+    title = f"A token takes {tokens[best]:.2f} ms with {best}, at {rates[-1]:g} requests a second"
+    if others:
+        faster = plots.speed(tokens[others[0]] / tokens[best], others[0])
+        title = f"At {rates[-1]:g} requests a second {best} generates {faster}"
+    subtitle = "Medians of the time per token (TPOT) and to the first token (TTFT)."
+    figure = plots.figure(title, subtitle, height=0.8 + 0.7 * len(results))
+    plots.bars(figure, columns, per_row=len(rates))
+    plots.save(figure, path)
 
 
 def checkpoint(text):

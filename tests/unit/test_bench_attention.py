@@ -14,7 +14,7 @@ from bench_units import bench_command, cells
 from conftest import ROOT
 from torch.overrides import TorchFunctionMode
 
-from vllm_qoq import ops
+from vllm_qoq import ops, plots
 from vllm_qoq.bench import (
     BenchError,
     attention_kernels,
@@ -188,6 +188,16 @@ def test_plot_takes_what_was_measured(tmp_path, kernels, without):
     pytest.importorskip("matplotlib")
     attention_plot.save(made_up(kernels, without=without), tmp_path / "attention.png")
     assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("slower, said", [(1, "is 3.00x as fast as"), (6, "slower than")])
+def test_the_title_of_the_plot_states_the_ratio_also_when_we_lose(slower, said):
+    pytest.importorskip("matplotlib")
+    found = made_up()
+    for times in found.seconds.values():
+        times["qoq-kv4"] *= slower
+    drawn = attention_plot.figure(found, attention_plot.ratios(found))
+    assert said in plots.title_of(drawn)
 
 
 # The command

@@ -13,7 +13,7 @@ from bench_units import bench_command, cells
 from conftest import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vllm_qoq import ops
+from vllm_qoq import ops, plots
 from vllm_qoq.bench import BenchError, measure, peers, plot, report, result, roofline
 from vllm_qoq.bench.attempts import Attempts
 from vllm_qoq.bench.cases import KERNELS, OURS, PEERS, SHAPES, TIMED_TOKENS, Case
@@ -137,6 +137,18 @@ def test_plot_takes_what_was_measured(tmp_path, kernels, without):
     pytest.importorskip("matplotlib")
     plot.save(made_up(kernels, without=without), tmp_path / "gemm.png")
     assert (tmp_path / "gemm.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "slower, said",
+    [(0.5, "is 2.40x as fast as the"), (1.2, "(1.00x)"), (1.5, "is slower than the")],
+)
+def test_the_title_of_the_plot_states_the_ratio_also_when_we_lose(slower, said):
+    pytest.importorskip("matplotlib")
+    found = made_up()
+    for times in found.seconds.values():
+        times["qoq-g128"] *= slower
+    assert said in plots.title_of(plot.figure(found, plot.ratios(found)))
 
 
 # The command

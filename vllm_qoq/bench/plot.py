@@ -1,79 +1,113 @@
-"""The result as a picture: how far every kernel is from the roof, layer by layer."""
+"""The result as a picture: how much faster ours is, and how far every kernel is from the limit."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_qoq import plots
 from vllm_qoq.bench.cases import OURS, Case
-from vllm_qoq.bench.result import Result
-from vllm_qoq.bench.roofline import INT8_RATE, floor_seconds, operations
+from vllm_qoq.bench.result import Result, speedups
+from vllm_qoq.bench.roofline import INT8_RATE, floor_seconds
 
 _COLUMNS = 2
-_ROOF = "qoq-g128"
-# Kernel -> colour, line and marker.
-_STYLES = {
-    "qoq-g128": ("tab:red", "o-"),
-    "qoq-channel": ("tab:orange", "o-"),
-    "qoq-nested": ("tab:brown", "D-"),
-    "humming-g128": ("tab:blue", "s--"),
-    "cutlass-int8": ("tab:green", "^--"),
-    "cublas-bf16": ("tab:gray", "v:"),
+_LIMIT = "qoq-g128"
+_PEER = "the best other 8-bit kernel"
+# Kernel -> line and marker.
+_LINES = {
+    "cublas-bf16": "v:",
+    "humming-g128": "s--",
+    "cutlass-int8": "^--",
+    "qoq-nested": "D-",
+    "qoq-channel": "o-",
+    "qoq-g128": "o-",
 }
-_BEST_RIVAL = ("black", ".:")
 
 
 def save(result: Result, path: Path) -> None:
-    """A panel per layer: TOPS over M under the roof of memory and of int8 tensor cores."""
-    from matplotlib.figure import Figure
+    """Write the picture as a PNG."""
+    plots.save(figure(result, ratios(result)), path)
 
+
+def figure(result: Result, ratios: Mapping[int, float]) -> Any:
+    """The ratios to the best peer, and a panel per layer: times over M, in those of the limit.
+
+    ratios  of `ratios`, or what a report says
+    """
     layers = list(zip(*map(result.cases, result.tokens), strict=True))
     rows = math.ceil(len(layers) / _COLUMNS)
-    figure = Figure(figsize=(6.2 * _COLUMNS, 4.2 * rows), layout="constrained")
-    panels = figure.subplots(rows, _COLUMNS, squeeze=False).flat
-    for axes, cases in zip(panels, layers, strict=True):
-        _panel(axes, result, list(cases))
-    figure.suptitle(
-        f"W4A8 GEMM, {result.model}, {result.device}\n"
-        f"roof: {result.copy_rate / 1e12:.2f} TB/s (copy), "
-        f"{INT8_RATE / 1e12:.0f} TOPS (int8, measured on an H200), weights of {OURS[_ROOF]} bits"
+    drawn = plots.figure(
+        _title(ratios),
+        f"GEMMs of {result.model} on one {result.device}. The limit of W4A8 on this card: weights "
+        f"of {OURS[_LIMIT]} bits, inputs and outputs at {result.copy_rate / 1e12:.2f} TB/s (a "
+        f"copy), or {INT8_RATE / 1e12:.0f} TOPS (int8, measured on an H200).",
+        height=2.7 * rows + (2.1 if ratios else 0.3),
     )
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
-    figure.savefig(path, dpi=110)
-
-
-def _panel(axes: Any, result: Result, cases: list[Case]) -> None:
-    ends = cases[0].m, cases[-1].m
-    steps = sorted({*ends, *(round(2 ** (i / 8)) for i in range(160))})
-    under = [cases[0]._replace(m=m) for m in steps if ends[0] <= m <= ends[1]]
-    roof = [floor_seconds(_ROOF, case, result.copy_rate) for case in under]
-    _line(axes, under, list(roof), "roof", "tab:purple", "-")
-    for name, (colour, style) in _STYLES.items():
-        if name in result.kernels:
-            times = [result.seconds[case].get(name) for case in cases]
-            _line(axes, cases, times, name, colour, style)
-    rivals = [result.best_rival(case) for case in cases]
-    _line(axes, cases, rivals, "best W4A8 or W8A8 peer", *_BEST_RIVAL)
-    axes.set(
-        title=f"{cases[0].layer}, N={cases[0].n} K={cases[0].k}",
-        xscale="log",
-        yscale="log",
-        xlabel="M (tokens)",
-        ylabel="TOPS",
+    shapes = [1.7] * bool(ratios) + [2.7] * rows
+    grid = drawn.add_gridspec(len(shapes), _COLUMNS, height_ratios=shapes)
+    if ratios:
+        _bars(drawn.add_subplot(grid[0, :]), ratios)
+    names = [name for name in _LINES if name in result.kernels]
+    for place, cases in enumerate(layers):
+        row, column = divmod(place, _COLUMNS)
+        axes = drawn.add_subplot(grid[row + bool(ratios), column])
+        _panel(axes, result, cases, names, is_first=column == 0)
+    handles, _ = drawn.axes[-1].get_legend_handles_labels()
+    drawn.legend(
+        handles=handles, loc="outside lower center", ncols=4, fontsize=plots.SMALL, frameon=False
     )
-    axes.minorticks_off()
-    axes.set_xticks([case.m for case in cases], [str(case.m) for case in cases])
-    axes.grid(alpha=0.3)
+    return drawn
 
 
-def _line(
-    axes: Any, cases: list[Case], seconds: list[float | None], label: str, colour: str, style: str
+def ratios(result: Result) -> dict[int, float]:
+    """Tokens -> time of the best peer over ours, where all layers have both."""
+    found = speedups(result).get("best W4A8 or W8A8 peer", ())
+    return {m: ratio for m, ratio in zip(result.tokens, found, strict=False) if ratio is not None}
+
+
+def _title(ratios: Mapping[int, float]) -> str:
+    if not ratios:
+        return "Times of the kernels beside the limit of the card"
+    places = {f"at M={m}": ratio for m, ratio in ratios.items()}
+    return f"Our W4A8 GEMM is {plots.speed_range(places, _PEER)}"
+
+
+def _bars(axes: Any, ratios: Mapping[int, float]) -> None:
+    for place, ratio in enumerate(ratios.values()):
+        colour = plots.METHODS[_LIMIT].colour if ratio >= 1 else plots.GREY
+        axes.bar(place, ratio, color=colour, width=0.7)
+        axes.text(
+            place, ratio + 0.03, plots.times(ratio), ha="center", va="bottom", color=colour,
+            size=plots.SMALL + 1, weight="bold",
+        )  # fmt: skip
+    axes.axhline(1, color=plots.INK, linewidth=1)
+    axes.set_xticks(range(len(ratios)), list(map(str, ratios)))
+    axes.set(ylim=(0, 1.2 * max(*ratios.values(), 1)), yticks=[0, 1], xlabel="M (tokens)")
+    axes.set_ylabel("speed, best other = 1")
+    plots.panel_title(
+        axes, "W4A8, ours, against the fastest other W4A8 or W8A8 kernel, mean of the layers"
+    )
+    plots.tidy(axes)
+
+
+def _panel(
+    axes: Any, result: Result, cases: Sequence[Case], names: Sequence[str], is_first: bool
 ) -> None:
     """A missing time interrupts the line."""
-    rates = [
-        operations(case) / time / 1e12 if time else math.nan
-        for case, time in zip(cases, seconds, strict=True)
-    ]
-    axes.plot([case.m for case in cases], rates, style, color=colour, label=label, markersize=4)
+    floors = [floor_seconds(_LIMIT, case, result.copy_rate) for case in cases]
+    sizes = [case.m for case in cases]
+    shown = []
+    for name in names:
+        seconds = [result.seconds[case].get(name, math.nan) for case in cases]
+        line = [time / floor for time, floor in zip(seconds, floors, strict=True)]
+        found = plots.METHODS[name]
+        axes.plot(sizes, line, _LINES[name], color=found.colour, label=found.label, markersize=4)
+        shown += line
+    axes.axhline(1, color=plots.INK, linewidth=1.2, linestyle="-.", label="limit of the card")
+    plots.sizes_axis(axes, sizes, "M (tokens)")
+    plots.values_axis(axes, [*shown, 1], "time / limit" if is_first else "")
+    plots.panel_title(axes, f"{cases[0].layer}, N={cases[0].n} K={cases[0].k}")
+    axes.grid(axis="y", alpha=0.25)
+    plots.tidy(axes)

@@ -6,65 +6,83 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_qoq import plots
 from vllm_qoq.errors import printable
+from vllm_qoq.routing.table import Routing
 from vllm_qoq.tuner.job import Outcome
-
-_COLOURS = ("tab:blue", "tab:red", "tab:green", "tab:orange", "tab:purple", "tab:brown")
 
 
 def save(outcome: Outcome, path: Path) -> None:
-    """Decode and prefill side by side; the background has the colour of the chosen set."""
-    from matplotlib.figure import Figure
+    """Write the picture as a PNG."""
+    plots.save(figure(outcome), path)
 
-    estimates = outcome.measured.estimates()
-    colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(outcome.measured.sets)}
-    figure = Figure(figsize=(12.4, 4.8), layout="constrained")
-    decode, prefill = figure.subplots(1, 2)
+
+def figure(outcome: Outcome) -> Any:
+    """Decode and prefill side by side; the background has the colour of the chosen set."""
+    estimates, names = outcome.measured.estimates(), outcome.measured.sets
+    styles = {name: plots.method(name, names)._replace(label=name) for name in names}
+    model = printable(outcome.folder.resolve().name)
+    drawn = plots.figure(
+        _title(estimates.decode, outcome.routing),
+        f"Linear layers of {model}, {printable(outcome.measured.key.device)}. "
+        f"Chosen by --prefer {outcome.request.prefer} (background): {_words(outcome.routing)}.",
+        height=3.6,
+    )
+    decode, prefill = drawn.subplots(1, 2)
     steps = {b: {n: 1e3 * s for n, s in row.items()} for b, row in estimates.decode.items()}
     tokens = {m: {n: 1e6 * s / m for n, s in row.items()} for m, row in estimates.prefill.items()}
-    _lines(decode, steps, colours, "milliseconds a step", "batch")
-    _lines(prefill, tokens, colours, "microseconds a token", "tokens of a prefill step")
-    _shade(decode, outcome, colours)
-    prefill.set_facecolor((colours[outcome.routing.prefill], 0.1))
-    figure.suptitle(
-        f"Linear layers of {printable(outcome.folder.resolve().name)}, "
-        f"{printable(outcome.measured.key.device)}\n"
-        f"background: chosen by --prefer {outcome.request.prefer}"
-    )
-    handles, labels = decode.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6)
-    figure.savefig(path, dpi=110)
+    _lines(decode, steps, styles, "ms a step", "batch")
+    _lines(prefill, tokens, styles, "us a token", "tokens of a prefill step")
+    _shade(decode, outcome.routing, styles)
+    prefill.set_facecolor((styles[outcome.routing.prefill].colour, 0.1))
+    plots.panel_title(decode, "generation")
+    plots.panel_title(prefill, "prompts")
+    return drawn
+
+
+def _title(decode: Mapping[int, Mapping[str, float]], routing: Routing) -> str:
+    """How the set of the smallest step compares with the fastest other one there."""
+    batch, row = next(iter(decode.items()))
+    chosen = next(r.set_name for r in routing.decode if r.max_batch is None or batch <= r.max_batch)
+    others = [name for name in row if name != chosen]
+    if not others:
+        return f"Every step runs in {chosen}"
+    other = min(others, key=row.__getitem__)
+    return f"At batch {batch} {chosen} is {plots.speed(row[other] / row[chosen], other)}"
+
+
+def _words(routing: Routing) -> str:
+    rows = [
+        f"{row.set_name} beyond" if row.max_batch is None else f"{row.set_name} to {row.max_batch}"
+        for row in routing.decode
+    ]
+    if len(rows) == 1:
+        rows = [routing.decode[0].set_name]
+    return f"generation {', '.join(rows)}; prompts {routing.prefill}"
 
 
 def _lines(
     axes: Any,
     values: Mapping[int, Mapping[str, float]],
-    colours: Mapping[str, str],
+    styles: Mapping[str, plots.Method],
     unit: str,
     size: str,
 ) -> None:
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    for name, colour in colours.items():
+    for name, style in styles.items():
         line = [row[name] for row in values.values()]
-        axes.plot(list(values), line, "o-", color=colour, label=name, markersize=4)
-    axes.set(xscale="log", yscale="log", xlabel=size, ylabel=unit)
-    powers = [m for m in values if m & (m - 1) == 0]
-    axes.set_xticks(powers, [str(m) for m in powers])
-    axes.set_xticks([], minor=True)
-    # Plain numbers; on less than a decade, minor ticks are the only ones.
-    numbers = [seconds for row in values.values() for seconds in row.values()]
-    is_narrow = max(numbers) < 10 * min(numbers)
-    plain = FuncFormatter(lambda value, _: f"{value:.3g}")
-    axes.yaxis.set_major_formatter(plain)
-    axes.yaxis.set_minor_formatter(plain if is_narrow else NullFormatter())
-    axes.grid(alpha=0.3)
+        axes.plot(list(values), line, "o-", color=style.colour, markersize=4)
+    plots.sizes_axis(axes, list(values), size)
+    plots.values_axis(axes, [s for row in values.values() for s in row.values()], unit)
+    axes.grid(axis="y", alpha=0.25)
+    plots.tidy(axes)
+    last, row = max(values.items())
+    plots.end_labels(axes, [(last, row[name], style) for name, style in styles.items()])
 
 
-def _shade(axes: Any, outcome: Outcome, colours: Mapping[str, str]) -> None:
+def _shade(axes: Any, routing: Routing, styles: Mapping[str, plots.Method]) -> None:
     limits = left, right = axes.get_xlim()
-    for row in outcome.routing.decode:
-        end = right if row.max_batch is None else row.max_batch
-        axes.axvspan(left, end, color=colours[row.set_name], alpha=0.1, linewidth=0)
+    for row in routing.decode:
+        end = right if row.max_batch is None else min(row.max_batch, right)
+        axes.axvspan(left, end, color=styles[row.set_name].colour, alpha=0.1, linewidth=0)
         left = end
     axes.set_xlim(limits)

@@ -1,0 +1,369 @@
+"""Draw all pictures of this folder from the numbers in `data`.
+
+    python docs/measurements/draw.py [-o FOLDER]
+
+Every CSV says on which page its numbers stand and which command measured them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from vllm_qoq import plots
+from vllm_qoq.bench import attention_plot
+from vllm_qoq.bench import plot as gemm_plot
+from vllm_qoq.bench.attention_cases import Decode, Heads
+from vllm_qoq.bench.attention_result import AttentionResult
+from vllm_qoq.bench.cases import Case
+from vllm_qoq.bench.result import Result
+from vllm_qoq.plots import Bar, Column
+
+HERE = Path(__file__).resolve().parent
+CARD, COPY_RATE = "NVIDIA H200", 4.29e12
+LLAMA_8B = f"Llama-3-8B (dummy weights), one {CARD}, vLLM 0.26.0"
+STEPS = ("step 1", "step 16", "step 64", "step 256")
+Row = dict[str, str]
+
+
+def read(name: str) -> list[Row]:
+    """The rows of data/NAME.csv, without its comments."""
+    with (HERE / "data" / f"{name}.csv").open() as file:
+        return list(csv.DictReader(line for line in file if not line.startswith("#")))
+
+
+def numbers(row: Row, *but: str) -> dict[str, float]:
+    """Every column of a row but those, as numbers."""
+    return {key: float(value) for key, value in row.items() if key not in but}
+
+
+def batch(step: str) -> str:
+    """ "step 1" in words."""
+    size = step.removeprefix("step ")
+    return "1 request" if size == "1" else f"{size} requests"
+
+
+def at(step: str) -> str:
+    """ "step 1" as a place in a title."""
+    return f"at batch {step.removeprefix('step ')}"
+
+
+def headline() -> Any:
+    """How many times as fast W4A8 is as the best of vLLM's own formats."""
+    rows = {row["number"]: numbers(row, "number", "unit") for row in read("steps_8b")}
+    ours = ("w4a8", "w4a8-head8")
+    best = {
+        key: min((row[name], name) for name in row if name not in ours) for key, row in rows.items()
+    }
+    ratios = {at(key): best[key][0] / rows[key]["w4a8"] for key in STEPS}
+    drawn = plots.figure(
+        f"W4A8 generates {plots.speed_range(ratios, 'the best of vLLM')}",
+        f"{LLAMA_8B}, bf16 KV cache.\nSpeed of a step, which generates a token for every request, "
+        "and of reading prompts. The best of vLLM's W8A8, fp8 and W4A16 is 1.",
+        height=3.6,
+    )
+    axes = drawn.subplots()
+    for place, key in enumerate(rows):
+        for i, name in enumerate(ours):
+            ratio, x = best[key][0] / rows[key][name], place + 0.4 * i - 0.2
+            colour = plots.METHODS[name].colour
+            axes.bar(x, ratio, width=0.37, color=colour)
+            axes.text(
+                x, ratio + 0.02, plots.times(ratio), ha="center", color=colour, weight="bold",
+                size=plots.SMALL + 1,
+            )  # fmt: skip
+    end = len(rows) - 0.5
+    axes.plot([-0.5, end], [1, 1], color=plots.INK, linewidth=1.2)
+    axes.text(end + 0.05, 1, "best of\nvLLM", va="center", size=plots.SMALL)
+    labels = []
+    for key, (value, name) in best.items():
+        unit = "s" if key == "prefill" else "ms"
+        what = "prompts" if key == "prefill" else batch(key)
+        theirs = f"{plots.METHODS[name].label} {value:.3f} {unit}"
+        labels.append(f"{what}\n{theirs}\nours {rows[key]['w4a8']:.3f} {unit}")
+    axes.set_xticks(range(len(rows)), labels)
+    axes.set(
+        xlim=(-0.5, end + 0.35),
+        ylim=(0, 1.75),
+        yticks=[0, 0.5, 1, 1.5],
+        ylabel="speed, best of vLLM = 1",
+    )
+    axes.yaxis.set_major_formatter(lambda value, _: plots.plain(value))
+    plots.tidy(axes)
+    axes.tick_params(axis="x", length=0)
+    plots.colour_names(drawn, ours)
+    return drawn
+
+
+def steps_8b() -> Any:
+    """Steps and prefill in all formats."""
+    rows = read("steps_8b")
+    ours = ("w4a8", "w4a8-head8")
+    columns, ratios = [], {}
+    for row in rows:
+        key, values = row["number"], numbers(row, "number", "unit")
+        best = min(value for name, value in values.items() if name not in ours)
+        notes = {name: plots.times(best / values[name]) for name in ours}
+        ratios[at(key) if key in STEPS else "in prefill"] = best / values["w4a8"]
+        columns.append(_column(key, row["unit"], values, notes))
+    drawn = plots.figure(
+        f"A W4A8 step is {plots.speed_range(ratios, 'the best other format')}",
+        f"{LLAMA_8B}, bf16 KV cache. Prompts: 256 of 1024 tokens.\n"
+        "Behind ours: time of the best other format / time of ours.",
+        height=2.5,
+    )
+    plots.bars(drawn, columns)
+    return drawn
+
+
+def _column(key: str, unit: str, values: Mapping[str, float], notes: Mapping[str, str]) -> Column:
+    if key in STEPS:
+        return Column(batch(key), f"{unit} a step", values, ".3f", notes)
+    return Column("prompts", f"{unit}, all prompts", values, ".3f", notes)
+
+
+def nested_8b() -> Any:
+    """The nested checkpoint beside W8A8 alone."""
+    columns, ratios = [], {}
+    for row in read("nested_8b"):
+        key, values = row["number"], numbers(row, "number", "unit")
+        ratio = values["w8a8"] / values["nested"]
+        columns.append(_column(key, row["unit"], values, {"nested": plots.times(ratio)}))
+        ratios[at(key) if key in STEPS else "in prefill"] = ratio
+    drawn = plots.figure(
+        f"One nested checkpoint is {plots.speed_range(ratios, 'W8A8')}",
+        f"{LLAMA_8B}, bf16 KV cache. Prompts: 256 of 1024 tokens.\n"
+        "W8A8 nested on W4A8 reads prompts in 8 bits and generates in 4. Behind ours: time of W8A8 "
+        "/ time of nested.",
+        height=1.5,
+    )
+    plots.bars(drawn, columns)
+    return drawn
+
+
+def kv_8b() -> Any:
+    """Steps and room with the KV cache in 4 bits."""
+    columns, ratios = [], {}
+    titles = {
+        "prompts": ("prompts", "s, all prompts", ".3f"),
+        "step": ("256 requests", "ms a step", ".3f"),
+        "tokens in 8 GiB": ("room in 8 GiB", "tokens", ".0f"),
+        "requests of 4096": ("room in 8 GiB", "requests of 4096 tokens", ".3f"),
+    }
+    for row in read("kv_8b"):
+        key, values = row["number"], numbers(row, "number", "unit")
+        is_time = bool(row["unit"])
+        ratio = values["fp8"] / values["kv4"]
+        ratios[key] = ratio if is_time else 1 / ratio
+        columns.append(
+            Column(*titles[key][:2], values, titles[key][2], {"kv4": plots.times(ratios[key])})
+        )
+    drawn = plots.figure(
+        f"With a 4-bit KV cache a step of 256 requests is {plots.speed(ratios['step'], 'with fp8')}"
+        f", and {plots.times(ratios['tokens in 8 GiB'])} as many tokens fit",
+        f"{LLAMA_8B}, bf16 weights.\n256 prompts of 1024 tokens, 512 new ones each. "
+        "Behind ours: speed or room over that with fp8.",
+        height=1.8,
+    )
+    plots.bars(drawn, columns, per_row=4)
+    return drawn
+
+
+def serving_8b() -> Any:
+    """A merged checkpoint beside each of its sets."""
+    columns, slower = [], {}
+    for row in read("serving_8b"):
+        values = numbers(row, "number", "uses")
+        slower[row["number"]] = 100 * (values["merged"] / values[row["uses"]] - 1)
+        note = {"merged": f"{slower[row['number']]:+.1f} %"}
+        columns.append(Column(row["number"], "ms", values, ".3f", note))
+    worst = max(slower, key=slower.__getitem__)
+    drawn = plots.figure(
+        f"Two sets in one checkpoint cost at most {slower[worst]:.1f} % over the set in use "
+        f"({worst})",
+        f"{LLAMA_8B.replace('dummy', 'random')}.\nTime to the first token (TTFT) of prompts of so "
+        "many tokens, and per further token (TPOT). Behind ours: time over that of the set in use, "
+        "W8A8 for prompts and batch 64, W4A16 for batches 1 and 16.",
+        height=4.6,
+    )
+    plots.bars(drawn, columns, per_row=3)
+    return drawn
+
+
+def online_8b() -> Any:
+    """Four checkpoints under load."""
+    rows = read("online_8b")
+    columns, less = [], []
+    for metric in ("TPOT", "TTFT", "TTFT 99 %"):
+        for row in rows:
+            if row["metric"] == metric:
+                values = numbers(row, "metric", "rate")
+                percent = 100 * (values["nested"] / values["w8a8"] - 1)
+                less += [-percent] if metric == "TPOT" else []
+                title = f"{metric}, {row['rate']} request{'s' * (row['rate'] != '1')}/s"
+                form = ".2f" if metric == "TPOT" else ".1f"
+                note = {"nested": f"{percent:+.0f} %"}
+                columns.append(Column(title, "ms", values, form, note))
+    weights = numbers(rows[-1], "metric", "rate")
+    more = 100 * (weights["nested"] / weights["w8a8"] - 1)
+    drawn = plots.figure(
+        f"Under load, nested takes {min(less):.0f} to {max(less):.0f} % less time a token than "
+        f"W8A8, with {more:.0f} % more memory for weights",
+        f"{LLAMA_8B}, bf16 KV cache, prompts of 2048 tokens, 128 new ones.\nMedian time per token "
+        "(TPOT), median and 99th percentile of the time to the first token (TTFT). Behind nested: "
+        f"time over that of W8A8. Weights: W8A8 {weights['w8a8']:.2f} GiB, W4A16 "
+        f"{weights['w4a16']:.2f}, two sets {weights['two-sets']:.2f}, nested "
+        f"{weights['nested']:.2f}.",
+        height=5.4,
+    )
+    plots.bars(drawn, columns, per_row=3)
+    return drawn
+
+
+def gemm_h200() -> Any:
+    """As `vllm-qoq bench gemm` draws it."""
+    rows = read("gemm_h200")
+    seconds: dict[Case, dict[str, float]] = {}
+    for row in rows:
+        for m, value in numbers(row, "layer", "n", "k", "kernel").items():
+            case = Case(row["layer"], int(row["n"]), int(row["k"]), int(m))
+            seconds.setdefault(case, {})[row["kernel"]] = 1e-6 * value
+    result = Result(
+        model="llama-3-8b",
+        device=CARD,
+        environment={},
+        copy_rate=COPY_RATE,
+        tokens=tuple(dict.fromkeys(case.m for case in seconds)),
+        kernels=tuple(dict.fromkeys(row["kernel"] for row in rows)),
+        seconds=seconds,
+        left_out=(),
+    )
+    ratios = next(row for row in read("gemm_h200_speed") if row["pair"].startswith("best"))
+    return gemm_plot.figure(result, {int(m): r for m, r in numbers(ratios, "pair").items()})
+
+
+def attention_h200() -> Any:
+    """As `vllm-qoq bench attention` draws it."""
+    rows = read("attention_h200")
+    seconds: dict[Decode, dict[str, float]] = {}
+    for row in rows:
+        for name, value in numbers(row, "kernel").items():
+            case = Decode(*map(int, name.split("x")))
+            seconds.setdefault(case, {})[row["kernel"]] = 1e-6 * value
+    result = AttentionResult(
+        heads=Heads(),
+        device=CARD,
+        environment={},
+        copy_rate=COPY_RATE,
+        cases=tuple(seconds),
+        kernels=tuple(row["kernel"] for row in rows),
+        seconds=seconds,
+        write_seconds={},
+        prefill_seconds={},
+        left_out=(),
+    )
+    pairs = [row for row in read("attention_h200_speed") if row["pair"].endswith("/ qoq-kv4")]
+    ratios = {case: min(float(row[str(case)]) for row in pairs) for case in seconds}
+    return attention_plot.figure(result, ratios)
+
+
+def accuracy(name: str, words: str, cut: float) -> Any:
+    """What each version of a set loses, with a 16-bit and a 4-bit cache."""
+    rows = read(name)
+    found = {(row["version"], row["set"]): row for row in rows}
+    ours, theirs = found["QoQ", "w4a8"], found["llmcompressor W4A16", ""]
+
+    def added(row: Row, kv: str) -> str:
+        return f"{row[f'{kv} %'].lstrip('+')} %"
+
+    bars = [
+        (
+            f"{row['version']}, {row['set'].upper()}".rstrip(", "),
+            [
+                Bar(
+                    float(row[f"{kv} %"] or 0), f"{row[f'{kv} %'] or 0} %", plots.METHODS[kv].colour
+                )
+                for kv in ("kv16", "kv4")
+            ],
+        )
+        for row in rows
+    ]
+    drawn = plots.figure(
+        f"{words}, W4A8 adds {added(ours, 'kv16')} to the perplexity, {added(ours, 'kv4')} with a "
+        f"4-bit KV cache; llmcompressor's W4A16 {added(theirs, 'kv16')} and {added(theirs, 'kv4')}",
+        f"Llama of 16 million parameters, bf16, one {CARD}.\nPerplexity over that of the float "
+        "model with a 16-bit cache, 4-bit caches simulated.",
+        height=5.4,
+    )
+    axes = drawn.subplots()
+    plots.cut_bars(axes, bars, cut, "perplexity added, %")
+    axes.get_yticklabels()[rows.index(ours)].set_weight("bold")
+    plots.colour_names(drawn, ("kv16", "kv4"))
+    return drawn
+
+
+def kv_accuracy_16m() -> Any:
+    """What the width of the KV cache costs, and what helps."""
+    found = {
+        (row["weights"], row["model"], row["kv cache"]): row["perplexity"]
+        for row in read("kv_accuracy_16m")
+    }
+    bars, added = [], {}
+    for (weights, model, cache), value in found.items():
+        if cache != "16 bits":
+            percent = 100 * (float(value) / float(found[weights, model, "16 bits"]) - 1)
+            added[weights, model, cache] = percent
+            where = model if weights == "float" else f"{model}, {weights}"
+            colour = plots.METHODS["kv8" if cache == "8 bits" else "kv4"].colour
+            form = "+.2f" if abs(percent) < 0.1 else "+.1f"
+            text = f"{percent:{form}} %  ({value})"
+            bars.append((f"{where}: {cache}", [Bar(percent, text, colour)]))
+    bars.sort(key=lambda bar: bar[0].startswith("outliers"))
+    plain = added["float", "as it is", "4 bits"]
+    rough, smooth = (
+        added[f"W8A8{smoothed}", "outliers", "4 bits"] for smoothed in ("", " + SmoothAttention")
+    )
+    drawn = plots.figure(
+        f"A 4-bit KV cache adds {plain:.1f} % to the perplexity; with outliers in the keys, "
+        f"SmoothAttention takes it from {rough:.1f} to {smooth:.1f} %",
+        "Llama of 16 million parameters, vLLM on a CPU, 16 tokens a step, so that all older ones "
+        "are read from the cache.\nPerplexity (in brackets) over that with a 16-bit cache. "
+        "Outliers are injected into single channels of K.",
+        height=3.5,
+    )
+    plots.cut_bars(drawn.subplots(), bars, 15.5, "perplexity added, %")
+    return drawn
+
+
+PICTURES: dict[str, Callable[[], Any]] = {
+    "headline": headline,
+    "steps_8b": steps_8b,
+    "nested_8b": nested_8b,
+    "kv_8b": kv_8b,
+    "serving_8b": serving_8b,
+    "online_8b": online_8b,
+    "gemm_h200": gemm_h200,
+    "attention_h200": attention_h200,
+    "accuracy_16m_plain": lambda: accuracy("accuracy_16m_plain", "Without outliers", 6),
+    "accuracy_16m_injected": lambda: accuracy("accuracy_16m_injected", "With outliers", 10),
+    "kv_accuracy_16m": kv_accuracy_16m,
+}
+
+
+def main() -> None:
+    """Draw everything."""
+    import matplotlib
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-o", "--output", type=Path, default=HERE, metavar="FOLDER")
+    args = parser.parse_args()
+    matplotlib.rcdefaults()  # whatever the user's own settings are
+    for name, draw in PICTURES.items():
+        plots.save(draw(), args.output / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,361 @@
+"""What all pictures share: a colour and a name per method, plain numbers, titles that say a result.
+
+Pictures are 8 inches wide, so that on a page of 800 pixels text has its size in points or more.
+matplotlib is imported only when a picture is drawn.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+WIDTH = 8.0  # inches
+DPI = 160
+SMALL = 9  # points
+_TITLE, _TITLE_CHARACTERS = 12.5, 68
+_SUBTITLE_CHARACTERS = 112
+_LINE = 1.35 / 72  # inches of a line, per point
+# A panel whose numbers differ by more than this has a logarithmic axis.
+_WIDE_RANGE = 20
+
+GREY = "#6e6e6e"
+INK = "#222222"
+_BLUE, _GREEN, _PURPLE = "#1f5fbf", "#0b8a5f", "#8e5bbf"
+_RED, _DARK_RED, _ORANGE, _TEAL = "#d62f1f", "#8f1d14", "#cc7700", "#1199b0"
+_PINK, _LIGHT_PINK, _OLIVE, _BROWN = "#9c0f5f", "#e0559f", "#7d8a1c", "#8a5a44"
+
+
+class Method(NamedTuple):
+    """How a method is called and drawn."""
+
+    label: str
+    colour: str
+    is_ours: bool = False
+
+
+METHODS = {
+    # Formats of weights and inputs.
+    "bf16": Method("bf16", GREY),
+    "fp8": Method("fp8", _BLUE),
+    "w8a8": Method("W8A8", _GREEN),
+    "w4a16": Method("W4A16", _PURPLE),
+    "w4a8": Method("W4A8, ours", _RED, True),
+    "w4a8-head8": Method("W4A8, ours,\nint8 lm_head", _DARK_RED, True),
+    "nested": Method("nested, ours", _ORANGE, True),
+    "two-sets": Method("two sets, ours", _TEAL, True),
+    "merged": Method("two sets, ours", _TEAL, True),
+    # Kernels of GEMMs.
+    "cublas-bf16": Method("bf16, cuBLAS", GREY),
+    "cutlass-fp8": Method("fp8, CUTLASS", _BLUE),
+    "cutlass-int8": Method("W8A8, CUTLASS", _GREEN),
+    "marlin-w4a16": Method("W4A16, Marlin", _PURPLE),
+    "machete-w4a16": Method("W4A16, Machete", _PURPLE),
+    "marlin-w4a8-int8": Method("W4A8, Marlin", _BROWN),
+    "cutlass-w4a8-fp8": Method("W4A8 fp8, CUTLASS", _BROWN),
+    "humming-g128": Method("W4A8, humming", _OLIVE),
+    "humming-channel": Method("W4A8 per channel, humming", _OLIVE),
+    "qoq-g128": Method("W4A8, ours", _RED, True),
+    "qoq-channel": Method("W4A8 per channel, ours", _DARK_RED, True),
+    "qoq-nested": Method("nested W8A8, ours", _ORANGE, True),
+    # KV caches.
+    "kv16": Method("16-bit KV cache", GREY),
+    "kv8": Method("8-bit KV cache", _LIGHT_PINK, True),
+    "kv4": Method("4-bit KV cache", _PINK, True),
+    "qoq-kv4": Method("4 bits, ours", _PINK, True),
+    "qoq-kv8": Method("8 bits, ours", _LIGHT_PINK, True),
+    "fa3-bf16": Method("bf16, FA3", GREY),
+    "fa3-fp8": Method("fp8, FA3", _BLUE),
+    "triton-int4": Method("int4, Triton", _OLIVE),
+    "turboquant-4bit": Method("TurboQuant", _BROWN),
+}
+_SPARE = (_BROWN, _OLIVE, _PINK, _BLUE, GREY, _LIGHT_PINK)
+
+
+def method(name: str, others: Sequence[str] = ()) -> Method:
+    """The method's entry; a name that nobody foresaw is its own label and has a spare colour.
+
+    others  all names of the picture, so that unforeseen ones get different colours
+    """
+    if name in METHODS:
+        return METHODS[name]
+    unknown = [other for other in others if other not in METHODS]
+    place = unknown.index(name) if name in unknown else 0
+    return Method(name, _SPARE[place % len(_SPARE)])
+
+
+# Words
+
+
+def plain(value: float) -> str:
+    """The number without an exponent: 0.5, 16, 65536."""
+    return f"{value:.6f}".rstrip("0").rstrip(".") if value % 1 else f"{value:.0f}"
+
+
+def times(ratio: float) -> str:
+    """A ratio at a point: 1.47x."""
+    return f"{ratio:.2f}x"
+
+
+def speed(ratio: float, peer: str) -> str:
+    """What our speed over the peer's means, also when we lose."""
+    if times(ratio) == times(1):
+        return f"as fast as {peer} (1.00x)"
+    if ratio > 1:
+        return f"{times(ratio)} as fast as {peer}"
+    return f"slower than {peer} ({times(ratio)} as fast)"
+
+
+def speed_range(ratios: Mapping[str, float], peer: str) -> str:
+    """The best and the worst of several ratios, each with its place.
+
+    ratios  place, "at batch 16" -> our speed over the peer's; not empty
+    """
+    best, worst = max(ratios, key=ratios.__getitem__), min(ratios, key=ratios.__getitem__)
+    if times(ratios[best]) == times(ratios[worst]):
+        return speed(ratios[best], peer)
+    text = f"{speed(ratios[best], peer)} {best}"
+    return f"{text}, {times(ratios[worst])} {worst}"
+
+
+# Figures
+
+
+def figure(title: str, subtitle: str, height: float) -> Any:
+    """A figure with the finding as its title and what was measured below it.
+
+    height  inches without the titles
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    titles = _balanced(title, _TITLE_CHARACTERS)
+    subtitles = [
+        line for part in subtitle.split("\n") for line in _balanced(part, _SUBTITLE_CHARACTERS)
+    ]
+    first, second = len(titles) * _TITLE * _LINE, len(subtitles) * SMALL * _LINE
+    margin = 0.1
+    whole = height + first + second + 2 * margin
+    room = ConstrainedLayoutEngine(rect=(0.01, 0.01, 0.98, height / whole - 0.01))
+    drawn = Figure(figsize=(WIDTH, whole), layout=room)
+    style: dict[str, Any] = {"va": "top", "linespacing": 1.2, "parse_math": False}
+    drawn.text(
+        margin / WIDTH, 1 - margin / whole, "\n".join(titles),
+        size=_TITLE, weight="bold", color=INK, **style,
+    )  # fmt: skip
+    top = 1 - (margin + first) / whole
+    drawn.text(margin / WIDTH, top, "\n".join(subtitles), size=SMALL, color=GREY, **style)
+    return drawn
+
+
+def _balanced(text: str, characters: int) -> list[str]:
+    """As few lines as fit, of about the same length; a number keeps its percent sign."""
+    text = text.replace(" %", "\N{NO-BREAK SPACE}%")
+    lines = textwrap.wrap(text, characters)
+    for width in range(characters - 1, 0, -1):
+        narrower = textwrap.wrap(text, width, break_long_words=False)
+        if len(narrower) > len(lines) or max(map(len, narrower)) > width:
+            break
+        lines = narrower
+    return lines
+
+
+def save(drawn: Any, path: Path) -> None:
+    """Write a PNG, equal for equal numbers and the same matplotlib."""
+    drawn.savefig(path, dpi=DPI, metadata={"Software": None})
+
+
+def title_of(drawn: Any) -> str:
+    """The finding that a figure states."""
+    return " ".join(drawn.texts[0].get_text().split())
+
+
+# Axes
+
+
+def tidy(axes: Any) -> None:
+    """A frame of two sides, and labels of one size."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=SMALL)
+    for part in (axes.xaxis.label, axes.yaxis.label):
+        part.set_size(SMALL)
+
+
+def panel_title(axes: Any, text: str) -> None:
+    """Above the left end."""
+    axes.set_title(text, loc="left", size=SMALL + 0.5, weight="bold", color=INK)
+
+
+def sizes_axis(axes: Any, values: Sequence[float], label: str) -> None:
+    """A horizontal axis of sizes, each doubling as wide; ticks stand where something was measured.
+
+    Of values closer than four times apart, the lower has the tick.
+    """
+    shown: list[float] = []
+    for value in sorted(values):
+        if not shown or value >= 4 * shown[-1]:
+            shown.append(value)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(shown, [plain(value) for value in shown])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel(f"{label} (log scale)")
+
+
+def values_axis(axes: Any, values: Sequence[float], label: str, may_be_log: bool = True) -> None:
+    """A vertical axis from 0, logarithmic and called so only where the range needs it."""
+    known = [value for value in values if value == value]
+    if not may_be_log or not known or max(known) <= _WIDE_RANGE * min(known):
+        axes.set_ylim(0, 1.08 * max(known, default=1))
+        axes.set_ylabel(label)
+        axes.yaxis.set_major_formatter(lambda value, _: plain(value))
+        return
+    low, high = min(known) / 1.25, max(known) * 1.25
+    axes.set_yscale("log")
+    axes.set_ylim(low, high)
+    ticks = log_ticks(low, high)
+    axes.set_yticks(ticks, [plain(value) for value in ticks])
+    axes.set_yticks([], minor=True)
+    axes.set_ylabel(f"{label} (log scale)")
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers within the limits, at most nine if a decade's own do."""
+    decades = [10.0**i for i in range(-6, 13)]
+    for steps in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [d * step for d in decades for step in steps if low <= d * step <= high]
+        if len(ticks) <= 9:
+            break
+    return [round(tick, 6) for tick in ticks]
+
+
+def end_labels(axes: Any, ends: Sequence[tuple[float, float, Method]], gap: float = 0.07) -> None:
+    """Names beside the ends (x, y) of lines, moved apart where they would overlap.
+
+    gap  the least distance of two names, of the height of the axes
+    """
+    to_axes = axes.transData + axes.transAxes.inverted()
+    places = sorted(
+        (float(to_axes.transform((x, y))[1]), drawn.label, drawn)
+        for x, y, drawn in ends
+        if y == y
+    )  # fmt: skip
+    heights: list[float] = []
+    for y, label, _ in places:
+        step = gap * (1 + label.count("\n") / 2)
+        heights.append(max(y, heights[-1] + step) if heights else y)
+    limit = 1.02
+    for i in reversed(range(len(heights))):
+        heights[i] = min(heights[i], limit)
+        limit = heights[i] - gap
+    for height, (_, label, drawn) in zip(heights, places, strict=True):
+        axes.text(
+            1.02, height, label, transform=axes.transAxes, va="center", color=drawn.colour,
+            size=SMALL, weight="bold" if drawn.is_ours else "normal", linespacing=1,
+            parse_math=False,
+        )  # fmt: skip
+
+
+class Column(NamedTuple):
+    """One number of every method: a panel of `bars`.
+
+    values  method -> value
+    form    of a value, as `format` takes it
+    notes   method -> text after the bar
+    """
+
+    title: str
+    unit: str
+    values: Mapping[str, float]
+    form: str = ".2f"
+    notes: Mapping[str, str] = {}
+
+
+def bars(drawn: Any, columns: Sequence[Column], per_row: int = 5) -> None:
+    """Panels of horizontal bars from 0, each with its own scale and the number on every bar."""
+    names = list(columns[0].values)
+    rows = -(-len(columns) // per_row)
+    panels = list(drawn.subplots(rows, per_row, squeeze=False).flat)
+    for place, axes in enumerate(panels):
+        if place < len(columns):
+            _bar_panel(axes, columns[place], names, has_names=place % per_row == 0)
+        else:
+            axes.set_axis_off()
+
+
+def _bar_panel(axes: Any, column: Column, names: Sequence[str], has_names: bool) -> None:
+    known = {name: value for name, value in column.values.items() if value == value}
+    # Room for the notes, which stand behind their bars.
+    width = max(v / (0.66 if n in column.notes else 1) for n, v in known.items())
+    for y, name in enumerate(names):
+        if name not in known:
+            continue
+        value, colour = known[name], method(name, names).colour
+        axes.barh(y, value, color=colour, height=0.74)
+        is_inside = value > 0.38 * width
+        text = format(value, column.form)
+        note = column.notes.get(name, "")
+        style = {"va": "center", "size": SMALL, "clip_on": False}
+        if is_inside:
+            axes.text(0.03 * width, y, text, color="white", weight="bold", **style)
+        else:
+            note = f"{text} {note}".rstrip()
+        axes.text(value + 0.03 * width, y, note, color=colour, weight="bold", **style)
+    axes.set(xlim=(0, width), ylim=(len(names) - 0.5, -0.5), xticks=[])
+    panel_title(axes, column.title)
+    axes.set_xlabel(column.unit, loc="left")
+    tidy(axes)
+    axes.spines["bottom"].set_visible(False)
+    labels = [method(name, names).label for name in names] if has_names else []
+    axes.set_yticks(range(len(names)) if has_names else [], labels)
+    axes.tick_params(axis="y", length=0)
+    for name, label in zip(names, axes.get_yticklabels(), strict=False):
+        label.set_color(method(name, names).colour)
+        label.set_weight("bold" if method(name, names).is_ours else "normal")
+
+
+class Bar(NamedTuple):
+    """A bar of `cut_bars`."""
+
+    value: float
+    text: str
+    colour: str
+
+
+def cut_bars(axes: Any, rows: Sequence[tuple[str, Sequence[Bar]]], cut: float, unit: str) -> None:
+    """Rows of horizontal bars from 0; a bar longer than `cut` is broken off and says its number."""
+    limit = 1.14 * cut
+    for place, (_, found) in enumerate(rows):
+        height = 0.8 / len(found)
+        for i, bar in enumerate(found):
+            y = place + (i - (len(found) - 1) / 2) * height
+            is_cut = bar.value > cut
+            length = cut if is_cut else bar.value
+            axes.barh(y, length, height=0.92 * height, color=bar.colour)
+            if is_cut:  # two white strokes through the end
+                for x in (0.955, 0.97):
+                    ends = ([x * cut, (x + 0.01) * cut], [y + height / 2, y - height / 2])
+                    axes.plot(*ends, color="white", linewidth=1.5)
+            start = max(length, 0) + 0.006 * limit
+            axes.text(start, y, bar.text, va="center", size=SMALL - 0.5, color=bar.colour)
+    axes.set(xlim=(min(0, *(b.value for _, f in rows for b in f)), limit))
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_yticks(range(len(rows)), [label for label, _ in rows])
+    axes.set_xlabel(unit)
+    axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= cut])
+    axes.xaxis.set_major_formatter(lambda value, _: plain(value))
+    tidy(axes)
+    axes.tick_params(axis="y", length=0)
+
+
+def colour_names(drawn: Any, names: Sequence[str]) -> None:
+    """One line below the picture that says which colour is what."""
+    from matplotlib.patches import Patch
+
+    handles = [
+        Patch(color=METHODS[name].colour, label=METHODS[name].label.replace("\n", " "))
+        for name in names
+    ]
+    drawn.legend(
+        handles=handles, loc="outside lower center", ncols=4, fontsize=SMALL, frameon=False
+    )
