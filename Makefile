@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint format clean
+.PHONY: help setup demo test test-gpu lint format docs clean
 
 help:  ## list the targets
 	@echo "vllm-qoq: make TARGET"
@@ -47,7 +47,10 @@ format: setup  ## apply ruff's formatter and its safe fixes
 	@$(VENV)/ruff check --fix .
 	@$(VENV)/ruff format .
 
+docs: setup  ## build the site of docs/ into site/; a warning is an error
+	@$(VENV)/python -m mkdocs build --strict
+
 clean:  ## remove what the other targets made, but .venv
-	@rm -rf demo-output build dist *.egg-info .ci/vllm-alias/build .ci/vllm-alias/*.egg-info
+	@rm -rf demo-output build dist site *.egg-info .ci/vllm-alias/build .ci/vllm-alias/*.egg-info
 	@rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

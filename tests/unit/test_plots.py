@@ -22,7 +22,7 @@ from vllm_qoq.routing.table import Routing
 from vllm_qoq.tuner import plot as tune_plot
 from vllm_qoq.tuner.measurements import Estimates
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MEASUREMENTS = ROOT / "docs" / "measurements"
 TABLES = sorted((MEASUREMENTS / "data").glob("*.csv"))
 POWER = re.compile(r"\^|\$|\d[eE][+-]?\d|[\u2070-\u209f\u00b2\u00b3\u00b9]")

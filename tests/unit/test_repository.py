@@ -1,11 +1,9 @@
-"""The rules that the repository keeps: who imports whom, what is tracked, what the README says."""
+"""The rules that the repository keeps: who imports whom, and what is tracked."""
 
 from __future__ import annotations
 
-import argparse
 import ast
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,12 +12,7 @@ from dataclasses import dataclass
 import pytest
 from conftest import LONGEST_FIRST, ROOT
 
-from vllm_qoq import ops
-from vllm_qoq.cli import main as cli
-
 MIB = 1 << 20
-PYPROJECT = (ROOT / "pyproject.toml").read_text()
-PAGES = ("README.md", *(f"examples/{page.name}" for page in (ROOT / "examples").glob("*.md")))
 
 PACKAGES = ("vllm_qoq/", "merge_tools/")
 # Within the packages, vLLM and llmcompressor are imported only there.
@@ -240,97 +233,6 @@ def test_tracked_files_are_small():
 
 def test_the_longest_test_files_are_there():
     assert not [name for name in LONGEST_FIRST if not list((ROOT / "tests").rglob(name))]
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_documented_extras_exist(page):
-    extras = set(re.findall(r"^(\w+) = \[", PYPROJECT.partition("optional-dependencies]")[2], re.M))
-    commands = [code for code in code_of(page) if "pip install" in code]
-    named = {
-        extra
-        for code in commands
-        for names in re.findall(r"\.\[([\w,]+)\]|vllm-qoq\[([\w,]+)\]", code)
-        for extra in "".join(names).split(",")
-    }
-    assert named <= extras
-    assert page != "README.md" or named == {"vllm", "quantize"}
-
-
-def test_the_readme_builds_kernels_as_the_refusals_say():
-    assert ops.BUILD in set(code_of("README.md"))
-
-
-def code_of(page: str) -> Iterator[str]:
-    """The pieces of code in a page: lines of indented and fenced blocks, and `inline` code."""
-    text = (ROOT / page).read_text().replace("\\\n", " ")
-    is_fenced = False
-    for line in text.splitlines():
-        if line.startswith("```"):
-            is_fenced = not is_fenced
-        elif is_fenced or line.startswith("    "):
-            yield line.strip()
-        else:
-            yield from re.findall(r"`([^`]+)`", line)
-
-
-COMMANDS = [
-    (page, code)
-    for page in PAGES
-    for code in code_of(page)
-    if re.match(r"(vllm-qoq|python -m merge_tools) [a-z]", code)
-]
-
-
-@pytest.mark.parametrize("page, command", COMMANDS)
-def test_documented_commands_parse(page, command, monkeypatch):
-    # [OPTIONAL] is given, of one|other the first, and "..." means nothing.
-    plain = re.sub(r"\|[\w.-]+|\.\.\.|[\[\]]", "", command)
-    arguments = shlex.split(plain.split(" #")[0])[1:]
-    if arguments[0] == "-m":
-        arguments = arguments[2:]
-    is_only_named = len(arguments) == 1
-    monkeypatch.setattr(sys, "argv", ["vllm-qoq", *arguments, *(["--help"] * is_only_named)])
-    parse_args = argparse.ArgumentParser.parse_args
-
-    def stop_after(*args):
-        raise SystemExit(f"parsed {parse_args(*args)}")
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop_after)
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert stopped.value.code == 0 or str(stopped.value.code).startswith("parsed"), page
-
-
-def test_the_readme_has_commands_to_check():
-    assert {command.split()[1] for page, command in COMMANDS if page == "README.md"} >= {
-        "merge",
-        "verify",
-        "inspect",
-        "perplexity",
-    }
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_documented_make_targets_exist(page):
-    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    named = {name for code in code_of(page) for name in re.findall(r"\bmake ([a-z]+)", code)}
-    assert named <= set(targets)
-    assert page != "README.md" or "test" in named
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_documented_files_exist(page):
-    text = (ROOT / page).read_text()
-    links = {
-        (ROOT / page).parent / link.partition("#")[0]
-        for link in re.findall(r"\]\((?!\w+:|#)([^)]+)\)", text)
-    }
-    folders = "vllm_qoq|merge_tools|tests|examples|csrc|\\.ci"
-    named = {
-        ROOT / name.rstrip(".") for name in re.findall(rf"(?<![\w/-])(?:{folders})/[\w./-]*", text)
-    }
-    assert named or page != "README.md"
-    assert not [str(path) for path in links | named if not path.exists()]
 
 
 @pytest.mark.parametrize(
