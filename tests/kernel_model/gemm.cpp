@@ -4,8 +4,8 @@
 // `schedule` lays out for real sizes is checked without a launch. It knows nothing of w4a8_gemm.cu:
 // the tensor maps are written a second time.
 #include "common/ptx.cuh"  // the model
-#include "w4a8_gemm_kernel.cuh"
-#include "w4a8_gemm_schedule.h"
+#include "gemm/w4a8_kernel.cuh"
+#include "gemm/w4a8_schedule.h"
 
 using namespace qoq::w4a8;
 

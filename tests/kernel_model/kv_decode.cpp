@@ -3,7 +3,7 @@
 //   the
 //                     same launch in another order of threads
 #include "common/mma.cuh"  // the model
-#include "kv_decode_kernel.cuh"
+#include "kv/decode_kernel.cuh"
 
 using namespace qoq::kv;
 

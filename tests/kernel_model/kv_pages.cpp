@@ -3,8 +3,8 @@
 //   quantization
 //                    in plain loops gives, or where what is read back is not what that stands for
 #include "common/mma.cuh"  // the model
-#include "kv_dequantize.cuh"
-#include "kv_write.cuh"
+#include "kv/dequantize.cuh"
+#include "kv/write.cuh"
 
 using namespace qoq::kv;
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/checks.h"
-#include "kv_page.h"
+#include "kv/page.h"
 
 namespace qoq::kv {
 

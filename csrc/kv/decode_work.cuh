@@ -1,7 +1,7 @@
 // Who computes what: the tiles of all sequences and KV heads in a row, cut into equal ranges.
 #pragma once
 
-#include "kv_decode_config.h"
+#include "kv/decode_config.h"
 
 namespace qoq::kv {
 

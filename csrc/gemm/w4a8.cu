@@ -10,8 +10,8 @@
 
 #include "common/checks.h"
 #include "ops.h"
-#include "w4a8_gemm_kernel.cuh"
-#include "w4a8_gemm_schedule.h"
+#include "gemm/w4a8_kernel.cuh"
+#include "gemm/w4a8_schedule.h"
 
 namespace qoq {
 namespace {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/ptx.cuh"
-#include "w4a8_gemm_config.h"
+#include "gemm/w4a8_config.h"
 
 namespace qoq::w4a8 {
 

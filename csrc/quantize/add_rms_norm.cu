@@ -1,6 +1,6 @@
 // Residual addition, RMSNorm and quantization of every token in one kernel.
 #include "ops.h"
-#include "quantize_rows.cuh"
+#include "quantize/rows.cuh"
 
 namespace qoq {
 namespace {

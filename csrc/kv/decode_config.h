@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "kv_page.h"
+#include "kv/page.h"
 
 namespace qoq::kv {
 

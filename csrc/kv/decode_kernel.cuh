@@ -5,8 +5,8 @@
 // w computes every kWarps-th tile and loads them for itself.
 #pragma once
 
-#include "kv_decode_load.cuh"
-#include "kv_decode_merge.cuh"
+#include "kv/decode_load.cuh"
+#include "kv/decode_merge.cuh"
 
 namespace qoq::kv {
 

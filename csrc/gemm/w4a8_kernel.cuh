@@ -20,11 +20,11 @@
 
 #include "common/ptx.cuh"
 #include "common/wgmma.cuh"
-#include "w4a8_gemm_config.h"
-#include "w4a8_gemm_epilogue.cuh"
-#include "w4a8_gemm_load.cuh"
-#include "w4a8_gemm_unpack.cuh"
-#include "w4a8_gemm_work.cuh"
+#include "gemm/w4a8_config.h"
+#include "gemm/w4a8_epilogue.cuh"
+#include "gemm/w4a8_load.cuh"
+#include "gemm/w4a8_unpack.cuh"
+#include "gemm/w4a8_work.cuh"
 
 namespace qoq::w4a8 {
 

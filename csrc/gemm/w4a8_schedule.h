@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "w4a8_gemm_config.h"
+#include "gemm/w4a8_config.h"
 
 namespace qoq::w4a8 {
 

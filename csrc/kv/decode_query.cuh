@@ -1,9 +1,9 @@
 // Query heads as the B operand of the mma, in fp16 with one power of two a head.
 #pragma once
 
-#include "kv_decode_work.cuh"
-#include "kv_floats.cuh"
-#include "kv_hadamard.cuh"
+#include "kv/decode_work.cuh"
+#include "kv/floats.cuh"
+#include "kv/hadamard.cuh"
 
 namespace qoq::kv {
 

@@ -2,9 +2,9 @@
 #pragma once
 
 #include "common/ptx.cuh"
-#include "kv_floats.cuh"
-#include "kv_hadamard.cuh"
-#include "kv_page.h"
+#include "kv/floats.cuh"
+#include "kv/hadamard.cuh"
+#include "kv/page.h"
 
 namespace qoq::kv {
 

@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "kv_decode_tile.cuh"
+#include "kv/decode_tile.cuh"
 
 namespace qoq::kv {
 

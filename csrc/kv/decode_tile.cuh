@@ -10,7 +10,7 @@
 
 #include "common/mma.cuh"
 #include "common/ptx.cuh"
-#include "kv_decode_query.cuh"
+#include "kv/decode_query.cuh"
 
 namespace qoq::kv {
 

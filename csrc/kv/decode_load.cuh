@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/ptx.cuh"
-#include "kv_decode_work.cuh"
+#include "kv/decode_work.cuh"
 
 namespace qoq::kv {
 

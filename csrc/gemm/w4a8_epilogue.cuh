@@ -5,8 +5,8 @@
 #include <cuda_fp16.h>
 
 #include "common/ptx.cuh"
-#include "w4a8_gemm_config.h"
-#include "w4a8_gemm_work.cuh"
+#include "gemm/w4a8_config.h"
+#include "gemm/w4a8_work.cuh"
 
 namespace qoq::w4a8 {
 
