@@ -1,4 +1,4 @@
-// Adds the CUDA key to the ops that vllm_qoq/ops.py and kv_ops.py define.
+// Adds the CUDA implementations to the ops that vllm_qoq/ops.py and vllm_qoq/kv_ops.py define.
 #include <torch/csrc/stable/library.h>
 
 #include "ops.h"

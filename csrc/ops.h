@@ -1,4 +1,5 @@
-// The CUDA implementations of `qoq::*`. Schemas and meaning: vllm_qoq/ops.py, kv_ops.py.
+// The CUDA implementations of the ops `qoq::*`. vllm_qoq/ops.py and vllm_qoq/kv_ops.py hold their
+// schemas and say what they mean.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -18,7 +18,7 @@ __device__ inline void wgmma_wait_group() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// No instruction: the compiler may neither move uses of the registers over this point nor
+// Emits no instruction, but the compiler may neither move uses of the registers over this point nor
 // give them away before it.
 template <typename T, int kCount>
 __device__ inline void keep_in_registers(T (&r)[kCount]) {
@@ -40,9 +40,10 @@ __device__ inline uint64_t move_descriptor(uint64_t descriptor, uint32_t bytes) 
   return (descriptor >> 32 << 32) | low;
 }
 
-// d[64, kN] += a[64, 32] b[kN, 32]^T, a unsigned in registers, b signed in shared memory.
-//   a register r of lane l in warp w: row 16 w + l / 4 + 8 (r % 2), k = 4 (l % 4) + byte + 16 (r /
-//   2) d register 4 j + 2 h + v:         row 16 w + l / 4 + 8 h,       column 8 j + 2 (l % 4) + v
+// d[64, kN] += a[64, 32] b[kN, 32]^T, where a is unsigned in registers and b signed in shared
+// memory. Lane l of warp w holds
+//   a  register r:              row 16 w + l / 4 + 8 (r % 2),  k = 4 (l % 4) + byte + 16 (r / 2)
+//   d  register 4 j + 2 h + v:  row 16 w + l / 4 + 8 h,        column 8 j + 2 (l % 4) + v
 template <int kN>
 struct WgmmaU8S8;
 
@@ -127,7 +128,6 @@ struct WgmmaU8S8<128> {
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
   }
 };
-
 
 template <>
 struct WgmmaU8S8<256> {
