@@ -20,7 +20,14 @@ from vllm_qoq import cli, ops
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
-PAGES = ("README.md", *(f"examples/{page.name}" for page in (ROOT / "examples").glob("*.md")))
+PAGES = (
+    *("README.md", "csrc/README.md"),
+    *(
+        f"{folder}/{page.name}"
+        for folder in ("docs", "examples")
+        for page in (ROOT / folder).glob("*.md")
+    ),
+)
 
 # The only two that may reach into the adapter, and only inside a function.
 HAND_OVER = ("vllm_qoq/__init__.py", "vllm_qoq/cli.py")
@@ -231,7 +238,7 @@ def test_documented_files_exist(page):
         (ROOT / page).parent / link.partition("#")[0]
         for link in re.findall(r"\]\((?!\w+:|#)([^)]+)\)", text)
     }
-    folders = "vllm_qoq|merge_tools|tests|examples|csrc|\\.ci"
+    folders = "vllm_qoq|merge_tools|tests|docs|examples|csrc|\\.ci"
     named = {
         ROOT / name.rstrip(".") for name in re.findall(rf"(?<![\w/-])(?:{folders})/[\w./-]*", text)
     }
