@@ -20,14 +20,10 @@ from vllm_qoq import cli, ops
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
-PAGES = (
-    *("README.md", "csrc/README.md"),
-    *(
-        f"{folder}/{page.name}"
-        for folder in ("docs", "examples")
-        for page in (ROOT / folder).glob("*.md")
-    ),
-)
+PAGES = ["README.md", "csrc/README.md"]
+PAGES += [
+    f"{name}/{page.name}" for name in ("docs", "examples") for page in (ROOT / name).glob("*.md")
+]
 
 # The only two that may reach into the adapter, and only inside a function.
 HAND_OVER = ("vllm_qoq/__init__.py", "vllm_qoq/cli.py")

@@ -1,4 +1,4 @@
-// One wrapper per instruction of a warp's matrix units and of the fp16 arithmetic around them.
+// One wrapper for each instruction of a warp's matrix units and of the fp16 arithmetic around them.
 // Halves are passed in pairs, as the 32 bits of a register: the lower half is the first.
 #pragma once
 

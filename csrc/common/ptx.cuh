@@ -1,4 +1,4 @@
-// One wrapper per PTX instruction of sm_90a. No asm elsewhere.
+// One wrapper for each PTX instruction of sm_90a that the kernels use. No asm outside of common/.
 //
 // Shared-memory addresses are 32-bit (`shared_address`), and barriers are mbarriers in shared
 // memory. The names of the PTX ISA are kept where they exist.

@@ -1,4 +1,4 @@
-// wgmma: multiplying asynchronously with a warpgroup, the left operand in registers.
+// wgmma: a warpgroup multiplies asynchronously, with the left operand in registers.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ __device__ inline void wgmma_commit_group() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// All but the latest kPending groups are complete.
+// Waits until all but the latest kPending groups are complete.
 template <int kPending>
 __device__ inline void wgmma_wait_group() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
@@ -26,15 +26,15 @@ __device__ inline void keep_in_registers(T (&r)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(r[i])::"memory");
 }
 
-// Descriptor of a K-major operand in shared memory whose rows are 128 bytes in the copy
-// engine's 128-byte swizzle: 8 rows are 1024 bytes, `address` is a multiple of 1024.
+// The descriptor of a K-major operand in shared memory whose rows are 128 bytes in the copy
+// engine's 128-byte swizzle: 8 rows are 1024 bytes, and `address` is a multiple of 1024.
 __device__ inline uint64_t descriptor_k_major_128b(uint32_t address) {
   return (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 16) |
          ((address & 0x3FFFF) >> 4);
 }
 
-// The descriptor of what lies `bytes` further, a multiple of 16: the next stage or, in steps of 32
-// bytes, k position. Only its low word changes, which is one instruction.
+// The descriptor of what lies `bytes` further, a multiple of 16: the next stage or, 32 bytes
+// further, the next k32 step. Only its low word changes, which is one instruction.
 __device__ inline uint64_t move_descriptor(uint64_t descriptor, uint32_t bytes) {
   const uint32_t low = static_cast<uint32_t>(descriptor) + bytes / 16;
   return (descriptor >> 32 << 32) | low;

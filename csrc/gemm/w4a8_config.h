@@ -31,6 +31,12 @@ inline constexpr int kBlockBytes = kCodeBytes + (kHasGroups<kWeights> ? kParamBy
 template <Weights kWeights>
 inline constexpr int kResidualBytes = kWeights == Weights::kNested ? kCodeBytes : 0;
 
+// The workspace is int32: counters, then sums of the tiles that several blocks share. The kernel
+// finds it zero and leaves it zero. At most as many tiles are shared as blocks run at a time.
+// vllm_qoq/ops.py makes it with the same numbers.
+inline constexpr int kCounters = 1024;
+inline constexpr int kMaxTileInts = 256 * 128;  // for each multiprocessor
+
 // What the warpgroups of a block of threads divide among them.
 enum class Divide { kChannels, kInputs };
 
@@ -83,7 +89,7 @@ struct Tile {
       kByInputs ? std::max(8, kTokens / (kGroups * kCluster)) : kTokens;
   static constexpr int kOutAccumulators = kOutTokens / 2;
   static constexpr int kTileInts = kWeightBlocks * kOutAccumulators * kConsumers;
-  static_assert(kResident * kTileInts <= 256 * 128);
+  static_assert(kResident * kTileInts <= kMaxTileInts);
 
   // Shared memory, from an address that is a multiple of 1024:
   //   [x of all stages][output][weights of all stages][constants of the epilogue][barriers]
@@ -145,12 +151,6 @@ using Nested128     = Tile<Divide::kChannels,  2, 1, 128,  5, 1>;
 using Nested192     = Tile<Divide::kChannels,  3, 1, 128,  4, 1>;
 using Nested256     = Tile<Divide::kChannels,  2, 1, 256,  4, 1, 2, 32>;
 // clang-format on
-
-// The workspace is int32: counters, then sums of the tiles that several blocks share. The kernel
-// finds it zero and leaves it zero. At most as many tiles are shared as blocks run at a time.
-// vllm_qoq/ops.py makes it with the same numbers.
-inline constexpr int kCounters = 1024;
-inline constexpr int kMaxTileInts = 256 * 128;  // for each multiprocessor
 
 enum class Output : int { kBfloat16, kFloat16 };
 enum class Bias : int { kNone, kFloat32, kBfloat16, kFloat16 };

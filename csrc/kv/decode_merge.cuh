@@ -106,8 +106,7 @@ __device__ inline Vector<A> add_parts(const float* parts, int count, int slot) {
   return sum;
 }
 
-// The first and the last segment of a range, of which other blocks may have parts; in shared
-// memory.
+// The first and the last segment of a range, in shared memory. Other blocks may have parts of them.
 struct Ends {
   Segment segments[2];
   int is_last[2];  // whether this block is the last to come

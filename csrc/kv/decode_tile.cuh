@@ -171,8 +171,8 @@ class Tile {
     }
   }
 
-  // The weights 2^(score - maximum) as the B operand. Sums are brought to the new maximum, if it is
-  // one.
+  // The weights 2^(score - maximum) as the B operand. Where the maximum is new, what was added up
+  // before is brought to it.
   __device__ void weigh(int t, const Query<A>& query, const float (&scores)[kTileSteps][4],
                         Sums<A>& sums, uint32_t (&weights)[kTileSteps][2]) const {
     float offset[2], factor[2];

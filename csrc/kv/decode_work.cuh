@@ -77,8 +77,8 @@ __device__ inline Range range_of_block(const Params& p) {
   r.begin = min(total, static_cast<int>(blockIdx.x) * r.length);
   r.end = min(total, r.begin + r.length);
   if (r.begin == r.end) return r;
-  // 2. The lane with the first tile is found; then its sequences are spread over the lanes, and so
-  // on.
+  // 2. Finds the lane with the range's first tile, then spreads its sequences over the lanes, and
+  // so on until it has the sequence.
   int before = 0;  // tiles of one head before those of lane 0
   auto find = [&] {
     const uint32_t lanes = __ballot_sync(kAllLanes, (before + sum) * p.kv_heads > r.begin);

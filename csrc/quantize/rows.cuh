@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (const int i = h * blockDim.x + threadIdx.x; i < vectors)
       source.template load<true>(row, i, held[h]);
 
-  // 1. The norm.
+  // 1. The norm, if the source has one.
   float factor = 1.f;
   if constexpr (Source::kNormalises) {
     float square = 0.f, v[kVector];
