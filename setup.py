@@ -24,7 +24,8 @@ OPTIMIZE = "-O3"
 # only the data of streams (the ids of locale facets) came from torch's copy, writing a number into
 # an error message would crash or cut the message short.
 LINK = "-Wl,--exclude-libs,ALL"
-SOURCES = ["csrc/bindings.cpp", *(str(path) for path in sorted(Path("csrc").glob("*.cu")))]
+SOURCES = ["csrc/bindings.cpp", *sorted(str(path) for path in Path("csrc").rglob("*.cu"))]
+HEADERS = sorted(str(path) for kind in ("*.h", "*.cuh") for path in Path("csrc").rglob(kind))
 
 
 def why_no_cuda() -> str | None:
@@ -53,7 +54,7 @@ def kernels() -> dict[str, Any]:
         "vllm_qoq._C",
         SOURCES,
         include_dirs=[str(Path(__file__).parent / "csrc")],
-        depends=[str(path) for path in Path("csrc").rglob("*.*h")],
+        depends=HEADERS,
         extra_compile_args={"cxx": ["-std=c++20", OPTIMIZE, TORCH_TARGET], "nvcc": nvcc},
         extra_link_args=[LINK],
         py_limited_api=True,

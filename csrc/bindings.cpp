@@ -1,4 +1,4 @@
-// Adds the CUDA key to the ops that vllm_qoq/ops/linear.py and kv_ops.py define.
+// Adds the CUDA implementations to the ops that vllm_qoq/ops/ defines.
 #include <torch/csrc/stable/library.h>
 
 #include "ops.h"

@@ -1,4 +1,5 @@
-// The CUDA implementations of `qoq::*`. Schemas and meaning: vllm_qoq/ops/linear.py, kv_ops.py.
+// The CUDA implementations of the ops `qoq::*`. vllm_qoq/ops/ holds their schemas and says what they
+// mean.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

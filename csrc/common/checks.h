@@ -1,4 +1,4 @@
-// What host code shares: the current stream, checked CUDA calls, tensors in error messages.
+// What all host code shares: the current stream, checked CUDA calls and checks of tensors.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -43,8 +43,8 @@ inline std::string shape_text(const Tensor& tensor) {
   return text + "]";
 }
 
-// A contiguous CUDA tensor on `device` of this type and shape that begins at a multiple of
-// `alignment` bytes: 16 for what kernels read in vectors.
+// Refuses all but a contiguous CUDA tensor on `device` of this type and shape that begins at a
+// multiple of `alignment` bytes: 16 for what kernels read in vectors.
 inline void check_tensor(const char* op, const char* name, const Tensor& tensor, int device,
                          ScalarType type, std::initializer_list<int64_t> shape,
                          int alignment = 16) {

@@ -1,4 +1,4 @@
-// One wrapper per instruction of a warp's matrix units and of the fp16 arithmetic around them.
+// One wrapper for each instruction of a warp's matrix units and of the fp16 arithmetic around them.
 // Halves are passed in pairs, as the 32 bits of a register: the lower half is the first.
 #pragma once
 
@@ -8,8 +8,8 @@
 
 namespace qoq::ptx {
 
-// d += a b for a [16, 16] and b [16, 8] in fp16, d in float32. Lane 4 g + c holds
-//   a  rows g, g + 8, g, g + 8 at columns 2 c.. (the last two: 2 c + 8..)
+// d += a b for a [16, 16] and b [16, 8] in fp16 and d in float32. Lane 4 g + c holds
+//   a  rows g, g + 8, g, g + 8, the first two at columns 2 c.. and the last two at 2 c + 8..
 //   b  column g at rows 2 c.. and 2 c + 8..
 //   d  columns 2 c, 2 c + 1 of row g, then of row g + 8
 __device__ inline void mma_m16n8k16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
@@ -45,7 +45,7 @@ __device__ inline uint32_t multiply_half2(uint32_t x, uint32_t y) {
   return product;
 }
 
-// 2^x; 0 for what float32 does not hold as a normal number.
+// 2^x, or 0 where float32 does not hold that as a normal number.
 __device__ inline float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

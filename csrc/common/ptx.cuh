@@ -1,7 +1,7 @@
-// One wrapper per PTX instruction of sm_90a. No asm elsewhere.
+// One wrapper for each PTX instruction of sm_90a that the kernels use. No asm outside of common/.
 //
-// Shared-memory addresses are 32-bit (`shared_address`), barriers are mbarriers in
-// shared memory. The names of the PTX ISA are kept where they exist.
+// Shared-memory addresses are 32-bit (`shared_address`), and barriers are mbarriers in shared
+// memory. The names of the PTX ISA are kept where they exist.
 #pragma once
 
 #include <cuda.h>
@@ -26,7 +26,8 @@ __device__ inline void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// The two that arrive take a predicate, because a branch between wgmmas serialises them (C7513).
+// Both functions `mbarrier_arrive_*if` take a predicate, because a branch between wgmmas serialises
+// them (the compiler's warning C7513).
 __device__ inline void mbarrier_arrive_if(bool is_arriving, uint32_t barrier) {
   asm volatile(
       "{\n"
@@ -90,8 +91,8 @@ __device__ inline void cp_async_bulk_tensor_3d_multicast(uint32_t destination,
       : "memory");
 }
 
-// From shared memory; what lies outside of the tensor is not written. Belongs to the group that the
-// thread commits next.
+// Copies from shared memory; what lies outside of the tensor is not written. The copy belongs to
+// the group that the thread commits next.
 __device__ inline void cp_async_bulk_tensor_2d_store(const CUtensorMap* map, int x, int y,
                                                      uint32_t source) {
   asm volatile(
@@ -104,13 +105,13 @@ __device__ inline void cp_async_bulk_commit_group() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-// All but the latest kPending groups of this thread have read their source.
+// Waits until all but the latest kPending groups of this thread have read their source.
 template <int kPending>
 __device__ inline void cp_async_bulk_wait_group_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
-// What this thread wrote into shared memory is there for the copy engine.
+// Makes what this thread wrote into shared memory visible to the copy engine.
 __device__ inline void fence_proxy_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -123,7 +124,7 @@ __device__ inline void prefetch_l2(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
-// Read once, never again: the first to leave the L2.
+// For what is read once and never again: it is the first to leave the L2.
 __device__ inline uint64_t l2_policy_evict_first() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -138,8 +139,8 @@ __device__ inline uint64_t l2_policy_evict_normal() {
 
 // ---- programmatic dependent launch ---------------------------------------------------
 
-// Until here a kernel may run beside the one before it in the stream; from here on all that
-// the earlier one wrote is visible.
+// Until here a kernel may run beside the one before it in the stream; from here on all that the
+// earlier one wrote is visible.
 __device__ inline void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 __device__ inline void griddepcontrol_launch_dependents() {
@@ -167,7 +168,7 @@ __device__ inline void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// Where another block of the cluster has what is at `address` here.
+// The address at which another block of the cluster has what is at `address` here.
 __device__ inline uint32_t map_to_rank(uint32_t address, uint32_t rank) {
   uint32_t mapped;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
@@ -244,8 +245,8 @@ __device__ inline void store_shared_16(uint32_t address, const int32_t* v) {
                : "memory");
 }
 
-// Four 8x8 matrices of 16-bit elements, each stored transposed: lane 8 q + i has the address
-// of row i of matrix q, which is column i of the fragment.
+// Stores four 8x8 matrices of 16-bit elements, each transposed: lane 8 q + i has the address of row
+// i of matrix q, which is column i of the fragment.
 __device__ inline void stmatrix_x4_trans(uint32_t address, const uint32_t (&r)[4]) {
   asm volatile(
       "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
@@ -269,7 +270,7 @@ __device__ inline int atomic_add_acq_rel(int32_t* address, int32_t value) {
   return before;
 }
 
-// An addition in the L2 that returns nothing.
+// Adds in the L2 and returns nothing.
 __device__ inline void red_add(int32_t* address, int32_t value) {
   asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }

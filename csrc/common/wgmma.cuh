@@ -1,4 +1,4 @@
-// wgmma: multiplying asynchronously with a warpgroup, the left operand in registers.
+// wgmma: a warpgroup multiplies asynchronously, with the left operand in registers.
 #pragma once
 
 #include <cstdint>
@@ -12,13 +12,13 @@ __device__ inline void wgmma_commit_group() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// All but the latest kPending groups are complete.
+// Waits until all but the latest kPending groups are complete.
 template <int kPending>
 __device__ inline void wgmma_wait_group() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// No instruction: the compiler may neither move uses of the registers over this point nor
+// Emits no instruction, but the compiler may neither move uses of the registers over this point nor
 // give them away before it.
 template <typename T, int kCount>
 __device__ inline void keep_in_registers(T (&r)[kCount]) {
@@ -26,23 +26,24 @@ __device__ inline void keep_in_registers(T (&r)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(r[i])::"memory");
 }
 
-// Descriptor of a K-major operand in shared memory whose rows are 128 bytes in the copy
-// engine's 128-byte swizzle: 8 rows are 1024 bytes, `address` is a multiple of 1024.
+// The descriptor of a K-major operand in shared memory whose rows are 128 bytes in the copy
+// engine's 128-byte swizzle: 8 rows are 1024 bytes, and `address` is a multiple of 1024.
 __device__ inline uint64_t descriptor_k_major_128b(uint32_t address) {
   return (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 16) |
          ((address & 0x3FFFF) >> 4);
 }
 
-// The descriptor of what lies `bytes` further, a multiple of 16: the next stage or, in steps of 32
-// bytes, k position. Only its low word changes, which is one instruction.
+// The descriptor of what lies `bytes` further, a multiple of 16: the next stage or, 32 bytes
+// further, the next k32 step. Only its low word changes, which is one instruction.
 __device__ inline uint64_t move_descriptor(uint64_t descriptor, uint32_t bytes) {
   const uint32_t low = static_cast<uint32_t>(descriptor) + bytes / 16;
   return (descriptor >> 32 << 32) | low;
 }
 
-// d[64, kN] += a[64, 32] b[kN, 32]^T, a unsigned in registers, b signed in shared memory.
-//   a register r of lane l in warp w: row 16 w + l / 4 + 8 (r % 2), k = 4 (l % 4) + byte + 16 (r /
-//   2) d register 4 j + 2 h + v:         row 16 w + l / 4 + 8 h,       column 8 j + 2 (l % 4) + v
+// d[64, kN] += a[64, 32] b[kN, 32]^T, where a is unsigned in registers and b signed in shared
+// memory. Lane l of warp w holds
+//   a  register r:              row 16 w + l / 4 + 8 (r % 2),  k = 4 (l % 4) + byte + 16 (r / 2)
+//   d  register 4 j + 2 h + v:  row 16 w + l / 4 + 8 h,        column 8 j + 2 (l % 4) + v
 template <int kN>
 struct WgmmaU8S8;
 
@@ -127,7 +128,6 @@ struct WgmmaU8S8<128> {
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
   }
 };
-
 
 template <>
 struct WgmmaU8S8<256> {

@@ -38,12 +38,14 @@ def run(*command, **options):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("source", sorted(CSRC.glob("*.cu")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "source", sorted(path.relative_to(CSRC) for path in CSRC.rglob("*.cu")), ids=str
+)
 def test_kernels_compile_without_spills_or_serialised_wgmmas(source, tmp_path):
     said = run(
         *(NVCC, "-gencode=arch=compute_90a,code=sm_90a", "-std=c++20", "-O3", "-Xptxas=-v"),
         *("-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA", "-I", CSRC, "-I", TORCH),
-        *("-c", source, "-o", tmp_path / "object.o"),
+        *("-c", CSRC / source, "-o", tmp_path / "object.o"),
     )
     assert not re.findall(r"\(C75\d\d\).*", said)
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
@@ -65,23 +67,25 @@ FOR_THE_MODEL = {
 def build_for_the_model(tmp_path_factory):
     """Makes a program for this machine of kernels: shared memory and all PTX are the model's."""
     folder = tmp_path_factory.mktemp("model")
-    for header in (*CSRC.glob("*.h"), *CSRC.glob("*.cuh")):
+    for header in (*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")):
         text = header.read_text()
         for original, ours in FOR_THE_MODEL.items():
             text = text.replace(original, ours)
-        (folder / header.name).write_text(text)
-    (folder / "common").mkdir()
+        copy = folder / header.relative_to(CSRC)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text(text)
     shutil.copy(MODEL / "hopper.h", folder / "common" / "ptx.cuh")
     shutil.copy(MODEL / "warp.h", folder / "common" / "mma.cuh")
     (folder / "common" / "wgmma.cuh").write_text('#include "ptx.cuh"\n')
 
     def build(name):
+        program = folder / f"{name}.out"  # a folder of headers may have the plain name
         # Fused multiply-adds would round the expected values differently.
         run(
             *(NVCC, "-std=c++20", "-O2", "-Xcompiler=-w,-ffp-contract=off", MODEL / f"{name}.cpp"),
-            *("-I", folder, "-o", folder / name),
+            *("-I", folder, "-o", program),
         )
-        return folder / name
+        return program
 
     return build
 
@@ -100,11 +104,11 @@ def test_every_tile_and_schedule_is_exact_in_any_order_of_threads(gemm_on_the_mo
         r"^(\w+) (g128|per channel|nested): (.*): M", said, re.M
     ):
         reached[tile, weights] |= set(kinds.split(", "))
-    config = (CSRC / "w4a8_gemm_config.h").read_text()
+    config = (CSRC / "gemm" / "w4a8_config.h").read_text()
     wanted = {
         # The only tile whose clusters divide k.
         (tile, weights): KINDS[divide] | ({"idle rank"} if tile == "Inputs128Pair" else set())
-        for tile, divide in re.findall(r"^using (\w+) = Tile<Divide::k(\w+),", config, re.M)
+        for tile, divide in re.findall(r"^using (\w+) += Tile<Divide::k(\w+),", config, re.M)
         for weights in (("nested",) if tile.startswith("Nested") else ("g128", "per channel"))
     }
     assert reached == wanted

@@ -42,9 +42,11 @@ OURS = {"qoq-kv4": (4, 4), "qoq-kv8": (8, 4)}
 PEERS = {"fa3-bf16": (16, 0), "fa3-fp8": (8, 0), "triton-int4": (4, 4), "turboquant-4bit": (4, 3)}
 KERNELS = (*OURS, *PEERS)
 
-HEAD_SIZES = (64, 128)  # of our kernels
-MAX_GROUP = 16  # query heads of a KV head, in our kernels
-BLOCK_MULTIPLE = 16  # tokens of a block, everywhere
+# What our kernels serve, as in `kv_ops` and `kv_layout`: head sizes, query heads of a KV head, and
+# of what the tokens of a block are a multiple.
+HEAD_SIZES = (64, 128)
+MAX_GROUP = 16
+BLOCK_MULTIPLE = 16
 
 # A case whose cache is smaller goes round several sequences' blocks: more bytes than any L2 holds,
 # even one that keeps a part of what streams through it.

@@ -42,11 +42,11 @@ HEAD_SIZES = (64, 96, 128, 256)
 QUANTIZED_BITS = (4, 8)
 BLOCK_MULTIPLE = 16  # tokens in a block
 
-_FP16_MAX = 65504.0
-_SMALLEST_SCALE = 6.2e-5  # a little above the smallest normal fp16
+FP16_MAX = 65504.0
+SMALLEST_SCALE = 6.2e-5  # a little above the smallest normal fp16
 # max|x| / range stays below this, so that |zero| <= levels * this is 15360 or 32640.
-_LARGEST_OFFSET = {4: 1024.0, 8: 128.0}
-_SCALE_AND_ZERO_BYTES = 4
+LARGEST_OFFSET = {4: 1024.0, 8: 128.0}
+SCALE_AND_ZERO_BYTES = 4
 
 
 def code_bytes(head_size: int, bits: int) -> int:
@@ -61,7 +61,7 @@ def code_bytes(head_size: int, bits: int) -> int:
 
 def slot_bytes(head_size: int, bits: int) -> int:
     """Bytes that one token and head take, K and V with their scales and zeros."""
-    return 2 * (code_bytes(head_size, bits) + _SCALE_AND_ZERO_BYTES)
+    return 2 * (code_bytes(head_size, bits) + SCALE_AND_ZERO_BYTES)
 
 
 def quantize(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -73,10 +73,10 @@ def quantize(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, to
     NaN, so it is read back as NaN. All arithmetic is float32, each operation rounded once.
     """
     levels = float(2**bits - 1)
-    x = x.float().clamp(-_FP16_MAX, _FP16_MAX)
+    x = x.float().clamp(-FP16_MAX, FP16_MAX)
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     largest = torch.maximum(low.abs(), high.abs())
-    bound = (largest / _LARGEST_OFFSET[bits]).clamp_min(_SMALLEST_SCALE * levels)
+    bound = (largest / LARGEST_OFFSET[bits]).clamp_min(SMALLEST_SCALE * levels)
     span = torch.maximum(high - low, bound)
 
     zero = -levels * low / span
@@ -95,7 +95,7 @@ def max_error(x: torch.Tensor, bits: int) -> torch.Tensor:
     Half a step, and half a unit in the last place of fp16 for each of scale and zero.
     """
     _, scale, _ = quantize(x, bits)
-    largest = x.float().clamp(-_FP16_MAX, _FP16_MAX).abs().amax(-1, keepdim=True)
+    largest = x.float().clamp(-FP16_MAX, FP16_MAX).abs().amax(-1, keepdim=True)
     half_step = scale.float()[..., None] * (0.5 + 2**-11)
     return half_step * 1.001 + largest * (3 * 2**-11) + 1e-10
 
@@ -169,8 +169,8 @@ def record_positions(tokens: int, head_size: int, bits: int) -> torch.Tensor:
 
     key_codes = token * row + byte
     value_codes = tokens * row + pair * 2 * row + rotated
-    key_numbers = 2 * tokens * row + token * _SCALE_AND_ZERO_BYTES + torch.arange(4)
-    value_numbers = key_numbers + tokens * _SCALE_AND_ZERO_BYTES
+    key_numbers = 2 * tokens * row + token * SCALE_AND_ZERO_BYTES + torch.arange(4)
+    value_numbers = key_numbers + tokens * SCALE_AND_ZERO_BYTES
     return torch.cat([key_codes, key_numbers, value_codes, value_numbers], dim=1)
 
 
@@ -183,6 +183,6 @@ def _pack(
 
 
 def _unpack(record: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    codes, numbers = record[..., :-_SCALE_AND_ZERO_BYTES], record[..., -_SCALE_AND_ZERO_BYTES:]
+    codes, numbers = record[..., :-SCALE_AND_ZERO_BYTES], record[..., -SCALE_AND_ZERO_BYTES:]
     scale, zero = numbers.contiguous().view(torch.float16).unbind(-1)
     return unpack_nibbles(codes) if bits == 4 else codes, scale, zero

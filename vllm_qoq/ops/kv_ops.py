@@ -14,10 +14,12 @@ import torch
 
 from vllm_qoq.ops.library import define
 
-_COUNTERS = 1024
-_BLOCKS_PER_PROCESSOR = 2
-_PARTIAL_PADDING = 4
-_MAX_GROUP = 16
+# Numbers that csrc/kv/ has too: what the kernels serve, and the sizes of their workspace.
+HEAD_SIZES = (64, 128)
+MAX_GROUP = 16  # query heads of a KV head
+WORKSPACE_COUNTERS = 1024
+WORKSPACE_BLOCKS_OF_PROCESSOR = 2  # blocks of threads that a multiprocessor holds at most
+WORKSPACE_PADDING = 4  # integers of a partial sum beside its channels
 
 
 @cache
@@ -25,15 +27,16 @@ def workspace(device: torch.device, group: int, head_size: int) -> torch.Tensor:
     """Where the blocks of one `kv_decode` on `device` add up what they share: int32, all zero.
 
     Every launch leaves its counters zero, so all layers use the same one; two launches that run at
-    the same time in two streams need one each. `group` is the query heads of a KV head. The sizes
-    are those of csrc/kv_decode_config.h. Made by the first step, so outside of the memory of
-    weights and cache, which vLLM drops when it sleeps.
+    the same time in two streams need one each. `group` is the query heads of a KV head. It is made
+    by the first step, so outside of the memory of weights and cache, which vLLM drops when it
+    sleeps.
     """
-    if not 1 <= group <= _MAX_GROUP:
-        raise ValueError(f"{group} query heads share a KV head; the kernels serve 1 to 16")
+    if not 1 <= group <= MAX_GROUP:
+        raise ValueError(f"{group} query heads share a KV head; the kernels serve 1 to {MAX_GROUP}")
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    partials = 2 * processors * _BLOCKS_PER_PROCESSOR * group * (head_size + _PARTIAL_PADDING)
-    return torch.zeros(_COUNTERS + partials, dtype=torch.int32, device=device)
+    blocks = processors * WORKSPACE_BLOCKS_OF_PROCESSOR
+    partials = 2 * blocks * group * (head_size + WORKSPACE_PADDING)
+    return torch.zeros(WORKSPACE_COUNTERS + partials, dtype=torch.int32, device=device)
 
 
 def kv_write(

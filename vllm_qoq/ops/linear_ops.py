@@ -17,8 +17,11 @@ from vllm_qoq.ops.checks import HALVES, check_rows, check_tensor, type_text
 from vllm_qoq.ops.library import define
 
 _GEMM = "w4a8_gemm"
-_MAX_K = 1 << 16
-_MAX_ROWS = 1 << 24
+# Numbers that csrc/gemm/w4a8_config.h has too: the largest sizes, and the workspace's integers.
+MAX_K = 1 << 16
+MAX_ROWS = 1 << 24
+WORKSPACE_COUNTERS = 1024
+WORKSPACE_SUMS_OF_PROCESSOR = 256 * 128
 
 
 @cache
@@ -26,10 +29,11 @@ def workspace(device: torch.device) -> torch.Tensor:
     """Where the blocks of one GEMM on `device` add up what they share: int32, all zero.
 
     Every GEMM leaves it zero, so all layers use the same one; two GEMMs that run at the same
-    time in two streams need one each. The sizes are those of csrc/w4a8_gemm_config.h.
+    time in two streams need one each.
     """
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return torch.zeros(1024 + processors * 256 * 128, dtype=torch.int32, device=device)
+    integers = WORKSPACE_COUNTERS + processors * WORKSPACE_SUMS_OF_PROCESSOR
+    return torch.zeros(integers, dtype=torch.int32, device=device)
 
 
 def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -123,9 +127,9 @@ def w4a8_gemm(
     if _is_packed(weight):
         _check_packed(n, k, group_scale, group_offset)
     # The sums are exact up to here: 255 * 128 * K < 2^31.
-    if k > _MAX_K:
+    if k > MAX_K:
         raise ValueError(f"{_GEMM}: K={k} overflows int32; split the layer")
-    if max(m, n) > _MAX_ROWS:
+    if max(m, n) > MAX_ROWS:
         raise ValueError(f"{_GEMM}: M={m}, N={n} are too large")
     check_tensor(_GEMM, "x", x, torch.int8, m, k)
     check_tensor(_GEMM, "x_scale", x_scale, torch.float32, m)

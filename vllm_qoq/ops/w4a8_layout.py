@@ -1,4 +1,4 @@
-"""The order in which the CUDA GEMM reads 4-bit weights (csrc/w4a8_gemm_config.h).
+"""The order in which the CUDA GEMM reads 4-bit weights (csrc/gemm/w4a8_config.h).
 
 A block is 64 output channels x 128 inputs, and with groups their scales and offsets. A
 warpgroup of 128 threads multiplies it in four steps of 32 inputs; each thread finds the

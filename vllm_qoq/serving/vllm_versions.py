@@ -1,7 +1,7 @@
 """What vllm-qoq takes from vLLM beyond its public interface, and every branch on a version.
 
 Served: vLLM 0.26 to 0.33 (`vllm_qoq.environment`). What differs between them is probed for here;
-tests/test_vllm_sources.py runs unit tests against the oldest and the newest version.
+tests/serving/test_vllm_sources.py runs unit tests against the oldest and the newest version.
 
 * `encode_layer_name`, `resolve_layer_name`, `LayerNameType`: how a custom op
   receives the name of its layer as a graph input, so that torch.compile reuses

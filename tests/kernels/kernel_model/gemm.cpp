@@ -1,11 +1,12 @@
 // Runs the W4A8 kernel on the model of Hopper and compares it with plain loops, bit by bit.
-//   gemm SEED    one line a launch; returns 1 where an element differs or a schedule is wrong
+//   gemm SEED    prints a line for each launch; returns 1 where an element differs or a schedule is
+//                wrong
 // The work of a launch is laid out here, so that every kind is reached whatever it costs; what
-// `schedule` lays out for real sizes is checked without a launch. It knows nothing of w4a8_gemm.cu:
-// the tensor maps are written a second time.
+// `schedule` lays out for real sizes is checked without a launch. Nothing here comes from
+// csrc/gemm/w4a8.cu: the tensor maps are written a second time.
 #include "common/ptx.cuh"  // the model
-#include "w4a8_gemm_kernel.cuh"
-#include "w4a8_gemm_schedule.h"
+#include "gemm/w4a8_kernel.cuh"
+#include "gemm/w4a8_schedule.h"
 
 using namespace qoq::w4a8;
 

@@ -1,4 +1,4 @@
-// A model of the parts of Hopper that csrc/w4a8_gemm_kernel.cuh uses, for machines without a GPU.
+// A model of the parts of Hopper that the kernels of csrc/ use, for machines without a GPU.
 //
 // Every thread is a fiber; those that can run do so in random order. Copies into shared memory
 // happen at once, wgmmas and copies out of it as late as they are waited for: so what is given back
@@ -26,8 +26,8 @@
 #include <span>
 #include <vector>
 
-// Stores the stack pointer at `from` and goes on where the one in `to` was stored; on the stacks are
-// the registers that a call keeps. swapcontext would also make a system call, at every switch.
+// Stores the stack pointer at `from` and goes on where the one in `to` was stored; on the stacks
+// are the registers that a call keeps. swapcontext would also make a system call, at every switch.
 extern "C" void model_switch(void** from, void* to);
 asm(R"(
 .text

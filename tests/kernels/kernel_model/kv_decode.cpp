@@ -1,9 +1,8 @@
 // Runs the decode attention on the model of Hopper and compares it with plain loops in double.
-//   kv_decode SEED    one line a launch; returns 1 where a value is off or a launch differs from
-//   the
-//                     same launch in another order of threads
+//   kv_decode SEED    prints a line for each launch; returns 1 where a value is off, or where a
+//                     launch differs from the same launch in another order of threads
 #include "common/mma.cuh"  // the model
-#include "kv_decode_kernel.cuh"
+#include "kv/decode_kernel.cuh"
 
 using namespace qoq::kv;
 

@@ -1,10 +1,10 @@
 // Runs what writes pages of the KV cache and what reads them back on the model of Hopper.
-//   kv_pages SEED    one line a launch; returns 1 where a byte of the cache is not what
-//   quantization
-//                    in plain loops gives, or where what is read back is not what that stands for
+//   kv_pages SEED    prints a line for each launch; returns 1 where a byte of the cache is not what
+//                    quantization in plain loops gives, or where what is read back is not what that
+//                    byte stands for
 #include "common/mma.cuh"  // the model
-#include "kv_dequantize.cuh"
-#include "kv_write.cuh"
+#include "kv/dequantize.cuh"
+#include "kv/write.cuh"
 
 using namespace qoq::kv;
 

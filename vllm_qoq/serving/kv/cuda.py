@@ -35,9 +35,6 @@ from vllm_qoq.serving.kv.prefill import (
     plan_prefill,
 )
 
-_HEAD_SIZES = (64, 128)
-_MAX_GROUP = 16
-
 
 @dataclass
 class CUDAKVMetadata(KVMetadata):
@@ -251,9 +248,9 @@ class CUDAKV4Backend(QuantizedKVBackend):
         """What the kernels do not serve of a layer."""
         if not ops.has_kernels("cuda"):
             yield f"a machine without its kernels: {ops.missing_kernels()}"
-        if layer.head_size not in _HEAD_SIZES:
+        if layer.head_size not in kv_ops.HEAD_SIZES:
             yield f"head size {layer.head_size} on a GPU (it serves 64 and 128)"
-        if layer.num_heads > _MAX_GROUP * layer.num_kv_heads:
+        if layer.num_heads > kv_ops.MAX_GROUP * layer.num_kv_heads:
             yield f"{layer.num_heads // layer.num_kv_heads} query heads for a KV head (at most 16)"
         if dtype not in cls.supported_dtypes:
             yield f"{dtype} on a GPU (it serves bfloat16 and float16)"

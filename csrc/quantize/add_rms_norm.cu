@@ -1,6 +1,6 @@
 // Residual addition, RMSNorm and quantization of every token in one kernel.
 #include "ops.h"
-#include "quantize_rows.cuh"
+#include "quantize/rows.cuh"
 
 namespace qoq {
 namespace {
@@ -37,7 +37,7 @@ struct AddRmsNorm {
     if constexpr (kIsFirst) reinterpret_cast<Vector<T, kVector>*>(sum + row * k)[i] = rounded;
   }
 
-  // Rounds where vLLM's RMSNorm does: before the product with the weight and after it.
+  // Rounds where vLLM's RMSNorm does, before the product with the weight and after it.
   __device__ void normalise(const Constants& constants, float factor, float* values) const {
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
@@ -58,8 +58,8 @@ void dispatch(const Tensor& x, const Tensor& residual, const Tensor& weight, Ten
   const int k = static_cast<int>(x.size(1));
   quantize_rows<T>(
       [=]<int kVector>() {
-        return AddRmsNorm<T, kVector>{x_data,   residual_data, weight_data, sum_data,
-                                      stride, k,             epsilon};
+        return AddRmsNorm<T, kVector>{x_data, residual_data, weight_data, sum_data, stride,
+                                      k,      epsilon};
       },
       is_aligned<T>(x) && k % (16 / sizeof(T)) == 0, x.size(0), k, out, stream);
 }

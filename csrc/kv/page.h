@@ -1,12 +1,14 @@
-// A page of the quantized KV cache: N tokens of one KV head in one piece (vllm_qoq/numerics/kv_layout.py).
+// A page of the quantized KV cache: N tokens of one KV head in one piece
+// (vllm_qoq/numerics/kv_layout.py).
 //
-//   K codes    N rows of kRow bytes; 4 bits: the channel with the even number in the low nibble
-//   V codes    N / 2 rows of 2 kRow bytes, one a pair of tokens. Their 16-bit units alternate, so
-//              that a 32-bit word holds the same channels of both; row j is rotated by 32 (j % 4)
-//              bytes, so that threads that read rows j..j + 3 meet no bank twice
+//   K codes    N rows of kRow bytes. In 4 bits the even channel of two is in the low nibble.
+//   V codes    N / 2 rows of 2 kRow bytes, each a pair of tokens, whose 16-bit units alternate, so
+//              that a 32-bit word holds the same channels of both. Row j is rotated by 32 (j % 4)
+//              bytes, so that threads that read rows j..j + 3 meet no bank twice.
 //   K scales   N x (fp16 scale, fp16 zero)
 //   V scales   the same
-//   x ~ scale (code - zero)
+//
+// A code stands for scale (code - zero).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,8 +17,9 @@
 
 namespace qoq::kv {
 
+// vllm_qoq/numerics/kv_layout.py has the same two numbers.
 constexpr int kTokenMultiple = 16;  // a page's tokens are a multiple of it
-constexpr int kScaleBytes = 4;      // scale and zero
+constexpr int kScaleBytes = 4;      // scale and zero of one token
 
 __host__ __device__ constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }
 
@@ -30,7 +33,7 @@ struct Page {
   static_assert(kBits == 4 || kBits == 8);
   static_assert(kHeadSize % 32 == 0, "a rotation by 32 bytes, pieces of 16");
 
-  // Where the four parts of a page of `tokens` begin.
+  // Where a token's part of each of the four begins, in a page of `tokens`.
   __host__ __device__ static constexpr int k_codes(int token) { return token * kRow; }
   __host__ __device__ static constexpr int v_codes(int tokens, int token) {
     return tokens * kRow + token * kRow;

@@ -2,16 +2,16 @@
 #pragma once
 
 #include "common/ptx.cuh"
-#include "w4a8_gemm_config.h"
+#include "gemm/w4a8_config.h"
 
 namespace qoq::w4a8 {
 
-// Steps [begin, end) of one tile: the work of a cluster.
+// A piece of a cluster's work: steps [begin, end) of one tile.
 struct Work {
   int tile, begin, end;
 };
 
-// The pieces of one cluster, in the same order for those who load and who multiply.
+// The pieces of one cluster, in the same order for the threads that load and those that multiply.
 template <class Tile>
 class WorkList {
  public:

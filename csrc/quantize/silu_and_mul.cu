@@ -1,6 +1,6 @@
 // silu(gate) * up and quantization of every token in one kernel, in float32 throughout.
 #include "ops.h"
-#include "quantize_rows.cuh"
+#include "quantize/rows.cuh"
 
 namespace qoq {
 namespace {

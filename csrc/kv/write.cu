@@ -1,8 +1,8 @@
 // Host side of the quantized cache's writes: checks and launch.
 #include <torch/csrc/stable/ops.h>
 
-#include "kv_host.h"
-#include "kv_write.cuh"
+#include "kv/host.h"
+#include "kv/write.cuh"
 #include "ops.h"
 
 namespace qoq {

@@ -1,17 +1,17 @@
-// A warp's ring in shared memory and what fills it: bulk copies of pages or of their parts.
+// A warp's ring in shared memory, and the bulk copies of pages or of their parts that fill it.
 #pragma once
 
 #include "common/ptx.cuh"
-#include "kv_decode_work.cuh"
+#include "kv/decode_work.cuh"
 
 namespace qoq::kv {
 
 // Loads every kWarps-th tile of a range. The block table is read one tile ahead, since the copy
-// waits for it; at first for all stages at once.
+// waits for it; at the beginning it is read for all stages at once.
 template <class A>
 class Loader {
  public:
-  // `copy` is this lane's of p.copies.
+  // `copy` is the one of p.copies that this lane does.
   __device__ Loader(const Params& p, const Copy& copy, const Range& range, uint32_t ring,
                     uint32_t barriers)
       : p_(p),
@@ -29,7 +29,7 @@ class Loader {
     next_ = find();
   }
 
-  // Into the stage that the warp has read longest ago, after __syncwarp.
+  // Loads into the stage that the warp read longest ago. It is called after __syncwarp.
   __device__ void load_next() {
     if (next_.units == 0) return;
     load(next_);
@@ -37,9 +37,10 @@ class Loader {
   }
 
  private:
-  // Of a tile: its units, 0 behind the last tile, and where this lane's copy of it comes from.
+  // Where a tile comes from. It has `units` units, 0 behind the last tile; this lane copies from
+  // `offset` in block `page` of the cache, and nothing where `offset` is -1.
   struct Place {
-    int units, page, offset;  // offset in the block, -1: nothing to copy
+    int units, page, offset;
   };
 
   __device__ void load(const Place& place) {
@@ -75,7 +76,7 @@ class Loader {
 
   const Params& p_;
   const Copy copy_;
-  Segment segment_;  // of tile_, the next to be found
+  Segment segment_;  // the segment of tile_, which is the next tile to be found
   int tile_, end_, stage_ = 0;
   uint32_t ring_, barriers_;
   Place next_;

@@ -1,4 +1,4 @@
-// Pairs of 16-bit floats in a register, of a type that is known at run time.
+// Pairs of 16-bit floats in a register, whose type is known at run time.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -21,7 +21,7 @@ __device__ inline uint32_t to_pair(float first, float second, bool is_bfloat16) 
                      : ptx::convert_to_half2(first, second);
 }
 
-// What is stored of a token beside its codes: scale and zero.
+// The scale and the zero of a token, which are stored beside its codes.
 __device__ inline float scale_of(uint32_t parameters) { return to_float2(parameters, false).x; }
 __device__ inline float zero_of(uint32_t parameters) { return to_float2(parameters, false).y; }
 

@@ -3,13 +3,13 @@
 
 #include "common/ptx.cuh"
 #include "common/wgmma.cuh"
-#include "w4a8_gemm_config.h"
-#include "w4a8_gemm_work.cuh"
+#include "gemm/w4a8_config.h"
+#include "gemm/w4a8_work.cuh"
 
 namespace qoq::w4a8 {
 
-// Codes of 64 inputs to the A registers of two k32 steps. In a word, the low nibbles are inputs
-// 0..15 of the step, the high ones 16..31; words alternate between rows r and r + 8.
+// Turns the codes of 64 inputs into the A registers of two k32 steps. In a word, the low nibbles
+// are inputs 0..15 of the step and the high ones 16..31; words alternate between rows r and r + 8.
 template <Weights kWeights>
 __device__ inline void unpack_half(uint4 codes, uint4 residual, uint32_t params, uint32_t (&a)[8]) {
   const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
@@ -39,7 +39,7 @@ __device__ inline void unpack_half(uint4 codes, uint4 residual, uint32_t params,
 }
 
 // Where a thread of a warpgroup finds its codes and parameters of a block of 64 channels, in the
-// first stage. Held in registers, or it would be reckoned anew for every stage.
+// first stage. It is held in registers, or it would be reckoned anew for every stage.
 template <class Tile, Weights kWeights>
 struct FragmentAddress {
   uint32_t at[2];
@@ -52,8 +52,8 @@ struct FragmentAddress {
   }
 };
 
-// What the thread has of a block in a stage, of weights that lie there as kWeights and are
-// multiplied as kUsed: the first plane of a nested weight is a grouped one.
+// A thread's part of a block in a stage. The weights lie there as kWeights and are multiplied as
+// kUsed, since the first plane of a nested weight is a grouped one.
 template <class Tile, Weights kWeights, Weights kUsed>
 struct Fragment {
   uint4 codes[2], residual[2];

@@ -1,10 +1,10 @@
-// Rows of floats to int8 codes, scale and row sum, whatever the floats come from.
+// Turns rows of floats into int8 codes, scale and row sum, whatever the floats come from.
 //
-// A Source makes a row's values, kVector at a time, in float32:
-//   Constants    what does not depend on the kernels before this one, read before waiting for them
+// A Source makes a row's values in float32, kVector of them at a time. It has
+//   Constants    what does not depend on the kernels before this one and is read before waiting
 //   kNormalises  whether values are multiplied by 1 / sqrt(mean square + epsilon) and the constants
 //   constants(i), load<kIsFirst>(row, i, values), normalise(constants, factor, values)
-// kIsFirst: the one time that every vector is loaded for the first time; long rows are read again.
+// kIsFirst is true the one time that a vector is loaded first; vectors of long rows are read again.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -20,7 +20,7 @@
 
 namespace qoq {
 
-constexpr int kManyTokens = 512;  // that fill the GPU with small blocks
+constexpr int kManyTokens = 512;  // tokens that fill the GPU with small blocks
 constexpr float kInt8Max = 127.f;
 constexpr float kMinScale = 1e-10f;
 
@@ -52,7 +52,7 @@ struct QuantizedRows {
 
 struct NoConstants {};
 
-// round(x / scale), to the bit of the division, which is left to the few cases near a tie: a
+// round(x / scale), bit for bit as with a division, which is left to the few cases near a tie: a
 // product with the inverse is off by less than 127 * 2^-22.
 __device__ inline float quotient(float x, float scale, float inverse) {
   const float product = x * inverse, rounded = rintf(product);
@@ -60,8 +60,9 @@ __device__ inline float quotient(float x, float scale, float inverse) {
   return rintf(__fdiv_rn(x, scale));
 }
 
-// A block of up to kThreads a row. A thread holds kHeld vectors of kVector values in registers;
-// what a longer row has beyond them is made twice, three times where it is normalised.
+// One block of up to kThreads threads does a row. A thread holds kHeld vectors of kVector values in
+// registers; what a longer row has beyond them is made twice, and three times where it is
+// normalised.
 template <typename Source, int kVector, int kHeld, int kThreads>
 __global__ void __launch_bounds__(kThreads, 1)
     quantize_rows_kernel(const Source source, int k, QuantizedRows out) {
@@ -87,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (const int i = h * blockDim.x + threadIdx.x; i < vectors)
       source.template load<true>(row, i, held[h]);
 
-  // 1. The norm.
+  // 1. The norm, if the source has one.
   float factor = 1.f;
   if constexpr (Source::kNormalises) {
     float square = 0.f, v[kVector];
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if constexpr (Source::kNormalises) source.normalise(source.constants(i), factor, values);
   };
 
-  // 2. The largest magnitude. As integers, so that NaN is the largest of all and not lost.
+  // 2. The largest magnitude, compared as integers, so that NaN is the largest of all and not lost.
   uint32_t bits = 0;
   auto look_at = [&](const float* values) {
 #pragma unroll
@@ -176,7 +177,7 @@ template <int kVector, int kHeld, int kThreads, typename Source>
 void launch_quantize_rows(const Source& source, int64_t m, int k, const QuantizedRows& out,
                           cudaStream_t stream) {
   const int vectors = k / kVector;
-  // Few tokens: a vector a thread, where a block has so many threads.
+  // For few tokens each thread has one vector, where a block has so many threads.
   const int per_thread = kThreads == 1024 && vectors <= kThreads ? 1 : kHeld;
   const int warps = (vectors / per_thread + 31) / 32;
   cudaLaunchAttribute attribute{};
@@ -192,7 +193,7 @@ void launch_quantize_rows(const Source& source, int64_t m, int k, const Quantize
                                 source, k, out));
 }
 
-// make_source<kVector>() is the source; 16 bytes of T at a time where `is_aligned`.
+// make_source<kVector>() is the source. It is read 16 bytes of T at a time where `is_aligned`.
 template <typename T, typename MakeSource>
 void quantize_rows(const MakeSource& make_source, bool is_aligned, int64_t m, int k,
                    const QuantizedRows& out, cudaStream_t stream) {
@@ -213,7 +214,7 @@ bool is_aligned(const Tensor& x) {
   return reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 && x.stride(0) % kVector == 0;
 }
 
-// The outputs for m rows of k columns on x's device, and where they are.
+// The output tensors for m rows of k columns on the device of x, and pointers to them.
 struct QuantizedTensors {
   Tensor codes, scale, row_sum;
 

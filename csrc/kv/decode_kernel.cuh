@@ -1,16 +1,16 @@
-// Attention of one query token a sequence over its quantized pages.
+// Attention of one query token of each sequence over the sequence's quantized pages.
 //
 // The tiles of all sequences and KV heads are cut into as many equal ranges as there are blocks,
-// from the lengths on the device: so a graph stays right when they change. Of a block's range, warp
-// w computes every kWarps-th tile and loads them for itself.
+// from the lengths on the device, so a graph stays right when they change. Of a block's range, warp
+// w computes every kWarps-th tile from the w-th on, and loads these tiles for itself.
 #pragma once
 
-#include "kv_decode_load.cuh"
-#include "kv_decode_merge.cuh"
+#include "kv/decode_load.cuh"
+#include "kv/decode_merge.cuh"
 
 namespace qoq::kv {
 
-// Sequences without a token that is seen.
+// Writes zeros for sequences without a token that is seen.
 template <class A>
 __device__ inline void write_zeros(const Params& p) {
   const int elements = p.kv_heads * p.group * A::kHeadSize;
@@ -22,9 +22,9 @@ __device__ inline void write_zeros(const Params& p) {
   }
 }
 
-// The tables of a step are read first by the first layer, and the weights of a layer may drive them
-// out of the L2. They are fetched while the kernel before still runs; should that write them, the
-// L2 has what it wrote.
+// Fetches the tables of a step into the L2. The first layer reads them first, and the weights of
+// any layer may drive them out. This happens while the kernel before still runs; if that one writes
+// them, the L2 has what it wrote.
 __device__ inline void prefetch(const Params& p) {
   const int thread = blockIdx.x * kThreads + threadIdx.x;
   if (thread < p.sequences * p.row_lines)

@@ -1,6 +1,6 @@
-// int8 codes, scale and row sum of every token: `reference.quantize_per_token`, bit for bit.
+// int8 codes, scale and row sum of every token, as `reference.quantize_per_token`, bit for bit.
 #include "ops.h"
-#include "quantize_rows.cuh"
+#include "quantize/rows.cuh"
 
 namespace qoq {
 namespace {

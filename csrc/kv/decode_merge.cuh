@@ -3,18 +3,17 @@
 
 #include <type_traits>
 
-#include "kv_decode_tile.cuh"
+#include "kv/decode_tile.cuh"
 
 namespace qoq::kv {
 
-// What is added up, for some channels of one query head: weights and values are relative to
-// 2^maximum.
+// The sums for some channels of one query head. Weights and values are relative to 2^maximum.
 template <int kChannels>
 struct Partial {
   float maximum = -INFINITY, weights = 0;
   alignas(16) float values[kChannels] = {};
 
-  // The maximum of all that is added has to be known.
+  // `maximum` has to be that of all that is added.
   __device__ void add(float other_maximum, float other_weights, const float* other_values) {
     const float factor = ptx::exp2_approx(other_maximum - maximum);
     weights = fmaf(factor, other_weights, weights);
@@ -32,15 +31,15 @@ using Vector = Partial<A::kVector>;
 template <class A>
 using Channels = std::conditional_t<A::kVector == 4, float4, float2>;
 
-// What `count` blocks have added up for one head. `parts` is the first block's slot 0; that block's
-// part is in slot 1, `slot` floats on, the others' in their slot 0.
+// Adds up what `count` blocks have for one head. `parts` is slot 0 of the first block; that block's
+// part is in its slot 1, `slot` floats on, and the parts of the others are in their slots 0.
 //
 // The rest of the GPU has nothing left to do while this waits for memory, and a warp that is alone
-// takes about 5 cycles an instruction. So every quarter of it takes another part, and the first
-// loads are under way before the maximum is known.
+// takes about 5 cycles for an instruction. So every quarter of the warp takes another part, and the
+// first loads are under way before the maximum is known.
 template <class A>
 __device__ inline Vector<A> add_parts(const float* parts, int count, int slot) {
-  constexpr int kQuarters = 4, kBatch = 4;  // parts of a quarter at a time
+  constexpr int kQuarters = 4, kBatch = 4;  // kBatch: the parts that a quarter takes at a time
   const int lane = threadIdx.x % 32, quarter = lane / 8;
   auto part = [&](int i) { return parts + (i == 0 ? 1 : 2 * i) * slot; };
   // Maximum and weights.
@@ -85,7 +84,7 @@ __device__ inline Vector<A> add_parts(const float* parts, int count, int slot) {
     base += kBatch * kQuarters;
     if (base < count) load(base);
   }
-  // Over the quarters, each of which keeps a quarter of the channels: those of its lanes.
+  // Adds up over the quarters, each of which keeps the channels of its own lanes.
 #pragma unroll
   for (int lanes = 16; lanes >= 8; lanes /= 2) {
     const bool is_upper = lane & lanes;
@@ -107,8 +106,7 @@ __device__ inline Vector<A> add_parts(const float* parts, int count, int slot) {
   return sum;
 }
 
-// In shared memory: the first and the last segment of a range, which other blocks may have parts
-// of.
+// The first and the last segment of a range, in shared memory. Other blocks may have parts of them.
 struct Ends {
   Segment segments[2];
   int is_last[2];  // whether this block is the last to come
@@ -127,8 +125,8 @@ class Merger {
     if (threadIdx.x == 0) ends->segments[0] = first;
   }
 
-  // All threads. The range's part of a segment is complete with these sums of every warp. What
-  // other blocks have parts of too is left to add_blocks.
+  // Called by all threads, when the range's part of a segment is complete with these sums of every
+  // warp. A segment of which other blocks have parts too is left to add_blocks.
   __device__ void finish(const Range& range, const Segment& segment, const Query<A>& query,
                          Sums<A>& sums) {
     const bool is_whole = is_in(range, segment);
@@ -153,9 +151,9 @@ class Merger {
     }
   }
 
-  // All threads, once, at the end: only then are registers free for many loads. `last` is the
-  // segment of the range's last tile. The last block to come adds up the parts of a segment, in the
-  // order of the blocks.
+  // Called by all threads, once, at the end: only then are registers free for many loads. `last` is
+  // the segment of the range's last tile. The last block to come adds up the parts of a segment, in
+  // the order of the blocks.
   __device__ void add_blocks(const Range& range, const Segment& last) {
     const int warp = threadIdx.x / 32;
     __syncthreads();  // the partial sums of this block are written
@@ -172,7 +170,7 @@ class Merger {
       ends_->is_last[warp] = is_last;
     }
     __syncthreads();
-#pragma unroll 1  // the code once
+#pragma unroll 1  // so that the code is there only once
     for (int i = 0; i < 2; ++i) {
       if (!ends_->is_last[i]) continue;
       const Segment segment = ends_->segments[i];

@@ -1,33 +1,35 @@
-// Numbers of the decode attention: tiles, shared memory, parameters.
+// The numbers of the decode attention: tiles, shared memory, parameters.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
-#include "kv_page.h"
+#include "kv/page.h"
 
 namespace qoq::kv {
 
 constexpr int kTileTokens = 32;  // a warp's step: two m16 tiles of K
 constexpr int kTileSteps = kTileTokens / 16;
-constexpr int kMostCopies = 8;   // of a tile: of four parts of two pages
+constexpr int kMostCopies = 8;   // copies that bring a tile: four parts of two pages
 constexpr int kHeadsOfTile = 8;  // query heads: the n of the mma
-constexpr int kMaxGroup = 16;    // query heads of a KV head
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
-constexpr int kMaxBlocks = 1024;  // and as many counters at the beginning of the workspace
 // A small block table is fetched into the L2 beforehand; rows of a large one are mostly unused.
 constexpr int kLineInts = 32;
 constexpr int kMostLines = 1024;
+
+// vllm_qoq/ops/kv_ops.py makes the workspace with these numbers and with the largest kResident.
+constexpr int kMaxGroup = 16;     // query heads of a KV head
+constexpr int kMaxBlocks = 1024;  // and as many counters at the beginning of the workspace
 // Partial sums carry their two numbers, the maximum and the sum of weights, behind the channels.
 constexpr int kPartialPadding = 4;
 
-// What is known when the kernel is compiled.
+// The numbers that follow from a head size, bits and how many query heads share a KV head.
 template <int kHeadSizeValue, int kBitsValue, int kHeadTilesValue>
 struct Attention : Page<kHeadSizeValue, kBitsValue> {
   using Base = Page<kHeadSizeValue, kBitsValue>;
-  static constexpr int kHeadTiles = kHeadTilesValue;  // of kHeadsOfTile query heads
+  static constexpr int kHeadTiles = kHeadTilesValue;  // of kHeadsOfTile query heads each
   static constexpr int kResident = Base::kBits == 4 && kHeadTiles == 1 ? 2 : 1;
   static constexpr int kStages = Base::kHeadSize == 64 ? 4 : 2;  // of a warp's ring
   static constexpr int kStageBytes = kTileTokens * Base::kTokenBytes;
@@ -36,19 +38,19 @@ struct Attention : Page<kHeadSizeValue, kBitsValue> {
 
   // A thread's share of a row of K, and of a pair's row of V, in 32-bit words.
   static constexpr int kWords = Base::kRow / 16;
-  static constexpr int kPieceBytes = kWords < 4 ? 4 * kWords : 16;  // as many as one load has
+  static constexpr int kPieceBytes = kWords < 4 ? 4 * kWords : 16;  // of one load
   static constexpr int kMultiplies = Base::kHeadSize / 16;          // m16n8k16 over all channels
   static constexpr int kWordMultiplies = kMultiplies / kWords;
   static constexpr int kChannels = Base::kHeadSize / 8;  // of a thread, in the output
   static constexpr int kVector = Base::kHeadSize / 32;   // channels of a thread when adding up
   static constexpr int kPartial = Base::kHeadSize + kPartialPadding;  // floats of a query head
 
-  // Codes are given to the mma as they are: v in the lowest bits of an fp16 is v * 2^-24, which the
-  // matrix units know, and a nibble four bits higher is v * 2^-20.
+  // Codes are given to the mma as they are: v in the lowest bits of an fp16 is the subnormal number
+  // v * 2^-24, which the matrix units know, and a nibble four bits higher is v * 2^-20.
   static constexpr float kLowUnit = 1.f / (1 << 24);
   static constexpr float kHighUnit = Base::kBits == 4 ? 16 * kLowUnit : kLowUnit;
-  // The largest |q| becomes 2^kQueryExponent or up to twice as much; that of the channels which
-  // meet low nibbles 16 times that. Below 2^16 in all.
+  // The largest |q| becomes 2^kQueryExponent or up to twice as much, and 16 times that in channels
+  // that meet low nibbles. Everything stays below 2^16.
   static constexpr int kQueryExponent = Base::kBits == 4 ? 10 : 14;
   // exp2(score - maximum) is at most 2^kWeightExponent. Times the largest scale, 2 * 65504 /
   // levels, it stays below 65504, and small weights keep more bits.
@@ -62,10 +64,10 @@ struct Attention : Page<kHeadSizeValue, kBitsValue> {
   }
 };
 
-// A bulk copy of a tile's part, from token `token` of the tile on, into shared memory.
+// A bulk copy of a part of a tile into shared memory, from token `token` of the tile on.
 struct Copy {
   int token;
-  int source, source_step;  // in the page: of its first token, and of one more
+  int source, source_step;  // offset in the page: of its first token, and of each further one
   int destination, bytes;   // in the stage
 };
 
@@ -76,29 +78,31 @@ struct Params {
   const int32_t* seq_lens;
   void* out;
   int32_t* counters;
-  float* partials;                                               // [blocks, 2, group, kPartial]
-  int64_t q_stride, q_head_stride, out_stride, out_head_stride;  // in elements
-  int64_t block_stride;                                          // of the cache, in bytes
-  int head_stride;                                               // the same
-  int64_t table_stride;                                          // in elements
+  float* partials;  // [blocks, 2, group, kPartial]
+  // In elements; those of the cache, block_stride and head_stride, in bytes.
+  int64_t q_stride, q_head_stride, out_stride, out_head_stride;
+  int64_t block_stride;
+  int head_stride;
+  int64_t table_stride;
   int sequences, kv_heads, group;
   int resident;                 // blocks of the launch that a multiprocessor holds
   int row_lines;                // of the block table, if it is fetched beforehand; otherwise 0
   int page_tokens, max_tokens;  // of a sequence: what the block table has room for
   uint32_t inverse_page;        // 2^31 / (page_tokens / 16), rounded up
   uint32_t inverse_blocks;      // 2^32 / the blocks of the launch, rounded up
-  int window;                   // the last tokens that are seen; 0: all
+  int window;                   // how many of the last tokens are seen; 0 for all
   float scale_log2;             // softmax scale * log2(e), and what a rotation leaves out
   bool is_bfloat16, is_rotated;
-  // How a tile lies in shared memory: whole pages, or as if pages were of 32 tokens.
+  // How a tile lies in shared memory: as whole pages, or as if pages had 32 tokens.
   int unit_tokens, unit_bytes;
   Copy copies[kMostCopies];
   int copy_count;
   int v_offset, k_scale_offset, v_scale_offset, step_bytes, scale_step_bytes;
 };
 
-// Blocks a multiprocessor. One where the block table has no room for more than a few tiles a warp:
-// blocks without work would hold up the end of the kernel, and more parts are more to add up.
+// The blocks that a multiprocessor gets. It is one where the block table has no room for more than
+// a few tiles for each warp: blocks without work would hold up the end of the kernel, and more
+// parts are more to add up.
 template <class A>
 int blocks_of_processor(const Params& p, int processors) {
   constexpr int kFewTiles = 4;
@@ -106,7 +110,7 @@ int blocks_of_processor(const Params& p, int processors) {
   return tiles <= kFewTiles * kWarps * processors ? 1 : A::kResident;
 }
 
-// The part of Params that follows from `page_tokens`, `max_tokens` and the blocks of the launch.
+// Fills in what follows from `page_tokens`, `max_tokens` and the blocks of the launch.
 template <class A>
 void lay_out(Params& p, int blocks, int resident) {
   p.resident = resident;

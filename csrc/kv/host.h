@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/checks.h"
-#include "kv_page.h"
+#include "kv/page.h"
 
 namespace qoq::kv {
 
@@ -19,7 +19,8 @@ inline void check_device(const char* op, const char* name, const Tensor& tensor,
                   " is not on CUDA device ", device, ", where the cache is");
 }
 
-// Heads of bfloat16 or float16 [rows, heads, head size] that are read or written 8 bytes at a time.
+// Refuses all but heads of bfloat16 or float16 [rows, heads, head size] that can be read or written
+// 8 bytes at a time.
 inline void check_heads(const char* op, const char* name, const Tensor& tensor, int device) {
   STD_TORCH_CHECK(is_16_bits(tensor) && tensor.dim() == 3, op, ": ", name, " is ",
                   type_text(tensor), " ", shape_text(tensor),
@@ -32,7 +33,8 @@ inline void check_heads(const char* op, const char* name, const Tensor& tensor, 
                   " are not contiguous, or do not begin at multiples of 8 bytes; clone it");
 }
 
-// uint8 [blocks, KV heads, bytes of a page], each page in one piece. Returns a page's tokens.
+// Refuses all but uint8 [blocks, KV heads, bytes of a page], each page in one piece. Returns the
+// tokens of a page.
 inline int check_cache(const char* op, const Tensor& cache, int64_t head_size, int64_t bits) {
   STD_TORCH_CHECK(bits == 4 || bits == 8, op, ": bits is ", bits, ", expected 4 or 8");
   STD_TORCH_CHECK(head_size == 64 || head_size == 128, op, ": the head size is ", head_size,
@@ -54,7 +56,8 @@ inline int check_cache(const char* op, const Tensor& cache, int64_t head_size, i
   return static_cast<int>(bytes / token_bytes);
 }
 
-// Calls `function` for the Page of a head size and bits that `check_cache` let pass.
+// Calls `function` for the Page of a head size and bits that `check_cache` let pass. The head sizes
+// are those of vllm_qoq/ops/kv_ops.py.
 template <class Function>
 void dispatch_page(int64_t head_size, int64_t bits, const Function& function) {
   if (head_size == 128 && bits == 4) {
@@ -68,7 +71,7 @@ void dispatch_page(int64_t head_size, int64_t bits, const Function& function) {
   }
 }
 
-// int32 [count]; 4 bytes at a time, so that it may be a slice.
+// Refuses all but int32 [count]. It is read 4 bytes at a time, so it may be a slice.
 inline void check_ints(const char* op, const char* name, const Tensor& tensor, int64_t count,
                        int device) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Int && tensor.dim() == 1 &&
@@ -78,7 +81,7 @@ inline void check_ints(const char* op, const char* name, const Tensor& tensor, i
   check_device(op, name, tensor, device);
 }
 
-// int32 [sequences, blocks of the longest] with its rows in one piece.
+// Refuses all but int32 [sequences, blocks of the longest] with each row in one piece.
 inline void check_block_table(const char* op, const Tensor& table, int64_t sequences, int device) {
   STD_TORCH_CHECK(table.scalar_type() == ScalarType::Int && table.dim() == 2 &&
                       table.size(0) == sequences && (table.numel() == 0 || table.stride(1) == 1),

@@ -9,9 +9,9 @@
 #include <vector>
 
 #include "common/checks.h"
+#include "gemm/w4a8_kernel.cuh"
+#include "gemm/w4a8_schedule.h"
 #include "ops.h"
-#include "w4a8_gemm_kernel.cuh"
-#include "w4a8_gemm_schedule.h"
 
 namespace qoq {
 namespace {
@@ -41,8 +41,8 @@ PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return encoder;
 }
 
-// Of `rank` dimensions, the first without gaps; boxes in the copy engine's 128-byte swizzle. What
-// lies outside reads as zero and is not written.
+// Describes a tensor of kRank dimensions, the first without gaps, to the copy engine, which moves
+// boxes of it in its 128-byte swizzle. What lies outside reads as zero and is not written.
 template <int kRank>
 CUtensorMap tensor_map(const void* base, CUtensorMapDataType type, const cuuint64_t (&sizes)[kRank],
                        const cuuint64_t (&strides)[kRank - 1], const cuuint32_t (&box)[kRank]) {
@@ -58,7 +58,7 @@ CUtensorMap tensor_map(const void* base, CUtensorMapDataType type, const cuuint6
   return map;
 }
 
-// x int8 [m, k] as [k_blocks][m][128].
+// The map of x, int8 [m, k], as [k_blocks][m][128].
 CUtensorMap x_tensor_map(const void* x, const Params& p, int tokens, int k_blocks) {
   const uint64_t k = uint64_t{kBlockK} * p.k_blocks;
   return tensor_map<3>(
@@ -67,7 +67,7 @@ CUtensorMap x_tensor_map(const void* x, const Params& p, int tokens, int k_block
       {kBlockK, static_cast<cuuint32_t>(tokens), static_cast<cuuint32_t>(k_blocks)});
 }
 
-// The output [m, n]; its 16 bits are copied as they are.
+// The map of the output [m, n]; its 16 bits are copied as they are.
 CUtensorMap out_tensor_map(const Params& p, int tokens) {
   return tensor_map<2>(p.out, CU_TENSOR_MAP_DATA_TYPE_UINT16,
                        {static_cast<cuuint64_t>(p.n), static_cast<cuuint64_t>(p.m)},
@@ -97,8 +97,8 @@ struct Launcher {
     config.numAttrs = Tile::kCluster > 1 ? 2 : 1;
   }
 
-  // Clusters that run at a time. Asked once: the answer depends on how many multiprocessors each
-  // part of the chip has.
+  // The clusters that run at a time. The driver is asked once for each device, since the answer
+  // depends on how many multiprocessors each part of the chip has.
   static int slots(int device) {
     static std::once_flag is_made[kMaxDevices];
     static int counts[kMaxDevices];
@@ -207,9 +207,8 @@ Tensor w4a8_gemm(const Tensor& x, const Tensor& x_scale, const Tensor& x_row_sum
   const bool is_grouped = !channel_zero.has_value();
   STD_TORCH_CHECK(n % 8 == 0 && n > 0, kOp, ": N=", n, " must be a multiple of 8");
   STD_TORCH_CHECK(k % kBlockK == 0 && k > 0, kOp, ": K=", k, " must be a multiple of ", kBlockK);
-  // The sums are exact up to here: 255 * 128 * K < 2^31.
-  STD_TORCH_CHECK(k <= 65536, kOp, ": K=", k, " overflows int32; split the layer");
-  STD_TORCH_CHECK(m <= 1 << 24 && n <= 1 << 24, kOp, ": M=", m, ", N=", n, " are too large");
+  STD_TORCH_CHECK(k <= kMaxK, kOp, ": K=", k, " overflows int32; split the layer");
+  STD_TORCH_CHECK(m <= kMaxRows && n <= kMaxRows, kOp, ": M=", m, ", N=", n, " are too large");
   STD_TORCH_CHECK(!group_scale.has_value() && !group_offset.has_value(), kOp,
                   ": on CUDA the groups are inside the packed weight (w4a8_layout.pack)");
   const int device = device_of(x);
@@ -227,7 +226,7 @@ Tensor w4a8_gemm(const Tensor& x, const Tensor& x_scale, const Tensor& x_row_sum
                  {weight_blocks, k / kBlockK, kCodeBytes});
   STD_TORCH_CHECK(residual.has_value() || !use_residual.has_value(), kOp,
                   ": use_residual is given, but no residual");
-  // A flag may be a part of a larger tensor: 4 bytes are read.
+  // A flag may be a part of a larger tensor, since only its 4 bytes are read.
   if (use_residual.has_value())
     check_tensor(kOp, "use_residual", *use_residual, device, ScalarType::Int, {1}, 4);
   check_tensor(kOp, "channel_scale", channel_scale, device, ScalarType::Float, {n});

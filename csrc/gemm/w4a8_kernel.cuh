@@ -1,13 +1,13 @@
 // out^T = W x^T on Hopper: the weights are the register operand of wgmma, tokens are its n.
 //
-//   global --bulk copy--> shared ring --16-byte loads--> registers --4 to 8 bits--> wgmma
-//   x      --bulk tensor copy--> shared ring, 128-byte swizzle -------------------> wgmma
+//   weights  --bulk copy--> shared ring --16-byte loads--> registers --4 to 8 bits--> wgmma
+//   x        --bulk tensor copy--> shared ring, 128-byte swizzle -------------------> wgmma
 //
 // Two to four warps keep the ring full, two to four warpgroups empty it. A thread finds the codes
 // of its fragment in 16 bytes, and turns four codes at once into what wgmma reads, u8 = W8 + 128:
 //   q group_scale + (group_offset + 128)
-// as one 32-bit multiply-add of four bytes. Nothing carries: every byte stays in 0..255
-// (`vllm_qoq.checkpoint.format`). The 128 leaves in the epilogue with the row sum of x.
+// as one 32-bit multiply-add of four bytes. Nothing carries, because every byte stays in 0..255
+// (`vllm_qoq.checkpoint.format`). The epilogue takes the 128 back with the row sum of x.
 //
 // Where k is divided, sums are added up as int32, so the order does not matter and the result is
 // always the same: over shared memory among the warpgroups of a block and the blocks of a cluster,
@@ -20,15 +20,15 @@
 
 #include "common/ptx.cuh"
 #include "common/wgmma.cuh"
-#include "w4a8_gemm_config.h"
-#include "w4a8_gemm_epilogue.cuh"
-#include "w4a8_gemm_load.cuh"
-#include "w4a8_gemm_unpack.cuh"
-#include "w4a8_gemm_work.cuh"
+#include "gemm/w4a8_config.h"
+#include "gemm/w4a8_epilogue.cuh"
+#include "gemm/w4a8_load.cuh"
+#include "gemm/w4a8_unpack.cuh"
+#include "gemm/w4a8_work.cuh"
 
 namespace qoq::w4a8 {
 
-// Lets stages be filled again, by all whose tokens they hold.
+// Tells the blocks whose copies fill a stage that it may be filled again.
 template <class Tile, Weights kWeights>
 class Release {
  public:
@@ -40,7 +40,7 @@ class Release {
     ptx::keep_in_registers(empty_);
   }
 
-  // Nothing for stage -1.
+  // Does nothing for stage -1.
   __device__ void operator()(int stage) const {
     __syncwarp();  // one lane speaks for all
     const bool is_speaking = threadIdx.x % 32 < Tile::kClusterTiles && stage >= 0;
@@ -56,7 +56,7 @@ class Release {
   uint32_t empty_[1];
 };
 
-// Adds up the steps of a tile that this block has.
+// Multiplies and adds up this block's steps of a tile.
 template <class Tile, Weights kWeights, Weights kUsed>
 class MainLoop {
  public:

@@ -1,15 +1,16 @@
-// Keys and values of tokens in the cache, for attention over several query tokens a sequence.
+// Reads keys and values of tokens back from the cache, for attention over several query tokens of a
+// sequence.
 #pragma once
 
 #include "common/ptx.cuh"
-#include "kv_floats.cuh"
-#include "kv_hadamard.cuh"
-#include "kv_page.h"
+#include "kv/floats.cuh"
+#include "kv/hadamard.cuh"
+#include "kv/page.h"
 
 namespace qoq::kv {
 
 constexpr int kDequantizeThreads = 256;
-constexpr int kDequantizeRows = 16;     // of a block
+constexpr int kDequantizeRows = 16;     // of a block of threads
 constexpr int kDequantizeChannels = 8;  // of a thread
 
 struct DequantizeParams {
@@ -25,7 +26,7 @@ struct DequantizeParams {
   bool is_bfloat16, is_rotated;
 };
 
-// Where a row's token lies; `page` is -1 for rows of no sequence.
+// Where the token of a row lies; `page` is -1 for rows that belong to no sequence.
 struct Place {
   int page, token;
 };
@@ -72,7 +73,7 @@ __device__ inline T load(const uint8_t* at) {
   return __ldcg(reinterpret_cast<const T*>(at));
 }
 
-// kDequantizeRows rows of all KV heads.
+// A block of threads reads kDequantizeRows rows of all KV heads.
 template <class P>
 __global__ void __launch_bounds__(kDequantizeThreads)
     kv_dequantize_kernel(const __grid_constant__ DequantizeParams p) {

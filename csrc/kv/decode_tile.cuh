@@ -1,25 +1,26 @@
-// One tile of 32 tokens: scores, weights (online softmax) and the weighted sum of V, by one warp.
+// What one warp computes of a tile of 32 tokens: scores, weights (online softmax) and the weighted
+// sum of V.
 //
-// Lane 4 g + c. Tokens are the rows of the first product, so that lanes with the same c share a
-// query head; channels are the rows of the second, whose B operand is the transposed weights:
-//   scores [16 tokens, 8 heads] = K codes [16, 128] q [128, 8]        for 2 steps of 16 tokens
-//   sums [128 channels, 8 heads] += V codes^T [128, 16] weights [16, 8]
+// A lane is 4 g + c. Tokens are the rows of the first product, so that lanes with the same c share
+// a query head; channels are the rows of the second, whose B operand is the transposed weights. For
+// each of the two steps of 16 tokens, at a head size of 128:
+//   scores [16 tokens, 8 heads]    = K codes [16, 128]     q [128, 8]
+//   sums [128 channels, 8 heads]  += V codes^T [128, 16]   weights [16, 8]
 #pragma once
 
 #include <cmath>
 
 #include "common/mma.cuh"
 #include "common/ptx.cuh"
-#include "kv_decode_query.cuh"
+#include "kv/decode_query.cuh"
 
 namespace qoq::kv {
 
-// The codes of a word as fp16 with the value code * 2^-24 or, fragments 1 and 3 of 4 bits,
-// code * 2^-20. Each pair of fragments is the a0 and a2 of one mma for K.
-//   4 bits: nibbles (0, 4), (1, 5), (2, 6), (3, 7) of the word
-//   8 bits: bytes (0, 1), (2, 3) for K; (0, 2), (1, 3) for V, of which the low 16 bits are one
-//   token
-//           and the high ones the next
+// The codes of a word as pairs of fp16 with the value code * 2^-24, or code * 2^-20 in pairs 1 and
+// 3 of 4 bits. For K, every two pairs are the a0 and a2 of one mma.
+//   4 bits         nibbles (0, 4), (1, 5), (2, 6), (3, 7) of the word
+//   8 bits of K    bytes (0, 1), (2, 3)
+//   8 bits of V    bytes (0, 2), (1, 3): the low 16 bits are one token and the high ones the next
 template <class A, bool kIsValue>
 __device__ inline void expand(uint32_t word, uint32_t (&halves)[2 * A::kWordMultiplies]) {
   if constexpr (A::kBits == 4) {
@@ -34,7 +35,7 @@ __device__ inline void expand(uint32_t word, uint32_t (&halves)[2 * A::kWordMult
   }
 }
 
-// `kWords` words in pieces of up to 16 bytes, `stride` apart.
+// Loads kWords words in pieces of up to 16 bytes, `stride` apart.
 template <int kWords>
 __device__ inline void load_words(uint32_t (&words)[kWords], uint32_t address, int stride) {
   if constexpr (kWords == 2) {
@@ -49,11 +50,11 @@ __device__ inline void load_words(uint32_t (&words)[kWords], uint32_t address, i
   }
 }
 
-// What a warp has added up for a segment, for query heads 2 c and 2 c + 1 of each head tile.
+// What a warp has added up in a segment for query heads 2 c and 2 c + 1 of each head tile.
 template <class A>
 struct Sums {
-  float values[A::kHeadTiles][A::kMultiplies][4];  // of channels kChannels * g + 2 m (+ 1)
-  float zeros[A::kHeadTiles][4];                   // of weight * scale * zero; two copies
+  float values[A::kHeadTiles][A::kMultiplies][4];  // for channels kChannels * g + 2 m (+ 1)
+  float zeros[A::kHeadTiles][4];                   // sums of weight * scale * zero, in two copies
   float maximum[A::kHeadTiles][2], weights[A::kHeadTiles][2];
 
   __device__ void clear() {
@@ -112,7 +113,7 @@ class Tile {
   }
 
  private:
-  // Zeros in the place of scales and zeros that may be NaN.
+  // Writes 0 over the scales and zeros of tokens that are not seen, which may be NaN.
   __device__ void clear_unseen() const {
     const int token = threadIdx.x % 32, step = token / 16;
     const uint32_t scales = address_ + step * p_.scale_step_bytes + token % 16 * kScaleBytes;
@@ -134,7 +135,7 @@ class Tile {
           if (!is_seen(16 * step + g_ + j / 2 * 8)) scores[t][step][j] = -INFINITY;
   }
 
-  // Of tokens g and g + 8 of the step: in units of 1 / query.to_log2.
+  // The scores of tokens g and g + 8 of the step, in units of 1 / query.to_log2.
   __device__ void score(int step, const Query<A>& query,
                         float (&scores)[A::kHeadTiles][kTileSteps][4]) const {
     const uint32_t codes = address_ + step * p_.step_bytes + g_ * A::kRow + c_ * A::kPieceBytes;
@@ -170,7 +171,8 @@ class Tile {
     }
   }
 
-  // 2^(score - maximum) as the B operand. What was added up before is brought to a new maximum.
+  // The weights 2^(score - maximum) as the B operand. Where the maximum is new, what was added up
+  // before is brought to it.
   __device__ void weigh(int t, const Query<A>& query, const float (&scores)[kTileSteps][4],
                         Sums<A>& sums, uint32_t (&weights)[kTileSteps][2]) const {
     float offset[2], factor[2];
@@ -211,7 +213,7 @@ class Tile {
 
   __device__ void add_values(int step, const uint32_t (&weights)[A::kHeadTiles][kTileSteps][2],
                              Sums<A>& sums) const {
-    // Token pairs c and c + 4 of the step; 16 channels of 128 each.
+    // This lane has token pairs c and c + 4 of the step, and an eighth of their channels.
     const uint32_t codes = address_ + p_.v_offset + step * p_.step_bytes + c_ * 2 * A::kRow +
                            (g_ * (A::kRow / 4) + 32 * c_) % (2 * A::kRow);
     const uint32_t scales = address_ + p_.v_scale_offset + step * p_.scale_step_bytes;

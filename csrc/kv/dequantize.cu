@@ -1,8 +1,8 @@
 // Host side of reading the quantized cache back: checks and launch.
 #include <torch/csrc/stable/ops.h>
 
-#include "kv_dequantize.cuh"
-#include "kv_host.h"
+#include "kv/dequantize.cuh"
+#include "kv/host.h"
 #include "ops.h"
 
 namespace qoq {

@@ -6,9 +6,8 @@
 namespace qoq::kv {
 
 // Multiplies by Sylvester's matrix, without the 1 / sqrt(size) that makes it its own inverse. Lane
-// l of kLanes holds channels kCount * l + i, and sums are those of `reference_attention.hadamard`;
-// any other order of the index bits gives them in another order of additions. Whole warps take
-// part.
+// l of kLanes holds channels kCount * l + i. The sums are those of `reference_attention.hadamard`;
+// any other order of the index bits would add in another order. Whole warps take part.
 template <int kLanes, int kCount>
 __device__ inline void rotate(float (&v)[kCount]) {
 #pragma unroll
@@ -29,7 +28,7 @@ __device__ inline void rotate(float (&v)[kCount]) {
     }
 }
 
-// The same with it, rounded once.
+// The same with the 1 / sqrt(size), rounded once.
 template <int kLanes, int kCount>
 __device__ inline void rotate_normalized(float (&v)[kCount]) {
   constexpr int kSize = kLanes * kCount;

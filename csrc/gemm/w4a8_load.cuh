@@ -2,12 +2,12 @@
 #pragma once
 
 #include "common/ptx.cuh"
-#include "w4a8_gemm_config.h"
-#include "w4a8_gemm_work.cuh"
+#include "gemm/w4a8_config.h"
+#include "gemm/w4a8_work.cuh"
 
 namespace qoq::w4a8 {
 
-// Weights that one tile reads leave the L2 first.
+// Weights that only one tile reads leave the L2 first.
 __device__ inline uint64_t weight_policy(const Params& p) {
   return p.tiles_m == 1 ? ptx::l2_policy_evict_first() : ptx::l2_policy_evict_normal();
 }
@@ -21,7 +21,7 @@ __device__ inline bool uses_residual(const Params& p) {
   return flag == nullptr || *flag != 0;
 }
 
-// x of every step, by one thread; where a cluster shares it, this block's part for all.
+// Loads x of every step, by one thread; where a cluster shares x, this block's part for all.
 template <class Tile, Weights kWeights>
 __device__ void load_x(const CUtensorMap& x_map, const CUtensorMap& x_tail_map, const Params& p,
                        const SharedMemory<Tile, kWeights>& shared) {
@@ -54,8 +54,8 @@ __device__ void load_x(const CUtensorMap& x_map, const CUtensorMap& x_tail_map, 
   }
 }
 
-// Weights of every step, by Tile::kWeightLoaders threads, which divide the blocks of a step. They
-// do not depend on the kernel before this one.
+// Loads the weights of every step, by Tile::kWeightLoaders threads, which divide the blocks of a
+// step among them. Weights do not depend on the kernel before this one.
 template <class Tile, Weights kWeights>
 __device__ void load_weights(const Params& p, const SharedMemory<Tile, kWeights>& shared,
                              int loader) {
@@ -74,7 +74,7 @@ __device__ void load_weights(const Params& p, const SharedMemory<Tile, kWeights>
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int block = Tile::kByInputs ? tile_n : tile_n * Tile::kBlocks + loader * kCount + i;
-      // Past the last channel: any block will do, nothing of it is written.
+      // Past the last channel any block will do, since nothing of it is written.
       const int64_t first =
           int64_t{min(block, p.weight_blocks - 1)} * p.k_blocks + begin * Tile::kStepBlocks;
       weight[i] = p.weight + first * kBytes;
@@ -82,7 +82,8 @@ __device__ void load_weights(const Params& p, const SharedMemory<Tile, kWeights>
     }
     for (int step = begin; step < end; ++step) {
       const uint32_t full = shared.full(ring.stage);
-      // By inputs, neighbours in memory. Past the last k_block x is zero, so any weight will do.
+      // By inputs, the k_blocks of a step are neighbours in memory. Past the last one x is zero, so
+      // any weight will do.
       const int k_blocks =
           Tile::kByInputs ? min(Tile::kStepBlocks, p.k_blocks - step * Tile::kStepBlocks) : 1;
       ptx::mbarrier_wait(shared.empty(ring.stage), ring.parity ^ 1);

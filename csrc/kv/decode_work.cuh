@@ -1,7 +1,8 @@
-// Who computes what: the tiles of all sequences and KV heads in a row, cut into equal ranges.
+// Decides who computes what: the tiles of all sequences and KV heads, in a row, are cut into equal
+// ranges.
 #pragma once
 
-#include "kv_decode_config.h"
+#include "kv/decode_config.h"
 
 namespace qoq::kv {
 
@@ -12,7 +13,7 @@ struct Segment {
   int sequence, head, begin, tiles;
   int first_tile, length, first_token;  // tokens [first_token, length) are seen
 
-  // Positions at head 0 of a sequence.
+  // Goes to head 0 of a sequence.
   __device__ void read(const Params& p, int index) {
     place(p, index, max(0, min(p.seq_lens[index], p.max_tokens)));
   }
@@ -26,7 +27,7 @@ struct Segment {
     tiles = divide_up(length, kTileTokens) - first_tile;
   }
 
-  // Only where another segment follows.
+  // Goes to the next segment that has tiles, which there must be.
   __device__ void next(const Params& p) {
     begin += tiles;
     if (++head < p.kv_heads) return;
@@ -39,7 +40,7 @@ struct Segment {
 
 // The tiles [begin, end) of a block, and the segment with the first of them.
 struct Range {
-  int begin, end, length;  // `length` of every range but the last
+  int begin, end, length;  // `length` is that of every range but the last
   Segment first;
 };
 
@@ -52,9 +53,10 @@ __device__ inline int inclusive_sum(int v, int lane) {
   return v;
 }
 
-// From the lengths alone, so that it is the same in every run; every warp finds it for itself.
-// Every warp gets a tile. Where that leaves a part of the blocks without any, only one of the
-// blocks that a multiprocessor holds works: so the next kernel finds room to begin early.
+// The range of this block. It follows from the lengths alone, so that it is the same in every run,
+// and every warp finds it for itself. Every warp of a range gets a tile. Where that leaves a part
+// of the blocks without any, only one of the blocks that a multiprocessor holds works, so that the
+// next kernel finds room to begin early.
 __device__ inline Range range_of_block(const Params& p) {
   const int lane = threadIdx.x % 32;
   // 1. Every lane adds up some sequences.
@@ -69,14 +71,15 @@ __device__ inline Range range_of_block(const Params& p) {
   int sum = inclusive_sum(tiles, lane);
   const int total = __shfl_sync(kAllLanes, sum, 31) * p.kv_heads;
   Range r;
-  // At least divide_up(total, blocks), and as many for every warp.
+  // At least divide_up(total, blocks), and a multiple of kWarps.
   const int length = static_cast<int>(__umulhi(max(total - 1, 0), p.inverse_blocks)) + 1;
   r.length = divide_up(length <= kWarps ? length * p.resident : length, kWarps) * kWarps;
   r.begin = min(total, static_cast<int>(blockIdx.x) * r.length);
   r.end = min(total, r.begin + r.length);
   if (r.begin == r.end) return r;
-  // 2. The lane with the first tile; then, of that lane's sequences, one a lane.
-  int before = 0;  // tiles of a head before those of lane 0
+  // 2. Finds the lane with the range's first tile, then spreads its sequences over the lanes, and
+  // so on until it has the sequence.
+  int before = 0;  // tiles of one head before those of lane 0
   auto find = [&] {
     const uint32_t lanes = __ballot_sync(kAllLanes, (before + sum) * p.kv_heads > r.begin);
     const int found = lanes == 0 ? 32 : __ffs(lanes) - 1;

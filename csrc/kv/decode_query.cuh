@@ -1,17 +1,18 @@
-// Query heads as the B operand of the mma, in fp16 with one power of two a head.
+// Query heads as the B operand of the mma, in fp16 with one power of two for each head.
 #pragma once
 
-#include "kv_decode_work.cuh"
-#include "kv_floats.cuh"
-#include "kv_hadamard.cuh"
+#include "kv/decode_work.cuh"
+#include "kv/floats.cuh"
+#include "kv/hadamard.cuh"
 
 namespace qoq::kv {
 
-// score = scale of the token * (sum of query * code - zero * sum of query) * to_log2, for query
-// heads 2 c and 2 c + 1 of each head tile, where lane = 4 g + c. Fragments hold head g.
+// Query heads 2 c and 2 c + 1 of each head tile, where lane = 4 g + c; fragments hold head g. With
+// them, a score is
+//   scale of the token * (sum of query * code - zero * sum of query) * to_log2
 template <class A>
 struct Query {
-  static constexpr int kRaw = A::kHeadSize / 16;  // 4 channels each, of a thread's
+  static constexpr int kRaw = A::kHeadSize / 16;  // loads of a thread, of 4 channels each
   uint32_t fragments[A::kHeadTiles][A::kMultiplies][2];
   float sum[A::kHeadTiles][2], to_log2[A::kHeadTiles][2];
 
@@ -20,8 +21,8 @@ struct Query {
     for (int t = 0; t < A::kHeadTiles; ++t) set_head_tile(p, raw[t], t);
   }
 
-  // Zeros for heads that the group lacks. To be issued before many copies, behind which it would
-  // wait.
+  // Reads the query of a segment, and zeros for heads that the group lacks. It is to be issued
+  // before many copies, behind which it would wait.
   __device__ static void fetch(const Params& p, const Segment& segment,
                                uint2 (&raw)[A::kHeadTiles][kRaw]) {
     const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
@@ -32,7 +33,7 @@ struct Query {
                       head * p.q_head_stride;
 #pragma unroll
       for (int i = 0; i < kRaw; ++i) {
-        // Thread c has the c-th of 4 pieces of a K row; of the second 4 pieces, if any, likewise.
+        // Thread c has the c-th of 4 pieces of a K row, and likewise of the second 4, if any.
         constexpr int kPieceRaw = A::kPieceBytes * 8 / A::kBits / 4;
         const int from = ((i / kPieceRaw * 4 + c) * kPieceRaw + i % kPieceRaw) * 4;
         raw[t][i] =
@@ -62,7 +63,7 @@ struct Query {
       convert(false);
     }
     if (p.is_rotated) rotate<4>(values);
-    // As integers, so that NaN is the largest of all.
+    // Magnitudes are compared as integers, so that NaN is the largest of all.
     uint32_t largest = 0;
     float total = 0;
 #pragma unroll

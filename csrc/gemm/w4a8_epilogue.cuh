@@ -1,12 +1,12 @@
-// From the sums in registers to the output: over a block and its cluster, over the L2, or straight.
+// From the sums in registers to the output: straight, over a block and its cluster, or over the L2.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include "common/ptx.cuh"
-#include "w4a8_gemm_config.h"
-#include "w4a8_gemm_work.cuh"
+#include "gemm/w4a8_config.h"
+#include "gemm/w4a8_work.cuh"
 
 namespace qoq::w4a8 {
 
@@ -23,7 +23,7 @@ __device__ inline float load_bias(const Params& p, int channel) {
   }
 }
 
-// Two tokens of one channel in 32 bits.
+// Rounds two tokens of one channel into 32 bits.
 __device__ inline uint32_t round_to_output(Output type, float low, float high) {
   if (type == Output::kBfloat16) {
     const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
@@ -33,8 +33,8 @@ __device__ inline uint32_t round_to_output(Output type, float low, float high) {
   return reinterpret_cast<const uint32_t&>(v);
 }
 
-// The constants of a tile, one channel and one token a thread. They are fetched before the sums
-// are made and put into shared memory after.
+// The constants of a tile, one channel and one token for each thread. They are fetched before the
+// sums are made and put into shared memory after.
 template <class Tile>
 struct Constants {
   float scale = 0.f, zero = 0.f, bias = 0.f, x_scale = 0.f;
@@ -97,7 +97,7 @@ __device__ inline int first_out_token() {
   return (rank * Tile::kGroups + threadIdx.x / 128) * Tile::kOutTokens;
 }
 
-// Where the warpgroups have divided k: each gets the sums of its share of the tokens.
+// Where the warpgroups have divided k, gives each of them the sums of its share of the tokens.
 template <class Tile, Weights kWeights>
 __device__ void add_up_groups(const Accumulators<Tile>& acc, OutAccumulators<Tile>& sums,
                               const SharedMemory<Tile, kWeights>& shared) {
@@ -144,8 +144,8 @@ __device__ void add_up_groups(const Accumulators<Tile>& acc, OutAccumulators<Til
   }
 }
 
-// Adds this block's share of a tile to the others'. True in the block that completes the sum,
-// which then holds it in its registers.
+// Adds this block's share of a tile to those of other blocks. Returns true in the block that
+// completes the sum, which then holds it in its registers.
 template <class Tile, Weights kWeights>
 __device__ bool add_to_shared_tile(OutAccumulators<Tile>& acc, const Params& p, const Work& work,
                                    const SharedMemory<Tile, kWeights>& shared, char* shared_base) {
@@ -180,7 +180,7 @@ __device__ bool add_to_shared_tile(OutAccumulators<Tile>& acc, const Params& p, 
   return true;
 }
 
-// The order of `reference.epilogue`, and no fused multiply-adds.
+// Computes in the order of `reference.epilogue`, without fused multiply-adds.
 template <Weights kWeights>
 __device__ inline float epilogue(int32_t sum, float x_scale, int32_t row_sum, float scale,
                                  float zero, float bias, bool has_bias) {
@@ -191,8 +191,8 @@ __device__ inline float epilogue(int32_t sum, float x_scale, int32_t row_sum, fl
   return has_bias ? __fadd_rn(y, bias) : y;
 }
 
-// Writes a tile: registers, through shared memory that holds 64 channels of a token as a row of 128
-// bytes in the copy engine's swizzle, to `out`. Returns before the last units have left.
+// Writes a tile from registers to `out`, through shared memory that holds 64 channels of a token as
+// a row of 128 bytes in the copy engine's swizzle. Returns before the last units have left.
 template <class Tile, Weights kWeights>
 __device__ void write_output(const OutAccumulators<Tile>& acc, const CUtensorMap& out_map,
                              const Params& p, TilePosition at,

@@ -1,16 +1,16 @@
-// Who computes what: on the host, once a launch.
+// Decides who computes what, on the host, once for each launch.
 #pragma once
 
 #include <algorithm>
 
-#include "w4a8_gemm_config.h"
+#include "gemm/w4a8_config.h"
 
 namespace qoq::w4a8 {
 
 inline int divide_up(int a, int b) { return (a + b - 1) / b; }
 
 // What a tile takes, in nanoseconds on one H200: a step of k with all multiprocessors busy, writing
-// the output, and adding up in the L2 first. csrc/README.md says how they were measured.
+// the output, and adding up in the L2 before it. docs/laboratory.md says what they are fitted to.
 struct Cost {
   int step, output, sum;
 };
@@ -55,11 +55,12 @@ inline constexpr Cost kCost<Nested256> = {800, 2500, 14000};
 
 inline constexpr int kImpossible = 1 << 30;  // nanoseconds
 
-// Fills in the work of `p` from its size. So many clusters run at a time as there are slots.
-// Returns nanoseconds, launch and first fetch not counted; `clusters` is the size of the grid.
+// Fills in the work of `p` from its size. As many clusters run at a time as there are slots.
+// Returns nanoseconds, without the launch and the first fetch; `clusters` is the size of the grid.
 //
-// Few tiles: k of each is divided over as many clusters as pay. Many: whole tiles while they fill
-// rounds, and what is left over is one more round, or is cut along k so that all end together.
+// If there are few tiles, k of each is divided over as many clusters as pay. If there are many,
+// they are done whole while they fill rounds; what is left over is one more round, or is cut along
+// k so that all end together.
 template <class Tile>
 int schedule(Params& p, int slots, int& clusters) {
   constexpr Cost kTile = kCost<Tile>;

@@ -1,21 +1,22 @@
-// Keys and values of new tokens, quantized into their pages (vllm_qoq/numerics/kv_layout.py, to the bit).
+// Quantizes keys and values of new tokens into their pages, bit for bit as
+// vllm_qoq/numerics/kv_layout.py.
 #pragma once
 
 #include "common/ptx.cuh"
-#include "kv_floats.cuh"
-#include "kv_hadamard.cuh"
-#include "kv_page.h"
+#include "kv/floats.cuh"
+#include "kv/hadamard.cuh"
+#include "kv/page.h"
 
 namespace qoq::kv {
 
 constexpr int kWriteThreads = 256;
 constexpr int kWriteChannels = 4;  // of a thread
+// vllm_qoq/numerics/kv_layout.py has the same numbers. A smaller scale would not be a normal fp16. A
+// smaller range, relative to the largest magnitude, would make the zero larger than 2^15.
 constexpr float kLargest = 65504;  // of fp16
-// The scale stays a normal fp16, and a zero below 2^15.
 constexpr double kSmallestScale = 6.2e-5;
 template <class P>
-constexpr float kSmallestRange =
-    P::kBits == 4 ? 1.f / 1024 : 1.f / 128;  // of the largest magnitude
+constexpr float kSmallestRange = P::kBits == 4 ? 1.f / 1024 : 1.f / 128;
 
 struct WriteParams {
   const void *key, *value;  // [tokens, KV heads, head size]
@@ -28,7 +29,7 @@ struct WriteParams {
   bool is_bfloat16, is_rotated;
 };
 
-// Four codes, one a byte, and the scale and zero that a group of kLanes threads shares.
+// Four codes, each in a byte, and the scale and zero that a group of kLanes threads shares.
 struct Quantized {
   uint32_t codes, parameters;
 };
@@ -52,13 +53,13 @@ __device__ inline Quantized quantize(const float (&x)[kWriteChannels]) {
     high = fmaxf(high, __shfl_xor_sync(0xFFFFFFFF, high, step));
     is_nan |= __shfl_xor_sync(0xFFFFFFFF, static_cast<int>(is_nan), step) != 0;
   }
-  const float size = fmaxf(-low, high);  // of the largest magnitude
+  const float size = fmaxf(-low, high);  // the largest magnitude
   float range = __fsub_rn(high, low);
   range = fmaxf(range, fmaxf(size * kSmallestRange<P>, kLeastRange));
   float zero = __fdiv_rn(__fmul_rn(-kLevels, low), range);
   const float inverse = __fmul_rn(__frcp_rn(range), kLevels);  // torch's `levels / range`
   float scale = __fdiv_rn(range, kLevels);
-  // minimum and maximum know nothing of NaN, which has to stay.
+  // Minimum and maximum ignore a NaN, which has to stay.
   if (is_nan) scale = zero = __uint_as_float(0x7FC00000);
   Quantized q = {0, ptx::convert_to_half2(scale, zero)};
 #pragma unroll
@@ -110,7 +111,7 @@ __global__ void __launch_bounds__(kWriteThreads)
     *reinterpret_cast<uint16_t*>(at) = static_cast<uint16_t>(v);
   };
   if constexpr (P::kBits == 4) {
-    // Bytes 0 and 1, each with a second one's low nibble in its high one.
+    // Two bytes of nibbles from four bytes: the first of two codes is the low nibble.
     auto nibbles = [](uint32_t codes) {
       const uint32_t pairs = codes | codes >> 4;
       return (pairs & 0xFF) | (pairs >> 8 & 0xFF00);

@@ -7,8 +7,8 @@
 #include <mutex>
 #include <numbers>
 
-#include "kv_decode_kernel.cuh"
-#include "kv_host.h"
+#include "kv/decode_kernel.cuh"
+#include "kv/host.h"
 #include "ops.h"
 
 namespace qoq {

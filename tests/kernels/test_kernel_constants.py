@@ -1,0 +1,94 @@
+"""Numbers that the CUDA sources and Python both have: they are the same."""
+
+import re
+from itertools import product
+
+import pytest
+from conftest import ROOT
+
+from vllm_qoq.bench import attention_cases
+from vllm_qoq.numerics import GROUP_SIZE, kv_layout, reference
+from vllm_qoq.ops import kv_ops, linear_ops, w4a8_layout
+
+CSRC = ROOT / "csrc"
+# Header, name there, and the number in Python.
+CONSTANTS = [
+    ("gemm/w4a8_config.h", "kBlockN", w4a8_layout.BLOCK_N),
+    ("gemm/w4a8_config.h", "kBlockK", w4a8_layout.BLOCK_K),
+    ("gemm/w4a8_config.h", "kBlockK", GROUP_SIZE),
+    ("gemm/w4a8_config.h", "kCodeBytes", w4a8_layout.CODE_BYTES),
+    ("gemm/w4a8_config.h", "kParamBytes", w4a8_layout.PARAM_BYTES),
+    ("gemm/w4a8_config.h", "kResidualZero", reference.RESIDUAL_ZERO),
+    ("gemm/w4a8_config.h", "kMaxK", linear_ops.MAX_K),
+    ("gemm/w4a8_config.h", "kMaxRows", linear_ops.MAX_ROWS),
+    ("gemm/w4a8_config.h", "kCounters", linear_ops.WORKSPACE_COUNTERS),
+    ("gemm/w4a8_config.h", "kMaxTileInts", linear_ops.WORKSPACE_SUMS_OF_PROCESSOR),
+    ("quantize/rows.cuh", "kInt8Max", reference.INT8_MAX),
+    ("quantize/rows.cuh", "kMinScale", reference.MIN_SCALE),
+    ("kv/page.h", "kTokenMultiple", kv_layout.BLOCK_MULTIPLE),
+    ("kv/page.h", "kScaleBytes", kv_layout.SCALE_AND_ZERO_BYTES),
+    ("kv/write.cuh", "kLargest", kv_layout.FP16_MAX),
+    ("kv/write.cuh", "kSmallestScale", kv_layout.SMALLEST_SCALE),
+    ("kv/decode_config.h", "kMaxGroup", kv_ops.MAX_GROUP),
+    ("kv/decode_config.h", "kMaxBlocks", kv_ops.WORKSPACE_COUNTERS),
+    ("kv/decode_config.h", "kPartialPadding", kv_ops.WORKSPACE_PADDING),
+]
+
+
+def constants_of(header):
+    """The constants of a header that are plain arithmetic, by name; others are left out."""
+    found = {}
+    pattern = r"^(?:inline )?constexpr (\w+) (k\w+) = ([^;]+);"
+    for kind, name, value in re.findall(pattern, header, re.M):
+        plain = re.sub(r"(?<=[\d.])f\b", "", value)
+        if kind == "int":
+            plain = plain.replace("/", "//")
+        try:
+            found[name] = eval(plain, {"__builtins__": {}}, found)
+        except (NameError, SyntaxError):
+            continue  # depends on a template's parameters or on another header
+    return found
+
+
+def test_constants_are_read_as_a_compiler_reads_them():
+    header = """
+inline constexpr int kA = 1 << 4;
+constexpr float kB = 1.5e-2f;  // of something
+inline constexpr int kC = (kA + 3) / 2;
+inline constexpr int kOther = kElsewhere;
+template <bool kIs>
+inline constexpr int kEither = kIs ? 1 : 2;
+"""
+    assert constants_of(header) == {"kA": 16, "kB": 0.015, "kC": 9}
+
+
+@pytest.mark.parametrize("header, name, value", CONSTANTS, ids=str)
+def test_a_constant_is_the_same_in_python(header, name, value):
+    assert constants_of((CSRC / header).read_text())[name] == value
+
+
+def test_the_kernels_have_every_head_size_and_bits_of_python():
+    pages = re.findall(r"Page<(\d+), (\d+)>", (CSRC / "kv" / "host.h").read_text())
+    expected = set(product(kv_ops.HEAD_SIZES, kv_layout.QUANTIZED_BITS))
+    assert {(int(size), int(bits)) for size, bits in pages} == expected
+
+
+def test_the_range_of_a_head_is_bounded_alike():
+    bound = re.search(
+        r"kSmallestRange = P::kBits == 4 \? 1\.f / (\d+) : 1\.f / (\d+);",
+        (CSRC / "kv" / "write.cuh").read_text(),
+    )
+    assert {4: float(bound[1]), 8: float(bound[2])} == kv_layout.LARGEST_OFFSET
+
+
+def test_the_workspace_has_room_for_all_blocks_that_a_processor_holds():
+    resident = re.search(
+        r"kResident = [^;?]+\? (\d+) : (\d+);", (CSRC / "kv" / "decode_config.h").read_text()
+    )
+    assert max(map(int, resident.groups())) == kv_ops.WORKSPACE_BLOCKS_OF_PROCESSOR
+
+
+def test_the_benchmark_knows_what_the_kernels_serve():
+    assert attention_cases.HEAD_SIZES == kv_ops.HEAD_SIZES
+    assert attention_cases.MAX_GROUP == kv_ops.MAX_GROUP
+    assert attention_cases.BLOCK_MULTIPLE == kv_layout.BLOCK_MULTIPLE
