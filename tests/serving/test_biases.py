@@ -149,7 +149,7 @@ def test_an_imported_model_keeps_its_biases(llama, tmp_path):
     source = tmp_path / "qserve"
     shutil.copytree(llama, source)
     save_file(packed, source / "model.safetensors", metadata={"format": "pt"})
-    command = [sys.executable, "-m", "vllm_qoq.cli.main", "import", source, "-o", tmp_path / "out"]
+    command = [sys.executable, "-m", "vllm_qoq.cli", "import", source, "-o", tmp_path / "out"]
     command += ["--base", llama, "-q"]
     subprocess.run(list(map(str, command)), check=True, cwd=ROOT)
     assert sound(tmp_path / "out")

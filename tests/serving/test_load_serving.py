@@ -141,7 +141,7 @@ def test_the_perplexity_command_measures_a_calm_engine(with_load_dir, nested_dir
     command = [
         sys.executable,
         "-m",
-        "vllm_qoq.cli.main",
+        "vllm_qoq.cli",
         "perplexity",
         with_load_dir,
         "--text",

@@ -233,7 +233,7 @@ def test_peers_alone_need_no_kernels_of_ours(run, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_the_command_says_so():
-    command = [sys.executable, "-m", "vllm_qoq.cli.main", "bench", "gemm"]
+    command = [sys.executable, "-m", "vllm_qoq.cli", "bench", "gemm"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: torch finds no NVIDIA GPU"), done.stderr

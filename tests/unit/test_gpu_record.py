@@ -49,7 +49,7 @@ def test_a_line_without_all_columns_is_refused():
 def test_changes_of_kernels_and_serving_since_the_last_run_are_named(tmp_path, history):
     old = history("csrc/a.cu")
     history("vllm_qoq/serving/b.py")
-    tested = history("vllm_qoq/ops/linear.py")
+    tested = history("vllm_qoq/ops/linear_ops.py")
     history("README.md")
     history("vllm_qoq/quantizer/c.py")
     record = write_record(tmp_path, (old, "2 x H100"), (tested, "1 x H200"))
@@ -62,7 +62,7 @@ def test_changes_of_kernels_and_serving_since_the_last_run_are_named(tmp_path, h
     assert change.startswith("  not run since: ") and change.endswith("change csrc/a.cu")
     assert [line.rpartition(" ")[2] for line in more] == [
         "csrc/a.cu",
-        "vllm_qoq/ops/linear.py",
+        "vllm_qoq/ops/linear_ops.py",
         "vllm_qoq/serving/b.py",
     ]
 

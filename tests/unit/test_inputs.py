@@ -394,7 +394,7 @@ def test_a_checkpoint_has_the_files_of_its_model_but_no_code(model, tmp_path, mo
 
 def command(*arguments, **options):
     options = {"capture_output": True, "cwd": ROOT, "timeout": 60} | options
-    return subprocess.run([sys.executable, "-m", "vllm_qoq.cli.main", *arguments], **options)
+    return subprocess.run([sys.executable, "-m", "vllm_qoq.cli", *arguments], **options)
 
 
 IMPORTED = """

@@ -265,7 +265,7 @@ def test_a_stopped_merge_leaves_no_output_and_the_next_one_clears_up(monkeypatch
     assert leftovers(pair) == ["out"]
 
 
-@pytest.mark.parametrize("module", ["merge_tools", "vllm_qoq.cli.main"])
+@pytest.mark.parametrize("module", ["merge_tools", "vllm_qoq.cli"])
 def test_help_imports_neither_torch_nor_vllm(module):
     code = (
         "import sys, runpy\n"

@@ -53,7 +53,7 @@ def quantized(tiny_model, tmp_path_factory):
     short = folder / "heldout.txt"
     short.write_text((DATA / "heldout.txt").read_text()[:20_000])
     out = folder / "checkpoint"
-    command = [sys.executable, "-m", "vllm_qoq.cli.main", "quantize", tiny_model, "-o", out]
+    command = [sys.executable, "-m", "vllm_qoq.cli", "quantize", tiny_model, "-o", out]
     command += ["--text", TEXT, "--sets", ",".join(SETS), "--samples", 32, "--seqlen", 256]
     command += ["--eval-text", short, "--sanity-check", "--json"]
     done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -134,7 +134,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tiny_model, tmp_path, qua
     code, out, err = quantize(tiny_model, tmp_path / "whole", *FEW)
     assert code == 0 and "wrote" in out, err
     again, work = tmp_path / "killed", tmp_path / "killed.work"
-    command = [sys.executable, "-m", "vllm_qoq.cli.main", "quantize", tiny_model, "-o", again]
+    command = [sys.executable, "-m", "vllm_qoq.cli", "quantize", tiny_model, "-o", again]
     command += ["--text", TEXT, *FEW]
     process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + KILL_SECONDS

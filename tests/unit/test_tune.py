@@ -681,7 +681,7 @@ def test_a_missing_folder_or_package_is_named(run, tmp_path, monkeypatch, checkp
 
 def test_sets_that_this_gpu_cannot_run_are_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("vllm_qoq.ops.linear.has_kernels", lambda device_type: False)
+    monkeypatch.setattr("vllm_qoq.ops.has_kernels", lambda device_type: False)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
     with pytest.raises(TuneError, match=r"set 'w4a8' .*no CUDA kernels.*VLLM_QOQ_CUDA=1 pip"):
         device.check_sets({"w8a8": "compressed-tensors", "w4a8": "qoq_linear"})
