@@ -61,6 +61,7 @@ def merge(
     max_clipped      share of a layer's weights that nesting may clip
     dtype            in which all sets run; by default what they say, bfloat16 where they differ
     max_shard_bytes  of a file with weights
+    model_card       write a README.md with the front matter that the Hugging Face Hub reads
     dry_run          check everything and write nothing
     overwrite        replace an older output, if it is ours
 

@@ -67,6 +67,7 @@ def tune(
 ) -> Outcome:
     """Measure the sets of a checkpoint on this machine and write the best routing into it.
 
+    checkpoint        folder of a checkpoint with several sets
     prefer            how much slower than the fastest set a more accurate one may be
     max_batch         the largest decode step to measure
     again             measure even if there are measurements of this device
