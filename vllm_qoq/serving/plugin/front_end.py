@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 logger = init_logger("vllm." + __name__)
 
 _MULTIPROCESS_PROMETHEUS = "PROMETHEUS_MULTIPROC_DIR"
-_HOPPER = (9, 0)
 
 
 def prepare(config: QoQConfig) -> None:
@@ -106,7 +105,7 @@ def _check_kernels(section: Section, routing: Routing, device_type: str) -> None
     capability = current_platform.get_device_capability()
     if not ops.is_built(device_type):
         obstacle = "this build of vllm-qoq has no CUDA kernels; build them (README, Install)"
-    elif capability is not None and tuple(capability) != _HOPPER:
+    elif capability is not None and tuple(capability) != ops.HOPPER:
         obstacle = (
             f"its kernels are for Hopper GPUs, compute capability 9.0, and this one has "
             f"{capability[0]}.{capability[1]}; use a Hopper GPU"
