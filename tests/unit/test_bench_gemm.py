@@ -20,6 +20,7 @@ from vllm_qoq.bench.cases import KERNELS, OURS, PEERS, SHAPES, TIMED_TOKENS, Cas
 from vllm_qoq.cli import bench as bench_cli
 from vllm_qoq.cli import measurement as command
 from vllm_qoq.measuring import gpu as timing
+from vllm_qoq.ops import linear_ops
 
 MODEL, TOKENS = "llama-3-8b", (1, 64)
 PACKAGES = {"torch": "2.11.0", "vllm": "0.26.0", "humming-kernels": None}
@@ -414,7 +415,7 @@ def test_calls_have_the_shapes_and_arguments_that_the_kernels_take(monkeypatch, 
     ):
         monkeypatch.setattr(_custom_ops, name, unchanged)
     monkeypatch.setattr(marlin_utils, "num_compute_units", lambda index: 132)
-    monkeypatch.setattr(ops, "workspace", lambda device: torch.zeros(1, dtype=torch.int32))
+    monkeypatch.setattr(linear_ops, "workspace", lambda device: torch.zeros(1, dtype=torch.int32))
     with FakeTensorMode():
         for name in KERNELS:
             if name.startswith("humming"):

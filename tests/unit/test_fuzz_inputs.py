@@ -73,7 +73,7 @@ def test_config_json(job):
                 del config[key]
         (job.model / "config.json").write_text(json.dumps(config))
         count += taken(check)
-        taken(lambda config=config: linear_layers(config))
+        taken(lambda config=config: linear_layers(config, "imported"))
     assert 20 < count < 200  # neither is everything taken nor everything refused
 
 

@@ -158,10 +158,10 @@ def test_the_checkpoint_says_what_it_is_and_how_large(nested_dir):
     assert Checkpoint.open(nested_dir).section.base_of("w8a8") == "w4a8"
     assert verify.structure(nested_dir) == []
     assert verify.contents(nested_dir, Progress(quiet=True)) == []
-    entry = inspect.describe(nested_dir)["sets"]["w8a8"]
+    entry = inspect.inspect(nested_dir)["sets"]["w8a8"]
     assert entry["bits_per_weight"] == 4 and entry["base"] == "w4a8"
     assert 8.125 < entry["bits_per_weight_with_base"] < 8.3
-    assert "with its base w4a8" in inspect.table(inspect.describe(nested_dir))
+    assert "with its base w4a8" in inspect.table(inspect.inspect(nested_dir))
 
 
 def test_inspect_and_verify_know_a_load(nested_dir, tmp_path):
@@ -172,7 +172,7 @@ def test_inspect_and_verify_know_a_load(nested_dir, tmp_path):
     config["quantization_config"]["routing"]["load"] = load
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps(config))
-    report = inspect.describe(tmp_path)
+    report = inspect.inspect(tmp_path)
     assert report["routing"]["load"] == load
     lines = inspect.table(report).splitlines()
     at = lines.index("busy, from 8 waiting requests until 2 are left:")

@@ -153,7 +153,7 @@ def test_a_model_of_which_only_the_kv_cache_is_quantized_is_verified_and_shown(
     config["quantization_config"] = {"quant_method": "qoq", "kv_cache": {"bits": 4}}
     (folder / "config.json").write_text(json.dumps(config))
     assert verify.structure(folder) + verify.contents(folder, Progress(quiet=True)) == []
-    assert "KV cache: 4 bits" in inspect.table(inspect.describe(folder))
+    assert "KV cache: 4 bits" in inspect.table(inspect.inspect(folder))
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 7}))
     assert len(verify.structure(folder)) == 2
 
