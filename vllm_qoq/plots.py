@@ -1,4 +1,4 @@
-"""What all pictures share: a colour and a name per method, plain numbers, titles that say a result.
+"""The parts that all pictures share: a colour and a name per method, numbers, titles and axes.
 
 Pictures are 8 inches wide, so that on a page of 800 pixels text has its size in points or more.
 matplotlib is imported only when a picture is drawn.
@@ -28,7 +28,7 @@ _PINK, _LIGHT_PINK, _OLIVE, _BROWN = "#9c0f5f", "#e0559f", "#7d8a1c", "#8a5a44"
 
 
 class Method(NamedTuple):
-    """How a method is called and drawn."""
+    """The name and the colour of a method in pictures."""
 
     label: str
     colour: str
@@ -74,7 +74,7 @@ _SPARE = (_BROWN, _OLIVE, _PINK, _BLUE, GREY, _LIGHT_PINK)
 
 
 def method(name: str, others: Sequence[str] = ()) -> Method:
-    """The method's entry; a name that nobody foresaw is its own label and has a spare colour.
+    """Find a method's entry; a name that nobody foresaw is its own label and has a spare colour.
 
     others  all names of the picture, so that unforeseen ones get different colours
     """
@@ -89,17 +89,17 @@ def method(name: str, others: Sequence[str] = ()) -> Method:
 
 
 def plain(value: float) -> str:
-    """The number without an exponent: 0.5, 16, 65536."""
+    """Write a number without an exponent: 0.5, 16, 65536."""
     return f"{value:.6f}".rstrip("0").rstrip(".") if value % 1 else f"{value:.0f}"
 
 
 def times(ratio: float) -> str:
-    """A ratio at a point: 1.47x."""
+    """Write a ratio with two digits after the point: 1.47x."""
     return f"{ratio:.2f}x"
 
 
 def speed(ratio: float, peer: str) -> str:
-    """What our speed over the peer's means, also when we lose."""
+    """Say what our speed over the peer's means, also when we lose."""
     if times(ratio) == times(1):
         return f"as fast as {peer} (1.00x)"
     if ratio > 1:
@@ -108,7 +108,7 @@ def speed(ratio: float, peer: str) -> str:
 
 
 def speed_range(ratios: Mapping[str, float], peer: str) -> str:
-    """The best and the worst of several ratios, each with its place.
+    """Say the best and the worst of several ratios, each with its place.
 
     ratios  place, "at batch 16" -> our speed over the peer's; not empty
     """
@@ -123,7 +123,7 @@ def speed_range(ratios: Mapping[str, float], peer: str) -> str:
 
 
 def figure(title: str, subtitle: str, height: float) -> Any:
-    """A figure with the finding as its title and what was measured below it.
+    """Make a figure with the finding as its title and what was measured below it.
 
     height  inches without the titles
     """
@@ -150,7 +150,10 @@ def figure(title: str, subtitle: str, height: float) -> Any:
 
 
 def _balanced(text: str, characters: int) -> list[str]:
-    """As few lines as fit, of about the same length; a number keeps its percent sign."""
+    """Break `text` into as few lines as fit, of about the same length.
+
+    A number keeps its percent sign on its line.
+    """
     text = text.replace(" %", "\N{NO-BREAK SPACE}%")
     lines = textwrap.wrap(text, characters)
     for width in range(characters - 1, 0, -1):
@@ -162,12 +165,12 @@ def _balanced(text: str, characters: int) -> list[str]:
 
 
 def save(drawn: Any, path: Path) -> None:
-    """Write a PNG, equal for equal numbers and the same matplotlib."""
+    """Write a PNG, whose bytes are equal for equal numbers and the same matplotlib."""
     drawn.savefig(path, dpi=DPI, metadata={"Software": None})
 
 
 def title_of(drawn: Any) -> str:
-    """The finding that a figure states."""
+    """Read the finding that a figure states."""
     return " ".join(drawn.texts[0].get_text().split())
 
 
@@ -175,7 +178,7 @@ def title_of(drawn: Any) -> str:
 
 
 def tidy(axes: Any) -> None:
-    """A frame of two sides, and labels of one size."""
+    """Leave a frame of two sides, and labels of one size."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=SMALL)
     for part in (axes.xaxis.label, axes.yaxis.label):
@@ -183,14 +186,14 @@ def tidy(axes: Any) -> None:
 
 
 def panel_title(axes: Any, text: str) -> None:
-    """Above the left end."""
+    """Write the title of a panel above its left end."""
     axes.set_title(text, loc="left", size=SMALL + 0.5, weight="bold", color=INK)
 
 
 def sizes_axis(axes: Any, values: Sequence[float], label: str) -> None:
-    """A horizontal axis of sizes, each doubling as wide; ticks stand where something was measured.
+    """Draw a horizontal axis of sizes in powers of two, with ticks where something was measured.
 
-    Of values closer than four times apart, the lower has the tick.
+    Where two sizes are less than four times apart, only the lower one has a tick.
     """
     shown: list[float] = []
     for value in sorted(values):
@@ -203,7 +206,7 @@ def sizes_axis(axes: Any, values: Sequence[float], label: str) -> None:
 
 
 def values_axis(axes: Any, values: Sequence[float], label: str, may_be_log: bool = True) -> None:
-    """A vertical axis from 0, logarithmic and called so only where the range needs it."""
+    """Draw a vertical axis from 0; it is logarithmic, and says so, where the range needs that."""
     known = [value for value in values if value == value]
     if not may_be_log or not known or max(known) <= _WIDE_RANGE * min(known):
         axes.set_ylim(0, 1.08 * max(known, default=1))
@@ -220,7 +223,7 @@ def values_axis(axes: Any, values: Sequence[float], label: str, may_be_log: bool
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers within the limits, at most nine if a decade's own do."""
+    """Choose round numbers within the limits: at most nine, unless powers of ten are more."""
     decades = [10.0**i for i in range(-6, 13)]
     for steps in ((1, 2, 5), (1, 3), (1,)):
         ticks = [d * step for d in decades for step in steps if low <= d * step <= high]
@@ -230,9 +233,9 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def end_labels(axes: Any, ends: Sequence[tuple[float, float, Method]], gap: float = 0.07) -> None:
-    """Names beside the ends (x, y) of lines, moved apart where they would overlap.
+    """Write names beside the ends (x, y) of lines, moved apart where they would overlap.
 
-    gap  the least distance of two names, of the height of the axes
+    gap  the least distance of two names, as a share of the height of the axes
     """
     to_axes = axes.transData + axes.transAxes.inverted()
     places = sorted(
@@ -257,10 +260,10 @@ def end_labels(axes: Any, ends: Sequence[tuple[float, float, Method]], gap: floa
 
 
 class Column(NamedTuple):
-    """One number of every method: a panel of `bars`.
+    """One number of every method, which is a panel of `bars`.
 
     values  method -> value
-    form    of a value, as `format` takes it
+    form    how a value is written, as `format` takes it
     notes   method -> text after the bar
     """
 
@@ -272,7 +275,7 @@ class Column(NamedTuple):
 
 
 def bars(drawn: Any, columns: Sequence[Column], per_row: int = 5) -> None:
-    """Panels of horizontal bars from 0, each with its own scale and the number on every bar."""
+    """Draw panels of horizontal bars from 0, each with its own scale, and a number on every bar."""
     names = list(columns[0].values)
     rows = -(-len(columns) // per_row)
     panels = list(drawn.subplots(rows, per_row, squeeze=False).flat)
@@ -315,7 +318,7 @@ def _bar_panel(axes: Any, column: Column, names: Sequence[str], has_names: bool)
 
 
 class Bar(NamedTuple):
-    """A bar of `cut_bars`."""
+    """A bar of `cut_bars`: its length, the text after it and its colour."""
 
     value: float
     text: str
@@ -323,7 +326,7 @@ class Bar(NamedTuple):
 
 
 def cut_bars(axes: Any, rows: Sequence[tuple[str, Sequence[Bar]]], cut: float, unit: str) -> None:
-    """Rows of horizontal bars from 0; a bar longer than `cut` is broken off and says its number."""
+    """Draw rows of horizontal bars from 0; one longer than `cut` is broken off."""
     limit = 1.14 * cut
     for place, (_, found) in enumerate(rows):
         height = 0.8 / len(found)
@@ -332,7 +335,7 @@ def cut_bars(axes: Any, rows: Sequence[tuple[str, Sequence[Bar]]], cut: float, u
             is_cut = bar.value > cut
             length = cut if is_cut else bar.value
             axes.barh(y, length, height=0.92 * height, color=bar.colour)
-            if is_cut:  # two white strokes through the end
+            if is_cut:  # two white strokes through the end show it
                 for x in (0.955, 0.97):
                     ends = ([x * cut, (x + 0.01) * cut], [y + height / 2, y - height / 2])
                     axes.plot(*ends, color="white", linewidth=1.5)
@@ -349,7 +352,7 @@ def cut_bars(axes: Any, rows: Sequence[tuple[str, Sequence[Bar]]], cut: float, u
 
 
 def colour_names(drawn: Any, names: Sequence[str]) -> None:
-    """One line below the picture that says which colour is what."""
+    """Say below the picture which colour is what."""
     from matplotlib.patches import Patch
 
     handles = [
