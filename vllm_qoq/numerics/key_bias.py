@@ -25,7 +25,7 @@ _SHARE = 3.0
 
 
 def random_inputs(size: int, like: torch.Tensor) -> torch.Tensor:
-    """Draw inputs as of a norm without gain: [TOKENS, size], with the dtype and device of `like`."""
+    """Draw inputs like those after a norm: [TOKENS, size], with the dtype and device of `like`."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(TOKENS, size, generator=generator).to(like.device, like.dtype)
 

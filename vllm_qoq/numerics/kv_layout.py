@@ -88,7 +88,7 @@ def quantize(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, to
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-    """Compute scale * (code - zero), float32, of uint8 [..., D] with scale and zero float16 [...]."""
+    """Compute scale * (code - zero), float32 [..., D]; scale and zero are float16 [...]."""
     return scale.float()[..., None] * (codes.float() - zero.float()[..., None])
 
 
