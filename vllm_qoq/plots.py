@@ -178,7 +178,7 @@ def title_of(drawn: Any) -> str:
 
 
 def tidy(axes: Any) -> None:
-    """Leave a frame of two sides, and labels of one size."""
+    """Take two sides off the frame of a panel, and give its labels one size."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=SMALL)
     for part in (axes.xaxis.label, axes.yaxis.label):

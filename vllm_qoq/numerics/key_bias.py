@@ -1,4 +1,4 @@
-"""A test whether a bias of K is too large for a quantized KV cache.
+"""The question whether a bias of K is too large for a quantized KV cache.
 
 All channels of a token's key in one head share a scale. A bias that is far larger than what
 differs between tokens takes the whole range, so that the rest of the key falls between two

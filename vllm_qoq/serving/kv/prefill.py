@@ -213,6 +213,7 @@ def attend_prefill(
     """
     if window is not None and plan.pieces:
         for piece in plan.pieces:
+            assert piece.new_rows is not None
             keys, values = kernels.read(piece)
             keys.index_copy_(0, piece.new_rows, key[piece.tokens])
             values.index_copy_(0, piece.new_rows, value[piece.tokens])

@@ -47,7 +47,9 @@ _MODULE_LISTS = ("modules_in_block_to_quantize", "modules_to_not_convert")
 
 
 class QoQConfig(QuantizationConfig):
-    """The config of a model with sets: it holds one config a set, vLLM's or ours, and asks each.
+    """The config of one model: it holds a config for every set, vLLM's or ours.
+
+    It asks each of them for its part of a layer.
 
     Without a `Section` there are no sets. Then linear layers stay as they are, and only the KV
     cache is quantized: by the `KVSection` of the model, or by `kv_bits` of `--additional-config`

@@ -1,4 +1,4 @@
-"""A search for the model that a layer is being built for.
+"""The way from a layer that is being built to its model.
 
 A quantization method is asked for layers while they are built, and never meets the model that they
 will belong to. But the constructor of that model is running then, outermost of all modules.

@@ -1,4 +1,4 @@
-"""A way to the step counters of an engine for whoever has its configuration."""
+"""The reading of an engine's step counters by whoever has its configuration."""
 
 from __future__ import annotations
 
