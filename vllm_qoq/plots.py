@@ -9,7 +9,11 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 WIDTH = 8.0  # inches
 DPI = 160
@@ -122,7 +126,7 @@ def speed_range(ratios: Mapping[str, float], peer: str) -> str:
 # Figures
 
 
-def figure(title: str, subtitle: str, height: float) -> Any:
+def figure(title: str, subtitle: str, height: float) -> Figure:
     """Make a figure with the finding as its title and what was measured below it.
 
     height  inches without the titles
@@ -164,12 +168,12 @@ def _balanced(text: str, characters: int) -> list[str]:
     return lines
 
 
-def save(drawn: Any, path: Path) -> None:
+def save(drawn: Figure, path: Path) -> None:
     """Write a PNG, whose bytes are equal for equal numbers and the same matplotlib."""
     drawn.savefig(path, dpi=DPI, metadata={"Software": None})
 
 
-def title_of(drawn: Any) -> str:
+def title_of(drawn: Figure) -> str:
     """Read the finding that a figure states."""
     return " ".join(drawn.texts[0].get_text().split())
 
@@ -177,20 +181,20 @@ def title_of(drawn: Any) -> str:
 # Axes
 
 
-def tidy(axes: Any) -> None:
+def tidy(axes: Axes) -> None:
     """Take two sides off the frame of a panel, and give its labels one size."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=SMALL)
     for part in (axes.xaxis.label, axes.yaxis.label):
-        part.set_size(SMALL)
+        part.set_fontsize(SMALL)
 
 
-def panel_title(axes: Any, text: str) -> None:
+def panel_title(axes: Axes, text: str) -> None:
     """Write the title of a panel above its left end."""
     axes.set_title(text, loc="left", size=SMALL + 0.5, weight="bold", color=INK)
 
 
-def sizes_axis(axes: Any, values: Sequence[float], label: str) -> None:
+def sizes_axis(axes: Axes, values: Sequence[float], label: str) -> None:
     """Draw a horizontal axis of sizes in powers of two, with ticks where something was measured.
 
     Where two sizes are less than four times apart, only the lower one has a tick.
@@ -205,7 +209,7 @@ def sizes_axis(axes: Any, values: Sequence[float], label: str) -> None:
     axes.set_xlabel(f"{label} (log scale)")
 
 
-def values_axis(axes: Any, values: Sequence[float], label: str, may_be_log: bool = True) -> None:
+def values_axis(axes: Axes, values: Sequence[float], label: str, may_be_log: bool = True) -> None:
     """Draw a vertical axis from 0; it is logarithmic, and says so, where the range needs that."""
     known = [value for value in values if value == value]
     if not may_be_log or not known or max(known) <= _WIDE_RANGE * min(known):
@@ -232,7 +236,7 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [round(tick, 6) for tick in ticks]
 
 
-def end_labels(axes: Any, ends: Sequence[tuple[float, float, Method]], gap: float = 0.07) -> None:
+def end_labels(axes: Axes, ends: Sequence[tuple[float, float, Method]], gap: float = 0.07) -> None:
     """Write names beside the ends (x, y) of lines, moved apart where they would overlap.
 
     gap  the least distance of two names, as a share of the height of the axes
@@ -274,7 +278,7 @@ class Column(NamedTuple):
     notes: Mapping[str, str] = {}
 
 
-def bars(drawn: Any, columns: Sequence[Column], per_row: int = 5) -> None:
+def bars(drawn: Figure, columns: Sequence[Column], per_row: int = 5) -> None:
     """Draw panels of horizontal bars from 0, each with its own scale, and a number on every bar."""
     names = list(columns[0].values)
     rows = -(-len(columns) // per_row)
@@ -286,7 +290,7 @@ def bars(drawn: Any, columns: Sequence[Column], per_row: int = 5) -> None:
             axes.set_axis_off()
 
 
-def _bar_panel(axes: Any, column: Column, names: Sequence[str], has_names: bool) -> None:
+def _bar_panel(axes: Axes, column: Column, names: Sequence[str], has_names: bool) -> None:
     known = {name: value for name, value in column.values.items() if value == value}
     # Room for the notes, which stand behind their bars.
     width = max(v / (0.66 if n in column.notes else 1) for n, v in known.items())
@@ -298,7 +302,7 @@ def _bar_panel(axes: Any, column: Column, names: Sequence[str], has_names: bool)
         is_inside = value > 0.38 * width
         text = format(value, column.form)
         note = column.notes.get(name, "")
-        style = {"va": "center", "size": SMALL, "clip_on": False}
+        style: dict[str, Any] = {"va": "center", "size": SMALL, "clip_on": False}
         if is_inside:
             axes.text(0.03 * width, y, text, color="white", weight="bold", **style)
         else:
@@ -314,7 +318,7 @@ def _bar_panel(axes: Any, column: Column, names: Sequence[str], has_names: bool)
     axes.tick_params(axis="y", length=0)
     for name, label in zip(names, axes.get_yticklabels(), strict=False):
         label.set_color(method(name, names).colour)
-        label.set_weight("bold" if method(name, names).is_ours else "normal")
+        label.set_fontweight("bold" if method(name, names).is_ours else "normal")
 
 
 class Bar(NamedTuple):
@@ -325,7 +329,7 @@ class Bar(NamedTuple):
     colour: str
 
 
-def cut_bars(axes: Any, rows: Sequence[tuple[str, Sequence[Bar]]], cut: float, unit: str) -> None:
+def cut_bars(axes: Axes, rows: Sequence[tuple[str, Sequence[Bar]]], cut: float, unit: str) -> None:
     """Draw rows of horizontal bars from 0; one longer than `cut` is broken off."""
     limit = 1.14 * cut
     for place, (_, found) in enumerate(rows):
@@ -351,7 +355,7 @@ def cut_bars(axes: Any, rows: Sequence[tuple[str, Sequence[Bar]]], cut: float, u
     axes.tick_params(axis="y", length=0)
 
 
-def colour_names(drawn: Any, names: Sequence[str]) -> None:
+def colour_names(drawn: Figure, names: Sequence[str]) -> None:
     """Say below the picture which colour is what."""
     from matplotlib.patches import Patch
 

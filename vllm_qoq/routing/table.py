@@ -95,7 +95,7 @@ class DecodeRow(_Table):
     set_name: str = Field(alias="set")
 
 
-def _one_row(value: Any) -> Any:
+def _one_row(value: object) -> object:
     return [{"set": value}] if isinstance(value, str) else value
 
 
@@ -197,7 +197,7 @@ class Routing(_Table):
         return self
 
     @classmethod
-    def parse(cls, table: Any, sets: Iterable[str]) -> Routing:
+    def parse(cls, table: object, sets: Iterable[str]) -> Routing:
         """Validate `table` (the JSON object above) against the names of the sets.
 
         Raises RoutingError with the offending key or value.

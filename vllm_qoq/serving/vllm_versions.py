@@ -57,6 +57,8 @@ from vllm.v1.attention.backend import AttentionBackend
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
+    from vllm.v1.kv_cache_interface import AttentionSpec
+    from vllm.v1.kv_cache_layout import KVCacheLayout
 
 __all__ = [
     "FrontEnd",
@@ -172,7 +174,7 @@ def backends_size_pages() -> bool:
     return hasattr(AttentionBackend, "customize_spec")
 
 
-def set_kv_cache_spec(layer: Attention, spec_of: Callable[[Any], Any]) -> None:
+def set_kv_cache_spec(layer: Attention, spec_of: Callable[[VllmConfig], AttentionSpec]) -> None:
     """Make vLLM size the cache of `layer` by `spec_of(vllm_config)`.
 
     From 0.32 on this does nothing, because vLLM asks the `customize_spec` of the layer's backend.
@@ -181,7 +183,7 @@ def set_kv_cache_spec(layer: Attention, spec_of: Callable[[Any], Any]) -> None:
         layer.get_kv_cache_spec = spec_of
 
 
-def kv_cache_layouts() -> tuple[Any, ...]:
+def kv_cache_layouts() -> tuple[KVCacheLayout, ...]:
     """List the layouts in which the bytes of one block and head are contiguous (vLLM 0.32+).
 
     BLHNC has all layers of a block side by side, which vLLM needs for models that mix page sizes

@@ -29,6 +29,7 @@ from vllm_qoq.serving.vllm_versions import kv_cache_layouts
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.model_executor.layers.attention import Attention
+    from vllm.v1.kv_cache_layout import KVCacheLayout
 
 # QServe's blocks have this size, and the kernels prefer it to a smaller one: runs of bytes are
 # longer, and block tables have fewer entries.
@@ -203,7 +204,7 @@ class QuantizedKVBackend(AttentionBackend):
         return packed(spec, cls.bits)
 
     @classmethod
-    def supported_kv_cache_layouts(cls) -> tuple[Any, ...]:
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         """Say the orders that the cache's dimensions may have (vLLM 0.32+)."""
         return kv_cache_layouts()
 

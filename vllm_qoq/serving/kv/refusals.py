@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from vllm.config import VllmConfig
@@ -27,13 +27,16 @@ def check_engine(vllm_config: VllmConfig) -> None:
 
 
 def check_layer(
-    layer: nn.Module, prefix: str, use_hadamard: bool, of_device: Callable[[Any], Iterator[str]]
+    layer: nn.Module,
+    prefix: str,
+    use_hadamard: bool,
+    of_device: Callable[[Attention], Iterator[str]],
 ) -> None:
     """Raise UserError for a kind of attention that the quantized cache does not serve.
 
     of_device  lists what the device does not serve besides
     """
-    for what in chain(_layer_obstacles(layer, use_hadamard), of_device(layer)):
+    for what in chain(_layer_obstacles(layer, use_hadamard), of_device(cast(Attention, layer))):
         raise UserError(f"{prefix}: the quantized KV cache does not serve {what}; {_LAYER_REMEDY}")
 
 

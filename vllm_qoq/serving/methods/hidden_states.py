@@ -214,7 +214,7 @@ class _Finish(AfterLoading):
         layer.finish(self.is_tracked)
 
 
-def _turn_back(root: nn.Module, _: Any, hidden: Any) -> torch.Tensor:
+def _turn_back(root: nn.Module, _: object, hidden: object) -> torch.Tensor:
     """Turn back what the root returns, as its forward hook."""
     if not isinstance(hidden, torch.Tensor):
         raise TypeError(f"{type(root).__name__} returned {type(hidden).__name__}, not a tensor")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from importlib.metadata import Distribution, DistributionFinder, EntryPoint
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class _InMemory(Distribution):
     def read_text(self, filename: str) -> str | None:
         return _METADATA if filename == "METADATA" else None
 
-    def locate_file(self, path: Any) -> Any:
+    def locate_file(self, path: str | PathLike[str]) -> Path:
         return Path(__file__).parent / path
 
 

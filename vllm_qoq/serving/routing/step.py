@@ -25,7 +25,6 @@ Rules that both model runners and all CUDA graph modes obey:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import ForwardContext
@@ -77,7 +76,7 @@ def _graph_serves_both_phases(mode: CUDAGraphMode, policy: Policy) -> bool:
     return configured is CUDAGraphMode.FULL or mode is CUDAGraphMode.PIECEWISE
 
 
-def _largest_query(metadata: Any) -> int | None:
+def _largest_query(metadata: object) -> int | None:
     """Count the tokens of the request that has most of them in this step.
 
     Where the metadata only tells decode from prefill, it is 1 or more than any request has. None
@@ -96,7 +95,7 @@ def _largest_query(metadata: Any) -> int | None:
 _MANY = 1 << 30  # more tokens than a step has
 
 
-def _each(metadata: Any) -> Iterable[Any]:
+def _each(metadata: object) -> Iterable[object]:
     """List the metadata of all layers, which is a dict by layer, or one for each micro-batch."""
     if isinstance(metadata, list):
         metadata = metadata[0] if metadata else None
