@@ -61,7 +61,7 @@ def register() -> None:
     except Exception as error:
         from vllm_qoq.environment import vllm_obstacle
 
-        # Under vLLM's logger, so that its settings apply.
+        # The logger is below vLLM's, so that its settings apply.
         logging.getLogger("vllm.vllm_qoq").error(
             "%s. Other models are served as without vllm-qoq", vllm_obstacle(error)
         )

@@ -16,7 +16,7 @@ import torch
 
 from vllm_qoq.ops.library import define
 
-# Numbers that csrc/kv/ has too: what the kernels serve, and the sizes of their workspace.
+# csrc/kv/ has these numbers, too: what the kernels serve, and the sizes of their workspace.
 HEAD_SIZES = (64, 128)
 MAX_GROUP = 16  # query heads of a KV head
 WORKSPACE_COUNTERS = 1024

@@ -22,7 +22,7 @@ _CUDA_LIBRARY = Path(__file__).parent.with_name("_C.so")
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 # The ops live as long as this object.
 _library = Library(_NAMESPACE, "DEF")
-# Device type -> the ops that a build for it has.
+# The ops that a build has, by the type of device.
 _ops: dict[str, list[str]] = {"cpu": [], "cuda": []}
 
 

@@ -17,7 +17,7 @@ from vllm_qoq.ops.checks import HALVES, check_rows, check_tensor, type_text
 from vllm_qoq.ops.library import define
 
 _GEMM = "w4a8_gemm"
-# Numbers that csrc/gemm/w4a8_config.h has too: the largest sizes, and the workspace's integers.
+# csrc/gemm/w4a8_config.h has these numbers, too: the largest sizes, and the workspace's integers.
 MAX_K = 1 << 16
 MAX_ROWS = 1 << 24
 WORKSPACE_COUNTERS = 1024

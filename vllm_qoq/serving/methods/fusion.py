@@ -58,7 +58,7 @@ def install(compilation: CompilationConfig) -> None:
     config, key = compilation.inductor_compile_config, current_platform.pass_key
     present = config.get(key)
     if not isinstance(present, QuantizeFusionPass):
-        _silu_patterns()  # traced here, because no tracing may go on inside a compilation
+        _silu_patterns()  # they are traced here, because no tracing may go on inside a compilation
         config[key] = QuantizeFusionPass(then=present)
 
 

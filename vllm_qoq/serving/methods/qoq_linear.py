@@ -175,8 +175,8 @@ class QoQLinearMethod(LinearMethodBase):
             checked = checked_int8(part, layer, rows)
             if not is_packed:
                 weight[rows] = checked
-        # A buffer, because its counters have to be zero: sleeping at level 2, vLLM drops what was
-        # allocated while the model was loaded, and brings back the buffers of the model alone.
+        # The workspace is a buffer, because its counters have to be zero: sleeping at level 2, vLLM
+        # drops what was allocated while the model was loaded, and brings back only buffers.
         layer.register_buffer(
             "workspace", linear_ops.workspace(device) if is_packed else None, persistent=False
         )

@@ -282,7 +282,7 @@ class WeightSet(nn.Module):
                 )
             if id(parameter) not in self._loaded:
                 parameter.data.copy_(tensor)
-            # Loading anew, vLLM first counts elements, without memory.
+            # When vLLM loads anew, it first counts elements, without memory.
             elif not parameter.is_meta and not torch.equal(parameter.data.cpu(), tensor.cpu()):
                 raise FormatError(
                     f"{layer.prefix}: the fused projections of set {self.set_name!r} read one "

@@ -22,7 +22,7 @@ from vllm_qoq.checkpoint.format import QUANT_METHOD
 from vllm_qoq.environment import NEWEST_VLLM, OLDEST_VLLM, SERVED_VLLM, vllm_obstacle
 from vllm_qoq.errors import EngineError, as_engine_error
 
-logger = logging.getLogger("vllm." + __name__)  # under vLLM's, so that its settings apply
+logger = logging.getLogger("vllm." + __name__)  # below vLLM's, so that its settings apply
 
 
 def register_with_vllm() -> None:

@@ -23,7 +23,7 @@ from vllm_qoq.serving.signals.queue import LoadReader, check_engine, load_file
 from vllm_qoq.serving.signals.trace import Trace
 from vllm_qoq.serving.vllm_versions import engine_index
 
-logger = init_logger("vllm." + __name__)  # under vLLM's logger, so that its settings apply
+logger = init_logger("vllm." + __name__)  # below vLLM's, so that its settings apply
 
 
 def routing_in_force(section: Section, options: Options) -> Routing:

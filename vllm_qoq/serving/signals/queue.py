@@ -33,7 +33,7 @@ from vllm_qoq.serving.vllm_versions import api_process_count, device_view
 
 logger = init_logger("vllm." + __name__)
 
-# Both words of the file as one int64, which is read and written whole.
+# These are both words of the file as one int64, which is read and written whole.
 _CALM, _BUSY = (int(np.array(flags, np.int32).view(np.int64)[0]) for flags in ((1, 0), (0, 1)))
 
 _REMEDY = (
