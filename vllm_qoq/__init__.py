@@ -1,4 +1,4 @@
-"""vllm-qoq: one checkpoint, several precisions; every vLLM step runs in the one that suits it.
+"""A vLLM plugin: one checkpoint, several precisions; every step runs in the one that suits it.
 
 Importing this package touches neither torch nor vLLM. vLLM calls `register`
 through the entry point `vllm.general_plugins` in every process that it starts.
@@ -47,7 +47,7 @@ def register() -> None:
     """Make vLLM know the quantization method `qoq` and the `FlexQuant*` models.
 
     Idempotent and cheap: nothing of what serves a model is imported before one asks for it
-    (`integration.register`). Raises nothing, because vLLM would stop, whatever model it serves:
+    (`serving.plugin.register`). Raises nothing, because vLLM would stop, whatever model it serves:
     where this vLLM lacks what registering needs, one line in its log says so.
     """
     global _is_registered
@@ -61,14 +61,14 @@ def register() -> None:
     except Exception as error:
         from vllm_qoq.environment import vllm_obstacle
 
-        # Under vLLM's logger, so that its settings apply.
+        # The logger is below vLLM's, so that its settings apply.
         logging.getLogger("vllm.vllm_qoq").error(
             "%s. Other models are served as without vllm-qoq", vllm_obstacle(error)
         )
 
 
 def step_counts(llm: LLM) -> dict[tuple[str, str], int]:
-    """How many steps `llm` has run, by phase and set: `{("decode", "w4a16"): 12, ...}`.
+    """Count the steps that `llm` has run, by phase and set: `{("decode", "w4a16"): 12, ...}`.
 
     Counts every forward pass with real requests since the model was loaded, and,
     under CUDA graphs, the few that vLLM runs to capture them; take differences.

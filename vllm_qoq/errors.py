@@ -1,4 +1,4 @@
-"""What all errors that a user can mend have in common."""
+"""The errors that a user can mend, and how their messages are made."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LONGEST_REASON = 300
 
 
 class UserError(ValueError):
-    """Something that was asked for cannot be done. The message says why, and what to do instead.
+    """An error for a request that cannot be met: the message says why, and what to do instead.
 
     Names come out of untrusted files, so what a terminal would obey is escaped.
     """
@@ -25,7 +25,7 @@ class UserError(ValueError):
 
 
 class FormatError(UserError):
-    """A checkpoint that breaks the contract. The message names file, tensor or key."""
+    """An error for a checkpoint that breaks the contract: it names the file, tensor or key."""
 
 
 class EngineError(RuntimeError):
@@ -46,12 +46,12 @@ def as_engine_error() -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """`text` on one line, with control characters and the like as escape sequences."""
+    """Put `text` on one line, with control characters and the like as escape sequences."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shown(value: object) -> str:
-    """`repr` of a value from a file or a command line, at most 100 characters of it."""
+    """Quote a value from a file or a command line: at most 100 characters of its `repr`."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = _LONGEST
     short.maxlevel = 3
@@ -60,18 +60,21 @@ def shown(value: object) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What a library's error says, on one line of at most 300 characters."""
+    """Put what a library's error says on one line of at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= _LONGEST_REASON else f"{text[: _LONGEST_REASON - 3]}..."
 
 
 def one_line(error: ValidationError, root: str) -> str:
-    """The first finding of a pydantic ValidationError as `key: what is wrong; what to do`."""
+    """Put the first finding of a ValidationError as `key: what is wrong; what to do`.
+
+    root  what the keys are in, which comes before them
+    """
     finding = error.errors(include_url=False)[0]
     key = ".".join((root, *(_part(part) for part in finding["loc"])))
     message = finding["msg"].removeprefix("Value error, ")
-    message = message.partition(" or instance of ")[0]  # classes of ours, which no file can hold
-    if finding["type"] == "value_error":  # one of ours, which says all of it
+    message = message.partition(" or instance of ")[0]  # our classes, which no file can hold
+    if finding["type"] == "value_error":  # raised by our validators, and complete
         return f"{key}: {message}"
     if finding["type"] == "missing":
         return f"{key}: {message}; add it"
@@ -81,6 +84,6 @@ def one_line(error: ValidationError, root: str) -> str:
 
 
 def _part(part: object) -> str:
-    """A key or an index on the way to a finding; keys come out of files."""
+    """Shorten a key or an index on the way to a finding, because keys come out of files."""
     text = str(part)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def markdown_table(head: list[str], rows: list[list[str]]) -> str:
-    """A table whose columns, all but the first, are aligned to the right."""
+    """Lay out a table in Markdown whose columns, all but the first, are aligned to the right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = (

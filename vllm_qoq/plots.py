@@ -1,4 +1,4 @@
-"""What all pictures share: a colour and a name per method, plain numbers, titles that say a result.
+"""The parts that all pictures share: a colour and a name per method, numbers, titles and axes.
 
 Pictures are 8 inches wide, so that on a page of 800 pixels text has its size in points or more.
 matplotlib is imported only when a picture is drawn.
@@ -9,7 +9,11 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 WIDTH = 8.0  # inches
 DPI = 160
@@ -28,7 +32,7 @@ _PINK, _LIGHT_PINK, _OLIVE, _BROWN = "#9c0f5f", "#e0559f", "#7d8a1c", "#8a5a44"
 
 
 class Method(NamedTuple):
-    """How a method is called and drawn."""
+    """The name and the colour of a method in pictures."""
 
     label: str
     colour: str
@@ -74,7 +78,7 @@ _SPARE = (_BROWN, _OLIVE, _PINK, _BLUE, GREY, _LIGHT_PINK)
 
 
 def method(name: str, others: Sequence[str] = ()) -> Method:
-    """The method's entry; a name that nobody foresaw is its own label and has a spare colour.
+    """Find a method's entry; a name that nobody foresaw is its own label and has a spare colour.
 
     others  all names of the picture, so that unforeseen ones get different colours
     """
@@ -89,17 +93,17 @@ def method(name: str, others: Sequence[str] = ()) -> Method:
 
 
 def plain(value: float) -> str:
-    """The number without an exponent: 0.5, 16, 65536."""
+    """Write a number without an exponent: 0.5, 16, 65536."""
     return f"{value:.6f}".rstrip("0").rstrip(".") if value % 1 else f"{value:.0f}"
 
 
 def times(ratio: float) -> str:
-    """A ratio at a point: 1.47x."""
+    """Write a ratio with two digits after the point: 1.47x."""
     return f"{ratio:.2f}x"
 
 
 def speed(ratio: float, peer: str) -> str:
-    """What our speed over the peer's means, also when we lose."""
+    """Say what our speed over the peer's means, also when we lose."""
     if times(ratio) == times(1):
         return f"as fast as {peer} (1.00x)"
     if ratio > 1:
@@ -108,7 +112,7 @@ def speed(ratio: float, peer: str) -> str:
 
 
 def speed_range(ratios: Mapping[str, float], peer: str) -> str:
-    """The best and the worst of several ratios, each with its place.
+    """Say the best and the worst of several ratios, each with its place.
 
     ratios  place, "at batch 16" -> our speed over the peer's; not empty
     """
@@ -122,8 +126,8 @@ def speed_range(ratios: Mapping[str, float], peer: str) -> str:
 # Figures
 
 
-def figure(title: str, subtitle: str, height: float) -> Any:
-    """A figure with the finding as its title and what was measured below it.
+def figure(title: str, subtitle: str, height: float) -> Figure:
+    """Make a figure with the finding as its title and what was measured below it.
 
     height  inches without the titles
     """
@@ -150,7 +154,10 @@ def figure(title: str, subtitle: str, height: float) -> Any:
 
 
 def _balanced(text: str, characters: int) -> list[str]:
-    """As few lines as fit, of about the same length; a number keeps its percent sign."""
+    """Break `text` into as few lines as fit, of about the same length.
+
+    A number keeps its percent sign on its line.
+    """
     text = text.replace(" %", "\N{NO-BREAK SPACE}%")
     lines = textwrap.wrap(text, characters)
     for width in range(characters - 1, 0, -1):
@@ -161,36 +168,36 @@ def _balanced(text: str, characters: int) -> list[str]:
     return lines
 
 
-def save(drawn: Any, path: Path) -> None:
-    """Write a PNG, equal for equal numbers and the same matplotlib."""
+def save(drawn: Figure, path: Path) -> None:
+    """Write a PNG, whose bytes are equal for equal numbers and the same matplotlib."""
     drawn.savefig(path, dpi=DPI, metadata={"Software": None})
 
 
-def title_of(drawn: Any) -> str:
-    """The finding that a figure states."""
+def title_of(drawn: Figure) -> str:
+    """Read the finding that a figure states."""
     return " ".join(drawn.texts[0].get_text().split())
 
 
 # Axes
 
 
-def tidy(axes: Any) -> None:
-    """A frame of two sides, and labels of one size."""
+def tidy(axes: Axes) -> None:
+    """Take two sides off the frame of a panel, and give its labels one size."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=SMALL)
     for part in (axes.xaxis.label, axes.yaxis.label):
-        part.set_size(SMALL)
+        part.set_fontsize(SMALL)
 
 
-def panel_title(axes: Any, text: str) -> None:
-    """Above the left end."""
+def panel_title(axes: Axes, text: str) -> None:
+    """Write the title of a panel above its left end."""
     axes.set_title(text, loc="left", size=SMALL + 0.5, weight="bold", color=INK)
 
 
-def sizes_axis(axes: Any, values: Sequence[float], label: str) -> None:
-    """A horizontal axis of sizes, each doubling as wide; ticks stand where something was measured.
+def sizes_axis(axes: Axes, values: Sequence[float], label: str) -> None:
+    """Draw a horizontal axis of sizes in powers of two, with ticks where something was measured.
 
-    Of values closer than four times apart, the lower has the tick.
+    Where two sizes are less than four times apart, only the lower one has a tick.
     """
     shown: list[float] = []
     for value in sorted(values):
@@ -202,8 +209,8 @@ def sizes_axis(axes: Any, values: Sequence[float], label: str) -> None:
     axes.set_xlabel(f"{label} (log scale)")
 
 
-def values_axis(axes: Any, values: Sequence[float], label: str, may_be_log: bool = True) -> None:
-    """A vertical axis from 0, logarithmic and called so only where the range needs it."""
+def values_axis(axes: Axes, values: Sequence[float], label: str, may_be_log: bool = True) -> None:
+    """Draw a vertical axis from 0; it is logarithmic, and says so, where the range needs that."""
     known = [value for value in values if value == value]
     if not may_be_log or not known or max(known) <= _WIDE_RANGE * min(known):
         axes.set_ylim(0, 1.08 * max(known, default=1))
@@ -220,7 +227,7 @@ def values_axis(axes: Any, values: Sequence[float], label: str, may_be_log: bool
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers within the limits, at most nine if a decade's own do."""
+    """Choose round numbers within the limits: at most nine, unless powers of ten are more."""
     decades = [10.0**i for i in range(-6, 13)]
     for steps in ((1, 2, 5), (1, 3), (1,)):
         ticks = [d * step for d in decades for step in steps if low <= d * step <= high]
@@ -229,10 +236,10 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [round(tick, 6) for tick in ticks]
 
 
-def end_labels(axes: Any, ends: Sequence[tuple[float, float, Method]], gap: float = 0.07) -> None:
-    """Names beside the ends (x, y) of lines, moved apart where they would overlap.
+def end_labels(axes: Axes, ends: Sequence[tuple[float, float, Method]], gap: float = 0.07) -> None:
+    """Write names beside the ends (x, y) of lines, moved apart where they would overlap.
 
-    gap  the least distance of two names, of the height of the axes
+    gap  the least distance of two names, as a share of the height of the axes
     """
     to_axes = axes.transData + axes.transAxes.inverted()
     places = sorted(
@@ -257,10 +264,10 @@ def end_labels(axes: Any, ends: Sequence[tuple[float, float, Method]], gap: floa
 
 
 class Column(NamedTuple):
-    """One number of every method: a panel of `bars`.
+    """One number of every method, which is a panel of `bars`.
 
     values  method -> value
-    form    of a value, as `format` takes it
+    form    how a value is written, as `format` takes it
     notes   method -> text after the bar
     """
 
@@ -271,8 +278,8 @@ class Column(NamedTuple):
     notes: Mapping[str, str] = {}
 
 
-def bars(drawn: Any, columns: Sequence[Column], per_row: int = 5) -> None:
-    """Panels of horizontal bars from 0, each with its own scale and the number on every bar."""
+def bars(drawn: Figure, columns: Sequence[Column], per_row: int = 5) -> None:
+    """Draw panels of horizontal bars from 0, each with its own scale, and a number on every bar."""
     names = list(columns[0].values)
     rows = -(-len(columns) // per_row)
     panels = list(drawn.subplots(rows, per_row, squeeze=False).flat)
@@ -283,7 +290,7 @@ def bars(drawn: Any, columns: Sequence[Column], per_row: int = 5) -> None:
             axes.set_axis_off()
 
 
-def _bar_panel(axes: Any, column: Column, names: Sequence[str], has_names: bool) -> None:
+def _bar_panel(axes: Axes, column: Column, names: Sequence[str], has_names: bool) -> None:
     known = {name: value for name, value in column.values.items() if value == value}
     # Room for the notes, which stand behind their bars.
     width = max(v / (0.66 if n in column.notes else 1) for n, v in known.items())
@@ -295,7 +302,7 @@ def _bar_panel(axes: Any, column: Column, names: Sequence[str], has_names: bool)
         is_inside = value > 0.38 * width
         text = format(value, column.form)
         note = column.notes.get(name, "")
-        style = {"va": "center", "size": SMALL, "clip_on": False}
+        style: dict[str, Any] = {"va": "center", "size": SMALL, "clip_on": False}
         if is_inside:
             axes.text(0.03 * width, y, text, color="white", weight="bold", **style)
         else:
@@ -311,19 +318,19 @@ def _bar_panel(axes: Any, column: Column, names: Sequence[str], has_names: bool)
     axes.tick_params(axis="y", length=0)
     for name, label in zip(names, axes.get_yticklabels(), strict=False):
         label.set_color(method(name, names).colour)
-        label.set_weight("bold" if method(name, names).is_ours else "normal")
+        label.set_fontweight("bold" if method(name, names).is_ours else "normal")
 
 
 class Bar(NamedTuple):
-    """A bar of `cut_bars`."""
+    """A bar of `cut_bars`: its length, the text after it and its colour."""
 
     value: float
     text: str
     colour: str
 
 
-def cut_bars(axes: Any, rows: Sequence[tuple[str, Sequence[Bar]]], cut: float, unit: str) -> None:
-    """Rows of horizontal bars from 0; a bar longer than `cut` is broken off and says its number."""
+def cut_bars(axes: Axes, rows: Sequence[tuple[str, Sequence[Bar]]], cut: float, unit: str) -> None:
+    """Draw rows of horizontal bars from 0; one longer than `cut` is broken off."""
     limit = 1.14 * cut
     for place, (_, found) in enumerate(rows):
         height = 0.8 / len(found)
@@ -332,7 +339,7 @@ def cut_bars(axes: Any, rows: Sequence[tuple[str, Sequence[Bar]]], cut: float, u
             is_cut = bar.value > cut
             length = cut if is_cut else bar.value
             axes.barh(y, length, height=0.92 * height, color=bar.colour)
-            if is_cut:  # two white strokes through the end
+            if is_cut:  # two white strokes through the end show it
                 for x in (0.955, 0.97):
                     ends = ([x * cut, (x + 0.01) * cut], [y + height / 2, y - height / 2])
                     axes.plot(*ends, color="white", linewidth=1.5)
@@ -348,8 +355,8 @@ def cut_bars(axes: Any, rows: Sequence[tuple[str, Sequence[Bar]]], cut: float, u
     axes.tick_params(axis="y", length=0)
 
 
-def colour_names(drawn: Any, names: Sequence[str]) -> None:
-    """One line below the picture that says which colour is what."""
+def colour_names(drawn: Figure, names: Sequence[str]) -> None:
+    """Say below the picture which colour is what."""
     from matplotlib.patches import Patch
 
     handles = [

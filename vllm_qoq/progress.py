@@ -1,4 +1,4 @@
-"""What a terminal or a log shows of work that takes long: how far it is, and for how long still.
+"""Progress of work that takes long, for a terminal or a log: how far it is, and what is left.
 
 On a terminal a stage is a bar; elsewhere it is a plain line now and then, because a bar redraws
 itself with carriage returns, which a log keeps as rubbish. All of it goes to stderr.
@@ -16,7 +16,7 @@ _PIECES_SECONDS = 5.0
 
 
 def human_bytes(count: float) -> str:
-    """`1234567` -> "1.2 MB", in powers of 1000 like disk sizes and `--max-shard-size`."""
+    """Write a size in powers of 1000, like disks and `--max-shard-size`: 1234567 is "1.2 MB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -25,7 +25,7 @@ def human_bytes(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`95` -> "1 min 35 s"."""
+    """Write a time for people: 95 is "1 min 35 s"."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -74,7 +74,7 @@ class Progress:
 
 
 class Clock:
-    """Prints how long a stage of `total` pieces will still take; called after each piece."""
+    """Prints how long a stage of `total` pieces will still take; call it after each piece."""
 
     def __init__(self, label: str, total: int, quiet: bool) -> None:
         self._label, self._total, self._quiet = label, total, quiet

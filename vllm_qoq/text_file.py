@@ -1,4 +1,4 @@
-"""Text that a user gives: checked before anything that takes long is done for it."""
+"""A check of the text files that a user gives, made before anything that takes long."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PIECE_BYTES = 1 << 20
 
 
 class TextError(UserError):
-    """A file that is no text in UTF-8."""
+    """An error for a file that is no text in UTF-8."""
 
 
 def check_text(option: str, path: Path) -> None:

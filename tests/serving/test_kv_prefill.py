@@ -81,7 +81,7 @@ class Kernels:
         key_start,
         longest_query,
         longest_key,
-        causal,
+        is_causal,
         window,
         out=None,
     ):
@@ -98,7 +98,7 @@ class Kernels:
             scores = query[a:b].transpose(0, 1) @ k.transpose(1, 2) * SCALE
             # Aligned at the end, as FlashAttention does.
             distance = torch.arange(d - c - (b - a), d - c)[:, None] - torch.arange(d - c)
-            hidden = (distance < 0) & torch.tensor(causal)
+            hidden = (distance < 0) & torch.tensor(is_causal)
             if window is not None:
                 hidden |= distance >= window
             scores.masked_fill_(hidden, -math.inf)

@@ -2,6 +2,7 @@
 
 table    an entry for every architecture
 tensors  every tensor that a model has, with its shape, from its `config.json`
-linears  its linear layers and its other tensors, apart
+linears  its linear layers, apart from its other tensors
+config   the parts of a `config.json` that the tools read
 names    names of layers: decoder blocks, fused projections, globs
 """

@@ -1,4 +1,4 @@
-"""What the tools read of a model's `config.json`: its name, and what is nested in it."""
+"""The parts of a model's `config.json` that the tools read: its class, and what is nested."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ CONFIG = "config.json"
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a `config.json` that describes the language model."""
+    """Find the part of a `config.json` that describes the language model."""
     nested = config.get("text_config")
     return nested if isinstance(nested, dict) else config
 
 
 def architecture_name(config: Mapping[str, Any]) -> str | None:
-    """The class of the model, `LlamaForCausalLM`; None where `config.json` does not name one."""
+    """Read the class of the model, `LlamaForCausalLM`; None where `config.json` names none."""
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         return None

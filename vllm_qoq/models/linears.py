@@ -1,4 +1,4 @@
-"""The linear layers of a model and its other tensors, from its `config.json` alone."""
+"""The linear layers of a model, and its other tensors, from its `config.json` alone."""
 
 from __future__ import annotations
 
@@ -32,9 +32,11 @@ class LinearLayers:
 
 
 def linear_layers(config: Mapping[str, Any], task: str) -> LinearLayers:
-    """What a checkpoint of the model that `config` describes must hold.
+    """List what a checkpoint of the model that `config` describes must hold.
 
-    FormatError for an architecture that cannot be `task`, and for sizes that cannot be.
+    task  what is to be done to the model, "quantized": a participle for the message
+
+    Raises FormatError for an architecture that cannot be `task`, and for impossible sizes.
     """
     if architecture_name(config) not in with_names():
         raise FormatError(

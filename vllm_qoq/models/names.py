@@ -1,4 +1,4 @@
-"""Names of layers: where a decoder layer stands, and what vLLM runs as one."""
+"""Names of layers: their place in the decoder, and which of them vLLM runs as one."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ FUSED: Mapping[str, tuple[str, ...]] = {
 
 
 def split_decoder(name: str) -> tuple[str, int, str] | None:
-    """`model.layers.3.mlp.up_proj` -> ("model.layers.", 3, "mlp.up_proj"); None outside."""
+    """Split the name of a module of a decoder layer; None for a name outside of the decoder.
+
+    `model.layers.3.mlp.up_proj` -> ("model.layers.", 3, "mlp.up_proj")
+    """
     match = _LAYER.fullmatch(name)
     return (match["prefix"], int(match["index"]), match["module"]) if match else None
 
 
 def layer_globs(chosen: Iterable[str], every: Iterable[str]) -> tuple[str, ...]:
-    """Globs over layer names that match `chosen` and no other of `every`.
+    """Find globs over layer names that match `chosen` and no other of `every`.
 
-    `model.layers.*.mlp.up_proj` where all indices are chosen, single names elsewhere.
+    They are like `model.layers.*.mlp.up_proj` where all indices are chosen, and names elsewhere.
     """
     chosen, every = set(chosen), set(every)
     by_glob: dict[str, set[str]] = {}

@@ -15,14 +15,14 @@ from vllm_qoq.models.config import CONFIG, architecture_name
 from vllm_qoq.models.names import split_decoder
 
 REMEDY = "mend it, or download the model again"
-"""What to do about a `config.json` that cannot be."""
+"""The advice in errors about an impossible `config.json`."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """The weight of a layer: the names of its sizes (`tensors`), two of a linear layer.
+    """The weight of a layer: the names of its sizes (`tensors`), of which a linear layer has two.
 
-    bias  the keys of `config.json` of which one announces a bias; True: always one, False: none
+    bias  the keys of `config.json` of which any announces a bias; or True, always, or False, never
     """
 
     sizes: tuple[str, ...]
@@ -46,9 +46,9 @@ class Experts:
 
 @dataclass(frozen=True)
 class LayerNames:
-    """What the layers of a dense model are called, by what they do.
+    """The names of the layers of a dense model, by what they do.
 
-    Names are those below one block of the model (`model.layers.3`), and whole beside the blocks.
+    Layers of a block have their names below it (`model.layers.3`), all others their whole names.
 
     Every group in `inputs` is a tuple of linear layers that read the same tensor: a
     norm's output (`norms`), the attention output or the MLP's inner product.
@@ -74,7 +74,7 @@ class LayerNames:
 
     @property
     def norms(self) -> dict[str, tuple[str, ...]]:
-        """Norm -> the layers that read it."""
+        """Map each norm to the layers that read it."""
         return {
             self.attention_norm: (self.q, self.k, self.v),
             self.mlp_norm: (self.gate, self.up),
@@ -82,26 +82,26 @@ class LayerNames:
 
     @property
     def inputs(self) -> tuple[tuple[str, ...], ...]:
-        """Groups of linear layers that read one tensor, in the order in which they run."""
+        """List groups of linear layers that read one tensor, in the order in which they run."""
         return ((self.q, self.k, self.v), (self.o,), (self.gate, self.up), (self.down,))
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """All quantized layers of a block."""
+        """List all quantized layers of a block."""
         return tuple(name for group in self.inputs for name in group)
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """A kind of model. Layers are named relative to a decoder layer (`model.layers.3.`).
+    """A kind of model, whose layers are named relative to a decoder layer (`model.layers.3.`).
 
     common    what every decoder layer has
     mlp       what a layer without experts has besides
-    experts   what the other layers have besides; None: all layers have `mlp`
+    experts   what the other layers have besides; None where all layers have `mlp`
     is_tied   whether the embedding is the lm_head, too, when the config does not say
-    defaults  key -> value that transformers and vLLM take when the config lacks it
+    defaults  the values that transformers and vLLM take for keys that the config lacks
     names     what its layers do, for a model that can be quantized, imported and merged with norms
-              that differ; None for one whose tensors are known and no more
+              that differ; None for one of which only the tensors are known
     type      the `model_type` of `config.json`, where there are `names`
     """
 
@@ -220,17 +220,17 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture | None:
-    """The entry of the table for a `config.json`; None for an architecture that it lacks."""
+    """Find the entry of the table for a `config.json`; None for an architecture that it lacks."""
     return ARCHITECTURES.get(architecture_name(config) or "")
 
 
 def with_names() -> dict[str, LayerNames]:
-    """The architectures whose layers have `names`, by class name."""
+    """List the architectures whose layers have `names`, by class name."""
     return {name: one.names for name, one in ARCHITECTURES.items() if one.names is not None}
 
 
 def norm_readers(config: Mapping[str, Any], norm: str) -> tuple[str, ...]:
-    """The linear layers that read the module `norm`; empty when that is not known."""
+    """List the linear layers that read the module `norm`; empty when that is not known."""
     known, place = architecture_of(config), split_decoder(norm)
     if known is None or known.names is None or place is None:
         return ()
@@ -239,7 +239,7 @@ def norm_readers(config: Mapping[str, Any], norm: str) -> tuple[str, ...]:
 
 
 def flag(config: Mapping[str, Any], key: str) -> bool:
-    """The value of `key`, false where there is none; FormatError for what is neither."""
+    """Read the value of `key`, false where there is none; FormatError for what is no boolean."""
     value = config.get(key)
     if value is not None and not isinstance(value, bool):
         raise FormatError(f"{CONFIG}: {key}: {shown(value)} is not true or false; {REMEDY}")

@@ -1,8 +1,8 @@
-"""Every tensor that a model has in floating point, from its `config.json` alone.
+"""The tensors that a model has in floating point, from its `config.json` alone.
 
-The table says which layers an architecture has; how their sizes follow from the keys of the config
-is here. Shapes are those of PyTorch: a linear layer is [out_features, in_features], a norm [size].
-No file is opened.
+The table says which layers an architecture has, and this module how their sizes follow from the
+keys of the config. Shapes are those of PyTorch: a linear layer is [out_features, in_features], a
+norm [size]. No file is opened.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _MOST = 1 << 24
 
 
 class ExpectedTensors(Mapping[str, Shape]):
-    """Tensor -> shape of the model that a `config.json` describes; computed when asked for.
+    """The shape of every tensor of the model that a `config.json` describes, by the tensor's name.
 
-    `outside` are those of no decoder layer. `optional` are those that a checkpoint may have
-    besides: the lm_head, where it is the embedding. FormatError names a key that is missing or
-    cannot be.
+    Shapes are computed when asked for. `outside` are those of no decoder layer. `optional` are
+    those that a checkpoint may have besides: the lm_head, where it is the embedding. FormatError
+    names a key that is missing or impossible.
     """
 
     def __init__(self, model: Architecture, config: Mapping[str, Any]) -> None:
@@ -58,7 +58,7 @@ class ExpectedTensors(Mapping[str, Shape]):
         }
 
     def keys_of(self, name: str) -> tuple[str, ...]:
-        """For each size of a tensor the keys of `config.json` that it is made of."""
+        """Name, for each size of a tensor, the keys of `config.json` that it is made of."""
         index, _, tensor = name.removeprefix(LAYERS).partition(".")
         if not name.startswith(LAYERS):
             return ("hidden_size",) if name == FINAL_NORM else ("vocab_size", "hidden_size")
@@ -68,7 +68,7 @@ class ExpectedTensors(Mapping[str, Shape]):
         return keys[:1] if leaf == "bias" else keys
 
     def of_layer(self, index: int) -> Mapping[str, Shape]:
-        """The tensors of decoder layer `index`, named relative to it."""
+        """List the tensors of decoder layer `index`, named relative to it."""
         return self._kinds[self._sparse[index]]
 
     def __getitem__(self, name: str) -> Shape:
@@ -88,9 +88,9 @@ class ExpectedTensors(Mapping[str, Shape]):
 
 
 def expected_tensors(config: Mapping[str, Any]) -> ExpectedTensors:
-    """What a checkpoint in floating point of the model that `config` describes must hold.
+    """List what a checkpoint in floating point of the model that `config` describes must hold.
 
-    FormatError if the architecture is not in the table, or a size is missing or cannot be.
+    Raises FormatError if the architecture is not in the table, or a size is missing or impossible.
     """
     model = architecture_of(config)
     if model is None:
@@ -102,7 +102,7 @@ def expected_tensors(config: Mapping[str, Any]) -> ExpectedTensors:
 
 
 def _modules(model: Architecture, sizes: _Sizes, is_sparse: bool) -> dict[str, LayerSpec]:
-    """The modules of a decoder layer with or without experts."""
+    """List the modules of a decoder layer with or without experts."""
     if not is_sparse or model.experts is None:
         return {**model.common, **model.mlp}
     modules = {**model.common, model.experts.router: LayerSpec(("experts", "hidden"))}
@@ -123,7 +123,7 @@ def _tensors(
 
 
 def _sparse_layers(model: Architecture, config: Mapping[str, Any], layers: int) -> list[bool]:
-    """Which decoder layers have experts."""
+    """Say of each decoder layer whether it has experts."""
     if model.experts is None:
         return [False] * layers
     dense = config.get("mlp_only_layers")
@@ -138,7 +138,7 @@ def _is_tied(model: Architecture, config: Mapping[str, Any]) -> bool:
     return flag(config, "tie_word_embeddings") if is_said else model.is_tied
 
 
-# What the sizes are made of.
+# The keys of `config.json` that each size is made of, as messages show them.
 _KEYS = {
     "hidden": "hidden_size",
     "vocabulary": "vocab_size",
@@ -154,7 +154,7 @@ _KEYS = {
 
 
 class _Sizes:
-    """The sizes that modules are made of, by name, out of a `config.json`."""
+    """The sizes that modules are made of, by name, read from a `config.json`."""
 
     def __init__(self, model: Architecture, config: Mapping[str, Any]) -> None:
         self._config = config
@@ -187,7 +187,7 @@ class _Sizes:
         raise KeyError(name)
 
     def key(self, key: str, default: Callable[[], int] | None = None, most: int = _MOST) -> int:
-        """The count that `config.json` has under `key`; without one, what `default` returns."""
+        """Read the count under `key` of `config.json`; without one, take what `default` returns."""
         value = self._config.get(key)
         if value is None and key not in self._config:
             value = self._defaults.get(key)

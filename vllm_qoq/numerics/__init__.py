@@ -1,4 +1,4 @@
-"""What the numbers mean: QoQ weights, quantized activations, and the pages of the KV cache.
+"""The meaning of the numbers: QoQ weights, quantized activations, and pages of the KV cache.
 
 packing              two codes of 4 bits in a byte
 reference            weights and activations, in plain PyTorch: the oracle of the kernels

@@ -1,4 +1,4 @@
-"""Whether a bias of K is too large for a quantized KV cache.
+"""The question whether a bias of K is too large for a quantized KV cache.
 
 All channels of a token's key in one head share a scale. A bias that is far larger than what
 differs between tokens takes the whole range, so that the rest of the key falls between two
@@ -20,12 +20,12 @@ TOKENS = 32
 
 # Scores are exponents: an error of this size changes a weight of the softmax by a third.
 _LIMIT = 0.3
-# And so much of the error is the bias's doing.
+# The bias counts as the cause only if the error is this many times as large as without it.
 _SHARE = 3.0
 
 
 def random_inputs(size: int, like: torch.Tensor) -> torch.Tensor:
-    """What a norm without a gain may give, [TOKENS, size] in the dtype and place of `like`."""
+    """Draw inputs like those after a norm: [TOKENS, size], with the dtype and device of `like`."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(TOKENS, size, generator=generator).to(like.device, like.dtype)
 
@@ -36,8 +36,8 @@ def is_too_large(
     """Whether the bias spoils the scores in a cache of `bits`.
 
     queries  float [TOKENS, heads, D] of random inputs, with their bias
-    keys     float [TOKENS, kv_heads, D] of the same inputs, without
-    bias     float [kv_heads, D] of the keys
+    keys     float [TOKENS, kv_heads, D] of the same inputs, without it
+    bias     float [kv_heads, D], which the keys lack
     """
     noise, without = score_noise(queries, keys, bias, bits, use_hadamard)
     return bool(((noise > _LIMIT) & (noise > _SHARE * without)).any())
@@ -46,9 +46,11 @@ def is_too_large(
 def score_noise(
     queries: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor, bits: int, use_hadamard: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Root mean square error of a score, with the bias and without it: float32 [kv_heads].
+    """Estimate the root mean square error of a score, with and without the bias.
 
-    RoPE turns the bias by another angle at every position; here by random ones.
+    Returns two tensors, float32 [kv_heads].
+
+    RoPE turns the bias by another angle at every position; random angles stand for those here.
     """
     keys, bias = keys.float(), bias.float()
     kv_heads, size = bias.shape
@@ -70,7 +72,7 @@ def score_noise(
 
 
 def warning(layers: list[str], bits: int, remedy: str) -> str:
-    """What to tell of layers whose bias is too large."""
+    """Say that the bias of `layers` is too large, and what to do."""
     shown = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
     return (
         f"the bias of K is so large that a {bits}-bit KV cache loses what differs between keys, in "

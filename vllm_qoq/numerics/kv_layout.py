@@ -1,4 +1,4 @@
-"""The page of the quantized KV cache: the one place that knows where its bytes are.
+"""The page of the quantized KV cache: this module alone knows where its bytes are.
 
 One layer's cache is uint8 [num_blocks, num_kv_heads, head_bytes]. A block holds N tokens, N a
 multiple of 16; D is the head size, B = D * bits / 8 the bytes of one token's codes, and
@@ -50,7 +50,10 @@ SCALE_AND_ZERO_BYTES = 4
 
 
 def code_bytes(head_size: int, bits: int) -> int:
-    """B: bytes of the codes of one token and head, of K or of V. ValueError if not served."""
+    """Give B, the bytes of the codes of one token and head, of K or of V.
+
+    Raises ValueError for a head size or a number of bits that the page does not have.
+    """
     if bits not in QUANTIZED_BITS:
         raise ValueError(f"a KV cache of {bits} bits; the page is defined for 4 and 8")
     if head_size not in HEAD_SIZES:
@@ -60,7 +63,7 @@ def code_bytes(head_size: int, bits: int) -> int:
 
 
 def slot_bytes(head_size: int, bits: int) -> int:
-    """Bytes that one token and head take, K and V with their scales and zeros."""
+    """Give the bytes that one token and head take: K and V with their scales and zeros."""
     return 2 * (code_bytes(head_size, bits) + SCALE_AND_ZERO_BYTES)
 
 
@@ -85,14 +88,14 @@ def quantize(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, to
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-    """scale * (code - zero): codes uint8 [..., D], scale and zero float16 [...] -> float32."""
+    """Compute scale * (code - zero), float32 [..., D]; scale and zero are float16 [...]."""
     return scale.float()[..., None] * (codes.float() - zero.float()[..., None])
 
 
 def max_error(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """The largest error of any channel that `quantize` allows: [..., D] -> float32 [..., 1].
+    """Bound the error of any channel that `quantize` may make: [..., D] -> float32 [..., 1].
 
-    Half a step, and half a unit in the last place of fp16 for each of scale and zero.
+    It is half a step, and half a unit in the last place of fp16 for each of scale and zero.
     """
     _, scale, _ = quantize(x, bits)
     largest = x.float().clamp(-FP16_MAX, FP16_MAX).abs().amax(-1, keepdim=True)
@@ -106,7 +109,7 @@ def write(
     """Quantize tokens and put them into their slots; nothing else in the pages changes.
 
     pages       uint8 [num_blocks, H, head_bytes]
-    slots       int [T]     block * N + position in it, each at most once; negative: skipped
+    slots       int [T]     block * N + position in it, each at most once; negative ones are skipped
     key, value  float [T, H, D]
     """
     head_size = key.shape[-1]
@@ -124,7 +127,7 @@ def write(
 def read(
     pages: torch.Tensor, blocks: torch.Tensor, length: int, head_size: int, bits: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first `length` tokens of a request whose block table is `blocks`, dequantized.
+    """Dequantize the first `length` tokens of a request whose block table is `blocks`.
 
     pages uint8 [num_blocks, H, head_bytes], blocks int [>= length / N]  ->  keys and values,
     float32 [length, H, D]
@@ -141,7 +144,7 @@ def read(
 
 
 def block_tokens(pages: torch.Tensor, head_size: int, bits: int) -> int:
-    """N: the tokens that a block of `pages` [num_blocks, H, head_bytes] holds."""
+    """Give N, the number of tokens that a block of `pages` [num_blocks, H, head_bytes] holds."""
     tokens, rest = divmod(pages.shape[-1], slot_bytes(head_size, bits))
     if rest or tokens % BLOCK_MULTIPLE:
         raise ValueError(
@@ -153,7 +156,7 @@ def block_tokens(pages: torch.Tensor, head_size: int, bits: int) -> int:
 
 @cache
 def record_positions(tokens: int, head_size: int, bits: int) -> torch.Tensor:
-    """Where the bytes of a token are: int64 [N, 2 * B + 8], offsets into head_bytes.
+    """Say where the bytes of a token are: int64 [N, 2 * B + 8], offsets into head_bytes.
 
     The record of a token is K codes, K scale, K zero, V codes, V scale, V zero.
     """

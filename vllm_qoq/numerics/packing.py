@@ -6,10 +6,10 @@ import torch
 
 
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
-    """Codes 0..15, an integer tensor [..., K] with even K, to uint8 [..., K / 2].
+    """Pack codes 0..15, an integer tensor [..., K] with even K, into uint8 [..., K / 2].
 
-    The even k is in the low nibble. Raises ValueError for an odd K or a code that
-    does not fit, which would spill into its neighbour.
+    The code with the even index is in the low nibble. Raises ValueError for an odd K or a
+    code that does not fit, which would spill into its neighbour.
     """
     if codes.shape[-1] % 2:
         raise ValueError(f"{codes.shape[-1]} codes in a row; two go into a byte")
@@ -20,7 +20,7 @@ def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
-    """The inverse: uint8 [..., K / 2] to codes 0..15, uint8 [..., K]."""
+    """Undo `pack_nibbles`: uint8 [..., K / 2] to codes 0..15, uint8 [..., K]."""
     if packed.dtype != torch.uint8:
         raise ValueError(f"packed codes are uint8, not {packed.dtype}")
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)

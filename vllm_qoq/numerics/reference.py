@@ -1,6 +1,6 @@
-"""What the QoQ tensors and ops mean, in plain PyTorch.
+"""The meaning of the QoQ tensors and ops, in plain PyTorch.
 
-The CPU path of the plugin and the oracle of the kernels. Accumulation is exact
+It is the CPU path of the plugin and the oracle of the kernels. Accumulation is exact
 int32; the epilogue is float32, rounded once to the output's dtype.
 """
 
@@ -23,7 +23,7 @@ MIN_SCALE = 1e-10
 
 
 def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Symmetric int8 per token.
+    """Quantize activations to symmetric int8 with one scale a token.
 
     x  [M, K] float  ->  codes int8 [M, K] in -127..127, scale float32 [M], row sum of the
     codes int32 [M]. x is about codes * scale; ties round to even.
@@ -37,9 +37,9 @@ def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
 def add_rms_norm_quantize(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`quantize_per_token` of RMSNorm(x + residual), and the sum x + residual.
+    """Quantize RMSNorm(x + residual) per token, and return the sum x + residual as well.
 
-    x, residual [M, K] and weight [K] in one dtype, as in vLLM's fused_add_rms_norm, with its
+    x, residual [M, K] and weight [K] have one dtype, as in vLLM's fused_add_rms_norm, with its
     roundings: the norm reads the sum before it is rounded, and rounds before the product with
     the weight and after it.
     """
@@ -52,7 +52,7 @@ def add_rms_norm_quantize(
 def silu_and_mul_quantize(
     x: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`quantize_per_token` of silu(gate) * up, x [M, 2 K] = gate beside up, in float32."""
+    """Quantize silu(gate) * up, which is float32, per token; x [M, 2 K] is gate beside up."""
     gate, up = x.float().chunk(2, dim=-1)
     return quantize_per_token(torch.nn.functional.silu(gate) * up)
 
@@ -60,7 +60,7 @@ def silu_and_mul_quantize(
 def level1_int8(
     qweight: torch.Tensor, group_scale: torch.Tensor, group_offset: torch.Tensor
 ) -> torch.Tensor:
-    """W8 = q * group_scale + group_offset, int8 [N, K].
+    """Compute W8 = q * group_scale + group_offset, int8 [N, K].
 
     qweight uint8 [N, K / 2], group_scale uint8 and group_offset int8 [N, K / 128].
     Raises ValueError, beginning with the tensor's name, for a group_scale outside 1..16
@@ -85,9 +85,9 @@ def nested_int8(
     group_offset: torch.Tensor,
     qresidual: torch.Tensor,
 ) -> torch.Tensor:
-    """W8 = level1_int8 + qresidual - 8, int8 [N, K]; qresidual uint8 [N, K / 2].
+    """Compute W8 = level1_int8 + qresidual - 8, int8 [N, K]; qresidual uint8 [N, K / 2].
 
-    Raises ValueError as `level1_int8`, and where the sum leaves int8.
+    Raises ValueError where `level1_int8` does, and where the sum leaves int8.
     """
     level1 = level1_int8(qweight, group_scale, group_offset)
     weight = level1.to(torch.int16) + unpack_nibbles(qresidual).to(torch.int16) - RESIDUAL_ZERO
@@ -97,10 +97,11 @@ def nested_int8(
 
 
 def int8_weight(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """What a layer's tensors (`vllm_qoq.checkpoint.format`) multiply codes with: int8 [N, K].
+    """Compute what a layer's tensors (`checkpoint.format`) multiply activations with: int8 [N, K].
 
-    Level 1 of a layer with groups, with the residual of a nested set if `qresidual` is among the
-    tensors; the codes 0..15 of a layer without groups. ValueError as in `nested_int8`.
+    It is level 1 of a layer with groups, plus the residual of a nested set if `qresidual` is among
+    the tensors, and the codes 0..15 of a layer without groups. Raises ValueError where
+    `nested_int8` does.
     """
     if "channel_zero" in tensors:
         return unpack_nibbles(tensors["qweight"]).view(torch.int8)
@@ -113,7 +114,7 @@ def int8_weight(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def int_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a int8 [M, K] @ b.T, b int8 or uint8 [N, K], exactly: int32 [M, N]."""
+    """Multiply exactly: a int8 [M, K] @ b.T, where b is int8 or uint8 [N, K], is int32 [M, N]."""
     if b.dtype == torch.uint8:  # codes 0..15 are int8 as well
         b = b.view(torch.int8)
     m, k, n = a.shape[0], a.shape[1], b.shape[0]
@@ -153,7 +154,7 @@ def epilogue(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """int32 [M, N] to the layer's output [M, N] in `dtype`.
+    """Turn the accumulator, int32 [M, N], into the layer's output [M, N] in `dtype`.
 
     y = token_scale * (accumulator * channel_scale - row_sum * channel_zero) + bias, in float32.
     """
@@ -167,7 +168,7 @@ def epilogue(
 
 
 def dequantize(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The weight float32 [N, K] that a layer's tensors (`checkpoint.format`) stand for."""
+    """Compute the weight, float32 [N, K], that a layer's tensors stand for."""
     weight = int8_weight(tensors).float() * tensors["channel_scale"].float()[:, None]
     if "channel_zero" in tensors:
         weight -= tensors["channel_zero"].float()[:, None]

@@ -1,6 +1,6 @@
-"""What attention over the quantized KV cache means, in plain PyTorch.
+"""The meaning of attention over the quantized KV cache, in plain PyTorch.
 
-The CPU backend of the plugin and the oracle of the CUDA kernels. A step first writes its new
+It is the CPU backend of the plugin and the oracle of the CUDA kernels. A step first writes its new
 tokens into the pages (`update`), then attends (`attention`):
 
 * A request with one new token, which is how every decode step looks, reads all its keys and
@@ -22,14 +22,14 @@ import torch
 
 from vllm_qoq.numerics import kv_layout
 
-# Rows of queries at a time, which bounds the memory of the scores.
+# So many rows of queries are taken at a time, which bounds the memory of the scores.
 _QUERY_TILE = 256
 
 
 def hadamard(x: torch.Tensor) -> torch.Tensor:
-    """x @ H / sqrt(D) with the Sylvester matrix H of size D: [..., D] -> float32, its own inverse.
+    """Rotate x [..., D] to x @ H / sqrt(D), float32, with the Sylvester matrix H of size D.
 
-    ValueError unless D is a power of two.
+    The rotation is its own inverse. Raises ValueError unless D is a power of two.
     """
     size = x.shape[-1]
     if size & (size - 1):
@@ -56,7 +56,9 @@ def update(
 
     pages         uint8 [num_blocks, H, head_bytes]    vllm_qoq.numerics.kv_layout
     key, value    float [>= T, H, D]                   key after RoPE
-    slot_mapping  int [T]                              block * N + position in it, negative: skip
+    slot_mapping  int [T]                              block * N + position in it
+
+    Tokens with a negative slot are skipped.
     """
     num_tokens = slot_mapping.shape[0]
     key = hadamard(key[:num_tokens]) if use_hadamard else key[:num_tokens]
@@ -77,16 +79,16 @@ def attention(
     sliding_window: int | None = None,
     use_hadamard: bool = False,
 ) -> torch.Tensor:
-    """Causal attention of a step whose tokens are in the pages already.
+    """Compute the causal attention of a step whose tokens are in the pages already.
 
     query            float [T, Hq, D]      the new tokens of all requests, one after the other
-    key, value       float [T, H, D]       theirs, unquantized; Hq is a multiple of H
+    key, value       float [T, H, D]       the new tokens', unquantized; Hq is a multiple of H
     pages            uint8 [num_blocks, H, head_bytes]
     block_table      int [R, max_blocks]   the blocks of each request
     seq_lens         int [R]               tokens of each request, the new ones included
     query_start_loc  int [R + 1]           request r has the rows from [r] to [r + 1]
-    scale            of the scores, usually 1 / sqrt(D)
-    sliding_window   a token sees itself and the sliding_window - 1 before it; None: all
+    scale            factor of the scores, usually 1 / sqrt(D)
+    sliding_window   a token sees itself and the sliding_window - 1 before it; None means all
 
     Returns float32 [T, Hq, D]; rows of no request are zero.
     """
@@ -115,7 +117,7 @@ def _causal(
     scale: float,
     sliding_window: int | None,
 ) -> torch.Tensor:
-    """One request: query [n, Hq, D] of its last n tokens, keys and values [L, H, D]."""
+    """Attend for one request: query [n, Hq, D] of its last n tokens, keys and values [L, H, D]."""
     num_new, length = query.shape[0], keys.shape[0]
     group = query.shape[1] // keys.shape[1]
     # Queries of the heads that share a KV head become rows of one product: [H, n, group, D].

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import torch
 
-# Integers below this, so that every sum over two products of up to 2**15 columns is exact in
-# float64.
+# The integers of the probe stay below this, so that every sum over two products of up to 2**15
+# columns is exact in float64.
 _PROBE_LIMIT = 1 << 20
 _PROBE_ROWS = 256
 
 
 def signs(rotation: torch.Tensor) -> torch.Tensor:
-    """int8 [H, H]: what is stored of an orthogonal matrix whose entries have one magnitude.
+    """Take the signs, int8 [H, H], of an orthogonal matrix whose entries have one magnitude.
 
-    Raises ValueError for any other matrix.
+    A checkpoint stores these. Raises ValueError for any other matrix.
     """
     found = rotation.sign().to(torch.int8)
     if message := finding(found):
@@ -27,10 +27,10 @@ def signs(rotation: torch.Tensor) -> torch.Tensor:
 
 
 def finding(stored: torch.Tensor) -> str | None:
-    """What is wrong with the int8 [H, H] of a rotation, or None.
+    """Say what is wrong with the signs, int8 [H, H], of a rotation; None where nothing is.
 
-    The rows are orthogonal if S @ S.T = H: tried with a random vector of integers, which every
-    other matrix fails but for a chance of one in a million.
+    The rows are orthogonal if S @ S.T is H times the identity. That is tried with a random vector
+    of integers, with which any other matrix passes once in a million times.
     """
     if not (stored.abs() == 1).all():
         return "holds something else than -1 and 1"
@@ -47,7 +47,7 @@ def finding(stored: torch.Tensor) -> str | None:
 def last_hidden_state(
     hidden: torch.Tensor, stored: torch.Tensor, norm: torch.Tensor
 ) -> torch.Tensor:
-    """The original model's last hidden state [..., H], from that of the rotated one.
+    """Turn the last hidden state [..., H] of a rotated model into the original model's.
 
     stored  the rotation's signs [H, H] in the dtype of `hidden`
     norm    [H], the final norm's weight in the original model

@@ -1,6 +1,7 @@
-"""What the CPU ops refuse, in the words of csrc/common/checks.h: one contract for both devices.
+"""The refusals of the CPU ops, in the words of csrc/common/checks.h: one contract for both.
 
-The kernels raise RuntimeError, these ValueError; tests/op_refusals.py has a case for each.
+The kernels raise RuntimeError, these checks ValueError; tests/support/op_refusals.py has a case
+for each.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ MAX_COLUMNS = 1 << 24
 
 
 def type_text(dtype: torch.dtype) -> str:
-    """The name that PyTorch's C++ side has for `dtype`: float32 is Float."""
+    """Name `dtype` as PyTorch's C++ side does: float32 is Float."""
     return torch.empty(0, dtype=dtype).type().rpartition(".")[2].removesuffix("Tensor")
 
 
 def tensor_text(tensor: torch.Tensor) -> str:
-    """Type and shape: `Float [3, 4]`."""
+    """Describe a tensor by its type and shape: `Float [3, 4]`."""
     return f"{type_text(tensor.dtype)} {list(tensor.shape)}"
 
 
@@ -31,8 +32,10 @@ def check_tensor(
     *shape: int,
     alignment: int = ALIGNMENT,
 ) -> None:
-    """ValueError unless `tensor` is contiguous, of this dtype and shape, and begins at a multiple
-    of `alignment` bytes."""
+    """Raise ValueError unless `tensor` is contiguous, aligned, and of this dtype and shape.
+
+    alignment  in bytes: the address at which the tensor begins is a multiple of it
+    """
     if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
         gaps = "" if tensor.is_contiguous() else " (not contiguous)"
         raise ValueError(
@@ -46,7 +49,7 @@ def check_tensor(
 
 
 def check_rows(op: str, x: torch.Tensor, *dtypes: torch.dtype) -> None:
-    """ValueError unless x is [M, K] of one of `dtypes`, each row in one piece."""
+    """Raise ValueError unless x is [M, K] of one of `dtypes`, and each of its rows contiguous."""
     if x.ndim != 2:
         raise ValueError(f"{op}: x is {list(x.shape)}, expected floats [M, K]")
     m, k = x.shape

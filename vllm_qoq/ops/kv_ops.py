@@ -1,5 +1,7 @@
-"""The CUDA ops over the quantized KV cache: schemas and fakes. `kv_layout` defines the page,
-`reference_attention` what they compute; the CPU calls those.
+"""The CUDA ops over the quantized KV cache: their schemas, fakes and Python wrappers.
+
+`vllm_qoq.numerics.kv_layout` defines the page, and `reference_attention` beside it what the ops
+compute. The CPU calls those two directly. Arguments that the ops share are
 
 pages        uint8 [num_blocks, H, head_bytes]: a block of N tokens, N a multiple of 16
 bits         4 or 8; the head size D is 64 or 128, and up to 16 query heads share a KV head
@@ -14,7 +16,7 @@ import torch
 
 from vllm_qoq.ops.library import define
 
-# Numbers that csrc/kv/ has too: what the kernels serve, and the sizes of their workspace.
+# csrc/kv/ has these numbers, too: what the kernels serve, and the sizes of their workspace.
 HEAD_SIZES = (64, 128)
 MAX_GROUP = 16  # query heads of a KV head
 WORKSPACE_COUNTERS = 1024
@@ -24,12 +26,13 @@ WORKSPACE_PADDING = 4  # integers of a partial sum beside its channels
 
 @cache
 def workspace(device: torch.device, group: int, head_size: int) -> torch.Tensor:
-    """Where the blocks of one `kv_decode` on `device` add up what they share: int32, all zero.
+    """Make the buffer in which the blocks of a `kv_decode` add up what they share: int32 zeros.
 
     Every launch leaves its counters zero, so all layers use the same one; two launches that run at
-    the same time in two streams need one each. `group` is the query heads of a KV head. It is made
-    by the first step, so outside of the memory of weights and cache, which vLLM drops when it
-    sleeps.
+    the same time in two streams need one each. The first step makes the buffer, so it is outside of
+    the memory of weights and cache, which vLLM drops when it sleeps.
+
+    group  the number of query heads that share a KV head
     """
     if not 1 <= group <= MAX_GROUP:
         raise ValueError(f"{group} query heads share a KV head; the kernels serve 1 to {MAX_GROUP}")
@@ -47,7 +50,7 @@ def kv_write(
     hadamard: bool,
     pages: torch.Tensor,
 ) -> None:
-    """`reference_attention.update`: quantize new tokens into their pages.
+    """Quantize new tokens into their pages, as `reference_attention.update` does.
 
     key, value  bfloat16 or float16 [>= T, H, D]   K after RoPE
     slots       int64 [T]   block * N + position in it; what is not in `pages` is skipped
@@ -67,18 +70,27 @@ def kv_decode(
     out: torch.Tensor,
     workspace: torch.Tensor,
 ) -> None:
-    """Attention of one new token a request, which is in the pages already.
+    """Compute the attention of one new token a request, which is in the pages already.
 
     query, out   bfloat16 or float16 [R, Hq, D]
     block_table  int32 [R, max_blocks]     seq_lens  int32 [R], on the device; 0 gives zeros
-    window       the last tokens that are seen; 0: all
-    workspace    of `workspace`
+    window       how many of the last tokens are seen; 0 stands for all
+    workspace    the buffer that the function `workspace` makes
 
     The same inputs give the same bits on the same GPU. Nothing of the launch depends on
     `seq_lens`, so a CUDA graph may be replayed with others.
     """
     torch.ops.qoq.kv_decode(
-        *(query, pages, block_table, seq_lens, scale, bits, window, hadamard, out, workspace)
+        query,
+        pages,
+        block_table,
+        seq_lens,
+        scale,
+        bits,
+        window,
+        hadamard,
+        out,
+        workspace,
     )
 
 
@@ -92,21 +104,30 @@ def kv_dequantize(
     key: torch.Tensor,
     value: torch.Tensor,
 ) -> None:
-    """Tokens of the pages, request after request, for attention that knows no pages of ours.
+    """Read tokens back from the pages, request after request, for attention that cannot read pages.
 
     first_token  int32 [R]        of each request, the first token that is wanted
     row_start    int32 [R + 1]    request r gets rows [r] to [r + 1] of the outputs
     key, value   bfloat16 or float16 [rows, H, D]; other rows are left as they are
-    hadamard     K is rotated back
+    hadamard     whether K is rotated back
     """
     torch.ops.qoq.kv_dequantize(
-        *(pages, block_table, first_token, row_start, bits, hadamard, key, value)
+        pages,
+        block_table,
+        first_token,
+        row_start,
+        bits,
+        hadamard,
+        key,
+        value,
     )
 
 
 def _fake(*_: object) -> None:
-    """Stand in for an op while a graph is traced: it returns nothing, and the schema says what it
-    writes."""
+    """Stand in for an op while a graph is traced.
+
+    The ops return nothing, and their schemas say what they write.
+    """
 
 
 define(

@@ -1,4 +1,4 @@
-"""Where ops are defined, and the library of CUDA kernels that may stand behind them.
+"""The registry in which ops are defined, and the library of CUDA kernels behind them.
 
 Ops are defined in Python, so that they exist, trace and run on the CPU in every build. A build
 with VLLM_QOQ_CUDA=1 has `_C.so` in the package, which adds the CUDA kernels; it is loaded where
@@ -22,7 +22,7 @@ _CUDA_LIBRARY = Path(__file__).parent.with_name("_C.so")
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 # The ops live as long as this object.
 _library = Library(_NAMESPACE, "DEF")
-# Device type -> the ops that a build for it has.
+# The ops that a build has, by the type of device.
 _ops: dict[str, list[str]] = {"cpu": [], "cuda": []}
 
 
@@ -70,6 +70,6 @@ def missing_kernels() -> str:
     )
 
 
-# It links torch's CUDA libraries, which a CPU build of torch has not.
+# The library links torch's CUDA libraries, which a CPU build of torch does not have.
 if _CUDA_LIBRARY.exists() and torch.version.cuda is not None:
     torch.ops.load_library(_CUDA_LIBRARY)

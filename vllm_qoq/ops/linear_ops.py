@@ -17,7 +17,7 @@ from vllm_qoq.ops.checks import HALVES, check_rows, check_tensor, type_text
 from vllm_qoq.ops.library import define
 
 _GEMM = "w4a8_gemm"
-# Numbers that csrc/gemm/w4a8_config.h has too: the largest sizes, and the workspace's integers.
+# csrc/gemm/w4a8_config.h has these numbers, too: the largest sizes, and the workspace's integers.
 MAX_K = 1 << 16
 MAX_ROWS = 1 << 24
 WORKSPACE_COUNTERS = 1024
@@ -26,7 +26,7 @@ WORKSPACE_SUMS_OF_PROCESSOR = 256 * 128
 
 @cache
 def workspace(device: torch.device) -> torch.Tensor:
-    """Where the blocks of one GEMM on `device` add up what they share: int32, all zero.
+    """Make the buffer in which the blocks of a GEMM add up what they share: int32 zeros.
 
     Every GEMM leaves it zero, so all layers use the same one; two GEMMs that run at the same
     time in two streams need one each.
@@ -37,9 +37,10 @@ def workspace(device: torch.device) -> torch.Tensor:
 
 
 def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`reference.quantize_per_token`: x [M, K] to codes int8, scale float32, row sum int32.
+    """Quantize x [M, K] to codes int8 [M, K], scale float32 [M] and row sum int32 [M].
 
-    x is bfloat16, float16 or float32; its rows are contiguous, and may have gaps between them.
+    `reference.quantize_per_token` computes it. x is bfloat16, float16 or float32; its rows are
+    contiguous, and may have gaps between them.
     """
     check_rows("quantize_per_token", x, *HALVES, torch.float32)
     return reference.quantize_per_token(x)
@@ -48,10 +49,10 @@ def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
 def add_rms_norm_quantize(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`reference.add_rms_norm_quantize`: codes, scale, row sum, and x + residual.
+    """Add, normalize and quantize: returns codes, scale, row sum, and x + residual.
 
-    x, residual [M, K] and weight [K], all bfloat16 or all float16; the last two contiguous, and
-    x by rows.
+    `reference.add_rms_norm_quantize` computes it. x and residual are [M, K] and weight is [K], all
+    bfloat16 or all float16. The last two are contiguous; so is each row of x.
     """
     op = "add_rms_norm_quantize"
     check_rows(op, x, *HALVES)
@@ -63,9 +64,10 @@ def add_rms_norm_quantize(
 def silu_and_mul_quantize(
     x: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`reference.silu_and_mul_quantize`: x [M, 2 K], bfloat16 or float16, gate beside up.
+    """Multiply silu(gate) with up and quantize the product: returns codes, scale and row sum.
 
-    The rows of x are contiguous, and may have gaps between them.
+    `reference.silu_and_mul_quantize` computes it. x is [M, 2 K], gate beside up, bfloat16 or
+    float16; its rows are contiguous, and may have gaps between them.
     """
     op = "silu_and_mul_quantize"
     check_rows(op, x, *HALVES)
@@ -89,9 +91,9 @@ def w4a8_gemm(
     residual: torch.Tensor | None = None,
     use_residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y = dequant(x) @ dequant(weight).T + bias, [M, N] in `out_dtype`, bfloat16 or float16.
+    """Compute y = dequant(x) @ dequant(weight).T + bias, [M, N] in `out_dtype`.
 
-    x              int8 [M, K]             of quantize_per_token
+    x              int8 [M, K]             what quantize_per_token returns, with the next two
     x_scale        float32 [M]
     x_row_sum      int32 [M]
     weight         uint8 [N, K / 2]        as stored (`vllm_qoq.checkpoint.format`), or
@@ -101,9 +103,10 @@ def w4a8_gemm(
     channel_zero   float32 [N]             without groups
     group_scale    uint8 [N, K / 128]      with groups, and only with a stored weight
     group_offset   int8 [N, K / 128]
-    bias           float [N]
-    workspace      int32 [...]             of `workspace`, for CUDA
-    residual       uint8 [N, K / 2]        of a nested set, beside a stored weight with groups, or
+    bias           float [N]               float32, bfloat16 or float16
+    out_dtype                              bfloat16 or float16
+    workspace      int32 [...]             the buffer that `workspace` makes, for CUDA
+    residual       uint8 [N, K / 2]        a nested set's, beside a stored weight with groups, or
                    uint8 [ceil(N / 64), K / 128, 4096]  w4a8_layout.pack of it, beside a packed one
     use_residual   int32 [1]               beside a residual: 0 multiplies with the weight alone,
                                            anything else, and None, with both
@@ -126,7 +129,7 @@ def w4a8_gemm(
     (m, k), n = x.shape, channel_scale.shape[0]
     if _is_packed(weight):
         _check_packed(n, k, group_scale, group_offset)
-    # The sums are exact up to here: 255 * 128 * K < 2^31.
+    # Sums in int32 are exact up to this K: 255 * 128 * K < 2^31.
     if k > MAX_K:
         raise ValueError(f"{_GEMM}: K={k} overflows int32; split the layer")
     if max(m, n) > MAX_ROWS:
@@ -168,14 +171,14 @@ def w4a8_gemm(
 
 
 def _is_packed(weight: torch.Tensor) -> bool:
-    """Rather than stored or int8, which are matrices."""
+    """Whether `weight` is packed: stored and int8 weights are matrices."""
     return weight.ndim != 2
 
 
 def _check_packed(
     n: int, k: int, group_scale: torch.Tensor | None, group_offset: torch.Tensor | None
 ) -> None:
-    """ValueError for sizes and arguments that a packed weight cannot have."""
+    """Raise ValueError for sizes and arguments that a packed weight cannot have."""
     if n % 8 or n == 0:
         raise ValueError(f"{_GEMM}: N={n} must be a multiple of 8")
     if k % w4a8_layout.BLOCK_K or k == 0:
@@ -191,12 +194,12 @@ def _check_residual(
     n: int,
     k: int,
 ) -> None:
-    """ValueError unless it is in the form of the weight, which has groups."""
+    """Raise ValueError unless the residual is in the form of the weight, which has groups."""
     if channel_zero is not None:
         raise ValueError(f"{_GEMM}: a residual belongs to a weight with groups")
     if weight.dtype == torch.int8:
         raise ValueError(f"{_GEMM}: an int8 weight has its residual in it already")
-    shape = _packed_shape(False, n, k) if _is_packed(weight) else (n, k // 2)
+    shape = _packed_shape(is_grouped=False, n=n, k=k) if _is_packed(weight) else (n, k // 2)
     check_tensor(_GEMM, "residual", residual, torch.uint8, *shape)
 
 
@@ -208,7 +211,7 @@ def _check_stored(
     n: int,
     k: int,
 ) -> None:
-    """ValueError unless the weight is [N, K / 2], with either its zeros or its groups."""
+    """Raise ValueError unless the weight is [N, K / 2], with either its zeros or its groups."""
     if k % 2:
         raise ValueError(f"{_GEMM}: {k} inputs, but a stored weight has two in a byte")
     check_tensor(_GEMM, "weight", weight, torch.uint8, n, k // 2)
@@ -244,7 +247,7 @@ def _unpacked(
     group_offset: torch.Tensor | None,
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The int8 [N, K] that the codes are multiplied with, of a stored weight."""
+    """Unpack a stored weight to the int8 [N, K] that the codes are multiplied with."""
     if group_scale is None or group_offset is None:
         return unpack_nibbles(weight)
     if residual is None:

@@ -27,18 +27,18 @@ def pack(
     group_scale: torch.Tensor | None = None,
     group_offset: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A layer's codes (and groups) as uint8 [ceil(N / 64), K / 128, 4096 or 4224].
+    """Bring a layer's codes, and groups, into uint8 [ceil(N / 64), K / 128, 4096 or 4224].
 
     qweight uint8 [N, K / 2], group_scale uint8 and group_offset int8 [N, K / 128] as in
-    `vllm_qoq.checkpoint.format`; channels past the last are zero. On any device, once per layer. A
-    nested set's qresidual, without groups, has the order of codes.
+    `vllm_qoq.checkpoint.format`; channels past the last are zero. Works on any device; a layer is
+    packed once. A nested set's qresidual, which has no groups, is packed as codes are.
     """
     n, k = qweight.shape[0], 2 * qweight.shape[1]
     if k % BLOCK_K or k == 0:
         raise ValueError(f"{k} inputs are not a multiple of {BLOCK_K}, as the GEMM on CUDA needs")
     rows = -(-n // BLOCK_N) * BLOCK_N
     codes = _padded(unpack_nibbles(qweight), rows)
-    # Blocks, warp, + 8, r; k blocks, half, step, + 16, c, byte.
+    # The dimensions are blocks, warp, + 8, r; and blocks of k, half, step, + 16, c, byte.
     fields = codes.view(-1, 4, 2, 8, k // BLOCK_K, 2, 2, 2, 4, 4)
     ordered = fields.permute(0, 4, 5, 1, 3, 8, 6, 2, 9, 7)
     # Neighbours become one byte, the first in the low nibble: that is where + 16 has gone.
@@ -54,7 +54,7 @@ def pack(
 def unpack(
     packed: torch.Tensor, n: int
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The inverse: qweight, group_scale, group_offset of the first n channels."""
+    """Undo `pack`: returns qweight, group_scale and group_offset of the first n channels."""
     blocks, k_blocks, size = packed.shape
     codes = unpack_nibbles(packed[..., :CODE_BYTES])
     fields = codes.reshape(blocks, k_blocks, 2, 4, 8, 4, 2, 2, 4, 2)
@@ -69,12 +69,12 @@ def unpack(
 
 
 def packed_bytes(is_grouped: bool) -> int:
-    """The size of a block."""
+    """Give the size of a block in bytes."""
     return CODE_BYTES + (PARAM_BYTES if is_grouped else 0)
 
 
 def _padded(rows: torch.Tensor, count: int) -> torch.Tensor:
-    """`rows` and then rows of zeros, `count` in all."""
+    """Append rows of zeros to `rows`, so that there are `count` in all."""
     if rows.shape[0] == count:
         return rows
     return torch.cat((rows, rows.new_zeros(count - rows.shape[0], *rows.shape[1:])))

@@ -1,1 +1,5 @@
-"""Which set a step runs in: the table of a checkpoint, and when an engine counts as busy."""
+"""The choice of the set that a step runs in, as pure functions that know nothing of vLLM.
+
+table       the routing table of a checkpoint: which set a layer uses in a step
+hysteresis  the switch that says when an engine is busy
+"""

@@ -1,4 +1,4 @@
-"""Which weight set a layer uses in a step: a pure function, without vLLM.
+"""The routing table: which weight set a layer uses in a step, as a pure function.
 
 A step is one forward pass of the engine. It is a *decode* step when every
 request in it contributes only tokens that it generates (one, or one plus the
@@ -52,18 +52,18 @@ from pydantic import (
 from vllm_qoq.errors import UserError, one_line, shown
 
 MOST_RULES = 4096
-"""Globs in one list: several for each layer of any model, and few enough to try all of them."""
+"""The most globs in one list: several for each layer of any model, and few enough to try all."""
 _BATCH_DIGITS = 9
 _BATCH = re.compile(rf"0*[1-9][0-9]{{0,{_BATCH_DIGITS - 1}}}")
 _DECODE_FORM = "write [BATCH:]SET,..., for example 16:w4a16,w8a8"
 
 
 class RoutingError(UserError):
-    """A routing table that is incomplete, out of order, or names what is not there."""
+    """An error for a table that is incomplete, out of order, or names what is not there."""
 
 
 class Phase(enum.IntEnum):
-    """What a step does. The value is the row of the step counters."""
+    """The kind of a step; the value is its row in the step counters."""
 
     PREFILL = 0
     DECODE = 1
@@ -71,7 +71,7 @@ class Phase(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What routing knows of one forward pass.
+    """The facts about one forward pass that routing goes by.
 
     `batch` is the number of requests in a decode step, padded to the size of
     the CUDA graph that replays it. It means nothing in a prefill step. `is_busy`
@@ -89,13 +89,13 @@ class _Table(BaseModel):
 
 
 class DecodeRow(_Table):
-    """`set` serves decode steps of up to `max_batch` requests (None: any number)."""
+    """A row of a decode table: the set for up to `max_batch` requests, any number if None."""
 
     max_batch: PositiveInt | None = None
     set_name: str = Field(alias="set")
 
 
-def _one_row(value: Any) -> Any:
+def _one_row(value: object) -> object:
     return [{"set": value}] if isinstance(value, str) else value
 
 
@@ -103,7 +103,7 @@ DecodeTable = Annotated[tuple[DecodeRow, ...], BeforeValidator(_one_row)]
 
 
 class LayerRule(_Table):
-    """Overrides a phase for the layers whose name matches the glob `match`."""
+    """A rule that overrides a phase for the layers whose name matches the glob `match`."""
 
     match: str
     prefill: str | None = None
@@ -122,7 +122,7 @@ class LayerRule(_Table):
 
 
 class Load(_Table):
-    """What serves a busy engine; `enter` and `leave` are numbers of waiting requests."""
+    """The sets of a busy engine; `enter` and `leave` are numbers of waiting requests."""
 
     enter: PositiveInt
     leave: NonNegativeInt
@@ -157,19 +157,19 @@ class LayerRoute:
     busy: LayerRoute | None = None
 
     def choose(self, step: Step) -> str:
-        """The set that this layer uses in `step`, whose `is_busy` is known."""
+        """Choose the set that this layer uses in `step`, whose `is_busy` is known."""
         route = self.busy if step.is_busy and self.busy is not None else self
         if step.phase is Phase.PREFILL:
             return route.prefill
         return route.decode[bisect_left(route.bounds, step.batch)]
 
     def pair(self, step: Step) -> tuple[str, str]:
-        """The sets that this layer uses in `step` if the engine is calm, and if it is busy."""
+        """Choose the sets that this layer uses in `step` in a calm engine, and in a busy one."""
         calm, busy = (replace(step, is_busy=is_busy) for is_busy in (False, True))
         return self.choose(calm), self.choose(busy)
 
     def pairs(self, max_batch: int) -> frozenset[tuple[Phase, str, str]]:
-        """Phase, calm and busy set of every step with at most `max_batch` requests."""
+        """List phase, calm and busy set of every step with at most `max_batch` requests."""
         bounds = self.bounds + (self.busy.bounds if self.busy is not None else ())
         # The sets are the same from one bound to the next.
         batches = {max_batch, *(min(bound, max_batch) for bound in bounds)}
@@ -177,14 +177,14 @@ class LayerRoute:
         return frozenset((step.phase, *self.pair(step)) for step in steps)
 
     def reachable(self, max_batch: int | None = None) -> frozenset[str]:
-        """The sets that some step with at most `max_batch` requests can choose."""
+        """List the sets that some step with at most `max_batch` requests can choose."""
         rows = len(self.decode) if max_batch is None else bisect_left(self.bounds, max_batch) + 1
         calm = frozenset((self.prefill, *self.decode[:rows]))
         return calm if self.busy is None else calm | self.busy.reachable(max_batch)
 
 
 class Routing(_Table):
-    """The whole table. Construct with `Routing.parse`, which names what is wrong."""
+    """The whole table; construct it with `Routing.parse`, which names what is wrong."""
 
     prefill: str
     decode: DecodeTable
@@ -197,7 +197,7 @@ class Routing(_Table):
         return self
 
     @classmethod
-    def parse(cls, table: Any, sets: Iterable[str]) -> Routing:
+    def parse(cls, table: object, sets: Iterable[str]) -> Routing:
         """Validate `table` (the JSON object above) against the names of the sets.
 
         Raises RoutingError with the offending key or value.
@@ -213,7 +213,7 @@ class Routing(_Table):
 
     @classmethod
     def forced(cls, set_name: str) -> Routing:
-        """One set for every step and layer."""
+        """Make the table that has one set for every step and layer."""
         return cls(prefill=set_name, decode=(DecodeRow(set_name=set_name),))
 
     def check_sets(self, sets: Iterable[str]) -> None:
@@ -227,7 +227,7 @@ class Routing(_Table):
                 )
 
     def route(self, names: Sequence[str], fused_name: str | None = None) -> LayerRoute:
-        """The route of one layer; of no name at all, the route without layer rules.
+        """Find the route of one layer; without a name, the route that no layer rule changes.
 
         `names` are the names of the layer: several where vLLM fuses
         projections (q, k and v run as one `fused_name`), and all of them have
@@ -243,7 +243,7 @@ class Routing(_Table):
         return LayerRoute(prefill, bounds, tuple(row.set_name for row in decode), busy)
 
     def in_state(self, is_busy: bool) -> Routing:
-        """The table of a calm or of a busy engine, without a `load`."""
+        """Make the table of a calm or of a busy engine, which has no `load`."""
         given = self.load if is_busy else None
         state: dict[str, Any] = {"load": None}
         if given is not None:
@@ -252,11 +252,11 @@ class Routing(_Table):
         return self.model_copy(update=state)
 
     def sets(self) -> frozenset[str]:
-        """Every set that the table names."""
+        """List every set that the table names."""
         return frozenset(name for _, name in self._mentions())
 
     def unmatched(self, names: Iterable[str]) -> list[str]:
-        """The globs of the layer rules that match none of `names`."""
+        """List the globs of the layer rules that match none of `names`."""
         names = list(names)
         return [
             rule.match
@@ -265,11 +265,11 @@ class Routing(_Table):
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object that `parse` reads."""
+        """Make the JSON object that `parse` reads."""
         return self.model_dump(by_alias=True, exclude_none=True, exclude_defaults=True, mode="json")
 
     def rename(self, map_name: Callable[[str], str]) -> Routing:
-        """The same table with the globs of the layer rules passed through `map_name`."""
+        """Pass the globs of the layer rules through `map_name`; returns a new table."""
         rules = [rule.model_copy(update={"match": map_name(rule.match)}) for rule in self.layers]
         return self.model_copy(update={"layers": tuple(rules)})
 

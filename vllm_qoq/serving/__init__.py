@@ -1,21 +1,44 @@
-"""The adapter between vllm-qoq and vLLM: all that imports vLLM, but for the peers of `bench`.
+"""The plugin in vLLM's words, in five rooms; outside, only `bench` and `tuner` import vLLM.
 
-register.py    what the entry point does, in every process of vLLM
-front_end.py   what is refused before an engine starts, and who gets a stat logger
-stat_logger_plugin.py  the stat logger's entry point, for models of ours alone
-config.py      QoQConfig: the quantization method `qoq` in vLLM's words
-policy.py      the routing in force in one engine, and what the user overrides
-linear.py      one linear layer that holds several sets
-weight_set.py  one set's weights of one linear layer, and the proof that they were loaded
-flex_op.py     `qoq::flex_linear`, the op in which the set is chosen
-step.py        prefill or decode: reading vLLM's forward context
-trace.py       routing decisions as lines of JSON
-shared_files.py  files in shared memory, and who removes them
-counters.py    steps by phase and set, in memory shared with the front end
-load.py        calm or busy, in memory shared with the front end
-metrics.py     both in vLLM's log and Prometheus endpoint, and the bits of the KV cache
-hidden_states.py  the way back from a rotated stream, where hidden states leave the model
-models.py      FlexQuant* model classes for architectures with a loader of their own
-compat.py      every branch on a vLLM version
-perplexity.py  `vllm-qoq perplexity`
+plugin/   how vLLM meets the plugin
+    register            what the entry point does in every process of vLLM
+    config              QoQConfig, the quantization method `qoq`
+    front_end           what is refused before an engine starts, and who gets a stat logger
+    refusal             the reason why an engine does not start, repeated where a person reads it
+    load_check          the proof that a checkpoint filled the tensors that all sets share
+    root                finds the model that a layer is being built for
+    flex_models         FlexQuant* model classes for architectures with a loader of their own
+    shared_files        files in shared memory, and who removes them
+    step_counts         the step counters of an engine, for `vllm_qoq.step_counts`
+    metrics             counters, load and KV cache in vLLM's log and Prometheus endpoint
+    stat_logger_plugin  the entry point of `metrics`, in front ends of our models alone
+methods/  the linear layers of a model
+    routed_linear       a layer that holds several sets and computes with that of the step
+    flex_op             `qoq::flex_linear`, the op in which the set is chosen
+    weight_set          one set's weights of one layer, and the proof that they were loaded
+    set_config          the config of one set, found as vLLM finds that of a checkpoint
+    qoq_linear          the method of a QoQ set: 4-bit weights, int8 activations
+    qoq_residual        the method of a nested set: int8 weights from two 4-bit planes
+    int8_head           the lm_head in int8
+    fusion              the compile pass that puts quantization into the kernel before it
+    hidden_states       the way back from a rotated stream, where hidden states leave the model
+    after_loading       a method that vLLM calls once weights are loaded
+routing/  the set of a step
+    step                prefill or decode: reading vLLM's forward context
+    policy              the routing in force in one engine
+kv/       the quantized KV cache
+    cache               turns it on, layer by layer
+    backend             what the attention backends share
+    cpu, cuda           the attention of each device
+    prefill             prompts on a GPU: which part of their history is read when
+    spec                how large the pages are
+    key_bias            a warning of biases of K that the cache cannot hold
+    refusals            what the cache does not serve
+signals/  what the engine and its front end tell each other
+    counters            steps by phase and set
+    queue               calm or busy, from the length of the queue
+    trace               routing decisions as lines of JSON
+
+options          what users say in `--additional-config`
+vllm_versions    what we take from vLLM beyond its public interface, and every version branch
 """

@@ -1,4 +1,4 @@
-"""What users say about one server, with vLLM's own flag.
+"""The options of one server, which users give with vLLM's own flag.
 
     --additional-config '{"qoq": {"force_set": "w8a8"}}'
     --additional-config '{"qoq": {"routing": {"prefill": "w8a8", "decode": "w4a16"}}}'
@@ -10,9 +10,9 @@
 `force_set` uses one set for everything, `routing` replaces the checkpoint's table, `force_load`
 keeps a table with a `load` in one state, "calm" or "busy", however long the queue is. `trace`
 writes every decision as a line of JSON, with the engine and the process that made it; with CUDA
-graphs those of a `load` are made on the device, so `busy` is null there and `set_if_busy` the other
-set. `kv_bits` stores the keys and values of every layer in that many bits; 16 is vLLM's own cache.
-`kv_hadamard` says whether keys are rotated before they are quantized, which helps where few
+graphs those of a `load` are made on the device, so `busy` is null there and `set_if_busy` names the
+other set. `kv_bits` stores the keys and values of every layer in that many bits; 16 is vLLM's own
+cache. `kv_hadamard` says whether keys are rotated before they are quantized, which helps where few
 channels are far larger than the others.
 """
 
@@ -69,7 +69,7 @@ class Options(BaseModel):
 
 
 def _with_remedy(error: ValidationError, where: str) -> str:
-    """The first finding, and for a key that is not known the one that was meant."""
+    """Write the first finding, and for an unknown key the one that may be meant."""
     finding = error.errors(include_url=False)[0]
     if finding["type"] == "extra_forbidden":
         options = tuple(Options.model_fields)

@@ -1,6 +1,6 @@
-"""What vllm-qoq takes from vLLM beyond its public interface, and every branch on a version.
+"""The parts of vLLM beyond its public interface that we use, and every branch on a version.
 
-Served: vLLM 0.26 to 0.33 (`vllm_qoq.environment`). What differs between them is probed for here;
+We serve vLLM 0.26 to 0.33 (`vllm_qoq.environment`). What differs between them is probed for here;
 tests/serving/test_vllm_sources.py runs unit tests against the oldest and the newest version.
 
 * `encode_layer_name`, `resolve_layer_name`, `LayerNameType`: how a custom op
@@ -8,7 +8,7 @@ tests/serving/test_vllm_sources.py runs unit tests against the oldest and the ne
   one graph for all layers (vllm.utils.torch_utils).
 * `has_loader_v2`: vLLM picks the loader of a linear layer by the class name of
   its quantization method (vllm.model_executor.layers.linear).
-* `InductorPass`, `enable_fake_mode`: a pass of ours over vLLM's compiled graphs, which runs under
+* `InductorPass`, `enable_fake_mode`: for our pass over vLLM's compiled graphs, which runs under
   the platform's `pass_key` of `inductor_compile_config` (vllm.compilation.passes).
 * `fused_add_rms_norm`: how such a graph spells the norm (vllm.ir).
 * `api_process_count`, `api_process_rank`: how many front ends share the engines, and which of them
@@ -57,6 +57,8 @@ from vllm.v1.attention.backend import AttentionBackend
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
+    from vllm.v1.kv_cache_interface import AttentionSpec
+    from vllm.v1.kv_cache_layout import KVCacheLayout
 
 __all__ = [
     "FrontEnd",
@@ -90,26 +92,26 @@ def has_loader_v2(method: LinearMethodBase) -> bool:
 
 
 def api_process_count(parallel_config: ParallelConfig) -> int:
-    """The number of API processes of the server, 1 where there is no server."""
+    """Read the number of API processes of the server, 1 where there is no server."""
     return int(parallel_config._api_process_count)
 
 
 def api_process_rank(parallel_config: ParallelConfig) -> int:
-    """Which API process of the server this is; -1 for the one that only starts the others."""
+    """Read which API process of the server this is; -1 for one that only starts the others."""
     return int(parallel_config._api_process_rank)
 
 
 def engine_index(parallel_config: ParallelConfig) -> int:
-    """The data-parallel index of an engine, by which its front end knows it."""
+    """Read the data-parallel index of an engine, by which its front end knows it."""
     return int(parallel_config.data_parallel_index)
 
 
 @dataclass(frozen=True)
 class FrontEnd:
-    """What the user asked for, in the process in which vLLM makes an engine's configuration.
+    """The user's wishes, in the process in which vLLM makes an engine's configuration.
 
     is_server          whether the engine will have vLLM's asynchronous front end, not `LLM()`
-    counts_statistics  whether it will count statistics: not so with `--disable-log-stats`
+    counts_statistics  whether it will count statistics, as without `--disable-log-stats`
     """
 
     vllm_config: VllmConfig
@@ -118,9 +120,9 @@ class FrontEnd:
 
 
 def front_end_in_the_making() -> FrontEnd | None:
-    """The configuration that this call is a part of making, None if it is no such call.
+    """Find the configuration that vLLM is making while it calls us; None if it is making none.
 
-    All fields that the user sets are there; what vLLM derives from them may not be yet.
+    All fields that the user sets are there; those that vLLM derives from them may not be yet.
     """
     vllm_config = _self_of(VllmConfig.__post_init__)
     if vllm_config is None:
@@ -133,8 +135,8 @@ def front_end_in_the_making() -> FrontEnd | None:
     )
 
 
-def _self_of(method: Any) -> Any:
-    """The object whose `method` is running in this thread, None if it is not."""
+def _self_of(method: Callable[..., Any]) -> Any:
+    """Find the object whose `method` is running in this thread, None if it is not."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is method.__code__:
@@ -144,13 +146,13 @@ def _self_of(method: Any) -> Any:
 
 
 def map_name(mapper: WeightsMapper, name: str) -> str:
-    """The name of a layer in vLLM; as it is where the model drops the layer."""
+    """Map the name of a layer to that in vLLM; it stays where the model drops the layer."""
     mapped = mapper._map_name(name)
     return mapped if mapped is not None else name
 
 
 def device_view(host: torch.Tensor) -> torch.Tensor:
-    """The same memory as a CUDA tensor: what the GPU writes there, the host reads.
+    """View host memory as a CUDA tensor: what the GPU writes there, the host reads.
 
     `host` is pinned for the life of the process. Raises RuntimeError where the
     driver refuses.
@@ -172,17 +174,17 @@ def backends_size_pages() -> bool:
     return hasattr(AttentionBackend, "customize_spec")
 
 
-def set_kv_cache_spec(layer: Attention, spec_of: Callable[[Any], Any]) -> None:
+def set_kv_cache_spec(layer: Attention, spec_of: Callable[[VllmConfig], AttentionSpec]) -> None:
     """Make vLLM size the cache of `layer` by `spec_of(vllm_config)`.
 
-    From 0.32 on nothing is to be done: vLLM asks the `customize_spec` of the layer's backend.
+    From 0.32 on this does nothing, because vLLM asks the `customize_spec` of the layer's backend.
     """
     if not backends_size_pages():
         layer.get_kv_cache_spec = spec_of
 
 
-def kv_cache_layouts() -> tuple[Any, ...]:
-    """The orders of dimensions in which the bytes of one block and head are contiguous (0.32+).
+def kv_cache_layouts() -> tuple[KVCacheLayout, ...]:
+    """List the layouts in which the bytes of one block and head are contiguous (vLLM 0.32+).
 
     BLHNC has all layers of a block side by side, which vLLM needs for models that mix page sizes
     and sliding windows, and which KV connectors prefer.

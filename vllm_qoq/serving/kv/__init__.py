@@ -1,1 +1,1 @@
-"""The quantized KV cache in vLLM's attention layers."""
+"""The quantized KV cache in vLLM's attention layers: backends, pages and refusals."""

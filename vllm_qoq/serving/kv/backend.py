@@ -1,7 +1,7 @@
-"""What every attention backend over the quantized KV cache shares: page, block size, metadata.
+"""The parts that all attention backends over the quantized KV cache share: page, blocks, metadata.
 
-A device adds the implementation: a subclass per bit width with `bits` and `get_impl_cls`
-(`kv_cpu`, `kv_cuda`), known to `kv_cache`.
+A device adds the implementation: a subclass for each number of bits, with `bits` and
+`get_impl_cls` (`cpu`, `cuda` beside this module), which `cache` knows.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from vllm.v1.attention.backend import (
@@ -26,13 +26,19 @@ from vllm_qoq.numerics.kv_layout import BLOCK_MULTIPLE, HEAD_SIZES, slot_bytes
 from vllm_qoq.serving.kv.spec import packed
 from vllm_qoq.serving.vllm_versions import kv_cache_layouts
 
-# QServe's block, and what the kernels prefer: longer runs of bytes, fewer entries of block tables.
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.v1.kv_cache_layout import KVCacheLayout
+
+# QServe's blocks have this size, and the kernels prefer it to a smaller one: runs of bytes are
+# longer, and block tables have fewer entries.
 PREFERRED_BLOCK_SIZE = 64
 
 
 @dataclass
 class KVMetadata(AttentionMetadata):
-    """One step, for R requests with T new tokens in all.
+    """The metadata of one step, for R requests with T new tokens in all.
 
     query_start_loc  int32 [R + 1]             seq_lens      int32 [R], the new tokens included
     block_table      int32 [R, max_blocks]     slot_mapping  int64 [>= T]
@@ -48,13 +54,13 @@ class KVMetadata(AttentionMetadata):
 
 
 class KVMetadataBuilder(AttentionMetadataBuilder[KVMetadata]):
-    """Hands on what the runner prepared."""
+    """Hands on the metadata that the runner prepared."""
 
     def __init__(
         self,
         kv_cache_spec: AttentionSpec,
         layer_names: list[str],
-        vllm_config: Any,
+        vllm_config: VllmConfig,
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -65,7 +71,7 @@ class KVMetadataBuilder(AttentionMetadataBuilder[KVMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> KVMetadata:
-        """The metadata of one step; no synchronization with the device."""
+        """Make the metadata of one step, without synchronization with the device."""
         common = common_attn_metadata
         return KVMetadata(
             num_actual_tokens=common.num_actual_tokens,
@@ -84,9 +90,9 @@ M = TypeVar("M", bound=KVMetadata)
 class QuantizedKVImpl(AttentionImpl[M], Generic[M]):
     """The attention of one layer; a device adds `do_kv_cache_update` and `attend`.
 
-    scale           of the scores
-    sliding_window  a token sees itself and the sliding_window - 1 before it; None: all
-    use_hadamard    rotate K, and Q to match
+    scale           the factor of the scores
+    sliding_window  a token sees itself and the sliding_window - 1 before it; None means all
+    use_hadamard    whether K is rotated, and Q to match
     """
 
     def __init__(
@@ -104,7 +110,7 @@ class QuantizedKVImpl(AttentionImpl[M], Generic[M]):
         self.scale = scale
         self.sliding_window = sliding_window
         self.bits, self.use_hadamard = bits, use_hadamard
-        self.kv_cache_dtype = "auto"  # to vLLM an ordinary cache
+        self.kv_cache_dtype = "auto"  # the cache is an ordinary one to vLLM
 
     def forward(
         self,
@@ -118,7 +124,7 @@ class QuantizedKVImpl(AttentionImpl[M], Generic[M]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """query [>= T, Hq, D], key and value [>= T, H, D]; writes the T rows of `output`."""
+        """Attend: query [>= T, Hq, D], key and value [>= T, H, D]; writes T rows of `output`."""
         if output_scale is not None or output_block_scale is not None:
             raise ValueError(
                 "the quantized KV cache does not quantize the attention's output; leave "
@@ -136,11 +142,11 @@ class QuantizedKVImpl(AttentionImpl[M], Generic[M]):
         attn_metadata: M | None,
         output: torch.Tensor,
     ) -> torch.Tensor:
-        """`forward` without what only vLLM's interface has; without metadata a profiling run."""
+        """Compute `forward`; without metadata it is a profiling run, which has no cache yet."""
 
 
 class QuantizedKVBackend(AttentionBackend):
-    """Attention over pages of `vllm_qoq.numerics.kv_layout`.
+    """A backend for attention over pages of `vllm_qoq.numerics.kv_layout`.
 
     The cache of a layer is uint8 [num_blocks, H, N, slot bytes], of which the last two dimensions
     only say how many bytes a head has: `head_pages` is the view that the page's definition means.
@@ -152,52 +158,54 @@ class QuantizedKVBackend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        """A member of vLLM's enumeration of backends; this one is for plugins."""
+        """Name the member of vLLM's enumeration of backends that is for plugins."""
         return "CUSTOM"
 
     @staticmethod
     def get_builder_cls() -> type[KVMetadataBuilder]:
-        """The same on every device."""
+        """Give vLLM the builder of the metadata, which a device may replace."""
         return KVMetadataBuilder
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
-        """The head sizes of the page."""
+        """List the head sizes of the page."""
         return list(HEAD_SIZES)
 
     @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[MultipleOf]:
-        """Multiples of 16 tokens; vLLM 0.32 also says for which spec it asks."""
+    def get_supported_kernel_block_sizes(
+        kv_cache_spec: AttentionSpec | None = None,
+    ) -> list[MultipleOf]:
+        """Allow multiples of 16 tokens; vLLM 0.32 also says for which spec it asks."""
         return [MultipleOf(BLOCK_MULTIPLE)]
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
-        """What vLLM takes on a GPU without --block-size, if the first layers have this backend."""
+        """Say what vLLM takes on a GPU without --block-size, if the first layers are ours."""
         return max(default_block_size, PREFERRED_BLOCK_SIZE)
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
-        """Yes."""
+        """Say that sliding windows are served; the implementation knows the layer's window."""
         return True
 
     @classmethod
-    def impl_options(cls, vllm_config: Any) -> dict[str, Any]:
-        """More arguments of the implementation, that depend on the engine."""
+    def impl_options(cls, vllm_config: VllmConfig) -> dict[str, Any]:
+        """Make more arguments of the implementation, which depend on the engine."""
         return {}
 
     @classmethod
-    def obstacles(cls, layer: Any, dtype: torch.dtype) -> Iterator[str]:
-        """What this device does not serve of a layer that computes in `dtype`."""
+    def obstacles(cls, layer: Attention, dtype: torch.dtype) -> Iterator[str]:
+        """List what this device does not serve of a layer that computes in `dtype`."""
         return iter(())
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """The size of the page (vLLM 0.32+)."""
+        """Say the size of the page (vLLM 0.32+)."""
         return packed(spec, cls.bits)
 
     @classmethod
-    def supported_kv_cache_layouts(cls) -> tuple[Any, ...]:
-        """The order of the cache's dimensions (vLLM 0.32+)."""
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Say the orders that the cache's dimensions may have (vLLM 0.32+)."""
         return kv_cache_layouts()
 
     @classmethod
@@ -209,12 +217,12 @@ class QuantizedKVBackend(AttentionBackend):
         head_size: int,
         cache_dtype_str: str = "auto",
     ) -> tuple[int, ...]:
-        """The shape of the cache (vLLM before 0.32)."""
+        """Say the shape of the cache (vLLM before 0.32)."""
         return num_blocks, num_kv_heads, block_size, slot_bytes(head_size, cls.bits)
 
 
 def head_pages(kv_cache: torch.Tensor) -> torch.Tensor:
-    """uint8 [num_blocks, H, N, slot bytes] as uint8 [num_blocks, H, head_bytes], the same memory.
+    """View uint8 [num_blocks, H, N, slot bytes] as uint8 [num_blocks, H, head_bytes].
 
     Blocks and heads may be further apart than they are large.
     """

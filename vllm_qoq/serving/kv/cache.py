@@ -1,4 +1,4 @@
-"""Turns the quantized KV cache on, layer by layer.
+"""The switch that turns the quantized KV cache on, layer by layer.
 
 vLLM asks the quantization config about each attention layer at the end of the layer's
 constructor. Layers that are to be quantized get another backend and implementation there, on the
@@ -35,7 +35,7 @@ DEVICES = ("cpu", "cuda")
 
 
 def backends_of(device_type: str) -> dict[int, type[QuantizedKVBackend]]:
-    """Bits -> backend. That of a GPU imports what vLLM has only there."""
+    """Map bits to the backend of a device; a GPU's imports what vLLM has only there."""
     if device_type == "cpu":
         return {4: CPUKV4Backend, 8: CPUKV8Backend}
     from vllm_qoq.serving.kv.cuda import CUDAKV4Backend, CUDAKV8Backend
@@ -44,9 +44,9 @@ def backends_of(device_type: str) -> dict[int, type[QuantizedKVBackend]]:
 
 
 def kv_cache_in_force(kv_cache: KVCache | None, options: Options) -> KVCache:
-    """The checkpoint's; `kv_bits` of the options replaces its bits, for every layer.
+    """Decide the KV cache: the checkpoint's, unless `kv_bits` replaces the bits of every layer.
 
-    UserError where `kv_hadamard` asks for a rotation of keys that nothing quantizes.
+    Raises UserError where `kv_hadamard` asks for a rotation of keys that nothing quantizes.
     """
     kv_cache = kv_cache or KVCache(bits=UNQUANTIZED)
     if options.kv_bits is not None:
@@ -62,7 +62,7 @@ def kv_cache_in_force(kv_cache: KVCache | None, options: Options) -> KVCache:
 
 
 def check_kv_cache(kv_cache: KVCache, vllm_config: VllmConfig) -> None:
-    """UserError where the engine or its device does not serve a cache in these bits."""
+    """Raise UserError where the engine or its device does not serve a cache in these bits."""
     if not kv_cache.is_quantized():
         return
     kv_refusals.check_engine(vllm_config)
@@ -75,7 +75,7 @@ def check_kv_cache(kv_cache: KVCache, vllm_config: VllmConfig) -> None:
 
 
 class QuantizedKVCache:
-    """The KV cache of one engine, in one process."""
+    """The KV cache of one engine in one process: which layers have it, and in which bits."""
 
     def __init__(
         self,
@@ -95,7 +95,10 @@ class QuantizedKVCache:
         logger.info("Quantized KV cache: %s", self.kv_cache.to_json())
 
     def attach(self, layer: nn.Module, prefix: str) -> None:
-        """Give `layer` the backend of its bits; a second call, when weights are loaded, none."""
+        """Give `layer` the backend of its bits, at the first call.
+
+        vLLM calls a second time when weights are loaded, which is when biases of K are looked at.
+        """
         bits = self.kv_cache.bits_of(prefix)
         if prefix in self._layers:
             self._key_biases.warn(self._layers, self.kv_cache.hadamard)
@@ -157,7 +160,7 @@ class QuantizedKVCache:
 
 
 def check_without_sets(kv_cache: KVCache | None, vllm_config: VllmConfig) -> None:
-    """UserError unless the KV cache, and nothing else, is asked for of a model without sets."""
+    """Raise UserError unless a model without sets is asked for its KV cache and nothing else."""
     options = Options.of(vllm_config)
     if kv_cache is None and options.kv_bits is None:
         raise UserError(
@@ -166,7 +169,7 @@ def check_without_sets(kv_cache: KVCache | None, vllm_config: VllmConfig) -> Non
         )
     for key in ("force_set", "routing", "force_load", "trace"):
         value = getattr(options, key)
-        # Without sets it is always calm.
+        # An engine without sets is always calm, so that may be said.
         if value is not None and (key, value) != ("force_load", "calm"):
             raise UserError(
                 f"--additional-config: {NAMESPACE}.{key}: this model has no sets to choose from"
@@ -174,7 +177,7 @@ def check_without_sets(kv_cache: KVCache | None, vllm_config: VllmConfig) -> Non
 
 
 def describe(kv_cache: KVCache | None, vllm_config: VllmConfig) -> str:
-    """What an engine stores keys and values in, for people: `4 bits`, or vLLM's own word."""
+    """Say for people what keys and values are stored in: `4 bits`, or vLLM's own word."""
     in_force = kv_cache_in_force(kv_cache, Options.of(vllm_config))
     if in_force.bits == UNQUANTIZED:
         return str(vllm_config.cache_config.cache_dtype)

@@ -1,8 +1,6 @@
-"""Attention over the quantized KV cache on a CPU: the reference, step by step."""
+"""Attention over the quantized KV cache on a CPU, which computes the reference."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 
@@ -16,7 +14,7 @@ from vllm_qoq.serving.kv.backend import (
 
 
 class CPUQuantizedKVImpl(QuantizedKVImpl[KVMetadata]):
-    """The attention of one layer; `vllm_qoq.numerics.reference_attention` says what it computes."""
+    """The attention of one layer on a CPU, by `vllm_qoq.numerics.reference_attention`."""
 
     def do_kv_cache_update(
         self,
@@ -39,7 +37,7 @@ class CPUQuantizedKVImpl(QuantizedKVImpl[KVMetadata]):
         attn_metadata: KVMetadata | None,
         output: torch.Tensor,
     ) -> torch.Tensor:
-        """`forward` without what only vLLM's interface has."""
+        """Attend as `forward` says."""
         if attn_metadata is None:  # a profiling run has no cache yet
             return output.zero_()
         num_tokens = attn_metadata.num_actual_tokens
@@ -61,17 +59,17 @@ class CPUQuantizedKVImpl(QuantizedKVImpl[KVMetadata]):
 
 
 class CPUKV4Backend(QuantizedKVBackend):
-    """4 bits."""
+    """The backend of a 4-bit KV cache on a CPU."""
 
     bits = 4
 
     @staticmethod
-    def get_impl_cls() -> type[Any]:
-        """The implementation, whatever the bits."""
+    def get_impl_cls() -> type[CPUQuantizedKVImpl]:
+        """Give vLLM the implementation, which is one for all bits."""
         return CPUQuantizedKVImpl
 
 
 class CPUKV8Backend(CPUKV4Backend):
-    """8 bits."""
+    """The backend of an 8-bit KV cache on a CPU."""
 
     bits = 8

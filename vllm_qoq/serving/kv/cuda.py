@@ -1,12 +1,14 @@
-"""Attention over the quantized KV cache on a GPU: our kernels for writing and generation,
-FlashAttention for prompts."""
+"""Attention over the quantized KV cache on a GPU.
+
+Our kernels write and generate, and FlashAttention computes prompts.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.v1.attention.backend import (
@@ -35,12 +37,17 @@ from vllm_qoq.serving.kv.prefill import (
     plan_prefill,
 )
 
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.model_executor.layers.attention import Attention
+
 
 @dataclass
 class CUDAKVMetadata(KVMetadata):
-    """Requests with one new token come first.
+    """The metadata of a step in which requests with one new token come first.
 
-    num_decodes  so many of them     prefill  the others, None without any
+    num_decodes  how many of those there are
+    prefill      the plan for all others, None without any
     """
 
     num_decodes: int
@@ -48,7 +55,10 @@ class CUDAKVMetadata(KVMetadata):
 
 
 class CUDAKVMetadataBuilder(KVMetadataBuilder):
-    """Full CUDA graphs for steps that only generate; nothing there depends on the host."""
+    """Makes the metadata; steps that only generate have full CUDA graphs.
+
+    Nothing in such a step depends on the host.
+    """
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = (
         AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
@@ -59,7 +69,7 @@ class CUDAKVMetadataBuilder(KVMetadataBuilder):
         self,
         kv_cache_spec: AttentionSpec,
         layer_names: list[str],
-        vllm_config: Any,
+        vllm_config: VllmConfig,
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -73,13 +83,13 @@ class CUDAKVMetadataBuilder(KVMetadataBuilder):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> CUDAKVMetadata:
-        """The metadata of one step; no synchronization with the device."""
+        """Make the metadata of one step, without synchronization with the device."""
         common = common_attn_metadata
-        decodes, prefills, decode_tokens, _ = split_decodes_and_prefills(common, 1)
+        decodes, prefills, decode_tokens, _ = split_decodes_and_prefills(common, decode_threshold=1)
         prefill = None
         if prefills:
             starts = common.query_start_loc_cpu[decodes : common.num_reqs + 1] - decode_tokens
-            # Exact for prompts, and known on the host.
+            # The bound is exact for prompts, and it is known on the host.
             lengths = common.seq_lens_cpu_upper_bound
             assert lengths is not None, "vLLM did not say how long the prompts are"
             history = lengths[decodes : common.num_reqs] - (starts[1:] - starts[:-1])
@@ -94,7 +104,12 @@ class CUDAKVMetadataBuilder(KVMetadataBuilder):
 
 
 class CUDAQuantizedKVImpl(QuantizedKVImpl[CUDAKVMetadata]):
-    """The attention of one layer; `vllm_qoq.numerics.reference_attention` says what it computes."""
+    """The attention of one layer on a GPU.
+
+    `vllm_qoq.numerics.reference_attention` says what it computes.
+
+    max_new_tokens  the most new tokens of a step
+    """
 
     def __init__(self, *sizes: Any, max_new_tokens: int, **options: Any) -> None:
         super().__init__(*sizes, **options)
@@ -122,34 +137,38 @@ class CUDAQuantizedKVImpl(QuantizedKVImpl[CUDAKVMetadata]):
         attn_metadata: CUDAKVMetadata | None,
         output: torch.Tensor,
     ) -> torch.Tensor:
-        """`forward` without what only vLLM's interface has."""
+        """Attend as `forward` says."""
         out = output.view(-1, self.num_heads, self.head_size)
         if attn_metadata is None:
-            # A profiling run has no cache yet, but shall see the memory that we take.
+            # A profiling run has no cache yet, but has to see the memory that we take.
             self._buffers(query)
             self._workspace(query)
             return output.zero_()
         pages, decodes = head_pages(kv_cache), attn_metadata.num_decodes
         if decodes:
             kv_ops.kv_decode(
-                query[:decodes],
-                pages,
-                attn_metadata.block_table[:decodes],
-                attn_metadata.seq_lens[:decodes],
-                self.scale,
-                self.bits,
-                self.sliding_window or 0,
-                self.use_hadamard,
-                out[:decodes],
-                self._workspace(query),
+                query=query[:decodes],
+                pages=pages,
+                block_table=attn_metadata.block_table[:decodes],
+                seq_lens=attn_metadata.seq_lens[:decodes],
+                scale=self.scale,
+                bits=self.bits,
+                window=self.sliding_window or 0,
+                hadamard=self.use_hadamard,
+                out=out[:decodes],
+                workspace=self._workspace(query),
             )
         if attn_metadata.prefill is not None:
             rows = slice(decodes, attn_metadata.num_actual_tokens)
             block_table = attn_metadata.block_table[decodes:]
             attend_prefill(
-                *(query[rows], key[rows], value[rows], out[rows]),
-                *(attn_metadata.prefill, self.sliding_window),
-                _Kernels(self, pages, block_table, self._buffers(query)),
+                query=query[rows],
+                key=key[rows],
+                value=value[rows],
+                out=out[rows],
+                plan=attn_metadata.prefill,
+                window=self.sliding_window,
+                kernels=_Kernels(self, pages, block_table, self._buffers(query)),
             )
         return output
 
@@ -166,7 +185,10 @@ class CUDAQuantizedKVImpl(QuantizedKVImpl[CUDAKVMetadata]):
 def _shared_buffers(
     device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For keys and values that are read back; all layers use the same, one after the other."""
+    """Make the buffers for keys and values that are read back.
+
+    All layers use the same two, one after the other.
+    """
     return torch.empty(shape, dtype=dtype, device=device), torch.empty(
         shape, dtype=dtype, device=device
     )
@@ -174,7 +196,7 @@ def _shared_buffers(
 
 @dataclass(frozen=True)
 class _Kernels:
-    """What `attend_prefill` calls, for one layer and step."""
+    """The kernels that `attend_prefill` calls, for one layer and step."""
 
     impl: CUDAQuantizedKVImpl
     pages: torch.Tensor
@@ -184,8 +206,14 @@ class _Kernels:
     def read(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = (buffer[: piece.rows] for buffer in self.buffers)
         kv_ops.kv_dequantize(
-            *(self.pages, self.block_table[piece.requests], piece.first_token, piece.row_start),
-            *(self.impl.bits, self.impl.use_hadamard, keys, values),
+            pages=self.pages,
+            block_table=self.block_table[piece.requests],
+            first_token=piece.first_token,
+            row_start=piece.row_start,
+            bits=self.impl.bits,
+            hadamard=self.impl.use_hadamard,
+            key=keys,
+            value=values,
         )
         return keys, values
 
@@ -218,34 +246,42 @@ class _Kernels:
             fa_version=self.impl._flash_version,
         )
 
-    def merge(self, out: torch.Tensor, out_lse: torch.Tensor, *parts: torch.Tensor) -> None:
-        merge_attn_states(out, *parts, out_lse)
+    def merge(
+        self,
+        out: torch.Tensor,
+        out_lse: torch.Tensor,
+        a: torch.Tensor,
+        a_lse: torch.Tensor,
+        b: torch.Tensor,
+        b_lse: torch.Tensor,
+    ) -> None:
+        merge_attn_states(out, a, a_lse, b, b_lse, out_lse)
 
 
 class CUDAKV4Backend(QuantizedKVBackend):
-    """4 bits."""
+    """The backend of a 4-bit KV cache on a GPU."""
 
     bits = 4
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
 
     @staticmethod
     def get_builder_cls() -> type[KVMetadataBuilder]:
-        """Splits a step into generation and prompts."""
+        """Give vLLM the builder that splits a step into generation and prompts."""
         return CUDAKVMetadataBuilder
 
     @staticmethod
-    def get_impl_cls() -> type[Any]:
-        """The implementation, whatever the bits."""
+    def get_impl_cls() -> type[CUDAQuantizedKVImpl]:
+        """Give vLLM the implementation, which is one for all bits."""
         return CUDAQuantizedKVImpl
 
     @classmethod
-    def impl_options(cls, vllm_config: Any) -> dict[str, Any]:
-        """What the implementation wants to know of the engine."""
+    def impl_options(cls, vllm_config: VllmConfig) -> dict[str, Any]:
+        """Tell the implementation how many new tokens a step of the engine may have."""
         return {"max_new_tokens": vllm_config.scheduler_config.max_num_batched_tokens}
 
     @classmethod
-    def obstacles(cls, layer: Any, dtype: torch.dtype) -> Iterator[str]:
-        """What the kernels do not serve of a layer."""
+    def obstacles(cls, layer: Attention, dtype: torch.dtype) -> Iterator[str]:
+        """List what the kernels do not serve of a layer that computes in `dtype`."""
         if not ops.has_kernels("cuda"):
             yield f"a machine without its kernels: {ops.missing_kernels()}"
         if layer.head_size not in kv_ops.HEAD_SIZES:
@@ -257,6 +293,6 @@ class CUDAKV4Backend(QuantizedKVBackend):
 
 
 class CUDAKV8Backend(CUDAKV4Backend):
-    """8 bits."""
+    """The backend of an 8-bit KV cache on a GPU."""
 
     bits = 8

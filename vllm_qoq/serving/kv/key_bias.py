@@ -1,4 +1,4 @@
-"""A warning, once the weights are loaded, of layers whose K bias a quantized cache cannot hold."""
+"""A warning, once weights are loaded, of layers whose K bias a quantized cache cannot hold."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def _is_too_large(layer: QKVParallelLinear, bits: int, use_hadamard: bool) -> bo
     like = next(layer.parameters())
     device = torch.empty(0, dtype=layer.params_dtype, device=like.device)
     x = key_bias.random_inputs(layer.input_size, device)
-    # Apart: 16-bit outputs with a large bias have lost what differs between tokens.
+    # The bias is computed apart, because 16-bit outputs with a large bias have lost what differs
+    # between tokens.
     bias = compute(torch.zeros_like(x), True)[0].float()
     rows = compute(x, False).float()
     heads, kv_heads, size = layer.num_heads, layer.num_kv_heads, layer.head_size
@@ -70,7 +71,10 @@ def _is_too_large(layer: QKVParallelLinear, bits: int, use_hadamard: bool) -> bo
 
 
 def _computation(layer: QKVParallelLinear) -> Callable[[torch.Tensor, bool], torch.Tensor]:
-    """The product of the layer outside of an engine's step: (inputs, whether to add the bias)."""
+    """Make a function of (inputs, whether to add the bias) that computes the layer.
+
+    It works outside of an engine's step.
+    """
     from vllm_qoq.serving.methods.routed_linear import FlexLinearMethod
 
     method: Any = layer.quant_method

@@ -1,4 +1,4 @@
-"""Prompts over the quantized KV cache on a GPU: which part of their history is read when.
+"""Attention of prompts over the quantized KV cache on a GPU, in parts that fit two buffers.
 
 New tokens attend to each other unquantized, in FlashAttention. What the pages hold of a prompt
 (earlier chunks, cached prefixes) is read back into two buffers, as much as fits at a time, and its
@@ -10,18 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-# Tokens of the history that are read back at a time: 2 x 32 MiB with 8 heads of 128 in bf16.
+# So many tokens of the history are read back at a time: 2 x 32 MiB with 8 heads of 128 in bf16.
 HISTORY_ROWS = 16384
 
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring requests and what of their tokens the buffers hold: `length` from `first` on."""
+    """Neighbouring requests, and the tokens of each in the buffers: `length` from `first` on."""
 
     requests: slice
     first: list[int]
@@ -38,7 +39,7 @@ def history_runs(history: Sequence[int], rows: int) -> list[Run]:
                 runs.append(Run(slice(request, request), [], []))
                 room = rows
             run = runs[-1]
-            # Requests without a history in between have no rows.
+            # A request in between has no rows if it has no history.
             for between in range(run.requests.stop, request):
                 run.first.append(history[between])
                 run.length.append(0)
@@ -51,7 +52,7 @@ def history_runs(history: Sequence[int], rows: int) -> list[Run]:
 
 
 def window_runs(history: Sequence[int], new: Sequence[int], window: int, rows: int) -> list[Run]:
-    """Whole requests: what their first new token still sees of the history, and the new tokens.
+    """Pack whole requests into runs: what the first new token sees of the history, then the new.
 
     A request has at most `window` - 1 + max(new) of the `rows`.
     """
@@ -73,13 +74,15 @@ def window_runs(history: Sequence[int], new: Sequence[int], window: int, rows: i
 
 @dataclass(frozen=True)
 class Piece:
-    """A run on the device.
+    """A `Run` on the device, with R requests and T new tokens.
 
-    requests, tokens   of the step's prompts
-    query_start        int32 [requests + 1]   where the queries of each begin, in `tokens`
-    first_token        int32 [requests]       what `kv_dequantize` reads
-    row_start          int32 [requests + 1]   where in the buffers
-    new_rows           int64 [tokens]         with a window: where the new tokens go there
+    requests, tokens   the slices of the step's prompts and of their new tokens
+    query_start        int32 [R + 1]   where the queries of each request begin in `tokens`
+    first_token        int32 [R]       the first token that `kv_dequantize` reads of each
+    row_start          int32 [R + 1]   where the rows of each begin in the buffers
+    new_rows           int64 [T]       the rows of the new tokens there; None without a window
+    rows               how many rows of the buffers are used
+    longest            the most rows of a request
     """
 
     requests: slice
@@ -96,9 +99,9 @@ class Piece:
 class Prefill:
     """The prompts of one step.
 
-    query_start    int32 [P + 1]   rows of request p among the step's prompt tokens
-    max_query_len  the longest
-    pieces         what is read of the pages; none for prompts from their first token on
+    query_start    int32 [P + 1]   request p has the rows [p] to [p + 1] of the prompt tokens
+    max_query_len  the most tokens of a request
+    pieces         what is read of the pages; empty for prompts from their first token on
     """
 
     query_start: torch.Tensor
@@ -113,9 +116,10 @@ def plan_prefill(
     rows: int,
     device: torch.device,
 ) -> Prefill:
-    """Plan one step; called once for all layers.
+    """Plan one step, once for all layers.
 
-    query_start  [P + 1] from 0       history  [P] tokens of each request before this step
+    query_start  [P + 1]   where the tokens of each request begin, from 0 on
+    history      [P]       how many tokens of each request come before this step
     """
     new = [b - a for a, b in pairwise(query_start)]
     runs: list[Run] = []
@@ -156,8 +160,41 @@ def plan_prefill(
 
 
 def buffer_rows(window: int | None, max_new_tokens: int) -> int:
-    """Rows of the buffers: HISTORY_ROWS, or one request with a window and as many new tokens."""
+    """Count the rows of the buffers: HISTORY_ROWS, or more to hold any request with a window."""
     return HISTORY_ROWS if window is None else max(HISTORY_ROWS, window - 1 + max_new_tokens)
+
+
+class Kernels(Protocol):
+    """The kernels that `attend_prefill` calls, for one layer and step."""
+
+    def read(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read keys and values [rows, H, D] of a piece back from the pages."""
+
+    def flash(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        query_start: torch.Tensor,
+        key_start: torch.Tensor,
+        longest_query: int,
+        longest_key: int,
+        is_causal: bool,
+        window: int | None,
+        out: torch.Tensor | None = None,
+    ) -> Any:
+        """Attend: returns the result and its log-sum-exp [Hq, T], or writes the result to `out`."""
+
+    def merge(
+        self,
+        out: torch.Tensor,
+        out_lse: torch.Tensor,
+        a: torch.Tensor,
+        a_lse: torch.Tensor,
+        b: torch.Tensor,
+        b_lse: torch.Tensor,
+    ) -> None:
+        """Merge the attention to two parts of the keys into `out` and `out_lse`."""
 
 
 def attend_prefill(
@@ -167,41 +204,60 @@ def attend_prefill(
     out: torch.Tensor,
     plan: Prefill,
     window: int | None,
-    kernels: Any,
+    kernels: Kernels,
 ) -> None:
-    """Attention of the prompt tokens of one step into `out`.
+    """Compute the attention of the prompt tokens of one step into `out`.
 
-    query, out  [T, Hq, D]     key, value  [T, H, D], of this step, unquantized
-    kernels     `read(piece)` -> keys and values [rows, H, D] of the pages,
-                `flash(query, key, value, query_start, key_start, longest_query, longest_key,
-                is_causal, window)` -> attention and its log-sum-exp [Hq, T]; with `out=` it
-                writes there and returns nothing,
-                `merge(out, out_lse, a, a_lse, b, b_lse)`
+    query, out  [T, Hq, D]
+    key, value  [T, H, D], of this step, unquantized
     """
     if window is not None and plan.pieces:
         for piece in plan.pieces:
+            assert piece.new_rows is not None
             keys, values = kernels.read(piece)
             keys.index_copy_(0, piece.new_rows, key[piece.tokens])
             values.index_copy_(0, piece.new_rows, value[piece.tokens])
             kernels.flash(
-                *(query[piece.tokens], keys, values, piece.query_start, piece.row_start),
-                *(plan.max_query_len, piece.longest, True, window),
+                query=query[piece.tokens],
+                key=keys,
+                value=values,
+                query_start=piece.query_start,
+                key_start=piece.row_start,
+                longest_query=plan.max_query_len,
+                longest_key=piece.longest,
+                is_causal=True,
+                window=window,
                 out=out[piece.tokens],
             )
         return
-    among_themselves = (
-        *(query, key, value, plan.query_start, plan.query_start),
-        *(plan.max_query_len, plan.max_query_len, True, window),
+    attend_to_each_other = partial(
+        kernels.flash,
+        query=query,
+        key=key,
+        value=value,
+        query_start=plan.query_start,
+        key_start=plan.query_start,
+        longest_query=plan.max_query_len,
+        longest_key=plan.max_query_len,
+        is_causal=True,
+        window=window,
     )
     if not plan.pieces:
-        kernels.flash(*among_themselves, out=out)
+        attend_to_each_other(out=out)
         return
-    attended, lse = kernels.flash(*among_themselves)
+    attended, lse = attend_to_each_other()
     for piece in plan.pieces:
         keys, values = kernels.read(piece)
         part, part_lse = kernels.flash(
-            *(query[piece.tokens], keys, values, piece.query_start, piece.row_start),
-            *(plan.max_query_len, piece.longest, False, None),
+            query=query[piece.tokens],
+            key=keys,
+            value=values,
+            query_start=piece.query_start,
+            key_start=piece.row_start,
+            longest_query=plan.max_query_len,
+            longest_key=piece.longest,
+            is_causal=False,
+            window=None,
         )
         merged, merged_lse = torch.empty_like(part), torch.empty_like(part_lse)
         before, before_lse = attended[piece.tokens], lse[:, piece.tokens].contiguous()

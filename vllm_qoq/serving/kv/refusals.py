@@ -1,10 +1,10 @@
-"""What the quantized KV cache does not serve: each is refused by name, with what to do instead."""
+"""The refusals of what the quantized KV cache does not serve, by name and with a remedy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from vllm.config import VllmConfig
@@ -21,24 +21,27 @@ _LAYER_REMEDY = f"give the layer 16 bits in kv_cache.layers of config.json, or {
 
 
 def check_engine(vllm_config: VllmConfig) -> None:
-    """UserError for settings of the engine that the quantized cache does not serve."""
+    """Raise UserError for settings of the engine that the quantized cache does not serve."""
     for what, remedy in _engine_obstacles(vllm_config):
         raise UserError(f"the quantized KV cache does not work with {what}; {remedy}, or {REMEDY}")
 
 
 def check_layer(
-    layer: nn.Module, prefix: str, use_hadamard: bool, of_device: Callable[[Any], Iterator[str]]
+    layer: nn.Module,
+    prefix: str,
+    use_hadamard: bool,
+    of_device: Callable[[Attention], Iterator[str]],
 ) -> None:
-    """UserError for a kind of attention that the quantized cache does not serve.
+    """Raise UserError for a kind of attention that the quantized cache does not serve.
 
-    `of_device` says what the device adds to that.
+    of_device  lists what the device does not serve besides
     """
-    for what in chain(_layer_obstacles(layer, use_hadamard), of_device(layer)):
+    for what in chain(_layer_obstacles(layer, use_hadamard), of_device(cast(Attention, layer))):
         raise UserError(f"{prefix}: the quantized KV cache does not serve {what}; {_LAYER_REMEDY}")
 
 
 def check_mixed_windows(kv_cache: KVCache, vllm_config: VllmConfig) -> None:
-    """UserError where vLLM can only give layers with different windows pages of one size."""
+    """Raise UserError where vLLM cannot give layers with different windows unequal pages."""
     is_mixed = any(rule.bits != kv_cache.bits for rule in kv_cache.layers)
     has_manager = not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
     if is_mixed and has_manager and not backends_size_pages():

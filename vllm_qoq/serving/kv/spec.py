@@ -1,4 +1,4 @@
-"""How large the pages of the quantized KV cache are, in vLLM's words.
+"""The size of the quantized KV cache's pages, in vLLM's words.
 
 vLLM 0.32 and newer ask the backend (`packed`). Older ones ask the layer, which answers with one of
 the classes below (`spec_of_layer`); vLLM finds the manager of a subclass through its bases, and
@@ -20,25 +20,25 @@ from vllm_qoq.numerics.kv_layout import slot_bytes
 
 
 def packed(spec: AttentionSpec, bits: int) -> AttentionSpec:
-    """`spec` with the quantized page (vLLM 0.32+); idempotent, as vLLM may ask twice."""
+    """Give `spec` the quantized page (vLLM 0.32+); twice does no harm, as vLLM may ask twice."""
     size = slot_bytes(spec.head_size, bits)
     return replace(spec, dtype=torch.uint8, state_content_bytes=size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedFullAttentionSpec(FullAttentionSpec):
-    """Full attention over pages of `packed_slot_bytes` a token and head (vLLM before 0.32)."""
+    """The spec of full attention, with `packed_slot_bytes` a token and head (before 0.32)."""
 
     packed_slot_bytes: int
 
     @property
     def real_page_size_bytes(self) -> int:
-        """Bytes of one block of one layer."""
+        """Count the bytes of one block of one layer."""
         return self.block_size * self.num_kv_heads * self.packed_slot_bytes
 
     @classmethod
     def merge(cls, specs: Sequence[Any]) -> PackedFullAttentionSpec:
-        """One spec for the layers of a group, which must be equal but for the window's size."""
+        """Merge the specs of a group of layers, which must be equal but for the window's size."""
         windows = {spec.sliding_window for spec in specs if spec.sliding_window is not None}
         merged = replace(specs[0], sliding_window=cls.merge_window_sizes(windows))
         assert all(replace(s, sliding_window=merged.sliding_window) == merged for s in specs), (
@@ -49,18 +49,18 @@ class PackedFullAttentionSpec(FullAttentionSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class PackedSlidingWindowSpec(SlidingWindowSpec):
-    """The same for layers with a sliding window, whose older blocks vLLM frees."""
+    """The spec of layers with a sliding window, whose older blocks vLLM frees (before 0.32)."""
 
     packed_slot_bytes: int
 
     @property
     def real_page_size_bytes(self) -> int:
-        """Bytes of one block of one layer."""
+        """Count the bytes of one block of one layer."""
         return self.block_size * self.num_kv_heads * self.packed_slot_bytes
 
 
 def spec_of_layer(layer: Attention, bits: int, vllm_config: VllmConfig) -> AttentionSpec:
-    """What `layer.get_kv_cache_spec(vllm_config)` says in vLLM before 0.32."""
+    """Answer `layer.get_kv_cache_spec(vllm_config)`, which vLLM before 0.32 calls."""
     common = {
         "block_size": vllm_config.cache_config.block_size,
         "num_kv_heads": layer.num_kv_heads,

@@ -1,1 +1,1 @@
-"""The linear layers of a model that is served: one that routes, and a kind for every set."""
+"""The linear layers of a served model: one that routes, and a method for every kind of set."""

@@ -1,4 +1,4 @@
-"""`qoq::flex_linear` and `_int8`: one opaque op per linear layer, in which the set is chosen.
+"""The ops `qoq::flex_linear` and `qoq::flex_linear_int8`, in which a layer's set is chosen.
 
 vLLM traces a model once and drops guards, so a Python branch in a layer would
 be frozen to what the profiling run took. Inside an op the branch runs at every
@@ -23,13 +23,13 @@ def flex_linear(
     out_features: int,
     layer_name: LayerNameType,
 ) -> torch.Tensor:
-    """y = x @ W.T (+ bias) with the weights of the set that this step uses.
+    """Compute y = x @ W.T (+ bias) with the weights of the set that this step uses.
 
     x             [..., in_features]   this rank's slice of the input
     scaled        x * input_ratio, like x, for each set of the layer that has a ratio
     add_bias      whether this rank adds the layer's bias
     out_features  this rank's width of the output
-    layer_name    key of the layer in vLLM's forward context
+    layer_name    the key of the layer in vLLM's forward context
     """
     context = get_forward_context()
     layer = context.no_compile_layers[resolve_layer_name(layer_name)]
@@ -55,12 +55,12 @@ def flex_linear_int8(
     out_features: int,
     layer_name: LayerNameType,
 ) -> torch.Tensor:
-    """`flex_linear` where every set of the layer reads what `qoq::quantize_per_token` writes.
+    """Compute `flex_linear` of a layer whose sets all read what `qoq::quantize_per_token` writes.
 
     The quantization is outside, so that the kernel of the norm or SiLU before can do it.
 
     codes, scale, row_sum   int8 [M, in_features], float32 [M], int32 [M]
-    out_dtype               of the output [M, out_features]
+    out_dtype               the dtype of the output [M, out_features]
     """
     context = get_forward_context()
     layer = context.no_compile_layers[resolve_layer_name(layer_name)]

@@ -27,7 +27,7 @@ _QUANTIZE = torch.ops.qoq.quantize_per_token.default
 class QuantizeFusionPass(InductorPass):
     """Replaces add + RMSNorm + quantize and SiLU + multiply + quantize by one op each.
 
-    A value that anything else reads as well stays as it is.
+    It leaves a value alone that anything else reads as well.
     """
 
     def __init__(self, then: InductorPass | None = None) -> None:
@@ -43,7 +43,7 @@ class QuantizeFusionPass(InductorPass):
             self.then(graph)
 
     def uuid(self) -> str:
-        """Part of the key of vLLM's and Inductor's caches."""
+        """Make this pass's part of the keys of vLLM's and Inductor's caches."""
         then = self.then.uuid() if self.then is not None else None
         return InductorPass.hash_dict({"source": Path(__file__).read_text(), "then": then})
 
@@ -58,7 +58,7 @@ def install(compilation: CompilationConfig) -> None:
     config, key = compilation.inductor_compile_config, current_platform.pass_key
     present = config.get(key)
     if not isinstance(present, QuantizeFusionPass):
-        _silu_patterns()  # traced here, because no tracing may go on inside a compilation
+        _silu_patterns()  # they are traced here, because no tracing may go on inside a compilation
         config[key] = QuantizeFusionPass(then=present)
 
 
@@ -101,7 +101,7 @@ def _replace(graph: fx.Graph, old: fx.Node, parts: list[fx.Node]) -> None:
 
 @cache
 def _silu_patterns() -> pm.PatternMatcherPass:
-    """SiLU is traced into elementary operations, which torch's matcher finds again."""
+    """Make the patterns of SiLU, whose elementary operations torch's matcher finds in a graph."""
 
     def pattern(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         half = x.shape[-1] // 2

@@ -1,4 +1,6 @@
-"""Hidden states that leave a model whose residual stream is rotated (`stream` of the section).
+"""The way back for hidden states that leave a model whose residual stream is rotated.
+
+The section's `stream` says that it is.
 
 Generation uses them for lm_head alone, into which the rotation is folded, so nothing happens there.
 A pooling model hands its last hidden states to a pooler. There the checkpoint's rotation and the
@@ -21,24 +23,24 @@ from torch import nn
 from torch.nn import Parameter
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, model_parallel_is_initialized
-from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from vllm_qoq.checkpoint.format import STREAM, Section, Stream, stream_shapes
 from vllm_qoq.errors import FormatError, UserError
 from vllm_qoq.numerics import rotation as basis
+from vllm_qoq.serving.methods.after_loading import AfterLoading
 from vllm_qoq.serving.methods.weight_set import UNTRACKED_LOADERS
 
 _REPORT = "quantization_report.json"
 _REMEDY = "quantize the model with --no-rotate"
-# Drafts that are made of tokens alone.
+# The methods of speculative decoding whose drafts are made of tokens alone.
 _DRAFTS_OF_TOKENS = ("ngram", "ngram_gpu", "suffix", "draft_model")
 _POOLER = "pooler"
 
 
 def stream_of(section: Section, vllm_config: VllmConfig) -> Stream | None:
-    """What is known of the stream, also of a checkpoint that is older than the section's key."""
+    """Say what is known of the stream, also of checkpoints older than the section's key."""
     model = vllm_config.model_config
     if section.stream is not None or model is None:
         return section.stream
@@ -52,7 +54,7 @@ def stream_of(section: Section, vllm_config: VllmConfig) -> Stream | None:
 
 
 def check_engine(section: Section, vllm_config: VllmConfig) -> None:
-    """UserError where the engine needs the original model's hidden states and cannot have them."""
+    """Raise UserError where the engine needs original hidden states and cannot have them."""
     reads_head, exits = _reads_lm_head(vllm_config), list(_exits(vllm_config))
     if reads_head and section.lm_head is not None:
         raise UserError(
@@ -85,7 +87,7 @@ def is_pooling(vllm_config: VllmConfig) -> bool:
 def way_back(
     section: Section, vllm_config: VllmConfig, root: nn.Module | None, prefix: str
 ) -> WayBack | None:
-    """The way back for the model `root`, which is being built; None where none is needed."""
+    """Make the way back for the model `root`, which is being built; None where none is needed."""
     is_stored = section.stream is not None and section.stream.is_stored
     if not is_stored or not is_pooling(vllm_config) or _reads_lm_head(vllm_config):
         return None
@@ -93,7 +95,7 @@ def way_back(
 
 
 class WayBack:
-    """Turns what the root of a model returns back.
+    """A hook of the root of a model, which turns back what the root returns.
 
     prefix  a layer of the model, for messages
     """
@@ -127,14 +129,14 @@ class WayBack:
         if hasattr(root, STREAM):
             raise UserError(f"{type(root).__name__} has an attribute {STREAM!r}; {_REMEDY}")
         if type(root).__call__ is not nn.Module.__call__:
-            return  # would be compiled without the hook: refused when loading begins
+            return  # it would be compiled without the hook, and is refused when loading begins
         root.add_module(STREAM, OriginalBasis(self.hidden_size, self.dtype, self.is_tracked))
         root.register_forward_hook(_turn_back)
         self._root = weakref.ref(root)
 
 
 class OriginalBasis(nn.Module):
-    """From the last hidden states of a rotated model to the original model's.
+    """A module that turns last hidden states of a rotated model into the original model's.
 
     rotation  int8 [H, H]  as in the checkpoint
     norm      [H]          in the model's dtype
@@ -151,7 +153,7 @@ class OriginalBasis(nn.Module):
         self.loaded: set[str] = set()
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[num_tokens, H] in the same dtype."""
+        """Turn hidden states [num_tokens, H]; the dtype stays."""
         return basis.last_hidden_state(hidden, self.signs, self.norm)
 
     def finish(self, is_tracked: bool) -> None:
@@ -168,7 +170,7 @@ class OriginalBasis(nn.Module):
         self.register_buffer("signs", self.rotation.to(self.norm.dtype), persistent=False)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Called by vLLM's loader with names below this module; returns those of the parameters.
+        """Load tensors, which vLLM names below this module; returns the names of the parameters.
 
         vLLM's Mistral models make `model.norm` of every `norm`.
         """
@@ -200,17 +202,11 @@ class OriginalBasis(nn.Module):
         self.loaded.add(leaf)
 
 
-class _Finish(QuantizeMethodBase):
+class _Finish(AfterLoading):
     """Makes vLLM's loader say when everything is loaded."""
 
     def __init__(self, is_tracked: bool) -> None:
         self.is_tracked = is_tracked
-
-    def create_weights(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError
-
-    def apply(self, layer: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-        raise NotImplementedError
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Let `OriginalBasis` check and prepare its tensors."""
@@ -218,15 +214,15 @@ class _Finish(QuantizeMethodBase):
         layer.finish(self.is_tracked)
 
 
-def _turn_back(root: nn.Module, _: Any, hidden: Any) -> torch.Tensor:
-    """A forward hook of the root."""
+def _turn_back(root: nn.Module, _: object, hidden: object) -> torch.Tensor:
+    """Turn back what the root returns, as its forward hook."""
     if not isinstance(hidden, torch.Tensor):
         raise TypeError(f"{type(root).__name__} returned {type(hidden).__name__}, not a tensor")
     return root.get_submodule(STREAM)(hidden)
 
 
 def _exits(vllm_config: VllmConfig) -> Iterator[tuple[str, str]]:
-    """What takes hidden states from the model or puts some in, and what to do without it."""
+    """List what takes hidden states from the model or puts some in, and what to do instead."""
     speculative, model = vllm_config.speculative_config, vllm_config.model_config
     if speculative is not None and speculative.method not in _DRAFTS_OF_TOKENS:
         yield (

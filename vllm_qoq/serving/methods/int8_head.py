@@ -1,6 +1,6 @@
 """The lm_head in int8, which all sets of a checkpoint share: half the bytes of the bf16 one.
 
-Computed as W8A8 by the scheme that vLLM has for linear layers; the vocabulary may be split.
+It is computed as W8A8 by the scheme that vLLM has for linear layers; the vocabulary may be split.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Int8HeadMethod(LinearMethodBase):
                     f"the checkpoint did not fill {self.prefix}.{name}, which its "
                     "quantization_config.lm_head announces; run `vllm-qoq verify` on the checkpoint"
                 )
-        # Rows beyond the vocabulary, to which vLLM pads it, are zeros.
+        # vLLM pads the vocabulary with rows of zeros, whose scales are not looked at.
         scale = layer.weight_scale.data[: layer.shard_indices.num_org_elements]
         if self.is_tracked and not (scale.isfinite() & (scale > 0)).all():
             raise FormatError(
@@ -74,7 +74,8 @@ class Int8HeadMethod(LinearMethodBase):
                 "`vllm-qoq verify` on the checkpoint, download or quantize it again"
             )
         self._loaded.clear()
-        # Loaded anew, it is not what vLLM's kernel for the CPU takes as the output's dtype.
+        # vLLM's kernel for the CPU writes its outputs in the default dtype, which is another one
+        # when weights are loaded anew.
         with set_default_torch_dtype(self.params_dtype):
             self.scheme.process_weights_after_loading(layer)
         self._held = held_by_kernel(layer)
@@ -82,6 +83,6 @@ class Int8HeadMethod(LinearMethodBase):
     def apply(
         self, layer: ParallelLMHead, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Logits [num_tokens, vocabulary of this rank] of x [num_tokens, K], in x's dtype."""
+        """Compute logits [num_tokens, this rank's vocabulary] of x [num_tokens, K], like x."""
         logits: torch.Tensor = self.scheme.apply_weights(layer, x, bias)
         return logits

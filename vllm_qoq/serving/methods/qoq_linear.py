@@ -46,25 +46,25 @@ _TENSORS = ("qweight", "channel_scale", "channel_zero", "group_scale", "group_of
 
 
 class QoQSetConfig(QuantizationConfig):
-    """What every set that our kernels compute says to vLLM."""
+    """The answers to vLLM that are common to the configs of sets which our kernels compute."""
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """The dtypes that the ops can write."""
+        """List the dtypes that the ops can write."""
         return [torch.bfloat16, torch.float16]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Hopper, which the kernels are for."""
+        """Ask for Hopper, which the kernels are for."""
         return 90
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        """None: everything is in config.json."""
+        """Name no more files to read, because everything is in config.json."""
         return []
 
 
 class QoQLinearConfig(QoQSetConfig):
-    """One qoq_linear set in vLLM's words."""
+    """The config of one qoq_linear set."""
 
     def __init__(self, qoq_set: QoQSet) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class QoQLinearConfig(QoQSetConfig):
 
     @classmethod
     def get_name(cls) -> str:
-        """The `quant_method` of the set."""
+        """Name the `quant_method` of the set."""
         return QOQ_LINEAR
 
     @classmethod
@@ -86,7 +86,7 @@ class QoQLinearConfig(QoQSetConfig):
         self.qoq_set = self.qoq_set.model_copy(update={"ignore": ignore})
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        """The method of a linear layer; None for everything else, which stays unquantized."""
+        """Choose the method of a linear layer; None for all else, which stays unquantized."""
         if not isinstance(layer, LinearBase):
             return None
         parts = fused_parts(prefix, self.packed_modules_mapping)
@@ -102,7 +102,7 @@ class QoQLinearConfig(QoQSetConfig):
 
 
 def fused_parts(prefix: str, packed_modules_mapping: Mapping[str, list[str]]) -> list[str]:
-    """The checkpoint layers that vLLM fuses into `prefix`."""
+    """List the checkpoint layers that vLLM fuses into `prefix`."""
     parent, dot, leaf = prefix.rpartition(".")
     return [f"{parent}{dot}{part}" for part in packed_modules_mapping.get(leaf, [leaf])]
 
@@ -175,8 +175,8 @@ class QoQLinearMethod(LinearMethodBase):
             checked = checked_int8(part, layer, rows)
             if not is_packed:
                 weight[rows] = checked
-        # A buffer, because its counters have to be zero: sleeping at level 2, vLLM drops what was
-        # allocated while the model was loaded, and brings back the buffers of the model alone.
+        # The workspace is a buffer, because its counters have to be zero: sleeping at level 2, vLLM
+        # drops what was allocated while the model was loaded, and brings back only buffers.
         layer.register_buffer(
             "workspace", linear_ops.workspace(device) if is_packed else None, persistent=False
         )
@@ -193,7 +193,7 @@ class QoQLinearMethod(LinearMethodBase):
     def apply(
         self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """y = x @ W.T + bias, x [..., K] in the model's dtype."""
+        """Compute y = x @ W.T + bias, x [..., K] in the model's dtype."""
         quantized = torch.ops.qoq.quantize_per_token(x.reshape(-1, x.shape[-1]))
         y = self.apply_int8(layer, quantized, bias, x.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -205,7 +205,7 @@ class QoQLinearMethod(LinearMethodBase):
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        """y [M, N] in `out_dtype` of inputs that are quantized already."""
+        """Compute y [M, N] in `out_dtype` from inputs that are quantized already."""
         return torch.ops.qoq.w4a8_gemm(
             *quantized,
             layer.weight,
@@ -238,10 +238,10 @@ class QoQLinearMethod(LinearMethodBase):
             )
 
     def _rows(self) -> Iterator[tuple[str, slice]]:
-        """The checkpoint layers and their rows in the fused weight."""
+        """List the checkpoint layers and their rows in the fused weight."""
         sizes = self.output_partition_sizes
         parts = self.parts
-        if len(parts) != len(sizes):  # fused on disk, too
+        if len(parts) != len(sizes):  # they are fused on disk, too
             parts, sizes = [self.prefix], [sum(sizes)]
         start = 0
         for part, size in zip(parts, sizes, strict=True):
@@ -255,7 +255,7 @@ def _per_channel(size: int, load: dict[str, Any]) -> ChannelQuantScaleParameter:
 
 
 def checked_int8(part: str, layer: LinearBase, rows: slice, **more: torch.Tensor) -> torch.Tensor:
-    """`reference.int8_weight` of the rows of a layer as loaded; FormatError names it."""
+    """Compute `reference.int8_weight` of rows of a layer as loaded; FormatError names `part`."""
     tensors = more | {
         name: parameter.data[rows]
         for name in _TENSORS
@@ -272,7 +272,7 @@ def checked_int8(part: str, layer: LinearBase, rows: slice, **more: torch.Tensor
 
 
 def make_valid(layer: LinearBase) -> None:
-    """`--load-format dummy` leaves random bytes, which are codes but not scales."""
+    """Set valid scales where `--load-format dummy` left random bytes, which only codes may be."""
     layer.channel_scale.data.fill_(1e-3)
     if layer.channel_zero is not None:
         layer.channel_zero.data.zero_()

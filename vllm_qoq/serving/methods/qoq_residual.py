@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class QoQResidualConfig(QoQSetConfig):
-    """One qoq_residual set in vLLM's words. `attach` gives it its base before it is asked."""
+    """The config of one qoq_residual set; `attach` gives it its base before vLLM asks it."""
 
     def __init__(self, residual_set: ResidualSet) -> None:
         super().__init__()
@@ -47,13 +47,13 @@ class QoQResidualConfig(QoQSetConfig):
         self.base: QoQLinearConfig | None = None
 
     def attach(self, base: QuantizationConfig) -> None:
-        """The config of the set that `residual_set` names, which also says what is quantized."""
+        """Take the config of the set that `residual_set` names, which says what is quantized."""
         assert isinstance(base, QoQLinearConfig)
         self.base = base
 
     @classmethod
     def get_name(cls) -> str:
-        """The `quant_method` of the set."""
+        """Name the `quant_method` of the set."""
         return QOQ_RESIDUAL
 
     @classmethod
@@ -62,7 +62,7 @@ class QoQResidualConfig(QoQSetConfig):
         return cls(ResidualSet.parse(config, QOQ_RESIDUAL))
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        """Of the layers that the base quantizes; the base's answer for all others."""
+        """Choose the method of layers that the base quantizes; the base answers for all others."""
         assert self.base is not None
         self.base.packed_modules_mapping = self.packed_modules_mapping
         method = self.base.get_quant_method(layer, prefix)
@@ -75,8 +75,8 @@ class QoQResidualConfig(QoQSetConfig):
 class QoQResidualMethod(QoQLinearMethod):
     """Computes one linear layer in int8, with the weights of `base` and `qresidual`."""
 
-    base: WeightSet  # the layer's, of the base set
-    # Loaded anew, while the base still has to be.
+    base: WeightSet  # the weights of the base set in the same layer
+    # Whether this set was loaded anew and its base still has to be.
     is_waiting = False
 
     def create_weights(
@@ -103,7 +103,10 @@ class QoQResidualMethod(QoQLinearMethod):
         )
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
-        """Check the values, with the base's as they were loaded: before the base's are packed."""
+        """Check the values, with the base's as they were loaded, and bring them into the last form.
+
+        Call it before the base's weights are packed.
+        """
         stored: Any = self.base
         if getattr(stored, "qweight", None) is None or stored.qweight.is_meta:
             self._process_alone(layer)
@@ -148,7 +151,7 @@ class QoQResidualMethod(QoQLinearMethod):
         self.is_waiting = False
 
     def _process_alone(self, layer: LinearBase) -> None:
-        """Loaded anew: the base's weights are in their last form already, or still to come."""
+        """Process what was loaded anew: the base's weights are in their last form, or to come."""
         if layer.qresidual.device.type == "cuda":
             weight = w4a8_layout.pack(layer.qresidual)
         else:
@@ -167,9 +170,9 @@ class QoQResidualMethod(QoQLinearMethod):
         bias: torch.Tensor | None = None,
         use_residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """y = x @ W.T + bias, x [..., K] in the model's dtype.
+        """Compute y = x @ W.T + bias, x [..., K] in the model's dtype.
 
-        use_residual  int32 [1] on the device, where the planes are two: 0 leaves the second out
+        use_residual  int32 [1] on the device, where there are two planes: 0 leaves the second out
         """
         quantized = torch.ops.qoq.quantize_per_token(x.reshape(-1, x.shape[-1]))
         y = self.apply_int8(layer, quantized, bias, x.dtype, use_residual)
@@ -183,7 +186,7 @@ class QoQResidualMethod(QoQLinearMethod):
         out_dtype: torch.dtype,
         use_residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """y [M, N] in `out_dtype` of inputs that are quantized already."""
+        """Compute y [M, N] in `out_dtype` from inputs that are quantized already."""
         if self.is_waiting:  # the base was not loaded anew
             self.complete(layer)
         base: Any = self.base
@@ -192,7 +195,9 @@ class QoQResidualMethod(QoQLinearMethod):
             *quantized,
             base.weight if is_packed else layer.weight,
             base.channel_scale,
-            *(None, None, None),
+            None,  # channel_zero
+            None,  # group_scale
+            None,  # group_offset
             bias,
             out_dtype,
             base.workspace,
@@ -202,14 +207,14 @@ class QoQResidualMethod(QoQLinearMethod):
 
     @property
     def base_method(self) -> QoQLinearMethod:
-        """The method of `base`."""
+        """The method that computes with `base`."""
         method = self.base.linear_method
         assert isinstance(method, QoQLinearMethod)
         return method
 
 
 def _stored(packed: torch.Tensor, n: int) -> dict[str, torch.Tensor]:
-    """The stored tensors of a packed weight with groups."""
+    """Unpack a packed weight with groups to the tensors that a checkpoint stores."""
     qweight, scale, offset = w4a8_layout.unpack(packed, n)
     assert scale is not None and offset is not None
     return {"qweight": qweight, "group_scale": scale, "group_offset": offset}

@@ -30,12 +30,12 @@ from vllm_qoq.serving.vllm_versions import encode_layer_name
 
 @dataclass(frozen=True)
 class SetMethod:
-    """How one set computes a layer: the in-tree method, and what it left on the layer."""
+    """The method by which one set computes a layer, and the state that it left on the layer."""
 
     method: LinearMethodBase
     state: dict[str, Any]
     has_input_ratio: bool
-    base: str | None = None  # the set whose weights it adds a residual to
+    base: str | None = None  # the set to whose weights this one adds a residual
 
 
 @register_weight_loader_v2_supported_method
@@ -57,7 +57,7 @@ class FlexLinearMethod(LinearMethodBase):
         self.prefix, self.parts, self.sets = prefix, parts, sets
         self.route, self.policy = route, policy
         self.key = f"{prefix}.qoq"
-        # Then one quantization serves all sets, outside the opaque op.
+        # If all sets read int8, one quantization serves them, outside of the opaque op.
         self._reads_int8 = all(
             isinstance(choice.method, QoQLinearMethod) and not choice.has_input_ratio
             for choice in sets.values()
@@ -91,7 +91,7 @@ class FlexLinearMethod(LinearMethodBase):
                     input_size_per_partition,
                     list(output_partition_sizes),
                     params_dtype,
-                    choice.has_input_ratio,
+                    has_input_ratio=choice.has_input_ratio,
                     input_size=input_size,
                     output_size=output_size,
                 )
@@ -129,7 +129,7 @@ class FlexLinearMethod(LinearMethodBase):
     def apply(
         self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Traced by torch.compile: the inputs of the sets, and one call of an opaque op.
+        """Compute the inputs of the sets, and call the opaque op; torch.compile traces this.
 
         `bias` only says whether this rank adds one; each set has its own. The products with
         an input_ratio are out here, where Inductor writes them in the kernel of the norm
@@ -167,13 +167,13 @@ class FlexLinearMethod(LinearMethodBase):
         add_bias: bool,
         context: ForwardContext,
     ) -> torch.Tensor:
-        """`run` for inputs that are quantized already."""
+        """Compute `run` for inputs that are quantized already; called by the op."""
         step = current_step(context, quantized[0].shape[0], self.policy)
         name, use_residual = self._choose(step)
         return self._weights[name].apply_int8(quantized, out_dtype, add_bias, use_residual)
 
     def weights(self, set_name: str) -> WeightSet:
-        """The loaded weights of one set."""
+        """Give the loaded weights of one set."""
         return self._weights[set_name]
 
     def follow_policy(self) -> None:
@@ -181,8 +181,11 @@ class FlexLinearMethod(LinearMethodBase):
         self.route = self.policy.routing.route(self.parts, fused_name=self.prefix)
 
     def _choose(self, step: Step) -> tuple[str, torch.Tensor | None]:
-        """The set of `step`, or a nested set and the flag on the device that says if it, or its
-        base alone, is meant."""
+        """Choose the set of `step`.
+
+        Where only the device knows the state, it is a nested set, with the flag that says whether
+        the whole set is meant or its base alone.
+        """
         if step.is_busy is not None:
             return self.route.choose(step), None
         calm, busy = self.route.pair(step)
@@ -229,7 +232,7 @@ class FlexLinearMethod(LinearMethodBase):
             raise FormatError(f"{self.prefix}: the sets have different biases")
 
     def _warm_up(self, weights: WeightSet) -> None:
-        """Load and tune the kernels now: in serving, the first step of a set would pay for it."""
+        """Load and tune the kernels now, or the first step of a set would pay for it."""
         device = next(weights.parameters()).device
         if device.type != "cuda":
             return

@@ -1,4 +1,4 @@
-"""The in-tree config of one set, found as vLLM finds that of a whole checkpoint."""
+"""The config of one set, ours or vLLM's, found as vLLM finds that of a whole checkpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OURS: Mapping[str, type[QuantizationConfig]] = {
 
 
 def set_config(name: str, config: Mapping[str, Any]) -> QuantizationConfig:
-    """The config object of the set `name`; FormatError with vLLM's reason if it refuses."""
+    """Make the config of the set `name`; FormatError has vLLM's reason if vLLM refuses."""
     own = copy.deepcopy(dict(config))  # some classes edit what they are given
     method = own["quant_method"]
     if method in _OURS:
@@ -42,7 +42,7 @@ def set_config(name: str, config: Mapping[str, Any]) -> QuantizationConfig:
 
 
 def _overridden(config: dict[str, Any]) -> str | None:
-    """The method of vLLM that takes a checkpoint of another's name, as inc does auto-round's."""
+    """Find the method of vLLM that takes over the config, as inc takes over auto-round's."""
     for candidate in QUANTIZATION_METHODS:
         if candidate == QUANT_METHOD:
             continue

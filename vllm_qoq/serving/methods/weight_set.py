@@ -1,4 +1,4 @@
-"""One set's weights of one linear layer, and the proof that the checkpoint filled them."""
+"""The weights of one set in one linear layer, and the proof that the checkpoint filled them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, QKVParallelLinear
-from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_qoq.checkpoint.format import INPUT_RATIO, join_name
 from vllm_qoq.errors import FormatError
+from vllm_qoq.serving.methods.after_loading import AfterLoading
 from vllm_qoq.serving.methods.qoq_linear import QuantizedTokens
 from vllm_qoq.serving.vllm_versions import has_loader_v2
 
@@ -26,7 +26,7 @@ Loader = Callable[..., Any]
 
 REMEDY = "run `vllm-qoq verify` on the checkpoint, download or quantize it again"
 
-# Elements of tensors such as compressed-tensors' weight_shape [2].
+# Tensors with so few elements are sizes, such as compressed-tensors' weight_shape [2].
 _MOST_COUNTED_TWICE = 4
 
 
@@ -53,7 +53,7 @@ class WeightSet(nn.Module):
         super().__init__()
         self._is_finished = False
         for key, value in vars(layer).items():
-            # Sizes, dtypes and tensor-parallel facts that quantization methods ask the layer for.
+            # These are sizes, dtypes and tensor-parallel facts, which methods ask the layer for.
             if not key.startswith("_") and key not in ("training", "quant_method"):
                 setattr(self, key, value)
         for key, value in state.items():
@@ -144,7 +144,7 @@ class WeightSet(nn.Module):
 
     def finish(self) -> None:
         """Bring the loaded weights into the form that the method's kernel reads."""
-        # Or the parameters as they were loaded would stay in memory beside what is made of them.
+        # Otherwise the parameters as loaded would stay in memory beside what is made of them.
         self._loaded, self._is_finished = {}, False
         for name in (*self._parameters, *self._buffers):
             vars(self).pop(name, None)
@@ -154,19 +154,19 @@ class WeightSet(nn.Module):
             self.linear_method.process_weights_after_loading(self)
         except FormatError as error:
             raise FormatError(f"set {self.set_name!r}: {error}") from None
-        # Plain attributes: a module finds its parameters by a slower way, which methods take
-        # several times per call. Assigning a parameter anew removes the plain one.
+        # Parameters become plain attributes as well, because a module finds parameters by a slower
+        # way, which methods take several times per call. Assigning one anew removes the plain one.
         vars(self).update(self._parameters | self._buffers)
         self._is_finished = True
 
     def __delattr__(self, name: str) -> None:
-        """Also the plain attribute of a parameter or buffer."""
+        """Delete an attribute; of a parameter or buffer the plain attribute, too."""
         if name in self._parameters or name in self._buffers:
             vars(self).pop(name, None)
         super().__delattr__(name)
 
     def register_parameter(self, name: str, param: Parameter | None) -> None:
-        """Also as the plain attribute, when vLLM puts the tensors of a kernel back."""
+        """Register a parameter, also as the plain attribute where vLLM puts a kernel's back."""
         super().register_parameter(name, param)
         if self._is_finished:
             vars(self)[name] = param
@@ -174,19 +174,20 @@ class WeightSet(nn.Module):
     def register_buffer(
         self, name: str, tensor: torch.Tensor | None, persistent: bool = True
     ) -> None:
-        """The same for a buffer."""
+        """Register a buffer, also as the plain attribute where vLLM puts a kernel's back."""
         super().register_buffer(name, tensor, persistent)
         if self._is_finished:
             vars(self)[name] = tensor
 
     def reload(self) -> None:
-        """`finish` what vLLM has loaded anew, in an engine that serves already."""
+        """Check and `finish` what vLLM has loaded anew, in an engine that serves already."""
         if not self._loaded:
             return
         if self.is_tracked:
             self.check_loaded(self.prefix, self.parts)
             self.check_values(self.prefix)
-        # As at the first load: vLLM's W8A8 on a CPU writes its outputs in the default dtype.
+        # The default dtype is that of the first load, because vLLM's W8A8 on a CPU writes its
+        # outputs in it.
         with set_default_torch_dtype(self.params_dtype):
             self.finish()
         self._held = held_by_kernel(self)
@@ -194,9 +195,9 @@ class WeightSet(nn.Module):
     def apply(  # type: ignore[override]
         self, x: torch.Tensor, add_bias: bool, use_residual: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """y = x @ W.T + bias, x [..., in_features] already multiplied by `input_ratio`.
+        """Compute y = x @ W.T + bias, x [..., in_features] already multiplied by `input_ratio`.
 
-        use_residual  int32 [1] on the device, of a nested set: 0 computes with its base alone
+        use_residual  int32 [1] on the device, for a nested set: 0 computes with its base alone
         """
         flag = () if use_residual is None else (use_residual,)
         return self.linear_method.apply(self, x, self.bias if add_bias else None, *flag)
@@ -208,7 +209,7 @@ class WeightSet(nn.Module):
         add_bias: bool,
         use_residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`apply` of a QoQ set for inputs that are quantized already."""
+        """Compute `apply` of a QoQ set for inputs that are quantized already."""
         flag = () if use_residual is None else (use_residual,)
         bias = self.bias if add_bias else None
         return self.linear_method.apply_int8(self, quantized, bias, out_dtype, *flag)
@@ -235,11 +236,11 @@ class WeightSet(nn.Module):
         return load_and_record
 
     def _check_fits(self, param: Parameter, tensor: torch.Tensor, shards: tuple[Any, ...]) -> None:
-        """ValueError for what vLLM's loaders would convert or cut to size."""
+        """Raise ValueError for what vLLM's loaders would convert or cut to size."""
         if param.is_floating_point() != tensor.is_floating_point():
             raise ValueError("numbers of another kind")
         dim = getattr(param, "output_dim", None)
-        # Else it is packed or in blocks, and vLLM's loaders know how.
+        # Otherwise the dimension is packed or in blocks, and vLLM's loaders know how.
         if dim is not None and tensor.ndim > dim and param.shape[dim] == self._outputs:
             rows = sum(sum(self._sizes.values()) if s is None else self._sizes[s] for s in shards)
             if tensor.shape[dim] != rows:
@@ -251,13 +252,13 @@ class WeightSet(nn.Module):
                 raise ValueError(f"dimension {dim} has to be {columns}")
 
     def _name_of(self, param: Parameter, shard_id: Any) -> str:
-        """A parameter's name in the checkpoint."""
+        """Find a parameter's name in the checkpoint."""
         leaf = next((name for name, own in self.named_parameters() if own is param), "a tensor")
         parts = dict(zip(self.shard_ids, self.parts, strict=False))
         return join_name(self.set_name, f"{parts.get(shard_id, self.prefix)}.{leaf}")
 
     def _bias(self, layer: LinearBase, size: int, dtype: torch.dtype) -> Parameter:
-        """Each set has its own bias: kernels convert it in place."""
+        """Make the bias of this set, which is its own because kernels convert it in place."""
         if not layer.has_bias:
             bias = Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
             set_weight_attrs(bias, {"weight_loader": _only_zero_bias})
@@ -281,7 +282,7 @@ class WeightSet(nn.Module):
                 )
             if id(parameter) not in self._loaded:
                 parameter.data.copy_(tensor)
-            # Loading anew, vLLM first counts elements, without memory.
+            # When vLLM loads anew, it first counts elements, without memory.
             elif not parameter.is_meta and not torch.equal(parameter.data.cpu(), tensor.cpu()):
                 raise FormatError(
                     f"{layer.prefix}: the fused projections of set {self.set_name!r} read one "
@@ -293,9 +294,9 @@ class WeightSet(nn.Module):
 
 
 def held_by_kernel(module: nn.Module) -> list[Parameter]:
-    """Parameters that have to outlive loading anew, after which vLLM puts others in their place.
+    """List the parameters that have to outlive loading anew, after which vLLM puts others there.
 
-    Its W8A8 kernel for the CPU keeps the addresses of scales that it was made with.
+    vLLM's W8A8 kernel for the CPU keeps the addresses of scales that it was made with.
     """
     return [
         parameter
@@ -304,17 +305,8 @@ def held_by_kernel(module: nn.Module) -> list[Parameter]:
     ]
 
 
-class _Reload(QuantizeMethodBase):
-    """What vLLM calls for a `WeightSet` when its parameters have been loaded."""
-
-    def create_weights(
-        self, layer: nn.Module, *weight_args: Any, **extra_weight_attrs: Any
-    ) -> None:
-        """Nothing: `WeightSet.create` has done it."""
-
-    def apply(self, layer: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Nothing calls it."""
-        raise NotImplementedError
+class _Reload(AfterLoading):
+    """Makes vLLM finish a `WeightSet` whose parameters have been loaded anew."""
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Finish the set, unless its layer has."""
@@ -323,7 +315,7 @@ class _Reload(QuantizeMethodBase):
 
 
 def _sizes(layer: LinearBase) -> dict[Any, int]:
-    """How many outputs each part of a layer has on all ranks together, by the shard's id."""
+    """Count the outputs of each part of a layer on all ranks together, by the shard's id."""
     if isinstance(layer, QKVParallelLinear):
         heads, kv_heads = layer.total_num_heads, layer.total_num_kv_heads
         return {

@@ -1,1 +1,1 @@
-"""How vLLM meets the plugin: what is registered, configured and refused."""
+"""The meeting of vLLM and the plugin: what is registered, configured and refused."""

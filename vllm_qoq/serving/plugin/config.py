@@ -42,16 +42,18 @@ from vllm_qoq.serving.vllm_versions import map_name
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
 
-# Attributes in which in-tree configs keep module names that they read from the checkpoint.
+# In these attributes, vLLM's own configs keep module names that they read from the checkpoint.
 _MODULE_LISTS = ("modules_in_block_to_quantize", "modules_to_not_convert")
 
 
 class QoQConfig(QuantizationConfig):
-    """Holds one real config per set, vLLM's or ours, and asks each for its part of a layer.
+    """The config of one model: it holds a config for every set, vLLM's or ours.
 
-    Without `Section`, that is without sets, linear layers stay as they are and only the KV cache
-    is quantized: by the `KVSection` of the model, or by `kv_bits` of `--additional-config` where
-    the model has no section at all, for which vLLM calls this without arguments.
+    It asks each of them for its part of a layer.
+
+    Without a `Section` there are no sets. Then linear layers stay as they are, and only the KV
+    cache is quantized: by the `KVSection` of the model, or by `kv_bits` of `--additional-config`
+    where the model has no section at all, for which vLLM makes this without arguments.
     """
 
     def __init__(self, section: Section | KVSection | None = None) -> None:
@@ -77,17 +79,17 @@ class QoQConfig(QuantizationConfig):
         self._unreachable: list[tuple[str, str]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """What the front end sends to its engines, along with whether it will tell their load."""
+        """Make what the front end sends to its engines, with whether it will tell their load."""
         own = {"_has_load_writer": self._has_load_writer or queue.is_writer_here()}
         return vars(self) | own | {"_model": None}
 
     @classmethod
     def get_name(cls) -> str:
-        """The method's name on vLLM's command line and in config.json."""
+        """Name the method as vLLM's command line and config.json do."""
         return QUANT_METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """The activation dtypes that all sets support."""
+        """List the activation dtypes that all sets support."""
         common = {torch.bfloat16, torch.float16, torch.float32}
         for config in self.set_configs.values():
             common &= set(config.get_supported_act_dtypes())
@@ -95,12 +97,12 @@ class QoQConfig(QuantizationConfig):
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """The sets ask for more themselves where they need it."""
+        """Ask for Turing; sets that need more ask for it themselves."""
         return 75
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        """None: everything is in config.json."""
+        """Name no more files to read, because everything is in config.json."""
         return []
 
     @classmethod
@@ -113,7 +115,7 @@ class QoQConfig(QuantizationConfig):
     def maybe_update_config(self, model_name: str, **kwargs: Any) -> None:
         """Let the sets read the checkpoint's headers, as GPTQ and AWQ do.
 
-        vLLM calls this where the engine is configured. EngineError says what it cannot do.
+        vLLM calls this where the engine is configured. EngineError says what the engine cannot do.
         """
         with as_engine_error():
             front_end.prepare(self)
@@ -157,7 +159,7 @@ class QoQConfig(QuantizationConfig):
             config.apply_vllm_mapper(hf_to_vllm_mapper)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """The method of `layer`: routed if a set quantizes it, vLLM's own otherwise."""
+        """Choose the method of `layer`: routed if a set quantizes it, vLLM's own otherwise."""
         self._remember_model()
         kv_cache = self.kv_cache()
         if isinstance(layer, Attention | MLAAttention):
@@ -184,14 +186,14 @@ class QoQConfig(QuantizationConfig):
             self._model = weakref.ref(model)
 
     def _begin_load(self) -> None:
-        """Before the first tensor of a model that was just built, not of one that serves."""
+        """Begin the check of a model that was just built; one that serves already has had it."""
         model = self._model() if self._model is not None else None
         self._model = None
         if model is not None:
             begin_load(model)
 
     def kv_cache(self) -> QuantizedKVCache:
-        """The KV cache of the engine, decided when the first layer asks for it."""
+        """Give the KV cache of the engine, which is decided when the first layer asks for it."""
         if self._kv_cache is None:
             refusal.leave(self.counter_stem, self._front_end)
             vllm_config = get_current_vllm_config()
@@ -201,7 +203,7 @@ class QoQConfig(QuantizationConfig):
         return self._kv_cache
 
     def policy(self) -> Policy:
-        """The routing in force, made when the first layer asks for it."""
+        """Give the routing in force, which is made when the first layer asks for it."""
         if self._policy is None:
             assert self.section is not None
             vllm_config = get_current_vllm_config()
@@ -213,7 +215,7 @@ class QoQConfig(QuantizationConfig):
                 vllm_config,
                 self.counter_stem,
                 self._map_name,
-                self._has_load_writer or queue.is_writer_here(),
+                has_load_writer=self._has_load_writer or queue.is_writer_here(),
             )
         return self._policy
 
@@ -247,7 +249,7 @@ class QoQConfig(QuantizationConfig):
             before = dict(vars(layer))
             method = config.get_quant_method(layer, prefix)
             state = {key: value for key, value in vars(layer).items() if key not in before}
-            for key in state:  # e.g. `scheme`, which every set would overwrite
+            for key in state:  # such as `scheme`, which every set would overwrite
                 delattr(layer, key)
             assert self.section is not None
             ratios = [part for part in parts if self.section.has_input_ratio(name, part)]
@@ -256,13 +258,14 @@ class QoQConfig(QuantizationConfig):
                     f"quantization_config.input_ratio.{name} lists {ratios[0]} but not all of "
                     f"{', '.join(parts)}, which read one input"
                 )
-            methods[name] = SetMethod(method, state, bool(ratios), self._base_of(name, method))
+            base = self._base_of(name, method)
+            methods[name] = SetMethod(method, state, has_input_ratio=bool(ratios), base=base)
         return methods
 
     def _unrouted(
         self, layer: nn.Module, prefix: str, methods: dict[str, SetMethod]
     ) -> QuantizeMethodBase | None:
-        """Embeddings, lm_head, experts: as in a model that is not quantized, or refused."""
+        """Treat embeddings, lm_head and experts as in an unquantized model, or refuse them."""
         for name, choice in methods.items():
             if choice.method is not None and "Unquantized" not in type(choice.method).__name__:
                 raise FormatError(
@@ -280,7 +283,7 @@ class QoQConfig(QuantizationConfig):
             )
         return Int8HeadMethod(prefix, vllm_config.load_config.load_format)
 
-    def _base_of(self, name: str, method: Any) -> str | None:
+    def _base_of(self, name: str, method: QuantizeMethodBase | None) -> str | None:
         assert self.section is not None
         return self.section.base_of(name) if isinstance(method, QoQResidualMethod) else None
 
@@ -296,7 +299,7 @@ class QoQConfig(QuantizationConfig):
         return map_name(self._mapper, name) if self._mapper is not None else name
 
     def _of_set(self, name: str, modules: list[str]) -> list[str]:
-        """Module names read from the checkpoint, without the other sets' and without prefix."""
+        """Take the names of a set from those read from the checkpoint, without the set's prefix."""
         split = (split_name(module, self.set_names) for module in modules)
         return [module for owner, module in split if owner in (None, name)]
 
@@ -304,7 +307,7 @@ class QoQConfig(QuantizationConfig):
 def _check_nested(
     prefix: str, pairs: Iterable[tuple[Phase, str, str]], methods: dict[str, SetMethod]
 ) -> None:
-    """RoutingError unless the sets of every pair are one GEMM, which a graph leaves to a flag."""
+    """Raise RoutingError unless each pair is one GEMM, in which a flag chooses inside a graph."""
     for phase, calm, busy in pairs:
         if methods[calm].base != busy and methods[busy].base != calm:
             raise RoutingError(

@@ -1,4 +1,4 @@
-"""`FlexQuant*` model classes, for architectures with a weight loader of their own.
+"""The `FlexQuant*` model classes, for architectures with a weight loader of their own.
 
 Most of vLLM's models load through AutoWeightsLoader, which asks the
 quantization config for the renaming of tensors, so a checkpoint keeps the base

@@ -1,4 +1,4 @@
-"""What is settled where the server or `LLM()` is started, before there is an engine.
+"""The checks where the server or `LLM()` is started, before there is an engine.
 
 Engines start in processes of their own and take a minute; what they raise stands in the middle of
 the log. So whatever can be known from the configuration alone is refused here.
@@ -61,7 +61,7 @@ def prepare(config: QoQConfig) -> None:
 
 
 def check(config: QoQConfig, front_end: FrontEnd) -> Routing | None:
-    """Raise UserError unless an engine can be started; the routing in force if there are sets."""
+    """Raise UserError unless an engine can start; returns the routing in force if it has sets."""
     vllm_config = front_end.vllm_config
     options = Options.of(vllm_config)
     routing = None
@@ -92,7 +92,7 @@ def is_shown(vllm_config: VllmConfig) -> bool:
 
 
 def _check_kernels(section: Section, routing: Routing, device_type: str) -> None:
-    """RoutingError for a set of ours that this GPU or this build does not compute."""
+    """Raise RoutingError for a set of ours that this GPU or this build does not compute."""
     of_ours = [
         name
         for name in section.sets
@@ -101,7 +101,7 @@ def _check_kernels(section: Section, routing: Routing, device_type: str) -> None
     ]
     if device_type != "cuda" or not of_ours:
         return
-    # Through NVML: torch would start CUDA in the front end.
+    # vLLM asks NVML; torch would start CUDA in the front end.
     capability = current_platform.get_device_capability()
     if not ops.is_built(device_type):
         obstacle = "this build of vllm-qoq has no CUDA kernels; build them (README, Install)"

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
-from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from vllm_qoq.errors import FormatError
+from vllm_qoq.serving.methods.after_loading import AfterLoading
 from vllm_qoq.serving.methods.weight_set import REMEDY, Loader, WeightSet
 from vllm_qoq.serving.vllm_versions import may_process_in_place
 
@@ -28,17 +28,17 @@ _LOADER = "weight_loader"
 
 
 def begin_load(model: nn.Module) -> None:
-    """Before the first tensor of a model that was just built."""
+    """Begin the check of a model that was just built, before its first tensor is loaded."""
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1 and not may_process_in_place():
         return  # an old vLLM would move all that is offloaded to the device at once
     model.quant_method = LoadCheck(model)
 
 
-class LoadCheck(QuantizeMethodBase):
-    """The first thing that vLLM processes after loading: it comes to the model before its layers.
+class LoadCheck(AfterLoading):
+    """The `quant_method` of a model from the beginning of its load until vLLM processes it.
 
-    It is the model's `quant_method` from the beginning of the load until then.
+    vLLM does that when everything is loaded, and comes to the model before its layers.
     """
 
     # Where weights are offloaded, vLLM would move the whole model to the device.
@@ -53,17 +53,8 @@ class LoadCheck(QuantizeMethodBase):
             # A plain parameter has the attribute only where somebody sets it.
             setattr(parameter, _LOADER, _naming(name, own or default_weight_loader))
 
-    def create_weights(
-        self, layer: nn.Module, *weight_args: Any, **extra_weight_attrs: Any
-    ) -> None:
-        """Nothing: the parameters are the layers'."""
-
-    def apply(self, layer: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Nothing calls it."""
-        raise NotImplementedError
-
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """FormatError, by name, unless every shared parameter was filled with finite numbers."""
+        """Raise FormatError unless every shared parameter was filled with finite numbers."""
         del layer.quant_method
         for parameter, own in self._own_loaders:
             if own is None:
@@ -74,7 +65,7 @@ class LoadCheck(QuantizeMethodBase):
         shared = list(_shared(layer))
         if not shared:
             return
-        # NaN passes through both ends, and one number leaves the device for each tensor.
+        # aminmax passes NaN on, and so only one number of each tensor has to leave the device.
         ends = [torch.stack(torch.aminmax(parameter.data)) for _, parameter in shared]
         are_sound = torch.stack([pair.float().isfinite().all() for pair in ends]).tolist()
         faults = [item for item, is_sound in zip(shared, are_sound, strict=True) if not is_sound]
@@ -91,7 +82,7 @@ class LoadCheck(QuantizeMethodBase):
 
 
 def _naming(name: str, load: Loader) -> Loader:
-    """`load`, whose refusals begin with the tensor's name: vLLM's are bare assertions."""
+    """Put the tensor's name before the refusals of `load`, which are bare assertions."""
 
     def load_named(
         param: nn.Parameter, loaded_weight: torch.Tensor, *rest: Any, **more: Any
@@ -111,7 +102,7 @@ def _naming(name: str, load: Loader) -> Loader:
 
 
 def _shared(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters that a checkpoint has to fill and that no set, cache or expert owns."""
+    """List the parameters that a checkpoint has to fill and no set, cache or expert owns."""
     seen: set[int] = set()  # tied weights are one parameter under two names
     for prefix, module in model.named_modules():
         if isinstance(module, WeightSet | Attention | MLAAttention):

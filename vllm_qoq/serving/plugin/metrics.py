@@ -1,4 +1,4 @@
-"""The step counters in vLLM's log and Prometheus endpoint, the load, and the bits of the KV cache.
+"""Our metrics in vLLM's log and Prometheus endpoint: step counts, the load, and the KV cache.
 
 vLLM makes one `RoutingStatLogger` per engine in the front end of a server that serves a model of
 ours (`stat_logger_plugin`). It shows
@@ -21,7 +21,7 @@ quantized one. For that there is
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -37,6 +37,9 @@ from vllm_qoq.serving.routing.policy import routing_in_force
 from vllm_qoq.serving.signals.counters import CounterReader, counter_file
 from vllm_qoq.serving.signals.queue import LoadWriter, announce_writer, load_file
 
+if TYPE_CHECKING:
+    from vllm.v1.metrics.stats import SchedulerStats
+
 logger = init_logger("vllm." + __name__)
 
 Counts = dict[tuple[str, str], int]
@@ -47,7 +50,7 @@ announce_writer()
 
 
 class RoutingStatLogger(StatLoggerBase):
-    """Reports the steps of one engine; silent where a process has another model, too."""
+    """Reports the steps of one engine; it is silent for another model in the same process."""
 
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
         config = vllm_config.quant_config
@@ -71,8 +74,10 @@ class RoutingStatLogger(StatLoggerBase):
         self._at_last_log: Counts = {}
         _collector.add(self._model, self._engine, self)
 
-    def record(self, scheduler_stats: Any, *args: object, **kwargs: object) -> None:
-        """Follow the queue after a step; None where the step has no statistics.
+    def record(
+        self, scheduler_stats: SchedulerStats | None, *args: object, **kwargs: object
+    ) -> None:
+        """Follow the queue after a step; `scheduler_stats` is None where the step has none.
 
         Requests that vLLM defers wait for something else than room in a step, a grammar or a
         cache that is on its way, and are counted apart.
@@ -99,7 +104,7 @@ class RoutingStatLogger(StatLoggerBase):
             )
 
     def counts(self) -> Counts:
-        """Steps since the engine was ready, by (phase, set)."""
+        """Count the steps since the engine was ready, by (phase, set)."""
         assert self._reader is not None
         return {key: n - self._at_start.get(key, 0) for key, n in self._reader.read().items()}
 

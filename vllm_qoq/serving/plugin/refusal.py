@@ -1,4 +1,4 @@
-"""Makes the reason why an engine does not start the last line that a person reads.
+"""The reason why an engine does not start, made the last line that a person reads.
 
 An engine and its workers are processes of their own. What they refuse stands in the middle of the
 log, and the process that was started ends with "Engine core initialization failed". So an engine
@@ -20,32 +20,33 @@ _LONGEST = 4000  # bytes
 
 
 def repeat_at_exit(stem: str) -> None:
-    """In the front end: write what an engine refused when this process ends by an error."""
+    """Make this front end write what an engine refused, when it ends by an error."""
     atexit.register(_repeat, stem, os.getpid())
 
 
 def leave(stem: str, front_end: int) -> None:
-    """In the process that builds a model: leave what is refused for the process `front_end`.
+    """Make this process leave what it refuses for the process `front_end`.
 
-    Not before, because vLLM sets up the log of a new process late, and drops other handlers.
+    Call it where a model is built, and not before, because vLLM sets up the log of a new process
+    late, and drops other handlers.
     """
     logger = logging.getLogger("vllm")
-    if os.getpid() == front_end:  # it sees the error itself
+    if os.getpid() == front_end:  # the front end sees the error itself
         return
     for handler in [handler for handler in logger.handlers if isinstance(handler, _Leave)]:
-        logger.removeHandler(handler)  # of the engine before
+        logger.removeHandler(handler)  # it belongs to the engine before
     logger.addHandler(_Leave(_file(stem)))
 
 
 class _Leave(logging.Handler):
-    """Sees the errors that vLLM logs."""
+    """A handler that sees the errors that vLLM logs."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(logging.ERROR)
         self.path = path
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Leave the message of a UserError; the first of several stays."""
+        """Write the message of a UserError to the file; the first of several stays."""
         error = record.exc_info[1] if record.exc_info else None
         if not isinstance(error, UserError):
             return

@@ -1,4 +1,4 @@
-"""What the entry point `vllm.general_plugins` does in each of vLLM's processes.
+"""The work of the entry point `vllm.general_plugins` in each of vLLM's processes.
 
 It registers names, a class that stands for `QoQConfig` and the `FlexQuant*` models, and warns of
 options that will be ignored. What serves a model (our ops, the set methods, the KV cache) is
@@ -22,7 +22,7 @@ from vllm_qoq.checkpoint.format import QUANT_METHOD
 from vllm_qoq.environment import NEWEST_VLLM, OLDEST_VLLM, SERVED_VLLM, vllm_obstacle
 from vllm_qoq.errors import EngineError, as_engine_error
 
-logger = logging.getLogger("vllm." + __name__)  # under vLLM's, so that its settings apply
+logger = logging.getLogger("vllm." + __name__)  # below vLLM's, so that its settings apply
 
 
 def register_with_vllm() -> None:
@@ -43,29 +43,32 @@ def register_with_vllm() -> None:
 
 
 class LazyQoQConfig(QuantizationConfig):
-    """Stands for `QoQConfig`, and makes one when vLLM asks for an instance."""
+    """A stand-in for `QoQConfig`, which makes one when vLLM asks for an instance.
+
+    obstacle  why registering failed, None where it did not
+    """
 
     obstacle: Exception | None = None
 
     def __new__(cls) -> Any:
-        """The config of a model without a section, for which vLLM calls the class."""
+        """Make the config of a model without a section, for which vLLM calls the class."""
         with as_engine_error():
             return cls._real()()
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Any:
-        """The config of a section of config.json; EngineError says what is wrong with it."""
+        """Make the config of a section of config.json; EngineError says what is wrong with it."""
         with as_engine_error():
             return cls._real().from_config(config)
 
     @classmethod
     def get_name(cls) -> str:
-        """The method's name on vLLM's command line and in config.json."""
+        """Name the method as vLLM's command line and config.json do."""
         return QUANT_METHOD
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        """None: everything is in config.json."""
+        """Name no more files to read, because everything is in config.json."""
         return []
 
     @classmethod
@@ -83,7 +86,7 @@ class LazyQoQConfig(QuantizationConfig):
 
 
 def _warn_of_ignored_options() -> None:
-    """Say so where an engine that starts has options of ours and a model that is not.
+    """Warn where an engine that starts has our options, and a model that is not ours.
 
     vLLM calls no code of ours for such a model, but in a process that it starts for an engine it
     loads plugins while the engine has its configuration, on the stack. In a process that the engine
@@ -108,7 +111,7 @@ def _warn_of_ignored_options() -> None:
 
 
 def _refuse(error: Exception) -> NoReturn:
-    # With its cause, whose traceback is what a bug report needs.
+    # The cause goes along, because a bug report needs its traceback.
     raise EngineError(vllm_obstacle(error)) from error
 
 

@@ -1,4 +1,4 @@
-"""Finds the model that a layer is being built for.
+"""The way from a layer that is being built to its model.
 
 A quantization method is asked for layers while they are built, and never meets the model that they
 will belong to. But the constructor of that model is running then, outermost of all modules.
@@ -13,7 +13,7 @@ from torch import nn
 
 
 def model_in_the_making() -> nn.Module | None:
-    """The outermost module whose constructor this thread is in, None outside of any."""
+    """Find the outermost module whose constructor this thread is in, None outside of any."""
     found: nn.Module | None = None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

@@ -1,4 +1,4 @@
-"""Files in which an engine and its front end share memory, and that go when the front end does.
+"""Files in which an engine and its front end share memory; they go when the front end does.
 
 All files of a front end begin with its stem, `FOLDER/vllm-qoq-<32 hex digits>-`. The process that
 made the stem holds a lock on `STEM-lock` as long as it or a process that it forked lives. Killed,
@@ -21,15 +21,16 @@ _LOCK = re.compile(r"(vllm-qoq-[0-9a-f]{32})-lock")
 
 
 def new_stem() -> str:
-    """A stem for the files of one engine's front end, which are removed when this process ends."""
+    """Make a stem for the files of one front end, which are removed when this process ends."""
     folder = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
     remove_abandoned(folder)
     while True:
         stem = folder / f"vllm-qoq-{uuid.uuid4().hex}"
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        lock = os.open(f"{stem}-lock", flags, 0o600)  # never closed: held by the process
+        lock = os.open(f"{stem}-lock", flags, 0o600)  # never closed, so the process holds it
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if os.fstat(lock).st_nlink:  # else another process took it for abandoned before the lock
+        # Without a link, another process took it for abandoned before it was locked.
+        if os.fstat(lock).st_nlink:
             atexit.register(_remove_own, stem, os.getpid())
             return str(stem)
         os.close(lock)
@@ -43,7 +44,7 @@ def remove_abandoned(folder: Path) -> None:
             continue
         try:
             lock = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:  # gone by now, or another user's
+        except OSError:  # it is gone by now, or another user's
             continue
         try:
             found = os.fstat(lock)
@@ -51,7 +52,7 @@ def remove_abandoned(folder: Path) -> None:
                 continue
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _remove(folder / name[1])
-        except OSError:  # held: its process lives
+        except OSError:  # the lock is held, so its process lives
             continue
         finally:
             os.close(lock)
@@ -64,6 +65,6 @@ def _remove_own(stem: Path, owner: int) -> None:
 
 def _remove(stem: Path) -> None:
     lock = Path(f"{stem}-lock")
-    # The lock last: interrupted here, it still says whose the rest is.
+    # The lock goes last: if this is interrupted, it still says whose the rest is.
     for path in (*(p for p in stem.parent.glob(f"{stem.name}-*") if p != lock), lock):
         path.unlink(missing_ok=True)

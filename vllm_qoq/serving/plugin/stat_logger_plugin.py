@@ -1,4 +1,4 @@
-"""Lets vLLM find our stat logger, in the front end of a model of ours and nowhere else.
+"""The entry point of our stat logger, which vLLM finds in front ends of our models alone.
 
 vLLM takes stat loggers from the entry points `vllm.stat_logger_plugins`. As soon as it finds one
 it counts statistics, for every model and whatever `--disable-log-stats` says, so an entry point of
@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from importlib.metadata import Distribution, DistributionFinder, EntryPoint
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,13 @@ def offer() -> None:
 
 
 def withdraw() -> None:
-    """Hide it again."""
+    """Hide the entry point again."""
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
 
 
 class _EntryPoint(EntryPoint):
     def load(self) -> Any:
-        """The class. The engine that vLLM starts next may be another model's."""
+        """Load the class and hide the entry point: the next engine may have another model."""
         withdraw()
         return super().load()
 
@@ -50,13 +51,13 @@ class _InMemory(Distribution):
     def read_text(self, filename: str) -> str | None:
         return _METADATA if filename == "METADATA" else None
 
-    def locate_file(self, path: Any) -> Any:
+    def locate_file(self, path: str | PathLike[str]) -> Path:
         return Path(__file__).parent / path
 
 
 class _Finder(DistributionFinder):
     def find_spec(self, *args: object) -> None:
-        """No module is found here."""
+        """Find no module, because there are none here."""
 
     def find_distributions(
         self, context: DistributionFinder.Context | None = None

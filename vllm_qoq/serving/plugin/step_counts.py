@@ -1,4 +1,4 @@
-"""The step counters of an engine, for whoever has its configuration."""
+"""The reading of an engine's step counters by whoever has its configuration."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from vllm_qoq.serving.vllm_versions import engine_index
 
 
 def read_step_counts(vllm_config: VllmConfig) -> dict[tuple[str, str], int]:
-    """The steps of the engine that `vllm_config` describes, by phase and set.
+    """Read the steps of the engine that `vllm_config` describes, by phase and set.
 
-    ValueError where its model was not loaded with the quantization method `qoq`.
+    Raises ValueError where its model was not loaded with the quantization method `qoq`.
     """
     config = vllm_config.quant_config
     if not isinstance(config, QoQConfig):

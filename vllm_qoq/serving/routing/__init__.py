@@ -1,1 +1,1 @@
-"""Which set the current step of the engine runs in."""
+"""The choice of the set that the current step of an engine runs in."""

@@ -23,11 +23,11 @@ from vllm_qoq.serving.signals.queue import LoadReader, check_engine, load_file
 from vllm_qoq.serving.signals.trace import Trace
 from vllm_qoq.serving.vllm_versions import engine_index
 
-logger = init_logger("vllm." + __name__)  # under vLLM's logger, so that its settings apply
+logger = init_logger("vllm." + __name__)  # below vLLM's, so that its settings apply
 
 
 def routing_in_force(section: Section, options: Options) -> Routing:
-    """The checkpoint's table unless the options replace it."""
+    """Find the routing in force: the checkpoint's table, unless the options replace it."""
     sets = section.sets
     if options.force_set is not None:
         if options.force_set not in sets:
@@ -51,7 +51,7 @@ def routing_in_force(section: Section, options: Options) -> Routing:
 
 
 def check_lora(vllm_config: VllmConfig) -> None:
-    """UserError for an engine that is to serve LoRA adapters on top of sets."""
+    """Raise UserError for an engine that is to serve LoRA adapters on top of sets."""
     if vllm_config.lora_config is not None:
         raise UserError(
             "quantization 'qoq' does not serve LoRA adapters yet; merge the adapter into "
@@ -60,7 +60,7 @@ def check_lora(vllm_config: VllmConfig) -> None:
 
 
 class Policy:
-    """Routing, and the facts of the engine that a decision needs. One per engine and process."""
+    """The routing of one engine in one process, with the facts that a decision needs."""
 
     def __init__(
         self,
@@ -101,16 +101,16 @@ class Policy:
         self.default_route = self.routing.route([])
 
     def route(self, prefix: str, parts: list[str]) -> LayerRoute:
-        """The route of the layer `prefix`, which fuses the checkpoint layers `parts`."""
+        """Find the route of the layer `prefix`, which fuses the checkpoint layers `parts`."""
         self._layers += (prefix, *parts)
         return self.routing.route(parts, fused_name=prefix)
 
     def reachable(self, route: LayerRoute) -> frozenset[str]:
-        """The sets that `route` can choose in this engine."""
+        """List the sets that `route` can choose in this engine."""
         return route.reachable(self._largest_batch())
 
     def pairs(self, route: LayerRoute) -> frozenset[tuple[Phase, str, str]]:
-        """Phase, calm and busy set of the steps of this engine in which the two differ."""
+        """List phase, calm and busy set of this engine's steps in which the two sets differ."""
         return frozenset(
             (phase, calm, busy)
             for phase, calm, busy in route.pairs(self._largest_batch())
@@ -122,10 +122,10 @@ class Policy:
         return self.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE)
 
     def follow_load(self) -> bool | None:
-        """The state for a `Step` that begins now, False without a `load`.
+        """Give the state for a `Step` that begins now, False without a `load`.
 
-        With CUDA graphs None, and the device has the state, from here on in the order of the
-        current stream; a graph that captures the step reads it anew at every replay.
+        With CUDA graphs it is None: the device has the state, from here on in the order of the
+        current stream, and a graph that captures the step reads it anew at every replay.
         """
         if self.load is None:
             return False

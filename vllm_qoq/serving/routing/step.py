@@ -1,4 +1,4 @@
-"""Prefill or decode: what vLLM's forward context says of the step that runs.
+"""A reader of vLLM's forward context, which says whether a step is prefill or decode.
 
 Rules that both model runners and all CUDA graph modes obey:
 
@@ -18,14 +18,13 @@ Rules that both model runners and all CUDA graph modes obey:
   step, which does not enter Python, and no metadata of an eager step tells it apart. So a step in
   which no request has more tokens than one that generates (1, plus those that are speculated) is
   a decode step, eagerly as under graphs. Which request reads its prompt is not asked.
-* No metadata at all: a profiling or warm-up run. It takes the prefill set and
-  is not counted.
+* A step without any metadata is a profiling or warm-up run. It takes the prefill
+  set and is not counted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import ForwardContext
@@ -37,7 +36,7 @@ _KEY = "qoq_step"
 
 
 def current_step(context: ForwardContext, num_tokens: int, policy: Policy) -> Step:
-    """The step of this forward pass: decided by its first layer, remembered for the others."""
+    """Tell the step of this forward pass, which its first layer decides for all others."""
     step = context.additional_kwargs.get(_KEY)
     if step is None:
         step = _classify(context, num_tokens, policy)
@@ -58,8 +57,8 @@ def _classify(context: ForwardContext, num_tokens: int, policy: Policy) -> Step:
     step = Step(
         Phase.DECODE if is_decode else Phase.PREFILL,
         batch=-(-num_tokens // policy.tokens_per_request),
-        # Ahead of the count, which on the device depends on it, and in every forward pass: a
-        # graph may be captured without metadata.
+        # This comes ahead of the count, which on the device depends on it, and is done in every
+        # forward pass, because a graph may be captured without metadata.
         is_busy=policy.follow_load(),
     )
     # A PIECEWISE graph is captured without metadata, but each replay is a real step.
@@ -69,7 +68,7 @@ def _classify(context: ForwardContext, num_tokens: int, policy: Policy) -> Step:
 
 
 def _graph_serves_both_phases(mode: CUDAGraphMode, policy: Policy) -> bool:
-    # Read at run time: vLLM may lower the mode after the model has been built.
+    # The mode is read at run time, because vLLM may lower it after the model has been built.
     configured = policy.compilation_config.cudagraph_mode
     if configured is None or configured is CUDAGraphMode.NONE or configured.separate_routine():
         return False
@@ -77,10 +76,11 @@ def _graph_serves_both_phases(mode: CUDAGraphMode, policy: Policy) -> bool:
     return configured is CUDAGraphMode.FULL or mode is CUDAGraphMode.PIECEWISE
 
 
-def _largest_query(metadata: Any) -> int | None:
-    """Tokens of the request that has most in this step, 0 or 1 if known only to be decode.
+def _largest_query(metadata: object) -> int | None:
+    """Count the tokens of the request that has most of them in this step.
 
-    None without metadata, or where no layer's metadata tells.
+    Where the metadata only tells decode from prefill, it is 1 or more than any request has. None
+    without metadata, or where no layer's metadata tells.
     """
     for layer_metadata in _each(metadata):
         largest = getattr(layer_metadata, "max_query_len", None)
@@ -92,11 +92,11 @@ def _largest_query(metadata: Any) -> int | None:
     return None
 
 
-_MANY = 1 << 30
+_MANY = 1 << 30  # more tokens than a step has
 
 
-def _each(metadata: Any) -> Iterable[Any]:
-    """The per-layer metadata: a dict by layer, or one dict per micro-batch."""
+def _each(metadata: object) -> Iterable[object]:
+    """List the metadata of all layers, which is a dict by layer, or one for each micro-batch."""
     if isinstance(metadata, list):
         metadata = metadata[0] if metadata else None
     return metadata.values() if isinstance(metadata, dict) else ()

@@ -1,1 +1,1 @@
-"""What the engine tells of itself: step counts, metrics, traces, and how long its queue is."""
+"""The signals between an engine and its front end: step counts, the load, and traces."""

@@ -1,4 +1,4 @@
-"""Steps by phase and set: counted where the step runs, read by any process.
+"""The counters of steps by phase and set: a step counts itself, and any process reads them.
 
 The counters are a file of int64 [phases, sets] in shared memory. The worker
 maps it; on CUDA the GPU sees the same memory, and the count is an in-place add
@@ -19,15 +19,15 @@ from vllm_qoq.serving.vllm_versions import device_view
 
 
 def counter_file(stem: str, engine: int) -> Path:
-    """The counters of one engine core, by its data-parallel index."""
+    """Name the file of one engine core's counters, by its data-parallel index."""
     return Path(f"{stem}-{engine}")
 
 
 class StepCounters:
-    """The writing end. `add` is all that happens on the hot path."""
+    """The writing end, of which only `add` is on the hot path."""
 
     def __init__(self, path: Path, sets: tuple[str, ...], device: torch.device) -> None:
-        # Created with its full size before it is mapped: a short file would fault on access.
+        # The file has its full size before it is mapped, because a short one would fault on access.
         path.write_bytes(bytes(8 * len(Phase) * len(sets)))
         counts = torch.from_file(
             str(path), shared=True, size=len(Phase) * len(sets), dtype=torch.int64
@@ -53,7 +53,7 @@ class CounterReader:
         self._path, self._sets = path, sets
 
     def read(self) -> dict[tuple[str, str], int]:
-        """Steps so far by (phase, set), all zero before the model is loaded."""
+        """Read the steps so far by (phase, set), all zero before the model is loaded."""
         shape = (len(Phase), len(self._sets))
         try:
             counts = np.fromfile(self._path, dtype=np.int64).reshape(shape)

@@ -1,4 +1,4 @@
-"""Whether the engine is busy: said by the front end, read where its steps run.
+"""The signal that an engine is busy, which its front end writes and its steps read.
 
 The signal is a file of int32 [is_calm, is_busy] in shared memory, one per engine. The front end
 of a server sees after every step how many requests wait (`plugin.metrics`); when that makes the
@@ -6,8 +6,8 @@ engine busy or calm (`vllm_qoq.routing.hysteresis`) it writes the file, and ever
 reads it once per forward pass:
 
 * on the host, where no CUDA graph freezes what a step does,
-* else on the device, by a copy that the graph captures with the step, so that every replay reads
-  anew. Both sets are then one GEMM, which reads its flag from the copy.
+* otherwise on the device, by a copy that the graph captures with the step, so that every replay
+  reads anew. Both sets are then one GEMM, which reads its flag from the copy.
 
 Two ranks may read a switch one step apart. In that step their slices of a layer are in different
 precisions; each is right in its own, so the sum over the ranks still approximates the layer.
@@ -33,7 +33,7 @@ from vllm_qoq.serving.vllm_versions import api_process_count, device_view
 
 logger = init_logger("vllm." + __name__)
 
-# Both words of the file as one int64, which is read and written whole.
+# These are both words of the file as one int64, which is read and written whole.
 _CALM, _BUSY = (int(np.array(flags, np.int32).view(np.int64)[0]) for flags in ((1, 0), (0, 1)))
 
 _REMEDY = (
@@ -56,7 +56,7 @@ def is_writer_here() -> bool:
 
 
 def load_file(stem: str, engine: int) -> Path:
-    """The signal of one engine core, by its data-parallel index, beside its counters."""
+    """Name the file of one engine core's signal, which is beside its counters."""
     return Path(f"{stem}-{engine}-load")
 
 
@@ -84,7 +84,7 @@ def check_engine(vllm_config: VllmConfig, has_writer: bool) -> None:
 class LoadReader:
     """The reading end, in each rank of an engine.
 
-    is_calm, is_busy  int32 [1] on the device, one of them 1: the state when `copy` last ran
+    is_calm, is_busy  int32 [1] on the device: the one that held when `copy` last ran is 1
     """
 
     def __init__(self, path: Path, device: torch.device) -> None:
@@ -108,15 +108,16 @@ class LoadReader:
         launch its dependents early has to stand between, and the copy has to be enqueued first.
         The step counter's add would be one, but not every rank counts, nor every step.
         """
-        torch.add(self._words, 0, out=self._copy)  # a kernel: no copy engine, one word at a time
+        # An addition is a kernel, which writes the word whole; a copy engine might do the copy.
+        torch.add(self._words, 0, out=self._copy)
         self._steps.add_(1)
 
 
 class LoadWriter:
-    """The writing end, in the front end: from the length of a queue to the signal."""
+    """The writing end, in the front end, which turns the length of a queue into the signal."""
 
     def __init__(self, path: Path, load: Load, engine: str) -> None:
-        """Raises RoutingError where `path` is not there: the engine runs on another host."""
+        """Open the file; RoutingError where it is missing, as the engine is on another host."""
         self._hysteresis = Hysteresis(load.enter, load.leave)
         self._engine = engine
         self.switches = 0
@@ -131,7 +132,7 @@ class LoadWriter:
 
     @property
     def is_busy(self) -> bool:
-        """What the signal says."""
+        """Whether the signal says that the engine is busy."""
         return self._hysteresis.is_busy
 
     def update(self, waiting: int) -> None:

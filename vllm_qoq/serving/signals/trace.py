@@ -37,7 +37,7 @@ class Trace:
             ) from None
 
     def write(self, decision: dict[str, Any]) -> None:
-        """Append one decision. What cannot be written ends the trace, and never a request."""
+        """Append one decision; one that cannot be written ends the trace, and never a request."""
         if self._file is None:
             return
         line = (json.dumps(self._writer | decision) + "\n").encode()
