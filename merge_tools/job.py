@@ -28,7 +28,7 @@ class Merged:
     """What a merge wrote, or would write.
 
     clipped_shares  layer -> share of its residuals that were clipped, where a set was nested
-    left_out        (set, tensor, reason) of what the output does not have
+    left_out        (set, tensor, reason) for each tensor that the output does not have
     """
 
     plan: MergePlan
@@ -60,15 +60,17 @@ def merge(
     nest             store the 8-bit set, or the float model, as a residual on the qoq_linear set
     max_clipped      share of a layer's weights that nesting may clip
     dtype            in which all sets run; by default what they say, bfloat16 where they differ
-    max_shard_bytes  of a file with weights
+    max_shard_bytes  size of a file with weights, at most
+    model_card       whether to write a README.md
     dry_run          check everything and write nothing
     overwrite        replace an older output, if it is ours
+    quiet            print no progress
 
     Raises UserError (MergeError, FormatError, OutputError, RoutingError) with what is wrong and
     what to do, before anything is written; an output is complete or absent.
     """
     paths, out = {name: Path(folder) for name, folder in folders.items()}, Path(output)
-    if not nest:  # which says what kinds it takes
+    if not nest:  # A folder given twice to --nest is refused by its kind instead.
         check_distinct(paths)
     routing = _default_routing(list(paths)) if routing is None else routing
     routing.check_sets(list(paths))
@@ -115,7 +117,7 @@ def _default_routing(names: list[str]) -> Routing:
 def _of_one_model(
     opened: Mapping[str, StoredSet], prefill: str
 ) -> tuple[dict[str, StoredSet], list[unused.LeftOut]]:
-    """The sources without what their model does not use; refuses other models' versions."""
+    """Leave out what the model does not use, and refuse sources of different models."""
     sources, left_out = dict(opened), []
     for name, source in sources.items():
         sources[name], found = unused.leave_out(source)

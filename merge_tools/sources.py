@@ -23,7 +23,7 @@ _BESIDE = ("quantize_config.json", "quant_config.json")
 
 
 def parse_sources(arguments: Sequence[str]) -> dict[str, Path]:
-    """`["w8a8=DIR", ...]` -> {"w8a8": Path("DIR"), ...}, in this order."""
+    """Parse `["w8a8=DIR", ...]` into {"w8a8": Path("DIR"), ...}, in this order."""
     folders: dict[str, Path] = {}
     for argument in arguments:
         name, equals, folder = argument.partition("=")
@@ -44,7 +44,7 @@ def parse_sources(arguments: Sequence[str]) -> dict[str, Path]:
 
 
 def check_distinct(folders: Mapping[str, Path]) -> None:
-    """Raise MergeError for a folder that two sets have."""
+    """Raise MergeError if one folder is given for two sets."""
     owners: dict[Path, str] = {}
     for name, folder in folders.items():
         other = owners.setdefault(folder.resolve(), name)
@@ -104,7 +104,7 @@ def _set_config(checkpoint: Checkpoint, takes_floats: bool) -> dict[str, Any]:
 
 
 def _quantization(checkpoint: Checkpoint) -> Any:
-    """The set's config from where vLLM looks for it."""
+    """The quantization config of a set, from where vLLM looks for it; None if there is none."""
     text = checkpoint.config.get("text_config")
     nested = text.get(SECTION) if isinstance(text, dict) else None
     for found in (checkpoint.config.get(SECTION), nested, checkpoint.config.get(_COMPRESSION)):
@@ -117,7 +117,7 @@ def _quantization(checkpoint: Checkpoint) -> Any:
 
 
 def _check_transforms(transforms: Any) -> None:
-    # compressed-tensors applies these to K after RoPE, so K is in another basis
+    # compressed-tensors applies these to K after RoPE, so K is in another basis.
     text = str(transforms or "")
     if "k_cache" in text or "q_attn" in text:
         raise FormatError(
