@@ -96,7 +96,7 @@ def _short(value: Any) -> str:
 def _check_tokenizer(left: StoredSet, right: StoredSet) -> None:
     """Raise MergeError unless both have the same tokenizer.
 
-    Compared are the tokenizer.json, and where a set has none, every file that it could be made from.
+    Compared is tokenizer.json or, where a set has none, every file that it could be made from.
     """
     ours, theirs = left.checkpoint.path, right.checkpoint.path
     is_whole = all((folder / _TOKENIZER).is_file() for folder in (ours, theirs))

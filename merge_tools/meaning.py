@@ -75,7 +75,7 @@ def is_tied(config: Mapping[str, Any]) -> bool:
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The position embedding as `rope_parameters` of transformers 5, made of older keys if need be."""
+    """The `rope_parameters` of transformers 5, put together from older keys if need be."""
     found = config.get("rope_parameters")
     if not isinstance(found, dict):
         scaling = config.get("rope_scaling")

@@ -89,7 +89,7 @@ def check_clipped(shares: dict[str, float], limit: float) -> None:
 
 
 def residual(source: StoredSet, base: StoredSet, layer: str) -> torch.Tensor:
-    """Compute the qresidual of `layer`, uint8 [N, K / 2], as `vllm_qoq.checkpoint.format` has it."""
+    """Compute the qresidual of `layer`: uint8 [N, K / 2], see `vllm_qoq.checkpoint.format`."""
     import torch
 
     from vllm_qoq.checkpoint.dequantize import row_chunks

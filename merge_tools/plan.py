@@ -34,7 +34,7 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A tensor of the output, the set that owns it (None where all sets share it), and its origin."""
+    """A tensor of the output, the set that owns it (None: all sets share it), and its origin."""
 
     info: TensorInfo
     owner: str | None

@@ -1,7 +1,8 @@
 """Tensors that a checkpoint has and its model does not use, which a merge leaves out and names.
 
 These are constants that vLLM computes itself, second copies of a tied embedding, and biases of
-zeros where another set has none. Sets that say differently whether lm_head is the embedding are brought together.
+zeros where another set has none. Sets that say differently whether lm_head is the embedding are
+brought together.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def _unused(source: StoredSet) -> Iterator[tuple[str, str]]:
 
 
 def _like(prefill: StoredSet, source: StoredSet) -> tuple[StoredSet, list[str]]:
-    """Make the head of `source` like that of `prefill`; returns the set and the tensors left out."""
+    """Make the head of `source` like `prefill`'s; returns the set and the tensors left out."""
     tied = [is_tied(one.checkpoint.config) for one in (prefill, source)]
     embedding = _embedding(source)
     if tied[0] == tied[1] or embedding is None:
