@@ -1,4 +1,7 @@
-"""Numbers of a config.json that are no sizes: with a wrong one a model loads and talks nonsense."""
+"""Checks of the numbers in config.json that are no sizes.
+
+With a wrong one a model loads and talks nonsense.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ _LONGEST_CONTEXT = 1 << 31
 
 
 def findings(config: Mapping[str, Any]) -> Iterator[str]:
-    """What cannot be in a `config.json`, or in the text_config of one; keys may be absent."""
+    """Find numbers that cannot be in a `config.json` or its text_config; keys may be absent."""
     text = text_config(config)
     epsilon = text.get("rms_norm_eps")
     if epsilon is not None and not (is_finite(epsilon) and 0 <= epsilon < 1):

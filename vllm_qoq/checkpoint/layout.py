@@ -1,4 +1,4 @@
-"""How a layer is stored: the quantization methods that a set may use, by their tensors.
+"""The layout of a layer: how each quantization method that a set may use stores it.
 
 A layer is described from the names, dtypes and shapes of its tensors and from the
 set's own `quantization_config`; no tensor is read. N is out_features, K is
@@ -60,7 +60,7 @@ FP8 = frozenset({"F8_E4M3", "F8_E5M2"})
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One layer of one set.
+    """The layout of one layer of one set.
 
     `block` is the part of the weight under one scale, as (rows, columns).
     """
@@ -78,7 +78,7 @@ class Layout:
 
 
 def group_leaves(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
-    """The tensors of each layer: layer name -> leaf -> info."""
+    """Group tensors by layer: layer name -> leaf -> info."""
     layers: dict[str, dict[str, TensorInfo]] = {}
     for name, info in tensors.items():
         layer, leaf = split_layer(name)
@@ -94,7 +94,7 @@ def is_quantized(leaves: Leaves) -> bool:
 
 
 def describe(leaves: Leaves, config: Mapping[str, Any]) -> Layout:
-    """The layout of a layer, or a FormatError that names the tensor that is wrong.
+    """Find the layout of a layer, or raise FormatError with the tensor that is wrong.
 
     `config` is the `quantization_config` of the set.
     """
@@ -150,7 +150,7 @@ def _dense(leaves: Leaves, config: Mapping[str, Any]) -> Layout:
 
 
 def _block(scale: TensorInfo, shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[int, int]:
-    """What one scale of a dense weight [N, K] covers, checked against the scale's shape."""
+    """Find the block of a dense weight [N, K] under one scale, from the shape of the scales."""
     _expect(scale, FLOATS, scale.shape)
     n, k = shape
     if math.prod(scale.shape) == 1:
@@ -249,7 +249,7 @@ def _residual(leaves: Leaves) -> Layout:
 
 
 def _nibbles(leaves: Leaves, leaf: str) -> tuple[int, int]:
-    """(N, K) of a tensor with two codes in a byte."""
+    """The sizes (N, K) of a tensor with two codes in a byte."""
     if leaf not in leaves:
         raise _lost(leaves, leaf)
     if len(leaves[leaf].shape) != 2:
@@ -259,7 +259,7 @@ def _nibbles(leaves: Leaves, leaf: str) -> tuple[int, int]:
 
 
 def _only(leaves: Leaves, expected: Mapping[str, tuple[str, list[int]]], what: str) -> None:
-    """Refuse a layer of `what` that lacks a tensor, or has another."""
+    """Raise FormatError for a layer of `what` that lacks a tensor, or has another."""
     for leaf, (dtype, shape) in expected.items():
         if leaf not in leaves:
             raise _lost(leaves, leaf)

@@ -12,7 +12,7 @@
     modelopt            ignore, exclude_modules: names, substrings and globs
     quark               exclude: names and `re:` patterns
 
-vLLM runs some projections as one layer (`architectures.FUSED`); a `Unit` is what it runs.
+vLLM runs some projections as one layer (`vllm_qoq.models.names.FUSED`): a `Unit`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _PATTERN = "re:"
 _MOST_ENTRIES = 16_384
 # An entry of extra_config with one of these is a pattern for auto-round.
 _SPECIAL = frozenset(r"*+?^$()[]{}|\\")
-# Never quantized in a ModelOpt checkpoint, whatever it lists.
+# A ModelOpt checkpoint never quantizes these, whatever it lists.
 _MODELOPT_TOWERS = ("vision_tower", "vision_model", "vit_large_projector")
 _LINEAR_CLASSES = (
     "QKVParallelLinear",
@@ -65,19 +65,19 @@ class Unit:
 
 
 class Method(BaseModel):
-    """What vLLM reads of a `quantization_config`. Wrong types are refused, other keys are left."""
+    """The keys of a `quantization_config` that vLLM reads; wrong types of theirs are refused."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
     def unserved(self) -> Iterator[str]:
-        """Why no vLLM serves a set with this config: `KEY: reason; remedy`."""
+        """Find why no vLLM serves a set with this config, each as `KEY: reason; remedy`."""
         yield from ()
 
     def quantizes(self, unit: Unit, stored: Collection[str]) -> bool:
         """Whether vLLM makes a quantized layer of `unit`.
 
-        `stored` are the layers that have quantized tensors. FormatError where the config tells
-        the parts of one layer apart.
+        `stored` are the layers that have quantized tensors. Raises FormatError where the config
+        tells the parts of one layer apart.
         """
         raise NotImplementedError
 
@@ -87,7 +87,7 @@ class Method(BaseModel):
 
 
 class _Override(BaseModel):
-    """What a rule of GPTQ's `dynamic` or of auto-round's extra_config sets for its layers."""
+    """The keys that a rule of GPTQ's `dynamic` or of auto-round's extra_config sets."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
@@ -96,7 +96,7 @@ class _Override(BaseModel):
     sym: bool | None = None
 
     def given(self) -> dict[str, Any]:
-        """The keys that it sets, `sym` apart."""
+        """The keys that the rule sets, apart from `sym`."""
         found = {"bits": self.bits, "group_size": self.group_size}
         return {key: value for key, value in found.items() if value is not None}
 
@@ -118,12 +118,12 @@ class _Group(BaseModel):
 
     @property
     def is_attention(self) -> bool:
-        """Whether it quantizes attention, which vLLM leaves to the KV cache."""
+        """Whether the group quantizes attention, which vLLM leaves to the KV cache."""
         return len(self.targets) == 1 and self.targets[0].endswith("Attention")
 
 
 class CompressedTensors(Method):
-    """llmcompressor's format."""
+    """The format of llmcompressor."""
 
     config_groups: dict[str, _Group] = {}
     ignore: list[str] | None = None
@@ -169,7 +169,7 @@ class CompressedTensors(Method):
 
 
 class GPTQ(Method):
-    """AutoGPTQ's and GPTQModel's format."""
+    """The format of AutoGPTQ and GPTQModel."""
 
     bits: int | None = None
     group_size: int | None = None
@@ -216,7 +216,7 @@ class GPTQ(Method):
         return {"bits": self.bits, "group_size": self.group_size, **override.given()}
 
     def _override(self, name: str) -> _Override | None:
-        """What the first rule that matches says, nothing without one; None skips the layer."""
+        """The first rule that matches, or an empty one; None where that rule skips the layer."""
         for rule, override in (self.dynamic or {}).items():
             is_negative = rule.startswith("-:")
             if matches(rule.removeprefix("-:" if is_negative else "+:"), name):
@@ -225,7 +225,7 @@ class GPTQ(Method):
 
 
 class AWQ(Method):
-    """AutoAWQ's format."""
+    """The format of AutoAWQ."""
 
     bits: int | None = None
     w_bit: int | None = None
@@ -251,7 +251,7 @@ class AWQ(Method):
 
 
 class AutoRound(Method):
-    """Intel's auto-round, which vLLM calls inc."""
+    """The format of Intel's auto-round, which vLLM calls inc."""
 
     bits: int | None = None
     group_size: int | list[int] | None = None
@@ -323,7 +323,7 @@ class AutoRound(Method):
 
 
 class FP8(Method):
-    """Weights in fp8 with a scale per tensor or per block: DeepSeek's, transformers', AutoFP8's."""
+    """The fp8 of DeepSeek, transformers and AutoFP8: a scale per tensor or per block."""
 
     activation_scheme: str | None = None
     ignored_layers: list[str] | None = None
@@ -340,7 +340,7 @@ class FP8(Method):
 
 
 class FBGEMM(Method):
-    """Meta's fp8 with a scale per row."""
+    """The fp8 of Meta, with a scale per row."""
 
     modules_to_not_convert: list[str] | None = None
     activation_scale_ub: float | int | None = None
@@ -363,7 +363,7 @@ class _ModelOptPart(BaseModel):
 
 
 class ModelOpt(Method):
-    """NVIDIA ModelOpt's fp8, in either place that it writes its config to."""
+    """The fp8 of NVIDIA ModelOpt, whose config stands in either of two places."""
 
     quant_algo: str | None = None
     ignore: list[str] | None = None
@@ -390,7 +390,7 @@ class ModelOpt(Method):
 
 
 class Quark(Method):
-    """AMD Quark's fp8 and int8."""
+    """The fp8 and int8 of AMD Quark."""
 
     exclude: list[str] | None = None
     export: dict[str, Any] | None = None
@@ -409,7 +409,7 @@ class Quark(Method):
 
 
 class QoQ(Method):
-    """A QoQ set; `vllm_qoq.checkpoint.format` checks the rest of it."""
+    """The format of a QoQ set; `vllm_qoq.checkpoint.format` checks its other keys."""
 
     ignore: list[str] | tuple[str, ...] = Field(default=("lm_head",))
 
@@ -432,7 +432,7 @@ METHODS: Mapping[str, type[Method]] = {
 
 
 def method_name(config: Mapping[str, Any]) -> str:
-    """The `quant_method`, spelled as vLLM spells it; empty where there is none."""
+    """The `quant_method` of a config, spelled as vLLM spells it; empty where there is none."""
     name = config.get("quant_method")
     if not isinstance(name, str):
         return ""
@@ -440,7 +440,7 @@ def method_name(config: Mapping[str, Any]) -> str:
 
 
 def parse(config: Mapping[str, Any]) -> Method:
-    """The method of a `quantization_config`; FormatError for one that is not in the table."""
+    """Read the method of a `quantization_config`; FormatError if it is not in the table."""
     name = method_name(config)
     if name not in METHODS:
         raise FormatError(
@@ -458,7 +458,7 @@ def parse(config: Mapping[str, Any]) -> Method:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].partition(" or instance of ")[0]  # a class of ours
+        message = first["msg"].partition(" or instance of ")[0]  # without a class of ours
         raise FormatError(
             f"{_WHERE}.{key}: {shown(first['input'])}: {message}; mend {key or 'it'} or quantize "
             "the model again"
@@ -492,7 +492,7 @@ def _any_or_all(unit: Unit, rule: Callable[[str], bool]) -> bool:
 
 
 def _all_parts(unit: Unit, rule: Callable[[str], bool]) -> bool:
-    """What `rule` says of all parts alike; FormatError where it tells them apart."""
+    """Whether `rule` holds for all parts; FormatError where it tells them apart."""
     found = {rule(part) for part in unit.parts}
     if len(found) > 1:
         raise _mixed(unit)

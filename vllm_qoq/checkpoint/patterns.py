@@ -1,4 +1,4 @@
-"""Regular expressions of strangers: matched as vLLM matches them, in bounded time."""
+"""Regular expressions of strangers, matched as vLLM matches them, in bounded time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from functools import lru_cache
 from typing import Any
 
-import regex  # vLLM's own choice, and the standard library's cannot be stopped
+import regex  # vLLM matches with it, and matching with the standard library cannot be stopped
 
 from vllm_qoq.errors import FormatError
 
@@ -29,7 +29,7 @@ def occurs(pattern: str, name: str) -> bool:
 
 
 def _run(pattern: str, name: str, how: str) -> bool:
-    """Refuses a pattern that runs long, and many that together do."""
+    """Match, or raise FormatError if this pattern, or all so far together, take too long."""
     global _slow
     if pattern in _refused:
         raise _too_slow(pattern, name)
