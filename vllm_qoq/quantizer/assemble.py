@@ -1,4 +1,4 @@
-"""From the finished pieces to a checkpoint, tensor by tensor."""
+"""The contents of a checkpoint, assembled from the finished pieces in the work folder."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ SHARED = "shared"
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor of the output: what it is called there, and where it lies now."""
+    """A tensor of the output: what it will be there, and the `file` and `name` it has now."""
 
     info: TensorInfo
     file: Path
     name: str
 
     def read(self) -> torch.Tensor:
-        """The tensor."""
+        """Read the tensor."""
         with safe_open(self.file, "pt") as file:
             return file.get_tensor(self.name)
 
@@ -58,7 +58,7 @@ def content(
     options: Options,
     report: dict[str, Any],
 ) -> Content:
-    """The checkpoint that is made of the pieces in `work` and of the other files of the model."""
+    """Describe the checkpoint made of the pieces in `work` and of the model's other files."""
     stored = {one.info.name: one for one in _tensors(work, arch, layers, options)}
     # The shared tensors of each module, and each set, begin a new file.
     groups = groupby((one.info for one in stored.values()), key=lambda i: i.name.partition(".")[0])
@@ -75,7 +75,7 @@ def content(
 
 
 def section(options: Options) -> Section:
-    """Prompts in the first set, generation in the last."""
+    """Make the section of config.json, with prompts in the first set and generation in the last."""
     return Section(
         sets={kind.name: kind.config() for kind in options.kinds},
         routing=Routing(prefill=options.sets[0], decode=(DecodeRow(set_name=options.sets[-1]),)),
@@ -86,7 +86,7 @@ def section(options: Options) -> Section:
 
 
 def _tensors(work: WorkDir, arch: LayerNames, layers: int, options: Options) -> Iterator[_Stored]:
-    """Everything to write: shared tensors first, then set by set."""
+    """List all tensors to write: the shared ones first, then set by set."""
     shared = [SHARED, STREAM] if options.rotate else [SHARED]
     for file in map(work.file, shared):
         for key, dtype, shape in _entries(file):
@@ -102,7 +102,7 @@ def _tensors(work: WorkDir, arch: LayerNames, layers: int, options: Options) -> 
 
 
 def _entries(file: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Name, dtype and shape of the tensors of a piece."""
+    """List name, dtype and shape of the tensors of a piece."""
     with safe_open(file, "pt") as tensors:
         for key in sorted(tensors.keys()):
             entry = tensors.get_slice(key)

@@ -1,4 +1,4 @@
-"""What the user asks to see of the model before and after: perplexity, a few generated tokens."""
+"""Measuring the float model and every set: perplexity, and a few generated tokens."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _REMEDY = "check the model in its own dtype, then switch single steps off to fin
 
 @dataclass(frozen=True)
 class SetCheck:
-    """What to measure. Without windows and prompts, nothing.
+    """What to measure of the model and of each set; nothing without windows and prompts.
 
-    windows  token ids to measure the perplexity on
-    prompts  token ids to continue
-    kv_bits  precisions of the KV cache to measure with, simulated below 16
-    kv_hadamard  whether the cache rotates keys
+    windows        token ids to measure the perplexity on
+    prompts        token ids to continue
+    kv_bits        precisions of the KV cache to measure with, simulated below 16
+    kv_hadamard    whether the cache rotates keys
     has_int8_head  whether the quantized model rounds the lm_head's inputs
     """
 
@@ -40,7 +40,7 @@ class SetCheck:
     quiet: bool
 
     def measure(self, model: Module, label: str) -> dict[str, Any]:
-        """`perplexity` by KV precision ("kv16", "kv4") and `generated` texts, where asked for."""
+        """Measure `perplexity` by KV precision ("kv16", "kv4") and make `generated` texts."""
         found: dict[str, Any] = {}
         if self.windows:
             found["perplexity"] = {
@@ -57,9 +57,9 @@ class SetCheck:
         kind: SetKind,
         layers: Iterable[Mapping[str, torch.Tensor]],
     ) -> dict[str, Any]:
-        """The same of one set; `layers` has the tensors of each block as `SET.LAYER.LEAF`.
+        """Measure one set, like `measure`. The transformed `model` gets the weights of the set.
 
-        The transformed `model` gets the set's weights.
+        layers  the tensors of each block, named SET.LAYER.LEAF
         """
         if not (self.windows or self.prompts):
             return {}

@@ -1,6 +1,6 @@
-"""What config.json, headers, texts and options tell of a job. Imports neither torch nor more.
+"""Checks of a job by config.json, headers and texts, without torch or what imports it.
 
-So a mistyped path costs no seconds of imports. `load` checks what needs them.
+A mistyped path therefore costs no seconds of imports. `load` checks what needs them.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from vllm_qoq.quantizer.plan import Job
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-"""In which a model may run and be stored: by torch's name, safetensors' name."""
+"""The dtypes in which a model may run and be stored: torch's name -> safetensors' name."""
 
 _REMEDY = "mend it, or download the model again"
-# At least one of them, whatever the tokenizer's class.
+# Every tokenizer has at least one of these files, whatever its class.
 _TOKENIZERS = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
     *("sentencepiece.bpe.model", "tekken.json"),
@@ -51,7 +51,7 @@ class Inputs:
 
 
 def check_inputs(job: Job) -> Inputs:
-    """Open the model and refuse, by name, what cannot be quantized or would be lost."""
+    """Open the model; a UserError names what cannot be quantized or would be lost."""
     checkpoint = Checkpoint.open(job.model)
     config = checkpoint.config
     arch, model = layer_names(config), linear_layers(config, "quantized")
@@ -138,7 +138,7 @@ def _check_constants(config: Mapping[str, Any]) -> None:
 
 
 def _check_tensors(checkpoint: Checkpoint, model: LinearLayers) -> None:
-    """Every tensor of the architecture, each with its shape, and no other."""
+    """Raise QuantizeError unless the tensors are those of the architecture, each with its shape."""
     wanted: dict[str, tuple[int, ...]] = {f"{x}.weight": nk for x, nk in model.linears.items()}
     wanted |= {f"{name}.bias": (model.linears[name][0],) for name in model.biased}
     wanted |= model.others

@@ -38,7 +38,7 @@ from vllm_qoq.version import __version__
 _SMOOTHING = "smoothing"
 _PROMPTS = 2
 _TOKENIZER_FILES = ("tokenizer", "vocab", "merges.txt", "special_tokens_map", "added_tokens")
-# What decides which function a piece belongs to: the model's code, the rotations and their signs.
+# The pieces depend on these: on the code of the model, the rotations and their signs.
 _LIBRARIES = ("torch", "transformers", "compressed-tensors", "llmcompressor")
 
 
@@ -82,8 +82,9 @@ def quantize(
     sanity_check     whether to let every version continue a few words
     max_clipped      share of a layer's residuals that may be clipped in a nested set
     resume           whether to go on with what `work_dir` holds: "auto", "required" or "never"
-    max_shard_bytes  of a file with weights
+    max_shard_bytes  size of a file with weights, at most
     overwrite        replace an older output, if it is ours
+    quiet            print no progress
 
     Raises UserError with what is wrong and what to do, before work begins; an output is complete or
     absent.
@@ -109,7 +110,7 @@ def quantize(
 
 
 def prepare(job: Job, options: Options) -> CheckedJob:
-    """Everything that `run` refuses before its work begins, and the plan of that work."""
+    """Check everything that can be refused before the work begins; returns the checked job."""
     plan = check_job(job, options)
     if options.rotate:
         rotate.require_sizes(plan.shape)
@@ -124,7 +125,10 @@ def prepare(job: Job, options: Options) -> CheckedJob:
 
 
 def run(job: Job, options: Options) -> dict[str, Any]:
-    """Quantize; returns the report. A stopped run leaves only its work folder."""
+    """Quantize and write the checkpoint; returns the report.
+
+    A stopped run leaves only its work folder.
+    """
     started = time.monotonic()
     plan = prepare(job, options)
     arch, shape = plan.arch, plan.shape
@@ -142,7 +146,7 @@ def run(job: Job, options: Options) -> dict[str, Any]:
             rotate.rotate_stream(model, arch, shape)
         _smooth(model, plan, options, work, job.quiet)
         if options.rotate:
-            rotate.rotate_values(model, arch, shape)  # of channels that are smooth already
+            rotate.rotate_values(model, arch, shape)  # after the channels have been smoothed
         biased = keys.large_biases(model, arch, shape, options.kv_bits, options.kv_hadamard)
         if biased:
             print(f"warning: {keys.warning(biased, options)}", file=sys.stderr, flush=True)
@@ -198,7 +202,7 @@ def _check(job: Job, options: Options, plan: CheckedJob) -> SetCheck:
 
 
 def _load(folder: Path, arch: LayerNames) -> Any:
-    """The model in the CPU's memory; what runs or reads a layer brings it to the GPU, if any."""
+    """Load the model into the CPU's memory; layers are brought to a GPU when they are used."""
     from compressed_tensors.offload import set_onload_device
 
     model = load_model(folder)
@@ -209,7 +213,7 @@ def _load(folder: Path, arch: LayerNames) -> Any:
 
 
 def fingerprint(job: Job, options: Options, plan: CheckedJob) -> dict[str, Any]:
-    """What the pieces in a work folder depend on."""
+    """Describe all that the pieces in a work folder depend on."""
     checkpoint = Checkpoint.open(job.model)
     weights = {}
     for file in sorted({info.file for info in checkpoint.tensors.values()}):
@@ -283,7 +287,7 @@ def _pipeline(model: Any, step: Any, plan: CheckedJob) -> None:
         {"input_ids": torch.tensor([tokens]), "attention_mask": torch.ones(1, len(tokens)).long()}
         for tokens in plan.samples
     ]
-    # In this order always: a resumed run must see the same.
+    # The order is always this one: a resumed run must see the same.
     data: Any = torch.utils.data.DataLoader(batches, batch_size=None, shuffle=False)
     # With a tokenizer given, oneshot loads no processor from the folder, nor code of one.
     oneshot(
@@ -292,7 +296,7 @@ def _pipeline(model: Any, step: Any, plan: CheckedJob) -> None:
 
 
 def _shared(model: Any, arch: LayerNames, options: Options) -> dict[str, torch.Tensor]:
-    """Everything but the layers that are in each set."""
+    """The tensors that all sets share, by name."""
     mine = {
         f"{arch.blocks}.{i}.{name}."
         for i in range(len(blocks(model, arch)))

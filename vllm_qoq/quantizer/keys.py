@@ -1,4 +1,4 @@
-"""The blocks whose keys a quantized cache cannot hold, because of their bias."""
+"""Check of the key biases: which are so large that a quantized cache cannot hold the keys."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from vllm_qoq.quantizer.options import Options
 def large_biases(
     model: Module, arch: LayerNames, shape: Dimensions, bits: int, use_hadamard: bool
 ) -> list[str]:
-    """The names of the layers, of the model as it will be quantized, with `bits` of its cache."""
-    if bits == 16 or arch.k_norm is not None:  # which evens the bias out with the rest
+    """Name the k_proj layers whose bias is too large for a cache of `bits`.
+
+    The model must be as it will be quantized, with rotations and scales.
+    """
+    if bits == 16 or arch.k_norm is not None:  # A norm evens the bias out.
         return []
     found = []
     for index, block in enumerate(blocks(model, arch)):
@@ -40,7 +43,7 @@ def large_biases(
 
 
 def warning(layers: list[str], options: Options) -> str:
-    """What to tell of `large_biases`."""
+    """Write the warning about `large_biases`."""
     ways = [] if options.smooth_attention else ["do not leave out SmoothAttention"]
     ways += [] if options.kv_hadamard else ["rotate the keys with --kv-hadamard"]
     ways += ["give --kv-bits 8" if options.kv_bits == 4 else "give --kv-bits 16"]

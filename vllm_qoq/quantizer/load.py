@@ -1,4 +1,4 @@
-"""The model and its tokenizer, from the files that were checked and no others.
+"""Loading of the model and its tokenizer, from the files that were checked and no others.
 
 Nothing of the folder is run, and transformers does not choose the files: it gets the
 tensors that `Checkpoint` describes, and a config without the keys that name code or files.
@@ -31,7 +31,7 @@ _CHUNK_VALUES = 4 << 20
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The model's tokenizer; QuantizeError if it is broken or another model's."""
+    """Load the model's tokenizer; QuantizeError if it is broken or another model's."""
     from transformers import AutoTokenizer
 
     folder, config = checkpoint.path, _config(checkpoint)
@@ -106,14 +106,14 @@ def check_values(checkpoint: Checkpoint, progress: Progress) -> None:
 
 
 def load_model(folder: Path) -> Any:
-    """The model in the CPU's memory, mapped from its files, in the dtype of its config.json."""
+    """Load the model into the CPU's memory, mapped from its files, in its config.json's dtype."""
     checkpoint = Checkpoint.open(folder)
     config, dtype = _config(checkpoint), _dtype(checkpoint)
     with _building(checkpoint):
         model, info = _class(config).from_pretrained(
             None,
             config=config,
-            # One mapping of each file, which the tensors keep: writing to them copies the page.
+            # Each file is mapped once, for all its tensors; writing to one copies the page.
             state_dict={info.name: checkpoint.get(info.name) for info in _tensors(checkpoint)},
             dtype=dtype,
             attn_implementation="sdpa",
@@ -146,7 +146,7 @@ def _class(config: Any) -> Any:
 
 
 def _tensors(checkpoint: Checkpoint) -> list[TensorInfo]:
-    """What the model reads, file by file."""
+    """List the tensors that the model reads, file by file."""
     infos = (info for info in checkpoint.tensors.values() if not info.name.endswith(CONSTANT))
     return sorted(infos, key=lambda info: (info.file, info.name))
 

@@ -35,7 +35,7 @@ Done = Callable[[], None]
 
 
 class _BlockPass(Modifier):
-    """What both passes share: finding the block of a pipeline step."""
+    """The common part of both passes: finding the block of a pipeline step."""
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
@@ -46,6 +46,7 @@ class _BlockPass(Modifier):
     _blocks: list[Module] = PrivateAttr(default_factory=list)
 
     def on_initialize(self, state: Any, **kwargs: Any) -> bool:
+        """Find the blocks of the model."""
         self._blocks = blocks(state.model, self.arch)
         return True
 
@@ -59,6 +60,7 @@ class _BlockPass(Modifier):
                 self.finish(index, block)
 
     def on_calibration_end(self, state: Any, event: Any, **kwargs: Any) -> None:
+        """Remove the hooks of the modifier."""
         self.remove_hooks()
 
     def finish(self, index: int, block: Module) -> None:
@@ -67,7 +69,7 @@ class _BlockPass(Modifier):
 
 
 class SmoothPass(_BlockPass):
-    """Watches every block and smooths it."""
+    """The pass that watches every block and smooths it."""
 
     options: smooth.SmoothOptions
     samples: int
@@ -79,10 +81,11 @@ class SmoothPass(_BlockPass):
 
     @property
     def found(self) -> dict[str, torch.Tensor]:
-        """The transforms of all blocks, `INDEX.NAME`, for `apply_saved`."""
+        """The transforms of all blocks, named INDEX.NAME, for `apply_saved`."""
         return self._found
 
     def on_calibration_start(self, state: Any, event: Any, **kwargs: Any) -> None:
+        """Watch the layers of every block."""
         self._inv_freq = state.model.get_submodule(self.arch.rotary).inv_freq.detach().float()
         for index, block in enumerate(self._blocks):
             observer = self._observers[index] = Observer(self.arch, self.shape, self.samples)
@@ -92,10 +95,11 @@ class SmoothPass(_BlockPass):
                 self.register_hook(block.get_submodule(name), _input_hook(see), "forward_pre")
 
     def finish(self, index: int, block: Module) -> None:
+        """Smooth a block whose inputs have all been seen."""
         seen = self._observers.pop(index).seen()
         _require_finite(vars(seen).values(), f"{self.arch.blocks}.{index}")
         found = smooth.transforms(seen, block, self.arch, self.shape, self._inv_freq, self.options)
-        # From the CPU, as a resumed run has them.
+        # A resumed run has them on the CPU, so this one takes them from there, too.
         found = {name: tensor.cpu() for name, tensor in found.items()}
         smooth.apply(block, found, self.arch, self.shape)
         self._found |= {f"{index}.{name}": tensor for name, tensor in found.items()}
@@ -127,17 +131,17 @@ def _input_hook(see: Callable[[torch.Tensor], None]) -> Callable[..., None]:
 def apply_saved(
     model: Module, found: dict[str, torch.Tensor], arch: LayerNames, shape: Dimensions
 ) -> None:
-    """Smooth with what an earlier run found."""
+    """Smooth all blocks with what an earlier run found."""
     for index, block in enumerate(blocks(model, arch)):
         mine = {k.partition(".")[2]: t for k, t in found.items() if k.startswith(f"{index}.")}
         smooth.apply(block, mine, arch, shape)
 
 
 class QuantizePass(_BlockPass):
-    """Quantizes block by block into every set.
+    """The pass that quantizes every block into every set.
 
-    sets       the last one's weights make the inputs of the next block
-    use_gptq   else round to nearest
+    sets       the sets; the weights of the last one make the inputs of the next block
+    use_gptq   whether rounding errors are passed on, or else weights rounded to the nearest
     clip       whether scales that clip are tried
     """
 
@@ -152,6 +156,7 @@ class QuantizePass(_BlockPass):
     _input_hooks: list[Any] = PrivateAttr(default_factory=list)
 
     def on_calibration_start(self, state: Any, event: Any, **kwargs: Any) -> None:
+        """Round the inputs of every block where a set does, and gather their Hessians."""
         has_int8_inputs = any(kind.has_int8_activations for kind in self.sets)
         for index, block in enumerate(self._blocks):
             for group in self.arch.inputs:
@@ -165,17 +170,19 @@ class QuantizePass(_BlockPass):
                     self.register_hook(first, self._hessian_hook(index, group[0]), "forward_pre")
 
     def on_calibration_end(self, state: Any, event: Any, **kwargs: Any) -> None:
+        """Remove all hooks."""
         super().on_calibration_end(state, event, **kwargs)
         for hook in self._input_hooks:
             hook.remove()
 
     def finish(self, index: int, block: Module) -> None:
+        """Quantize a block, unless that is done already, and give it the last set's weights."""
         name = piece(index)
         if not self.work.has(name):
             self.work.save(name, *self._quantize(index, block))
         tensors, _ = self.work.load(name)
         for layer in self.arch.linears:
-            # The same from a fresh and from a resumed run: both take what was stored.
+            # A fresh run takes what was stored, too, so that a resumed one has the same.
             kept = tensors[f"propagated.{layer}"]
             target = block.get_submodule(layer)
             assign(target, "weight", kept.to(target.weight.device))
@@ -206,7 +213,7 @@ class QuantizePass(_BlockPass):
     def _round(
         self, weight: torch.Tensor, hessian: torch.Tensor, layer: str
     ) -> list[tuple[SetKind, Grid, LayerError]]:
-        """The layer in every set, in the order of `sets`, with its rows of the report."""
+        """Round a layer in every set, in the order of `sets`; each with its row of the report."""
         grids: dict[str, Grid] = {}
         rows: dict[str, LayerError] = {}
         # A base comes before what is a residual on it.

@@ -1,4 +1,4 @@
-"""Watching one block while the calibration text runs through it."""
+"""Observing of one block while the calibration text runs through it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SAMPLE_TOKENS = 1024
 
 
 class Observer:
-    """Gathers `Seen` from the outputs of q, k and v and the inputs of down_proj.
+    """An observer that gathers `Seen` from the outputs of q, k and v and the inputs of down_proj.
 
     It is called with one piece of text at a time, and keeps a few tokens of each,
     `_SAMPLE_TOKENS` in all.
@@ -37,7 +37,7 @@ class Observer:
         self.inputs = {arch.down: self._down}
 
     def seen(self) -> Seen:
-        """What was gathered."""
+        """Put together what was gathered."""
         queries = self._mean_square("queries").view(
             self._shape.kv_heads, self._shape.queries_per_kv, -1
         )
@@ -70,7 +70,7 @@ class Observer:
         return x.detach().reshape(-1, heads, self._shape.head_dim)
 
     def _sample(self, name: str, tokens: torch.Tensor) -> torch.Tensor:
-        """Keep a few rows, and say which."""
+        """Keep a few rows, and return which."""
         step = max(1, len(tokens) // self._tokens_per_sample)
         rows = torch.arange(step // 2, len(tokens), step, device=tokens.device)
         rows = rows[: self._tokens_per_sample]

@@ -1,4 +1,4 @@
-"""What can be known and refused before the weights are read."""
+"""The plan of a quantization: what can be known and refused before its work begins."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """Where a quantization reads and writes and what it shows, besides its `Options`.
+    """A quantization as it is asked for: what it reads, writes and shows, besides its `Options`.
 
     eval_text     text to measure the perplexity on, before and after
     sanity_check  whether to let every version continue a few words
@@ -67,13 +67,13 @@ class CheckedJob:
 
 
 def default_work_dir(out: Path) -> Path:
-    """Where finished layers go unless the user says otherwise: OUT with .work behind."""
+    """The folder for finished layers, unless the user says otherwise: OUT with .work behind."""
     resolved = out.resolve()  # "." has no name
     return resolved.parent / f"{resolved.name}.work"
 
 
 def check_job(job: Job, options: Options) -> CheckedJob:
-    """Check everything that can be known before work begins, the weights' numbers at last.
+    """Check everything that can be known before work begins, and the weights' numbers last.
 
     Raises QuantizeError, FormatError, TextError or OutputError with what is wrong and the remedy.
     """
@@ -89,7 +89,7 @@ def check_job(job: Job, options: Options) -> CheckedJob:
     stored = stored_bytes(job.work_dir)
     size.check_apart(job.work_dir, job.out, job.model)
     needed = size.sizes(checkpoint, arch, shape, linears, options)
-    # Both exist until the output is complete; the pieces of a stopped run do so already.
+    # Output and pieces exist together in the end; those of a stopped run are there already.
     to_come = max(needed.work - stored, 0)
     size.check_disks([(job.out, needed.output), (job.work_dir, to_come)])
 

@@ -28,12 +28,12 @@ _SEED = 0
 
 
 def hadamard(size: int, seed: int = _SEED) -> torch.Tensor:
-    """An orthogonal float64 [size, size] matrix whose entries have one magnitude."""
+    """Make an orthogonal matrix whose entries have one magnitude: float64 [size, size]."""
     return _random_matrix(size, torch.device("cpu"), seed) / size**0.5
 
 
 def require_sizes(shape: Dimensions) -> None:
-    """QuantizeError where the stream or the heads have a size that no rotation is known for."""
+    """Raise QuantizeError where no rotation is known for the size of the stream or the heads."""
     for size in (shape.hidden, shape.head_dim):
         _random_matrix(size, torch.device("meta"), _SEED)
 
@@ -60,7 +60,7 @@ def fold_norms(model: Module, arch: LayerNames) -> None:
 
 
 def way_back(model: Module, arch: LayerNames, shape: Dimensions) -> dict[str, torch.Tensor]:
-    """The checkpoint's tensors that turn hidden states back. The norms must not be folded yet."""
+    """Make the checkpoint's tensors that turn hidden states back, before the norms are folded."""
     norm = model.get_submodule(arch.final_norm).weight.detach().clone()
     return {f"{STREAM}.rotation": basis.signs(hadamard(shape.hidden)), f"{STREAM}.norm": norm}
 
@@ -76,7 +76,7 @@ def untie(model: Module, arch: LayerNames) -> None:
 
 @torch.no_grad()
 def rotate_stream(model: Module, arch: LayerNames, shape: Dimensions) -> None:
-    """Apply R1. The norms must be folded."""
+    """Apply R1 to all that reads or writes the residual stream. The norms must be folded."""
     rotation = hadamard(shape.hidden)
     turn_inputs(model.get_submodule(arch.embedding), rotation)
     turn_inputs(model.get_submodule(arch.head), rotation)
@@ -89,7 +89,7 @@ def rotate_stream(model: Module, arch: LayerNames, shape: Dimensions) -> None:
 
 @torch.no_grad()
 def rotate_values(model: Module, arch: LayerNames, shape: Dimensions) -> None:
-    """Apply R2 to every head."""
+    """Apply R2 to the values of every head."""
     rotation = hadamard(shape.head_dim)
     for block in blocks(model, arch):
         turn_outputs(block.get_submodule(arch.v), rotation)
@@ -97,7 +97,7 @@ def rotate_values(model: Module, arch: LayerNames, shape: Dimensions) -> None:
 
 
 def turn_inputs(layer: Module, rotation: torch.Tensor) -> None:
-    """W [N, K] -> W @ R, block by block where R is smaller than K."""
+    """Replace W [N, K] by W @ R, block by block where R is smaller than K."""
     weight = layer.weight.data
     size = len(rotation)
     blocked = weight.double().view(weight.shape[0], -1, size)
@@ -105,7 +105,7 @@ def turn_inputs(layer: Module, rotation: torch.Tensor) -> None:
 
 
 def turn_outputs(layer: Module, rotation: torch.Tensor) -> None:
-    """W [N, K] -> R.T @ W and b -> R.T @ b, block by block where R is smaller than N."""
+    """Replace W [N, K] by R.T @ W and b by R.T @ b, block by block where R is smaller than N."""
     weight, size = layer.weight.data, len(rotation)
     rotation = rotation.to(weight.device)
     blocked = weight.double().view(-1, size, weight.shape[1])

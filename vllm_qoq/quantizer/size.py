@@ -1,4 +1,4 @@
-"""How much disk and memory a quantization takes, known from headers and options."""
+"""The disk and memory that a quantization takes, known from headers and options."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ if TYPE_CHECKING:
     from vllm_qoq.quantizer.sets import SetKind
 
 _FLOAT32, _FLOAT64, _INT64 = 4, 8, 8
-# Python, torch, transformers and llmcompressor, once they have worked on a small model.
+# Bytes of Python, torch, transformers and llmcompressor after work on a small model.
 _LIBRARIES = 7 * 10**8
-# float32 copies of a layer's weights while its scales are searched, and [K, K] matrices.
+# While scales are searched, so many float32 copies of a layer's weights and of [K, K] matrices
+# are held.
 _WEIGHT_COPIES, _MATRIX_COPIES = 12, 5
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes.
+    """The bytes that a quantization takes.
 
     output  the tensors of the checkpoint
     work    the pieces in the work folder, which exist until the output is complete
@@ -54,7 +55,7 @@ def sizes(
     linears: Sequence[tuple[int, int]],
     options: Options,
 ) -> Sizes:
-    """What a run with these options takes; `linears` has (N, K) of all layers, block by block."""
+    """Count the bytes of a run; `linears` has (N, K) of all layers, block by block."""
     item = _item_bytes(checkpoint, arch)
     in_sets, biased = _names_in_sets(checkpoint, arch, shape)
     shared = sum(
@@ -70,7 +71,7 @@ def sizes(
     elif is_tied:
         shared += head  # the final norm is folded into a copy
     if options.rotate:
-        shared += hidden * hidden + item * hidden  # what turns hidden states back
+        shared += hidden * hidden + item * hidden  # the tensors that turn hidden states back
     sets = sum(
         layer_bytes(kind, n, k, item) + item * n * has_bias
         for kind in options.kinds
@@ -90,14 +91,14 @@ def sizes(
         "hessians": _FLOAT32 * sum(k * k for k in inputs.values()),
         "rounding": _FLOAT32 * (_MATRIX_COPIES * largest_k**2 + _WEIGHT_COPIES * largest),
         "results of a block": 2 * (sets + propagated) // shape.layers,
-        # Two float64 matrices of its size, or the results before they are written.
+        # Two float64 matrices of its size are held while it turns, or later what is to be written.
         "embedding": 2 * _FLOAT64 * vocabulary * hidden,
     }
     return Sizes(output, work, memory)
 
 
 def layer_bytes(kind: SetKind, n: int, k: int, item: int) -> int:
-    """Bytes of a layer [n, k] in one set, without its bias; `item` are the bytes of a float."""
+    """Count the bytes of a layer [n, k] in one set, without its bias; a float has `item` bytes."""
     if kind.base is not None:
         return n * k // 2
     if kind.name == "w8a8":
@@ -110,7 +111,7 @@ def layer_bytes(kind: SetKind, n: int, k: int, item: int) -> int:
 
 
 def check_disks(needs: Iterable[tuple[Path, int]]) -> None:
-    """QuantizeError unless every disk can take what is written to it in all.
+    """Raise QuantizeError unless every disk can take all that is written to it.
 
     needs  (folder or file that may not exist yet, bytes)
     """
@@ -129,7 +130,7 @@ def check_disks(needs: Iterable[tuple[Path, int]]) -> None:
 
 
 def check_apart(work_dir: Path, out: Path, model: Path) -> None:
-    """QuantizeError where the work folder is, holds or lies in the output or the model."""
+    """Raise QuantizeError where the work folder is, holds or lies in the output or the model."""
     work = work_dir.resolve()
     for option, folder in (("--output", out), ("the model", model)):
         other = folder.resolve()
@@ -145,7 +146,7 @@ def _existing(path: Path) -> Path:
 
 
 def _embedding(checkpoint: Checkpoint, arch: LayerNames) -> tuple[int, int]:
-    """Vocabulary and hidden size."""
+    """The vocabulary's and the hidden size."""
     name = f"{arch.embedding}.weight"
     info = checkpoint.tensors.get(name)
     if info is None or len(info.shape) != 2:
@@ -157,7 +158,7 @@ def _embedding(checkpoint: Checkpoint, arch: LayerNames) -> tuple[int, int]:
 
 
 def _item_bytes(checkpoint: Checkpoint, arch: LayerNames) -> int:
-    """Bytes of a float of the model as `load` has it."""
+    """The bytes of a float of the model as `load` has it."""
     name = dtype_name(checkpoint.config)
     stored = checkpoint.tensors[f"{arch.embedding}.weight"].dtype
     return ITEM_BYTES[stored if name is None else DTYPES[name]]
@@ -166,7 +167,7 @@ def _item_bytes(checkpoint: Checkpoint, arch: LayerNames) -> int:
 def _names_in_sets(
     checkpoint: Checkpoint, arch: LayerNames, shape: Dimensions
 ) -> tuple[set[str], list[bool]]:
-    """The tensors of the layers that every set has, and which of these layers have a bias."""
+    """List the tensors of the layers that every set has, and which of these have a bias."""
     layers = [f"{arch.blocks}.{i}.{name}" for i in range(shape.layers) for name in arch.linears]
     biased = [f"{layer}.bias" in checkpoint.tensors for layer in layers]
     return {f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias")}, biased
@@ -175,6 +176,6 @@ def _names_in_sets(
 def _inputs(
     arch: LayerNames, block: Sequence[tuple[int, int]]
 ) -> Iterable[tuple[tuple[str, ...], int]]:
-    """The groups of layers that read one input, and its size."""
+    """List the groups of layers that read one input, and its size."""
     sizes_of = dict(zip(arch.linears, block, strict=True))
     return ((group, sizes_of[group[0]][1]) for group in arch.inputs)

@@ -1,4 +1,4 @@
-"""Scales and orders of channels that the quantizers see and the model's function does not.
+"""Smoothing: scales and orders of channels that leave the model's function as it is.
 
 SmoothAttention divides the channels of K, and multiplies those of Q, by a scale
 that K's large channels ask for. RoPE mixes channel i with i + D/2 of a head, so the
@@ -27,9 +27,9 @@ from vllm_qoq.quantizer.weights import assign
 class SmoothOptions:
     """What to smooth, and the precisions that the scales are chosen for.
 
-    attention  SmoothAttention on K
-    outputs    the inputs of o_proj and down_proj
-    reorder    sort down_proj's inputs
+    attention  whether K gets SmoothAttention
+    outputs    whether the inputs of o_proj and down_proj are smoothed
+    reorder    whether the inputs of down_proj are sorted
     """
 
     attention: bool
@@ -69,9 +69,9 @@ def transforms(
     inv_freq: torch.Tensor,
     options: SmoothOptions,
 ) -> dict[str, torch.Tensor]:
-    """The tensors that `apply` needs, for one block; only those that `options` ask for.
+    """Find the tensors that `apply` needs for one block, those that `options` ask for.
 
-    inv_freq float32 [head_dim / 2] is RoPE's.
+    inv_freq is RoPE's, float32 [head_dim / 2]. The results are
 
     key_scale    float32 [kv_heads, head_dim / 2]
     value_scale  float32 [kv_heads, head_dim]
@@ -106,7 +106,7 @@ def transforms(
 def apply(
     block: Module, found: dict[str, torch.Tensor], arch: LayerNames, shape: Dimensions
 ) -> None:
-    """Change the weights of one block. The function stays, but for rounding to their dtype."""
+    """Change the weights of one block; its function stays, but for rounding to their dtype."""
     if "key_scale" in found:
         _smooth_keys(block, found["key_scale"].double(), arch, shape)
     if "value_scale" in found:

@@ -1,4 +1,4 @@
-"""Calibration and evaluation text: a file, cut into pieces of equal length."""
+"""Cutting of calibration and evaluation text into pieces of equal length."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from vllm_qoq.quantizer import QuantizeError
 
 
 def pieces(path: Path, tokenizer: Any, seqlen: int, samples: int | None) -> list[list[int]]:
-    """Token ids of up to `samples` consecutive pieces of `seqlen` tokens, from all over the file.
+    """Cut a text file into pieces of `seqlen` token ids, of which up to `samples` are kept.
 
-    Without special tokens, as `vllm_qoq.bench.perplexity` has them. Raises
-    QuantizeError if the text is too short.
+    They are taken from all over the file; None keeps all. There are no special tokens, as in
+    `vllm_qoq.bench.perplexity`. Raises QuantizeError if the text is too short.
     """
     tokens = tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False).input_ids
     starts = list(range(0, len(tokens) - seqlen + 1, seqlen))
