@@ -1,7 +1,7 @@
-"""Which of two sets is more accurate, as far as their quantization configs tell.
+"""The order of sets by accuracy, as far as their quantization configs tell.
 
-More bits a weight before fewer; among equals more bits an activation; then the order in the
-checkpoint. Which 4-bit method loses less is a matter of measuring (`vllm-qoq perplexity`).
+More bits a weight come before fewer; among equals, more bits an activation; then the order in the
+checkpoint decides. Which 4-bit method loses less has to be measured (`vllm-qoq perplexity`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _UNQUANTIZED = 16
 
 
 class Bits(NamedTuple):
-    """Of a weight and of an activation; 16 stands for the model's own dtype."""
+    """The bits of a weight and of an activation; 16 stands for the model's own dtype."""
 
     weights: int
     activations: int
 
 
 def accuracy_order(sets: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
-    """The names of the sets, the most accurate first. TuneError for a method without known bits."""
+    """Order the names of the sets, the most accurate first; TuneError where bits are not known."""
     found = {name: bits(name, config) for name, config in sets.items()}
     return tuple(sorted(found, key=found.__getitem__, reverse=True))
 
@@ -45,7 +45,7 @@ def bits(name: str, config: Mapping[str, Any]) -> Bits:
         if method == "compressed-tensors":
             return _compressed_tensors(config["config_groups"])
     except (KeyError, TypeError, ValueError, AttributeError):
-        pass  # to the same remedy
+        pass  # All of these have the same remedy.
     raise TuneError(
         f"set {name!r} ({printable(str(method))}): its config does not say how many bits it has, "
         "so it has no place in the order of accuracy; write the routing into config.json by hand"

@@ -1,4 +1,4 @@
-"""The result as a picture: how long each set takes, and where the routing switches."""
+"""The picture of a tuning: how long each set takes, and where the routing switches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def save(outcome: Outcome, path: Path) -> None:
 
 
 def figure(outcome: Outcome) -> Any:
-    """Decode and prefill side by side; the background has the colour of the chosen set."""
+    """Draw decode and prefill side by side, each chosen set's colour in the background."""
     estimates, names = outcome.measured.estimates(), outcome.measured.sets
     styles = {name: plots.method(name, names)._replace(label=name) for name in names}
     model = printable(outcome.folder.resolve().name)
@@ -41,7 +41,7 @@ def figure(outcome: Outcome) -> Any:
 
 
 def _title(decode: Mapping[int, Mapping[str, float]], routing: Routing) -> str:
-    """How the set of the smallest step compares with the fastest other one there."""
+    """Say how the set of the smallest step compares with the fastest other one there."""
     batch, row = next(iter(decode.items()))
     chosen = next(r.set_name for r in routing.decode if r.max_batch is None or batch <= r.max_batch)
     others = [name for name in row if name != chosen]
