@@ -1,4 +1,4 @@
-"""The result of `bench attention` as a picture: how long each cache takes, how fast it is read."""
+"""The picture of `bench attention`: how long each cache takes, and how fast it is read."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def save(result: AttentionResult, path: Path) -> None:
 
 
 def figure(result: AttentionResult, ratios: Mapping[Decode, float]) -> Any:
-    """Over the cases: microseconds, and TB/s beside the rate of a copy.
+    """Draw microseconds over the cases, and TB/s beside the rate of a copy.
 
-    ratios  of `ratios`, or what a report says
+    ratios  the result of `ratios`, or the figures of a report
     """
     heads, ours = result.heads, _subject(result)
     subtitle = (
@@ -69,7 +69,7 @@ def figure(result: AttentionResult, ratios: Mapping[Decode, float]) -> Any:
 
 
 def ratios(result: AttentionResult) -> dict[Decode, float]:
-    """Case -> time of the fastest peer over that of our first kernel, where both were measured."""
+    """Divide the fastest peer's time by our first kernel's, in the cases that have both."""
     ours, found = _subject(result), {}
     for case in result.cases:
         seconds = result.seconds[case]
@@ -93,7 +93,7 @@ def _title(ours: str, ratios: Mapping[Decode, float]) -> str:
 
 
 def _lines(axes: Any, result: AttentionResult, value: Callable[..., float]) -> None:
-    """Markers, and thin lines that only help to follow them. A missing number interrupts both."""
+    """Draw markers, and thin lines to follow them by; a missing number interrupts both."""
     for name in result.kernels:
         found = plots.METHODS[name]
         line = [value(result, name, case) for case in result.cases]
@@ -103,7 +103,7 @@ def _lines(axes: Any, result: AttentionResult, value: Callable[..., float]) -> N
 
 
 def _names(axes: Any, result: AttentionResult, value: Callable[..., float]) -> None:
-    """Names stand behind the last point that there is."""
+    """Write the name of each kernel behind its last point."""
     ends = []
     for name in result.kernels:
         line = [value(result, name, case) for case in result.cases]

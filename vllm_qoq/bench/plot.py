@@ -1,4 +1,4 @@
-"""The result as a picture: how much faster ours is, and how far every kernel is from the limit."""
+"""The picture of `bench gemm`: how much faster ours is, and how far kernels are from the limit."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def save(result: Result, path: Path) -> None:
 
 
 def figure(result: Result, ratios: Mapping[int, float]) -> Any:
-    """The ratios to the best peer, and a panel per layer: times over M, in those of the limit.
+    """Draw the ratios to the best peer, and a panel per layer: times over M, relative to the limit.
 
-    ratios  of `ratios`, or what a report says
+    ratios  the result of `ratios`, or the figures of a report
     """
     layers = list(zip(*map(result.cases, result.tokens), strict=True))
     rows = math.ceil(len(layers) / _COLUMNS)
@@ -62,7 +62,7 @@ def figure(result: Result, ratios: Mapping[int, float]) -> Any:
 
 
 def ratios(result: Result) -> dict[int, float]:
-    """Tokens -> time of the best peer over ours, where all layers have both."""
+    """Divide the best peer's time by ours, for the numbers of tokens where all layers have both."""
     found = speedups(result).get("best W4A8 or W8A8 peer", ())
     return {m: ratio for m, ratio in zip(result.tokens, found, strict=False) if ratio is not None}
 
@@ -95,7 +95,7 @@ def _bars(axes: Any, ratios: Mapping[int, float]) -> None:
 def _panel(
     axes: Any, result: Result, cases: Sequence[Case], names: Sequence[str], is_first: bool
 ) -> None:
-    """A missing time interrupts the line."""
+    """Draw the panel of a layer; a missing time interrupts the line."""
     floors = [floor_seconds(_LIMIT, case, result.copy_rate) for case in cases]
     sizes = [case.m for case in cases]
     shown = []
