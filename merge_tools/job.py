@@ -25,7 +25,7 @@ from vllm_qoq.routing.table import DecodeRow, Routing
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge wrote, or would write.
+    """The result of a merge, as written or, in a dry run, as it would be.
 
     clipped_shares  layer -> share of its residuals that were clipped, where a set was nested
     left_out        (set, tensor, reason) for each tensor that the output does not have

@@ -19,7 +19,7 @@ from vllm_qoq.checkpoint.shards import Shards, cut, total_bytes
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a tensor of the output comes from: `tensor` of the set `set_name`.
+    """The origin of a tensor of the output: `tensor` of the set `set_name`.
 
     copy    the bytes are taken over
     cast    the values are, in the dtype of the output

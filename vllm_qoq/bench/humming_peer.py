@@ -37,12 +37,12 @@ def layer(weight: torch.Tensor, group_size: int) -> Any:
 
 
 def arguments(x: torch.Tensor, made: Any) -> dict[str, Any]:
-    """Make the arguments of a call for x, bf16 [M, K]: int8 codes, scales and the kernel."""
+    """Make the arguments of a call of a layer for x, bf16 [M, K]: codes, scales, kernel."""
     from humming import ops
 
     codes, scale = ops.quant_input(inputs=x, dtype="int8", group_size=None)
-    # The kernel is given in a list of ranges of M, as humming has them: given alone, it would not be
-    # loaded where another thread has compiled it.
+    # The kernel is given in a list of ranges of M, as humming has them. Given alone, it would not
+    # be loaded where another thread has compiled it.
     kernels = json.dumps([[0, 1 << 30, _kernel(made, x.shape[0])]])
     return {"inputs": codes, "input_scale": scale, "tuning_config": kernels}
 

@@ -57,7 +57,7 @@ class Result:
         return min((times[name] for name in RIVALS if name in times), default=None)
 
     def share_of_floor(self, kernel: str, case: Case) -> float | None:
-        """Compare one of our kernels with the floor: 1 is as fast as can be; None if it is absent."""
+        """Compare one of our kernels with the floor: 1 is as fast as this GPU can be."""
         measured = self.seconds[case].get(kernel)
         return measured and floor_seconds(kernel, case, self.copy_rate) / measured
 

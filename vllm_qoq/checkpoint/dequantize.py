@@ -77,6 +77,7 @@ class _Reader:
         return self._weights.get(f"{self._layer}.{leaf}")
 
     def has(self, leaf: str) -> bool:
+        """Whether the layer has the tensor."""
         return leaf in self._weights.layers[self._layer]
 
 

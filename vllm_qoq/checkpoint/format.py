@@ -204,7 +204,7 @@ class KVSection(BaseModel):
 
 
 class LMHead(BaseModel):
-    """How the lm_head is stored, where it is not in the model's dtype."""
+    """The lm_head of all sets, where it is not in the model's dtype."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -35,7 +35,7 @@ class KVLayerRule(BaseModel):
 
 
 class KVCache(BaseModel):
-    """How keys and values are stored, which is also what they were prepared for."""
+    """The form in which keys and values are stored, and for which they were prepared."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -38,7 +38,7 @@ Shards = Mapping[str, Sequence[TensorInfo]]
 
 @dataclass(frozen=True)
 class Content:
-    """What a checkpoint will hold.
+    """The content of a checkpoint that is to be written.
 
     shards  the tensors by file, as `cut` makes them
     read    function that gives a tensor named in `shards` when it is written

@@ -46,7 +46,7 @@ class StoredSet:
 
     @cached_property
     def method(self) -> Method:
-        """How vLLM reads `config`, which has to be there; FormatError as in `methods.parse`."""
+        """The method of `config`, which must not be empty; FormatError as in `methods.parse`."""
         return parse(self.config)
 
     def describe(self, layer: str) -> Layout:

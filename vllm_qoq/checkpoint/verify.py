@@ -31,11 +31,11 @@ from vllm_qoq.progress import Progress
 
 @dataclass(frozen=True)
 class Verified:
-    """What `verify` found.
+    """The result of `verify`.
 
     findings      what is wrong, a line each; empty where all is well
     limit_shares  nested set -> share of its weights at the limit of what a residual can add
-    notes         what could not be checked
+    notes         what could not be checked, a sentence each
     """
 
     findings: tuple[str, ...]

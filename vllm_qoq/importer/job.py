@@ -38,7 +38,7 @@ from vllm_qoq.routing.table import Routing
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import wrote, or would write.
+    """The result of an import, as written or, in a dry run, as it would be.
 
     kind                  the format that the weights had
     layers                how many linear layers are quantized

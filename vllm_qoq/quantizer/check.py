@@ -22,7 +22,7 @@ _REMEDY = "check the model in its own dtype, then switch single steps off to fin
 
 @dataclass(frozen=True)
 class SetCheck:
-    """What to measure of the model and of each set; nothing without windows and prompts.
+    """A measurement of the model and of each set; it is empty without windows and prompts.
 
     windows        token ids to measure the perplexity on
     prompts        token ids to continue

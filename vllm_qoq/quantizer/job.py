@@ -44,9 +44,9 @@ _LIBRARIES = ("torch", "transformers", "compressed-tensors", "llmcompressor")
 
 @dataclass(frozen=True)
 class Quantized:
-    """What a quantization wrote.
+    """The result of a quantization.
 
-    output  the checkpoint
+    output  the folder of the checkpoint
     report  the content of its quantization_report.json
     """
 

@@ -25,7 +25,7 @@ from vllm_qoq.quantizer.weights import assign
 
 @dataclass(frozen=True)
 class SmoothOptions:
-    """What to smooth, and the precisions that the scales are chosen for.
+    """The options of smoothing, with the precisions that the scales are chosen for.
 
     attention  whether K gets SmoothAttention
     outputs    whether the inputs of o_proj and down_proj are smoothed
@@ -42,7 +42,7 @@ class SmoothOptions:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the calibration text showed of one block.
+    """The magnitudes and samples that the calibration text showed of one block.
 
     keys         float [tokens, kv_heads, head_dim] before RoPE, a sample
     positions    int64 [tokens] of these keys in their pieces of text
