@@ -36,10 +36,12 @@ def rows_of(name: str, args: argparse.Namespace, folder: Path) -> list[Row]:
     """Quantize once and measure before and after."""
     folder.mkdir()
     from vllm_qoq.quantizer.job import run
-    from vllm_qoq.quantizer.options import Options
+    from vllm_qoq.quantizer.options import QuantizeOptions
     from vllm_qoq.quantizer.plan import Job
 
-    options = Options.parse({**RUNS[name], "samples": args.samples, "seqlen": args.seqlen}, name)
+    options = QuantizeOptions.parse(
+        {**RUNS[name], "samples": args.samples, "seqlen": args.seqlen}, name
+    )
     job = Job(
         model=args.model,
         out=folder / "checkpoint",

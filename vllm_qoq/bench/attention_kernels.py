@@ -36,7 +36,7 @@ class Kernel(NamedTuple):
     prefill: Callable[[], list[Call]] | None
 
 
-class Inputs(NamedTuple):
+class DecodeInputs(NamedTuple):
     """The inputs that the calls of a case share."""
 
     query: torch.Tensor  # bfloat16 [R, Hq, D]
@@ -197,11 +197,11 @@ def _then(result: torch.Tensor, work: Callable[..., object], *args: Any, **named
     return result
 
 
-def _inputs(heads: Heads, case: Decode) -> Inputs:
+def _inputs(heads: Heads, case: Decode) -> DecodeInputs:
     shape = case.batch, heads.query, heads.size
     query = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
     lengths = torch.full((case.batch,), case.context, dtype=torch.int32, device="cuda")
-    return Inputs(query, lengths, torch.full_like(query, torch.nan))
+    return DecodeInputs(query, lengths, torch.full_like(query, torch.nan))
 
 
 def _tables(heads: Heads, case: Decode, blocks: int, name: str) -> list[torch.Tensor]:

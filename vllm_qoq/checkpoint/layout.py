@@ -35,7 +35,7 @@ from vllm_qoq.checkpoint.format import (
 from vllm_qoq.errors import FormatError, shown
 from vllm_qoq.numerics import GROUP_SIZE
 
-Method = Literal["plain", "dense", "packed", "gptq", "awq", "qoq", "residual"]
+StorageMethod = Literal["plain", "dense", "packed", "gptq", "awq", "qoq", "residual"]
 Leaves = Mapping[str, TensorInfo]
 
 QUANTIZED_LEAVES = frozenset(
@@ -65,7 +65,7 @@ class Layout:
     `block` is the part of the weight under one scale, as (rows, columns).
     """
 
-    method: Method
+    method: StorageMethod
     out_features: int
     in_features: int
     bits: int

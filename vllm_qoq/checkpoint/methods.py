@@ -64,7 +64,7 @@ class Unit:
         return cls(layer, (layer,))
 
 
-class Method(BaseModel):
+class QuantizationMethod(BaseModel):
     """The keys of a `quantization_config` that vLLM reads; wrong types of theirs are refused."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
@@ -122,7 +122,7 @@ class _Group(BaseModel):
         return len(self.targets) == 1 and self.targets[0].endswith("Attention")
 
 
-class CompressedTensors(Method):
+class CompressedTensors(QuantizationMethod):
     """The format of llmcompressor."""
 
     config_groups: dict[str, _Group] = {}
@@ -168,7 +168,7 @@ class CompressedTensors(Method):
         return None
 
 
-class GPTQ(Method):
+class GPTQ(QuantizationMethod):
     """The format of AutoGPTQ and GPTQModel."""
 
     bits: int | None = None
@@ -224,7 +224,7 @@ class GPTQ(Method):
         return _Override()
 
 
-class AWQ(Method):
+class AWQ(QuantizationMethod):
     """The format of AutoAWQ."""
 
     bits: int | None = None
@@ -250,7 +250,7 @@ class AWQ(Method):
         return not _any_or_all(unit, lambda name: any(module in name for module in skipped))
 
 
-class AutoRound(Method):
+class AutoRound(QuantizationMethod):
     """The format of Intel's auto-round, which vLLM calls inc."""
 
     bits: int | None = None
@@ -322,7 +322,7 @@ class AutoRound(Method):
         return {"bits": bits, "group_size": self.group_size, **override.given()}
 
 
-class FP8(Method):
+class FP8(QuantizationMethod):
     """The fp8 of DeepSeek, transformers and AutoFP8: a scale per tensor or per block."""
 
     activation_scheme: str | None = None
@@ -339,7 +339,7 @@ class FP8(Method):
         return not _any_or_all(unit, lambda name: name in skipped)
 
 
-class FBGEMM(Method):
+class FBGEMM(QuantizationMethod):
     """The fp8 of Meta, with a scale per row."""
 
     modules_to_not_convert: list[str] | None = None
@@ -362,7 +362,7 @@ class _ModelOptPart(BaseModel):
     exclude_modules: list[str] | None = None
 
 
-class ModelOpt(Method):
+class ModelOpt(QuantizationMethod):
     """The fp8 of NVIDIA ModelOpt, whose config stands in either of two places."""
 
     quant_algo: str | None = None
@@ -389,7 +389,7 @@ class ModelOpt(Method):
         return not any(module in unit.name or fnmatch(unit.name, module) for module in skipped)
 
 
-class Quark(Method):
+class Quark(QuantizationMethod):
     """The fp8 and int8 of AMD Quark."""
 
     exclude: list[str] | None = None
@@ -408,7 +408,7 @@ class Quark(Method):
         return not _any_or_all(unit, lambda name: _listed(name, self.exclude or ()))
 
 
-class QoQ(Method):
+class QoQ(QuantizationMethod):
     """The format of a QoQ set; `vllm_qoq.checkpoint.format` checks its other keys."""
 
     ignore: list[str] | tuple[str, ...] = Field(default=("lm_head",))
@@ -418,7 +418,7 @@ class QoQ(Method):
         return not _all_parts(unit, lambda part: any(fnmatchcase(part, glob) for glob in globs))
 
 
-METHODS: Mapping[str, type[Method]] = {
+METHODS: Mapping[str, type[QuantizationMethod]] = {
     "compressed-tensors": CompressedTensors,
     **dict.fromkeys(("gptq", "auto_gptq", "gptq_marlin"), GPTQ),
     **dict.fromkeys(("awq", "auto_awq", "awq_marlin"), AWQ),
@@ -439,7 +439,7 @@ def method_name(config: Mapping[str, Any]) -> str:
     return name.lower().replace("compressed_tensors", "compressed-tensors")
 
 
-def parse(config: Mapping[str, Any]) -> Method:
+def parse(config: Mapping[str, Any]) -> QuantizationMethod:
     """Read the method of a `quantization_config`; FormatError if it is not in the table."""
     name = method_name(config)
     if name not in METHODS:

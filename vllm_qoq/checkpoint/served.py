@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from vllm_qoq.checkpoint.format import SECTION
-from vllm_qoq.checkpoint.methods import GPTQ, Method, Unit, is_nested
+from vllm_qoq.checkpoint.methods import GPTQ, QuantizationMethod, Unit, is_nested
 from vllm_qoq.checkpoint.stored_set import StoredSet
 from vllm_qoq.errors import FormatError
 from vllm_qoq.models.names import split_decoder
@@ -54,7 +54,7 @@ def hidden_order(weights: StoredSet) -> Iterator[str]:
             )
 
 
-def _disagreement(weights: StoredSet, method: Method, unit: Unit) -> Iterator[str]:
+def _disagreement(weights: StoredSet, method: QuantizationMethod, unit: Unit) -> Iterator[str]:
     stored = frozenset(part for part in unit.parts if part in weights.quantized)
     if stored and len(stored) < len(unit.parts):
         lost = next(part for part in unit.parts if part not in stored)

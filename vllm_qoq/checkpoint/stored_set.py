@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_qoq.checkpoint.folder import Checkpoint, TensorInfo
 from vllm_qoq.checkpoint.layout import Layout, describe, group_leaves, is_quantized
-from vllm_qoq.checkpoint.methods import Method, Unit, is_nested, parse
+from vllm_qoq.checkpoint.methods import QuantizationMethod, Unit, is_nested, parse
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,7 @@ class StoredSet:
         return frozenset(found) - self.shared_layers
 
     @cached_property
-    def method(self) -> Method:
+    def method(self) -> QuantizationMethod:
         """The method of `config`, which must not be empty; FormatError as in `methods.parse`."""
         return parse(self.config)
 

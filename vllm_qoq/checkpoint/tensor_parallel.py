@@ -27,7 +27,7 @@ _UNKNOWN_HEADS = "config.json: num_attention_heads or num_key_value_heads: not a
 
 
 @dataclass(frozen=True, slots=True)
-class Heads:
+class HeadCounts:
     """The numbers of query heads and of key-value heads of the model."""
 
     query: int
@@ -48,16 +48,16 @@ def obstacles(
     return {size: _obstacle(heads, sets, size) for size in SIZES}
 
 
-def _heads(config: Mapping[str, Any]) -> Heads:
+def _heads(config: Mapping[str, Any]) -> HeadCounts:
     text = text_config(config)
     query = int(text["num_attention_heads"])
-    heads = Heads(query, int(text.get("num_key_value_heads") or query))
+    heads = HeadCounts(query, int(text.get("num_key_value_heads") or query))
     if min(heads.query, heads.key_value) < 1:
         raise ValueError("no heads")
     return heads
 
 
-def _obstacle(heads: Heads, sets: Mapping[str, Mapping[str, Layout]], size: int) -> str | None:
+def _obstacle(heads: HeadCounts, sets: Mapping[str, Mapping[str, Layout]], size: int) -> str | None:
     if size == 1:
         return None
     if heads.query % size:
@@ -72,7 +72,7 @@ def _obstacle(heads: Heads, sets: Mapping[str, Mapping[str, Layout]], size: int)
     return None
 
 
-def _layer_obstacle(layer: str, layout: Layout, heads: Heads, size: int) -> str | None:
+def _layer_obstacle(layer: str, layout: Layout, heads: HeadCounts, size: int) -> str | None:
     leaf = layer.rpartition(".")[2]
     if leaf not in _QUERY | _KEY_VALUE | _MLP:
         return "not known how vLLM splits this layer"

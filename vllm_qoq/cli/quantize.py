@@ -13,7 +13,7 @@ from vllm_qoq.cli.output import stdout_for
 from vllm_qoq.cli.parser import Commands, Parser
 
 if TYPE_CHECKING:
-    from vllm_qoq.quantizer.options import Options
+    from vllm_qoq.quantizer.options import QuantizeOptions
     from vllm_qoq.quantizer.plan import CheckedJob, Job
 
 
@@ -107,8 +107,8 @@ def _quantize(args: argparse.Namespace) -> int:
         return _run(args, job, options, out)
 
 
-def _job(args: argparse.Namespace) -> tuple[Job, Options]:
-    from vllm_qoq.quantizer.options import Options
+def _job(args: argparse.Namespace) -> tuple[Job, QuantizeOptions]:
+    from vllm_qoq.quantizer.options import QuantizeOptions
     from vllm_qoq.quantizer.plan import Job, default_work_dir
 
     given = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
@@ -127,10 +127,10 @@ def _job(args: argparse.Namespace) -> tuple[Job, Options]:
         max_shard_bytes=args.max_shard_size,
         quiet=args.quiet or args.json,
     )
-    return job, Options.read(args.recipe, given)
+    return job, QuantizeOptions.read(args.recipe, given)
 
 
-def _run(args: argparse.Namespace, job: Job, options: Options, out: TextIO) -> int:
+def _run(args: argparse.Namespace, job: Job, options: QuantizeOptions, out: TextIO) -> int:
     from vllm_qoq.quantizer import noise
 
     noise.hide_bars()

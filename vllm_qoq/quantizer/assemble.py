@@ -27,7 +27,7 @@ from vllm_qoq.checkpoint.shards import Content, cut
 from vllm_qoq.checkpoint.writer import json_bytes
 from vllm_qoq.models.table import LayerNames
 from vllm_qoq.quantizer.modifiers import piece
-from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.plan import Job
 from vllm_qoq.quantizer.workdir import WorkDir
 from vllm_qoq.routing.table import DecodeRow, Routing
@@ -55,7 +55,7 @@ def content(
     work: WorkDir,
     arch: LayerNames,
     layers: int,
-    options: Options,
+    options: QuantizeOptions,
     report: dict[str, Any],
 ) -> Content:
     """Describe the checkpoint made of the pieces in `work` and of the model's other files."""
@@ -74,7 +74,7 @@ def content(
     )
 
 
-def section(options: Options) -> Section:
+def section(options: QuantizeOptions) -> Section:
     """Make the section of config.json, with prompts in the first set and generation in the last."""
     return Section(
         sets={kind.name: kind.config() for kind in options.kinds},
@@ -85,7 +85,9 @@ def section(options: Options) -> Section:
     )
 
 
-def _tensors(work: WorkDir, arch: LayerNames, layers: int, options: Options) -> Iterator[_Stored]:
+def _tensors(
+    work: WorkDir, arch: LayerNames, layers: int, options: QuantizeOptions
+) -> Iterator[_Stored]:
     """List all tensors to write: the shared ones first, then set by set."""
     shared = [SHARED, STREAM] if options.rotate else [SHARED]
     for file in map(work.file, shared):
@@ -109,7 +111,7 @@ def _entries(file: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
             yield key, entry.get_dtype(), tuple(entry.get_shape())
 
 
-def _card(name: str, options: Options, model: Path, tensors: Iterable[_Stored]) -> str:
+def _card(name: str, options: QuantizeOptions, model: Path, tensors: Iterable[_Stored]) -> str:
     sizes: dict[str | None, int] = dict.fromkeys((None, *options.sets), 0)
     for tensor in tensors:
         sizes[split_name(tensor.info.name, options.sets)[0]] += tensor.info.nbytes

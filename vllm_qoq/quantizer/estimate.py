@@ -14,7 +14,7 @@ import torch
 
 from vllm_qoq.quantizer import gptq
 from vllm_qoq.quantizer.grid import Grid
-from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.sets import SetKind
 
 _COLUMNS = 512
@@ -26,7 +26,7 @@ _RUNS = {True: 4, False: 2}
 
 def seconds(
     linears: Iterable[tuple[int, int]],
-    options: Options,
+    options: QuantizeOptions,
     samples: int,
     dtype: torch.dtype = torch.bfloat16,
 ) -> float:

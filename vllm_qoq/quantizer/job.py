@@ -28,7 +28,7 @@ from vllm_qoq.quantizer.inputs import check_inputs
 from vllm_qoq.quantizer.load import load_model
 from vllm_qoq.quantizer.model import blocks
 from vllm_qoq.quantizer.modifiers import QuantizePass, SmoothPass, apply_saved, piece
-from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.plan import CheckedJob, Job, check_job, default_work_dir
 from vllm_qoq.quantizer.report import LayerError, refuse_clipped, summary
 from vllm_qoq.quantizer.smooth import SmoothOptions
@@ -58,7 +58,7 @@ def quantize(
     model: str | Path,
     output: str | Path,
     text: str | Path,
-    options: Options | None = None,
+    options: QuantizeOptions | None = None,
     *,
     work_dir: str | Path | None = None,
     eval_text: str | Path | None = None,
@@ -106,10 +106,10 @@ def quantize(
     check_inputs(job)
     noise.hide_bars()
     noise.import_llmcompressor()
-    return Quantized(out, run(job, options or Options()))
+    return Quantized(out, run(job, options or QuantizeOptions()))
 
 
-def prepare(job: Job, options: Options) -> CheckedJob:
+def prepare(job: Job, options: QuantizeOptions) -> CheckedJob:
     """Check everything that can be refused before the work begins; returns the checked job."""
     plan = check_job(job, options)
     if options.rotate:
@@ -124,7 +124,7 @@ def prepare(job: Job, options: Options) -> CheckedJob:
     return plan
 
 
-def run(job: Job, options: Options) -> dict[str, Any]:
+def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
     """Quantize and write the checkpoint; returns the report.
 
     A stopped run leaves only its work folder.
@@ -186,7 +186,7 @@ def _results(work: WorkDir, layers: int) -> Iterator[dict[str, torch.Tensor]]:
     return (work.load(piece(index))[0] for index in range(layers))
 
 
-def _check(job: Job, options: Options, plan: CheckedJob) -> SetCheck:
+def _check(job: Job, options: QuantizeOptions, plan: CheckedJob) -> SetCheck:
     prompts = plan.samples[:_PROMPTS] if job.sanity_check else []
     prompts = [sample[:PROMPT_TOKENS] for sample in prompts]
     kv_bits = (16,) if options.kv_bits == 16 else (16, options.kv_bits)
@@ -212,7 +212,7 @@ def _load(folder: Path, arch: LayerNames) -> Any:
     return model
 
 
-def fingerprint(job: Job, options: Options, plan: CheckedJob) -> dict[str, Any]:
+def fingerprint(job: Job, options: QuantizeOptions, plan: CheckedJob) -> dict[str, Any]:
     """Describe all that the pieces in a work folder depend on."""
     checkpoint = Checkpoint.open(job.model)
     weights = {}
@@ -240,7 +240,9 @@ def _sha256(content: bytes) -> str:
     return f"sha256 {hashlib.sha256(content).hexdigest()[:16]}"
 
 
-def _smooth(model: Any, plan: CheckedJob, options: Options, work: WorkDir, quiet: bool) -> None:
+def _smooth(
+    model: Any, plan: CheckedJob, options: QuantizeOptions, work: WorkDir, quiet: bool
+) -> None:
     wanted = SmoothOptions(
         # A 16-bit cache rounds nothing that a scale could help.
         options.smooth_attention and options.kv_bits < 16,
@@ -267,7 +269,9 @@ def _smooth(model: Any, plan: CheckedJob, options: Options, work: WorkDir, quiet
     work.save(_SMOOTHING, step.found, {})
 
 
-def _quantize(model: Any, plan: CheckedJob, options: Options, work: WorkDir, quiet: bool) -> None:
+def _quantize(
+    model: Any, plan: CheckedJob, options: QuantizeOptions, work: WorkDir, quiet: bool
+) -> None:
     step = QuantizePass(
         arch=plan.arch,
         shape=plan.shape,
@@ -295,7 +299,7 @@ def _pipeline(model: Any, step: Any, plan: CheckedJob) -> None:
     )
 
 
-def _shared(model: Any, arch: LayerNames, options: Options) -> dict[str, torch.Tensor]:
+def _shared(model: Any, arch: LayerNames, options: QuantizeOptions) -> dict[str, torch.Tensor]:
     """The tensors that all sets share, by name."""
     mine = {
         f"{arch.blocks}.{i}.{name}."

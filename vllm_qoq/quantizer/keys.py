@@ -7,7 +7,7 @@ import torch
 from vllm_qoq.models.table import LayerNames
 from vllm_qoq.numerics import key_bias
 from vllm_qoq.quantizer.model import Dimensions, Module, blocks
-from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.options import QuantizeOptions
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def large_biases(
     return found
 
 
-def warning(layers: list[str], options: Options) -> str:
+def warning(layers: list[str], options: QuantizeOptions) -> str:
     """Write the warning about `large_biases`."""
     ways = [] if options.smooth_attention else ["do not leave out SmoothAttention"]
     ways += [] if options.kv_hadamard else ["rotate the keys with --kv-hadamard"]

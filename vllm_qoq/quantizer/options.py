@@ -26,7 +26,7 @@ SetName = Literal["w8a8", "w4a8", "w4a16"]
 _RECIPE_BYTES = 1 << 20
 
 
-class Options(BaseModel):
+class QuantizeOptions(BaseModel):
     """The options that decide the bytes of the result, besides model and text.
 
     sets             which sets, the first for prompts and the last for generation
@@ -70,13 +70,13 @@ class Options(BaseModel):
         return sets
 
     @model_validator(mode="after")
-    def _rotatable(self) -> Options:
+    def _rotatable(self) -> QuantizeOptions:
         if self.kv_hadamard and self.kv_bits == 16:
             raise ValueError("kv_hadamard rotates keys that are quantized; give kv_bits 4 or 8")
         return self
 
     @model_validator(mode="after")
-    def _nestable(self) -> Options:
+    def _nestable(self) -> QuantizeOptions:
         if not self.nested:
             return self
         if not {"w8a8", "w4a8"} <= set(self.sets):
@@ -90,7 +90,7 @@ class Options(BaseModel):
         return self
 
     @classmethod
-    def parse(cls, values: dict[str, Any], where: str) -> Options:
+    def parse(cls, values: dict[str, Any], where: str) -> QuantizeOptions:
         """Validate options; a QuantizeError begins with `where`."""
         try:
             return cls.model_validate(values)
@@ -98,7 +98,7 @@ class Options(BaseModel):
             raise QuantizeError(one_line(error, where)) from None
 
     @classmethod
-    def read(cls, recipe: Path | None, given: dict[str, Any]) -> Options:
+    def read(cls, recipe: Path | None, given: dict[str, Any]) -> QuantizeOptions:
         """Read the recipe file (JSON), with what was `given` on the command line over it."""
         if recipe is None:
             return cls.parse(given, "options")

@@ -16,7 +16,7 @@ from vllm_qoq.progress import Progress
 from vllm_qoq.quantizer import QuantizeError, size
 from vllm_qoq.quantizer.inputs import Inputs, check_inputs
 from vllm_qoq.quantizer.model import Dimensions
-from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.text import pieces
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """A quantization as it is asked for: what it reads, writes and shows, besides its `Options`.
+    """A quantization as it is asked for: what it reads, writes and shows, besides its options.
 
     eval_text     text to measure the perplexity on, before and after
     sanity_check  whether to let every version continue a few words
@@ -55,7 +55,7 @@ class CheckedJob:
     """
 
     job: Job
-    options: Options
+    options: QuantizeOptions
     arch: LayerNames
     shape: Dimensions
     tokenizer: Any
@@ -72,7 +72,7 @@ def default_work_dir(out: Path) -> Path:
     return resolved.parent / f"{resolved.name}.work"
 
 
-def check_job(job: Job, options: Options) -> CheckedJob:
+def check_job(job: Job, options: QuantizeOptions) -> CheckedJob:
     """Check everything that can be known before work begins, and the weights' numbers last.
 
     Raises QuantizeError, FormatError, TextError or OutputError with what is wrong and the remedy.

@@ -19,7 +19,7 @@ from vllm_qoq.progress import human_bytes
 from vllm_qoq.quantizer import QuantizeError
 from vllm_qoq.quantizer.inputs import DTYPES, dtype_name
 from vllm_qoq.quantizer.model import Dimensions
-from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.options import QuantizeOptions
 
 if TYPE_CHECKING:
     from vllm_qoq.quantizer.sets import SetKind
@@ -53,7 +53,7 @@ def sizes(
     arch: LayerNames,
     shape: Dimensions,
     linears: Sequence[tuple[int, int]],
-    options: Options,
+    options: QuantizeOptions,
 ) -> Sizes:
     """Count the bytes of a run; `linears` has (N, K) of all layers, block by block."""
     item = _item_bytes(checkpoint, arch)

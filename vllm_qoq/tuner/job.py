@@ -125,7 +125,7 @@ def run(target: Target, request: Request) -> Outcome:
         with device.within_memory(target.folder):
             opened = open_engine(target.folder, sets, request.max_batch)
             measured = measure(opened, key, sets, decode, PREFILL_TOKENS, request.quiet)
-        remembered = memory.Run(measured=measured)
+        remembered = memory.MeasuredRun(measured=measured)
 
     others = () if request.drop_layer_rules else target.section.routing.layers
     rules = keep.rules(request.keep, target.order[0], others)
@@ -139,7 +139,7 @@ def run(target: Target, request: Request) -> Outcome:
         checked = None
     if not request.dry_run:
         if opened is not None:
-            kept = memory.Run(measured=measured, check=checked)
+            kept = memory.MeasuredRun(measured=measured, check=checked)
             memory.save(target.folder, known.with_run(kept))
         target.write(routing)
     return Outcome(

@@ -25,7 +25,7 @@ _BYTES = 4 << 20
 _RUNS = 16
 
 
-class Run(BaseModel):
+class MeasuredRun(BaseModel):
     """The measurements of one device, and the last check of a routing there."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -34,7 +34,7 @@ class Run(BaseModel):
     check: StepCheck | None = None
 
     @model_validator(mode="after")
-    def _same_sets(self) -> Run:
+    def _same_sets(self) -> MeasuredRun:
         checked = self.check.step_seconds.values() if self.check is not None else ()
         if any(set(row) != set(self.measured.sets) for row in checked):
             raise ValueError("the check is of other sets")
@@ -47,9 +47,9 @@ class Memory(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format_version: Literal[1] = 1
-    runs: tuple[Run, ...] = Field(default=(), max_length=_RUNS)
+    runs: tuple[MeasuredRun, ...] = Field(default=(), max_length=_RUNS)
 
-    def with_run(self, run: Run) -> Memory:
+    def with_run(self, run: MeasuredRun) -> Memory:
         """Copy it with `run` at the end, and without an older one of the same key."""
         others = [old for old in self.runs if old.measured.key != run.measured.key]
         return self.model_copy(update={"runs": (*others, run)[-_RUNS:]})
@@ -71,7 +71,7 @@ def load(folder: Path) -> tuple[Memory, str | None]:
 
 def recall(
     memory: Memory, key: Key, sets: Collection[str], max_batch: int
-) -> tuple[Run | None, str | None]:
+) -> tuple[MeasuredRun | None, str | None]:
     """Find the run of this device with `sets` up to `max_batch`, or say why none is of use."""
     run = next((run for run in memory.runs if run.measured.key == key), None)
     if run is None:
