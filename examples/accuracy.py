@@ -87,8 +87,8 @@ def compared(name: str, folder: str, args: argparse.Namespace) -> Row:
     check = Check(tokenizer, windows, [], (16, 4), has_int8_head=False, quiet=True)
     groups = checkpoint.config["quantization_config"]["config_groups"].values()
     has_int8 = any(group["input_activations"] for group in groups)
-    arch = layer_names({"model_type": model.config.model_type})
-    with evaluate.int8_inputs(evaluate.linears(model, arch) if has_int8 else ()):
+    names = layer_names({"model_type": model.config.model_type})
+    with evaluate.int8_inputs(evaluate.linears(model, names) if has_int8 else ()):
         return {"version": name, "set": "", **check.measure(model, name)["perplexity"]}
 
 

@@ -43,8 +43,8 @@ def text(heldout_text):
 def large_biases(folder, bits, use_hadamard=False):
     model = AutoModelForCausalLM.from_pretrained(folder)
     config = read_config(folder)
-    arch, shape = layer_names(config), Dimensions.of(config)
-    return keys.large_biases(model, arch, shape, bits, use_hadamard)
+    names, dimensions = layer_names(config), Dimensions.of(config)
+    return keys.large_biases(model, names, dimensions, bits, use_hadamard)
 
 
 @pytest.mark.parametrize("name", ["none", "small", "llama"])

@@ -142,7 +142,7 @@ def test_a_size_that_cannot_be_rotated_is_refused_before_work(prepare, monkeypat
 
     def other_shape(*arguments):
         plan = real(*arguments)
-        return replace(plan, shape=replace(plan.shape, hidden=34))
+        return replace(plan, dimensions=replace(plan.dimensions, hidden=34))
 
     monkeypatch.setattr(job, "check_job", other_shape)
     with pytest.raises(QuantizeError, match=r"size 34 is known; quantize with --no-rotate"):

@@ -53,13 +53,13 @@ class _Stored:
 def content(
     job: Job,
     work: WorkDir,
-    arch: LayerNames,
+    names: LayerNames,
     layers: int,
     options: QuantizeOptions,
     report: dict[str, Any],
 ) -> Content:
     """Describe the checkpoint made of the pieces in `work` and of the model's other files."""
-    stored = {one.info.name: one for one in _tensors(work, arch, layers, options)}
+    stored = {one.info.name: one for one in _tensors(work, names, layers, options)}
     # The shared tensors of each module, and each set, begin a new file.
     groups = groupby((one.info for one in stored.values()), key=lambda i: i.name.partition(".")[0])
     shards = cut((list(group) for _, group in groups), job.max_shard_bytes)
@@ -86,7 +86,7 @@ def section(options: QuantizeOptions) -> Section:
 
 
 def _tensors(
-    work: WorkDir, arch: LayerNames, layers: int, options: QuantizeOptions
+    work: WorkDir, names: LayerNames, layers: int, options: QuantizeOptions
 ) -> Iterator[_Stored]:
     """List all tensors to write: the shared ones first, then set by set."""
     shared = [SHARED, STREAM] if options.rotate else [SHARED]
@@ -99,7 +99,7 @@ def _tensors(
             for key, dtype, shape in _entries(file):
                 head, _, rest = key.partition(".")
                 if head == owner:
-                    name = join_name(owner, f"{arch.blocks}.{index}.{rest}")
+                    name = join_name(owner, f"{names.blocks}.{index}.{rest}")
                     yield _Stored(TensorInfo(name, dtype, shape, ""), file, key)
 
 

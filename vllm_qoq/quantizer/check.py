@@ -53,7 +53,7 @@ class SetCheck:
     def measure_set(
         self,
         model: Module,
-        arch: LayerNames,
+        names: LayerNames,
         kind: SetKind,
         layers: Iterable[Mapping[str, torch.Tensor]],
     ) -> dict[str, Any]:
@@ -63,16 +63,16 @@ class SetCheck:
         """
         if not (self.windows or self.prompts):
             return {}
-        for block, tensors in zip(blocks(model, arch), layers, strict=True):
-            for name in arch.linears:
+        for block, tensors in zip(blocks(model, names), layers, strict=True):
+            for name in names.linears:
                 leaves = _leaves(tensors, kind.name, name)
                 if kind.base is not None:
                     leaves = {**_leaves(tensors, kind.base, name), **leaves}
                 layer = block.get_submodule(name)
                 assign(layer, "weight", dequantize(leaves).to(layer.weight.device))
-        rounded = list(evaluate.linears(model, arch)) if kind.has_int8_activations else []
+        rounded = list(evaluate.linears(model, names)) if kind.has_int8_activations else []
         if self.has_int8_head:
-            rounded.append(model.get_submodule(arch.head))
+            rounded.append(model.get_submodule(names.head))
         with evaluate.int8_inputs(rounded):
             return self.measure(model, kind.name)
 

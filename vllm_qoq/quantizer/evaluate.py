@@ -60,9 +60,9 @@ def device_of(model: Module) -> torch.device:
     return get_execution_device(model.get_input_embeddings())
 
 
-def linears(model: Module, arch: LayerNames) -> Iterator[Module]:
+def linears(model: Module, names: LayerNames) -> Iterator[Module]:
     """The layers that every set quantizes."""
-    return (block.get_submodule(name) for block in blocks(model, arch) for name in arch.linears)
+    return (block.get_submodule(name) for block in blocks(model, names) for name in names.linears)
 
 
 @contextmanager

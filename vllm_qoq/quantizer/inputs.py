@@ -45,8 +45,8 @@ class Inputs:
     """
 
     checkpoint: Checkpoint
-    arch: LayerNames
-    shape: Dimensions
+    names: LayerNames
+    dimensions: Dimensions
     linears: list[tuple[int, int]]
 
 
@@ -54,7 +54,7 @@ def check_inputs(job: Job) -> Inputs:
     """Open the model; a UserError names what cannot be quantized or would be lost."""
     checkpoint = Checkpoint.open(job.model)
     config = checkpoint.config
-    arch, model = layer_names(config), linear_layers(config, "quantized")
+    names, model = layer_names(config), linear_layers(config, "quantized")
     _check_dtype(config)
     _check_rope(config)
     _check_constants(config)
@@ -70,13 +70,13 @@ def check_inputs(job: Job) -> Inputs:
     check_text("--text", job.text)
     if job.eval_text is not None:
         check_text("--eval-text", job.eval_text)
-    shape = Dimensions.of(config)
+    dimensions = Dimensions.of(config)
     linears = [
-        model.linears[f"{arch.blocks}.{i}.{name}"]
-        for i in range(shape.layers)
-        for name in arch.linears
+        model.linears[f"{names.blocks}.{i}.{name}"]
+        for i in range(dimensions.layers)
+        for name in names.linears
     ]
-    return Inputs(checkpoint, arch, shape, linears)
+    return Inputs(checkpoint, names, dimensions, linears)
 
 
 def dtype_name(config: Mapping[str, Any]) -> str | None:

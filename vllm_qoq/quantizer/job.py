@@ -113,8 +113,8 @@ def prepare(job: Job, options: QuantizeOptions) -> CheckedJob:
     """Check everything that can be refused before the work begins; returns the checked job."""
     plan = check_job(job, options)
     if options.rotate:
-        rotate.require_sizes(plan.shape)
-    size = plan.shape.head_dim
+        rotate.require_sizes(plan.dimensions)
+    size = plan.dimensions.head_dim
     if options.kv_hadamard and size & (size - 1):
         raise QuantizeError(
             f"kv_hadamard: heads of {size} channels cannot be rotated, which needs a power of two; "
@@ -131,38 +131,38 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
     """
     started = time.monotonic()
     plan = prepare(job, options)
-    arch, shape = plan.arch, plan.shape
+    names, dimensions = plan.names, plan.dimensions
     check = _check(job, options, plan)
     if not (job.quiet or torch.cuda.is_available()):
         print("no GPU here: quantizing on the CPU", file=sys.stderr, flush=True)
 
     with WorkDir.open(job.work_dir, fingerprint(job, options, plan), job.resume) as work:
-        model = _load(job.model, arch)
+        model = _load(job.model, names)
         before = check.measure(model, "the model")
         if options.rotate:
             if not work.has(STREAM):
-                work.save(STREAM, rotate.way_back(model, arch, shape), {})
-            rotate.fold_norms(model, arch)
-            rotate.rotate_stream(model, arch, shape)
+                work.save(STREAM, rotate.way_back(model, names, dimensions), {})
+            rotate.fold_norms(model, names)
+            rotate.rotate_stream(model, names, dimensions)
         _smooth(model, plan, options, work, job.quiet)
         if options.rotate:
-            rotate.rotate_values(model, arch, shape)  # after the channels have been smoothed
-        biased = keys.large_biases(model, arch, shape, options.kv_bits, options.kv_hadamard)
+            rotate.rotate_values(model, names, dimensions)  # after the channels have been smoothed
+        biased = keys.large_biases(model, names, dimensions, options.kv_bits, options.kv_hadamard)
         if biased:
             print(f"warning: {keys.warning(biased, options)}", file=sys.stderr, flush=True)
         if not work.has(SHARED):
-            work.save(SHARED, _shared(model, arch, options), {})
-        if not all(work.has(piece(i)) for i in range(shape.layers)):
+            work.save(SHARED, _shared(model, names, options), {})
+        if not all(work.has(piece(i)) for i in range(dimensions.layers)):
             _quantize(model, plan, options, work, job.quiet)
 
         errors: list[LayerError] = [
-            row for index in range(shape.layers) for row in work.load(piece(index))[1]
+            row for index in range(dimensions.layers) for row in work.load(piece(index))[1]
         ]
         refuse_clipped(errors, job.max_clipped)
         if options.lm_head_bits == 8:
-            head.round_weight(model, arch)
+            head.round_weight(model, names)
         after = {
-            kind.name: check.measure_set(model, arch, kind, _results(work, shape.layers))
+            kind.name: check.measure_set(model, names, kind, _results(work, dimensions.layers))
             for kind in options.kinds
         }
         report = {
@@ -174,7 +174,7 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
         }
         write_checkpoint(
             job.out,
-            content(job, work, arch, shape.layers, options, report),
+            content(job, work, names, dimensions.layers, options, report),
             job.overwrite,
             Progress(quiet=True),
         )
@@ -201,12 +201,12 @@ def _check(job: Job, options: QuantizeOptions, plan: CheckedJob) -> SetCheck:
     )
 
 
-def _load(folder: Path, arch: LayerNames) -> Any:
+def _load(folder: Path, names: LayerNames) -> Any:
     """Load the model into the CPU's memory; layers are brought to a GPU when they are used."""
     from compressed_tensors.offload import set_onload_device
 
     model = load_model(folder)
-    rotate.untie(model, arch)
+    rotate.untie(model, names)
     if torch.cuda.is_available():
         set_onload_device(model, torch.device("cuda"))
     return model
@@ -256,14 +256,14 @@ def _smooth(
         return
     if work.has(_SMOOTHING):
         found, _ = work.load(_SMOOTHING)
-        apply_saved(model, found, plan.arch, plan.shape)
+        apply_saved(model, found, plan.names, plan.dimensions)
         return
     step = SmoothPass(
-        arch=plan.arch,
-        shape=plan.shape,
+        names=plan.names,
+        dimensions=plan.dimensions,
         options=wanted,
         samples=len(plan.samples),
-        done=Clock("smoothing, block", plan.shape.layers, quiet),
+        done=Clock("smoothing, block", plan.dimensions.layers, quiet),
     )
     _pipeline(model, step, plan)
     work.save(_SMOOTHING, step.found, {})
@@ -273,13 +273,13 @@ def _quantize(
     model: Any, plan: CheckedJob, options: QuantizeOptions, work: WorkDir, quiet: bool
 ) -> None:
     step = QuantizePass(
-        arch=plan.arch,
-        shape=plan.shape,
+        names=plan.names,
+        dimensions=plan.dimensions,
         sets=options.kinds,
         use_gptq=options.gptq,
         clip=options.clip,
         work=work,
-        done=Clock("quantizing, block", plan.shape.layers, quiet),
+        done=Clock("quantizing, block", plan.dimensions.layers, quiet),
     )
     _pipeline(model, step, plan)
 
@@ -299,13 +299,13 @@ def _pipeline(model: Any, step: Any, plan: CheckedJob) -> None:
     )
 
 
-def _shared(model: Any, arch: LayerNames, options: QuantizeOptions) -> dict[str, torch.Tensor]:
+def _shared(model: Any, names: LayerNames, options: QuantizeOptions) -> dict[str, torch.Tensor]:
     """The tensors that all sets share, by name."""
     mine = {
-        f"{arch.blocks}.{i}.{name}."
-        for i in range(len(blocks(model, arch)))
-        for name in arch.linears
+        f"{names.blocks}.{i}.{name}."
+        for i in range(len(blocks(model, names)))
+        for name in names.linears
     }
     state = model.state_dict()
     shared = {k: v for k, v in state.items() if k.rpartition(".")[0] + "." not in mine}
-    return shared | (head.int8_tensors(model, arch) if options.lm_head_bits == 8 else {})
+    return shared | (head.int8_tensors(model, names) if options.lm_head_bits == 8 else {})

@@ -12,33 +12,33 @@ from vllm_qoq.quantizer.options import QuantizeOptions
 
 @torch.no_grad()
 def large_biases(
-    model: Module, arch: LayerNames, shape: Dimensions, bits: int, use_hadamard: bool
+    model: Module, names: LayerNames, dimensions: Dimensions, bits: int, use_hadamard: bool
 ) -> list[str]:
     """Name the k_proj layers whose bias is too large for a cache of `bits`.
 
     The model must be as it will be quantized, with rotations and scales.
     """
-    if bits == 16 or arch.k_norm is not None:  # A norm evens the bias out.
+    if bits == 16 or names.k_norm is not None:  # A norm evens the bias out.
         return []
     found = []
-    for index, block in enumerate(blocks(model, arch)):
-        q, k = block.get_submodule(arch.q), block.get_submodule(arch.k)
+    for index, block in enumerate(blocks(model, names)):
+        q, k = block.get_submodule(names.q), block.get_submodule(names.k)
         if k.bias is None:
             continue
         weight = k.weight.data.float()
-        gain = block.get_submodule(arch.attention_norm).weight.data.to(weight)
-        x = key_bias.random_inputs(shape.hidden, weight) * gain
+        gain = block.get_submodule(names.attention_norm).weight.data.to(weight)
+        x = key_bias.random_inputs(dimensions.hidden, weight) * gain
         queries = x @ q.weight.data.to(weight).t()
         if q.bias is not None:
             queries = queries + q.bias.data.to(weight)
         if key_bias.is_too_large(
-            queries.view(-1, shape.heads, shape.head_dim),
-            (x @ weight.t()).view(-1, shape.kv_heads, shape.head_dim),
-            k.bias.data.to(weight).view(shape.kv_heads, shape.head_dim),
+            queries.view(-1, dimensions.heads, dimensions.head_dim),
+            (x @ weight.t()).view(-1, dimensions.kv_heads, dimensions.head_dim),
+            k.bias.data.to(weight).view(dimensions.kv_heads, dimensions.head_dim),
             bits,
             use_hadamard,
         ):
-            found.append(f"{arch.blocks}.{index}.{arch.k}")
+            found.append(f"{names.blocks}.{index}.{names.k}")
     return found
 
 

@@ -64,9 +64,9 @@ Module = Any
 """An `nn.Module`, untyped: mypy takes each attribute of one for either a tensor or a module."""
 
 
-def blocks(model: Module, arch: LayerNames) -> list[Module]:
+def blocks(model: Module, names: LayerNames) -> list[Module]:
     """List the decoder blocks in order."""
-    return list(model.get_submodule(arch.blocks).children())
+    return list(model.get_submodule(names.blocks).children())
 
 
 def _classes() -> dict[str, str]:

@@ -40,14 +40,14 @@ class _BlockPass(Modifier):
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
     requires_calibration_data: bool = True  # else llmcompressor runs no data and no hooks
-    arch: LayerNames
-    shape: Dimensions
+    names: LayerNames
+    dimensions: Dimensions
 
     _blocks: list[Module] = PrivateAttr(default_factory=list)
 
     def on_initialize(self, state: Any, **kwargs: Any) -> bool:
         """Find the blocks of the model."""
-        self._blocks = blocks(state.model, self.arch)
+        self._blocks = blocks(state.model, self.names)
         return True
 
     def on_sequential_epoch_end(
@@ -56,7 +56,7 @@ class _BlockPass(Modifier):
         """Finish the blocks that this step ran: one, or none for the step of lm_head."""
         seen = set(map(id, modules))
         for index, block in enumerate(self._blocks):
-            if id(block.get_submodule(self.arch.q)) in seen:
+            if id(block.get_submodule(self.names.q)) in seen:
                 self.finish(index, block)
 
     def on_calibration_end(self, state: Any, event: Any, **kwargs: Any) -> None:
@@ -86,9 +86,9 @@ class SmoothPass(_BlockPass):
 
     def on_calibration_start(self, state: Any, event: Any, **kwargs: Any) -> None:
         """Watch the layers of every block."""
-        self._inv_freq = state.model.get_submodule(self.arch.rotary).inv_freq.detach().float()
+        self._inv_freq = state.model.get_submodule(self.names.rotary).inv_freq.detach().float()
         for index, block in enumerate(self._blocks):
-            observer = self._observers[index] = Observer(self.arch, self.shape, self.samples)
+            observer = self._observers[index] = Observer(self.names, self.dimensions, self.samples)
             for name, see in observer.outputs.items():
                 self.register_hook(block.get_submodule(name), _output_hook(see), "forward")
             for name, see in observer.inputs.items():
@@ -97,11 +97,13 @@ class SmoothPass(_BlockPass):
     def finish(self, index: int, block: Module) -> None:
         """Smooth a block whose inputs have all been seen."""
         seen = self._observers.pop(index).seen()
-        _require_finite(vars(seen).values(), f"{self.arch.blocks}.{index}")
-        found = smooth.transforms(seen, block, self.arch, self.shape, self._inv_freq, self.options)
+        _require_finite(vars(seen).values(), f"{self.names.blocks}.{index}")
+        found = smooth.transforms(
+            seen, block, self.names, self.dimensions, self._inv_freq, self.options
+        )
         # A resumed run has them on the CPU, so this one takes them from there, too.
         found = {name: tensor.cpu() for name, tensor in found.items()}
-        smooth.apply(block, found, self.arch, self.shape)
+        smooth.apply(block, found, self.names, self.dimensions)
         self._found |= {f"{index}.{name}": tensor for name, tensor in found.items()}
         self.done()
 
@@ -129,12 +131,12 @@ def _input_hook(see: Callable[[torch.Tensor], None]) -> Callable[..., None]:
 
 
 def apply_saved(
-    model: Module, found: dict[str, torch.Tensor], arch: LayerNames, shape: Dimensions
+    model: Module, found: dict[str, torch.Tensor], names: LayerNames, dimensions: Dimensions
 ) -> None:
     """Smooth all blocks with what an earlier run found."""
-    for index, block in enumerate(blocks(model, arch)):
+    for index, block in enumerate(blocks(model, names)):
         mine = {k.partition(".")[2]: t for k, t in found.items() if k.startswith(f"{index}.")}
-        smooth.apply(block, mine, arch, shape)
+        smooth.apply(block, mine, names, dimensions)
 
 
 class QuantizePass(_BlockPass):
@@ -159,7 +161,7 @@ class QuantizePass(_BlockPass):
         """Round the inputs of every block where a set does, and gather their Hessians."""
         has_int8_inputs = any(kind.has_int8_activations for kind in self.sets)
         for index, block in enumerate(self._blocks):
-            for group in self.arch.inputs:
+            for group in self.names.inputs:
                 for name in group if has_int8_inputs else ():
                     # An ordinary hook: unlike the modifier's own, it also acts while the
                     # pipeline makes the inputs of the next block.
@@ -181,7 +183,7 @@ class QuantizePass(_BlockPass):
         if not self.work.has(name):
             self.work.save(name, *self._quantize(index, block))
         tensors, _ = self.work.load(name)
-        for layer in self.arch.linears:
+        for layer in self.names.linears:
             # A fresh run takes what was stored, too, so that a resumed one has the same.
             kept = tensors[f"propagated.{layer}"]
             target = block.get_submodule(layer)
@@ -193,8 +195,8 @@ class QuantizePass(_BlockPass):
     ) -> tuple[dict[str, torch.Tensor], list[LayerError]]:
         tensors: dict[str, torch.Tensor] = {}
         errors: list[LayerError] = []
-        prefix = f"{self.arch.blocks}.{index}"
-        for group in self.arch.inputs:
+        prefix = f"{self.names.blocks}.{index}"
+        for group in self.names.inputs:
             key = (index, group[0])
             hessian = self._hessians.pop(key) / self._counts.pop(key)
             _require_finite([hessian], f"{prefix}.{group[0]}")

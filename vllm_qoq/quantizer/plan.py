@@ -56,8 +56,8 @@ class CheckedJob:
 
     job: Job
     options: QuantizeOptions
-    arch: LayerNames
-    shape: Dimensions
+    names: LayerNames
+    dimensions: Dimensions
     tokenizer: Any
     samples: list[list[int]]
     windows: list[list[int]]
@@ -83,12 +83,12 @@ def check_job(job: Job, options: QuantizeOptions) -> CheckedJob:
     from vllm_qoq.quantizer import load
     from vllm_qoq.quantizer.workdir import stored_bytes
 
-    checkpoint, arch, shape = inputs.checkpoint, inputs.arch, inputs.shape
+    checkpoint, names, dimensions = inputs.checkpoint, inputs.names, inputs.dimensions
     linears = inputs.linears
     parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
     stored = stored_bytes(job.work_dir)
     size.check_apart(job.work_dir, job.out, job.model)
-    needed = size.sizes(checkpoint, arch, shape, linears, options)
+    needed = size.sizes(checkpoint, names, dimensions, linears, options)
     # Output and pieces exist together in the end; those of a stopped run are there already.
     to_come = max(needed.work - stored, 0)
     size.check_disks([(job.out, needed.output), (job.work_dir, to_come)])
@@ -110,8 +110,8 @@ def check_job(job: Job, options: QuantizeOptions) -> CheckedJob:
     return CheckedJob(
         job,
         options,
-        arch,
-        shape,
+        names,
+        dimensions,
         tokenizer,
         samples=samples,
         windows=windows,
@@ -122,10 +122,10 @@ def check_job(job: Job, options: QuantizeOptions) -> CheckedJob:
 
 
 def _check_divisible(inputs: Inputs) -> None:
-    for name, (n, k) in zip(inputs.arch.linears, inputs.linears, strict=False):  # all blocks alike
+    for name, (n, k) in zip(inputs.names.linears, inputs.linears, strict=False):  # all blocks alike
         if k % GROUP_SIZE or n % 8:
             raise QuantizeError(
-                f"{inputs.arch.blocks}.0.{name}.weight: [{n}, {k}] cannot be quantized: the "
+                f"{inputs.names.blocks}.0.{name}.weight: [{n}, {k}] cannot be quantized: the "
                 f"kernels need inputs that are a multiple of {GROUP_SIZE} and outputs that are "
                 "one of 8"
             )

@@ -50,21 +50,21 @@ class Sizes:
 
 def sizes(
     checkpoint: Checkpoint,
-    arch: LayerNames,
-    shape: Dimensions,
+    names: LayerNames,
+    dimensions: Dimensions,
     linears: Sequence[tuple[int, int]],
     options: QuantizeOptions,
 ) -> Sizes:
     """Count the bytes of a run; `linears` has (N, K) of all layers, block by block."""
-    item = _item_bytes(checkpoint, arch)
-    in_sets, biased = _names_in_sets(checkpoint, arch, shape)
+    item = _item_bytes(checkpoint, names)
+    in_sets, biased = _names_in_sets(checkpoint, names, dimensions)
     shared = sum(
         item * math.prod(info.shape)
         for name, info in checkpoint.tensors.items()
         if name not in in_sets and not name.endswith(CONSTANT)
     )
-    vocabulary, hidden = _embedding(checkpoint, arch)
-    is_tied = f"{arch.head}.weight" not in checkpoint.tensors
+    vocabulary, hidden = _embedding(checkpoint, names)
+    is_tied = f"{names.head}.weight" not in checkpoint.tensors
     head = item * vocabulary * hidden
     if options.lm_head_bits == 8:
         shared += vocabulary * (hidden + _FLOAT32) - (0 if is_tied else head)
@@ -80,8 +80,8 @@ def sizes(
     # The weights that make the next block's inputs are pieces, too.
     propagated = sum(item * n * k for n, k in linears)
     output, work = shared + sets, shared + sets + propagated
-    block = linears[: len(arch.linears)]
-    inputs = {group[0]: k for group, k in _inputs(arch, block)}
+    block = linears[: len(names.linears)]
+    inputs = {group[0]: k for group, k in _inputs(names, block)}
     largest_k, largest = max(k for _, k in block), max(n * k for n, k in block)
     memory = {
         "libraries": _LIBRARIES,
@@ -90,7 +90,7 @@ def sizes(
         "calibration": 2 * item * options.samples * options.seqlen * hidden,
         "hessians": _FLOAT32 * sum(k * k for k in inputs.values()),
         "rounding": _FLOAT32 * (_MATRIX_COPIES * largest_k**2 + _WEIGHT_COPIES * largest),
-        "results of a block": 2 * (sets + propagated) // shape.layers,
+        "results of a block": 2 * (sets + propagated) // dimensions.layers,
         # Two float64 matrices of its size are held while it turns, or later what is to be written.
         "embedding": 2 * _FLOAT64 * vocabulary * hidden,
     }
@@ -145,9 +145,9 @@ def _existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
-def _embedding(checkpoint: Checkpoint, arch: LayerNames) -> tuple[int, int]:
+def _embedding(checkpoint: Checkpoint, names: LayerNames) -> tuple[int, int]:
     """The vocabulary's and the hidden size."""
-    name = f"{arch.embedding}.weight"
+    name = f"{names.embedding}.weight"
     info = checkpoint.tensors.get(name)
     if info is None or len(info.shape) != 2:
         raise QuantizeError(
@@ -157,25 +157,27 @@ def _embedding(checkpoint: Checkpoint, arch: LayerNames) -> tuple[int, int]:
     return info.shape[0], info.shape[1]
 
 
-def _item_bytes(checkpoint: Checkpoint, arch: LayerNames) -> int:
+def _item_bytes(checkpoint: Checkpoint, names: LayerNames) -> int:
     """The bytes of a float of the model as `load` has it."""
     name = dtype_name(checkpoint.config)
-    stored = checkpoint.tensors[f"{arch.embedding}.weight"].dtype
+    stored = checkpoint.tensors[f"{names.embedding}.weight"].dtype
     return ITEM_BYTES[stored if name is None else DTYPES[name]]
 
 
 def _names_in_sets(
-    checkpoint: Checkpoint, arch: LayerNames, shape: Dimensions
+    checkpoint: Checkpoint, names: LayerNames, dimensions: Dimensions
 ) -> tuple[set[str], list[bool]]:
     """List the tensors of the layers that every set has, and which of these have a bias."""
-    layers = [f"{arch.blocks}.{i}.{name}" for i in range(shape.layers) for name in arch.linears]
+    layers = [
+        f"{names.blocks}.{i}.{name}" for i in range(dimensions.layers) for name in names.linears
+    ]
     biased = [f"{layer}.bias" in checkpoint.tensors for layer in layers]
     return {f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias")}, biased
 
 
 def _inputs(
-    arch: LayerNames, block: Sequence[tuple[int, int]]
+    names: LayerNames, block: Sequence[tuple[int, int]]
 ) -> Iterable[tuple[tuple[str, ...], int]]:
     """List the groups of layers that read one input, and its size."""
-    sizes_of = dict(zip(arch.linears, block, strict=True))
-    return ((group, sizes_of[group[0]][1]) for group in arch.inputs)
+    sizes_of = dict(zip(names.linears, block, strict=True))
+    return ((group, sizes_of[group[0]][1]) for group in names.inputs)
