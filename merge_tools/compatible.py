@@ -88,7 +88,7 @@ def _check_config(left: StoredSet, right: StoredSet) -> None:
             )
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = "absent" if value is None else repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
@@ -116,7 +116,7 @@ def _check_tokenizer(left: StoredSet, right: StoredSet) -> None:
             )
 
 
-def _content(path: Path) -> Any:
+def _content(path: Path) -> object:
     """The content of a tokenizer file in one spelling, whichever version of tokenizers wrote it."""
     if path.name != _TOKENIZER:
         return path.read_bytes()

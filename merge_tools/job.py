@@ -103,9 +103,17 @@ def merge(
     nesting.check_clipped(shares, max_clipped)
     section = _section(sources, routing, plan, stream.of_source(prefill))
     if not dry_run:
-        execute.execute(plan, sources, section, out, overwrite, progress, model_card)
+        execute.execute(
+            plan,
+            sources,
+            section,
+            out,
+            overwrite=overwrite,
+            progress=progress,
+            model_card=model_card,
+        )
     zeros = [(owner, tensor, "a bias of zeros") for owner, tensor in plan.dropped]
-    return Merged(plan, section, shares, (*left_out, *zeros))
+    return Merged(plan=plan, section=section, clipped_shares=shares, left_out=(*left_out, *zeros))
 
 
 def _default_routing(names: list[str]) -> Routing:
@@ -116,7 +124,7 @@ def _default_routing(names: list[str]) -> Routing:
 
 def _of_one_model(
     opened: Mapping[str, StoredSet], prefill: str
-) -> tuple[dict[str, StoredSet], list[unused.LeftOut]]:
+) -> tuple[dict[str, StoredSet], list[unused.LeftOutTensor]]:
     """Leave out what the model does not use, and refuse sources of different models."""
     sources, left_out = dict(opened), []
     for name, source in sources.items():

@@ -42,7 +42,9 @@ def check(reference: StoredSet, other: StoredSet) -> None:
             _check_layer(reference, other, layer, kind)
 
 
-def statistics(reference: StoredSet, other: StoredSet, layer: str) -> tuple[Any, Any]:
+def statistics(
+    reference: StoredSet, other: StoredSet, layer: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute gain and cosine of every row of `layer`: two tensors float32 [out_features]."""
     import torch
 
@@ -104,7 +106,7 @@ def _cached_rows(config: Mapping[str, Any], kind: str, rows: int) -> slice:
     return slice(rows * int(heads) // (int(heads) + 2 * int(kv_heads)), rows)
 
 
-def _is_count(value: Any, most: int) -> bool:
+def _is_count(value: object, most: int) -> bool:
     return type(value) is int and 0 < value <= most
 
 

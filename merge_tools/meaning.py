@@ -58,7 +58,7 @@ def normal(config: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def default(config: Mapping[str, Any], key: str) -> Any:
+def default(config: Mapping[str, Any], key: str) -> object:
     """The value that transformers takes for a key the config lacks; None where it is unknown."""
     kind = config.get("model_type")
     values = _defaults(kind) if isinstance(kind, str) else {}

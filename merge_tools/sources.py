@@ -15,10 +15,10 @@ from vllm_qoq.checkpoint.stored_set import StoredSet
 from vllm_qoq.errors import FormatError
 from vllm_qoq.models.config import CONFIG
 
-# Where older checkpoints of compressed-tensors and of ModelOpt keep their config.
+# Older checkpoints of compressed-tensors and of ModelOpt keep their config in these.
 _COMPRESSION, _MODELOPT = "compression_config", "hf_quant_config.json"
 _MODELOPT_BYTES = 16 << 20
-# Where older versions of AutoGPTQ and AutoAWQ keep it.
+# Older versions of AutoGPTQ and AutoAWQ keep it in these.
 _BESIDE = ("quantize_config.json", "quant_config.json")
 
 
@@ -103,7 +103,7 @@ def _set_config(checkpoint: Checkpoint, takes_floats: bool) -> dict[str, Any]:
     return config
 
 
-def _quantization(checkpoint: Checkpoint) -> Any:
+def _quantization(checkpoint: Checkpoint) -> object:
     """The quantization config of a set, from where vLLM looks for it; None if there is none."""
     text = checkpoint.config.get("text_config")
     nested = text.get(SECTION) if isinstance(text, dict) else None
@@ -116,7 +116,7 @@ def _quantization(checkpoint: Checkpoint) -> Any:
     return {"quant_method": "modelopt", **read_json(modelopt, _MODELOPT_BYTES)}
 
 
-def _check_transforms(transforms: Any) -> None:
+def _check_transforms(transforms: object) -> None:
     # compressed-tensors applies these to K after RoPE, so K is in another basis.
     text = str(transforms or "")
     if "k_cache" in text or "q_attn" in text:

@@ -122,7 +122,8 @@ def is_same_tensor(source: StoredSet, left: str, right: str) -> bool:
 def _is_same(left: torch.Tensor, right: torch.Tensor) -> bool:
     import torch
 
-    # By bytes, so that NaN is NaN (`values` refuses it later), or by value, so that 0 is -0.
+    # Tensors are equal by bytes, so that NaN is NaN (`values` refuses it later), or by value, so
+    # that 0 is -0.
     is_same = torch.equal(left.view(torch.uint8), right.view(torch.uint8))
     return is_same or (left.element_size() > 1 and torch.equal(left, right))
 

@@ -23,11 +23,11 @@ _HEAD = re.compile(r"(?:.*\.)?lm_head\.weight")
 _EMBEDDING = re.compile(r"(?!.*(?:vision|visual)).*(?:embed_tokens|wte)\.weight")
 _COPY = "a copy of the embedding, which is the lm_head"
 
-LeftOut = tuple[str, str, str]
+LeftOutTensor = tuple[str, str, str]
 """A set, one of its tensors, and why that was left out."""
 
 
-def leave_out(source: StoredSet) -> tuple[StoredSet, list[LeftOut]]:
+def leave_out(source: StoredSet) -> tuple[StoredSet, list[LeftOutTensor]]:
     """Leave out of a set what its own model does not use; returns the rest and what was left out.
 
     Reads a tied head. Raises FormatError if the set has a head of its own where config.json says
@@ -40,12 +40,12 @@ def leave_out(source: StoredSet) -> tuple[StoredSet, list[LeftOut]]:
 
 def settle(
     sources: Mapping[str, StoredSet], prefill: str
-) -> tuple[dict[str, StoredSet], list[LeftOut]]:
+) -> tuple[dict[str, StoredSet], list[LeftOutTensor]]:
     """Give every set a head where the set `prefill` has one, and take it away where it has none.
 
     Reads the heads. Raises MergeError for a head that is another matrix.
     """
-    left_out: list[LeftOut] = []
+    left_out: list[LeftOutTensor] = []
     settled = dict(sources)
     for name, source in sources.items():
         if name != prefill:
@@ -56,7 +56,7 @@ def settle(
 
 def leave_out_zero_biases(
     sources: Mapping[str, StoredSet],
-) -> tuple[dict[str, StoredSet], list[LeftOut]]:
+) -> tuple[dict[str, StoredSet], list[LeftOutTensor]]:
     """Leave out the biases of zeros that another set proves unneeded. Reads the biases."""
     zeros = list(_zero_biases(list(sources.values())))
     kept = {

@@ -23,7 +23,7 @@ from vllm_qoq.cli import measurement as command
 from vllm_qoq.measuring.host import host_seconds
 from vllm_qoq.routing.table import Phase, Routing, Step
 from vllm_qoq.tuner import TuneError, device, job, memory
-from vllm_qoq.tuner.accuracy import Bits, accuracy_order, bits
+from vllm_qoq.tuner.accuracy import SetBits, accuracy_order, bits
 from vllm_qoq.tuner.choose import choose, fastest
 from vllm_qoq.tuner.engine import LayerGroup
 from vllm_qoq.tuner.measure import check, checked_batches, measure
@@ -166,12 +166,12 @@ def test_crossings_name_the_measured_neighbours():
 @pytest.mark.parametrize(
     "config, expected",
     [
-        (QOQ, Bits(4, 8)),
-        (scheme(8), Bits(8, 8)),
-        (scheme(4), Bits(4, 16)),
-        ({"quant_method": "gptq", "bits": 8}, Bits(8, 16)),
-        ({"quant_method": "awq", "w_bit": 4}, Bits(4, 16)),
-        ({"quant_method": "fp8"}, Bits(8, 8)),
+        (QOQ, SetBits(4, 8)),
+        (scheme(8), SetBits(8, 8)),
+        (scheme(4), SetBits(4, 16)),
+        ({"quant_method": "gptq", "bits": 8}, SetBits(8, 16)),
+        ({"quant_method": "awq", "w_bit": 4}, SetBits(4, 16)),
+        ({"quant_method": "fp8"}, SetBits(8, 8)),
     ],
 )
 def test_bits_are_read_from_the_config(config, expected):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -191,7 +191,9 @@ def _write_then(write: Callable[[], object], attend: Call) -> torch.Tensor:
     return attend()
 
 
-def _then(result: torch.Tensor, work: Callable[..., object], *args: Any, **named: Any) -> Any:
+def _then(
+    result: torch.Tensor, work: Callable[..., object], *args: object, **named: object
+) -> torch.Tensor:
     """Do `work`, which writes into `result`, and return that as a call does."""
     work(*args, **named)
     return result

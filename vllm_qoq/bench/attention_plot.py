@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vllm_qoq import plots
 from vllm_qoq.bench.attention_cases import OURS, PEERS, Decode
 from vllm_qoq.bench.attention_result import AttentionResult
 
-# Kernel -> marker.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# The marker of each kernel.
 _MARKERS = {
     "qoq-kv4": "o",
     "qoq-kv8": "o",
@@ -27,7 +31,7 @@ def save(result: AttentionResult, path: Path) -> None:
     plots.save(figure(result, ratios(result)), path)
 
 
-def figure(result: AttentionResult, ratios: Mapping[Decode, float]) -> Any:
+def figure(result: AttentionResult, ratios: Mapping[Decode, float]) -> Figure:
     """Draw microseconds over the cases, and TB/s beside the rate of a copy.
 
     ratios  the result of `ratios`, or the figures of a report
@@ -92,7 +96,7 @@ def _title(ours: str, ratios: Mapping[Decode, float]) -> str:
     return f"Attention over our {bits}-bit KV cache is {plots.speed_range(places, peer)}"
 
 
-def _lines(axes: Any, result: AttentionResult, value: Callable[..., float]) -> None:
+def _lines(axes: Axes, result: AttentionResult, value: Callable[..., float]) -> None:
     """Draw markers, and thin lines to follow them by; a missing number interrupts both."""
     for name in result.kernels:
         found = plots.METHODS[name]
@@ -102,7 +106,7 @@ def _lines(axes: Any, result: AttentionResult, value: Callable[..., float]) -> N
         axes.plot(places, line, _MARKERS[name], color=found.colour, markersize=5.5)
 
 
-def _names(axes: Any, result: AttentionResult, value: Callable[..., float]) -> None:
+def _names(axes: Axes, result: AttentionResult, value: Callable[..., float]) -> None:
     """Write the name of each kernel behind its last point."""
     ends = []
     for name in result.kernels:

@@ -32,7 +32,7 @@ def measure(model: str, tokens: Sequence[int], kernels: Sequence[str], quiet: bo
     attempts, order = Attempts(), random.Random(0)
     shapes = SHAPES[model]
     copy_rate = timing.copy_rate()
-    _compile(shapes, tokens, kernels, attempts, quiet)
+    _compile(shapes, tokens, kernels, attempts, quiet=quiet)
 
     seconds: dict[Case, dict[str, float]] = {}
     with counted("measure", len(shapes) * len(tokens) * len(kernels), quiet) as advance:
@@ -41,7 +41,7 @@ def measure(model: str, tokens: Sequence[int], kernels: Sequence[str], quiet: bo
             for m in tokens:
                 shuffled = order.sample(list(kernels), len(kernels))
                 case = Case(layer, n, k, m)
-                seconds[case] = _case(case, shuffled, prepared, attempts, advance)
+                seconds[case] = _case(case, shuffled, prepared, attempts=attempts, advance=advance)
             # The weights of all kernels are some GB, and layers of torch are in cycles.
             prepared.clear()
             gc.collect()

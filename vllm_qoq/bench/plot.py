@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vllm_qoq import plots
 from vllm_qoq.bench.cases import OURS, Case
 from vllm_qoq.bench.result import Result, speedups
 from vllm_qoq.bench.roofline import INT8_RATE, floor_seconds
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 _COLUMNS = 2
 _LIMIT = "qoq-g128"
 _PEER = "the best other 8-bit kernel"
-# Kernel -> line and marker.
+# The line and marker of each kernel.
 _LINES = {
     "cublas-bf16": "v:",
     "humming-g128": "s--",
@@ -31,7 +35,7 @@ def save(result: Result, path: Path) -> None:
     plots.save(figure(result, ratios(result)), path)
 
 
-def figure(result: Result, ratios: Mapping[int, float]) -> Any:
+def figure(result: Result, ratios: Mapping[int, float]) -> Figure:
     """Draw the ratios to the best peer, and a panel per layer: times over M, relative to the limit.
 
     ratios  the result of `ratios`, or the figures of a report
@@ -74,7 +78,7 @@ def _title(ratios: Mapping[int, float]) -> str:
     return f"Our W4A8 GEMM is {plots.speed_range(places, _PEER)}"
 
 
-def _bars(axes: Any, ratios: Mapping[int, float]) -> None:
+def _bars(axes: Axes, ratios: Mapping[int, float]) -> None:
     for place, ratio in enumerate(ratios.values()):
         colour = plots.METHODS[_LIMIT].colour if ratio >= 1 else plots.GREY
         axes.bar(place, ratio, color=colour, width=0.7)
@@ -93,7 +97,7 @@ def _bars(axes: Any, ratios: Mapping[int, float]) -> None:
 
 
 def _panel(
-    axes: Any, result: Result, cases: Sequence[Case], names: Sequence[str], is_first: bool
+    axes: Axes, result: Result, cases: Sequence[Case], names: Sequence[str], is_first: bool
 ) -> None:
     """Draw the panel of a layer; a missing time interrupts the line."""
     floors = [floor_seconds(_LIMIT, case, result.copy_rate) for case in cases]

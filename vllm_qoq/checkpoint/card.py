@@ -16,7 +16,7 @@ from vllm_qoq.version import __version__
 README = "README.md"
 _README_BYTES = 1 << 20
 _KEYS = ("license", "license_name", "license_link", "base_model")
-# Ids of the Hub, names of licences and links; nothing that could end the line or the front matter.
+# Values are ids of the Hub, names of licences and links; none could end line or front matter.
 _VALUE = re.compile(r"[A-Za-z0-9][\w.+:/ -]{0,199}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 

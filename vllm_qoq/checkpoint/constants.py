@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from vllm_qoq.errors import shown
 from vllm_qoq.models.config import CONFIG, text_config
@@ -36,7 +36,7 @@ def findings(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{CONFIG}: {key}: {shown(theta)} is not a positive number; {_REMEDY}"
 
 
-def is_finite(value: Any) -> bool:
+def is_finite(value: object) -> TypeGuard[float]:
     """Whether a value of a JSON file is a number that a float can hold."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
@@ -46,6 +46,6 @@ def is_finite(value: Any) -> bool:
         return False
 
 
-def is_positive(value: Any) -> bool:
+def is_positive(value: object) -> TypeGuard[float]:
     """Whether a value of a JSON file is a finite number above 0."""
     return is_finite(value) and value > 0

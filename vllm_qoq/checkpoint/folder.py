@@ -100,7 +100,7 @@ class Checkpoint:
         self.path = path
         self.config = config
         self.tensors = tensors
-        self._open_file: tuple[str, Any] | None = None
+        self._open_file: tuple[str, safe_open] | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -162,7 +162,7 @@ class Checkpoint:
             raise FormatError(f"{self.path}: {name}: no such tensor")
         return self.tensors[name]
 
-    def _handle(self, file: str) -> Any:
+    def _handle(self, file: str) -> safe_open:
         # Only one file is mapped at a time: the address space of a process may be limited,
         # and a model may have hundreds of shards. Tensors keep their own mapping.
         if self._open_file is None or self._open_file[0] != file:
@@ -340,7 +340,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _depth_exceeds(value: Any, limit: int) -> bool:
+def _depth_exceeds(value: object, limit: int) -> bool:
     if limit == 0:
         return True
     if isinstance(value, dict):

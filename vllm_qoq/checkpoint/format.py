@@ -106,8 +106,8 @@ INT8_HEAD_TENSORS = ("weight", "weight_scale")
 STREAM = "stream"
 
 _SET_NAME = re.compile(r"[a-z][a-z0-9]{0,31}")
-# First components of tensor names in Hugging Face checkpoints, and attributes of
-# vLLM's linear layers, beside which a set's module is registered.
+# These are first components of tensor names in Hugging Face checkpoints, and attributes
+# of vLLM's linear layers, beside which a set's module is registered.
 _RESERVED = frozenset(
     {
         *("model", "transformer", "language", "visual", "vision", "backbone"),

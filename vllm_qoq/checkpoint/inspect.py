@@ -93,7 +93,7 @@ def _kv_cache(cache: Mapping[str, Any] | None) -> Iterator[str]:
     yield from _more(rules)
 
 
-def _more(rules: Sequence[Any]) -> Iterator[str]:
+def _more(rules: Sequence[object]) -> Iterator[str]:
     if len(rules) > _SHOWN:
         yield f"  and {len(rules) - _SHOWN} more rules"
 

@@ -130,7 +130,8 @@ def _plain(leaves: Leaves) -> Layout:
         raise _wrong(weight, "a matrix [out_features, in_features]")
     _expect(weight, FLOATS, weight.shape)
     n, k = weight.shape
-    return Layout("plain", n, k, 32 if weight.dtype == "F32" else 16, (n, k))
+    bits = 32 if weight.dtype == "F32" else 16
+    return Layout("plain", n, k, bits=bits, block=(n, k))
 
 
 def _dense(leaves: Leaves, config: Mapping[str, Any]) -> Layout:
@@ -146,7 +147,7 @@ def _dense(leaves: Leaves, config: Mapping[str, Any]) -> Layout:
         _expect(leaves["weight_zero_point"], {"I8", *FP8}, scale.shape)
     bits = {bits for args in weight_args(config) if isinstance(bits := args.get("num_bits"), int)}
     n, k = weight.shape
-    return Layout("dense", n, k, bits.pop() if len(bits) == 1 else 8, block)
+    return Layout("dense", n, k, bits=bits.pop() if len(bits) == 1 else 8, block=block)
 
 
 def _block(scale: TensorInfo, shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[int, int]:
@@ -201,7 +202,7 @@ def _packed(leaves: Leaves, config: Mapping[str, Any]) -> Layout:
         _expect(leaves["weight_zero_point"], {"I32"}, zeros)
     if "weight_g_idx" in leaves:
         _expect(leaves["weight_g_idx"], {"I32"}, (k,))
-    return Layout("packed", n, k, bits, (1, group))
+    return Layout("packed", n, k, bits=bits, block=(1, group))
 
 
 def _gptq(leaves: Leaves, config: Mapping[str, Any]) -> Layout:
@@ -215,7 +216,7 @@ def _gptq(leaves: Leaves, config: Mapping[str, Any]) -> Layout:
     _scales_and_zeros(leaves, bits, math.ceil(k / group), n)
     if "g_idx" in leaves:
         _expect(leaves["g_idx"], {"I32"}, (k,))
-    return Layout("gptq", n, k, bits, (1, group))
+    return Layout("gptq", n, k, bits=bits, block=(1, group))
 
 
 def _awq(leaves: Leaves, config: Mapping[str, Any]) -> Layout:
@@ -227,7 +228,7 @@ def _awq(leaves: Leaves, config: Mapping[str, Any]) -> Layout:
     group = group or k
     _expect(qweight, {"I32"}, qweight.shape)
     _scales_and_zeros(leaves, bits, math.ceil(k / group), n)
-    return Layout("awq", n, k, bits, (1, group))
+    return Layout("awq", n, k, bits=bits, block=(1, group))
 
 
 def _qoq(leaves: Leaves, config: Mapping[str, Any]) -> Layout:
@@ -239,13 +240,14 @@ def _qoq(leaves: Leaves, config: Mapping[str, Any]) -> Layout:
         qweight = leaves["qweight"]
         raise FormatError(f"{qweight.file}: {qweight.name}: {error}") from None
     _only(leaves, expected, f"group_size {qoq_set.group_size}")
-    return Layout("qoq", n, k, 4, (1, k if qoq_set.group_size == -1 else qoq_set.group_size))
+    group = k if qoq_set.group_size == -1 else qoq_set.group_size
+    return Layout("qoq", n, k, bits=4, block=(1, group))
 
 
 def _residual(leaves: Leaves) -> Layout:
     n, k = _nibbles(leaves, "qresidual")
     _only(leaves, ResidualSet.tensors(n, k), QOQ_RESIDUAL)
-    return Layout("residual", n, k, 4, (1, GROUP_SIZE))
+    return Layout("residual", n, k, bits=4, block=(1, GROUP_SIZE))
 
 
 def _nibbles(leaves: Leaves, leaf: str) -> tuple[int, int]:

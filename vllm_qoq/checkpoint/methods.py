@@ -31,7 +31,7 @@ from vllm_qoq.models.names import FUSED
 
 _WHERE = f"config.json: {SECTION}"
 _PATTERN = "re:"
-# More than any model has layers, and few enough to compare each with each layer.
+# These are more than any model has layers, and few enough to compare each with each layer.
 _MOST_ENTRIES = 16_384
 # An entry of extra_config with one of these is a pattern for auto-round.
 _SPECIAL = frozenset(r"*+?^$()[]{}|\\")
@@ -290,23 +290,23 @@ class AutoRound(QuantizationMethod):
         for name, override in extra.items():
             is_named = name in (unit.name, f"model.{unit.name}")
             if is_named and (override.bits is None or override.bits >= 16):
-                return self._merged(_Override(bits=16), False)
+                return self._merged(_Override(bits=16), inside=False)
         for name, override in extra.items():
             if unit.name == name:
-                return self._merged(override, True)
+                return self._merged(override, inside=True)
         for name, override in extra.items():
             if unit.name.endswith(f".{name}"):
-                return self._merged(override, True)
+                return self._merged(override, inside=True)
         blocks = self.block_name_to_quantize or self.to_quant_block_names
         blocks = blocks.split(",") if isinstance(blocks, str) else blocks
         inside = not blocks or any(unit.name.startswith(block) for block in blocks)
         given = [self._explicit(part) for part in unit.parts]
         if len(unit.parts) > 1 and any(override is not None for override in given):
-            found = [self._merged(override or _Override(), inside) for override in given]
+            found = [self._merged(override or _Override(), inside=inside) for override in given]
             if any(other != found[0] for other in found[1:]):
                 raise _mixed(unit)
             return found[0]
-        return self._merged(self._explicit(unit.name) or _Override(), inside)
+        return self._merged(self._explicit(unit.name) or _Override(), inside=inside)
 
     def _explicit(self, name: str) -> _Override | None:
         extra = self.extra_config or {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from vllm_qoq.checkpoint.folder import INDEX, read_json
 from vllm_qoq.checkpoint.format import QUANT_METHOD, SECTION
@@ -56,7 +55,7 @@ def foreign(folder: Path) -> str | None:
     return None
 
 
-def _is_ours(section: Any) -> bool:
+def _is_ours(section: object) -> bool:
     # A section without sets is in somebody's own model, of which we quantize the KV cache.
     return (
         isinstance(section, dict)
@@ -79,7 +78,9 @@ def _listed(folder: Path) -> frozenset[str]:
     )
 
 
-def index(weight_map: Mapping[str, str], total_bytes: int, copied: Iterable[Path]) -> Any:
+def index(
+    weight_map: Mapping[str, str], total_bytes: int, copied: Iterable[Path]
+) -> dict[str, object]:
     """Make the index of an output; `copied` are its files from a model, as relative paths."""
     names = sorted({file.parts[0] for file in copied})
     return {

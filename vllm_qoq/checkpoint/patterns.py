@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from functools import lru_cache
-from typing import Any
 
 import regex  # vLLM matches with it, and matching with the standard library cannot be stopped
 
@@ -56,7 +55,7 @@ def _too_slow(pattern: str, name: str) -> FormatError:
 
 
 @lru_cache(maxsize=16_384)
-def _compiled(pattern: str) -> Any:
+def _compiled(pattern: str) -> regex.Pattern[str]:
     if len(pattern) > _LONGEST:
         raise FormatError(
             f"config.json: quantization_config: a pattern of {len(pattern)} characters begins with "

@@ -24,7 +24,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from types import FrameType
+from typing import IO
 
 from vllm_qoq.checkpoint.writer import sync_folder
 from vllm_qoq.errors import UserError, printable
@@ -251,7 +252,7 @@ class _Interrupts:
 
     def __init__(self) -> None:
         self._is_held = self._is_pending = False
-        self._before: dict[int, Any] = {}
+        self._before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def __enter__(self) -> _Interrupts:
         if threading.current_thread() is threading.main_thread():

@@ -101,7 +101,7 @@ def _tensor(weights: StoredSet, tensors: ExpectedTensors, name: str, shape: Shap
     elif leaf not in leaves:
         yield f"{name}: missing, {CONFIG} says that the model has it; {_REMEDY}"
     else:
-        yield from _plain(weights, tensors, leaves[leaf], name, shape)
+        yield from _plain(weights, tensors, leaves[leaf], name=name, shape=shape)
 
 
 def _quantized(
@@ -180,7 +180,7 @@ def _tied_head(
             f"its own; {_REMEDY}"
         )
     else:
-        yield from _plain(weights, tensors, info, name, tensors.optional[name])
+        yield from _plain(weights, tensors, info, name=name, shape=tensors.optional[name])
 
 
 def _is_surplus_bias(name: str, tensors: ExpectedTensors) -> bool:

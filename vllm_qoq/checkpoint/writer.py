@@ -67,12 +67,12 @@ def replace_file(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
-def json_bytes(content: Any) -> bytes:
+def json_bytes(content: object) -> bytes:
     """Encode `content` as JSON like transformers: indented, in UTF-8."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: object) -> None:
     """Write `content` as a new small file of JSON."""
     write_bytes(path, json_bytes(content))
 

@@ -96,7 +96,7 @@ class RawLayers:
         _check_codes(info, codes, 0, 15)
         restored = (codes * scale[:, :, None] - zero[:, :, None]).view(n, k) * channel_scale
         _check_restored(info, weight, restored, restored)
-        return _grouped(info, codes.view(n, k), channel_scale, scale, zero)
+        return _grouped(info, codes.view(n, k), channel_scale=channel_scale, scale=scale, zero=zero)
 
     def _zero(self, info: TensorInfo, scale: torch.Tensor, n: int, groups: int) -> torch.Tensor:
         """The offset that is taken off q * scale, float32 [N, groups]."""

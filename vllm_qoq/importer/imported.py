@@ -114,11 +114,13 @@ def open_source(folder: Path, base: Path, order: S2Order | None) -> Opened:
         kind = detect.raw_kind(scales.tensors)
         dropped = detect.check_raw(weights.tensors, kind, model)
         detect.check_scales(scales.tensors, kind, model)
-        return Opened(kind, model, weights, RawLayers(weights, scales, kind), tuple(dropped))
+        raw = RawLayers(weights, scales, kind)
+        return Opened(kind, model, tensors=weights, layers=raw, dropped=tuple(dropped))
     weights = source.open_packed(folder)
     kind = detect.packed_kind(weights.tensors)
     dropped = detect.check_packed(weights.tensors, kind, model)
-    return Opened(kind, model, weights, PackedLayers(weights, kind, order), tuple(dropped))
+    packed = PackedLayers(weights, kind, order)
+    return Opened(kind, model, tensors=weights, layers=packed, dropped=tuple(dropped))
 
 
 def make_set(opened: Opened, base: Path, progress: Progress) -> ImportedSet:
@@ -132,7 +134,14 @@ def make_set(opened: Opened, base: Path, progress: Progress) -> ImportedSet:
     config |= {"dtype": _DTYPE, "tie_word_embeddings": is_tied}
     name = "w8a8" if opened.kind == "w8a8" else "w4a8"
     checkpoint = Checkpoint(base, config, {})
-    return ImportedSet(name, checkpoint, _set_config(opened.kind), tensors, opened, vectors)
+    return ImportedSet(
+        name=name,
+        checkpoint=checkpoint,
+        config=_set_config(opened.kind),
+        tensors=tensors,
+        opened=opened,
+        vectors=vectors,
+    )
 
 
 def _check_values(opened: Opened, progress: Progress) -> dict[str, torch.Tensor]:

@@ -122,7 +122,11 @@ def _shards(made: ImportedSet) -> Shards:
 def _content(made: ImportedSet, imported: Imported, name: str) -> Content:
     base = made.checkpoint.path
     text = card.text(
-        name, imported.section, _bytes_of_sets(imported, made.name), [base], imported.notes
+        name,
+        imported.section,
+        sizes=_bytes_of_sets(imported, made.name),
+        inputs=[base],
+        notes=imported.notes,
     )
     others: dict[str, bytes | Path] = {card.README: text.encode()}
     if (base / RECIPE).is_file():

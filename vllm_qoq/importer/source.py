@@ -64,7 +64,9 @@ class _Safetensors(Source):
 
 
 class _Pickled(Source):
-    def __init__(self, tensors: Mapping[str, TensorInfo], loaded: Mapping[str, Any]) -> None:
+    def __init__(
+        self, tensors: Mapping[str, TensorInfo], loaded: Mapping[str, torch.Tensor]
+    ) -> None:
         super().__init__(tensors)
         self._loaded = loaded
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,9 @@ from vllm_qoq.quantizer import QuantizeError, evaluate
 from vllm_qoq.quantizer.model import Module, blocks
 from vllm_qoq.quantizer.sets import SetKind, dequantize
 from vllm_qoq.quantizer.weights import assign
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PROMPT_TOKENS, NEW_TOKENS = 16, 16
 _REMEDY = "check the model in its own dtype, then switch single steps off to find the cause"
@@ -31,7 +34,7 @@ class SetCheck:
     has_int8_head  whether the quantized model rounds the lm_head's inputs
     """
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     windows: list[list[int]]
     prompts: list[list[int]]
     kv_bits: tuple[int, ...]
@@ -78,7 +81,9 @@ class SetCheck:
 
     def _perplexity(self, model: Module, bits: int, label: str) -> float:
         clock = Clock(f"perplexity of {label}, KV{bits}", len(self.windows), self.quiet)
-        found = evaluate.perplexity(model, self.windows, bits, clock, self.kv_hadamard)
+        found = evaluate.perplexity(
+            model, self.windows, kv_bits=bits, done=clock, kv_hadamard=self.kv_hadamard
+        )
         if not math.isfinite(found):
             raise QuantizeError(f"{label}: perplexity {found}; {_REMEDY}")
         return found

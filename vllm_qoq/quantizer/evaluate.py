@@ -98,7 +98,7 @@ def round_keys(keys: torch.Tensor, bits: int, use_hadamard: bool) -> torch.Tenso
 class _simulated_cache:
     """A context in which the attention of `model` rounds keys and values."""
 
-    def __init__(self, model: Any, bits: int, use_hadamard: bool) -> None:
+    def __init__(self, model: Module, bits: int, use_hadamard: bool) -> None:
         self.model, self.bits, self.use_hadamard = model, bits, use_hadamard
 
     def __enter__(self) -> None:
@@ -123,7 +123,7 @@ def _register(bits: int, use_hadamard: bool) -> str:
         value: torch.Tensor,
         mask: torch.Tensor | None,
         **options: Any,
-    ) -> Any:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         keys, values = round_keys(key, bits, use_hadamard), round_cache(value, bits)
         return sdpa_attention_forward(module, query, keys, values, mask, **options)
 

@@ -106,7 +106,7 @@ def _check_rope(config: Mapping[str, Any]) -> None:
         _check_rope_value(key, config.get(key))
 
 
-def _check_rope_value(key: str, value: Any) -> None:
+def _check_rope_value(key: str, value: object) -> None:
     leaf = key.rpartition(".")[2]
     if leaf == "partial_rotary_factor" and value not in (None, 1):
         # vLLM would turn this part of each head, transformers the whole of it.

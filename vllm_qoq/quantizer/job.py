@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,7 +26,7 @@ from vllm_qoq.quantizer.assemble import SHARED, content
 from vllm_qoq.quantizer.check import PROMPT_TOKENS, SetCheck
 from vllm_qoq.quantizer.inputs import check_inputs
 from vllm_qoq.quantizer.load import load_model
-from vllm_qoq.quantizer.model import blocks
+from vllm_qoq.quantizer.model import Module, blocks
 from vllm_qoq.quantizer.modifiers import QuantizePass, SmoothPass, apply_saved, piece
 from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.plan import CheckedJob, Job, check_job, default_work_dir
@@ -34,6 +34,9 @@ from vllm_qoq.quantizer.report import LayerError, refuse_clipped, summary
 from vllm_qoq.quantizer.smooth import SmoothOptions
 from vllm_qoq.quantizer.workdir import Resume, WorkDir
 from vllm_qoq.version import __version__
+
+if TYPE_CHECKING:
+    from llmcompressor.modifiers import Modifier
 
 _SMOOTHING = "smoothing"
 _PROMPTS = 2
@@ -144,16 +147,18 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
                 work.save(STREAM, rotate.way_back(model, names, dimensions), {})
             rotate.fold_norms(model, names)
             rotate.rotate_stream(model, names, dimensions)
-        _smooth(model, plan, options, work, job.quiet)
+        _smooth(model, plan, options, work, quiet=job.quiet)
         if options.rotate:
             rotate.rotate_values(model, names, dimensions)  # after the channels have been smoothed
-        biased = keys.large_biases(model, names, dimensions, options.kv_bits, options.kv_hadamard)
+        biased = keys.large_biases(
+            model, names, dimensions, bits=options.kv_bits, use_hadamard=options.kv_hadamard
+        )
         if biased:
             print(f"warning: {keys.warning(biased, options)}", file=sys.stderr, flush=True)
         if not work.has(SHARED):
             work.save(SHARED, _shared(model, names, options), {})
         if not all(work.has(piece(i)) for i in range(dimensions.layers)):
-            _quantize(model, plan, options, work, job.quiet)
+            _quantize(model, plan, options, work, quiet=job.quiet)
 
         errors: list[LayerError] = [
             row for index in range(dimensions.layers) for row in work.load(piece(index))[1]
@@ -174,7 +179,7 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
         }
         write_checkpoint(
             job.out,
-            content(job, work, names, dimensions.layers, options, report),
+            content(job, work, names, layers=dimensions.layers, options=options, report=report),
             job.overwrite,
             Progress(quiet=True),
         )
@@ -191,17 +196,17 @@ def _check(job: Job, options: QuantizeOptions, plan: CheckedJob) -> SetCheck:
     prompts = [sample[:PROMPT_TOKENS] for sample in prompts]
     kv_bits = (16,) if options.kv_bits == 16 else (16, options.kv_bits)
     return SetCheck(
-        plan.tokenizer,
-        plan.windows,
-        prompts,
-        kv_bits,
+        tokenizer=plan.tokenizer,
+        windows=plan.windows,
+        prompts=prompts,
+        kv_bits=kv_bits,
         kv_hadamard=options.kv_hadamard,
         has_int8_head=options.lm_head_bits == 8,
         quiet=job.quiet,
     )
 
 
-def _load(folder: Path, names: LayerNames) -> Any:
+def _load(folder: Path, names: LayerNames) -> Module:
     """Load the model into the CPU's memory; layers are brought to a GPU when they are used."""
     from compressed_tensors.offload import set_onload_device
 
@@ -241,13 +246,13 @@ def _sha256(content: bytes) -> str:
 
 
 def _smooth(
-    model: Any, plan: CheckedJob, options: QuantizeOptions, work: WorkDir, quiet: bool
+    model: Module, plan: CheckedJob, options: QuantizeOptions, work: WorkDir, quiet: bool
 ) -> None:
     wanted = SmoothOptions(
         # A 16-bit cache rounds nothing that a scale could help.
-        options.smooth_attention and options.kv_bits < 16,
-        options.smooth_outputs,
-        options.reorder,
+        attention=options.smooth_attention and options.kv_bits < 16,
+        outputs=options.smooth_outputs,
+        reorder=options.reorder,
         kv_bits=options.kv_bits,
         weight_bits=min(int(kind.bits) for kind in options.kinds),
         kv_hadamard=options.kv_hadamard,
@@ -270,7 +275,7 @@ def _smooth(
 
 
 def _quantize(
-    model: Any, plan: CheckedJob, options: QuantizeOptions, work: WorkDir, quiet: bool
+    model: Module, plan: CheckedJob, options: QuantizeOptions, work: WorkDir, quiet: bool
 ) -> None:
     step = QuantizePass(
         names=plan.names,
@@ -284,7 +289,7 @@ def _quantize(
     _pipeline(model, step, plan)
 
 
-def _pipeline(model: Any, step: Any, plan: CheckedJob) -> None:
+def _pipeline(model: Module, step: Modifier, plan: CheckedJob) -> None:
     from llmcompressor import oneshot
 
     batches: Any = [
@@ -299,7 +304,7 @@ def _pipeline(model: Any, step: Any, plan: CheckedJob) -> None:
     )
 
 
-def _shared(model: Any, names: LayerNames, options: QuantizeOptions) -> dict[str, torch.Tensor]:
+def _shared(model: Module, names: LayerNames, options: QuantizeOptions) -> dict[str, torch.Tensor]:
     """The tensors that all sets share, by name."""
     mine = {
         f"{names.blocks}.{i}.{name}."

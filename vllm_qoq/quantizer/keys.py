@@ -35,8 +35,8 @@ def large_biases(
             queries.view(-1, dimensions.heads, dimensions.head_dim),
             (x @ weight.t()).view(-1, dimensions.kv_heads, dimensions.head_dim),
             k.bias.data.to(weight).view(dimensions.kv_heads, dimensions.head_dim),
-            bits,
-            use_hadamard,
+            bits=bits,
+            use_hadamard=use_hadamard,
         ):
             found.append(f"{names.blocks}.{index}.{names.k}")
     return found

@@ -52,7 +52,13 @@ class Dimensions:
         k, _ = model.linears["model.layers.0.self_attn.k_proj"]
         heads = config["num_attention_heads"]
         head_dim = q // heads
-        return cls(hidden, config["num_hidden_layers"], heads, k // head_dim, head_dim)
+        return cls(
+            hidden=hidden,
+            layers=config["num_hidden_layers"],
+            heads=heads,
+            kv_heads=k // head_dim,
+            head_dim=head_dim,
+        )
 
     @property
     def queries_per_kv(self) -> int:

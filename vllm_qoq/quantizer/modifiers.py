@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from llmcompressor.modifiers import Modifier
@@ -31,6 +31,9 @@ from vllm_qoq.quantizer.sets import SetKind
 from vllm_qoq.quantizer.weights import assign
 from vllm_qoq.quantizer.workdir import WorkDir
 
+if TYPE_CHECKING:
+    from llmcompressor.core import Event, State
+
 Done = Callable[[], None]
 
 
@@ -45,13 +48,13 @@ class _BlockPass(Modifier):
 
     _blocks: list[Module] = PrivateAttr(default_factory=list)
 
-    def on_initialize(self, state: Any, **kwargs: Any) -> bool:
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Find the blocks of the model."""
         self._blocks = blocks(state.model, self.names)
         return True
 
     def on_sequential_epoch_end(
-        self, state: Any, event: Any, modules: list[Module], **kwargs: Any
+        self, state: State, event: Event, modules: list[Module], **kwargs: Any
     ) -> None:
         """Finish the blocks that this step ran: one, or none for the step of lm_head."""
         seen = set(map(id, modules))
@@ -59,7 +62,7 @@ class _BlockPass(Modifier):
             if id(block.get_submodule(self.names.q)) in seen:
                 self.finish(index, block)
 
-    def on_calibration_end(self, state: Any, event: Any, **kwargs: Any) -> None:
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Remove the hooks of the modifier."""
         self.remove_hooks()
 
@@ -84,7 +87,7 @@ class SmoothPass(_BlockPass):
         """The transforms of all blocks, named INDEX.NAME, for `apply_saved`."""
         return self._found
 
-    def on_calibration_start(self, state: Any, event: Any, **kwargs: Any) -> None:
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Watch the layers of every block."""
         self._inv_freq = state.model.get_submodule(self.names.rotary).inv_freq.detach().float()
         for index, block in enumerate(self._blocks):
@@ -99,7 +102,12 @@ class SmoothPass(_BlockPass):
         seen = self._observers.pop(index).seen()
         _require_finite(vars(seen).values(), f"{self.names.blocks}.{index}")
         found = smooth.transforms(
-            seen, block, self.names, self.dimensions, self._inv_freq, self.options
+            seen,
+            block,
+            self.names,
+            self.dimensions,
+            inv_freq=self._inv_freq,
+            options=self.options,
         )
         # A resumed run has them on the CPU, so this one takes them from there, too.
         found = {name: tensor.cpu() for name, tensor in found.items()}
@@ -117,7 +125,7 @@ def _require_finite(seen: Iterable[torch.Tensor], place: str) -> None:
 
 
 def _output_hook(see: Callable[[torch.Tensor], None]) -> Callable[..., None]:
-    def hook(module: Module, args: Any, output: torch.Tensor) -> None:
+    def hook(module: Module, args: object, output: torch.Tensor) -> None:
         see(output)
 
     return hook
@@ -157,13 +165,13 @@ class QuantizePass(_BlockPass):
     _counts: dict[tuple[int, str], int] = PrivateAttr(default_factory=dict)
     _input_hooks: list[Any] = PrivateAttr(default_factory=list)
 
-    def on_calibration_start(self, state: Any, event: Any, **kwargs: Any) -> None:
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Round the inputs of every block where a set does, and gather their Hessians."""
         has_int8_inputs = any(kind.has_int8_activations for kind in self.sets)
         for index, block in enumerate(self._blocks):
             for group in self.names.inputs:
                 for name in group if has_int8_inputs else ():
-                    # An ordinary hook: unlike the modifier's own, it also acts while the
+                    # This is an ordinary hook: unlike the modifier's own, it also acts while the
                     # pipeline makes the inputs of the next block.
                     layer = block.get_submodule(name)
                     self._input_hooks.append(layer.register_forward_pre_hook(to_int8))
@@ -171,7 +179,7 @@ class QuantizePass(_BlockPass):
                     first = block.get_submodule(group[0])
                     self.register_hook(first, self._hessian_hook(index, group[0]), "forward_pre")
 
-    def on_calibration_end(self, state: Any, event: Any, **kwargs: Any) -> None:
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Remove all hooks."""
         super().on_calibration_end(state, event, **kwargs)
         for hook in self._input_hooks:

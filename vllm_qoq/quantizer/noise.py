@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vllm_qoq.quantizer import QuantizeError
+
+if TYPE_CHECKING:
+    from loguru import Record
 
 _FORMAT = "{level}: {message} ({name})"
 _LEVEL = "LLM_COMPRESSOR_LOG_LEVEL"
@@ -55,7 +58,7 @@ class _Once:
     def __init__(self) -> None:
         self._shown: set[str] = set()
 
-    def __call__(self, record: Any) -> bool:
+    def __call__(self, record: Record) -> bool:
         message = record["message"]
         is_new = message not in self._shown
         self._shown.add(message)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm_qoq.checkpoint.shards import MAX_SHARD_BYTES
 from vllm_qoq.errors import shown
@@ -20,6 +20,8 @@ from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.text import pieces
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from vllm_qoq.quantizer.workdir import Resume
 
 
@@ -58,7 +60,7 @@ class CheckedJob:
     options: QuantizeOptions
     names: LayerNames
     dimensions: Dimensions
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     samples: list[list[int]]
     windows: list[list[int]]
     linears: list[tuple[int, int]]
@@ -88,7 +90,7 @@ def check_job(job: Job, options: QuantizeOptions) -> CheckedJob:
     parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
     stored = stored_bytes(job.work_dir)
     size.check_apart(job.work_dir, job.out, job.model)
-    needed = size.sizes(checkpoint, names, dimensions, linears, options)
+    needed = size.sizes(checkpoint, names, dimensions, linears=linears, options=options)
     # Output and pieces exist together in the end; those of a stopped run are there already.
     to_come = max(needed.work - stored, 0)
     size.check_disks([(job.out, needed.output), (job.work_dir, to_come)])
@@ -108,11 +110,11 @@ def check_job(job: Job, options: QuantizeOptions) -> CheckedJob:
             )
     load.check_values(checkpoint, Progress(job.quiet))
     return CheckedJob(
-        job,
-        options,
-        names,
-        dimensions,
-        tokenizer,
+        job=job,
+        options=options,
+        names=names,
+        dimensions=dimensions,
+        tokenizer=tokenizer,
         samples=samples,
         windows=windows,
         linears=linears,

@@ -54,10 +54,10 @@ class SetKind:
         n, k = weight.shape
         if self.name == "w4a8":
             kind = PerChannel if self.group_size == -1 else TwoLevel
-            return kind(n, k, weight.device, clip)
+            return kind(n, k, weight.device, clip=clip)
         bits = 8 if self.name == "w8a8" else 4
         group = GROUP_SIZE if bits == 4 and self.group_size != -1 else None
-        return Symmetric(n, k, weight.device, clip, bits, group, dtype)
+        return Symmetric(n, k, weight.device, clip=clip, bits=bits, group=group, scale_dtype=dtype)
 
     def config(self) -> dict[str, Any]:
         """Make the set's entry in `quantization_config.sets`."""

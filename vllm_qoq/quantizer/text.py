@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vllm_qoq.quantizer import QuantizeError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def pieces(path: Path, tokenizer: Any, seqlen: int, samples: int | None) -> list[list[int]]:
+
+def pieces(
+    path: Path, tokenizer: PreTrainedTokenizerBase, seqlen: int, samples: int | None
+) -> list[list[int]]:
     """Cut a text file into pieces of `seqlen` token ids, of which up to `samples` are kept.
 
     They are taken from all over the file; None keeps all. There are no special tokens, as in

@@ -86,7 +86,7 @@ class WorkDir:
         """Whether the piece is finished."""
         return self.file(name).exists()
 
-    def save(self, name: str, tensors: Mapping[str, torch.Tensor], facts: Any) -> None:
+    def save(self, name: str, tensors: Mapping[str, torch.Tensor], facts: object) -> None:
         """Store a piece: `tensors`, which may share memory, and `facts` as JSON."""
         from safetensors.torch import save
 

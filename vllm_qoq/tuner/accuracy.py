@@ -16,7 +16,7 @@ from vllm_qoq.tuner import TuneError
 _UNQUANTIZED = 16
 
 
-class Bits(NamedTuple):
+class SetBits(NamedTuple):
     """The bits of a weight and of an activation; 16 stands for the model's own dtype."""
 
     weights: int
@@ -29,19 +29,19 @@ def accuracy_order(sets: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
     return tuple(sorted(found, key=found.__getitem__, reverse=True))
 
 
-def bits(name: str, config: Mapping[str, Any]) -> Bits:
+def bits(name: str, config: Mapping[str, Any]) -> SetBits:
     """The bits of the set `name`, the fewest where its layers differ."""
     method = config["quant_method"]
     try:
         if method == QOQ_LINEAR:
-            return Bits(4, 8)
+            return SetBits(4, 8)
         if method in ("fp8", QOQ_RESIDUAL):
-            return Bits(8, 8)
+            return SetBits(8, 8)
         if method.startswith("gptq"):
-            return Bits(_positive(config["bits"]), _UNQUANTIZED)
+            return SetBits(_positive(config["bits"]), _UNQUANTIZED)
         if method.startswith("awq"):
             bits_of_awq = config["bits"] if "bits" in config else config["w_bit"]
-            return Bits(_positive(bits_of_awq), _UNQUANTIZED)
+            return SetBits(_positive(bits_of_awq), _UNQUANTIZED)
         if method == "compressed-tensors":
             return _compressed_tensors(config["config_groups"])
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -52,19 +52,19 @@ def bits(name: str, config: Mapping[str, Any]) -> Bits:
     )
 
 
-def _compressed_tensors(groups: Mapping[str, Any]) -> Bits:
+def _compressed_tensors(groups: Mapping[str, Any]) -> SetBits:
     found = [
-        Bits(_of(group["weights"]), _of(group.get("input_activations")))
+        SetBits(_of(group["weights"]), _of(group.get("input_activations")))
         for group in groups.values()
     ]
-    return Bits(min(b.weights for b in found), min(b.activations for b in found))
+    return SetBits(min(b.weights for b in found), min(b.activations for b in found))
 
 
 def _of(scheme: Mapping[str, Any] | None) -> int:
     return _UNQUANTIZED if scheme is None else _positive(scheme["num_bits"])
 
 
-def _positive(value: Any) -> int:
+def _positive(value: object) -> int:
     if type(value) is not int or value < 1:
         raise ValueError
     return value

@@ -124,17 +124,30 @@ def run(target: Target, request: Request) -> Outcome:
         decode = decode_batches(request.max_batch)
         with device.within_memory(target.folder):
             opened = open_engine(target.folder, sets, request.max_batch)
-            measured = measure(opened, key, sets, decode, PREFILL_TOKENS, request.quiet)
+            measured = measure(
+                opened,
+                key,
+                sets,
+                decode=decode,
+                prefill=PREFILL_TOKENS,
+                quiet=request.quiet,
+            )
         remembered = memory.MeasuredRun(measured=measured)
 
     others = () if request.drop_layer_rules else target.section.routing.layers
     rules = keep.rules(request.keep, target.order[0], others)
     measured, checked = remembered.measured, remembered.check
     load = target.section.routing.load
-    routing = choose(measured.estimates(), target.order, request.prefer, rules, load)
+    routing = choose(measured.estimates(), target.order, request.prefer, layers=rules, load=load)
     if opened is not None:
         with device.within_memory(target.folder):
-            checked = check(opened, routing, measured.sets, measured.decode, request.quiet)
+            checked = check(
+                opened,
+                routing,
+                measured.sets,
+                decode=measured.decode,
+                quiet=request.quiet,
+            )
     elif checked is not None and checked.routing != routing.to_json():
         checked = None
     if not request.dry_run:

@@ -28,7 +28,7 @@ def measure(
     layers = engine.layers()
     tokens = sorted({*decode, *prefill})
     with counted("measure", len(layers) * len(tokens), quiet) as advance:
-        shapes = tuple(_shape(engine, one, sets, tokens, advance) for one in layers)
+        shapes = tuple(_shape(engine, one, sets, tokens, advance=advance) for one in layers)
     heads = {batch: engine.head_seconds(batch) for batch in decode}
     return Measurements(
         key=key,
@@ -48,7 +48,7 @@ def check(
     step_seconds, routed = {}, {}
     with counted("check", len(batches) * (1 + len(sets)), quiet) as advance:
         for batch in batches:
-            times = _steps(engine, routing, sets, batch, advance)
+            times = _steps(engine, routing, sets, batch, advance=advance)
             for _ in range(_ROUNDS - 1):
                 if times is None or times[None] <= min(times.values()) * (1 + SUSPICIOUS):
                     break

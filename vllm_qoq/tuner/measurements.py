@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
-# Bounded, so that no sum or product overflows.
+# Times are bounded, so that no sum or product of them overflows.
 Seconds = Annotated[float, Field(gt=0, lt=1e6)]
 
 PREFILL_TOKENS = (512, 1024, 2048, 4096, 8192)
