@@ -3,10 +3,10 @@
     python examples/accuracy.py MODEL --text calibration.txt --heldout heldout.txt -o OUT
         [--compare NAME=CHECKPOINT ...]
 
-Quantizes MODEL as `vllm-qoq quantize` does, once as it comes and once per step left
-out, and measures each in plain transformers with a 16-bit and a simulated 4-bit KV
-cache. `--compare` adds finished compressed-tensors checkpoints, e.g. llmcompressor's.
-Writes OUT/accuracy.json, OUT/accuracy.md and OUT/accuracy.png.
+The script quantizes MODEL as `vllm-qoq quantize` does, with all steps, without any, and without
+each of them in turn. It measures each result in plain transformers with a 16-bit and a simulated
+4-bit KV cache. `--compare` adds finished compressed-tensors checkpoints, such as llmcompressor's.
+It writes OUT/accuracy.json, OUT/accuracy.md and OUT/accuracy.png.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 STEPS = ("rotate", "smooth_attention", "smooth_outputs", "reorder", "clip", "gptq")
 PLAIN = dict.fromkeys(STEPS, False)
-# Name of the run -> sets and options. The table has a row per set.
+# The sets and options of each run. The table has a row per set.
 RUNS: dict[str, dict[str, Any]] = {
     "round to nearest": {"sets": ("w8a8", "w4a8"), **PLAIN},
     "QoQ": {"sets": ("w8a8", "w4a16", "w4a8")},
@@ -33,13 +33,15 @@ Row = dict[str, Any]
 
 
 def rows_of(name: str, args: argparse.Namespace, folder: Path) -> list[Row]:
-    """Quantize once and measure before and after."""
+    """Quantize once and measure before and after; returns a row for the model and for each set."""
     folder.mkdir()
     from vllm_qoq.quantizer.job import run
-    from vllm_qoq.quantizer.options import Options
+    from vllm_qoq.quantizer.options import QuantizeOptions
     from vllm_qoq.quantizer.plan import Job
 
-    options = Options.parse({**RUNS[name], "samples": args.samples, "seqlen": args.seqlen}, name)
+    options = QuantizeOptions.parse(
+        {**RUNS[name], "samples": args.samples, "seqlen": args.seqlen}, name
+    )
     job = Job(
         model=args.model,
         out=folder / "checkpoint",
@@ -65,7 +67,7 @@ def compared(name: str, folder: str, args: argparse.Namespace) -> Row:
 
     from vllm_qoq.checkpoint.folder import Checkpoint
     from vllm_qoq.quantizer import evaluate
-    from vllm_qoq.quantizer.check import Check
+    from vllm_qoq.quantizer.check import SetCheck
     from vllm_qoq.quantizer.model import layer_names
     from vllm_qoq.quantizer.sets import dequantize
     from vllm_qoq.quantizer.text import pieces
@@ -82,16 +84,24 @@ def compared(name: str, folder: str, args: argparse.Namespace) -> Row:
         state[weight].copy_(dequantize(leaves) if "weight_scale" in leaves else leaves["weight"])
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     windows = pieces(args.heldout, tokenizer, args.seqlen, None)
-    check = Check(tokenizer, windows, [], (16, 4), has_int8_head=False, quiet=True)
+    check = SetCheck(
+        tokenizer,
+        windows,
+        prompts=[],
+        kv_bits=(16, 4),
+        kv_hadamard=False,
+        has_int8_head=False,
+        quiet=True,
+    )
     groups = checkpoint.config["quantization_config"]["config_groups"].values()
     has_int8 = any(group["input_activations"] for group in groups)
-    arch = layer_names({"model_type": model.config.model_type})
-    with evaluate.int8_inputs(evaluate.linears(model, arch) if has_int8 else ()):
+    names = layer_names({"model_type": model.config.model_type})
+    with evaluate.int8_inputs(evaluate.linears(model, names) if has_int8 else ()):
         return {"version": name, "set": "", **check.measure(model, name)["perplexity"]}
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: perplexity and its distance from the float model, for both KV precisions."""
+    """Write a Markdown table of perplexity and its distance from the float model's."""
     base = rows[0]["kv16"]
     lines = ["| version | set | KV16 | | KV4, simulated | |", "|---|---|---|---|---|---|"]
     for row in rows:
@@ -105,7 +115,7 @@ def table(rows: list[Row]) -> str:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Distance from the float model per row."""
+    """Draw the distance from the float model, a bar for each row and KV precision."""
     from vllm_qoq import plots
 
     base, caches = rows[0]["kv16"], ("kv16", "kv4")

@@ -4,10 +4,11 @@
     python examples/bench_kv_cache.py W/bf16
 
 The weights are vLLM's dummies, so only config.json is read. Every width runs in a process of its
-own with vLLM's default compilation and CUDA graphs: 256 prompts of 1024 random tokens, 512 new
-tokens each; a step is what each token after the first takes. Then an engine with a pool of 8 GiB
-says how many requests of 4096 tokens it holds, by vLLM's own count. The last columns say how many
-times faster ours is than the unquantized and the fp8 cache, and how many times more it holds.
+own with vLLM's default compilation and CUDA graphs. There are 256 prompts of 1024 random tokens
+with 512 new tokens each; a step is what each token after the first takes. Then an engine with a
+pool of 8 GiB says how many requests of 4096 tokens it holds, by vLLM's own count. The last columns
+say how many times faster ours is than the unquantized and the fp8 cache, and how many times more
+it holds.
 """
 
 import argparse
@@ -28,12 +29,12 @@ WIDTHS = {
     "kv8": {"quantization": "qoq", "additional_config": {"qoq": {"kv_bits": 8}}},
     "kv4": {"quantization": "qoq", "additional_config": {"qoq": {"kv_bits": 4}}},
 }
-TIMES = ("prompts, s", "step, ms")  # the other numbers are what a pool holds
+TIMES = ("prompts, s", "step, ms")  # The other numbers tell what a pool holds.
 OURS, PEERS = ("kv8", "kv4"), ("bf16", "fp8")
 
 
 def engine(folder: str, width: str, **options: object) -> object:
-    """An engine with dummy weights."""
+    """Start an engine with dummy weights."""
     from vllm import LLM
 
     return LLM(
@@ -49,7 +50,7 @@ def engine(folder: str, width: str, **options: object) -> object:
 
 
 def time_steps(folder: str, width: str, repeats: int) -> dict[str, float]:
-    """Seconds of the prompts, milliseconds of a step."""
+    """Measure the seconds of the prompts, and the milliseconds of a step."""
     from vllm import SamplingParams
 
     llm = engine(
@@ -81,7 +82,7 @@ def time_steps(folder: str, width: str, repeats: int) -> dict[str, float]:
 
 
 def count_tokens(folder: str, width: str) -> dict[str, float]:
-    """What a pool of POOL bytes holds."""
+    """Count what a pool of POOL bytes holds."""
     llm = engine(
         folder, width, max_model_len=REQUEST, kv_cache_memory_bytes=POOL, enforce_eager=True
     )
@@ -91,7 +92,7 @@ def count_tokens(folder: str, width: str) -> dict[str, float]:
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    """One row per number, one column per width, and how many times better ours are."""
+    """Write a table with a row per number, a column per width, and our gains."""
     pairs = [(a, b) for b in OURS for a in PEERS if {a, b} <= set(results)]
     heads = ["", *results, *(f"{ours} against {peer}" for peer, ours in pairs)]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
@@ -108,7 +109,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 
 def in_a_process(folder: str, width: str, what: str, repeats: int) -> dict[str, float]:
-    """What `time` or `count` of one width says."""
+    """Measure one width in a process of its own; `what` is "time" or "count"."""
     command = [sys.executable, __file__, folder, "--only", f"{what} {width}"]
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if what == "count" else None
     done = subprocess.run(

@@ -4,9 +4,9 @@
     python examples/bench_online.py w8a8=W/w8a8 w4a16=W/w4a16 two-sets=W/two-sets nested=W/nested \\
         -o OUT
 
-Every checkpoint is served by `vllm serve` with vLLM's default compilation and CUDA graphs, weights
-are vLLM's dummies, and asked by vLLM's own client, `vllm bench serve`, at several request rates:
-random prompts of 2048 tokens, 128 new tokens each, Poisson arrivals. OUT gets online.json,
+Every checkpoint is served by `vllm serve` with vLLM's default compilation and CUDA graphs. The
+weights are vLLM's dummies. vLLM's own client, `vllm bench serve`, asks at several request rates,
+with random prompts of 2048 tokens, 128 new tokens each and Poisson arrivals. OUT gets online.json,
 online.md and online.png; all times are medians in milliseconds. The memory is what vLLM's log says
 that loading the weights took.
 """
@@ -31,7 +31,7 @@ METRICS = {"median_ttft_ms": "TTFT", "median_tpot_ms": "TPOT", "p99_ttft_ms": "T
 
 @contextmanager
 def server(folder, log, options):
-    """The URL of a server of `folder`, whose output goes to the file `log`."""
+    """Start a server of `folder`, whose output goes to the file `log`; yields its URL."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -64,7 +64,7 @@ def server(folder, log, options):
 
 
 def ask(url, folder, rate, requests, args, log):
-    """What `vllm bench serve` finds at one request rate; it prints to the end of `log`."""
+    """Measure one request rate with `vllm bench serve`, which prints to the end of `log`."""
     from vllm.benchmarks import serve
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -84,13 +84,13 @@ def ask(url, folder, rate, requests, args, log):
 
 
 def loaded_gib(log):
-    """GiB that the weights took, by vLLM's log; None where it does not say."""
+    """Read from vLLM's log how many GiB the weights took; None where it does not say."""
     said = re.search(r"[Mm]odel loading took ([\d.]+) GiB", log.read_text())
     return float(said[1]) if said else None
 
 
 def table(results, rates):
-    """Markdown: a row per metric and rate, a column per checkpoint."""
+    """Write a Markdown table with a row per metric and rate, a column per checkpoint."""
     names = list(results)
     lines = ["| requests a second | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for metric, label in METRICS.items():
@@ -104,7 +104,7 @@ def table(results, rates):
 
 
 def plot(results, rates, path):
-    """TPOT and TTFT at every request rate."""
+    """Draw TPOT and TTFT at every request rate."""
     from vllm_qoq import plots
 
     columns = []
@@ -125,7 +125,7 @@ def plot(results, rates, path):
 
 
 def checkpoint(text):
-    """NAME=DIR as (name, folder)."""
+    """Parse NAME=DIR as (name, folder)."""
     name, _, folder = text.partition("=")
     if not name or not Path(folder, "config.json").is_file():
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR of a folder with a config.json")
@@ -133,7 +133,7 @@ def checkpoint(text):
 
 
 def request_rates(text):
-    """R,... as numbers above 0."""
+    """Parse R,... as numbers above 0."""
     try:
         rates = [float(rate) for rate in text.split(",")]
     except ValueError:
@@ -177,7 +177,7 @@ def main():
                 found = ask(url, folder, rate, requests, args, client_log)
                 results[name]["rates"][str(rate)] = found
         results[name]["weights_gib"] = loaded_gib(log)
-        # After each, so that a run that stops keeps what it has measured.
+        # Results are written after each checkpoint, so that a run that stops keeps them.
         (args.output / "online.json").write_text(json.dumps(results, indent=1) + "\n")
     (args.output / "online.md").write_text(table(results, rates))
     plot(results, rates, args.output / "online.png")

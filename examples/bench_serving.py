@@ -19,12 +19,12 @@ from pathlib import Path
 
 PROMPT_LENGTHS = (128, 512, 768, 1024, 2048, 4096)
 BATCHES = (1, 16, 64)
-MAX_NUM_SEQS = 256  # vLLM then captures graphs of up to 512 tokens, as it does by default
+MAX_NUM_SEQS = 256  # With it, vLLM captures graphs of up to 512 tokens, as by default.
 NEW_TOKENS = 129
 
 
 def measure(checkpoint: str, repeats: int) -> dict[str, float]:
-    """All numbers of one checkpoint."""
+    """Measure all numbers of one checkpoint."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -64,7 +64,7 @@ def measure(checkpoint: str, repeats: int) -> dict[str, float]:
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    """One row per number, one column per checkpoint, in milliseconds."""
+    """Write a table in milliseconds, with a row per number and a column per checkpoint."""
     names = list(results)
     lines = ["| ms | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for key in next(iter(results.values())):

@@ -5,10 +5,10 @@
         w4a8-head8=W/w4a8-head8 --ours w4a8,w4a8-head8
 
 The weights are vLLM's dummies, so only config.json is read. Each format runs in a process of its
-own with vLLM's default compilation and CUDA graphs: prefill is 256 prompts of 1024 random tokens;
+own with vLLM's default compilation and CUDA graphs. Prefill is 256 prompts of 1024 random tokens;
 a step is what each token after the first takes, at batches of 1, 16 and 64 after prompts of 128
-tokens and of 256 after prompts of 1024. Medians over repeated runs. The last columns are the best
-of the others over each of --ours.
+tokens and of 256 after prompts of 1024. All numbers are medians over repeated runs. The last
+columns are the best of the others over each of --ours.
 """
 
 import argparse
@@ -20,13 +20,13 @@ import sys
 import time
 from pathlib import Path
 
-# Batch, prompt length.
+# Pairs of batch size and length of the prompts.
 STEPS = ((1, 128), (16, 128), (64, 128), (256, 1024))
 NEW_TOKENS = 129
 
 
 def measure(folder: str, repeats: int) -> dict[str, float]:
-    """All numbers of one format: prefill in seconds, steps in milliseconds."""
+    """Measure one format: prefill in seconds, steps in milliseconds."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -68,7 +68,7 @@ def measure(folder: str, repeats: int) -> dict[str, float]:
 
 
 def table(results: dict[str, dict[str, float]], ours: list[str]) -> str:
-    """One row per number, one column per format, and how ours compare with the best other."""
+    """Write a table with a row per number, a column per format, and ours against the best other."""
     peers = [found for name, found in results.items() if name not in ours]
     compared = {name: results[name] for name in ours if name in results and peers}
     heads = ["ms (prefill: s)", *results, *(f"best other / {name}" for name in compared)]

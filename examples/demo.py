@@ -1,6 +1,6 @@
 """The whole way on a tiny trained model: quantize, merge, measure, serve, ask.
 
-Run by `make demo`; everything is written below `demo-output/`.
+`make demo` runs this script, which writes everything below `demo-output/`.
 """
 
 import argparse
@@ -25,7 +25,7 @@ DATA, OUT = ROOT / "tests" / "data", ROOT / "demo-output"
 MODEL, CALIBRATION, HELDOUT = DATA / "tiny-llama", DATA / "calibration.txt", DATA / "heldout.txt"
 BIN = Path(sys.executable).parent
 START_SECONDS = 300
-# A small model that is scored once: by default vLLM imports itself in three processes and, on a
+# The model is small and scored once. By default vLLM imports itself in three processes and, on a
 # CPU, fills all free memory with the KV cache, which takes longer than the scoring.
 SMALL_ENGINE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
@@ -33,12 +33,12 @@ STARTED = time.monotonic()
 
 
 def step(title: str) -> None:
-    """Say what comes, and how long it has been."""
+    """Say what comes, and how long the demo has taken so far."""
     print(f"\n== [{time.monotonic() - STARTED:4.0f} s] {title}", flush=True)
 
 
 def run(*command: object, log: str | None = None, **environment: str) -> str:
-    """Run a command, its chatter in a file, and return what it printed."""
+    """Run a command with its stderr in a file, and return what it printed."""
     path = OUT / (log or "last.log")
     with path.open("w") as file:
         done = subprocess.run(
@@ -54,7 +54,7 @@ def run(*command: object, log: str | None = None, **environment: str) -> str:
 
 
 def quantize(scheme: str) -> Path:
-    """One version of the model with llmcompressor."""
+    """Quantize the model to one set with llmcompressor."""
     out = OUT / scheme
     options = ("--scheme", scheme, "--text", CALIBRATION, "--samples", "64", "--seqlen", "256")
     script = ROOT / "examples" / "quantize_llmcompressor.py"
@@ -63,7 +63,7 @@ def quantize(scheme: str) -> Path:
 
 
 def quantize_all() -> Path:
-    """W8A8 and QoQ's W4A8 of one transformed model, in one checkpoint."""
+    """Quantize the model to W8A8 and QoQ's W4A8 at once, in one checkpoint."""
     out = OUT / "qoq"
     options = ("--sets", "w8a8,w4a8", "--text", CALIBRATION, "--samples", "64", "--seqlen", "256")
     print(run(BIN / "vllm-qoq", "quantize", MODEL, "-o", out, *options, log="quantize.log"), end="")
@@ -71,7 +71,7 @@ def quantize_all() -> Path:
 
 
 def perplexity(checkpoint: Path, force_set: str | None = None) -> float:
-    """Perplexity on the held-out text, through vLLM."""
+    """Measure the perplexity on the held-out text, through vLLM."""
     force = ("--force-set", force_set) if force_set else ()
     output = run(
         *(BIN / "vllm-qoq", "perplexity", checkpoint, "--text", HELDOUT, "--seqlen", "512"),
@@ -84,7 +84,7 @@ def perplexity(checkpoint: Path, force_set: str | None = None) -> float:
 
 @contextmanager
 def server(checkpoint: Path) -> Iterator[str]:
-    """`vllm serve` on a free port; stopped again whatever happens."""
+    """Run `vllm serve` on a free port and stop it, whatever happens; yields its URL."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -124,13 +124,13 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def get(url: str) -> str:
-    """The body of a page."""
+    """Read the body of a page."""
     with urllib.request.urlopen(url, timeout=10) as answer:
         return answer.read().decode()
 
 
 def complete(url: str, prompt: str) -> str:
-    """The model's continuation of `prompt`."""
+    """Let the model continue `prompt`."""
     body = {"prompt": prompt, "max_tokens": 32, "temperature": 0}
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)
@@ -139,7 +139,7 @@ def complete(url: str, prompt: str) -> str:
 
 
 def steps(url: str) -> list[tuple[str, str, int]]:
-    """(phase, set, number of steps) from the metrics endpoint."""
+    """Read (phase, set, number of steps) from the metrics endpoint."""
     pattern = r'vllm:qoq_steps_total\{.*phase="(\w+)".*set="(\w+)".*\} ([\d.]+)'
     return [(p, s, int(float(n))) for p, s, n in re.findall(pattern, get(url + "/metrics"))]
 
@@ -153,7 +153,7 @@ def has_wna16() -> bool:
 
 
 def size(folder: Path) -> str:
-    """Bytes of the weights."""
+    """Count the megabytes of a checkpoint's weights, as text."""
     return f"{sum(file.stat().st_size for file in folder.glob('*.safetensors')) / 1e6:.2f} MB"
 
 

@@ -2,8 +2,8 @@
 
     python examples/inject_outliers.py MODEL OUT [--seed 0]
 
-Small models have none, so they cannot tell quantizers apart. Made larger, each time
-with the inverse in the weights that read them:
+Small models have none, so they cannot tell quantizers apart. The script makes these larger, each
+time with the inverse in the weights that read them:
 
     4 channels of every norm's output, 30 to 100 times
     2 pairs of every key head (channels i and i + D/2, which RoPE mixes), 8 to 16 times
@@ -26,13 +26,13 @@ TOLERANCE = 0.01
 
 
 class Chooser:
-    """Random channels and factors, the same for the same seed."""
+    """A source of random channels and factors, the same for the same seed."""
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
 
     def factors(self, size: int, count: int, values: tuple[float, ...]) -> torch.Tensor:
-        """float32 [size]: 1, but one of `values` in `count` places."""
+        """Choose factors float32 [size]: one of `values` in `count` places, 1 elsewhere."""
         chosen = torch.randperm(size, generator=self.generator)[:count]
         which = torch.randint(len(values), (count,), generator=self.generator)
         result = torch.ones(size)

@@ -4,7 +4,7 @@
 
 The shape is Llama-3-8B's. Both checkpoints quantize the same random weights by
 rounding, and W8A8 moves random scales from the norms into the weights, as
-SmoothQuant does; so they merge like an honest pair, with an input_ratio for W4A16.
+SmoothQuant does; so they merge like a trained pair, with an input_ratio for W4A16.
 OUT/w8a8 and OUT/w4a16 take 9.1 and 5.7 GB. The text that such a model produces
 means nothing. `--only-configs` writes no weights, for `--load-format dummy`, and
 adds OUT/bf16, OUT/fp8, OUT/w4a8 (QoQ in groups of 128), OUT/w4a8-head8 (with an int8
@@ -55,7 +55,7 @@ NESTED = QOQ | {
 
 
 def config(scheme: str, layers: int) -> dict:
-    """The config.json of one checkpoint."""
+    """Make the config.json of one checkpoint."""
     if scheme == "nested":
         return {**config("w8a8", layers), "quantization_config": NESTED}
     if scheme == "two-sets":
@@ -108,7 +108,7 @@ def config(scheme: str, layers: int) -> dict:
 
 
 def fp8(w8a8: dict) -> dict:
-    """The config.json of W8A8 with 8-bit floats for 8-bit integers."""
+    """Make the config.json of W8A8 with 8-bit floats for 8-bit integers."""
     section = json.loads(json.dumps(w8a8["quantization_config"]))
     section["format"] = "float-quantized"
     group = section["config_groups"]["group_0"]
@@ -118,13 +118,13 @@ def fp8(w8a8: dict) -> dict:
 
 
 def int8_per_channel(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """W8A8's tensors for weight float [N, K]."""
+    """Make the tensors of W8A8 for a weight float [N, K]."""
     scale = weight.abs().amax(1, keepdim=True) / 127
     return {"weight": (weight / scale).round().to(torch.int8), "weight_scale": scale.bfloat16()}
 
 
 def int4_per_group(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """W4A16's tensors for weight float [N, K]: codes from the low bits up, offset by 8."""
+    """Make the tensors of W4A16 for a weight float [N, K]: codes + 8, from the low bits up."""
     n, k = weight.shape
     groups = weight.view(n, k // GROUP, GROUP)
     scale = groups.abs().amax(2) / 7.5
@@ -141,12 +141,12 @@ def int4_per_group(weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def random_scales(device: str) -> torch.Tensor:
-    """Powers of two, so that bf16 holds the quotient of the norms exactly."""
+    """Make random powers of two, so that bf16 holds the quotient of the norms exactly."""
     return torch.randint(-1, 3, (HIDDEN,), device=device).exp2().bfloat16()
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Words t0, t1, ... for all tokens, so that any of them can be written as text and read."""
+    """Write a tokenizer with words t0, t1, ..., so that every token can be written as text."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -157,7 +157,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 class Writer:
-    """Writes one checkpoint, a shard per call."""
+    """A writer of one checkpoint, a shard per call."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.weight_map, self.size = folder, {}, 0

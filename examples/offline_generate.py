@@ -1,6 +1,8 @@
 """Generate text from a merged checkpoint with vLLM's LLM class, and show which sets ran.
 
-python examples/offline_generate.py MERGED [--force-set w8a8] [--prompt "import os"]
+    python examples/offline_generate.py MERGED [--force-set w8a8] [--prompt "import os"]
+
+It prints the text, and how many steps of each phase ran in which set before and after.
 """
 
 import argparse
@@ -28,7 +30,7 @@ def main() -> None:
         enforce_eager=args.enforce_eager,
         additional_config={"qoq": {"force_set": args.force_set}} if args.force_set else {},
     )
-    # Capturing CUDA graphs counts too, so what matters is the difference.
+    # Steps in which CUDA graphs were captured count, too, so what matters is the difference.
     before = vllm_qoq.step_counts(llm)
     sampling = SamplingParams(temperature=0, max_tokens=args.max_tokens)
     outputs = llm.generate(args.prompt or ["import os\n\ndef main("], sampling)

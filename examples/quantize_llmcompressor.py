@@ -22,7 +22,7 @@ SCHEMES = ("w8a8", "w4a16")
 
 
 def recipe(scheme: str) -> list[Modifier]:
-    """The modifiers that llmcompressor applies in turn."""
+    """List the modifiers that llmcompressor applies in turn."""
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
@@ -33,7 +33,7 @@ def recipe(scheme: str) -> list[Modifier]:
 def calibration_set(
     text: Path, tokenizer: PreTrainedTokenizerBase, samples: int, seqlen: int
 ) -> DataLoader:
-    """Up to `samples` consecutive pieces of the file, `seqlen` tokens each."""
+    """Cut a file into up to `samples` consecutive pieces of `seqlen` tokens."""
     import torch
     from torch.utils.data import DataLoader
 
@@ -57,14 +57,14 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=512, help="tokens a piece (default: 512)")
     args = parser.parse_args()
 
-    from llmcompressor import oneshot  # takes half a minute, so --help does without
+    from llmcompressor import oneshot  # This takes half a minute, so --help does without.
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     calibration = calibration_set(args.text, tokenizer, args.samples, args.seqlen)
     oneshot(model=model, recipe=recipe(args.scheme), dataset=calibration)
-    model.save_pretrained(args.out)  # writes the generation config, too
+    model.save_pretrained(args.out)  # This writes the generation config, too.
     tokenizer.save_pretrained(args.out)
     print(f"saved {args.scheme} to {args.out}")
 

@@ -1,4 +1,4 @@
-"""`python -m merge_tools merge|inspect|verify`."""
+"""The command line of merge_tools: `python -m merge_tools merge|inspect|verify`."""
 
 import sys
 
@@ -9,7 +9,7 @@ from vllm_qoq.cli.run import run
 
 
 def main() -> int:
-    """Parse the command line and run the command."""
+    """Parse the command line and run the command; the result is the exit code."""
     parser = Parser(prog="merge_tools", description="Merge quantized checkpoints.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (merge, inspect, verify):

@@ -1,4 +1,4 @@
-"""Are the inputs versions of one model? Everything but the weights: config, tokenizer, names."""
+"""Checks that the inputs are versions of one model, by config, tokenizer and layers."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def stored_name(dtype: str) -> str:
 def choose_dtype(sources: Sequence[StoredSet], prefill: StoredSet, given: str | None) -> str:
     """The dtype in which all sets will run, `bfloat16`, `float16` or `float32`.
 
-    `given` if there is one, else what the sets say. Of two, bfloat16 wins: it has the range of
-    every model, float16 has not.
+    It is `given` if there is one, else what the sets say. Of two, bfloat16 wins: it has the range
+    of every model, which float16 has not.
     """
     if given is not None:
         return given
@@ -88,13 +88,16 @@ def _check_config(left: StoredSet, right: StoredSet) -> None:
             )
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = "absent" if value is None else repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _check_tokenizer(left: StoredSet, right: StoredSet) -> None:
-    """The same tokenizer.json, or without one the same of every file it could be made from."""
+    """Raise MergeError unless both have the same tokenizer.
+
+    Compared is tokenizer.json or, where a set has none, every file that it could be made from.
+    """
     ours, theirs = left.checkpoint.path, right.checkpoint.path
     is_whole = all((folder / _TOKENIZER).is_file() for folder in (ours, theirs))
     for file in (_TOKENIZER,) if is_whole else (_TOKENIZER, *_TOKENIZER_FILES):
@@ -113,14 +116,14 @@ def _check_tokenizer(left: StoredSet, right: StoredSet) -> None:
             )
 
 
-def _content(path: Path) -> Any:
-    """What a tokenizer file says, whichever version of tokenizers wrote it."""
+def _content(path: Path) -> object:
+    """The content of a tokenizer file in one spelling, whichever version of tokenizers wrote it."""
     if path.name != _TOKENIZER:
         return path.read_bytes()
     content = read_json(path, _TOKENIZER_BYTES)
     kept = {key: value for key, value in content.items() if key not in _TOKENIZER_IGNORED}
     if isinstance(kept.get("model"), dict):
-        # Options that are off are written by some versions only, and merges as texts or as pairs.
+        # Only some versions write options that are off, and merges are texts or pairs.
         model = {key: value for key, value in kept["model"].items() if value not in (None, False)}
         if isinstance(model.get("merges"), list):
             model["merges"] = [
@@ -132,7 +135,7 @@ def _content(path: Path) -> Any:
 
 
 def _check_layers(left: StoredSet, right: StoredSet) -> None:
-    """Same layers, with weights of the same size."""
+    """Raise MergeError unless both have the same layers, with weights of the same size."""
     quantized = left.quantized | right.quantized
     for layer in sorted({*left.layers, *right.layers}):
         if layer not in left.layers or layer not in right.layers:

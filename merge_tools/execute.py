@@ -1,4 +1,4 @@
-"""Carry out a plan: from the sources to the checkpoint, tensor by tensor. Inputs are only read."""
+"""Writing a merged checkpoint as planned, tensor by tensor; the inputs are only read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def execute(
     progress: Progress,
     model_card: bool = True,
 ) -> None:
-    """Write the checkpoint `out`. FormatError, OutputError or OSError leave nothing behind."""
+    """Write the checkpoint `out`; a FormatError, OutputError or OSError leaves nothing behind."""
     prefill = sources[plan.prefill]
     others: dict[str, bytes | Path] = {
         f"recipe-{name}.yaml": source.checkpoint.path / RECIPE
@@ -65,11 +65,11 @@ def _tensor(info: TensorInfo, sources: Mapping[str, StoredSet], plan: MergePlan)
 
 
 def side_files_of(sources: Mapping[str, StoredSet], prefill: str) -> dict[Path, Path]:
-    """File of the output, relative -> the file of an input that it is a copy of.
+    """Map each side file of the output, a relative path, to the file of an input it is a copy of.
 
-    Tokenizer, chat templates, generation config, licence: what `side_files` chooses. The prefill
-    set's come first; what only another set has is kept, too. MergeError where two other sets have
-    different files of one name, and the prefill set has none.
+    Side files are what `side_files` chooses: tokenizer, chat templates, generation config,
+    licence. Those of the prefill set win; what only another set has is kept, too. Raises
+    MergeError where two other sets have different files of one name, and the prefill set has none.
     """
     found: dict[Path, Path] = {}
     order = [prefill, *(name for name in sources if name != prefill)]

@@ -25,10 +25,10 @@ from vllm_qoq.routing.table import DecodeRow, Routing
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge wrote, or would write.
+    """The result of a merge, as written or, in a dry run, as it would be.
 
     clipped_shares  layer -> share of its residuals that were clipped, where a set was nested
-    left_out        (set, tensor, reason) of what the output does not have
+    left_out        (set, tensor, reason) for each tensor that the output does not have
     """
 
     plan: MergePlan
@@ -60,16 +60,17 @@ def merge(
     nest             store the 8-bit set, or the float model, as a residual on the qoq_linear set
     max_clipped      share of a layer's weights that nesting may clip
     dtype            in which all sets run; by default what they say, bfloat16 where they differ
-    max_shard_bytes  of a file with weights
-    model_card       write a README.md with the front matter that the Hugging Face Hub reads
+    max_shard_bytes  size of a file with weights, at most
+    model_card       whether to write a README.md
     dry_run          check everything and write nothing
     overwrite        replace an older output, if it is ours
+    quiet            print no progress
 
     Raises UserError (MergeError, FormatError, OutputError, RoutingError) with what is wrong and
     what to do, before anything is written; an output is complete or absent.
     """
     paths, out = {name: Path(folder) for name, folder in folders.items()}, Path(output)
-    if not nest:  # which says what kinds it takes
+    if not nest:  # A folder given twice to --nest is refused by its kind instead.
         check_distinct(paths)
     routing = _default_routing(list(paths)) if routing is None else routing
     routing.check_sets(list(paths))
@@ -102,9 +103,17 @@ def merge(
     nesting.check_clipped(shares, max_clipped)
     section = _section(sources, routing, plan, stream.of_source(prefill))
     if not dry_run:
-        execute.execute(plan, sources, section, out, overwrite, progress, model_card)
+        execute.execute(
+            plan,
+            sources,
+            section,
+            out,
+            overwrite=overwrite,
+            progress=progress,
+            model_card=model_card,
+        )
     zeros = [(owner, tensor, "a bias of zeros") for owner, tensor in plan.dropped]
-    return Merged(plan, section, shares, (*left_out, *zeros))
+    return Merged(plan=plan, section=section, clipped_shares=shares, left_out=(*left_out, *zeros))
 
 
 def _default_routing(names: list[str]) -> Routing:
@@ -115,8 +124,8 @@ def _default_routing(names: list[str]) -> Routing:
 
 def _of_one_model(
     opened: Mapping[str, StoredSet], prefill: str
-) -> tuple[dict[str, StoredSet], list[unused.LeftOut]]:
-    """The sources without what their model does not use; refuses other models' versions."""
+) -> tuple[dict[str, StoredSet], list[unused.LeftOutTensor]]:
+    """Leave out what the model does not use, and refuse sources of different models."""
     sources, left_out = dict(opened), []
     for name, source in sources.items():
         sources[name], found = unused.leave_out(source)

@@ -1,11 +1,11 @@
-"""Can the sets share one KV cache? Only if their keys and values mean the same.
+"""Checks that the sets can share one KV cache: their keys and values must mean the same.
 
 A rotation or a SmoothAttention scale on one side leaves that set right by itself
 and changes no shape, so only the weights tell. Compared are the rows of k_proj and
 v_proj, dequantized and with the norm before them folded into the columns:
 
     gain    <row, reference> / <reference, reference>
-    cosine  of row and reference
+    cosine  cosine of the angle between row and reference
 
 Rounding to 4 bits moves both a little: llmcompressor's W8A8 against its W4A16 of
 tests/data/tiny-llama gives gains of 0.977 to 1.021 and cosines of 0.980 and more. A
@@ -35,15 +35,17 @@ _LOST_SHARE = 0.05
 
 
 def check(reference: StoredSet, other: StoredSet) -> None:
-    """Raise MergeError where a layer's K or V of `other` is in another basis."""
+    """Raise MergeError where the K or V of a layer of `other` is in another basis."""
     for layer in sorted(reference.layers):
         kind = layer.rpartition(".")[2]
         if kind in ("k_proj", "v_proj", "qkv_proj") and layer in other.layers:
             _check_layer(reference, other, layer, kind)
 
 
-def statistics(reference: StoredSet, other: StoredSet, layer: str) -> tuple[Any, Any]:
-    """Gain and cosine of every row of `layer`: two float32 [out_features]."""
+def statistics(
+    reference: StoredSet, other: StoredSet, layer: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute gain and cosine of every row of `layer`: two tensors float32 [out_features]."""
     import torch
 
     gains, cosines = [], []
@@ -74,7 +76,7 @@ def _check_layer(reference: StoredSet, other: StoredSet, layer: str, kind: str) 
 
 
 def _folded(weights: StoredSet, layer: str, rows: tuple[int, int]) -> torch.Tensor:
-    """float32 [rows, in_features]: what the rows do to the normalised input."""
+    """Rows of a weight with the norm before them folded in: float32 [rows, in_features]."""
     norm = f"{layer.partition('.self_attn.')[0]}.input_layernorm.weight"
     weight = dequantize(weights, layer, rows)
     if norm not in weights.tensors:
@@ -104,12 +106,12 @@ def _cached_rows(config: Mapping[str, Any], kind: str, rows: int) -> slice:
     return slice(rows * int(heads) // (int(heads) + 2 * int(kv_heads)), rows)
 
 
-def _is_count(value: Any, most: int) -> bool:
+def _is_count(value: object, most: int) -> bool:
     return type(value) is int and 0 < value <= most
 
 
 def biases(reference: StoredSet, other: StoredSet) -> Iterator[str]:
-    """The K and V biases that differ by more than rounding."""
+    """Find the K and V biases that differ by more than rounding, by tensor name."""
     import torch
 
     for tensor in reference.tensors:

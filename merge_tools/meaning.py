@@ -43,7 +43,7 @@ _ROPE_TYPES = {"su": "longrope", "mrope": "default"}
 
 
 def normal(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` without what does not matter, in one spelling; nested configs too."""
+    """Rewrite a config in one spelling, without what does not matter; nested configs too."""
     kept: dict[str, Any] = {}
     for key, value in config.items():
         if key in _IGNORED or key in _ROPE or _TRAINING.fullmatch(key) or value is None:
@@ -58,8 +58,8 @@ def normal(config: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def default(config: Mapping[str, Any], key: str) -> Any:
-    """What transformers takes for a key that the config lacks; None where nobody knows."""
+def default(config: Mapping[str, Any], key: str) -> object:
+    """The value that transformers takes for a key the config lacks; None where it is unknown."""
     kind = config.get("model_type")
     values = _defaults(kind) if isinstance(kind, str) else {}
     return normal(values).get(key, values.get(key))
@@ -75,7 +75,7 @@ def is_tied(config: Mapping[str, Any]) -> bool:
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Positions: `rope_parameters` of transformers 5, or the same put together from its parts."""
+    """The `rope_parameters` of transformers 5, put together from older keys if need be."""
     found = config.get("rope_parameters")
     if not isinstance(found, dict):
         scaling = config.get("rope_scaling")
@@ -129,5 +129,5 @@ def _defaults(model_type: str) -> Mapping[str, Any]:
 
     try:
         return dict(CONFIG_MAPPING[model_type]().to_dict())
-    except Exception:  # not a model of transformers, or one that has no defaults
+    except Exception:  # transformers does not know the model, or it has no defaults
         return {}

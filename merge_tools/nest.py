@@ -1,4 +1,4 @@
-"""An 8-bit set as a residual on a QoQ set: `merge --nest`.
+"""Nesting (`merge --nest`): an 8-bit set stored as a residual on a QoQ set.
 
     residual = round(W / channel_scale) - W4, clamped to -8..7
 
@@ -25,7 +25,7 @@ _REMEDY = "leave out --nest to store both sets whole"
 
 
 def pair(sources: Sequence[StoredSet]) -> tuple[StoredSet, StoredSet]:
-    """(the set to nest, its base) of the inputs, or a MergeError. Reads no tensor."""
+    """Find the set to nest and its base among the inputs, or raise MergeError. Reads no tensor."""
     bases = [source for source in sources if _is_base(source)]
     others = [source for source in sources if not _is_base(source)]
     if len(bases) != 1 or len(others) != 1:
@@ -56,7 +56,10 @@ def check_basis(found: Survey, source: StoredSet, base: StoredSet) -> None:
 
 
 def clipped_shares(source: StoredSet, base: StoredSet, progress: Progress) -> dict[str, float]:
-    """Layer -> share of its weights whose residual 4 bits do not hold. Reads both sets."""
+    """Map each layer to the share of its weights whose residual 4 bits do not hold.
+
+    Reads both sets.
+    """
     from vllm_qoq.checkpoint.dequantize import row_chunks
 
     shares = {}
@@ -76,7 +79,7 @@ def clipped_shares(source: StoredSet, base: StoredSet, progress: Progress) -> di
 
 
 def check_clipped(shares: dict[str, float], limit: float) -> None:
-    """Raise MergeError if a layer's share is above `limit`."""
+    """Raise MergeError if the clipped share of a layer is above `limit`."""
     worst = max(shares, key=shares.__getitem__, default=None)
     if worst is not None and shares[worst] > limit:
         raise MergeError(
@@ -86,7 +89,7 @@ def check_clipped(shares: dict[str, float], limit: float) -> None:
 
 
 def residual(source: StoredSet, base: StoredSet, layer: str) -> torch.Tensor:
-    """qresidual of `layer`: uint8 [N, K / 2] as `vllm_qoq.checkpoint.format` has it."""
+    """Compute the qresidual of `layer`: uint8 [N, K / 2], see `vllm_qoq.checkpoint.format`."""
     import torch
 
     from vllm_qoq.checkpoint.dequantize import row_chunks
@@ -101,7 +104,7 @@ def residual(source: StoredSet, base: StoredSet, layer: str) -> torch.Tensor:
 def _residuals(
     source: StoredSet, base: StoredSet, layer: str, rows: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 [rows, K], integers: what the residuals should be, and what can be stored."""
+    """The residuals as they should be and as they can be stored: integers, float32 [rows, K]."""
     from vllm_qoq.checkpoint.dequantize import dequantize, qoq_tensors
     from vllm_qoq.numerics.reference import RESIDUAL_ZERO, int8_weight
 

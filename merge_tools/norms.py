@@ -1,4 +1,4 @@
-"""Sets whose norms differ: the norm of one is stored, the others carry the quotient.
+"""Norms that differ between sets: one is stored, and the other sets carry the quotient.
 
 SmoothQuant divides the weight of a norm by a factor per channel and multiplies
 the columns of the layers that read it. A checkpoint keeps the norm of the prefill
@@ -28,10 +28,10 @@ _RECIPE = "quantize both from one transformed model, or without SmoothQuant"
 def readers_of(
     config: Mapping[str, Any], tensor: str, quantized: frozenset[str], sets: str
 ) -> tuple[str, ...]:
-    """The layers that take the ratio of `tensor`, an unquantized one that differs between sets.
+    """The layers that make up for `tensor`, an unquantized one that differs between sets.
 
-    `quantized` are the layers with a weight per set, `sets` names the sets for the
-    message of the MergeError when `tensor` cannot be compensated.
+    `quantized` are the layers with a weight per set. Raises MergeError, which names the `sets`,
+    where nothing can make up for `tensor`.
     """
     layer, leaf = split_layer(tensor)
     readers = norm_readers(config, layer) if leaf == "weight" else ()
@@ -47,9 +47,9 @@ def readers_of(
 
 
 def ratio(numerator: StoredSet, denominator: StoredSet, norm: str) -> torch.Tensor:
-    """float32 [in_features]: the tensor `norm` of one set over that of the prefill set.
+    """Divide the tensor `norm` of one set by that of the prefill set: float32 [in_features].
 
-    0/0 is 1: such a channel is dead in both sets. MergeError where no factor helps.
+    0/0 is 1: such a channel is dead in both sets. Raises MergeError where no factor helps.
     """
     import torch
 
@@ -67,13 +67,13 @@ def ratio(numerator: StoredSet, denominator: StoredSet, norm: str) -> torch.Tens
 def ratio_globs(
     ratios: Mapping[str, tuple[str, ...]], quantized: frozenset[str]
 ) -> dict[str, tuple[str, ...]]:
-    """`Section.input_ratio` for the layers that have a ratio, set by set.
+    """The `Section.input_ratio` for the layers that have a ratio: set -> globs.
 
-    Raises RuntimeError if the globs would match another layer: a bug, not an input.
+    Raises RuntimeError if the globs would match another layer, which is a bug of this module.
     """
     globs = {name: layer_globs(layers, quantized) for name, layers in ratios.items() if layers}
     for name, mine in globs.items():
-        # `*` matches dots too, so look at what the globs do instead of trusting their making
+        # `*` matches dots too, so what the globs match is looked at, not how they were made.
         matched = {x for x in quantized if any(fnmatchcase(x, glob) for glob in mine)}
         if matched != set(ratios[name]):
             raise RuntimeError(f"{INPUT_RATIO}.{name}: {mine} matches {sorted(matched)}")

@@ -1,4 +1,4 @@
-"""What a merge will write, worked out before it writes anything. Pure: no file is touched.
+"""The plan of a merge: what it will write, worked out without touching a file.
 
 Shards begin anew with each set: the shared tensors come first, then one run of
 shards per set, so that a set can be downloaded without the others.
@@ -19,12 +19,12 @@ from vllm_qoq.checkpoint.shards import Shards, cut, total_bytes
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a tensor of the output comes from: `tensor` of the set `set_name`.
+    """The origin of a tensor of the output: `tensor` of the set `set_name`.
 
-    copy    its bytes
-    cast    its values, in the dtype of the output
-    ratio   its values divided by those of the prefill set (see `norms`)
-    nest    what the set's layer adds to its base's (see `nest`)
+    copy    the bytes are taken over
+    cast    the values are, in the dtype of the output
+    ratio   the values are divided by those of the prefill set (see `norms`)
+    nest    `tensor` is a layer, whose residual on the base is computed (see `nest`)
     """
 
     how: Literal["copy", "cast", "ratio", "nest"]
@@ -34,7 +34,7 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A tensor of the output, the set that it belongs to (None: all sets), and its origin."""
+    """A tensor of the output, the set that owns it (None: all sets share it), and its origin."""
 
     info: TensorInfo
     owner: str | None
@@ -48,7 +48,7 @@ class MergePlan:
     tensors      name in the output -> what it is made of
     shards       file name -> tensors, in the order in which their bytes are written
     input_ratio  set -> globs of the layers that carry one
-    dropped      (set, tensor) left out: biases of zeros
+    dropped      (set, tensor) for each bias of zeros that is left out
     bases        nested set -> its base
     dtype        the dtype that `config.json` gets, None for the prefill set's
     """
@@ -64,7 +64,7 @@ class MergePlan:
     dtype: str | None = None
 
     def bytes_of(self, owner: str | None) -> int:
-        """Bytes of the tensors of a set, or with None of the shared ones."""
+        """Bytes of the tensors of the set `owner`, or of the shared ones if it is None."""
         return sum(p.info.nbytes for p in self.tensors.values() if p.owner == owner)
 
     @property
@@ -84,9 +84,9 @@ def make_plan(
 
     config  the `config.json` of the prefill set
     bases   set to nest -> its base
-    dtype   that the output is said to run in, None for the prefill set's
+    dtype   the dtype that the output is said to run in, None for the prefill set's
 
-    Raises MergeError for a tensor that differs between the sets and cannot.
+    Raises MergeError for a tensor that differs between the sets and must not.
     """
     ratios = _ratio_layers(survey, config)
     groups = [_shared(survey)]
@@ -111,7 +111,7 @@ def make_plan(
 
 
 def _ratio_layers(survey: Survey, config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Set -> layer that needs an input_ratio -> the norm that it reads."""
+    """Map each set to its layers that need an input_ratio, and those to the norm that they read."""
     ratios: dict[str, dict[str, str]] = {name: {} for name in survey.tensors}
     for tensor, differing in survey.unequal.items():
         names = f"{survey.prefill} and {', '.join(differing)}"
@@ -150,7 +150,7 @@ def _of_set(survey: Survey, set_name: str, ratios: Mapping[str, str]) -> list[Pl
 
 
 def _nested(survey: Survey, set_name: str, base: str) -> list[Planned]:
-    """A residual and the bias, where there is one, of every layer of the base."""
+    """Plan a residual for every layer of the base, and its bias where there is one."""
     planned = []
     for layer in sorted(survey.quantized):
         shape = survey.tensors[base][f"{layer}.qweight"].shape

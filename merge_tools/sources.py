@@ -15,15 +15,15 @@ from vllm_qoq.checkpoint.stored_set import StoredSet
 from vllm_qoq.errors import FormatError
 from vllm_qoq.models.config import CONFIG
 
-# Where older checkpoints of compressed-tensors and of ModelOpt keep their config.
+# Older checkpoints of compressed-tensors and of ModelOpt keep their config in these.
 _COMPRESSION, _MODELOPT = "compression_config", "hf_quant_config.json"
 _MODELOPT_BYTES = 16 << 20
-# Where older versions of AutoGPTQ and AutoAWQ keep it.
+# Older versions of AutoGPTQ and AutoAWQ keep it in these.
 _BESIDE = ("quantize_config.json", "quant_config.json")
 
 
 def parse_sources(arguments: Sequence[str]) -> dict[str, Path]:
-    """`["w8a8=DIR", ...]` -> {"w8a8": Path("DIR"), ...}, in this order."""
+    """Parse `["w8a8=DIR", ...]` into {"w8a8": Path("DIR"), ...}, in this order."""
     folders: dict[str, Path] = {}
     for argument in arguments:
         name, equals, folder = argument.partition("=")
@@ -44,7 +44,7 @@ def parse_sources(arguments: Sequence[str]) -> dict[str, Path]:
 
 
 def check_distinct(folders: Mapping[str, Path]) -> None:
-    """Raise MergeError for a folder that two sets have."""
+    """Raise MergeError if one folder is given for two sets."""
     owners: dict[Path, str] = {}
     for name, folder in folders.items():
         other = owners.setdefault(folder.resolve(), name)
@@ -103,8 +103,8 @@ def _set_config(checkpoint: Checkpoint, takes_floats: bool) -> dict[str, Any]:
     return config
 
 
-def _quantization(checkpoint: Checkpoint) -> Any:
-    """The set's config from where vLLM looks for it."""
+def _quantization(checkpoint: Checkpoint) -> object:
+    """The quantization config of a set, from where vLLM looks for it; None if there is none."""
     text = checkpoint.config.get("text_config")
     nested = text.get(SECTION) if isinstance(text, dict) else None
     for found in (checkpoint.config.get(SECTION), nested, checkpoint.config.get(_COMPRESSION)):
@@ -116,8 +116,8 @@ def _quantization(checkpoint: Checkpoint) -> Any:
     return {"quant_method": "modelopt", **read_json(modelopt, _MODELOPT_BYTES)}
 
 
-def _check_transforms(transforms: Any) -> None:
-    # compressed-tensors applies these to K after RoPE, so K is in another basis
+def _check_transforms(transforms: object) -> None:
+    # compressed-tensors applies these to K after RoPE, so K is in another basis.
     text = str(transforms or "")
     if "k_cache" in text or "q_attn" in text:
         raise FormatError(

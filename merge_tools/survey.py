@@ -1,4 +1,4 @@
-"""What the sets have in common: the comparisons, by content, on which a plan rests."""
+"""The comparison of the sets by content, on which a plan rests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CHUNK_VALUES = 4 << 20
 
 @dataclass(frozen=True)
 class Survey:
-    """The inputs of a merge as a plan needs them: names, sizes and results of comparisons."""
+    """The tensors of all sets and the results of comparing them."""
 
     tensors: Mapping[str, Mapping[str, TensorInfo]]
     """Set -> tensor -> info, sets in the order of the command line."""
@@ -32,12 +32,12 @@ class Survey:
     model_dtype: str
     """The dtype in which the model will run, by safetensors' name."""
     unequal: Mapping[str, tuple[str, ...]]
-    """Tensor of no quantized layer -> the sets where it differs from the prefill set's."""
+    """Tensor outside the quantized layers -> the sets where it differs from the prefill set's."""
     recast: Mapping[str, str]
-    """Tensor of equal values but stored in several dtypes -> the set whose copy is nearest to
-    `model_dtype`."""
+    """Tensor that is stored in several dtypes with equal values -> the set whose copy is nearest
+    to `model_dtype`."""
     zero_biases: frozenset[tuple[str, str]]
-    """(set, tensor): biases of zeros in layers that have no bias in another set."""
+    """(set, tensor) for each bias of zeros in a layer that has no bias in another set."""
 
 
 def survey(
@@ -48,7 +48,7 @@ def survey(
 ) -> Survey:
     """Compare the tensors of the sets. Reads every tensor that all sets might share.
 
-    dtype  in which the model will run, by safetensors' name; by default what the prefill set says
+    dtype  the dtype in which the model will run, by safetensors' name; by default the prefill set's
     """
     quantized = frozenset().union(*(source.quantized for source in sources))
     dtype = dtype or model_dtype(prefill.checkpoint.config)
@@ -78,7 +78,10 @@ def survey(
 
 
 def _compare(left: StoredSet, right: StoredSet, name: str, dtype: str) -> str:
-    """`equal`, `recast` (stored in two dtypes, equal but for their rounding) or `unequal`."""
+    """Compare a tensor of two sets: "equal", "recast" or "unequal".
+
+    Recast are tensors in two dtypes that are equal but for the rounding to them.
+    """
     dtypes = [left.tensors[name].dtype, right.tensors[name].dtype]
     pairs = _chunks(left.get(name), right.get(name))
     if dtypes[0] == dtypes[1]:
@@ -119,7 +122,8 @@ def is_same_tensor(source: StoredSet, left: str, right: str) -> bool:
 def _is_same(left: torch.Tensor, right: torch.Tensor) -> bool:
     import torch
 
-    # By bytes, so that NaN is NaN (`values` refuses it later), or by value, so that 0 is -0.
+    # Tensors are equal by bytes, so that NaN is NaN (`values` refuses it later), or by value, so
+    # that 0 is -0.
     is_same = torch.equal(left.view(torch.uint8), right.view(torch.uint8))
     return is_same or (left.element_size() > 1 and torch.equal(left, right))
 
@@ -134,7 +138,10 @@ def torch_dtype(name: str) -> torch.dtype:
 def _zero_biases(
     sources: Sequence[StoredSet], quantized: frozenset[str]
 ) -> Iterator[tuple[str, str]]:
-    """GPTQ tools write a bias of zeros into every layer, also where the model has none."""
+    """Find biases of zeros that only some sets have; MergeError for one that is not zero.
+
+    GPTQ tools write one into every layer, also where the model has none.
+    """
     for layer in sorted(quantized):
         having = [source for source in sources if "bias" in source.layers[layer]]
         if len(having) in (0, len(sources)):

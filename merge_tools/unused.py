@@ -1,7 +1,8 @@
-"""Tensors that a checkpoint has and its model does not use: left out of a merge, and said.
+"""Tensors that a checkpoint has and its model does not use, which a merge leaves out and names.
 
-What vLLM computes itself, a second copy of a tied embedding, biases of zeros where another set has
-none. Sets that say differently whether lm_head is the embedding are brought together.
+These are constants that vLLM computes itself, second copies of a tied embedding, and biases of
+zeros where another set has none. Sets that say differently whether lm_head is the embedding are
+brought together.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ _HEAD = re.compile(r"(?:.*\.)?lm_head\.weight")
 _EMBEDDING = re.compile(r"(?!.*(?:vision|visual)).*(?:embed_tokens|wte)\.weight")
 _COPY = "a copy of the embedding, which is the lm_head"
 
-LeftOut = tuple[str, str, str]
-"""Set, tensor, reason."""
+LeftOutTensor = tuple[str, str, str]
+"""A set, one of its tensors, and why that was left out."""
 
 
-def leave_out(source: StoredSet) -> tuple[StoredSet, list[LeftOut]]:
-    """A set without what its own model does not use, and what that is. Reads a tied head.
+def leave_out(source: StoredSet) -> tuple[StoredSet, list[LeftOutTensor]]:
+    """Leave out of a set what its own model does not use; returns the rest and what was left out.
 
-    FormatError for a head of its own where config.json says that it is the embedding.
+    Reads a tied head. Raises FormatError if the set has a head of its own where config.json says
+    that the embedding is the head.
     """
     reasons = dict(_unused(source))
     found = [(source.name, tensor, reason) for tensor, reason in reasons.items()]
@@ -38,12 +40,12 @@ def leave_out(source: StoredSet) -> tuple[StoredSet, list[LeftOut]]:
 
 def settle(
     sources: Mapping[str, StoredSet], prefill: str
-) -> tuple[dict[str, StoredSet], list[LeftOut]]:
-    """The sets with the head that the set `prefill` has. Reads heads.
+) -> tuple[dict[str, StoredSet], list[LeftOutTensor]]:
+    """Give every set a head where the set `prefill` has one, and take it away where it has none.
 
-    MergeError for a head that is another matrix.
+    Reads the heads. Raises MergeError for a head that is another matrix.
     """
-    left_out: list[LeftOut] = []
+    left_out: list[LeftOutTensor] = []
     settled = dict(sources)
     for name, source in sources.items():
         if name != prefill:
@@ -54,8 +56,8 @@ def settle(
 
 def leave_out_zero_biases(
     sources: Mapping[str, StoredSet],
-) -> tuple[dict[str, StoredSet], list[LeftOut]]:
-    """The sets without the biases of zeros that another set proves unneeded. Reads biases."""
+) -> tuple[dict[str, StoredSet], list[LeftOutTensor]]:
+    """Leave out the biases of zeros that another set proves unneeded. Reads the biases."""
     zeros = list(_zero_biases(list(sources.values())))
     kept = {
         name: _without(source, {tensor for owner, tensor in zeros if owner == name})
@@ -83,7 +85,7 @@ def _unused(source: StoredSet) -> Iterator[tuple[str, str]]:
 
 
 def _like(prefill: StoredSet, source: StoredSet) -> tuple[StoredSet, list[str]]:
-    """`source` with a head where `prefill` has one, and without where it has none."""
+    """Make the head of `source` like `prefill`'s; returns the set and the tensors left out."""
     tied = [is_tied(one.checkpoint.config) for one in (prefill, source)]
     embedding = _embedding(source)
     if tied[0] == tied[1] or embedding is None:
@@ -107,7 +109,7 @@ def _embedding(source: StoredSet) -> str | None:
 
 
 def _zero_biases(sources: Sequence[StoredSet]) -> Iterator[tuple[str, str]]:
-    """Biases of zeros in layers that are quantized in no set and have none in another."""
+    """Find biases of zeros in layers that no set quantizes and that lack a bias in another set."""
     quantized = frozenset().union(*(source.quantized for source in sources))
     for source in sources:
         for layer, leaves in source.layers.items():

@@ -20,7 +20,7 @@ from vllm_qoq.checkpoint import verify
 from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.progress import Progress
 from vllm_qoq.quantizer import job
-from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.plan import Job
 from vllm_qoq.quantizer.sets import SetKind
 
@@ -48,7 +48,7 @@ def quantized(llama, short, tmp_path_factory):
     folder = tmp_path_factory.mktemp("biases")
     wanted = Job(llama, folder / "out", TEXT, folder / "work", short)
     quick = {"samples": 4, "seqlen": SEQLEN, "clip": False}
-    options = Options(sets=("w8a8", "w4a16", "w4a8"), nested=True, **quick)
+    options = QuantizeOptions(sets=("w8a8", "w4a16", "w4a8"), nested=True, **quick)
     return folder / "out", job.run(wanted, options)
 
 
@@ -98,7 +98,7 @@ def test_two_ranks_add_a_bias_once(quantized, short, tmp_path):
 def test_qwen2_in_one_and_two_sets(tiny_model, tmp_path, sets):
     model = write_qwen2(tiny_model, tmp_path / "qwen2", 20.0)
     wanted = Job(model, tmp_path / "out", TEXT, tmp_path / "work")
-    job.run(wanted, Options(sets=sets, samples=4, seqlen=64, gptq=False, clip=False))
+    job.run(wanted, QuantizeOptions(sets=sets, samples=4, seqlen=64, gptq=False, clip=False))
     assert sound(tmp_path / "out")
     assert not (tmp_path / "work").exists()
     tensors = Checkpoint.open(tmp_path / "out").tensors

@@ -52,13 +52,13 @@ def test_what_quantize_stores_leads_back_to_the_original_hidden_states(kind, con
     model = kind(config).eval().double()
     model.model.norm.weight.copy_(torch.rand(96) * 2 + 0.1)
     content = config.to_dict() | {"model_type": config.model_type}
-    arch, shape = layer_names(content), Dimensions.of(content)
+    names, dimensions = layer_names(content), Dimensions.of(content)
     tokens = torch.randint(0, 64, (1, 20))
     before = model.model(tokens, output_hidden_states=True)
-    rotate.untie(model, arch)
-    stored = rotate.way_back(model, arch, shape)
-    rotate.fold_norms(model, arch)
-    rotate.rotate_stream(model, arch, shape)
+    rotate.untie(model, names)
+    stored = rotate.way_back(model, names, dimensions)
+    rotate.fold_norms(model, names)
+    rotate.rotate_stream(model, names, dimensions)
     after = model.model(tokens, output_hidden_states=True)
 
     signs = stored["stream.rotation"].double()

@@ -22,7 +22,7 @@ from vllm_qoq.errors import FormatError
 from vllm_qoq.numerics.reference import quantize_per_token
 from vllm_qoq.progress import Progress
 from vllm_qoq.quantizer.job import run
-from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.plan import Job
 
 VOCABULARY, HIDDEN = 200, 128
@@ -35,7 +35,7 @@ def quantized(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("int8-head")
     text = folder / "heldout.txt"
     text.write_text((DATA / "heldout.txt").read_text()[:20_000])
-    options = Options(sets=("w4a8",), samples=8, seqlen=256, lm_head_bits=8, kv_bits=16)
+    options = QuantizeOptions(sets=("w4a8",), samples=8, seqlen=256, lm_head_bits=8, kv_bits=16)
     job = Job(
         model=tiny_model,
         out=folder / "checkpoint",

@@ -14,7 +14,7 @@ from vllm_qoq.errors import UserError
 from vllm_qoq.numerics import key_bias
 from vllm_qoq.quantizer import QuantizeError, evaluate, job, keys
 from vllm_qoq.quantizer.model import Dimensions, layer_names
-from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.plan import Job
 from vllm_qoq.quantizer.text import pieces
 from vllm_qoq.serving.kv import key_bias as serving_key_bias
@@ -43,8 +43,8 @@ def text(heldout_text):
 def large_biases(folder, bits, use_hadamard=False):
     model = AutoModelForCausalLM.from_pretrained(folder)
     config = read_config(folder)
-    arch, shape = layer_names(config), Dimensions.of(config)
-    return keys.large_biases(model, arch, shape, bits, use_hadamard)
+    names, dimensions = layer_names(config), Dimensions.of(config)
+    return keys.large_biases(model, names, dimensions, bits, use_hadamard)
 
 
 @pytest.mark.parametrize("name", ["none", "small", "llama"])
@@ -135,7 +135,7 @@ def test_the_switch_replaces_what_the_checkpoint_says():
 
 def quantize(model, folder, **options):
     options = {"sets": ("w4a8",), "gptq": False, "clip": False, **options}
-    wanted = Options(**options, samples=4, seqlen=128)
+    wanted = QuantizeOptions(**options, samples=4, seqlen=128)
     out, work = folder / "out", folder / "work"
     return job.run(Job(model, out, DATA / "calibration.txt", work, overwrite=True), wanted)
 
@@ -154,4 +154,4 @@ def test_quantize_warns_where_smooth_attention_is_left_out(models, tmp_path, cap
 
 def test_a_rotation_of_nothing_is_refused():
     with pytest.raises(QuantizeError, match=r"kv_hadamard rotates.*kv_bits 4 or 8"):
-        Options.parse({"kv_hadamard": True, "kv_bits": 16}, "options")
+        QuantizeOptions.parse({"kv_hadamard": True, "kv_bits": 16}, "options")

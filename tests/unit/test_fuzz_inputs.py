@@ -13,7 +13,7 @@ from vllm_qoq.errors import UserError
 from vllm_qoq.models.linears import linear_layers
 from vllm_qoq.quantizer import load
 from vllm_qoq.quantizer.inputs import check_inputs
-from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.plan import Job
 from vllm_qoq.routing.table import Routing, parse_decode
 
@@ -134,9 +134,9 @@ def test_recipes_routing_and_decode_tables(tmp_path):
     chance = random.Random(0)
     recipe = tmp_path / "recipe.json"
     for _ in range(200):
-        key = chance.choice([*Options.model_fields, "x", "\x1b", "y" * 9999])
+        key = chance.choice([*QuantizeOptions.model_fields, "x", "\x1b", "y" * 9999])
         recipe.write_text(json.dumps({key: chance.choice(VALUES)}))
-        taken(lambda: Options.read(recipe, {}))
+        taken(lambda: QuantizeOptions.read(recipe, {}))
         table = {"prefill": "a", "decode": "b", "layers": [{"match": "*", "decode": "a"}]}
         table["load"] = {"enter": 2, "leave": 1, "prefill": "a"}
         where = chance.choice([table, table["layers"][0], table["load"]])

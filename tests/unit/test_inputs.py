@@ -23,7 +23,7 @@ from vllm_qoq.cli import main as cli
 from vllm_qoq.errors import UserError
 from vllm_qoq.quantizer.inputs import check_inputs
 from vllm_qoq.quantizer.load import load_model
-from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.plan import Job, check_job
 
 TEXT = DATA / "calibration.txt"
@@ -295,11 +295,11 @@ def test_a_token_that_no_row_stands_for_is_refused_in_the_text_only(model, job):
     known = json.loads(file.read_text())
     pad = {**known["added_tokens"][0], "id": 1024, "content": "[PAD]"}
     file.write_text(json.dumps(known | {"added_tokens": [*known["added_tokens"], pad]}))
-    assert check_job(job, Options(samples=1, seqlen=16)).samples
+    assert check_job(job, QuantizeOptions(samples=1, seqlen=16)).samples
     text = model.parent / "text"
     text.write_text("[PAD]" * 20)
     with pytest.raises(UserError, match=r"has '\[PAD\]', which is token 1024, but .*; take"):
-        check_job(replace(job, text=text), Options(samples=1, seqlen=16))
+        check_job(replace(job, text=text), QuantizeOptions(samples=1, seqlen=16))
 
 
 @pytest.mark.parametrize(("damage", "message"), LOADED)
@@ -309,7 +309,7 @@ def test_what_only_the_libraries_and_the_weights_tell_is_refused(
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run code"))
     damage(model)
     with pytest.raises(UserError, match=message) as error:
-        check_job(job, Options(samples=1, seqlen=16))
+        check_job(job, QuantizeOptions(samples=1, seqlen=16))
     assert "\n" not in str(error.value) and "; " in str(error.value)
     assert not job.out.exists() and not job.work_dir.exists()
 
@@ -344,7 +344,7 @@ FINE = [
 @pytest.mark.parametrize("change", FINE)
 def test_what_is_harmless_is_taken(model, job, change):
     change(model)
-    plan = check_job(job, Options(samples=1, seqlen=16))
+    plan = check_job(job, QuantizeOptions(samples=1, seqlen=16))
     assert len(plan.linears) == 14 and len(plan.samples) == 1
     loaded, stored = load_model(model), load_file(model / "model.safetensors")
     head = stored.get(HEAD, stored[EMBEDDING])

@@ -18,7 +18,7 @@ from vllm_qoq.numerics.packing import unpack_nibbles
 from vllm_qoq.progress import Progress
 from vllm_qoq.quantizer import QuantizeError, gptq
 from vllm_qoq.quantizer.job import run
-from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.plan import Job
 from vllm_qoq.quantizer.report import refuse_clipped, table
 from vllm_qoq.quantizer.sets import SetKind, dequantize
@@ -105,8 +105,8 @@ def test_the_pass_of_its_own_loses_less_than_clipping_afterwards():
 )
 def test_what_cannot_nest_is_refused_with_the_remedy(options, message):
     with pytest.raises(QuantizeError, match=message):
-        Options.parse({"nested": True, **options}, "options")
-    Options.parse(options, "options")
+        QuantizeOptions.parse({"nested": True, **options}, "options")
+    QuantizeOptions.parse(options, "options")
 
 
 def test_the_worst_layer_is_refused_by_name_and_share():
@@ -122,7 +122,7 @@ def test_the_worst_layer_is_refused_by_name_and_share():
 
 
 def quantize(model, out, nested, **job):
-    options = Options.parse({**FEW, "nested": nested}, "options")
+    options = QuantizeOptions.parse({**FEW, "nested": nested}, "options")
     work = out.with_name(f"{out.name}.work")
     return run(Job(model, out, DATA / "calibration.txt", work, quiet=True, **job), options)
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from vllm_qoq.checkpoint import verify
 from vllm_qoq.progress import Progress
 from vllm_qoq.quantizer import QuantizeError, evaluate, gptq, job, strength
-from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.plan import Job
 from vllm_qoq.quantizer.sets import SetKind, dequantize
 
@@ -186,7 +186,7 @@ def test_a_model_with_dead_parts_is_quantized(tiny_model, tmp_path):
     text = tmp_path / "text"
     text.write_text((DATA / "heldout.txt").read_text()[:3000])
     wanted = Job(model, tmp_path / "out", DATA / "calibration.txt", tmp_path / "work", text)
-    options = Options(sets=("w8a8", "w4a8", "w4a16"), nested=True, samples=4, seqlen=128)
+    options = QuantizeOptions(sets=("w8a8", "w4a8", "w4a16"), nested=True, samples=4, seqlen=128)
     report = job.run(wanted, options)
     assert not verify.structure(tmp_path / "out")
     assert not verify.contents(tmp_path / "out", Progress(quiet=True))
@@ -209,7 +209,7 @@ def test_a_model_that_computes_infinity_is_refused_with_the_place(tiny_model, tm
     config = json.loads((model / "config.json").read_text()) | {"dtype": "float16"}
     (model / "config.json").write_text(json.dumps(config))
     save_file({k: v.half() for k, v in tensors.items()}, model / "model.safetensors", {})
-    options = Options(sets=("w4a8",), samples=1, seqlen=32, gptq=False, clip=False, **steps)
+    options = QuantizeOptions(sets=("w4a8",), samples=1, seqlen=32, gptq=False, clip=False, **steps)
     wanted = Job(model, tmp_path / "out", DATA / "calibration.txt", tmp_path / "work")
     place = r"model\.layers\.1(\.mlp\.down_proj)?: the model computes NaN or infinity"
     with pytest.raises(QuantizeError, match=place):

@@ -12,7 +12,7 @@ from conftest import DATA
 from safetensors.torch import load_file, save_file
 
 from vllm_qoq.quantizer import QuantizeError, gptq, job, size
-from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.plan import Job
 from vllm_qoq.quantizer.sets import SetKind
 
@@ -42,7 +42,7 @@ def test_the_bytes_of_a_layer_are_those_of_its_tensors(kind, dtype):
 @pytest.fixture
 def prepare(tiny_model, tmp_path):
     def run(work_dir=None, out=None, model=tiny_model, **options):
-        wanted = Options(**{"samples": 2, "seqlen": 64, **options})
+        wanted = QuantizeOptions(**{"samples": 2, "seqlen": 64, **options})
         out = out or tmp_path / "out"
         work = work_dir or tmp_path / "work"
         return job.prepare(Job(model, out, DATA / "calibration.txt", work), wanted)
@@ -142,7 +142,7 @@ def test_a_size_that_cannot_be_rotated_is_refused_before_work(prepare, monkeypat
 
     def other_shape(*arguments):
         plan = real(*arguments)
-        return replace(plan, shape=replace(plan.shape, hidden=34))
+        return replace(plan, dimensions=replace(plan.dimensions, hidden=34))
 
     monkeypatch.setattr(job, "check_job", other_shape)
     with pytest.raises(QuantizeError, match=r"size 34 is known; quantize with --no-rotate"):
@@ -181,7 +181,7 @@ def test_another_version_is_another_run(prepare, tiny_model, tmp_path, monkeypat
 def begin(prepare, model, folder):
     """A finished piece of the run that `prepare` checks."""
     plan = prepare(model=model)
-    options = Options(samples=2, seqlen=64)
+    options = QuantizeOptions(samples=2, seqlen=64)
     wanted = Job(model, folder / "out", DATA / "calibration.txt", folder / "work")
     with job.WorkDir.open(folder / "work", job.fingerprint(wanted, options, plan), "auto") as work:
         work.save("shared", {"x": torch.zeros(1)}, [])

@@ -55,8 +55,8 @@ class Model:
                 if tensor.ndim == 1:  # norms and biases, which are born as ones and zeros
                     tensor.add_(torch.randn_like(tensor) * 0.3)
         content = config.to_dict() | {"model_type": config.model_type}
-        self.arch, self.shape = layer_names(content), Dimensions.of(content)
-        rotate.untie(self.model, self.arch)
+        self.names, self.dimensions = layer_names(content), Dimensions.of(content)
+        rotate.untie(self.model, self.names)
 
     @torch.no_grad()
     def logits(self):
@@ -67,15 +67,20 @@ class Model:
         """Smooth one block or all, with what random tokens show of it."""
         off = {"attention": False, "outputs": False, "reorder": False}
         wanted = smooth.SmoothOptions(**off | options, kv_bits=4, weight_bits=4)
-        for i, block in enumerate(blocks(self.model, self.arch)):
+        for i, block in enumerate(blocks(self.model, self.names)):
             if index in (None, i):
-                inv_freq = self.model.get_submodule(self.arch.rotary).inv_freq
+                inv_freq = self.model.get_submodule(self.names.rotary).inv_freq
                 seen = self.seen(i)
-                found = smooth.transforms(seen, block, self.arch, self.shape, inv_freq, wanted)
-                smooth.apply(block, found, self.arch, self.shape)
+                found = smooth.transforms(
+                    seen, block, self.names, self.dimensions, inv_freq, wanted
+                )
+                smooth.apply(block, found, self.names, self.dimensions)
 
     def seen(self, index):
-        block, observer = blocks(self.model, self.arch)[index], Observer(self.arch, self.shape, 4)
+        block, observer = (
+            blocks(self.model, self.names)[index],
+            Observer(self.names, self.dimensions, 4),
+        )
         hooks = [
             block.get_submodule(name).register_forward_hook(lambda m, a, out, see=see: see(out))
             for name, see in observer.outputs.items()
@@ -97,16 +102,16 @@ class Model:
         return float((lost * torch.cat((seen.query_pairs, seen.query_pairs), 1)).square().sum())
 
     def with_rope(self, seen):
-        inv_freq = self.model.get_submodule(self.arch.rotary).inv_freq
+        inv_freq = self.model.get_submodule(self.names.rotary).inv_freq
         return with_rope(seen.keys, seen.positions, inv_freq)
 
     def step(self, name):
         if name in ("fold_norms", "R1", "all"):
-            rotate.fold_norms(self.model, self.arch)
+            rotate.fold_norms(self.model, self.names)
         if name in ("R1", "all"):
-            rotate.rotate_stream(self.model, self.arch, self.shape)
+            rotate.rotate_stream(self.model, self.names, self.dimensions)
         if name in ("R2", "all"):
-            rotate.rotate_values(self.model, self.arch, self.shape)
+            rotate.rotate_values(self.model, self.names, self.dimensions)
         if name in ("SmoothAttention", "all"):
             self.smooth(attention=True)
         if name in ("smooth_outputs", "all"):
@@ -138,8 +143,8 @@ def test_rotation_spreads_an_outlier_channel():
         x = args[0]
         seen.append(float((x.abs().amax(-1) / x.square().mean(-1).sqrt()).mean()))
 
-    for block in blocks(model.model, model.arch)[:1]:
-        block.get_submodule(model.arch.q).register_forward_pre_hook(largest_share)
+    for block in blocks(model.model, model.names)[:1]:
+        block.get_submodule(model.names.q).register_forward_pre_hook(largest_share)
     model.logits()
     model.step("R1")
     model.logits()
@@ -149,8 +154,8 @@ def test_rotation_spreads_an_outlier_channel():
 
 def test_smooth_attention_evens_out_the_keys():
     model = Model("llama")
-    block = blocks(model.model, model.arch)[0]
-    k, q = (block.get_submodule(name) for name in (model.arch.k, model.arch.q))
+    block = blocks(model.model, model.names)[0]
+    k, q = (block.get_submodule(name) for name in (model.names.k, model.names.q))
     with torch.no_grad():
         for channel in (3, 3 + 16):  # both halves of the pair
             k.weight[channel] *= 30
@@ -168,7 +173,7 @@ def test_rope_is_that_of_the_model():
 
     model = Model("llama")
     x, positions = torch.randn(5, 2, 32), torch.tensor([0, 3, 4, 9, 39])
-    rotary = model.model.get_submodule(model.arch.rotary)
+    rotary = model.model.get_submodule(model.names.rotary)
     cos, sin = rotary(x, positions[None])
     expected = apply_rotary_pos_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], cos, sin)[1]
     ours = with_rope(x, positions, rotary.inv_freq.float())
@@ -177,8 +182,8 @@ def test_rope_is_that_of_the_model():
 
 def test_values_and_their_readers_become_equally_large():
     model = Model("llama")
-    block = blocks(model.model, model.arch)[0]
-    v, o = (block.get_submodule(name) for name in (model.arch.v, model.arch.o))
+    block = blocks(model.model, model.names)[0]
+    v, o = (block.get_submodule(name) for name in (model.names.v, model.names.o))
     with torch.no_grad():
         v.weight[::7] *= 16
     model.smooth(0, outputs=True)
@@ -190,8 +195,8 @@ def test_values_and_their_readers_become_equally_large():
 
 def test_the_inputs_of_down_proj_are_smoothed_where_that_helps():
     model = Model("llama")
-    block = blocks(model.model, model.arch)[0]
-    up, down = (block.get_submodule(name) for name in (model.arch.up, model.arch.down))
+    block = blocks(model.model, model.names)[0]
+    up, down = (block.get_submodule(name) for name in (model.names.up, model.names.down))
     with torch.no_grad():
         up.weight[5] *= 100
         down.weight[:, 5] /= 100

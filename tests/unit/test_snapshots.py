@@ -11,7 +11,7 @@ from test_import import CONFIG, g128
 from test_import import model as qserve_model
 
 from vllm_qoq.cli import main as cli
-from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.plan import Job, check_job
 
 TINY = DATA / "tiny-llama"
@@ -69,4 +69,4 @@ def test_quantize(tmp_path):
     model, out = cached(tmp_path / "model", tmp_path / "hub"), tmp_path / "out"
     text, work = DATA / "calibration.txt", tmp_path / "work"
     job = Job(model=model, out=out, text=text, work_dir=work, quiet=True)
-    assert check_job(job, Options(samples=1, seqlen=16)).samples
+    assert check_job(job, QuantizeOptions(samples=1, seqlen=16)).samples

@@ -23,7 +23,7 @@ from vllm_qoq.cli import measurement as command
 from vllm_qoq.measuring.host import host_seconds
 from vllm_qoq.routing.table import Phase, Routing, Step
 from vllm_qoq.tuner import TuneError, device, job, memory
-from vllm_qoq.tuner.accuracy import Bits, accuracy_order, bits
+from vllm_qoq.tuner.accuracy import SetBits, accuracy_order, bits
 from vllm_qoq.tuner.choose import choose, fastest
 from vllm_qoq.tuner.engine import LayerGroup
 from vllm_qoq.tuner.measure import check, checked_batches, measure
@@ -166,12 +166,12 @@ def test_crossings_name_the_measured_neighbours():
 @pytest.mark.parametrize(
     "config, expected",
     [
-        (QOQ, Bits(4, 8)),
-        (scheme(8), Bits(8, 8)),
-        (scheme(4), Bits(4, 16)),
-        ({"quant_method": "gptq", "bits": 8}, Bits(8, 16)),
-        ({"quant_method": "awq", "w_bit": 4}, Bits(4, 16)),
-        ({"quant_method": "fp8"}, Bits(8, 8)),
+        (QOQ, SetBits(4, 8)),
+        (scheme(8), SetBits(8, 8)),
+        (scheme(4), SetBits(4, 16)),
+        ({"quant_method": "gptq", "bits": 8}, SetBits(8, 16)),
+        ({"quant_method": "awq", "w_bit": 4}, SetBits(4, 16)),
+        ({"quant_method": "fp8"}, SetBits(8, 8)),
     ],
 )
 def test_bits_are_read_from_the_config(config, expected):
@@ -455,24 +455,26 @@ def test_another_device_is_measured_and_kept_beside(checkpoint, run, monkeypatch
 )
 def test_stale_measurements_are_not_used(change, said):
     old = measured_by(MadeUp(), KEY.model_copy(update=change))
-    found, reason = memory.recall(memory.Memory(runs=(memory.Run(measured=old),)), KEY, SETS, 8)
+    found, reason = memory.recall(
+        memory.Memory(runs=(memory.MeasuredRun(measured=old),)), KEY, SETS, 8
+    )
     assert found is None and said in reason
 
 
 def test_measurements_of_the_same_device_are_replaced():
-    known = memory.Memory().with_run(memory.Run(measured=measured_by(MadeUp())))
-    again = known.with_run(memory.Run(measured=measured_by(MadeUp(), max_batch=8)))
+    known = memory.Memory().with_run(memory.MeasuredRun(measured=measured_by(MadeUp())))
+    again = known.with_run(memory.MeasuredRun(measured=measured_by(MadeUp(), max_batch=8)))
     assert len(again.runs) == 1 and again.runs[0].measured.decode[-1] == 8
     many = known
     for i in range(20):
         key = KEY.model_copy(update={"device": str(i)})
-        many = many.with_run(memory.Run(measured=measured_by(MadeUp(), key, 1)))
+        many = many.with_run(memory.MeasuredRun(measured=measured_by(MadeUp(), key, 1)))
     assert [run.measured.key.device for run in many.runs] == [str(i) for i in range(4, 20)]
 
 
 def spoil(change):
     """The text of a memory file of one run after `change` of its JSON."""
-    run = memory.Run(measured=measured_by(MadeUp(), max_batch=8))
+    run = memory.MeasuredRun(measured=measured_by(MadeUp(), max_batch=8))
     document = json.loads(memory.Memory().with_run(run).model_dump_json())
     change(document, document["runs"][0]["measured"])
     return json.dumps(document)
@@ -508,7 +510,7 @@ def test_an_unsound_memory_is_ignored_with_the_reason(tmp_path, text):
 
 
 def test_a_sound_memory_survives_the_file(tmp_path):
-    known = memory.Memory().with_run(memory.Run(measured=measured_by(MadeUp())))
+    known = memory.Memory().with_run(memory.MeasuredRun(measured=measured_by(MadeUp())))
     memory.save(tmp_path, known)
     assert memory.load(tmp_path) == (known, None)
     wanted = memory.recall(known, KEY, SETS, 64)[0]
@@ -517,7 +519,7 @@ def test_a_sound_memory_survives_the_file(tmp_path):
 
 
 def test_measurements_of_other_sets_are_not_used():
-    known = memory.Memory().with_run(memory.Run(measured=measured_by(MadeUp())))
+    known = memory.Memory().with_run(memory.MeasuredRun(measured=measured_by(MadeUp())))
     found, reason = memory.recall(known, KEY, ["w8a8", "evil"], 64)
     assert found is None and "other sets" in reason
 

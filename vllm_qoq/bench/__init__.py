@@ -1,23 +1,27 @@
-"""`vllm-qoq bench`: our kernels beside what vLLM offers, in one run on one GPU.
+"""Benchmarks: our kernels beside what vLLM offers, and the perplexity of a checkpoint.
 
-    cases        kernels, layers and numbers of tokens; the tests of the kernels use them, too
-    peers        every kernel but humming's, from random weights to calls
-    humming_peer humming's, which compiles its kernels itself
-    timing       seconds of a call, in CUDA graphs
-    measure      all kernels over all cases
-    attempts     why one is missing
-    roofline     the floor that no kernel undercuts
-    result       what was measured, and what follows from it
-    report, plot gemm.json, gemm.md and gemm.png
-    progress, command, cli  what the user sees
+The command `vllm-qoq bench gemm` measures all kernels in one run on one GPU:
 
-`bench attention` has attention_cases, _kernels, _measure, _result, _report and _plot of its own.
+    cases         kernels, layers and numbers of tokens; the tests of the kernels use them, too
+    peers         every kernel but humming's, from random weights to calls
+    humming_peer  humming's kernels, which it compiles itself
+    measure       measures all kernels over all cases
+    attempts      keeps why a kernel is missing
+    roofline      the floor that no kernel undercuts
+    result        what was measured, and what follows from it
+    report        the result as Markdown
+    plot          the result as a picture
 
-Only `peers` imports vLLM, and only inside functions.
+The command `vllm-qoq bench attention` has modules of its own: attention_cases,
+attention_kernels, attention_measure, attention_result, attention_report and attention_plot.
+
+The command `vllm-qoq perplexity` is in perplexity.
+
+`vllm_qoq.measuring` times the calls. Only `peers`, inside functions, and `perplexity` import vLLM.
 """
 
 from vllm_qoq.errors import UserError
 
 
 class BenchError(UserError):
-    """A benchmark that cannot run as asked. The message has the remedy."""
+    """A benchmark that cannot run as asked; the message has the remedy."""

@@ -1,4 +1,4 @@
-"""Running other people's kernels: what fails is left out, by name and with the reason."""
+"""Running of other people's kernels: what fails is left out, by name and with the reason."""
 
 from __future__ import annotations
 
@@ -18,15 +18,19 @@ _LONGEST_REASON = 200
 
 
 class Attempts:
-    """Keeps what was left out. A reason is printed the first time, on stderr."""
+    """A record of what was left out; a reason is printed on stderr the first time."""
 
     def __init__(self, ours: Container[str] = OURS, kernels: Iterable[str] = KERNELS) -> None:
         self._ours, self._kernels = ours, tuple(kernels)
         self.left_out: list[LeftOut] = []
-        self.absent: set[str] = set()  # not installed
+        self.absent: set[str] = set()  # kernels that are not installed
 
     def run(self, kernel: str, where: str, work: Callable[[], _T]) -> _T | None:
-        """None where a peer refuses. A failure of our own kernel is a bug and is raised."""
+        """Do `work` with a kernel; the result is None where a peer refuses.
+
+        A failure of our own kernel is a bug and is raised. Raises BenchError where a peer broke the
+        CUDA context.
+        """
         try:
             return work()
         except Exception as error:

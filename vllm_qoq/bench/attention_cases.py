@@ -1,4 +1,4 @@
-"""What `bench attention` measures. Imports nothing, so that --help and the tests may read it."""
+"""The cases and kernels of `bench attention`, without imports, for --help and the tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Heads(NamedTuple):
 
 
 class Decode(NamedTuple):
-    """One new token for each of `batch` sequences, each of `context` tokens with it."""
+    """A decode step: one new token for each of `batch` sequences of `context` tokens with it."""
 
     batch: int
     context: int
@@ -34,59 +34,59 @@ DECODES = tuple(
     )
 )
 WRITTEN_TOKENS = 256
-PREFILL_TOKENS = 8192  # of one prompt, which has no history
+PREFILL_TOKENS = 8192  # in one prompt, which has no history
 
-# Our kernels and their peers: bits of a number of K or V, and bytes of a scale and zero for each
-# head of K and of V; TurboQuant has 2 for K's norm and 4 for V, so 3 on average.
+# Our kernels and their peers: the bits of a number of K or V, and the bytes of a scale and zero for
+# each head of K and of V. TurboQuant has 2 for K's norm and 4 for V, so 3 on average.
 OURS = {"qoq-kv4": (4, 4), "qoq-kv8": (8, 4)}
 PEERS = {"fa3-bf16": (16, 0), "fa3-fp8": (8, 0), "triton-int4": (4, 4), "turboquant-4bit": (4, 3)}
 KERNELS = (*OURS, *PEERS)
 
-# What our kernels serve, as in `kv_ops` and `kv_layout`: head sizes, query heads of a KV head, and
-# of what the tokens of a block are a multiple.
+# Our kernels serve these head sizes, up to so many query heads of a KV head, and blocks whose
+# tokens are a multiple of this, as `kv_ops` and `kv_layout` say.
 HEAD_SIZES = (64, 128)
 MAX_GROUP = 16
 BLOCK_MULTIPLE = 16
 
-# A case whose cache is smaller goes round several sequences' blocks: more bytes than any L2 holds,
+# A case with a smaller cache goes round the blocks of several calls: more bytes than any L2 holds,
 # even one that keeps a part of what streams through it.
 _ROUND_BYTES = 1e9
 _MOST_TURNS = 128
 
 
 def token_bytes(kernel: str, heads: Heads) -> int:
-    """Bytes of the cache that a token takes in one layer."""
+    """Count the bytes of the cache that a token takes in one layer."""
     bits, extra = {**OURS, **PEERS}[kernel]
     return heads.kv * 2 * (heads.size * bits // 8 + extra)
 
 
 def cache_bytes(kernel: str, heads: Heads, case: Decode) -> int:
-    """What a call reads of the cache, each byte once."""
+    """Count the bytes of the cache that a call reads, each once."""
     return case.batch * case.context * token_bytes(kernel, heads)
 
 
 def floor_seconds(kernel: str, heads: Heads, case: Decode, copy_rate: float) -> float:
-    """Of reading the kernel's cache where memory moves copy_rate bytes a second, both ways."""
+    """Compute the seconds of reading the kernel's cache at `copy_rate` bytes a second."""
     return cache_bytes(kernel, heads, case) / copy_rate
 
 
 def blocks(heads: Heads, case: Decode) -> int:
-    """Blocks of all sequences of a call."""
+    """Count the blocks of all sequences of a call."""
     return case.batch * -(-case.context // heads.block_tokens)
 
 
 def turns(kernel: str, heads: Heads, case: Decode) -> int:
-    """How many calls with blocks of their own a case goes round."""
+    """Count the calls with blocks of their own that a case goes round."""
     needed = math.ceil(_ROUND_BYTES / cache_bytes(kernel, heads, case))
     return min(needed, _MOST_TURNS)
 
 
 def pool_blocks(kernel: str, heads: Heads, cases: Sequence[Decode]) -> int:
-    """Blocks of the one cache that serves all cases, the writes and the prompt."""
+    """Count the blocks of the one cache that serves all cases, the writes and the prompt."""
     written = -(-PREFILL_TOKENS // heads.block_tokens)
     return max(written, *(blocks(heads, case) * turns(kernel, heads, case) for case in cases))
 
 
 def pool_bytes(kernel: str, heads: Heads, cases: Sequence[Decode]) -> int:
-    """Bytes of that cache."""
+    """Count the bytes of the one cache that serves all cases, the writes and the prompt."""
     return pool_blocks(kernel, heads, cases) * heads.block_tokens * token_bytes(kernel, heads)

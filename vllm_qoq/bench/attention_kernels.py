@@ -1,19 +1,19 @@
-"""Every decode attention that can be measured: heads and a number of blocks to its calls.
+"""The decode attentions that can be measured: each makes calls for heads and a number of blocks.
 
 A preparation makes one cache of random numbers in the kernel's own layout. Its `decode` gives the
 calls of a case, each with a block table of its own: random blocks, which no other of the calls
 reads. Its `write` gives calls that put new tokens into random places of the cache, its `prefill`
-calls that write a prompt and attend to it, None where that is not measured. What a call takes
-besides is shared. The query is bfloat16, quantized beforehand where a kernel wants that.
+calls that write a prompt and attend to it; it is None where that is not measured. What else a call
+takes is shared. The query is bfloat16, quantized beforehand where a kernel wants that.
 
-A peer that is not installed raises ImportError, one that refuses a case whatever it likes.
+A peer that is not installed raises ImportError; one that refuses a case raises whatever it likes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -29,15 +29,15 @@ _PROMPTS = 4
 
 
 class Kernel(NamedTuple):
-    """A kernel with its cache."""
+    """A kernel with its cache: functions that make its calls."""
 
     decode: Callable[[Decode], list[Call]]
     write: Callable[[], list[Call]]
     prefill: Callable[[], list[Call]] | None
 
 
-class Inputs(NamedTuple):
-    """What the calls of a case share."""
+class DecodeInputs(NamedTuple):
+    """The inputs that the calls of a case share."""
 
     query: torch.Tensor  # bfloat16 [R, Hq, D]
     lengths: torch.Tensor  # int32 [R]
@@ -45,10 +45,10 @@ class Inputs(NamedTuple):
 
 
 def qoq(heads: Heads, blocks: int, name: str, bits: int) -> Kernel:
-    """Our kernels, qoq::kv_decode and qoq::kv_write, without the rotation of K."""
+    """Prepare our kernels, qoq::kv_decode and qoq::kv_write, without the rotation of K."""
     page_bytes = heads.block_tokens * kv_layout.slot_bytes(heads.size, bits)
     pages = _bytes(blocks, heads.kv, page_bytes)
-    # Scales that make numbers of about 1, and zeros in the middle of the codes.
+    # The scales make numbers of about 1, and the zeros are in the middle of the codes.
     levels = 2**bits - 1
     numbers = pages[..., -8 * heads.block_tokens :].view(torch.float16).unflatten(-1, (-1, 2))
     numbers[..., 0].uniform_(2 / levels, 6 / levels)
@@ -71,7 +71,7 @@ def qoq(heads: Heads, blocks: int, name: str, bits: int) -> Kernel:
         ]
 
     def prefill() -> list[Call]:
-        # As integration/kv_cuda.py: a prompt attends to itself unquantized, in FlashAttention.
+        # A prompt attends to itself unquantized, in FlashAttention, as in vllm_qoq.serving.kv.cuda.
         query, key, value, out = _prompt(heads)
         attend = peers.flash_attention_3_of_prompt(query, key, value, out)
         return [
@@ -87,9 +87,9 @@ def qoq(heads: Heads, blocks: int, name: str, bits: int) -> Kernel:
 
 
 def fa3(heads: Heads, blocks: int, name: str, is_fp8: bool) -> Kernel:
-    """vLLM's FlashAttention 3, K and V in one block beside each other, as vLLM lays them out."""
+    """Prepare vLLM's FlashAttention 3, with K and V of a block beside each other, as vLLM does."""
     attend, store = peers.flash_attention_3(), peers.reshape_and_cache()
-    # [blocks, tokens, H, 2 * D]; cut in the middle into K and V.
+    # The cache is [blocks, tokens, H, 2 * D], which is cut in the middle into K and V.
     shape = blocks, heads.block_tokens, heads.kv, 2 * heads.size
     if is_fp8:
         cache = _bytes(*shape).bitwise_and_(0xBF)  # numbers of less than 2, and no NaN
@@ -132,10 +132,10 @@ def fa3(heads: Heads, blocks: int, name: str, is_fp8: bool) -> Kernel:
 
 
 def triton_int4(heads: Heads, blocks: int, name: str) -> Kernel:
-    """vLLM's kv_cache_dtype int4_per_token_head; it rotates the query and the output back."""
+    """Prepare vLLM's int4_per_token_head, which rotates the query, and the output back."""
     attend, store = peers.int4_attention(heads), peers.int4_reshape_and_cache()
-    # [blocks, tokens, H, 2 * (D / 2 + 4)]: of K and then of V, codes and a float32 scale, whose
-    # low bits are the zero.
+    # The cache is [blocks, tokens, H, 2 * (D / 2 + 4)]: of K and then of V, codes and a float32
+    # scale, whose low bits are the zero.
     half = heads.size // 2 + 4
     cache = _bytes(blocks, heads.block_tokens, heads.kv, 2 * half)
     words = cache.view(torch.float32)
@@ -161,10 +161,10 @@ def triton_int4(heads: Heads, blocks: int, name: str) -> Kernel:
 
 
 def turboquant(heads: Heads, blocks: int, name: str) -> Kernel:
-    """vLLM's kv_cache_dtype turboquant_4bit_nc; it rotates the query, not the output."""
+    """Prepare vLLM's turboquant_4bit_nc, which rotates the query, but not the output."""
     attend, store = peers.turboquant_attention(heads), peers.turboquant_store(heads)
-    # [blocks, tokens, H, D / 2 + 2 + D / 2 + 4]: K's codes and float16 norm, V's codes and float16
-    # scale and zero. vLLM 0.26 keeps the heads of a block apart, later vLLM its tokens.
+    # The cache is [blocks, tokens, H, D / 2 + 2 + D / 2 + 4]: K's codes and float16 norm, V's codes
+    # and float16 scale and zero. vLLM 0.26 keeps the heads of a block apart, later vLLM its tokens.
     shape = blocks, heads.kv, heads.block_tokens, heads.size + 6
     cache = torch.empty(shape, dtype=torch.uint8, device="cuda").transpose(1, 2)
     # Random bytes would be norms, scales and zeros that are not finite.
@@ -191,21 +191,23 @@ def _write_then(write: Callable[[], object], attend: Call) -> torch.Tensor:
     return attend()
 
 
-def _then(result: torch.Tensor, work: Callable[..., object], *args: Any, **named: Any) -> Any:
-    """`work` writes its result elsewhere; a call returns one."""
+def _then(
+    result: torch.Tensor, work: Callable[..., object], *args: object, **named: object
+) -> torch.Tensor:
+    """Do `work`, which writes into `result`, and return that as a call does."""
     work(*args, **named)
     return result
 
 
-def _inputs(heads: Heads, case: Decode) -> Inputs:
+def _inputs(heads: Heads, case: Decode) -> DecodeInputs:
     shape = case.batch, heads.query, heads.size
     query = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
     lengths = torch.full((case.batch,), case.context, dtype=torch.int32, device="cuda")
-    return Inputs(query, lengths, torch.full_like(query, torch.nan))
+    return DecodeInputs(query, lengths, torch.full_like(query, torch.nan))
 
 
 def _tables(heads: Heads, case: Decode, blocks: int, name: str) -> list[torch.Tensor]:
-    """Block tables int32 [R, blocks of a sequence], all of different blocks."""
+    """Make block tables int32 [R, blocks of a sequence], all of different blocks."""
     used, turns = attention_cases.blocks(heads, case), attention_cases.turns(name, heads, case)
     order = torch.randperm(blocks, device="cuda")[: used * turns].int()
     return list(order.view(turns, case.batch, -1))
@@ -218,13 +220,13 @@ def _new_tokens(heads: Heads, count: int = WRITTEN_TOKENS) -> tuple[torch.Tensor
 
 
 def _slots(heads: Heads, blocks: int) -> list[torch.Tensor]:
-    """Random places, int64 [T], for each of some calls."""
+    """Make random slots int64 [T] for each of some calls."""
     places = blocks * heads.block_tokens
     return [torch.randperm(places, device="cuda")[:WRITTEN_TOKENS] for _ in range(_WRITES)]
 
 
 def _prompt(heads: Heads) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Query, key, value and output of a prompt, bfloat16 [T, H, D]."""
+    """Make query, key, value and output of a prompt, bfloat16 [T, H, D]."""
     shape = PREFILL_TOKENS, heads.query + 2 * heads.kv, heads.size
     numbers = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
     query, key, value = numbers.split([heads.query, heads.kv, heads.kv], 1)
@@ -232,7 +234,7 @@ def _prompt(heads: Heads) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tor
 
 
 def _prompt_places(heads: Heads, blocks: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Block table int32 [1, blocks of the prompt] and slots int64 [T] in it, for some calls."""
+    """Make a block table int32 [1, blocks of the prompt] and slots int64 [T] for some calls."""
     places = []
     for _ in range(_PROMPTS):
         used = -(-PREFILL_TOKENS // heads.block_tokens)
@@ -247,7 +249,7 @@ def _bytes(*shape: int) -> torch.Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
 
 
-# In the order of attention_cases.KERNELS.
+# The order is that of attention_cases.KERNELS.
 PREPARE: dict[str, Callable[[Heads, int], Kernel]] = {
     "qoq-kv4": partial(qoq, name="qoq-kv4", bits=4),
     "qoq-kv8": partial(qoq, name="qoq-kv8", bits=8),

@@ -1,4 +1,4 @@
-"""All attention kernels over all cases, one right after the other."""
+"""Measuring all attention kernels over all cases, one right after the other."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from vllm_qoq.measuring import gpu as timing
 from vllm_qoq.measuring.gpu import Call
 from vllm_qoq.progress import counted
 
-_SPARE_BYTES = 4e9  # of what the calls take besides, and the peers' code
+_SPARE_BYTES = 4e9  # for what else the calls take, and for the code of the peers
 
 
 def measure(
     heads: Heads, cases: Sequence[Decode], kernels: Sequence[str], quiet: bool
 ) -> AttentionResult:
-    """Every one of `kernels` in every one of `cases`, in an order that is shuffled for each."""
+    """Measure all `kernels` in all `cases`, in an order that is shuffled for each case."""
     _check_memory(heads, cases, kernels)
     torch.manual_seed(0)
     attempts, order = Attempts(OURS, KERNELS), random.Random(0)
@@ -47,7 +47,7 @@ def measure(
             prepared[name] = kernel
 
     def all_of(where: str, calls: Mapping[str, Callable[[], list[Call]]]) -> dict[str, float]:
-        """Kernel -> seconds of a call."""
+        """Measure the seconds of a call of each kernel."""
         measured = {}
         for name in order.sample(list(kernels), len(kernels)):
             if name in calls:
@@ -81,7 +81,10 @@ def measure(
 
 
 def _seconds(prepare: Callable[[], list[Call]]) -> float:
-    """Of one of the calls. The first writes over NaN, so what it leaves out is found."""
+    """Measure the seconds of a call; ArithmeticError for an output that is not finite.
+
+    The output is NaN before the first call, so that what the call leaves out is found.
+    """
     calls = prepare()
     if not calls[0]().isfinite().all():
         raise ArithmeticError("the output has numbers that are not finite")
@@ -89,7 +92,7 @@ def _seconds(prepare: Callable[[], list[Call]]) -> float:
 
 
 def _check_memory(heads: Heads, cases: Sequence[Decode], kernels: Sequence[str]) -> None:
-    """The caches of all kernels are there at the same time."""
+    """Raise BenchError where the GPU's memory does not hold the caches of all kernels at once."""
     needed = sum(pool_bytes(name, heads, cases) for name in kernels) + _SPARE_BYTES
     free, _ = torch.cuda.mem_get_info()
     if needed > free:

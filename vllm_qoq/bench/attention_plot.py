@@ -1,17 +1,21 @@
-"""The result of `bench attention` as a picture: how long each cache takes, how fast it is read."""
+"""The picture of `bench attention`: how long each cache takes, and how fast it is read."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vllm_qoq import plots
 from vllm_qoq.bench.attention_cases import OURS, PEERS, Decode
 from vllm_qoq.bench.attention_result import AttentionResult
 
-# Kernel -> marker.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# The marker of each kernel.
 _MARKERS = {
     "qoq-kv4": "o",
     "qoq-kv8": "o",
@@ -27,10 +31,10 @@ def save(result: AttentionResult, path: Path) -> None:
     plots.save(figure(result, ratios(result)), path)
 
 
-def figure(result: AttentionResult, ratios: Mapping[Decode, float]) -> Any:
-    """Over the cases: microseconds, and TB/s beside the rate of a copy.
+def figure(result: AttentionResult, ratios: Mapping[Decode, float]) -> Figure:
+    """Draw microseconds over the cases, and TB/s beside the rate of a copy.
 
-    ratios  of `ratios`, or what a report says
+    ratios  the result of `ratios`, or the figures of a report
     """
     heads, ours = result.heads, _subject(result)
     subtitle = (
@@ -69,7 +73,7 @@ def figure(result: AttentionResult, ratios: Mapping[Decode, float]) -> Any:
 
 
 def ratios(result: AttentionResult) -> dict[Decode, float]:
-    """Case -> time of the fastest peer over that of our first kernel, where both were measured."""
+    """Divide the fastest peer's time by our first kernel's, in the cases that have both."""
     ours, found = _subject(result), {}
     for case in result.cases:
         seconds = result.seconds[case]
@@ -92,8 +96,8 @@ def _title(ours: str, ratios: Mapping[Decode, float]) -> str:
     return f"Attention over our {bits}-bit KV cache is {plots.speed_range(places, peer)}"
 
 
-def _lines(axes: Any, result: AttentionResult, value: Callable[..., float]) -> None:
-    """Markers, and thin lines that only help to follow them. A missing number interrupts both."""
+def _lines(axes: Axes, result: AttentionResult, value: Callable[..., float]) -> None:
+    """Draw markers, and thin lines to follow them by; a missing number interrupts both."""
     for name in result.kernels:
         found = plots.METHODS[name]
         line = [value(result, name, case) for case in result.cases]
@@ -102,8 +106,8 @@ def _lines(axes: Any, result: AttentionResult, value: Callable[..., float]) -> N
         axes.plot(places, line, _MARKERS[name], color=found.colour, markersize=5.5)
 
 
-def _names(axes: Any, result: AttentionResult, value: Callable[..., float]) -> None:
-    """Names stand behind the last point that there is."""
+def _names(axes: Axes, result: AttentionResult, value: Callable[..., float]) -> None:
+    """Write the name of each kernel behind its last point."""
     ends = []
     for name in result.kernels:
         line = [value(result, name, case) for case in result.cases]

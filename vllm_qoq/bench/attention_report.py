@@ -1,4 +1,4 @@
-"""The result of `bench attention` for people: Markdown that is readable in a terminal, too."""
+"""The report of `bench attention`: Markdown that is readable in a terminal, too."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vllm_qoq.markdown import markdown_table
 
 
 def markdown(result: AttentionResult) -> str:
-    """The whole of attention.md: how it was measured, the tables, what is missing."""
+    """Write the whole of attention.md: how it was measured, the tables, what is missing."""
     return "\n".join(
         (
             *_head(result),
@@ -33,7 +33,7 @@ def markdown(result: AttentionResult) -> str:
 
 
 def command(result: AttentionResult) -> str:
-    """What measures the same again."""
+    """Write the command line that measures the same again."""
     options = ("--heads", "--kv-heads", "--head-size", "--block-size")
     values = zip(options, result.heads, Heads(), strict=True)
     parts = [f"{option} {value}" for option, value, default in values if value != default]

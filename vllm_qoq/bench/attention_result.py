@@ -1,4 +1,4 @@
-"""What a run of `bench attention` measured, and what follows from it. No GPU and no torch."""
+"""The result of `bench attention`, and what follows from it, without a GPU or torch."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from vllm_qoq.bench.result import LeftOut
 
 @dataclass(frozen=True)
 class AttentionResult:
-    """One run.
+    """The result of one run.
 
-    environment    of `vllm_qoq.environment.describe`, with the CUDA of torch
-    copy_rate      bytes a second, read plus written
-    seconds        of a call, by case and kernel; a kernel that was left out is absent
-    write_seconds  of writing WRITTEN_TOKENS tokens, by kernel
-    prefill_seconds  of writing a prompt of PREFILL_TOKENS and attending to it, by kernel
+    environment      the result of `vllm_qoq.environment.describe`, with the CUDA of torch
+    copy_rate        bytes a second of a copy, read plus written
+    seconds          seconds of a call, by case and kernel; one that was left out is absent
+    write_seconds    seconds of writing WRITTEN_TOKENS tokens, by kernel
+    prefill_seconds  seconds of writing a prompt of PREFILL_TOKENS and attending to it, by kernel
     """
 
     heads: Heads
@@ -43,18 +43,18 @@ class AttentionResult:
     left_out: tuple[LeftOut, ...]
 
     def rate(self, kernel: str, case: Decode) -> float | None:
-        """Bytes of the kernel's cache that it reads in a second."""
+        """Compute the bytes of its cache that a kernel reads in a second; None if it is absent."""
         measured = self.seconds[case].get(kernel)
         return measured and cache_bytes(kernel, self.heads, case) / measured
 
     def share_of_floor(self, kernel: str, case: Decode) -> float | None:
-        """1 is as fast as a copy moves the bytes of this kernel's cache."""
+        """Compare a kernel with a copy of its cache's bytes: 1 is as fast; None if it is absent."""
         measured = self.seconds[case].get(kernel)
         return measured and floor_seconds(kernel, self.heads, case, self.copy_rate) / measured
 
 
 def speedups(result: AttentionResult) -> dict[str, list[float | None]]:
-    """`peer / ours` -> per case, the peer's time over ours; None where either is missing."""
+    """Divide the peers' times by ours: "PEER / OURS" -> a ratio a case, None if one is absent."""
     return {
         f"{peer} / {ours}": [_ratio(result.seconds[case], peer, ours) for case in result.cases]
         for ours in OURS
@@ -68,7 +68,7 @@ def _ratio(times: Mapping[str, float], peer: str, ours: str) -> float | None:
 
 
 def to_json(result: AttentionResult) -> dict[str, Any]:
-    """The document of --json and attention.json; microseconds, null where a kernel was left out."""
+    """Make the document of --json and attention.json: microseconds, null for what was left out."""
     heads, writes, prefills = result.heads, result.write_seconds, result.prefill_seconds
     return {
         "benchmark": "attention",

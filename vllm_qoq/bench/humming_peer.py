@@ -1,5 +1,5 @@
 # mypy: disable-error-code="import-not-found, import-untyped"
-"""humming (PyPI: humming-kernels), int4 weights and int8 inputs, as vLLM runs it.
+"""The kernels of humming (PyPI: humming-kernels), int4 weights and int8 inputs, as in vLLM.
 
 humming compiles a kernel per layer and range of tokens. Left alone it compiles all of a layer's
 ranges at the first call, 16 kernels or so. Here each number of tokens names its kernel, the one
@@ -17,7 +17,7 @@ import torch
 
 
 def layer(weight: torch.Tensor, group_size: int) -> Any:
-    """A layer of humming's that holds weight, bf16 [N, K] on the GPU, as int4.
+    """Make a layer of humming that holds a weight, bf16 [N, K] on the GPU, as int4.
 
     group_size  128, or 0 for a scale per channel
     """
@@ -37,12 +37,12 @@ def layer(weight: torch.Tensor, group_size: int) -> Any:
 
 
 def arguments(x: torch.Tensor, made: Any) -> dict[str, Any]:
-    """What a call of `layer`'s result takes for x, bf16 [M, K]: int8, scales and the kernel."""
+    """Make the arguments of a call of a layer for x, bf16 [M, K]: codes, scales, kernel."""
     from humming import ops
 
     codes, scale = ops.quant_input(inputs=x, dtype="int8", group_size=None)
-    # A list of ranges of M, as humming's own: given a kernel alone, humming does not load one that
-    # another thread has compiled.
+    # The kernel is given in a list of ranges of M, as humming has them. Given alone, it would not
+    # be loaded where another thread has compiled it.
     kernels = json.dumps([[0, 1 << 30, _kernel(made, x.shape[0])]])
     return {"inputs": codes, "input_scale": scale, "tuning_config": kernels}
 
@@ -50,7 +50,9 @@ def arguments(x: torch.Tensor, made: Any) -> dict[str, Any]:
 def compilations(
     group_size: int, shapes: Sequence[tuple[int, int]], tokens: Sequence[int]
 ) -> list[Callable[[], object]]:
-    """Compiles what layers (N, K) need for numbers of tokens, one kernel a call, in any thread.
+    """List calls that compile what layers (N, K) need for numbers of tokens, in any thread.
+
+    Each compiles one kernel.
 
     humming keeps what is compiled, in memory and under ~/.humming, and loads it at the first use.
     """
@@ -68,7 +70,7 @@ def compilations(
         )
         for m in tokens:
             config = json.loads(meta.to_str()) | _kernel(empty, m)
-            # Neither is a part of the kernel.
+            # These two are no part of the kernel.
             config.pop("sublayer_name", None)
             config.pop("num_sms", None)
             configs[json.dumps(config, sort_keys=True)] = config
@@ -76,7 +78,7 @@ def compilations(
 
 
 def _kernel(made: Any, m: int) -> dict[str, Any]:
-    """The kernel that humming runs a layer with for m tokens."""
+    """The config of the kernel that humming runs a layer with for m tokens."""
     from humming.layer import HummingLayerMethod
 
     ranges = HummingLayerMethod.get_default_tuning_configs(made)

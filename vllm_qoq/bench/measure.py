@@ -1,4 +1,4 @@
-"""All kernels over all cases, one right after the other."""
+"""Measuring all kernels of `bench gemm` over all cases, one right after the other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vllm_qoq.progress import counted
 
 
 def measure(model: str, tokens: Sequence[int], kernels: Sequence[str], quiet: bool) -> Result:
-    """Every one of `kernels` in every layer of `model` for every number of `tokens`.
+    """Measure all `kernels` in every layer of `model` for every number of `tokens`.
 
     The kernels of a case are measured one after the other, in an order that is shuffled for each
     case, so that none always runs on a GPU which the same other kernel has warmed up.
@@ -32,7 +32,7 @@ def measure(model: str, tokens: Sequence[int], kernels: Sequence[str], quiet: bo
     attempts, order = Attempts(), random.Random(0)
     shapes = SHAPES[model]
     copy_rate = timing.copy_rate()
-    _compile(shapes, tokens, kernels, attempts, quiet)
+    _compile(shapes, tokens, kernels, attempts, quiet=quiet)
 
     seconds: dict[Case, dict[str, float]] = {}
     with counted("measure", len(shapes) * len(tokens) * len(kernels), quiet) as advance:
@@ -41,8 +41,8 @@ def measure(model: str, tokens: Sequence[int], kernels: Sequence[str], quiet: bo
             for m in tokens:
                 shuffled = order.sample(list(kernels), len(kernels))
                 case = Case(layer, n, k, m)
-                seconds[case] = _case(case, shuffled, prepared, attempts, advance)
-            # Weights of all kernels are some GB; layers of torch are in cycles.
+                seconds[case] = _case(case, shuffled, prepared, attempts=attempts, advance=advance)
+            # The weights of all kernels are some GB, and layers of torch are in cycles.
             prepared.clear()
             gc.collect()
             torch.cuda.empty_cache()
@@ -65,7 +65,7 @@ def _compile(
     attempts: Attempts,
     quiet: bool,
 ) -> None:
-    """Whatever fails here fails again where it is used, and is reported there."""
+    """Compile kernels in threads; what fails here fails again, and is reported, when measured."""
     jobs: list[Callable[[], object]] = []
     for name in kernels:
         if name in peers.COMPILE:
@@ -101,7 +101,7 @@ def _case(
     attempts: Attempts,
     advance: Callable[[], object],
 ) -> dict[str, float]:
-    """Kernel -> seconds of a call."""
+    """Measure the seconds of a call of each kernel."""
     measured = {}
     for name in kernels:
         if name in prepared:
@@ -118,7 +118,7 @@ def _seconds(calls: peers.Calls, m: int) -> float:
 
 
 def _environment() -> dict[str, Any]:
-    """`vllm_qoq.environment.describe`, with the CUDA of torch and the peers' package."""
+    """Describe the environment, with the CUDA of torch and the peers' package."""
     found = environment.describe()
     try:
         found["packages"]["humming-kernels"] = version("humming-kernels")

@@ -1,12 +1,13 @@
-"""Every kernel that can be measured: N and K to its calls for a number of tokens.
+"""The kernels that can be measured: each makes calls for N, K and a number of tokens.
 
 A preparation makes copies of one random weight [N, K] in the kernel's own layout, once per layer.
 What it returns takes M and gives one call per copy, with one input x [M, K] for all; y is
 bfloat16 [M, N]. Scales are random, too: times do not depend on them. Quantizing x is not timed.
 
-A peer that is not installed raises ImportError, one that refuses a shape whatever it likes.
+A peer that is not installed raises ImportError; one that refuses a shape raises whatever it likes.
 
-Below are vLLM's functions for `attention_kernels`, too: this is the one file that imports vLLM.
+vLLM's functions for `attention_kernels` are here, too, because no other file imports kernels of
+vLLM.
 """
 
 from __future__ import annotations
@@ -27,24 +28,26 @@ from vllm_qoq.ops import linear_ops, w4a8_layout
 
 Calls = Callable[[int], list[Call]]
 
-# Copies of a weight: more bytes than any L2, but not so many that preparing them takes long.
+# The copies of a weight are more bytes than any L2 holds, but not so many that preparing them takes
+# long.
 _BYTES = 300e6
 _FEWEST_COPIES, _MOST_COPIES = 2, 24
 _GROUP_SIZE = 128
 
-# vLLM's bounds of FlashAttention 3's and of TurboQuant's divisions of a sequence, in CUDA graphs.
+# In CUDA graphs, vLLM divides a sequence into at most so many parts for FlashAttention 3 and for
+# TurboQuant.
 _SPLITS, _TURBOQUANT_SPLITS = 32, 32
 # Its Triton attention divides a sequence by 16 where fewer programs would run than these.
 _TRITON_GRID, _TRITON_SEGMENTS = 128, 16
 
 
 def copies(weight_bytes: float) -> int:
-    """How many copies of a weight the calls go round."""
+    """Count the copies of a weight that the calls go round."""
     return max(_FEWEST_COPIES, min(_MOST_COPIES, math.ceil(_BYTES / weight_bytes)))
 
 
 def qoq(n: int, k: int, is_grouped: bool, is_nested: bool = False) -> Calls:
-    """Our kernel, qoq::w4a8_gemm, with a level of groups or without, or a second plane, too."""
+    """Prepare our kernel, qoq::w4a8_gemm, with groups or without, or with a second plane."""
     blocks = -(-n // w4a8_layout.BLOCK_N), k // w4a8_layout.BLOCK_K
     sizes = [w4a8_layout.packed_bytes(is_grouped)]
     if is_nested:
@@ -68,7 +71,7 @@ def qoq(n: int, k: int, is_grouped: bool, is_nested: bool = False) -> Calls:
 
 
 def cublas_bf16(n: int, k: int) -> Calls:
-    """What an unquantized layer runs."""
+    """Prepare cuBLAS in bfloat16, which an unquantized layer runs."""
     weights = [_bf16(n, k) for _ in range(copies(2 * n * k))]
 
     def calls(m: int) -> list[Call]:
@@ -79,7 +82,7 @@ def cublas_bf16(n: int, k: int) -> Calls:
 
 
 def cutlass_w8a8(n: int, k: int, random: Callable[[int, int], torch.Tensor]) -> Calls:
-    """vLLM's CUTLASS, a scale per channel and token; `random` makes the int8 or fp8 numbers."""
+    """Prepare vLLM's CUTLASS with a scale per channel and token; `random` makes int8 or fp8."""
     from vllm import _custom_ops as vllm_ops
 
     weights = [random(n, k).t() for _ in range(copies(n * k))]
@@ -94,7 +97,7 @@ def cutlass_w8a8(n: int, k: int, random: Callable[[int, int], torch.Tensor]) -> 
 
 
 def marlin(n: int, k: int, has_int8_inputs: bool) -> Calls:
-    """vLLM's Marlin, symmetric int4 in groups of 128, inputs bf16 or int8."""
+    """Prepare vLLM's Marlin, symmetric int4 in groups of 128, inputs bf16 or int8."""
     from vllm import _custom_ops as vllm_ops
     from vllm.model_executor.layers.quantization.utils import marlin_utils
     from vllm.scalar_type import scalar_types
@@ -110,7 +113,7 @@ def marlin(n: int, k: int, has_int8_inputs: bool) -> Calls:
         "b_q_type": scalar_types.uint4b8,
         "use_fp32_reduce": True,
     }
-    # Later vLLM has no act-order and does not take them.
+    # Only vLLM with act-order takes these two.
     for name in {"g_idx", "perm"} & set(inspect.signature(vllm_ops.marlin_gemm).parameters):
         fixed[name] = torch.empty(0, dtype=torch.int32, device="cuda")
 
@@ -123,12 +126,12 @@ def marlin(n: int, k: int, has_int8_inputs: bool) -> Calls:
 
 
 def machete_w4a16(n: int, k: int) -> Calls:
-    """vLLM's Machete, symmetric int4 in groups of 128, inputs bf16."""
+    """Prepare vLLM's Machete, symmetric int4 in groups of 128, inputs bf16."""
     from vllm import _custom_ops as vllm_ops
     from vllm.scalar_type import scalar_types
 
     kind, bf16 = scalar_types.uint4b8, torch.bfloat16
-    # [K / 8, N] with K contiguous.
+    # The weights are [K / 8, N] with K contiguous.
     stored = [weight.t() for weight in _int4(n, k // 8, copies(n * k / 2))]
     weights = [vllm_ops.machete_prepack_B(weight, bf16, kind, bf16) for weight in stored]
     scale = _scale(k // _GROUP_SIZE, n).to(bf16)
@@ -142,10 +145,10 @@ def machete_w4a16(n: int, k: int) -> Calls:
 
 
 def cutlass_w4a8_fp8(n: int, k: int) -> Calls:
-    """vLLM's CUTLASS, int4 with fp8 scales in groups of 128 and per channel, inputs fp8."""
+    """Prepare vLLM's CUTLASS, int4 with fp8 scales in groups of 128 and per channel, inputs fp8."""
     from vllm import _custom_ops as vllm_ops
 
-    # [K / 8, N] with K contiguous.
+    # The weights are [K / 8, N] with K contiguous.
     stored = [weight.t() for weight in _int4(n, k // 8, copies(n * k / 2))]
     weights = [vllm_ops.cutlass_encode_and_reorder_int4b(weight) for weight in stored]
     group_scale = _scale(k // _GROUP_SIZE, n).to(torch.float8_e4m3fn)
@@ -164,7 +167,7 @@ def cutlass_w4a8_fp8(n: int, k: int) -> Calls:
 
 
 def humming(n: int, k: int, group_size: int) -> Calls:
-    """humming, symmetric int4 in groups of 128 or per channel (0), inputs int8."""
+    """Prepare humming, symmetric int4 in groups of 128 or per channel (0), inputs int8."""
     layers = [humming_peer.layer(_bf16(n, k), group_size) for _ in range(copies(n * k / 2))]
 
     def calls(m: int) -> list[Call]:
@@ -175,7 +178,7 @@ def humming(n: int, k: int, group_size: int) -> Calls:
 
 
 def flash_attention_3() -> Callable[..., Callable[..., object]]:
-    """vLLM's FlashAttention 3 over its cache, with what vLLM computes once a step.
+    """Prepare vLLM's FlashAttention 3 over its cache, with what vLLM computes once a step.
 
     What it returns takes the query [R * new tokens, Hq, D], key and value [blocks, tokens, H, D],
     int32 lengths [R], the output and the new tokens of a sequence, and gives a call that takes
@@ -203,7 +206,7 @@ def flash_attention_3() -> Callable[..., Callable[..., object]]:
     ) -> Callable[..., object]:
         starts = torch.arange(case.batch + 1, dtype=torch.int32, device=query.device) * new_tokens
         limits = {"max_seqlen_q": new_tokens, "max_seqlen_k": case.context}
-        splits = _SPLITS if new_tokens == 1 else 0  # FlashAttention chooses
+        splits = _SPLITS if new_tokens == 1 else 0  # With 0, FlashAttention chooses.
         shared = {"cu_seqlens_q": starts, "causal": True, "num_splits": splits}
         metadata = get_scheduler_metadata(
             batch_size=case.batch,
@@ -241,7 +244,7 @@ def flash_attention_3() -> Callable[..., Callable[..., object]]:
 def flash_attention_3_of_prompt(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor
 ) -> Callable[[], object]:
-    """A call of it for one prompt [T, H, D] that attends to itself, and to no cache."""
+    """Make a call of FlashAttention 3 for one prompt [T, H, D] that attends to itself alone."""
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
     tokens = len(query)
@@ -263,14 +266,14 @@ def flash_attention_3_of_prompt(
 
 
 def reshape_and_cache() -> Callable[..., object]:
-    """vLLM's write of K and V for FlashAttention."""
+    """Import vLLM's write of K and V for FlashAttention."""
     from vllm import _custom_ops as vllm_ops
 
     return vllm_ops.reshape_and_cache_flash
 
 
 def int4_attention(heads: Heads) -> Callable[..., Callable[..., object]]:
-    """vLLM's Triton attention over kv_cache_dtype int4_per_token_head, for decode.
+    """Prepare vLLM's Triton attention over kv_cache_dtype int4_per_token_head, for decode.
 
     What it returns takes the query [R, Hq, D], the bytes of K and V [blocks, tokens, H, D / 2 + 4],
     their scales [blocks, tokens, H], int32 lengths [R] and the output, and gives a call that takes
@@ -279,7 +282,7 @@ def int4_attention(heads: Heads) -> Callable[..., Callable[..., object]]:
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention
     from vllm.v1.kv_cache_interface import KVQuantMode
 
-    # As vLLM's backend: few sequences are divided into segments, whose results are here.
+    # Like vLLM's backend, few sequences are divided into segments, whose results are here.
     divided = max(1, _TRITON_GRID // heads.kv)
     segments = (divided, heads.query, _TRITON_SEGMENTS)
     padded = 1 << (heads.size - 1).bit_length()
@@ -327,7 +330,7 @@ def int4_attention(heads: Heads) -> Callable[..., Callable[..., object]]:
 
 
 def int4_reshape_and_cache() -> Callable[..., object]:
-    """vLLM's write of K and V for `int4_attention`."""
+    """Import vLLM's write of K and V for `int4_attention`."""
     from vllm.v1.attention.ops.triton_reshape_and_cache_flash import (
         triton_reshape_and_cache_flash_per_token_head_quant,
     )
@@ -338,7 +341,7 @@ def int4_reshape_and_cache() -> Callable[..., object]:
 
 
 def turboquant_attention(heads: Heads) -> Callable[..., Callable[..., object]]:
-    """vLLM's Triton attention over kv_cache_dtype turboquant_4bit_nc, for decode.
+    """Prepare vLLM's Triton attention over kv_cache_dtype turboquant_4bit_nc, for decode.
 
     What it returns takes the query [R, Hq, D], the cache, uint8 [blocks, tokens, H, D + 6], int32
     lengths [R] and the output, and gives a call that takes block_table.
@@ -350,14 +353,14 @@ def turboquant_attention(heads: Heads) -> Callable[..., Callable[..., object]]:
     def attend(
         query: torch.Tensor, cache: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor
     ) -> Callable[..., object]:
-        # As vLLM's backend: the results of the divisions, and the logarithms of their sums.
+        # Like vLLM's backend, this has the divisions' results and the logarithms of their sums.
         divided = (*query.shape[:2], _TURBOQUANT_SPLITS, heads.size + 1)
         return partial(
             triton_turboquant_decode_attention,
             query=query,
             kv_cache=cache,
             seq_lens=lengths,
-            Pi=shared["PiT"],  # which is symmetric
+            Pi=shared["PiT"],  # The matrix is symmetric.
             centroids=centroids,
             scale=heads.size**-0.5,
             norm_correction=config.norm_correction,
@@ -372,7 +375,7 @@ def turboquant_attention(heads: Heads) -> Callable[..., Callable[..., object]]:
 
 
 def turboquant_store(heads: Heads) -> Callable[..., object]:
-    """vLLM's write of K and V for `turboquant_attention`."""
+    """Prepare vLLM's write of K and V for `turboquant_attention`."""
     from vllm.v1.attention.ops.triton_turboquant_store import triton_turboquant_store
 
     _, centroids, shared = _turboquant(heads)
@@ -381,7 +384,7 @@ def turboquant_store(heads: Heads) -> Callable[..., object]:
 
 
 def _turboquant(heads: Heads) -> tuple[Any, torch.Tensor, dict[str, Any]]:
-    """Its configuration, K's sorted centroids float32 [16] and what both its functions take."""
+    """TurboQuant's config, K's sorted centroids float32 [16], and what both functions take."""
     from vllm.model_executor.layers.quantization.turboquant.centroids import get_centroids
     from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
 
@@ -414,12 +417,12 @@ def _int8(*shape: int) -> torch.Tensor:
 
 
 def _int4(rows: int, columns: int, count: int) -> list[torch.Tensor]:
-    """`count` weights of eight codes in an int32."""
+    """Make `count` weights int32 [rows, columns], with eight codes in a word."""
     limits, shape = (-(2**31), 2**31 - 1), (rows, columns)
     return [torch.randint(*limits, shape, dtype=torch.int32, device="cuda") for _ in range(count)]
 
 
-# In the order of cases.KERNELS.
+# The order is that of cases.KERNELS.
 PREPARE: dict[str, Callable[[int, int], Calls]] = {
     "qoq-g128": partial(qoq, is_grouped=True),
     "qoq-channel": partial(qoq, is_grouped=False),
@@ -434,8 +437,8 @@ PREPARE: dict[str, Callable[[int, int], Calls]] = {
     "humming-g128": partial(humming, group_size=_GROUP_SIZE),
     "humming-channel": partial(humming, group_size=0),
 }
-# What is compiled before anything is measured: shapes (N, K) and numbers of tokens to work for
-# threads.
+# What is compiled before anything is measured: each makes work for threads from shapes (N, K) and
+# numbers of tokens.
 COMPILE: dict[
     str, Callable[[Sequence[tuple[int, int]], Sequence[int]], list[Callable[[], object]]]
 ] = {

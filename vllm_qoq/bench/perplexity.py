@@ -1,11 +1,11 @@
-"""`vllm-qoq perplexity`: perplexity of a checkpoint on a text, through vLLM.
+"""The perplexity of a checkpoint on a text, through vLLM: `vllm-qoq perplexity`.
 
-Protocol: the text is tokenized once, without special tokens, and cut into
+In this protocol the text is tokenized once, without special tokens, and cut into
 consecutive windows of `seqlen` tokens; the rest is dropped. Every token of a
 window but the first is scored given the tokens before it in the window.
 Perplexity is exp of the mean negative log-likelihood over all scored tokens,
-so it is per token of the model's own tokenizer. A window is one prompt: it runs
-in the prefill set unless a set is forced, in that of a calm engine where the
+so it is per token of the model's own tokenizer. A window is one prompt, which runs
+in the prefill set unless a set is forced, and in that of a calm engine where the
 routing has a `load`.
 
 With a quantized KV cache, a window that fits in one step reads its own tokens unquantized, so the
@@ -52,11 +52,11 @@ def perplexity(
     force_set      run everything in one set
     seqlen         tokens of a window
     chunk          run each window so many tokens a step, so that it reads the rest from the cache
-    kv_bits        of the KV cache; by default the checkpoint's
-    dtype          vLLM's
+    kv_bits        bits of the KV cache; by default the checkpoint's
+    dtype          the dtype that vLLM runs the model in, as its --dtype
     enforce_eager  start faster, run slower
 
-    UserError where vLLM does not start, and for a text that is shorter than a window.
+    Raises UserError where vLLM does not start, and for a text that is shorter than a window.
     """
     options: dict[str, Any] = {"kv_bits": kv_bits, "force_set": force_set}
     if force_set is None:
@@ -81,7 +81,7 @@ def perplexity(
         )
     except UserError:
         raise
-    except Exception as error:  # of vLLM, which has its own and pydantic's, or a process that died
+    except Exception as error:  # vLLM raises its own and pydantic's, or its process died
         raise UserError(
             f"{checkpoint}: vLLM did not start: {reason(error)}; its log above says more, "
             "--debug shows where"
@@ -96,7 +96,7 @@ def perplexity(
 
 
 def text_perplexity(llm: LLM, text: str, seqlen: int) -> dict[str, Any]:
-    """Perplexity of `text` in windows of `seqlen` tokens; see the module for the protocol."""
+    """Measure the perplexity of `text` in windows of `seqlen` tokens, as the module describes."""
     tokens = llm.get_tokenizer().encode(text, add_special_tokens=False)
     windows = [tokens[i : i + seqlen] for i in range(0, len(tokens) - seqlen + 1, seqlen)]
     if not windows or seqlen < 2:
@@ -106,7 +106,7 @@ def text_perplexity(llm: LLM, text: str, seqlen: int) -> dict[str, Any]:
         )
     outputs = llm.generate(
         [{"prompt_token_ids": window} for window in windows],
-        # 0: the log-probability of the prompt's own tokens and no others
+        # With 0, vLLM gives the log-probability of the prompt's own tokens and no others.
         SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False),
     )
     losses = [

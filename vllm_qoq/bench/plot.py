@@ -1,21 +1,25 @@
-"""The result as a picture: how much faster ours is, and how far every kernel is from the limit."""
+"""The picture of `bench gemm`: how much faster ours is, and how far kernels are from the limit."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vllm_qoq import plots
 from vllm_qoq.bench.cases import OURS, Case
 from vllm_qoq.bench.result import Result, speedups
 from vllm_qoq.bench.roofline import INT8_RATE, floor_seconds
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 _COLUMNS = 2
 _LIMIT = "qoq-g128"
 _PEER = "the best other 8-bit kernel"
-# Kernel -> line and marker.
+# The line and marker of each kernel.
 _LINES = {
     "cublas-bf16": "v:",
     "humming-g128": "s--",
@@ -31,10 +35,10 @@ def save(result: Result, path: Path) -> None:
     plots.save(figure(result, ratios(result)), path)
 
 
-def figure(result: Result, ratios: Mapping[int, float]) -> Any:
-    """The ratios to the best peer, and a panel per layer: times over M, in those of the limit.
+def figure(result: Result, ratios: Mapping[int, float]) -> Figure:
+    """Draw the ratios to the best peer, and a panel per layer: times over M, relative to the limit.
 
-    ratios  of `ratios`, or what a report says
+    ratios  the result of `ratios`, or the figures of a report
     """
     layers = list(zip(*map(result.cases, result.tokens), strict=True))
     rows = math.ceil(len(layers) / _COLUMNS)
@@ -62,7 +66,7 @@ def figure(result: Result, ratios: Mapping[int, float]) -> Any:
 
 
 def ratios(result: Result) -> dict[int, float]:
-    """Tokens -> time of the best peer over ours, where all layers have both."""
+    """Divide the best peer's time by ours, for the numbers of tokens where all layers have both."""
     found = speedups(result).get("best W4A8 or W8A8 peer", ())
     return {m: ratio for m, ratio in zip(result.tokens, found, strict=False) if ratio is not None}
 
@@ -74,7 +78,7 @@ def _title(ratios: Mapping[int, float]) -> str:
     return f"Our W4A8 GEMM is {plots.speed_range(places, _PEER)}"
 
 
-def _bars(axes: Any, ratios: Mapping[int, float]) -> None:
+def _bars(axes: Axes, ratios: Mapping[int, float]) -> None:
     for place, ratio in enumerate(ratios.values()):
         colour = plots.METHODS[_LIMIT].colour if ratio >= 1 else plots.GREY
         axes.bar(place, ratio, color=colour, width=0.7)
@@ -93,9 +97,9 @@ def _bars(axes: Any, ratios: Mapping[int, float]) -> None:
 
 
 def _panel(
-    axes: Any, result: Result, cases: Sequence[Case], names: Sequence[str], is_first: bool
+    axes: Axes, result: Result, cases: Sequence[Case], names: Sequence[str], is_first: bool
 ) -> None:
-    """A missing time interrupts the line."""
+    """Draw the panel of a layer; a missing time interrupts the line."""
     floors = [floor_seconds(_LIMIT, case, result.copy_rate) for case in cases]
     sizes = [case.m for case in cases]
     shown = []

@@ -1,4 +1,4 @@
-"""The result for people: Markdown that is readable in a terminal, too."""
+"""The report of `bench gemm`: Markdown that is readable in a terminal, too."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ MISSING = "-"
 
 
 def markdown(result: Result) -> str:
-    """The whole of gemm.md: how it was measured, a table per layer, the summary."""
+    """Write the whole of gemm.md: how it was measured, a table per layer, the summary."""
     return "\n".join(
         (*_head(result), *_layers(result), *_summary(result), *left_out(result.left_out))
     )
 
 
 def command(result: Result) -> str:
-    """What measures the same again."""
+    """Write the command line that measures the same again."""
     line = f"vllm-qoq bench gemm --model {result.model} --tokens {commas(result.tokens)}"
     return line if result.kernels == KERNELS else f"{line} --kernels {commas(result.kernels)}"
 
@@ -41,7 +41,7 @@ def _head(result: Result) -> Iterator[str]:
 
 
 def versions(environment: Mapping[str, Any]) -> str:
-    """The line that names the packages which a run used."""
+    """Write the line that names the packages which a run used."""
     packages = environment["packages"]
     named = ", ".join(f"{name} {packages[name]}" for name in packages if packages[name])
     return f"{named}, CUDA {environment['cuda']}.\n"
@@ -85,7 +85,7 @@ def _summary(result: Result) -> Iterator[str]:
 
 
 def left_out(missing: Iterable[LeftOut]) -> Iterator[str]:
-    """One line a kernel and reason."""
+    """List what was left out, a line for each kernel and reason."""
     places: dict[tuple[str, str], list[str]] = {}
     for one in missing:
         places.setdefault((one.kernel, one.reason), []).append(one.where)
@@ -101,10 +101,10 @@ def _microseconds(result: Result, kernel: str, case: Case) -> str:
 
 
 def number(value: float | None, form: str) -> str:
-    """The number, or a dash for a missing one."""
+    """Format a number, or a dash for a missing one."""
     return MISSING if value is None else format(value, form)
 
 
 def commas(values: Sequence[object]) -> str:
-    """For the command line."""
+    """Join values by commas, as the command line takes them."""
     return ",".join(map(str, values))

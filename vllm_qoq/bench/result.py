@@ -1,4 +1,4 @@
-"""What a run measured, and what follows from it. No GPU and no torch."""
+"""The result of `bench gemm`, and what follows from it, without a GPU or torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from vllm_qoq.bench.cases import LAYERS, OURS, PEERS, SHAPES, Case
 from vllm_qoq.bench.roofline import INT8_RATE, bytes_moved, floor_seconds, operations
 
-# The kernel that the summary is about, and those of its kind: 8-bit inputs, 4- or 8-bit weights.
+# The kernel that the summary is about, the nested one, and the peers with 8-bit inputs like theirs.
 SUBJECT = "qoq-g128"
 NESTED = "qoq-nested"
 RIVALS = tuple(name for name, input_bits in PEERS.items() if input_bits == 8)
@@ -18,7 +18,7 @@ RIVALS = tuple(name for name, input_bits in PEERS.items() if input_bits == 8)
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A kernel that could not be measured."""
+    """A kernel that could not be measured: where, and why."""
 
     kernel: str
     where: str
@@ -30,11 +30,11 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Result:
-    """One run.
+    """The result of one run.
 
-    environment  of `vllm_qoq.environment.describe`, with what the peers add
-    copy_rate    bytes a second, read plus written
-    seconds      of a call, by case and kernel; a kernel that was left out is absent
+    environment  the result of `vllm_qoq.environment.describe`, with what the peers add
+    copy_rate    bytes a second of a copy, read plus written
+    seconds      seconds of a call, by case and kernel; a kernel that was left out is absent
     """
 
     model: str
@@ -47,26 +47,26 @@ class Result:
     left_out: tuple[LeftOut, ...]
 
     def cases(self, m: int) -> list[Case]:
-        """The model's layers at m tokens."""
+        """List the model's layers at m tokens."""
         shapes = zip(LAYERS, SHAPES[self.model], strict=True)
         return [Case(layer, n, k, m) for layer, (n, k) in shapes]
 
     def best_rival(self, case: Case) -> float | None:
-        """Seconds of the fastest peer of our kind."""
+        """Find the seconds of the fastest peer of our kind; None if there is none."""
         times = self.seconds[case]
         return min((times[name] for name in RIVALS if name in times), default=None)
 
     def share_of_floor(self, kernel: str, case: Case) -> float | None:
-        """Of one of our kernels; 1 is as fast as this GPU can be."""
+        """Compare one of our kernels with the floor: 1 is as fast as this GPU can be."""
         measured = self.seconds[case].get(kernel)
         return measured and floor_seconds(kernel, case, self.copy_rate) / measured
 
 
 def speedups(result: Result) -> dict[str, list[float | None]]:
-    """Label -> per number of tokens, the geometric mean over all layers of peer / ours.
+    """Divide the peers' times by ours: label -> a geometric mean over all layers for each M.
 
-    Ours is SUBJECT, or NESTED where the label says so. None where any layer lacks either of the
-    two.
+    Ours is SUBJECT, or NESTED where the label says so. A mean is None where any layer lacks either
+    of the two.
     """
 
     def of(name: str) -> Callable[[Case], float | None]:
@@ -97,7 +97,7 @@ def _speedup(
 
 
 def to_json(result: Result) -> dict[str, Any]:
-    """The document of --json and gemm.json; microseconds, null where a kernel was left out."""
+    """Make the document of --json and gemm.json: microseconds, null where a kernel was left out."""
     return {
         "benchmark": "gemm",
         "model": result.model,

@@ -1,4 +1,4 @@
-"""The model card of a checkpoint: one writer for what is merged, imported and quantized."""
+"""The model card (README.md) of a checkpoint that is merged, imported or quantized."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vllm_qoq.version import __version__
 README = "README.md"
 _README_BYTES = 1 << 20
 _KEYS = ("license", "license_name", "license_link", "base_model")
-# Ids of the Hub, names of licences and links; nothing that could end the line or the front matter.
+# Values are ids of the Hub, names of licences and links; none could end line or front matter.
 _VALUE = re.compile(r"[A-Za-z0-9][\w.+:/ -]{0,199}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 
@@ -29,12 +29,12 @@ def text(
     notes: Sequence[str] = (),
     body: str = "",
 ) -> str:
-    """README.md with the front matter that the Hugging Face Hub reads.
+    """Write the text of README.md, with the front matter that the Hugging Face Hub reads.
 
-    name    of the output folder
+    name    name of the output folder
     sizes   bytes of each set, and of the shared tensors under None
     inputs  folders whose cards say where the model comes from and under which licence
-    notes   a line each
+    notes   sentences, which become a list
     body    Markdown that stands at the end
     """
     rows = [
@@ -85,7 +85,7 @@ def text(
 
 
 def _provenance(inputs: Sequence[Path]) -> tuple[dict[str, str | list[str]], list[str]]:
-    """Front matter that follows from the inputs', and notes on what they do not agree on."""
+    """Derive front matter from that of the inputs, and notes on what they do not agree on."""
     found = [_front_matter(folder) for folder in inputs]
     known: dict[str, str | list[str]] = {}
     notes = []
@@ -103,8 +103,10 @@ def _provenance(inputs: Sequence[Path]) -> tuple[dict[str, str | list[str]], lis
 
 
 def _front_matter(folder: Path) -> dict[str, list[str]]:
-    """The values of `_KEYS` in a card that nobody vouches for; lines that it reads otherwise than
-    as `key: value` or `- value` are left."""
+    """Read the values of `_KEYS` from the card of a folder that nobody vouches for.
+
+    Lines other than `key: value` and `- value` are passed over.
+    """
     readme = folder / README
     if not readme.is_file() or readme.stat().st_size > _README_BYTES:
         return {}
@@ -124,7 +126,7 @@ def _front_matter(folder: Path) -> dict[str, list[str]]:
         value = value.strip().strip("'\"")
         if key in _KEYS and _VALUE.fullmatch(value):
             found.setdefault(key, []).append(value)
-    return {}  # the front matter has no end
+    return {}  # The front matter has no end, so it is none.
 
 
 def _named_in_config(folder: Path) -> list[str]:

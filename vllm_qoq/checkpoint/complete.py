@@ -1,6 +1,6 @@
-"""Is anything missing from a set, as far as headers tell? vLLM itself does not notice.
+"""Checks that nothing is missing from a set, as far as headers tell; vLLM does not notice.
 
-Three views, because no single one sees every loss: the tensors of one layer must
+There are three views, because no single one sees every loss: the tensors of one layer must
 fit together (`layout`), the decoder layers must look alike, and all must be as
 `config.json` says (`sizes`).
 """
@@ -22,7 +22,7 @@ _REMEDY = "download or quantize the model again"
 
 
 def findings(weights: StoredSet) -> Iterator[str]:
-    """What is missing or malformed, one line each; nothing for a complete set."""
+    """Find what is missing or malformed, a line each; nothing for a complete set."""
     yield from constants.findings(weights.checkpoint.config)
     yield from sizes.findings(weights)
     yield from served.findings(weights)
@@ -33,7 +33,7 @@ def findings(weights: StoredSet) -> Iterator[str]:
 
 
 def check(weights: StoredSet) -> None:
-    """Raise FormatError with the first finding."""
+    """Raise FormatError with the first of the `findings`, if there is one."""
     for finding in findings(weights):
         raise FormatError(f"{weights.checkpoint.path}: {finding}")
 
@@ -53,7 +53,7 @@ def _malformed_layers(weights: StoredSet) -> Iterator[str]:
 
 
 def _missing_modules(weights: StoredSet) -> Iterator[str]:
-    """Decoder layers without a module that others have, or without anything."""
+    """Find decoder layers that lack a module that others have, or have no tensor at all."""
     count = text_config(weights.checkpoint.config).get("num_hidden_layers")
     if not isinstance(count, int) or isinstance(count, bool) or not 0 < count <= MOST_LAYERS:
         yield f"{CONFIG}: num_hidden_layers: {shown(count)} is not a number from 1 to {MOST_LAYERS}"
@@ -73,9 +73,9 @@ def _missing_modules(weights: StoredSet) -> Iterator[str]:
 
 
 def _decoders(layers: Iterable[str]) -> dict[str, dict[int, set[str]]]:
-    """Prefix -> index -> modules, for the stack of decoder layers.
+    """Group the decoder layers: prefix -> index -> modules.
 
-    Vision towers have a `layers.` of their own, whose length another key gives.
+    Vision towers are left out: they have a `layers.` of their own, whose length another key gives.
     """
     found: dict[str, dict[int, set[str]]] = {}
     for name in layers:
@@ -86,7 +86,7 @@ def _decoders(layers: Iterable[str]) -> dict[str, dict[int, set[str]]]:
 
 
 def _kinds(weights: StoredSet, count: int) -> Iterable[list[int]]:
-    """The decoder layers of each kind: hybrid models mix kinds with different modules."""
+    """Group the indices of decoder layers by kind: hybrid models mix kinds of other modules."""
     types = text_config(weights.checkpoint.config).get("layer_types")
     if not isinstance(types, list) or len(types) != count:
         return [list(range(count))]
@@ -97,7 +97,7 @@ def _kinds(weights: StoredSet, count: int) -> Iterable[list[int]]:
 
 
 def _unlike_layers(weights: StoredSet) -> Iterator[str]:
-    """Layers whose tensors differ from those of the same module elsewhere in the decoder."""
+    """Find layers that lack a tensor which the same module has elsewhere in the decoder."""
     by_module: dict[tuple[str, str], dict[str, frozenset[str]]] = defaultdict(dict)
     for name, tensors in weights.layers.items():
         place = split_decoder(name)
@@ -112,7 +112,7 @@ def _unlike_layers(weights: StoredSet) -> Iterator[str]:
             groups[layer in weights.quantized][layer] = leaves
         for is_quantized, group in groups.items():
             if is_quantized and has_schemes:
-                continue  # mixed precision: `layout` has looked at each layer alone
+                continue  # In mixed precision, `layout` has looked at each layer alone.
             every = frozenset().union(*group.values())
             for layer, leaves in sorted(group.items()):
                 for leaf in sorted(every - leaves):

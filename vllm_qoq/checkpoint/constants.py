@@ -1,10 +1,13 @@
-"""Numbers of a config.json that are no sizes: with a wrong one a model loads and talks nonsense."""
+"""Checks of the numbers in config.json that are no sizes.
+
+With a wrong one a model loads and talks nonsense.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from vllm_qoq.errors import shown
 from vllm_qoq.models.config import CONFIG, text_config
@@ -14,7 +17,7 @@ _LONGEST_CONTEXT = 1 << 31
 
 
 def findings(config: Mapping[str, Any]) -> Iterator[str]:
-    """What cannot be in a `config.json`, or in the text_config of one; keys may be absent."""
+    """Find numbers that cannot be in a `config.json` or its text_config; keys may be absent."""
     text = text_config(config)
     epsilon = text.get("rms_norm_eps")
     if epsilon is not None and not (is_finite(epsilon) and 0 <= epsilon < 1):
@@ -33,7 +36,7 @@ def findings(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{CONFIG}: {key}: {shown(theta)} is not a positive number; {_REMEDY}"
 
 
-def is_finite(value: Any) -> bool:
+def is_finite(value: object) -> TypeGuard[float]:
     """Whether a value of a JSON file is a number that a float can hold."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
@@ -43,6 +46,6 @@ def is_finite(value: Any) -> bool:
         return False
 
 
-def is_positive(value: Any) -> bool:
+def is_positive(value: object) -> TypeGuard[float]:
     """Whether a value of a JSON file is a finite number above 0."""
     return is_finite(value) and value > 0

@@ -1,7 +1,7 @@
 """Rows of a quantized weight as float32, whatever the method that stored them.
 
-Written for comparing sets, not for speed: rows are asked for in chunks, so that
-memory stays bounded by the chunk. The layouts are in `layout`.
+This is for comparing sets and not fast. Rows are asked for in chunks, so that memory stays
+bounded by the chunk. The layouts are in `layout`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _CHUNK_VALUES = 4 << 20
 
 
 def row_chunks(layout: Layout) -> Iterator[tuple[int, int]]:
-    """(start, stop) over the rows of a weight. Both are multiples of 32 or the last row."""
+    """Cut the rows of a weight into (start, stop), each a multiple of 32 or the end."""
     step = max(32, _CHUNK_VALUES // max(1, layout.in_features) // 32 * 32)
     for start in range(0, layout.out_features, step):
         yield start, min(start + step, layout.out_features)
 
 
 def dequantize(weights: StoredSet, layer: str, rows: tuple[int, int]) -> torch.Tensor:
-    """Rows `rows`, one of `row_chunks`, of the weight of `layer`: float32 [rows, in_features]."""
+    """Dequantize the rows `rows`, one of `row_chunks`, of a layer: float32 [rows, in_features]."""
     read = _Reader(weights, layer)
     layout = weights.describe(layer)
     if layout.method == "plain":
@@ -48,10 +48,10 @@ def dequantize(weights: StoredSet, layer: str, rows: tuple[int, int]) -> torch.T
 
 
 def qoq_tensors(weights: StoredSet, layer: str, rows: tuple[int, int]) -> dict[str, torch.Tensor]:
-    """Rows `rows` of every tensor of a layer of a QoQ set, by leaf.
+    """Read the rows `rows` of every tensor of a layer of a QoQ set, by leaf.
 
-    A nested set's are the base's and its own; FormatError for a layer that the base does not have
-    in the same size.
+    A nested set has the tensors of its base and its own. Raises FormatError for a layer that the
+    base does not have in the same size.
     """
     layout, read = weights.describe(layer), _Reader(weights, layer)
     if weights.base is not None:
@@ -68,7 +68,7 @@ def qoq_tensors(weights: StoredSet, layer: str, rows: tuple[int, int]) -> dict[s
 
 
 class _Reader:
-    """Reads the tensors of one layer by their leaf."""
+    """A reader of the tensors of one layer, by leaf."""
 
     def __init__(self, weights: StoredSet, layer: str) -> None:
         self._weights, self._layer = weights, layer
@@ -77,6 +77,7 @@ class _Reader:
         return self._weights.get(f"{self._layer}.{leaf}")
 
     def has(self, leaf: str) -> bool:
+        """Whether the layer has the tensor."""
         return leaf in self._weights.layers[self._layer]
 
 
@@ -89,7 +90,7 @@ def _dense(read: _Reader, layout: Layout, rows: tuple[int, int]) -> torch.Tensor
 
 
 def _spread(scale: torch.Tensor, layout: Layout, rows: tuple[int, int]) -> torch.Tensor:
-    """Scales of blocks as something that multiplies the rows `rows`: [rows, K] or [rows, 1]."""
+    """Spread the scales of blocks over the rows `rows`: [rows, K] or [rows, 1]."""
     if scale.numel() == 1:
         return scale.reshape(1, 1)
     block_rows, block_columns = layout.block
@@ -104,10 +105,10 @@ def _packed(read: _Reader, layout: Layout, rows: tuple[int, int]) -> torch.Tenso
     start, stop = rows
     codes = _unpack(read("weight_packed")[start:stop], layout.bits)
     scale = read("weight_scale")[start:stop].float()
-    middle = 1 << (layout.bits - 1)  # symmetric codes are stored with this offset
+    middle = 1 << (layout.bits - 1)  # Symmetric codes are stored with this offset.
     zero: torch.Tensor | float = float(middle)
     if read.has("weight_zero_point"):
-        # Packed along the rows: 32 rows are `bits` words.
+        # Zero points are packed along the rows: 32 rows are `bits` words.
         words = read("weight_zero_point")[start * layout.bits // 32 : -(-stop * layout.bits // 32)]
         zero = _unpack(words.T, layout.bits).T[: stop - start]
     if read.has("weight_g_idx"):
@@ -134,7 +135,7 @@ def _gptq(read: _Reader, layout: Layout, rows: tuple[int, int], less: int) -> to
 def _awq(read: _Reader, layout: Layout, rows: tuple[int, int]) -> torch.Tensor:
     start, stop = rows
     words = slice(start * layout.bits // 32, -(-stop * layout.bits // 32))
-    # nibble i of a word is column order[i]; the inverse puts the columns in sequence
+    # Nibble i of a word is column order[i]; the inverse puts the columns in sequence.
     pack = 32 // layout.bits
     order = torch.tensor(_AWQ_ORDER if pack == 8 else range(pack)).argsort()
 
@@ -149,7 +150,7 @@ def _awq(read: _Reader, layout: Layout, rows: tuple[int, int]) -> torch.Tensor:
 
 
 def _unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """int32 [R, W] -> float32 [R, W * 32 / bits]: the codes, from the low bits up."""
+    """Unpack codes from the low bits up: int32 [R, W] to float32 [R, W * 32 / bits]."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
     codes = (words.contiguous()[:, :, None] >> shifts) & ((1 << bits) - 1)
     return codes.reshape(len(words), -1).float()

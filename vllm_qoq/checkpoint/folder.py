@@ -65,7 +65,7 @@ _LONGEST_NAME = 512
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _OTHER_WEIGHTS = ("consolidated", "adapter_")
 _SHARD = re.compile(r".*-\d+-of-(\d+)\.safetensors")
-# Weights, what is pickled, and what only describes either.
+# Weights, pickles, and what only describes either are no side files.
 _NO_SIDE_FILES = (
     *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5"),
     *(".msgpack", ".onnx", ".onnx_data", ".ot", ".npy", ".npz", ".pkl", ".pickle", ".joblib"),
@@ -80,7 +80,7 @@ _ABOUT_WEIGHTS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What the header of `file` (a base name) says of one tensor."""
+    """One tensor as the header of `file`, a base name, describes it."""
 
     name: str
     dtype: str
@@ -89,17 +89,18 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 class Checkpoint:
-    """The config and the tensors of one folder. `open` makes it."""
+    """The config and the tensors of one folder, as `open` finds them."""
 
     def __init__(self, path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> None:
         self.path = path
         self.config = config
         self.tensors = tensors
-        self._open_file: tuple[str, Any] | None = None
+        self._open_file: tuple[str, safe_open] | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -161,8 +162,8 @@ class Checkpoint:
             raise FormatError(f"{self.path}: {name}: no such tensor")
         return self.tensors[name]
 
-    def _handle(self, file: str) -> Any:
-        # One mapping at a time: the address space of a process may be limited,
+    def _handle(self, file: str) -> safe_open:
+        # Only one file is mapped at a time: the address space of a process may be limited,
         # and a model may have hundreds of shards. Tensors keep their own mapping.
         if self._open_file is None or self._open_file[0] != file:
             self._open_file = None
@@ -171,7 +172,7 @@ class Checkpoint:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The `config.json` of the folder `path`; a `quantization_config` of null is left out."""
+    """Read the `config.json` of the folder `path`; a `quantization_config` of null is left out."""
     require_folder(path)
     config = read_json(path / CONFIG, _CONFIG_BYTES)
     if SECTION in config and config[SECTION] is None:
@@ -196,9 +197,9 @@ def require_folder(path: Path) -> None:
 
 
 def weights_entry(path: Path) -> str:
-    """What in the folder `path` says where the weights are: the index, or the only file.
+    """Name the file in the folder `path` that says where the weights are: index or weights.
 
-    The rule stands at the top of this module. FormatError where it finds nothing.
+    The rule stands at the top of this module. Raises FormatError where it finds nothing.
     """
     for name in (INDEX, "model.safetensors"):
         if (path / name).exists() or (path / name).is_symlink():
@@ -228,21 +229,21 @@ def weights_entry(path: Path) -> str:
 
 
 def weight_files(path: Path) -> list[str]:
-    """The names of the files in the folder `path` that hold its weights, by that rule."""
+    """List the names of the files in the folder `path` that hold its weights."""
     entry = weights_entry(path)
     return sorted(set(_read_index(path).values())) if entry == INDEX else [entry]
 
 
 def side_files(folder: Path) -> list[Path]:
-    """The files of a model beside config.json and weights, as sorted paths relative to `folder`.
+    """List the files of a model beside config.json and weights: sorted paths relative to `folder`.
 
-    Tokenizer, chat templates, generation config, licence and the like, of sub-folders too.
-    Not among them: README.md, which every tool writes anew; hidden files; code (`*.py`), which
-    nobody here runs; what is no regular file; what describes how weights are stored; sub-folders
-    with weights of their own (`original/`, `onnx/`, states of a training).
+    They are tokenizer, chat templates, generation config, licence and the like, in sub-folders
+    too. Not among them are README.md, which every tool writes anew; hidden files; code (`*.py`),
+    which nobody here runs; what is no regular file; what describes how weights are stored; and
+    sub-folders with weights of their own (`original/`, `onnx/`, states of a training).
 
-    FormatError for a symbolic link that leaves the folder, unless for the blobs of the Hugging
-    Face cache that the folder is a snapshot in, or that leads nowhere.
+    Raises FormatError for a symbolic link that leads nowhere, or out of the folder and not to the
+    blobs of the Hugging Face cache in which the folder is a snapshot.
     """
     return sorted(_side_files(folder, folder))
 
@@ -269,7 +270,7 @@ def _has_weights(folder: Path) -> bool:
 def check_link(folder: Path, item: Path) -> None:
     """Raise FormatError if `item` of `folder` is a symbolic link that leaves the folder.
 
-    Its blobs in the Hugging Face cache belong to a folder.
+    A snapshot in the Hugging Face cache may link to the blobs there.
     """
     if not item.is_symlink():
         return
@@ -286,9 +287,9 @@ def check_link(folder: Path, item: Path) -> None:
 
 
 def _blobs(root: Path) -> Iterator[Path]:
-    """Where the Hugging Face cache keeps the files of a snapshot, if `root` is in one.
+    """Find where the Hugging Face cache keeps the files of a snapshot, if `root` is in one.
 
-    models--ORG--NAME/snapshots/REVISION/config.json -> ../../blobs/HASH
+    A file there is a link: models--ORG--NAME/snapshots/REVISION/config.json -> ../../blobs/HASH
     """
     for snapshots in root.parents:
         if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
@@ -296,7 +297,7 @@ def _blobs(root: Path) -> Iterator[Path]:
 
 
 def _target(link: Path) -> Path | None:
-    """What a link leads to in the end; None for nothing, or a circle."""
+    """Follow a link to its end; None where there is nothing, or a circle."""
     try:
         return link.resolve(strict=True)
     except (OSError, RuntimeError):  # Python 3.10 to 3.12 tell of a circle by RuntimeError
@@ -304,7 +305,7 @@ def _target(link: Path) -> Path | None:
 
 
 def read_json(path: Path, limit: int) -> dict[str, Any]:
-    """The JSON object in the regular file `path` of at most `limit` bytes."""
+    """Read the JSON object in the regular file `path` of at most `limit` bytes."""
     _require_regular(path)
     if path.stat().st_size > limit:
         raise FormatError(
@@ -312,7 +313,7 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
             f"{_JSON_REMEDY}"
         )
     try:
-        # As vLLM and transformers read it: not in UTF-16, not after a byte order mark.
+        # vLLM and transformers refuse UTF-16 and a byte order mark, too.
         value = json.loads(path.read_bytes().decode(), object_pairs_hook=_unique_keys)
     except RecursionError:
         raise FormatError(f"{path.name}: is nested too deeply; {_JSON_REMEDY}") from None
@@ -339,7 +340,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _depth_exceeds(value: Any, limit: int) -> bool:
+def _depth_exceeds(value: object, limit: int) -> bool:
     if limit == 0:
         return True
     if isinstance(value, dict):
@@ -355,7 +356,7 @@ def _require_regular(path: Path) -> None:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """The weight map (tensor name to file name) of the index."""
+    """Read the weight map of the index: tensor name -> file name."""
     weight_map = read_json(path / INDEX, _INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{INDEX}: weight_map: missing or empty; download the index again")
@@ -380,7 +381,7 @@ def _is_weight_file_name(file: object) -> bool:
 def _read_header(path: Path) -> Iterator[TensorInfo]:
     _require_regular(path)
     try:
-        # "numpy" only so that reading headers does not import torch.
+        # The framework is numpy only so that reading headers does not import torch.
         with safe_open(path, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 if len(name) > _LONGEST_NAME:

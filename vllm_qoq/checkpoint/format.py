@@ -101,13 +101,13 @@ INPUT_RATIO = "input_ratio"
 QOQ_LINEAR = "qoq_linear"
 QOQ_RESIDUAL = "qoq_residual"
 
-# Leaves of an int8 lm_head.
 INT8_HEAD_TENSORS = ("weight", "weight_scale")
+"""The leaves of an int8 lm_head."""
 STREAM = "stream"
 
 _SET_NAME = re.compile(r"[a-z][a-z0-9]{0,31}")
-# First components of tensor names in Hugging Face checkpoints, and attributes of
-# vLLM's linear layers, beside which a set's module is registered.
+# These are first components of tensor names in Hugging Face checkpoints, and attributes
+# of vLLM's linear layers, beside which a set's module is registered.
 _RESERVED = frozenset(
     {
         *("model", "transformer", "language", "visual", "vision", "backbone"),
@@ -133,7 +133,7 @@ class QoQSet(BaseModel):
 
     @classmethod
     def parse(cls, config: Mapping[str, Any], where: str) -> QoQSet:
-        """Validate one entry of `sets`; FormatError begins with `where`."""
+        """Validate one entry of `sets`; a FormatError begins with `where`."""
         try:
             return cls.model_validate(config)
         except ValidationError as error:
@@ -144,7 +144,10 @@ class QoQSet(BaseModel):
         return any(fnmatchcase(layer, glob) for glob in self.ignore)
 
     def tensors(self, out_features: int, in_features: int) -> dict[str, tuple[str, list[int]]]:
-        """Leaf -> (safetensors dtype, shape) of a layer. FormatError for a size that cannot be."""
+        """Map each leaf of a layer to its (safetensors dtype, shape).
+
+        Raises FormatError for a size that cannot be.
+        """
         n, k, group = out_features, in_features, self.group_size
         if k % (2 if group == -1 else group):
             raise FormatError(f"{k} inputs are not a multiple of the group size {group}")
@@ -170,7 +173,7 @@ class ResidualSet(BaseModel):
 
     @classmethod
     def parse(cls, config: Mapping[str, Any], where: str) -> ResidualSet:
-        """Validate one entry of `sets`; FormatError begins with `where`."""
+        """Validate one entry of `sets`; a FormatError begins with `where`."""
         try:
             return cls.model_validate(config)
         except ValidationError as error:
@@ -178,7 +181,7 @@ class ResidualSet(BaseModel):
 
     @staticmethod
     def tensors(out_features: int, in_features: int) -> dict[str, tuple[str, list[int]]]:
-        """Leaf -> (safetensors dtype, shape) of a layer, besides the base's."""
+        """Map each leaf that a layer adds to the base's to its (safetensors dtype, shape)."""
         return {"qresidual": ("U8", [out_features, in_features // 2])}
 
 
@@ -201,7 +204,7 @@ class KVSection(BaseModel):
 
 
 class LMHead(BaseModel):
-    """How the lm_head is stored, where it is not in the model's dtype."""
+    """The lm_head of all sets, where it is not in the model's dtype."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -209,7 +212,7 @@ class LMHead(BaseModel):
 
 
 class Stream(BaseModel):
-    """That the residual stream is not in the original model's basis.
+    """The basis of a residual stream that is not the original model's.
 
     rotation  "stored" where the checkpoint has what turns hidden states back, else "unknown"
     """
@@ -225,12 +228,12 @@ class Stream(BaseModel):
 
 
 def stream_shapes(hidden_size: int) -> dict[str, tuple[int, ...]]:
-    """Leaf -> shape of the tensors of a stored `Stream`."""
+    """Map each leaf of a stored `Stream` to its shape."""
     return {"rotation": (hidden_size, hidden_size), "norm": (hidden_size,)}
 
 
 class Section(BaseModel):
-    """The `quantization_config` of a checkpoint. Unknown keys are refused."""
+    """The `quantization_config` of a checkpoint; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -338,17 +341,23 @@ def check_set_name(name: str) -> None:
 
 
 def split_name(tensor: str, sets: Iterable[str]) -> tuple[str | None, str]:
-    """`w8a8.model.norm.weight` -> ("w8a8", "model.norm.weight"); no prefix -> (None, tensor)."""
+    """Split a tensor's name into set and ordinary name.
+
+    `w8a8.model.norm.weight` gives ("w8a8", "model.norm.weight"). The set is None without prefix.
+    """
     head, dot, rest = tensor.partition(".")
     return (head, rest) if dot and head in sets else (None, tensor)
 
 
 def join_name(set_name: str | None, tensor: str) -> str:
-    """The inverse of `split_name`."""
+    """Put the name of a set in front of a tensor's, as the inverse of `split_name`."""
     return tensor if set_name is None else f"{set_name}.{tensor}"
 
 
 def split_layer(tensor: str) -> tuple[str, str]:
-    """`model.layers.0.mlp.up_proj.weight` -> ("model.layers.0.mlp.up_proj", "weight")."""
+    """Split a tensor's name into layer and leaf.
+
+    `model.layers.0.mlp.up_proj.weight` gives ("model.layers.0.mlp.up_proj", "weight").
+    """
     layer, _, leaf = tensor.rpartition(".")
     return layer, leaf

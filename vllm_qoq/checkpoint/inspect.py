@@ -1,4 +1,4 @@
-"""What is in a merged checkpoint, from its headers."""
+"""The command `inspect`: what is in a checkpoint of ours, from its headers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from vllm_qoq.models.tensors import HEAD
 from vllm_qoq.progress import human_bytes
 
 _SHOWN = 20
-"""Layer rules that people see."""
+"""How many layer rules the text shows."""
 
 
 def inspect(folder: str | Path) -> dict[str, Any]:
     """Describe a checkpoint of ours: sets, bytes, routing and KV cache, as one JSON object.
 
-    Reads headers only. FormatError for a folder that cannot be opened as a checkpoint of ours.
+    Reads headers only. Raises FormatError for a folder that is no checkpoint of ours.
     """
     checkpoint, section, sets = open_merged(Path(folder))
     has_sets = isinstance(section, Section)
@@ -44,7 +44,7 @@ def inspect(folder: str | Path) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report for people, without what a terminal would obey."""
+    """Format a report of `inspect` as text, without what a terminal would obey."""
     return "\n".join(map(printable, _lines(report)))
 
 
@@ -93,7 +93,7 @@ def _kv_cache(cache: Mapping[str, Any] | None) -> Iterator[str]:
     yield from _more(rules)
 
 
-def _more(rules: Sequence[Any]) -> Iterator[str]:
+def _more(rules: Sequence[object]) -> Iterator[str]:
     if len(rules) > _SHOWN:
         yield f"  and {len(rules) - _SHOWN} more rules"
 
@@ -107,7 +107,7 @@ def _head_bits(checkpoint: Checkpoint, section: Section | KVSection) -> int | No
 
 
 def _phases(table: Mapping[str, Any]) -> Iterator[str]:
-    """What a routing table, or its `load`, says of each phase that it names."""
+    """Describe a routing table, or its `load`, a line for each phase and row."""
     if "prefill" in table:
         yield f"prompts: {table['prefill']}"
     for row in table.get("decode", []):
@@ -116,7 +116,7 @@ def _phases(table: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _tensor_parallel(config: Mapping[str, Any], sets: list[StoredSet]) -> dict[str, Any]:
-    """The sizes that can be served, and the others (as text, for JSON) with the reason."""
+    """List the sizes that can be served, and the others (as text, for JSON) with the reason."""
     layouts = {w.name: {layer: w.describe(layer) for layer in sorted(w.quantized)} for w in sets}
     found = obstacles(config, layouts)
     return {

@@ -1,4 +1,4 @@
-"""Which layers keep their keys and values in how many bits.
+"""The KV cache in a checkpoint's config: which layers have keys and values of how many bits.
 
 The `kv_cache` object of a checkpoint (`vllm_qoq.checkpoint.format`) reads
 
@@ -26,7 +26,7 @@ UNQUANTIZED: Bits = 16
 
 
 class KVLayerRule(BaseModel):
-    """Overrides the bits of the layers whose name matches the glob `match`."""
+    """A rule that sets the bits of the layers whose name matches the glob `match`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -35,7 +35,7 @@ class KVLayerRule(BaseModel):
 
 
 class KVCache(BaseModel):
-    """How keys and values are stored, which is also what they were prepared for."""
+    """The form in which keys and values are stored, and for which they were prepared."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -44,7 +44,7 @@ class KVCache(BaseModel):
     hadamard: bool = False
 
     def bits_of(self, layer: str) -> Bits:
-        """The bits of one attention layer, `model.layers.0.self_attn.attn`."""
+        """The bits of one attention layer, named like `model.layers.0.self_attn.attn`."""
         matching = (rule.bits for rule in self.layers if fnmatchcase(layer, rule.match))
         return next(matching, self.bits)
 
@@ -66,10 +66,10 @@ class KVCache(BaseModel):
         ]
 
     def rename(self, map_name: Callable[[str], str]) -> KVCache:
-        """The same with the globs passed through `map_name`."""
+        """Copy it with the globs passed through `map_name`."""
         rules = [rule.model_copy(update={"match": map_name(rule.match)}) for rule in self.layers]
         return self.model_copy(update={"layers": tuple(rules)})
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object, without what is as by default."""
+        """Convert it to its JSON object, without what is as by default."""
         return self.model_dump(exclude_defaults=True, mode="json")

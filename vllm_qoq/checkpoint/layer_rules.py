@@ -1,4 +1,4 @@
-"""The layer rules of a routing table, held against the layers of a checkpoint.
+"""Checks that the layer rules of a routing table match layers of the checkpoint.
 
 A rule that matches nothing is a typo that would change nothing and say nothing.
 """

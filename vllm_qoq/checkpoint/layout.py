@@ -1,4 +1,4 @@
-"""How a layer is stored: the quantization methods that a set may use, by their tensors.
+"""The layout of a layer: how each quantization method that a set may use stores it.
 
 A layer is described from the names, dtypes and shapes of its tensors and from the
 set's own `quantization_config`; no tensor is read. N is out_features, K is
@@ -35,7 +35,7 @@ from vllm_qoq.checkpoint.format import (
 from vllm_qoq.errors import FormatError, shown
 from vllm_qoq.numerics import GROUP_SIZE
 
-Method = Literal["plain", "dense", "packed", "gptq", "awq", "qoq", "residual"]
+StorageMethod = Literal["plain", "dense", "packed", "gptq", "awq", "qoq", "residual"]
 Leaves = Mapping[str, TensorInfo]
 
 QUANTIZED_LEAVES = frozenset(
@@ -60,12 +60,12 @@ FP8 = frozenset({"F8_E4M3", "F8_E5M2"})
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One layer of one set.
+    """The layout of one layer of one set.
 
     `block` is the part of the weight under one scale, as (rows, columns).
     """
 
-    method: Method
+    method: StorageMethod
     out_features: int
     in_features: int
     bits: int
@@ -78,7 +78,7 @@ class Layout:
 
 
 def group_leaves(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
-    """The tensors of each layer: layer name -> leaf -> info."""
+    """Group tensors by layer: layer name -> leaf -> info."""
     layers: dict[str, dict[str, TensorInfo]] = {}
     for name, info in tensors.items():
         layer, leaf = split_layer(name)
@@ -94,7 +94,7 @@ def is_quantized(leaves: Leaves) -> bool:
 
 
 def describe(leaves: Leaves, config: Mapping[str, Any]) -> Layout:
-    """The layout of a layer, or a FormatError that names the tensor that is wrong.
+    """Find the layout of a layer, or raise FormatError with the tensor that is wrong.
 
     `config` is the `quantization_config` of the set.
     """
@@ -130,7 +130,8 @@ def _plain(leaves: Leaves) -> Layout:
         raise _wrong(weight, "a matrix [out_features, in_features]")
     _expect(weight, FLOATS, weight.shape)
     n, k = weight.shape
-    return Layout("plain", n, k, 32 if weight.dtype == "F32" else 16, (n, k))
+    bits = 32 if weight.dtype == "F32" else 16
+    return Layout("plain", n, k, bits=bits, block=(n, k))
 
 
 def _dense(leaves: Leaves, config: Mapping[str, Any]) -> Layout:
@@ -146,11 +147,11 @@ def _dense(leaves: Leaves, config: Mapping[str, Any]) -> Layout:
         _expect(leaves["weight_zero_point"], {"I8", *FP8}, scale.shape)
     bits = {bits for args in weight_args(config) if isinstance(bits := args.get("num_bits"), int)}
     n, k = weight.shape
-    return Layout("dense", n, k, bits.pop() if len(bits) == 1 else 8, block)
+    return Layout("dense", n, k, bits=bits.pop() if len(bits) == 1 else 8, block=block)
 
 
 def _block(scale: TensorInfo, shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[int, int]:
-    """What one scale of a dense weight [N, K] covers, checked against the scale's shape."""
+    """Find the block of a dense weight [N, K] under one scale, from the shape of the scales."""
     _expect(scale, FLOATS, scale.shape)
     n, k = shape
     if math.prod(scale.shape) == 1:
@@ -201,7 +202,7 @@ def _packed(leaves: Leaves, config: Mapping[str, Any]) -> Layout:
         _expect(leaves["weight_zero_point"], {"I32"}, zeros)
     if "weight_g_idx" in leaves:
         _expect(leaves["weight_g_idx"], {"I32"}, (k,))
-    return Layout("packed", n, k, bits, (1, group))
+    return Layout("packed", n, k, bits=bits, block=(1, group))
 
 
 def _gptq(leaves: Leaves, config: Mapping[str, Any]) -> Layout:
@@ -215,7 +216,7 @@ def _gptq(leaves: Leaves, config: Mapping[str, Any]) -> Layout:
     _scales_and_zeros(leaves, bits, math.ceil(k / group), n)
     if "g_idx" in leaves:
         _expect(leaves["g_idx"], {"I32"}, (k,))
-    return Layout("gptq", n, k, bits, (1, group))
+    return Layout("gptq", n, k, bits=bits, block=(1, group))
 
 
 def _awq(leaves: Leaves, config: Mapping[str, Any]) -> Layout:
@@ -227,7 +228,7 @@ def _awq(leaves: Leaves, config: Mapping[str, Any]) -> Layout:
     group = group or k
     _expect(qweight, {"I32"}, qweight.shape)
     _scales_and_zeros(leaves, bits, math.ceil(k / group), n)
-    return Layout("awq", n, k, bits, (1, group))
+    return Layout("awq", n, k, bits=bits, block=(1, group))
 
 
 def _qoq(leaves: Leaves, config: Mapping[str, Any]) -> Layout:
@@ -239,17 +240,18 @@ def _qoq(leaves: Leaves, config: Mapping[str, Any]) -> Layout:
         qweight = leaves["qweight"]
         raise FormatError(f"{qweight.file}: {qweight.name}: {error}") from None
     _only(leaves, expected, f"group_size {qoq_set.group_size}")
-    return Layout("qoq", n, k, 4, (1, k if qoq_set.group_size == -1 else qoq_set.group_size))
+    group = k if qoq_set.group_size == -1 else qoq_set.group_size
+    return Layout("qoq", n, k, bits=4, block=(1, group))
 
 
 def _residual(leaves: Leaves) -> Layout:
     n, k = _nibbles(leaves, "qresidual")
     _only(leaves, ResidualSet.tensors(n, k), QOQ_RESIDUAL)
-    return Layout("residual", n, k, 4, (1, GROUP_SIZE))
+    return Layout("residual", n, k, bits=4, block=(1, GROUP_SIZE))
 
 
 def _nibbles(leaves: Leaves, leaf: str) -> tuple[int, int]:
-    """(N, K) of a tensor with two codes in a byte."""
+    """The sizes (N, K) of a tensor with two codes in a byte."""
     if leaf not in leaves:
         raise _lost(leaves, leaf)
     if len(leaves[leaf].shape) != 2:
@@ -259,7 +261,7 @@ def _nibbles(leaves: Leaves, leaf: str) -> tuple[int, int]:
 
 
 def _only(leaves: Leaves, expected: Mapping[str, tuple[str, list[int]]], what: str) -> None:
-    """Refuse a layer of `what` that lacks a tensor, or has another."""
+    """Raise FormatError for a layer of `what` that lacks a tensor, or has another."""
     for leaf, (dtype, shape) in expected.items():
         if leaf not in leaves:
             raise _lost(leaves, leaf)

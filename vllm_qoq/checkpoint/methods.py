@@ -12,7 +12,7 @@
     modelopt            ignore, exclude_modules: names, substrings and globs
     quark               exclude: names and `re:` patterns
 
-vLLM runs some projections as one layer (`architectures.FUSED`); a `Unit` is what it runs.
+vLLM runs some projections as one layer (`vllm_qoq.models.names.FUSED`): a `Unit`.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from vllm_qoq.models.names import FUSED
 
 _WHERE = f"config.json: {SECTION}"
 _PATTERN = "re:"
-# More than any model has layers, and few enough to compare each with each layer.
+# These are more than any model has layers, and few enough to compare each with each layer.
 _MOST_ENTRIES = 16_384
 # An entry of extra_config with one of these is a pattern for auto-round.
 _SPECIAL = frozenset(r"*+?^$()[]{}|\\")
-# Never quantized in a ModelOpt checkpoint, whatever it lists.
+# A ModelOpt checkpoint never quantizes these, whatever it lists.
 _MODELOPT_TOWERS = ("vision_tower", "vision_model", "vit_large_projector")
 _LINEAR_CLASSES = (
     "QKVParallelLinear",
@@ -64,20 +64,20 @@ class Unit:
         return cls(layer, (layer,))
 
 
-class Method(BaseModel):
-    """What vLLM reads of a `quantization_config`. Wrong types are refused, other keys are left."""
+class QuantizationMethod(BaseModel):
+    """The keys of a `quantization_config` that vLLM reads; wrong types of theirs are refused."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
     def unserved(self) -> Iterator[str]:
-        """Why no vLLM serves a set with this config: `KEY: reason; remedy`."""
+        """Find why no vLLM serves a set with this config, each as `KEY: reason; remedy`."""
         yield from ()
 
     def quantizes(self, unit: Unit, stored: Collection[str]) -> bool:
         """Whether vLLM makes a quantized layer of `unit`.
 
-        `stored` are the layers that have quantized tensors. FormatError where the config tells
-        the parts of one layer apart.
+        `stored` are the layers that have quantized tensors. Raises FormatError where the config
+        tells the parts of one layer apart.
         """
         raise NotImplementedError
 
@@ -87,7 +87,7 @@ class Method(BaseModel):
 
 
 class _Override(BaseModel):
-    """What a rule of GPTQ's `dynamic` or of auto-round's extra_config sets for its layers."""
+    """The keys that a rule of GPTQ's `dynamic` or of auto-round's extra_config sets."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
@@ -96,7 +96,7 @@ class _Override(BaseModel):
     sym: bool | None = None
 
     def given(self) -> dict[str, Any]:
-        """The keys that it sets, `sym` apart."""
+        """The keys that the rule sets, apart from `sym`."""
         found = {"bits": self.bits, "group_size": self.group_size}
         return {key: value for key, value in found.items() if value is not None}
 
@@ -118,12 +118,12 @@ class _Group(BaseModel):
 
     @property
     def is_attention(self) -> bool:
-        """Whether it quantizes attention, which vLLM leaves to the KV cache."""
+        """Whether the group quantizes attention, which vLLM leaves to the KV cache."""
         return len(self.targets) == 1 and self.targets[0].endswith("Attention")
 
 
-class CompressedTensors(Method):
-    """llmcompressor's format."""
+class CompressedTensors(QuantizationMethod):
+    """The format of llmcompressor."""
 
     config_groups: dict[str, _Group] = {}
     ignore: list[str] | None = None
@@ -168,8 +168,8 @@ class CompressedTensors(Method):
         return None
 
 
-class GPTQ(Method):
-    """AutoGPTQ's and GPTQModel's format."""
+class GPTQ(QuantizationMethod):
+    """The format of AutoGPTQ and GPTQModel."""
 
     bits: int | None = None
     group_size: int | None = None
@@ -216,7 +216,7 @@ class GPTQ(Method):
         return {"bits": self.bits, "group_size": self.group_size, **override.given()}
 
     def _override(self, name: str) -> _Override | None:
-        """What the first rule that matches says, nothing without one; None skips the layer."""
+        """The first rule that matches, or an empty one; None where that rule skips the layer."""
         for rule, override in (self.dynamic or {}).items():
             is_negative = rule.startswith("-:")
             if matches(rule.removeprefix("-:" if is_negative else "+:"), name):
@@ -224,8 +224,8 @@ class GPTQ(Method):
         return _Override()
 
 
-class AWQ(Method):
-    """AutoAWQ's format."""
+class AWQ(QuantizationMethod):
+    """The format of AutoAWQ."""
 
     bits: int | None = None
     w_bit: int | None = None
@@ -250,8 +250,8 @@ class AWQ(Method):
         return not _any_or_all(unit, lambda name: any(module in name for module in skipped))
 
 
-class AutoRound(Method):
-    """Intel's auto-round, which vLLM calls inc."""
+class AutoRound(QuantizationMethod):
+    """The format of Intel's auto-round, which vLLM calls inc."""
 
     bits: int | None = None
     group_size: int | list[int] | None = None
@@ -290,23 +290,23 @@ class AutoRound(Method):
         for name, override in extra.items():
             is_named = name in (unit.name, f"model.{unit.name}")
             if is_named and (override.bits is None or override.bits >= 16):
-                return self._merged(_Override(bits=16), False)
+                return self._merged(_Override(bits=16), inside=False)
         for name, override in extra.items():
             if unit.name == name:
-                return self._merged(override, True)
+                return self._merged(override, inside=True)
         for name, override in extra.items():
             if unit.name.endswith(f".{name}"):
-                return self._merged(override, True)
+                return self._merged(override, inside=True)
         blocks = self.block_name_to_quantize or self.to_quant_block_names
         blocks = blocks.split(",") if isinstance(blocks, str) else blocks
         inside = not blocks or any(unit.name.startswith(block) for block in blocks)
         given = [self._explicit(part) for part in unit.parts]
         if len(unit.parts) > 1 and any(override is not None for override in given):
-            found = [self._merged(override or _Override(), inside) for override in given]
+            found = [self._merged(override or _Override(), inside=inside) for override in given]
             if any(other != found[0] for other in found[1:]):
                 raise _mixed(unit)
             return found[0]
-        return self._merged(self._explicit(unit.name) or _Override(), inside)
+        return self._merged(self._explicit(unit.name) or _Override(), inside=inside)
 
     def _explicit(self, name: str) -> _Override | None:
         extra = self.extra_config or {}
@@ -322,8 +322,8 @@ class AutoRound(Method):
         return {"bits": bits, "group_size": self.group_size, **override.given()}
 
 
-class FP8(Method):
-    """Weights in fp8 with a scale per tensor or per block: DeepSeek's, transformers', AutoFP8's."""
+class FP8(QuantizationMethod):
+    """The fp8 of DeepSeek, transformers and AutoFP8: a scale per tensor or per block."""
 
     activation_scheme: str | None = None
     ignored_layers: list[str] | None = None
@@ -339,8 +339,8 @@ class FP8(Method):
         return not _any_or_all(unit, lambda name: name in skipped)
 
 
-class FBGEMM(Method):
-    """Meta's fp8 with a scale per row."""
+class FBGEMM(QuantizationMethod):
+    """The fp8 of Meta, with a scale per row."""
 
     modules_to_not_convert: list[str] | None = None
     activation_scale_ub: float | int | None = None
@@ -362,8 +362,8 @@ class _ModelOptPart(BaseModel):
     exclude_modules: list[str] | None = None
 
 
-class ModelOpt(Method):
-    """NVIDIA ModelOpt's fp8, in either place that it writes its config to."""
+class ModelOpt(QuantizationMethod):
+    """The fp8 of NVIDIA ModelOpt, whose config stands in either of two places."""
 
     quant_algo: str | None = None
     ignore: list[str] | None = None
@@ -389,8 +389,8 @@ class ModelOpt(Method):
         return not any(module in unit.name or fnmatch(unit.name, module) for module in skipped)
 
 
-class Quark(Method):
-    """AMD Quark's fp8 and int8."""
+class Quark(QuantizationMethod):
+    """The fp8 and int8 of AMD Quark."""
 
     exclude: list[str] | None = None
     export: dict[str, Any] | None = None
@@ -408,8 +408,8 @@ class Quark(Method):
         return not _any_or_all(unit, lambda name: _listed(name, self.exclude or ()))
 
 
-class QoQ(Method):
-    """A QoQ set; `vllm_qoq.checkpoint.format` checks the rest of it."""
+class QoQ(QuantizationMethod):
+    """The format of a QoQ set; `vllm_qoq.checkpoint.format` checks its other keys."""
 
     ignore: list[str] | tuple[str, ...] = Field(default=("lm_head",))
 
@@ -418,7 +418,7 @@ class QoQ(Method):
         return not _all_parts(unit, lambda part: any(fnmatchcase(part, glob) for glob in globs))
 
 
-METHODS: Mapping[str, type[Method]] = {
+METHODS: Mapping[str, type[QuantizationMethod]] = {
     "compressed-tensors": CompressedTensors,
     **dict.fromkeys(("gptq", "auto_gptq", "gptq_marlin"), GPTQ),
     **dict.fromkeys(("awq", "auto_awq", "awq_marlin"), AWQ),
@@ -432,15 +432,15 @@ METHODS: Mapping[str, type[Method]] = {
 
 
 def method_name(config: Mapping[str, Any]) -> str:
-    """The `quant_method`, spelled as vLLM spells it; empty where there is none."""
+    """The `quant_method` of a config, spelled as vLLM spells it; empty where there is none."""
     name = config.get("quant_method")
     if not isinstance(name, str):
         return ""
     return name.lower().replace("compressed_tensors", "compressed-tensors")
 
 
-def parse(config: Mapping[str, Any]) -> Method:
-    """The method of a `quantization_config`; FormatError for one that is not in the table."""
+def parse(config: Mapping[str, Any]) -> QuantizationMethod:
+    """Read the method of a `quantization_config`; FormatError if it is not in the table."""
     name = method_name(config)
     if name not in METHODS:
         raise FormatError(
@@ -458,7 +458,7 @@ def parse(config: Mapping[str, Any]) -> Method:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].partition(" or instance of ")[0]  # a class of ours
+        message = first["msg"].partition(" or instance of ")[0]  # without a class of ours
         raise FormatError(
             f"{_WHERE}.{key}: {shown(first['input'])}: {message}; mend {key or 'it'} or quantize "
             "the model again"
@@ -492,7 +492,7 @@ def _any_or_all(unit: Unit, rule: Callable[[str], bool]) -> bool:
 
 
 def _all_parts(unit: Unit, rule: Callable[[str], bool]) -> bool:
-    """What `rule` says of all parts alike; FormatError where it tells them apart."""
+    """Whether `rule` holds for all parts; FormatError where it tells them apart."""
     found = {rule(part) for part in unit.parts}
     if len(found) > 1:
         raise _mixed(unit)

@@ -1,6 +1,6 @@
-"""Is a folder a checkpoint of ours and nothing else, so that --overwrite may delete it?
+"""Checks that a folder is a checkpoint of ours alone, so that --overwrite may delete it.
 
-Not only its config.json has to say so: whatever lies there that no command of ours
+It is not enough that its config.json says so: whatever lies there that no command of ours
 writes or copies would be lost.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from vllm_qoq.checkpoint.folder import INDEX, read_json
 from vllm_qoq.checkpoint.format import QUANT_METHOD, SECTION
@@ -21,7 +20,7 @@ COPIED = "copied_files"
 
 _CONFIG_BYTES = 16 << 20
 _INDEX_BYTES = 256 << 20
-# What commands of ours write, and what models have beside their weights.
+# Files that commands of ours write, and those that models have beside their weights.
 _NAMES = re.compile(
     r"config\.json|model\.safetensors\.index\.json|README\.md|recipe(-[a-z0-9]+)?\.yaml"
     r"|quantization_report\.json|qoq_tune\.(json|md|png)|\.vllm-qoq-lock|\.gitattributes|\.cache"
@@ -37,7 +36,7 @@ _NAMES = re.compile(
 
 
 def foreign(folder: Path) -> str | None:
-    """What in the folder would be lost if it was deleted as a checkpoint of ours; None: nothing."""
+    """Say what would be lost if the folder was deleted; None where all in it is ours."""
     names = sorted(item.name for item in folder.iterdir())
     if not names:
         return None
@@ -56,8 +55,8 @@ def foreign(folder: Path) -> str | None:
     return None
 
 
-def _is_ours(section: Any) -> bool:
-    # Without sets it is a model of somebody's, of which we quantize the KV cache.
+def _is_ours(section: object) -> bool:
+    # A section without sets is in somebody's own model, of which we quantize the KV cache.
     return (
         isinstance(section, dict)
         and section.get("quant_method") == QUANT_METHOD
@@ -66,7 +65,7 @@ def _is_ours(section: Any) -> bool:
 
 
 def _listed(folder: Path) -> frozenset[str]:
-    """What the index names: weights, and what was copied from a model."""
+    """List the files that the index names: weights, and what was copied from a model."""
     if not (folder / INDEX).exists():
         return frozenset({"model.safetensors"})
     index = read_json(folder / INDEX, _INDEX_BYTES)
@@ -79,8 +78,10 @@ def _listed(folder: Path) -> frozenset[str]:
     )
 
 
-def index(weight_map: Mapping[str, str], total_bytes: int, copied: Iterable[Path]) -> Any:
-    """The index of a checkpoint that we write; `copied` are its files from a model, relative."""
+def index(
+    weight_map: Mapping[str, str], total_bytes: int, copied: Iterable[Path]
+) -> dict[str, object]:
+    """Make the index of an output; `copied` are its files from a model, as relative paths."""
     names = sorted({file.parts[0] for file in copied})
     return {
         "metadata": {"total_size": total_bytes, COPIED: names},

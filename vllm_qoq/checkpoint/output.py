@@ -1,4 +1,4 @@
-"""What can be known of an output before work begins: where it goes and whether it fits."""
+"""Checks of an output folder before work begins: whether it may be written, and fits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_output(
 ) -> None:
     """Raise OutputError unless `out` may be created beside, not over, the inputs.
 
-    foreign  tells why a folder that exists may not be replaced
+    foreign  says why a folder that exists may not be replaced; None if it may
 
     An old output that a killed run had moved aside gets its name back first.
     """

@@ -12,9 +12,11 @@ from vllm_qoq.checkpoint.format import SECTION, Section
 def output_config(
     config: Mapping[str, Any], section: Section, dtype: str | None = None
 ) -> dict[str, Any]:
-    """The model's `config.json` with our section, without other methods' and without code.
+    """Make the `config.json` of an output: the model's with our section.
 
-    dtype  in which the model runs, `bfloat16`, `float16` or `float32`; None for what it says
+    Left out are the sections of other methods and keys that name code.
+
+    dtype  the dtype in which the model runs, `bfloat16`, `float16` or `float32`; None to leave it
     """
     kept = {key: value for key, value in config.items() if key not in CODE_KEYS}
     kept.pop("compression_config", None)
@@ -26,7 +28,7 @@ def output_config(
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """`config` for a model that runs in `dtype`, under the name that it uses already."""
+    """Set the dtype of a config, under the name that it uses already; nested configs too."""
     changed = dict(config)
     for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
         changed[key] = dtype

@@ -1,12 +1,11 @@
-"""Regular expressions of strangers: matched as vLLM matches them, in bounded time."""
+"""Regular expressions of strangers, matched as vLLM matches them, in bounded time."""
 
 from __future__ import annotations
 
 import time
 from functools import lru_cache
-from typing import Any
 
-import regex  # vLLM's own choice, and the standard library's cannot be stopped
+import regex  # vLLM matches with it, and matching with the standard library cannot be stopped
 
 from vllm_qoq.errors import FormatError
 
@@ -29,7 +28,7 @@ def occurs(pattern: str, name: str) -> bool:
 
 
 def _run(pattern: str, name: str, how: str) -> bool:
-    """Refuses a pattern that runs long, and many that together do."""
+    """Match, or raise FormatError if this pattern, or all so far together, take too long."""
     global _slow
     if pattern in _refused:
         raise _too_slow(pattern, name)
@@ -56,7 +55,7 @@ def _too_slow(pattern: str, name: str) -> FormatError:
 
 
 @lru_cache(maxsize=16_384)
-def _compiled(pattern: str) -> Any:
+def _compiled(pattern: str) -> regex.Pattern[str]:
     if len(pattern) > _LONGEST:
         raise FormatError(
             f"config.json: quantization_config: a pattern of {len(pattern)} characters begins with "

@@ -1,4 +1,4 @@
-"""Writing a folder whole or not at all, and replacing an older one of ours.
+"""Writing of a folder whole or not at all, and replacing an older one of ours.
 
 While a run writes OUT, these lie beside it:
 
@@ -24,32 +24,33 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from types import FrameType
+from typing import IO
 
 from vllm_qoq.checkpoint.writer import sync_folder
 from vllm_qoq.errors import UserError, printable
 
 
 class OutputError(UserError):
-    """A folder that cannot be written as asked. The message says why, and what to do instead."""
+    """A folder that cannot be written as asked; the message says why, and what to do instead."""
 
 
 LOCK = ".vllm-qoq-lock"
 NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})
-"""What a file system without locks answers."""
+"""The error numbers by which a file system says that it has no locks."""
 _LONGEST_NAME = 255
 
 Foreign = Callable[[Path], str | None]
-"""Why a folder may not be deleted; None where all in it is ours."""
+"""A function that says why a folder may not be deleted; None where all in it is ours."""
 
 
 def partial_of(out: Path) -> Path:
-    """Where `out`, a resolved path, is written."""
+    """The folder in which `out`, a resolved path, is written."""
     return out.with_name(f".{out.name}.partial")
 
 
 def replaced_of(out: Path) -> Path:
-    """Where the folder goes that `out`, a resolved path, replaces."""
+    """The name for the older folder that `out`, a resolved path, replaces."""
     return out.with_name(f".{out.name}.replaced")
 
 
@@ -61,7 +62,7 @@ def is_name_short(out: Path) -> bool:
 def recover(out: Path) -> None:
     """Give an old output its name back that a killed run had moved aside.
 
-    OutputError where another run is writing `out`, a resolved path.
+    Raises OutputError where another run is writing `out`, a resolved path.
     """
     partial, old = partial_of(out), replaced_of(out)
     with _leftover(partial):
@@ -76,7 +77,7 @@ def recover(out: Path) -> None:
 
 @contextmanager
 def replacing(out: Path, overwrite: bool, foreign: Foreign) -> Iterator[Path]:
-    """A hidden sibling of `out` to write into, which becomes `out` at the end.
+    """Make a hidden sibling of `out` to write into, which becomes `out` at the end.
 
     Whatever ends the body early, the sibling is removed, and `out` is as it was. SIGTERM
     ends it like Ctrl-C, and neither interrupts the clearing up.
@@ -117,7 +118,7 @@ def replacing(out: Path, overwrite: bool, foreign: Foreign) -> Iterator[Path]:
 
 
 def _check(out: Path, overwrite: bool, foreign: Foreign) -> None:
-    """Once more at the end: a long run may have passed since the first look."""
+    """Raise OutputError if `out` must not be replaced: it may have changed during a long run."""
     if not os.path.lexists(out):
         return
     if not overwrite or out.is_symlink() or not out.is_dir():
@@ -142,11 +143,11 @@ def _swap(partial: Path, out: Path, old: Path) -> None:
 
 
 def _clear(partial: Path, old: Path, foreign: Foreign) -> None:
-    """Remove what killed runs left."""
+    """Delete the folders that killed runs left."""
     with _leftover(partial) as is_left:
         if is_left:
             _delete(partial)
-    # `out` is complete, or `recover` had given this its name.
+    # `recover` gives the old folder its name back where `out` is missing, so `out` is complete.
     if old.is_dir() and not old.is_symlink() and not (old / LOCK).exists() and not foreign(old):
         _delete(old)
     with _leftover(old) as is_left:
@@ -156,7 +157,10 @@ def _clear(partial: Path, old: Path, foreign: Foreign) -> None:
 
 @contextmanager
 def _leftover(partial: Path) -> Iterator[bool]:
-    """Whether `partial` is what a killed run left, with its lock; OutputError where a run lives."""
+    """Take the lock of a folder that a killed run left; whether there is such a folder.
+
+    Raises OutputError where a run is alive, or where the folder is not ours.
+    """
     if not os.path.lexists(partial):
         yield False
         return
@@ -175,7 +179,7 @@ def _leftover(partial: Path) -> Iterator[bool]:
 
 
 def _create(partial: Path) -> IO[bytes]:
-    """Make the folder, for this process alone."""
+    """Make the folder `partial` and lock it for this process."""
     busy = OutputError(_busy(partial))
     try:
         partial.mkdir()
@@ -191,7 +195,10 @@ def _create(partial: Path) -> IO[bytes]:
 
 
 def _take(file: IO[bytes], partial: Path) -> bool:
-    """Lock the file; False on a file system without locks. OutputError where another run has it."""
+    """Lock the file; False on a file system without locks.
+
+    Raises OutputError where another run has the lock.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -215,7 +222,10 @@ def _remove(partial: Path, lock: IO[bytes] | None) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """Delete all that can be of a folder of ours; once that is all, what tells that it is ours."""
+    """Delete a folder of ours, and last the file that tells that it is ours.
+
+    If something cannot be deleted, the rest is, and its OSError is raised.
+    """
     failed: OSError | None = None
     for item in sorted(folder.iterdir()):
         try:
@@ -232,17 +242,17 @@ def _delete(folder: Path) -> None:
 
 
 def _state(out: Path, partial: Path) -> str:
-    """What an interrupted run leaves."""
+    """Describe what an interrupted run leaves."""
     before = f"{out} is as it was" if out.exists() else f"{out} was not written"
     return f"{before}; {partial} could not be removed" if partial.exists() else before
 
 
 class _Interrupts:
-    """SIGINT and SIGTERM end the body like Ctrl-C, once; while held they wait."""
+    """A context that SIGINT and SIGTERM end like Ctrl-C, once; while held they wait."""
 
     def __init__(self) -> None:
         self._is_held = self._is_pending = False
-        self._before: dict[int, Any] = {}
+        self._before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def __enter__(self) -> _Interrupts:
         if threading.current_thread() is threading.main_thread():
@@ -255,12 +265,12 @@ class _Interrupts:
             signal.signal(number, handler)
 
     def hold(self) -> None:
-        """Let what comes from now on wait for ever."""
+        """Let signals that come from now on wait for ever."""
         self._is_held = True
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Let what comes in the body wait for its end."""
+        """Let signals that come in the body wait for its end."""
         self._is_held = True
         yield
         self._is_held = False
@@ -272,5 +282,5 @@ class _Interrupts:
         if self._is_held:
             self._is_pending = True
             return
-        self._is_held = True  # a second one does not interrupt the clearing up
+        self._is_held = True  # A second signal must not interrupt the clearing up.
         raise KeyboardInterrupt

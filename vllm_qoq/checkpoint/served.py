@@ -1,4 +1,4 @@
-"""Does vLLM read a set's config as its tensors are? The config alone decides what vLLM expects.
+"""Checks that config and tensors of a set agree: vLLM expects what the config alone says.
 
 A layer that the config leaves out and the checkpoint quantized, or the other way round, loads
 nowhere; so do projections that vLLM runs as one layer and the config tells apart.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from vllm_qoq.checkpoint.format import SECTION
-from vllm_qoq.checkpoint.methods import GPTQ, Method, Unit, is_nested
+from vllm_qoq.checkpoint.methods import GPTQ, QuantizationMethod, Unit, is_nested
 from vllm_qoq.checkpoint.stored_set import StoredSet
 from vllm_qoq.errors import FormatError
 from vllm_qoq.models.names import split_decoder
@@ -19,7 +19,7 @@ _REMEDY = "download or quantize the model again"
 
 
 def findings(weights: StoredSet) -> Iterator[str]:
-    """Where config and tensors disagree, one line each. Reads no tensor."""
+    """Find where config and tensors disagree, a line each. Reads no tensor."""
     if is_nested(weights.config) or not weights.config:
         return
     method = weights.method
@@ -38,7 +38,7 @@ def findings(weights: StoredSet) -> Iterator[str]:
 
 
 def hidden_order(weights: StoredSet) -> Iterator[str]:
-    """GPTQ layers whose order of columns vLLM would not see. Reads every g_idx."""
+    """Find GPTQ layers whose order of columns vLLM would not see. Reads every g_idx."""
     if not weights.config or not isinstance(weights.method, GPTQ) or weights.method.desc_act:
         return
     for layer in sorted(weights.quantized):
@@ -54,7 +54,7 @@ def hidden_order(weights: StoredSet) -> Iterator[str]:
             )
 
 
-def _disagreement(weights: StoredSet, method: Method, unit: Unit) -> Iterator[str]:
+def _disagreement(weights: StoredSet, method: QuantizationMethod, unit: Unit) -> Iterator[str]:
     stored = frozenset(part for part in unit.parts if part in weights.quantized)
     if stored and len(stored) < len(unit.parts):
         lost = next(part for part in unit.parts if part not in stored)
@@ -80,7 +80,7 @@ def _disagreement(weights: StoredSet, method: Method, unit: Unit) -> Iterator[st
 
 
 def _is_linear(weights: StoredSet, layer: str, modules: Collection[str | None]) -> bool:
-    """Quantized layers, and matrices in the decoder that are projections or quantized elsewhere."""
+    """Whether a layer is linear: quantized here or in another block, or named like a projection."""
     if "lm_head" in layer or "embed" in layer:
         return False
     if layer in weights.quantized:
@@ -94,7 +94,7 @@ def _is_linear(weights: StoredSet, layer: str, modules: Collection[str | None]) 
 
 
 def _module(layer: str) -> str | None:
-    """`self_attn.o_proj` of a layer in the decoder."""
+    """The module of a layer in the decoder, such as `self_attn.o_proj`; None elsewhere."""
     place = split_decoder(layer)
     return place[2] if place is not None else None
 

@@ -1,4 +1,4 @@
-"""A whole checkpoint: which tensor goes into which file, and writing all of it.
+"""Writing of a whole checkpoint, and which tensor goes into which file.
 
 Everything that makes a checkpoint (quantize, merge, import) writes it here, so that an output is
 complete, checked and ours, or is not there at all.
@@ -26,10 +26,10 @@ MAX_SHARD_BYTES = 5 * 10**9
 """How large a file with weights gets, unless the user says otherwise."""
 
 RECIPE = "recipe.yaml"
-"""What llmcompressor did to a model. Outputs keep each under the name of its set."""
+"""The file in which llmcompressor says what it did; outputs keep one for each set."""
 
 _PIECE_BYTES = 16 << 20
-# Of a checkpoint of ours that was an input of something before, and not true of this one.
+# Reports in an input that was a checkpoint of ours, which are not true of the output.
 _REPORTS = frozenset({"quantization_report.json", "qoq_tune.json"})
 
 Shards = Mapping[str, Sequence[TensorInfo]]
@@ -38,12 +38,12 @@ Shards = Mapping[str, Sequence[TensorInfo]]
 
 @dataclass(frozen=True)
 class Content:
-    """What a checkpoint will hold.
+    """The content of a checkpoint that is to be written.
 
-    shards  of `cut`
-    read    gives a tensor that is named in `shards`, when it is written
-    config  of config.json
-    copied  file of the output, relative -> the file of a model that it is a copy of
+    shards  the tensors by file, as `cut` makes them
+    read    function that gives a tensor named in `shards` when it is written
+    config  the content of config.json
+    copied  file of the output, a relative path -> the file of a model that it is a copy of
     others  name of a file that is ours -> its bytes, or the file that it is a copy of
     """
 
@@ -77,7 +77,7 @@ def cut(groups: Iterable[Sequence[TensorInfo]], max_bytes: int) -> dict[str, lis
     named = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        # Wide items first: then every tensor starts at a multiple of its item size,
+        # With wide items first, every tensor starts at a multiple of its item size,
         # which readers need to map it without a copy.
         shard.sort(key=lambda info: (-ITEM_BYTES[info.dtype], info.name))
         named[file] = [replace(info, file=file) for info in shard]
@@ -85,14 +85,14 @@ def cut(groups: Iterable[Sequence[TensorInfo]], max_bytes: int) -> dict[str, lis
 
 
 def total_bytes(shards: Shards) -> int:
-    """Bytes of all tensors."""
+    """Count the bytes of all tensors."""
     return sum(info.nbytes for shard in shards.values() for info in shard)
 
 
 def write_checkpoint(out: Path, content: Content, overwrite: bool, progress: Progress) -> None:
     """Write the checkpoint `out` beside its name, check it, and give it the name.
 
-    FormatError, OutputError or OSError leave nothing behind, and an older `out` as it was.
+    A FormatError, OutputError or OSError leaves nothing behind, and an older `out` as it was.
     """
     shards = content.shards
     with replacing(out, overwrite, ours.foreign) as folder:
@@ -118,7 +118,7 @@ def write_checkpoint(out: Path, content: Content, overwrite: bool, progress: Pro
 def _pieces(
     content: Content, info: TensorInfo, advance: Callable[[int], object]
 ) -> Iterator[memoryview]:
-    """The bytes of a tensor; how much is done is told once they are all written."""
+    """The bytes of a tensor, in pieces; `advance` is called once they are all written."""
     import torch
 
     flat = content.read(info).contiguous().reshape(-1)

@@ -1,8 +1,8 @@
-"""Do the tensors of a set have the names and shapes that `config.json` implies?
+"""Checks that the tensors of a set have the names and shapes that `config.json` implies.
 
 vLLM takes the sizes of a model from its config and does not notice all contradictions.
-For an architecture of the table (`expected`) every tensor is known: what is missing,
-misshapen or surplus is found. For any other, what common names tell is checked.
+For an architecture of the table (`vllm_qoq.models.table`) every tensor is known: what is
+missing, misshapen or surplus is found. For any other, what common names tell is checked.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vllm_qoq.models.tensors import (
 )
 
 _REMEDY = "download or quantize the model again"
-# Constants that old checkpoints hold; vLLM computes them.
+# Old checkpoints hold these constants, which vLLM computes.
 _CONSTANTS = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
 _MOST = 1 << 24
 
@@ -38,7 +38,7 @@ def is_known(weights: StoredSet) -> bool:
 
 
 def findings(weights: StoredSet) -> Iterator[str]:
-    """What contradicts `config.json`, one line each. Reads no tensor."""
+    """Find what contradicts `config.json`, a line each. Reads no tensor."""
     if not is_known(weights):
         yield from _common_names(weights)
         return
@@ -60,9 +60,9 @@ def findings(weights: StoredSet) -> Iterator[str]:
 
 
 def surplus_biases(weights: StoredSet) -> list[str]:
-    """Biases that the model of `config.json` does not have; zeros, or the set is another model's.
+    """List the biases that the model of `config.json` does not have.
 
-    GPTQ tools write one into every layer.
+    GPTQ tools write one into every layer. Those are zeros, or the set is another model's.
     """
     tensors = _expected(weights)
     if tensors is None:
@@ -71,7 +71,7 @@ def surplus_biases(weights: StoredSet) -> list[str]:
 
 
 def has_tied_copy(weights: StoredSet) -> bool:
-    """Whether the embedding is the lm_head, too, and the set has one all the same."""
+    """Whether the embedding is the lm_head, and the set has an lm_head all the same."""
     if HEAD not in weights.tensors or EMBEDDING not in weights.tensors:
         return False
     tensors = _expected(weights)
@@ -79,7 +79,7 @@ def has_tied_copy(weights: StoredSet) -> bool:
 
 
 def _expected(weights: StoredSet) -> ExpectedTensors | None:
-    """None where not every tensor is known, or `findings` says what is wrong with the config."""
+    """The tensors of the model; None where they are not known, or the config is wrong."""
     try:
         return expected_tensors(weights.checkpoint.config)
     except FormatError:
@@ -101,7 +101,7 @@ def _tensor(weights: StoredSet, tensors: ExpectedTensors, name: str, shape: Shap
     elif leaf not in leaves:
         yield f"{name}: missing, {CONFIG} says that the model has it; {_REMEDY}"
     else:
-        yield from _plain(weights, tensors, leaves[leaf], name, shape)
+        yield from _plain(weights, tensors, leaves[leaf], name=name, shape=shape)
 
 
 def _quantized(
@@ -143,20 +143,20 @@ def _derived(tensors: ExpectedTensors, name: str, shape: Shape) -> str:
 
 
 def _surplus(weights: StoredSet, tensors: ExpectedTensors) -> Iterator[str]:
-    """Tensors that the model has no place for; a checkpoint's copy of a tied head is none."""
+    """Find tensors that the model has no place for; a copy of a tied head is not one."""
     beyond = set()
     for name, info in weights.tensors.items():
         layer, leaf = split_layer(name)
         if name in tensors or name.endswith(_CONSTANTS) or _is_surplus_bias(name, tensors):
             continue
-        if layer == STREAM:  # `stream` knows
+        if layer == STREAM:  # `stream` checks them
             continue
         if name in tensors.optional:
             yield from _tied_head(weights, tensors, info, name)
         elif layer == LM_HEAD and LM_HEAD in weights.shared_layers and leaf in INT8_HEAD_TENSORS:
             continue
         elif leaf in QUANTIZED_LEAVES and len(tensors.get(f"{layer}.weight", ())) == 2:
-            continue  # `layout` knows which of them belong together
+            continue  # `layout` checks which of them belong together
         elif (place := split_decoder(name)) is None or place[:2] not in beyond:
             if place is not None and place[0] == LAYERS and place[1] >= tensors.layers:
                 beyond.add(place[:2])
@@ -180,7 +180,7 @@ def _tied_head(
             f"its own; {_REMEDY}"
         )
     else:
-        yield from _plain(weights, tensors, info, name, tensors.optional[name])
+        yield from _plain(weights, tensors, info, name=name, shape=tensors.optional[name])
 
 
 def _is_surplus_bias(name: str, tensors: ExpectedTensors) -> bool:
@@ -194,7 +194,7 @@ def _is_surplus_bias(name: str, tensors: ExpectedTensors) -> bool:
 
 
 def _common_names(weights: StoredSet) -> Iterator[str]:
-    """Of an architecture that is not in the table: what its config and common names tell."""
+    """Find what contradicts the config, by common names, where the architecture is not known."""
     text = text_config(weights.checkpoint.config)
     hidden, vocabulary, inner = (
         _size(text.get(key)) for key in ("hidden_size", "vocab_size", "intermediate_size")
@@ -240,7 +240,7 @@ def _shape(weights: StoredSet, layer: str) -> Shape | None:
 
 
 def _is_text(layer: str) -> bool:
-    """Whether a layer is of the language model, not of an encoder beside it."""
+    """Whether a layer belongs to the language model, not to an encoder beside it."""
     return not any(word in layer for word in ("vision", "visual", "audio", "encoder", "tower"))
 
 

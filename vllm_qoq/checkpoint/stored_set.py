@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_qoq.checkpoint.folder import Checkpoint, TensorInfo
 from vllm_qoq.checkpoint.layout import Layout, describe, group_leaves, is_quantized
-from vllm_qoq.checkpoint.methods import Method, Unit, is_nested, parse
+from vllm_qoq.checkpoint.methods import QuantizationMethod, Unit, is_nested, parse
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StoredSet:
-    """One version of a model: a checkpoint of its own, or one set of a checkpoint with several.
+    """One quantized version of a model: a whole checkpoint, or one set of several in it.
 
     `tensors` has the names of an ordinary checkpoint; the `name` of each info is the
     one in the file, with the prefix that a merged checkpoint puts in front.
@@ -31,11 +31,11 @@ class StoredSet:
     shared_layers: frozenset[str] = field(default=frozenset(), kw_only=True)
     """Layers that are quantized alike for all sets, and so in none."""
     base: StoredSet | None = field(default=None, kw_only=True)
-    """Of a nested set in a merged checkpoint, the set that it is a residual on."""
+    """The set that this one is a residual on; None unless it is nested in a merged checkpoint."""
 
     @cached_property
     def layers(self) -> dict[str, dict[str, TensorInfo]]:
-        """Layer -> leaf -> tensor."""
+        """The tensors by layer and leaf."""
         return group_leaves(self.tensors)
 
     @cached_property
@@ -45,22 +45,22 @@ class StoredSet:
         return frozenset(found) - self.shared_layers
 
     @cached_property
-    def method(self) -> Method:
-        """How vLLM reads `config`, which has to be there; FormatError as in `methods.parse`."""
+    def method(self) -> QuantizationMethod:
+        """The method of `config`, which must not be empty; FormatError as in `methods.parse`."""
         return parse(self.config)
 
     def describe(self, layer: str) -> Layout:
-        """How `layer` is stored; FormatError when its tensors do not fit together."""
+        """Find how `layer` is stored; FormatError when its tensors do not fit together."""
         config = self.config
         if config and not is_nested(config):
             config = self.method.of_layer(Unit.of(layer, self.layers), config)
         return describe(self.layers[layer], config)
 
     def size(self, layer: str) -> tuple[int, int]:
-        """(out_features, in_features) of `layer`; FormatError as in `describe`."""
+        """The size of `layer` as (out_features, in_features); FormatError as in `describe`."""
         layout = self.describe(layer)
         return layout.out_features, layout.in_features
 
     def get(self, tensor: str) -> torch.Tensor:
-        """The tensor with this ordinary name, mapped and not copied."""
+        """Read the tensor with this ordinary name, mapped and not copied."""
         return self.checkpoint.get(self.tensors[tensor].name)

@@ -1,4 +1,4 @@
-"""The basis of the residual stream: what a merge finds, and whether what is stored is sound."""
+"""The basis of the residual stream: what a source tells of it, and checks of what is stored."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _REMEDY = "download or quantize the model again"
 
 
 def of_source(weights: StoredSet) -> Stream | None:
-    """What the section of a checkpoint made of `weights` says of its stream.
+    """Find what the section of a checkpoint made of `weights` has to say of its stream.
 
     A final norm of ones was folded into lm_head, which tools do that rotate the stream. Reads the
-    norm or, where one is stored, the rotation; FormatError for one that is none.
+    norm or, where one is stored, the rotation. Raises FormatError if that is no rotation.
     """
     if STREAM in weights.layers:
         if message := _rotation(weights.checkpoint):
@@ -31,11 +31,11 @@ def of_source(weights: StoredSet) -> Stream | None:
 
 
 def structure(checkpoint: Checkpoint, section: Section) -> Iterator[str]:
-    """What is wrong with the names, dtypes and shapes of the tensors of a stored stream."""
+    """Find what is wrong with names, dtypes and shapes of the tensors of a stored stream."""
     is_stored = section.stream is not None and section.stream.is_stored
     found = {n: info for n, info in checkpoint.tensors.items() if split_layer(n)[0] == STREAM}
     hidden = text_config(checkpoint.config).get("hidden_size")
-    # Other sizes than a number are reported with the config.
+    # A hidden_size that is no number is reported with the config.
     shapes = stream_shapes(hidden) if is_stored and isinstance(hidden, int) else {}
     for leaf, shape in shapes.items():
         info = found.pop(f"{STREAM}.{leaf}", None)
@@ -52,14 +52,14 @@ def structure(checkpoint: Checkpoint, section: Section) -> Iterator[str]:
 
 
 def contents(checkpoint: Checkpoint, section: Section) -> list[str]:
-    """What is wrong with the numbers of a stored rotation."""
+    """Find what is wrong with the numbers of a stored rotation, a line or none."""
     is_stored = section.stream is not None and section.stream.is_stored
     message = _rotation(checkpoint) if is_stored else None
     return [message] if message else []
 
 
 def _rotation(checkpoint: Checkpoint) -> str | None:
-    """What is wrong with the numbers of the rotation; a wrong header is left to `structure`."""
+    """Find what is wrong with the rotation's numbers; a wrong header is left to `structure`."""
     from vllm_qoq.numerics import rotation as basis
 
     info = checkpoint.tensors.get(f"{STREAM}.rotation")

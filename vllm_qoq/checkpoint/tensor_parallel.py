@@ -1,4 +1,4 @@
-"""Over how many GPUs vLLM can split the layers of a checkpoint. No tensor is read.
+"""Checks of how many GPUs vLLM can split the layers of a checkpoint over. No tensor is read.
 
 vLLM cuts a column-parallel layer (q, k, v, gate, up) along its outputs and a
 row-parallel one (o, down) along its inputs. A cut must not go through a head, a
@@ -27,8 +27,8 @@ _UNKNOWN_HEADS = "config.json: num_attention_heads or num_key_value_heads: not a
 
 
 @dataclass(frozen=True, slots=True)
-class Heads:
-    """Attention heads of the model, and how many of K and V."""
+class HeadCounts:
+    """The numbers of query heads and of key-value heads of the model."""
 
     query: int
     key_value: int
@@ -37,7 +37,7 @@ class Heads:
 def obstacles(
     config: Mapping[str, Any], sets: Mapping[str, Mapping[str, Layout]]
 ) -> dict[int, str | None]:
-    """Each of `SIZES` -> why vLLM cannot split the layers over so many GPUs; None: it can.
+    """Map each of `SIZES` to why vLLM cannot split the layers over so many GPUs; None if it can.
 
     `config` is the `config.json`; `sets` maps a set to its quantized layers.
     """
@@ -48,16 +48,16 @@ def obstacles(
     return {size: _obstacle(heads, sets, size) for size in SIZES}
 
 
-def _heads(config: Mapping[str, Any]) -> Heads:
+def _heads(config: Mapping[str, Any]) -> HeadCounts:
     text = text_config(config)
     query = int(text["num_attention_heads"])
-    heads = Heads(query, int(text.get("num_key_value_heads") or query))
+    heads = HeadCounts(query, int(text.get("num_key_value_heads") or query))
     if min(heads.query, heads.key_value) < 1:
         raise ValueError("no heads")
     return heads
 
 
-def _obstacle(heads: Heads, sets: Mapping[str, Mapping[str, Layout]], size: int) -> str | None:
+def _obstacle(heads: HeadCounts, sets: Mapping[str, Mapping[str, Layout]], size: int) -> str | None:
     if size == 1:
         return None
     if heads.query % size:
@@ -72,7 +72,7 @@ def _obstacle(heads: Heads, sets: Mapping[str, Mapping[str, Layout]], size: int)
     return None
 
 
-def _layer_obstacle(layer: str, layout: Layout, heads: Heads, size: int) -> str | None:
+def _layer_obstacle(layer: str, layout: Layout, heads: HeadCounts, size: int) -> str | None:
     leaf = layer.rpartition(".")[2]
     if leaf not in _QUERY | _KEY_VALUE | _MLP:
         return "not known how vLLM splits this layer"
@@ -83,7 +83,7 @@ def _layer_obstacle(layer: str, layout: Layout, heads: Heads, size: int) -> str 
 
 
 def _cut(length: int, parts: int, unit: int, what: str) -> str | None:
-    """Why `length` cannot be cut into `parts` of whole `unit`s; None: it can."""
+    """Say why `length` cannot be cut into `parts` of whole `unit`s; None if it can."""
     if length % parts:
         return f"{length} {what} cannot be split by {parts}"
     if length // parts % unit:
@@ -92,14 +92,14 @@ def _cut(length: int, parts: int, unit: int, what: str) -> str | None:
 
 
 def _column_unit(layout: Layout) -> int:
-    """Inputs that have to stay together: a group, and the codes of one word."""
+    """Count the inputs that have to stay together: a group, and the codes of one word."""
     group = layout.group_size or 1
     is_packed = layout.method in ("packed", "gptq")
     return math.lcm(group, _WORD_BITS // layout.bits) if is_packed else group
 
 
 def _row_unit(layout: Layout) -> int:
-    """Outputs that have to stay together: a block, and the codes of one word."""
+    """Count the outputs that have to stay together: a block, and the codes of one word."""
     rows = layout.block[0]
     block = rows if rows < layout.out_features else 1
     is_packed = layout.method in ("gptq", "awq")

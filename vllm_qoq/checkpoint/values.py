@@ -1,4 +1,4 @@
-"""Numbers that no quantizer writes: NaN, infinity, scales that are not positive, int8 overflow."""
+"""Checks for numbers that no quantizer writes: NaN, infinity, wrong scales, int8 overflow."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SCALES = frozenset(
 
 
 def finding(checkpoint: Checkpoint, info: TensorInfo) -> str | None:
-    """What is wrong with the values of a tensor, or None. Reads it in chunks."""
+    """Find what is wrong with the values of a tensor, or None. Reads it in chunks."""
     if info.dtype not in _NUMBERS:
         return None
     must_be_positive = split_layer(info.name)[1] in _SCALES
@@ -42,9 +42,10 @@ def finding(checkpoint: Checkpoint, info: TensorInfo) -> str | None:
 
 
 def set_findings(weights: StoredSet) -> Iterator[str]:
-    """What is wrong with the values of a set beyond single tensors. Reads those that matter.
+    """Find what is wrong with the values of a set beyond single tensors. Reads those that matter.
 
-    Integers out of range, biases that the model does not have, a tied lm_head of its own.
+    These are integers out of range, biases that the model does not have, and an lm_head that
+    differs from the embedding it is tied to.
     """
     if weights.config.get("quant_method") in (QOQ_LINEAR, QOQ_RESIDUAL):
         found = (layer_finding(weights, layer) for layer in sorted(weights.quantized))
@@ -65,13 +66,13 @@ def set_findings(weights: StoredSet) -> Iterator[str]:
 
 
 def check_set(weights: StoredSet) -> None:
-    """Raise FormatError with the first finding of a set, if there is one."""
+    """Raise FormatError with the first of the `set_findings`, if there is one."""
     for message in set_findings(weights):
         raise FormatError(f"{weights.checkpoint.path}: {message}")
 
 
 def layer_finding(weights: StoredSet, layer: str) -> str | None:
-    """What is wrong with the integers of a layer of a QoQ set, or None. Reads it in chunks.
+    """Find what is wrong with the integers of a layer of a QoQ set, or None. Reads it in chunks.
 
     A layer whose headers are wrong is left to `complete`.
     """
@@ -86,14 +87,14 @@ def layer_finding(weights: StoredSet, layer: str) -> str | None:
     except ValueError as error:
         leaf, _, problem = str(error).partition(": ")
         info = weights.layers[layer].get(leaf)
-        if info is None:  # the base's, and reported with it
+        if info is None:  # It is a tensor of the base, and reported with that.
             return None
         return f"{info.file}: {info.name}: {problem}; {_REMEDY}"
     return None
 
 
 def _index_findings(weights: StoredSet, layer: str) -> Iterator[str]:
-    """Groups and sizes that a layer stores as numbers, where they point beyond its tensors."""
+    """Find groups and sizes that a layer stores as numbers and that its tensors do not have."""
     leaves = weights.layers[layer]
     try:
         layout = weights.describe(layer)
@@ -103,7 +104,7 @@ def _index_findings(weights: StoredSet, layer: str) -> Iterator[str]:
     for leaf in ("g_idx", "weight_g_idx"):
         if leaf in leaves:
             low, high = (int(x) for x in weights.get(f"{layer}.{leaf}").aminmax())
-            if low < -1 or high >= groups:  # -1: no order
+            if low < -1 or high >= groups:  # -1 stands for no order.
                 yield (
                     f"{leaves[leaf].file}: {leaves[leaf].name}: names the groups {low} to {high} "
                     f"of {groups}; {_REMEDY}"
@@ -119,7 +120,7 @@ def _index_findings(weights: StoredSet, layer: str) -> Iterator[str]:
 
 
 def limit_share(weights: StoredSet) -> float:
-    """Share of a nested set's weights whose residual is 0 or 15, or whose W8 is -128 or 127."""
+    """The share of a nested set's weights whose residual is 0 or 15, or whose W8 is -128 or 127."""
     from vllm_qoq.checkpoint.dequantize import qoq_tensors, row_chunks
     from vllm_qoq.numerics.packing import unpack_nibbles
     from vllm_qoq.numerics.reference import int8_weight
@@ -135,7 +136,7 @@ def limit_share(weights: StoredSet) -> float:
 
 
 def check(checkpoint: Checkpoint, info: TensorInfo) -> None:
-    """Raise FormatError with the finding, if there is one."""
+    """Raise FormatError with the `finding` of a tensor, if there is one."""
     if message := finding(checkpoint, info):
         raise FormatError(f"{checkpoint.path}: {message}")
 

@@ -1,4 +1,4 @@
-"""Whether a checkpoint of ours is whole and sane: `verify`, and a look at all that we write."""
+"""Checks that a checkpoint of ours is whole and sane: the command `verify`, and after writing."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from vllm_qoq.progress import Progress
 
 @dataclass(frozen=True)
 class Verified:
-    """What `verify` found.
+    """The result of `verify`.
 
     findings      what is wrong, a line each; empty where all is well
     limit_shares  nested set -> share of its weights at the limit of what a residual can add
-    notes         what could not be checked
+    notes         what could not be checked, a sentence each
     """
 
     findings: tuple[str, ...]
@@ -46,7 +46,7 @@ class Verified:
 def verify(folder: str | Path, quiet: bool = True) -> Verified:
     """Check a checkpoint of ours: every tensor is there, of the right shape, finite and sane.
 
-    Reads everything. FormatError for a folder that cannot be opened as a checkpoint of ours.
+    Reads everything. Raises FormatError for a folder that is no checkpoint of ours.
     """
     path = Path(folder)
     findings = structure(path)
@@ -91,7 +91,7 @@ def open_merged(folder: Path) -> tuple[Checkpoint, Section | KVSection, list[Sto
 
 
 def structure(folder: Path) -> list[str]:
-    """What is wrong with names, dtypes and shapes; reads headers only."""
+    """Find what is wrong with names, dtypes and shapes. Reads headers only."""
     checkpoint, section, sets = open_merged(folder)
     if isinstance(section, KVSection):
         return [f for weights in sets for f in complete.findings(weights)]
@@ -100,7 +100,7 @@ def structure(folder: Path) -> list[str]:
 
 
 def contents(folder: Path, progress: Progress) -> list[str]:
-    """What is wrong with the values; reads every tensor."""
+    """Find what is wrong with the values. Reads every tensor."""
     checkpoint, section, sets = open_merged(folder)
     found = []
     with progress.stage("verify", checkpoint.total_bytes) as advance:
@@ -114,7 +114,7 @@ def contents(folder: Path, progress: Progress) -> list[str]:
 
 
 def notes(folder: Path) -> list[str]:
-    """What could not be checked."""
+    """Say what could not be checked, a sentence each."""
     checkpoint, _, _ = open_merged(folder)
     if architecture_of(checkpoint.config) is not None:
         return []
@@ -134,10 +134,10 @@ def _kv_section(raw: dict[str, Any]) -> KVSection:
 
 
 def limits(folder: Path) -> dict[str, float]:
-    """Nested set -> share of its weights at the limit of what a residual can add.
+    """Map each nested set to the share of its weights at the limit of what a residual can add.
 
-    Clipped weights are among them. For a checkpoint without findings; reads the nested sets and
-    their bases.
+    Clipped weights are among these. The checkpoint must have no findings. Reads the nested sets
+    and their bases.
     """
     _, _, sets = open_merged(folder)
     return {weights.name: values.limit_share(weights) for weights in sets if weights.base}
@@ -176,7 +176,7 @@ def _int8_head(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _residuals(weights: StoredSet) -> Iterator[str]:
-    """Layers of a nested set that do not fit the base's."""
+    """Find layers of a nested set that do not fit those of its base."""
     if weights.base is None:
         return
     for layer in sorted(weights.base.quantized - weights.quantized):
@@ -219,7 +219,7 @@ def _ratios(section: Section, weights: StoredSet) -> Iterator[str]:
 
 
 def _same_layers(sets: list[StoredSet]) -> Iterator[str]:
-    """Every set has its own tensors for every layer that any set quantizes."""
+    """Find layers that some set quantizes and another has no tensors of its own for."""
     quantized = frozenset().union(*(weights.quantized for weights in sets))
     for weights in sets:
         for layer in sorted(quantized):

@@ -1,10 +1,10 @@
-"""Writing files so that they are complete and on the disk, or an error is raised.
+"""Writing of files, so that they are complete and on the disk or an error is raised.
 
 The safetensors library can only write a file whose tensors are all in memory, so
-shards are written here, one piece after the other. The format: the length of the
+shards are written here, one piece after the other. The format is the length of the
 header (8 bytes, little endian), the header (JSON: name -> dtype, shape, first and
-last byte), the bytes of the tensors without gaps. `tests` read the result back with
-the library.
+last byte), and the bytes of the tensors without gaps. The tests read the result back
+with the library.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import IO, Any
 from vllm_qoq.checkpoint.folder import TensorInfo
 
 _COPY_BYTES = 16 << 20
-# What file systems of other hosts answer that sync files, but no folders.
+# Network file systems that sync files, but no folders, answer with one of these.
 _NO_SYNC = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 
 
@@ -29,7 +29,7 @@ _NO_SYNC = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 def durable(path: Path) -> Iterator[IO[bytes]]:
     """Open a new file for writing; at the end of the block it is on the disk and closed.
 
-    The mode is that of the umask. A failing flush or close raises OSError: on a full
+    The file mode follows the umask. A failing flush or close raises OSError: on a full
     disk, that is the only sign of a file cut short.
     """
     try:
@@ -45,7 +45,7 @@ def durable(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a small file."""
+    """Write a new small file."""
     with durable(path) as file:
         file.write(content)
 
@@ -67,13 +67,13 @@ def replace_file(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
-def json_bytes(content: Any) -> bytes:
-    """`content` as transformers writes it: indented, in UTF-8."""
+def json_bytes(content: object) -> bytes:
+    """Encode `content` as JSON like transformers: indented, in UTF-8."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write `content` as a small file of JSON."""
+def write_json(path: Path, content: object) -> None:
+    """Write `content` as a new small file of JSON."""
     write_bytes(path, json_bytes(content))
 
 
@@ -103,7 +103,7 @@ def write_shard(
 
 
 def header(tensors: Sequence[TensorInfo]) -> bytes:
-    """Length and header of a shard; the tensors' bytes follow in the order of `tensors`."""
+    """Make length and header of a shard; the bytes of `tensors` follow in their order."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for info in tensors:
@@ -115,7 +115,7 @@ def header(tensors: Sequence[TensorInfo]) -> bytes:
         }
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
+    text += b" " * (-len(text) % 8)  # The data begin at a multiple of 8 bytes.
     return len(text).to_bytes(8, "little") + text
 
 

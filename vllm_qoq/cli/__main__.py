@@ -1,4 +1,4 @@
-"""`python -m vllm_qoq.cli`."""
+"""The command `vllm-qoq` as `python -m vllm_qoq.cli`."""
 
 import sys
 

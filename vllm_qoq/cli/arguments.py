@@ -1,4 +1,4 @@
-"""Arguments that several commands have: their types, their texts, and JSON for stdout."""
+"""Arguments that several commands share: options, their types, and JSON for stdout."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
-    """Add `-o OUT`, the folder that a command makes."""
+    """Add `-o OUT`, the folder that a command makes, to a parser."""
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="OUT", help="folder to make"
     )
 
 
 def add_dry_run(parser: argparse.ArgumentParser) -> None:
-    """Add what a command does with a folder that it makes: `--dry-run` and `--overwrite`."""
+    """Add `--dry-run` and `--overwrite`, for a command that makes a folder."""
     parser.add_argument("--dry-run", action="store_true", help="check and show the plan, then stop")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT once done")
 
 
 def add_max_clipped(parser: argparse.ArgumentParser) -> None:
-    """Add `--max-clipped SHARE`."""
+    """Add `--max-clipped SHARE`, for a command that can nest a set."""
     parser.add_argument(
         "--max-clipped",
         default=MAX_CLIPPED,
@@ -40,7 +40,7 @@ def add_max_clipped(parser: argparse.ArgumentParser) -> None:
 
 
 def add_max_shard_size(parser: argparse.ArgumentParser) -> None:
-    """Add `--max-shard-size SIZE`."""
+    """Add `--max-shard-size SIZE`, for a command that writes weights."""
     parser.add_argument(
         "--max-shard-size",
         default="5GB",
@@ -61,7 +61,7 @@ def add_reporting(
 
 
 def json_line(report: dict[str, Any]) -> str:
-    """A report as JSON, with null for NaN and infinity: a config.json may hold them, JSON not."""
+    """Format a report as JSON, with null for NaN and infinity, which a config.json may hold."""
     return json.dumps(json.loads(json.dumps(report), parse_constant=lambda _: None))
 
 
@@ -97,7 +97,7 @@ def is_positive(text: str) -> bool:
 
 
 def at_least_two(text: str) -> int:
-    """Parse the tokens of a window."""
+    """Parse the number of tokens of a window, at least 2."""
     if (found := positive(text)) < 2:
         raise argparse.ArgumentTypeError(f"{text!r}: a window scores all tokens but its first")
     return found

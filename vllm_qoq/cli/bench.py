@@ -13,7 +13,7 @@ from vllm_qoq.cli.parser import Commands, Parser
 
 
 def add_parser(commands: Commands[Parser]) -> None:
-    """Add the commands."""
+    """Add the commands to those of the program."""
     bench = commands.add_parser("bench", help="our kernels beside what vLLM offers")
     benchmarks = bench.add_subparsers(required=True, metavar="BENCHMARK")
     _add_gemm(benchmarks)
@@ -66,7 +66,7 @@ def _add_attention(benchmarks: Commands[Parser]) -> None:
 
 
 def tokens(text: str) -> tuple[int, ...]:
-    """Parse `64,1` as (1, 64)."""
+    """Parse numbers of tokens, in ascending order: `64,1` gives (1, 64)."""
     parts = text.split(",")
     if not all(map(is_positive, parts)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of positive numbers like 1,16")
@@ -74,7 +74,7 @@ def tokens(text: str) -> tuple[int, ...]:
 
 
 def decodes(text: str) -> tuple[Decode, ...]:
-    """Parse `16x1024,1x8192` as both, as given."""
+    """Parse cases such as `16x1024,1x8192`, in the order given and each once."""
     pairs = [part.split("x") for part in text.split(",")]
     if not all(len(pair) == 2 and all(map(is_positive, pair)) for pair in pairs):
         raise argparse.ArgumentTypeError(

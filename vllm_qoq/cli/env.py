@@ -9,7 +9,7 @@ from vllm_qoq.cli.parser import Commands, Parser
 
 
 def add_parser(commands: Commands[Parser]) -> None:
-    """Add the command."""
+    """Add the command to those of the program."""
     parser = commands.add_parser("env", help="versions, GPUs and plugin, for a bug report")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.set_defaults(run=_env, debug=False)

@@ -17,7 +17,7 @@ _FORMATS = {"g128": "QoQ g128", "channel": "QoQ per channel", "w8a8": "W8A8"}
 
 
 def add_parser(commands: Commands[Parser]) -> None:
-    """Add the command."""
+    """Add the command to those of the program."""
     parser = commands.add_parser(
         "import", help="read a checkpoint of QServe or deepcompressor into ours"
     )

@@ -10,7 +10,7 @@ from vllm_qoq.cli.parser import Commands, Parser
 
 
 def add_parser(commands: Commands[Parser]) -> None:
-    """Add the command."""
+    """Add the command to those of the program."""
     parser = commands.add_parser("inspect", help="show sets, sizes and routing of a checkpoint")
     parser.add_argument("checkpoint", type=Path)
     arguments.add_reporting(parser, _inspect)

@@ -1,4 +1,4 @@
-"""The command `vllm-qoq`. `--help` and `--version` import neither torch nor vLLM."""
+"""The command `vllm-qoq`, of which `--help` and `--version` import neither torch nor vLLM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands that measure share: options, checks before work begins, output."""
+"""The common part of commands that measure: options, checks before work begins, output."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vllm_qoq.cli.output import stdout_for
 
 @dataclass(frozen=True)
 class Finished:
-    """A run: its document for --json, its report, and what draws its plot into a file."""
+    """A finished run: its document for --json, its report, and a function that draws its plot."""
 
     document: dict[str, Any]
     report: str
@@ -31,7 +31,7 @@ def add_options(
     known: Iterable[str],
     handler: Callable[[argparse.Namespace], int],
 ) -> None:
-    """The options that every benchmark has; NAME.json, NAME.md and NAME.png are its files."""
+    """Add the options that every benchmark has; NAME.json, NAME.md and NAME.png are its files."""
     known = tuple(known)
     parser.add_argument(
         "--kernels",
@@ -46,7 +46,7 @@ def add_options(
 def add_output_options(
     parser: argparse.ArgumentParser, name: str, handler: Callable[[argparse.Namespace], int]
 ) -> None:
-    """Where the result goes, and what is said meanwhile."""
+    """Add the options for where the result goes, and for what is said meanwhile."""
     parser.add_argument(
         "-o",
         "--output",
@@ -59,7 +59,7 @@ def add_output_options(
 
 
 def kernels_of(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
-    """`second,first` -> both, in the order of `known`; for `argparse`."""
+    """Make a parser of lists of kernels for argparse: `second,first` gives both as in `known`."""
 
     def kernels(text: str) -> tuple[str, ...]:
         asked = text.split(",")
@@ -78,10 +78,10 @@ def run(
     check: Callable[[], None],
     work: Callable[[], Finished],
 ) -> int:
-    """Check the output and the machine, `work() -> Finished`, print and write. The exit code."""
+    """Check output and machine, work, print the result and write it; returns the exit code."""
     if args.output is not None:
         _check_output(args.output, args.overwrite, name)
-    with stdout_for(sys.stderr.fileno()) as out:  # vLLM and humming print
+    with stdout_for(sys.stderr.fileno()) as out:  # because vLLM and humming print
         check()
         finished = work()
         text = json.dumps(finished.document) if args.json else finished.report
@@ -98,7 +98,7 @@ def check_gpu(
     ours: Container[str],
     known: Iterable[str],
 ) -> None:
-    """Whether there is a GPU, and our kernels if they are among `names`."""
+    """Raise BenchError unless there is a GPU, and our kernels if they are among `names`."""
     import torch
 
     from vllm_qoq import ops
@@ -117,7 +117,7 @@ def check_gpu(
 
 
 def _write(finished: Finished, name: str, output: Path, overwrite: bool) -> None:
-    """The three files in the folder `output`, all or none."""
+    """Write the three files into the folder `output`, all or none."""
     from vllm_qoq.checkpoint.replace import replacing
 
     with replacing(output, overwrite, _foreign(name)) as folder:
@@ -127,7 +127,7 @@ def _write(finished: Finished, name: str, output: Path, overwrite: bool) -> None
 
 
 def _foreign(name: str) -> Callable[[Path], str | None]:
-    """What in an older output is not a result of the benchmark `name`, and would be lost."""
+    """Make a function that says what would be lost in an older output of benchmark `name`."""
 
     def find(folder: Path) -> str | None:
         results = {f"{name}.{kind}" for kind in ("json", "md", "png")} | {".vllm-qoq-lock"}

@@ -19,7 +19,7 @@ _ROUTING_BYTES = 1 << 20
 
 
 def add_parser(commands: Commands[Parser]) -> None:
-    """Add the command."""
+    """Add the command to those of the program."""
     parser = commands.add_parser("merge", help="merge finished checkpoints of one model into one")
     parser.add_argument("sources", nargs="+", metavar="NAME=DIR", help="a set and its checkpoint")
     arguments.add_output(parser)

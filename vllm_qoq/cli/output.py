@@ -1,4 +1,4 @@
-"""stdout and stderr: kept for what belongs there, open, and fit for any name."""
+"""Care for stdout and stderr: open, fit for any name, and kept for what belongs there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _REFUSED = 2
 
 @contextmanager
 def stdout_for(descriptor: int) -> Iterator[TextIO]:
-    """Send what libraries and their processes print to `descriptor`, the result to real stdout."""
+    """Send what libraries and their processes print to `descriptor`; yields the real stdout."""
     sys.stdout.flush()
     real = os.dup(1)
     os.dup2(descriptor, 1)
@@ -23,7 +23,7 @@ def stdout_for(descriptor: int) -> Iterator[TextIO]:
             yield out
     finally:
         sys.stdout.flush()
-        # Not undone: processes that vLLM leaves to the end of this one print there, too.
+        # The redirection stays: processes that vLLM leaves to the end print there, too.
         os.close(real)
 
 
@@ -51,7 +51,7 @@ def guarded(run: Callable[[], int]) -> int:
 
 
 def _are_open() -> bool:
-    """Whether there is a stdout and a stderr, made fit to print what no encoding holds.
+    """Whether there is a stdout and a stderr; makes them print what their encoding lacks.
 
     Where one is closed, the next file that is opened would take its place.
     """

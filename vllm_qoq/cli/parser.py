@@ -1,4 +1,4 @@
-"""The command line's parser: one line for an error, and both spellings of an option."""
+"""The parser of the command line: errors are one line, and options have both spellings."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ class Parser(argparse.ArgumentParser):
     """An `ArgumentParser` that repeats at most 1000 characters, none of which a terminal obeys."""
 
     def error(self, message: str) -> NoReturn:
+        """Print the message and end the program, as argparse does."""
         text = printable(message)
         super().error(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}...")
 
 
 Commands = argparse._SubParsersAction
-"""What `ArgumentParser.add_subparsers` returns, and commands are added to."""
+"""The type that `ArgumentParser.add_subparsers` returns, to which commands are added."""
 
 
 def kebab_case(arguments: Iterable[str]) -> list[str]:

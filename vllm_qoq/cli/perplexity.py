@@ -18,7 +18,7 @@ _DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 
 
 def add_parser(commands: Commands[Parser]) -> None:
-    """Add the command."""
+    """Add the command to those of the program."""
     parser = commands.add_parser("perplexity", help="perplexity of a checkpoint through vLLM")
     parser.add_argument("checkpoint", help="folder or Hub name; any checkpoint that vLLM serves")
     parser.add_argument("--text", type=Path, required=True, help="text to score, UTF-8")
@@ -77,7 +77,7 @@ def _text(result: dict[str, Any]) -> str:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """What can be refused before vLLM is imported and an engine started."""
+    """Raise UserError for what can be refused before vLLM is imported and an engine started."""
     from vllm_qoq.checkpoint.folder import read_config, require_folder
     from vllm_qoq.checkpoint.format import QUANT_METHOD, SECTION, KVSection, Section
     from vllm_qoq.errors import FormatError

@@ -13,14 +13,14 @@ from vllm_qoq.cli.output import stdout_for
 from vllm_qoq.cli.parser import Commands, Parser
 
 if TYPE_CHECKING:
-    from vllm_qoq.quantizer.options import Options
+    from vllm_qoq.quantizer.options import QuantizeOptions
     from vllm_qoq.quantizer.plan import CheckedJob, Job
 
 
 def add_parser(commands: Commands[Parser]) -> None:
-    """Add the command.
+    """Add the command to those of the program.
 
-    Options that a recipe may set have no default here: what is not given is the recipe's.
+    Options that a recipe may set have no default here, so that what is not given is the recipe's.
     """
     parser = commands.add_parser("quantize", help="make all sets from a Hugging Face model")
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder, bf16 or fp16")
@@ -102,13 +102,13 @@ def _quantize(args: argparse.Namespace) -> int:
     from vllm_qoq.quantizer.inputs import check_inputs
 
     job, options = _job(args)
-    check_inputs(job)  # what needs no import, before the imports
+    check_inputs(job)  # before the imports, which take seconds
     with stdout_for(sys.stderr.fileno()) as out:  # llmcompressor logs there
         return _run(args, job, options, out)
 
 
-def _job(args: argparse.Namespace) -> tuple[Job, Options]:
-    from vllm_qoq.quantizer.options import Options
+def _job(args: argparse.Namespace) -> tuple[Job, QuantizeOptions]:
+    from vllm_qoq.quantizer.options import QuantizeOptions
     from vllm_qoq.quantizer.plan import Job, default_work_dir
 
     given = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
@@ -127,10 +127,10 @@ def _job(args: argparse.Namespace) -> tuple[Job, Options]:
         max_shard_bytes=args.max_shard_size,
         quiet=args.quiet or args.json,
     )
-    return job, Options.read(args.recipe, given)
+    return job, QuantizeOptions.read(args.recipe, given)
 
 
-def _run(args: argparse.Namespace, job: Job, options: Options, out: TextIO) -> int:
+def _run(args: argparse.Namespace, job: Job, options: QuantizeOptions, out: TextIO) -> int:
     from vllm_qoq.quantizer import noise
 
     noise.hide_bars()
@@ -147,7 +147,7 @@ def _run(args: argparse.Namespace, job: Job, options: Options, out: TextIO) -> i
     except KeyboardInterrupt:
         work = job.work_dir
         kept = f"{work} has what is done, the same command goes on there"
-        # A folder without a finished piece does not stay.
+        # A run removes its work folder if no piece in it is finished.
         print(f"interrupted; {kept if work.exists() else 'nothing is left'}", file=sys.stderr)
         return 130
     print(text, file=out)

@@ -1,6 +1,7 @@
-"""Running a command: what it raises becomes a message and an exit code.
+"""Running of a command: what it raises becomes a message and an exit code.
 
-Exit codes: 0 done, 1 a check failed, 2 refused or bad usage, 130 interrupted.
+The exit codes are 0 for done, 1 for a check that failed, 2 for refused or bad usage, and 130 for
+interrupted.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ def run(args: argparse.Namespace) -> int:
         print(f"error: {printable(_message(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # this is the end, also for a second one
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # A second one must not interrupt the end.
         state = str(interrupt)
         print(f"interrupted{'; ' if state else ''}{printable(state)}", file=sys.stderr)
         return 130
 
 
 def _message(error: Exception) -> str:
-    """What to tell of an error; of the system's, with the file and what to do."""
+    """Describe an error; one of the system with the file and what to do."""
     if not isinstance(error, OSError) or error.errno is None:
         return str(error)
     files = " -> ".join(

@@ -13,7 +13,7 @@ from vllm_qoq.tuner.preferences import DEFAULT, MAX_BATCH, SLOWER, check_max_bat
 
 
 def add_parser(commands: Commands[Parser]) -> None:
-    """Add the command."""
+    """Add the command to those of the program."""
     parser = commands.add_parser(
         "tune", help="measure the sets on this machine and write the best routing"
     )

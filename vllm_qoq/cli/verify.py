@@ -14,12 +14,12 @@ from vllm_qoq.errors import printable
 if TYPE_CHECKING:
     from vllm_qoq.checkpoint.verify import Verified
 
-# Findings that are printed, and that --json has: a lost file brings thousands.
+# A lost file brings thousands of findings: so many are printed, and so many are in the JSON.
 _SHOWN, _MOST = 20, 1000
 
 
 def add_parser(commands: Commands[Parser]) -> None:
-    """Add the command."""
+    """Add the command to those of the program."""
     parser = commands.add_parser("verify", help="check that a checkpoint is whole and sane")
     parser.add_argument("checkpoint", type=Path)
     arguments.add_reporting(parser, _verify)

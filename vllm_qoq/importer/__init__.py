@@ -1,15 +1,17 @@
-"""Checkpoints of QServe and deepcompressor, read into ours: `vllm-qoq import`.
+"""Import checkpoints of QServe and deepcompressor into ours: `vllm-qoq import`.
 
-The way of an import, a module each:
+A module for each step:
 
-    source          open the folder: safetensors, or pickles that hold tensors only
-    expected        what the base model's config says must be there
-    detect          which format it is, by tensor names; every name, dtype and shape
-    qserve          read a packed checkpoint (tiles: its layout, level2: its second level)
-    deepcompressor  read raw outputs: the weights and scales before packing
-    values          numbers that cannot be
+    inputs          checks what can be checked before torch is imported
+    source          opens the folder: safetensors, or pickles that hold tensors only
+    detect          finds the format by tensor names, and checks every name, dtype and shape
+    qserve          reads a packed checkpoint
+    tiles           undoes the memory order of QServe's kernel
+    level2          converts the second level of a checkpoint in groups
+    deepcompressor  reads raw outputs: the weights and scales before packing
+    values          checks numbers
     imported        the result as a set of our format, computed tensor by tensor
-    write           stream it out, verify, rename
+    job             does all of this, from start to end
 
-Needs torch and safetensors; neither vLLM nor llmcompressor.
+The package needs torch and safetensors, but neither vLLM nor llmcompressor.
 """

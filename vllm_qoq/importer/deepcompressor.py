@@ -1,4 +1,4 @@
-"""Raw outputs of deepcompressor and LMQuant: weights already rounded, and their scales.
+"""Reading raw outputs of deepcompressor and LMQuant: weights already rounded, and their scales.
 
 `model.pt` has the rounded weights as float16 under Hugging Face names, `scale.pt`
 
@@ -24,13 +24,13 @@ from vllm_qoq.importer.values import check_finite, check_scale, damaged
 from vllm_qoq.numerics import GROUP_SIZE
 from vllm_qoq.numerics.packing import pack_nibbles
 
-# Of float16: a relative step and the smallest number.
+# The relative step and the smallest number of float16.
 _ULP, _TINY = 2.0**-10, 2.0**-24
-_SIGNED = 8  # what signed codes -8..7 lack to 0..15
+_SIGNED = 8  # turns signed codes -8..7 into 0..15
 
 
 class RawLayers:
-    """Linear layers of `model.pt` and `scale.pt`, in our tensors. See `PackedLayers`."""
+    """The linear layers of `model.pt` and `scale.pt`, in our tensors, like `PackedLayers`."""
 
     repaired, proofs, is_order_guessed = False, 0, False
 
@@ -38,17 +38,17 @@ class RawLayers:
         self._model, self._scales, self._kind = model, scales, kind
 
     def check(self, layer: str) -> dict[str, torch.Tensor]:
-        """Convert a layer, which shows whether its scales are those of its weights.
+        """Convert a layer, which fails unless its scales are those of its weights.
 
-        The result is our tensors with a number per output channel.
+        Returns our tensors with a number per output channel, by leaf.
         """
         return {k: v for k, v in self._convert(layer).items() if k in VECTORS}
 
     def settle(self) -> None:
-        """Raw outputs have no permuted tensors."""
+        """Do nothing: raw outputs have no permuted tensors."""
 
     def weights(self, layer: str) -> dict[str, torch.Tensor]:
-        """Our other tensors."""
+        """Convert a layer; returns our other tensors, by leaf."""
         return {k: v for k, v in self._convert(layer).items() if k not in VECTORS}
 
     def _convert(self, layer: str) -> dict[str, torch.Tensor]:
@@ -96,10 +96,10 @@ class RawLayers:
         _check_codes(info, codes, 0, 15)
         restored = (codes * scale[:, :, None] - zero[:, :, None]).view(n, k) * channel_scale
         _check_restored(info, weight, restored, restored)
-        return _grouped(info, codes.view(n, k), channel_scale, scale, zero)
+        return _grouped(info, codes.view(n, k), channel_scale=channel_scale, scale=scale, zero=zero)
 
     def _zero(self, info: TensorInfo, scale: torch.Tensor, n: int, groups: int) -> torch.Tensor:
-        """What is taken off q * scale, float32 [N, groups]."""
+        """The offset that is taken off q * scale, float32 [N, groups]."""
         has_integer = f"{info.name}.zero" in self._scales.tensors
         if has_integer and f"{info.name}.scaled_zero" in self._scales.tensors:
             raise FormatError(f"{RAW_SCALES}: {info.name}.zero: there is a scaled_zero, too")
@@ -108,7 +108,7 @@ class RawLayers:
         return self._numbers(info, "zero", n, groups) * scale
 
     def _numbers(self, info: TensorInfo, leaf: str, n: int, groups: int) -> torch.Tensor:
-        """A tensor of `scale.pt`, which keeps dimensions of size 1: float32 [N, groups]."""
+        """Read a tensor of `scale.pt`, where dimensions of size 1 stay: float32 [N, groups]."""
         found = self._scale_info(info, leaf)
         if not _is_broadcastable(found.shape, n, groups):
             raise FormatError(
@@ -167,7 +167,7 @@ def _check_codes(info: TensorInfo, codes: torch.Tensor, low: int, high: int) -> 
 def _check_restored(
     info: TensorInfo, weight: torch.Tensor, restored: torch.Tensor, largest: torch.Tensor
 ) -> None:
-    """Refuse weights that are not `restored`, but for the rounding of float16.
+    """Raise FormatError for weights that are not `restored`, but for the rounding of float16.
 
     `largest` is the largest number on the way, whose rounding the weight has inherited.
     """

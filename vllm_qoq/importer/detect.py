@@ -1,6 +1,6 @@
-"""Which format a source has, by the names of its tensors, and whether it has every one of them.
+"""Detection of a source's format by the names of its tensors, and checks that all are there.
 
-Configs are not asked: QServe's do not say it, and edited ones say it wrongly.
+Configs are not asked, because those of QServe do not name the format and edited ones do wrongly.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from vllm_qoq.numerics import GROUP_SIZE
 
 Kind = Literal["g128", "channel", "w8a8"]
 VECTORS = frozenset({"channel_scale", "channel_zero", "weight_scale"})
-"""Our tensors with a number per output channel."""
+"""The leaves of our tensors with a number per output channel."""
 KV_SCALE = "kv_scale_quant_orig"
-# What a packed layer of each kind has and the others have not.
+# The tensor that only a packed layer of this kind has.
 _MARKS: Mapping[str, Kind] = {
     ".s2_scales": "g128",
     ".s1_szeros": "channel",
@@ -32,14 +32,14 @@ _I8 = frozenset({"I8"})
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a tensor must be like."""
+    """The dtype, one of several, and the shape that a tensor must have."""
 
     dtypes: frozenset[str]
     shape: tuple[int, ...]
 
 
 def packed_kind(names: Iterable[str]) -> Kind:
-    """The format of a packed checkpoint."""
+    """Find the format of a packed checkpoint from the names of its tensors."""
     found: dict[Kind, str] = {}
     for name in names:
         for mark, kind in _MARKS.items():
@@ -59,7 +59,7 @@ def packed_kind(names: Iterable[str]) -> Kind:
 
 
 def raw_kind(scales: Iterable[str]) -> Kind:
-    """The format that `scale.pt` of deepcompressor describes."""
+    """Find the format that `scale.pt` of deepcompressor describes, from its tensors' names."""
     names = tuple(scales)
     if any(name.endswith(".weight.scale.1") for name in names):
         return "g128"
@@ -71,7 +71,7 @@ def raw_kind(scales: Iterable[str]) -> Kind:
 
 
 def packed_layer(kind: Kind, n: int, k: int) -> dict[str, Wanted]:
-    """Leaf -> what a packed layer with N outputs and K inputs has."""
+    """Map each leaf of a packed layer with N outputs and K inputs to what it must be."""
     channel, groups = Wanted(FLOATS, (n,)), Wanted(_I8, (k // GROUP_SIZE, n))
     if kind == "w8a8":
         return {"weight": Wanted(_I8, (n, k)), "dequant_scale": channel}
@@ -82,7 +82,10 @@ def packed_layer(kind: Kind, n: int, k: int) -> dict[str, Wanted]:
 
 
 def check_packed(tensors: Mapping[str, TensorInfo], kind: Kind, model: LinearLayers) -> list[str]:
-    """Refuse, by name, what is missing, extra or misshapen; the result is what an import drops."""
+    """Raise FormatError for what is missing, extra or misshapen in a packed checkpoint.
+
+    Returns the names of the tensors that an import drops.
+    """
     wanted: dict[str, Wanted] = {}
     for layer, (n, k) in model.linears.items():
         if kind != "w8a8":
@@ -94,17 +97,23 @@ def check_packed(tensors: Mapping[str, TensorInfo], kind: Kind, model: LinearLay
 
 
 def check_raw(tensors: Mapping[str, TensorInfo], kind: Kind, model: LinearLayers) -> list[str]:
-    """The same for `model.pt`."""
+    """Raise FormatError for what is missing, extra or misshapen in `model.pt`.
+
+    Returns the names of the tensors that an import drops.
+    """
     for layer, (_, k) in model.linears.items():
         _check_divisible(f"{layer}.weight", TILE, k, GROUP_SIZE if kind == "g128" else 2)
-    # A code is found by rounding, for which bf16 with 8 bits is too coarse.
+    # Codes are found by rounding, for which the 8 bits of bf16 are too coarse.
     dtypes = frozenset({"F16", "F32"})
     wanted = {f"{name}.weight": Wanted(dtypes, shape) for name, shape in model.linears.items()}
     return _check_all(tensors, wanted, model)
 
 
 def check_scales(scales: Mapping[str, TensorInfo], kind: Kind, model: LinearLayers) -> None:
-    """Refuse tensors of `scale.pt` that belong to no layer. Missing ones: `RawLayers`."""
+    """Raise FormatError for tensors of `scale.pt` that belong to no layer.
+
+    `RawLayers` finds those that are missing.
+    """
     leaves = {"scale.0"} if kind == "w8a8" else {"scale.0", "zero", "scaled_zero"}
     leaves |= {"scale.1"} if kind == "g128" else set()
     wanted = {f"{layer}.weight.{leaf}" for layer in model.linears for leaf in leaves}

@@ -1,4 +1,4 @@
-"""An opened source as a set of our format, whose tensors are computed when they are written."""
+"""A source as a set of our format, whose tensors are computed when they are written."""
 
 from __future__ import annotations
 
@@ -54,15 +54,20 @@ _W8A8: Mapping[str, Any] = {
 
 
 class SourceLayers(Protocol):
-    """Linear layers of a source, in our tensors: `PackedLayers` and `RawLayers`."""
+    """The linear layers of a source, in our tensors, which are `PackedLayers` or `RawLayers`."""
 
     repaired: bool
     proofs: int
     is_order_guessed: bool
 
-    def check(self, layer: str) -> dict[str, torch.Tensor]: ...
-    def settle(self) -> None: ...
-    def weights(self, layer: str) -> dict[str, torch.Tensor]: ...
+    def check(self, layer: str) -> dict[str, torch.Tensor]:
+        """Check every number of a layer; returns our tensors with a number per output channel."""
+
+    def settle(self) -> None:
+        """Decide on the order of permuted tensors, once all layers have been checked."""
+
+    def weights(self, layer: str) -> dict[str, torch.Tensor]:
+        """Convert a layer; returns our other tensors, by leaf."""
 
 
 @dataclass(frozen=True)
@@ -74,20 +79,20 @@ class Opened:
     tensors: source.Source
     layers: SourceLayers
     dropped: tuple[str, ...]
-    """Tensors that have no place in our format."""
+    """The tensors that have no place in our format."""
 
 
 @dataclass(frozen=True)
 class ImportedSet(StoredSet):
-    """The only set of the output. `get` converts; `checkpoint` is the base model's folder."""
+    """The only set of the output, which `get` converts; `checkpoint` is the base model's folder."""
 
     opened: Opened
     vectors: Mapping[str, torch.Tensor]
-    """Tensors with a number per channel. Kept, because they come first in a shard."""
+    """The tensors with a number per channel, kept because they come first in a shard."""
     _last: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
     def get(self, tensor: str) -> torch.Tensor:
-        """A tensor of the output."""
+        """Make a tensor of the output, by its name without the set."""
         layer, leaf = split_layer(tensor)
         if tensor in self.vectors:
             return self.vectors[tensor]
@@ -109,15 +114,17 @@ def open_source(folder: Path, base: Path, order: S2Order | None) -> Opened:
         kind = detect.raw_kind(scales.tensors)
         dropped = detect.check_raw(weights.tensors, kind, model)
         detect.check_scales(scales.tensors, kind, model)
-        return Opened(kind, model, weights, RawLayers(weights, scales, kind), tuple(dropped))
+        raw = RawLayers(weights, scales, kind)
+        return Opened(kind, model, tensors=weights, layers=raw, dropped=tuple(dropped))
     weights = source.open_packed(folder)
     kind = detect.packed_kind(weights.tensors)
     dropped = detect.check_packed(weights.tensors, kind, model)
-    return Opened(kind, model, weights, PackedLayers(weights, kind, order), tuple(dropped))
+    packed = PackedLayers(weights, kind, order)
+    return Opened(kind, model, tensors=weights, layers=packed, dropped=tuple(dropped))
 
 
 def make_set(opened: Opened, base: Path, progress: Progress) -> ImportedSet:
-    """Look at every number of the source and describe the output. Nothing is written."""
+    """Check every number of the source and describe the output. Nothing is written."""
     vectors = _check_values(opened, progress)
     opened.layers.settle()
     is_tied = _is_tied(opened)
@@ -127,7 +134,14 @@ def make_set(opened: Opened, base: Path, progress: Progress) -> ImportedSet:
     config |= {"dtype": _DTYPE, "tie_word_embeddings": is_tied}
     name = "w8a8" if opened.kind == "w8a8" else "w4a8"
     checkpoint = Checkpoint(base, config, {})
-    return ImportedSet(name, checkpoint, _set_config(opened.kind), tensors, opened, vectors)
+    return ImportedSet(
+        name=name,
+        checkpoint=checkpoint,
+        config=_set_config(opened.kind),
+        tensors=tensors,
+        opened=opened,
+        vectors=vectors,
+    )
 
 
 def _check_values(opened: Opened, progress: Progress) -> dict[str, torch.Tensor]:
@@ -160,7 +174,7 @@ def _plain(opened: Opened) -> list[str]:
 
 
 def _is_tied(opened: Opened) -> bool:
-    """Whether the embedding is the lm_head. A rotation folds a norm into one of them only."""
+    """Whether the embedding is the lm_head; a rotation folds a norm into one of them only."""
     found = opened.tensors
     if not opened.model.is_tied or HEAD not in found.tensors:
         return opened.model.is_tied
@@ -169,7 +183,7 @@ def _is_tied(opened: Opened) -> bool:
 
 
 def _infos(opened: Opened, is_tied: bool) -> dict[str, TensorInfo]:
-    """Name -> description of every tensor of the output, without the name of the set."""
+    """Describe every tensor of the output, by its name without the set."""
     infos = {}
     for name in _plain(opened):
         if name != HEAD or not is_tied:

@@ -1,4 +1,4 @@
-"""What can be refused of an import before torch is imported."""
+"""Checks of an import that need no torch, which takes seconds to import."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from vllm_qoq.models.linears import linear_layers
 
 
 def check_inputs(source: Path, base: Path, out: Path, overwrite: bool) -> None:
-    """Raise a UserError for folders, an output or a model that an import cannot have."""
+    """Raise UserError for folders, an output or a model with which an import cannot be done."""
     require_folder(source)
     config = read_config(base)
     check_output(out, (source, base), overwrite)
     linear_layers(config, "imported")
     Checkpoint(base, config, {}).check_links()
-    side_files(base)  # which are copied at the end
+    side_files(base)  # raises FormatError for a link that cannot be copied at the end

@@ -38,7 +38,7 @@ from vllm_qoq.routing.table import Routing
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import wrote, or would write.
+    """The result of an import, as written or, in a dry run, as it would be.
 
     kind                  the format that the weights had
     layers                how many linear layers are quantized
@@ -81,6 +81,7 @@ def import_checkpoint(
     s2_order  who packed a g128 checkpoint, where the numbers do not show it; by default QServe
     dry_run   check everything and write nothing
     overwrite replace an older output, if it is ours
+    quiet     print no progress
 
     Raises UserError with what is wrong and what to do, before anything is written; an output is
     complete or absent.
@@ -107,7 +108,7 @@ def import_checkpoint(
 
 
 def _shards(made: ImportedSet) -> Shards:
-    """The shared tensors, and those of the only set."""
+    """Cut the shared tensors, and those of the only set, into files."""
     shared, own = [], []
     for name, info in made.tensors.items():
         if split_layer(name)[0] in made.opened.model.linears:
@@ -121,7 +122,11 @@ def _shards(made: ImportedSet) -> Shards:
 def _content(made: ImportedSet, imported: Imported, name: str) -> Content:
     base = made.checkpoint.path
     text = card.text(
-        name, imported.section, _bytes_of_sets(imported, made.name), [base], imported.notes
+        name,
+        imported.section,
+        sizes=_bytes_of_sets(imported, made.name),
+        inputs=[base],
+        notes=imported.notes,
     )
     others: dict[str, bytes | Path] = {card.README: text.encode()}
     if (base / RECIPE).is_file():
@@ -143,7 +148,7 @@ def _bytes_of_sets(imported: Imported, set_name: str) -> Mapping[str | None, int
 
 
 def _section(made: ImportedSet, kv_bits: int | None) -> Section:
-    """The `quantization_config` of the output."""
+    """Make the `quantization_config` of the output."""
     bits = kv_bits or (16 if made.opened.kind == "w8a8" else 4)
     return Section(
         sets={made.name: dict(made.config)},
@@ -154,7 +159,7 @@ def _section(made: ImportedSet, kv_bits: int | None) -> Section:
 
 
 def _notes(opened: Opened) -> list[str]:
-    """What an import did besides copying, for the model card and the terminal."""
+    """Say what an import did besides copying, for the model card and the terminal."""
     notes = []
     if scales := sum(name.endswith(KV_SCALE) for name in opened.dropped):
         notes.append(

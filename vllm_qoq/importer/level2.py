@@ -1,4 +1,4 @@
-"""The second level of QoQ g128: `W8 = q * group_scale + offset`, as QServe stores it and as we do.
+"""Conversion of the second level of QoQ g128, `W8 = q * group_scale + offset`, from QServe's.
 
 QServe's kernel adds a byte, so its `s2_zeros` is the offset modulo 256: an offset of
 -240 (codes 8..15 of scale 16) is stored as 16. Ours must not wrap for a code that occurs.
@@ -16,7 +16,7 @@ _LOW, _HIGH = -128, 127
 
 
 def extent(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The smallest and the largest code of each group of uint8 [N, K]: int16 [N, K / 128]."""
+    """Find the smallest and the largest code of each group: uint8 [N, K] to int16 [N, K / 128]."""
     groups = codes.view(codes.shape[0], -1, GROUP_SIZE)
     low, high = groups.aminmax(dim=-1)
     return low.to(torch.int16), high.to(torch.int16)
@@ -25,18 +25,18 @@ def extent(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def fits(
     low: torch.Tensor, high: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor
 ) -> torch.Tensor:
-    """Where the int8 range holds the group's weights. All int16 [N, K / 128]; so is `extent`."""
+    """Find the groups whose weights int8 holds: bool [N, K / 128]. All arguments are int16."""
     return (low * scale + offset >= _LOW) & (high * scale + offset <= _HIGH)
 
 
 def unwrap(
     low: torch.Tensor, high: torch.Tensor, scale: torch.Tensor, zeros: torch.Tensor
 ) -> tuple[torch.Tensor, int]:
-    """The offsets that `s2_zeros` (int8 [N, K / 128]) mean, int16, and how sound they are.
+    """Find the offsets, int16, that `s2_zeros` (int8 [N, K / 128]) mean, and how sound they are.
 
     CLEAN     all are in -255..0, as both converters write them
     UNUSUAL   some are positive; the weights are still those of QServe's kernel
-    BROKEN    some groups leave int8 either way: these are not their scales and zeros
+    BROKEN    some groups leave int8 either way, so these are not their scales and zeros
     """
     plain = zeros.to(torch.int16)
     negative = torch.where(plain > 0, plain - 256, plain)
@@ -50,7 +50,7 @@ def unwrap(
 def canonical(
     codes: torch.Tensor, low: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes uint8 [N, K] and offsets int8 [N, K / 128] that mean the same and never wrap.
+    """Rewrite codes uint8 [N, K] and offsets int8 [N, K / 128] so that they never wrap.
 
     `offset` int16 must fit (`fits`). Where it is below int8, the group's codes begin
     above 0 and can be moved down: q * s + o == (q - low) * s + (o + low * s).

@@ -1,4 +1,4 @@
-"""A packed checkpoint of QServe or deepcompressor, layer by layer, in our tensors."""
+"""Reading a packed checkpoint of QServe or deepcompressor, layer by layer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from vllm_qoq.numerics.packing import pack_nibbles
 
 
 class PackedLayers:
-    """Linear layers of `source`. `check` every one before `settle`, then `vectors` and `weights`.
+    """The linear layers of `source`, in our tensors.
+
+    `check` every layer, then `settle`, then take the `weights`.
 
     order             the order of `s2_scales` that the caller knows, or None to find it out
     repaired          after `settle`: whether it was deepcompressor's
@@ -32,9 +34,9 @@ class PackedLayers:
         self.repaired, self.proofs, self.is_order_guessed = False, 0, False
 
     def check(self, layer: str) -> dict[str, torch.Tensor]:
-        """Look at every number of a layer.
+        """Check every number of a layer.
 
-        The result is our tensors with a number per output channel.
+        Returns our tensors with a number per output channel, by leaf.
         """
         if self._kind == "w8a8":
             scale = self._checked(layer, "dequant_scale", check_scale)
@@ -47,7 +49,7 @@ class PackedLayers:
         return vectors
 
     def settle(self) -> None:
-        """Decide the order of `s2_scales`. One converter wrote all layers, so it is one for all."""
+        """Decide on the order of `s2_scales`, which one converter wrote and so is one for all."""
         if self._kind != "g128":
             return
         proofs = {layer: order for layer in self._ranks if (order := self._proof(layer))}
@@ -70,7 +72,7 @@ class PackedLayers:
         self.is_order_guessed = self._asked is None and not self.proofs
 
     def weights(self, layer: str) -> dict[str, torch.Tensor]:
-        """Our other tensors."""
+        """Convert a layer; returns our other tensors, by leaf."""
         if self._kind == "w8a8":
             return {"weight": self._get(layer, "weight")}
         codes = tiles.unpack_tiles(self._get(layer, "qweight"))
@@ -113,7 +115,7 @@ class PackedLayers:
         return scale, offset, rank
 
     def _proof(self, layer: str) -> S2Order | None:
-        """The order of a layer that makes sense in one only."""
+        """The order of `s2_scales` that a layer proves; None if both make sense."""
         ranks = self._ranks[layer]
         if ranks["qserve"] == ranks["deepcompressor"]:
             return None

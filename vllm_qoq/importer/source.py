@@ -1,4 +1,4 @@
-"""Opening the files of an import. Nothing in them is executed.
+"""Opening of the files of an import. Nothing in them is executed.
 
 Pickles are loaded with `weights_only=True`: PyTorch then builds tensors and plain
 containers and refuses everything else. Tensors of all files are mapped, not read.
@@ -26,8 +26,8 @@ from vllm_qoq.checkpoint.folder import (
 from vllm_qoq.errors import FormatError
 
 RAW_MODEL, RAW_SCALES = "model.pt", "scale.pt"
-# In this order: the first pattern that matches has the weights. QServe writes
-# pytorch_model.bin, deepcompressor's converter quant_model.pt.
+# The first of these patterns that matches has the weights. QServe writes pytorch_model.bin,
+# the converter of deepcompressor quant_model.pt.
 _PATTERNS = ("*.safetensors", "pytorch_model*.bin", "quant_model.pt")
 _DTYPES = {
     torch.float64: "F64",
@@ -44,13 +44,13 @@ _DTYPES = {
 
 
 class Source:
-    """The tensors of some files of one folder: `tensors` describes them, `get` maps one."""
+    """The tensors of some files of one folder; `tensors` describes them, `get` maps one."""
 
     def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
         self.tensors = tensors
 
     def get(self, name: str) -> torch.Tensor:
-        """The tensor `name` as stored. Do not write to it."""
+        """Map the tensor `name` as stored. Do not write to it."""
         raise NotImplementedError
 
 
@@ -64,7 +64,9 @@ class _Safetensors(Source):
 
 
 class _Pickled(Source):
-    def __init__(self, tensors: Mapping[str, TensorInfo], loaded: Mapping[str, Any]) -> None:
+    def __init__(
+        self, tensors: Mapping[str, TensorInfo], loaded: Mapping[str, torch.Tensor]
+    ) -> None:
         super().__init__(tensors)
         self._loaded = loaded
 
@@ -80,7 +82,7 @@ def is_raw(folder: Path) -> bool:
 
 
 def open_packed(folder: Path) -> Source:
-    """The tensors of a packed checkpoint."""
+    """Open a packed checkpoint."""
     if any((folder / name).exists() for name in (INDEX, "model.safetensors")):
         # In Hugging Face's format, a folder says which of its files hold the model.
         return _open_safetensors(folder, [folder / file for file in weight_files(folder)])
@@ -95,7 +97,7 @@ def open_packed(folder: Path) -> Source:
 
 
 def open_raw(folder: Path) -> tuple[Source, Source]:
-    """`model.pt` and `scale.pt`."""
+    """Open `model.pt` and `scale.pt`, in this order."""
     return _open_pickles([folder / RAW_MODEL]), _open_pickles([folder / RAW_SCALES])
 
 
@@ -144,7 +146,7 @@ def _load(path: Path) -> Mapping[str, Any]:
     except OSError as error:
         if error.filename is not None:
             raise
-        # of the mapping, which an empty file does not allow
+        # The mapping failed, as it does for an empty file.
         raise FormatError(
             f"{path.name}: {error.strerror or error}; the file is damaged or cut off, download it "
             "again"
@@ -168,7 +170,7 @@ def _load(path: Path) -> Mapping[str, Any]:
 
 
 def _is_no_zero_point(name: str, value: object) -> bool:
-    # deepcompressor stores None or a number for weights without a zero point
+    # deepcompressor stores None or a number for weights without a zero point.
     if not name.endswith("zero"):
         return False
     if isinstance(value, torch.Tensor):

@@ -1,4 +1,4 @@
-"""QServe's memory order, made for the registers of its kernel, to rows and columns.
+"""Conversion of QServe's memory order, made for its kernel's registers, to rows and columns.
 
 `qweight` int8 [N, K / 2] is only a view. Its bytes are tiles of 32 rows x 32 columns,
 512 bytes each, row of tiles by row of tiles. In a tile, row r and column c are at
@@ -27,19 +27,19 @@ S2_ORDERS: tuple[S2Order, ...] = ("qserve", "deepcompressor")
 
 
 def unpack_tiles(qweight: torch.Tensor) -> torch.Tensor:
-    """The codes 0..15 of a `qweight` int8 [N, K / 2]: uint8 [N, K], row-major."""
+    """Unpack the codes 0..15 of a `qweight` int8 [N, K / 2] to uint8 [N, K], row-major."""
     n, k = qweight.shape[0], qweight.shape[1] * 2
-    # Four columns at a time, in an int32, because c % 4 moves last in both layouts.
-    # A clone, because a pickled tensor may begin at any byte of its storage.
+    # Four columns move at a time, in an int32, because c % 4 comes last in both layouts.
+    # They are cloned, because a pickled tensor may begin at any byte of its storage.
     words = qweight.clone(memory_format=torch.contiguous_format).view(torch.int32)
-    # axes: row of tiles, column of tiles, r % 8, c / 4 % 4, c / 16, r / 8 % 2
+    # The axes are row of tiles, column of tiles, r % 8, c / 4 % 4, c / 16, r / 8 % 2.
     tiles = words.view(n // TILE, k // TILE, 8, 4, 2, 2)
     codes = torch.stack((tiles & _LOW_NIBBLES, (tiles >> 4) & _LOW_NIBBLES))  # r / 16 in front
     return codes.permute(1, 0, 6, 3, 2, 5, 4).reshape(n, k // 4).view(torch.uint8)
 
 
 def channels_first(stored: torch.Tensor, order: S2Order) -> torch.Tensor:
-    """`s2_scales` or `s2_zeros` [K / 128, N] as [N, K / 128] with channel n in row n."""
+    """Reorder `s2_scales` or `s2_zeros` [K / 128, N] to [N, K / 128] with channel n in row n."""
     groups, n = stored.shape
     if order == "qserve":
         channels = stored.reshape(groups, n // TILE, 8, 4).transpose(2, 3)

@@ -1,4 +1,4 @@
-"""Numbers that no converter writes, refused by the name of their tensor."""
+"""Checks for numbers that no converter writes, which name the tensor."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from vllm_qoq.errors import FormatError
 
 
 def damaged(info: TensorInfo, what: str) -> FormatError:
-    """The error for a tensor whose numbers cannot be."""
+    """Make the error for a tensor whose numbers cannot be."""
     return FormatError(f"{info.file}: {info.name}: {what}; download or convert the model again")
 
 
 def check_finite(info: TensorInfo, values: torch.Tensor) -> torch.Tensor:
-    """`values`, which are those of the tensor, unless one is NaN or infinite."""
+    """Return the values of a tensor, or raise FormatError if one is NaN or infinite."""
     if not values.isfinite().all():
         raise damaged(info, "holds NaN or infinity")
     return values
 
 
 def check_scale(info: TensorInfo, values: torch.Tensor) -> torch.Tensor:
-    """The same for scales, which must be positive, too."""
+    """Return the values of a scale, or raise FormatError unless all are finite and positive."""
     check_finite(info, values)
     if not (values > 0).all():
         raise damaged(info, "holds a scale that is not positive")
@@ -29,7 +29,7 @@ def check_scale(info: TensorInfo, values: torch.Tensor) -> torch.Tensor:
 
 
 def to_half(info: TensorInfo, values: torch.Tensor) -> torch.Tensor:
-    """`values` in float16, in which QServe's models run, if it can hold them."""
+    """Convert values to float16, in which QServe's models run; FormatError if one is beyond it."""
     check_finite(info, values)
     half = values.to(torch.float16)
     if not half.isfinite().all():

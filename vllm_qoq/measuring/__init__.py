@@ -1,1 +1,1 @@
-"""Seconds of a call, on a GPU (`gpu`) and on the CPU (`host`)."""
+"""Timing of calls, on a GPU (`gpu`) and on the CPU (`host`)."""

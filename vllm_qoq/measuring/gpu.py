@@ -1,4 +1,4 @@
-"""Seconds of a call on the GPU."""
+"""Timing of calls on the GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Call = Callable[[], torch.Tensor]
 
 COPY_BYTES = 2 << 30
 _COPIES = 10
-# Replays of a graph: 20, or as many as fit into the time, but 3.
+# A graph is replayed 20 times, or as often as fits into the time, but at least 3 times.
 _REPLAYS, _FEWEST_REPLAYS = 20, 3
 _SECONDS = 0.15
 # A graph of few short calls would measure its own launch: such calls are repeated in it.
@@ -23,7 +23,7 @@ _SHORT_SECONDS = 2e-3
 
 
 def seconds(calls: Sequence[Callable[[], object]]) -> float:
-    """Of one call: the median over replays of a CUDA graph that holds all of `calls`.
+    """Measure the seconds of one call: the median over replays of a CUDA graph of all `calls`.
 
     calls  read different weights, more than the L2 holds in all, so that each finds its own
            weights in memory. They are made in order; inputs may be shared.
@@ -41,7 +41,7 @@ def seconds(calls: Sequence[Callable[[], object]]) -> float:
 
 
 def copy_rate() -> float:
-    """Bytes a second, read plus written, of a copy of 2 GiB within the GPU's memory."""
+    """Measure the bytes a second, read plus written, of a copy of 2 GiB within the GPU's memory."""
     source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     times = _intervals(partial(target.copy_, source), _COPIES)
@@ -49,7 +49,7 @@ def copy_rate() -> float:
 
 
 def _rounds(calls: Sequence[Callable[[], object]]) -> int:
-    """How often a graph holds each call. Also warms up, off the stream that is captured."""
+    """Decide how often a graph holds each call, and warm up, off the stream that is captured."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -60,7 +60,10 @@ def _rounds(calls: Sequence[Callable[[], object]]) -> int:
 
 
 def _intervals(launch: Callable[[], object], count: int) -> list[float]:
-    """Seconds of each of `count` launches, queued without a gap; the first may have waited."""
+    """Measure the seconds of each of `count` launches, queued without a gap.
+
+    The first may have waited for the CPU.
+    """
     events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     events[0].record()
     for event in events[1:]:

@@ -1,4 +1,4 @@
-"""Seconds of a call on the CPU; on a GPU `vllm_qoq.measuring.gpu` has them."""
+"""Timing of calls on the CPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
-# Rounds over all calls: as many as fit into the time, within these bounds.
+# As many rounds over all calls are made as fit into the time, within these bounds.
 _SECONDS = 0.1
 _FEWEST, _MOST = 3, 50
 # A round that takes this long has been measured well enough by itself.
@@ -14,7 +14,7 @@ _LONG_SECONDS = 0.5
 
 
 def host_seconds(calls: Sequence[Callable[[], object]]) -> float:
-    """Of one call: the median over rounds in which all of `calls` are made in order."""
+    """Measure the seconds of one call: the median over rounds of all `calls` in order."""
     calls[0]()  # may prepare something
     rounds = [_round(calls)]
     while sum(rounds) < _SECONDS or len(rounds) < _FEWEST:

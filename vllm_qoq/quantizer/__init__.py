@@ -1,30 +1,49 @@
-"""`vllm-qoq quantize`: one float model in, one checkpoint with all sets out.
+"""Quantize a float model into one checkpoint with all sets: `vllm-qoq quantize`.
 
-    architectures  which layers read which norm, by model type
-    rotate         norms folded, R1 on the residual stream, R2 on V and O
-    observe        what is gathered of a block: samples, magnitudes
-    strength       the scales for which rounding costs least
-    smooth         SmoothAttention on K, smoothing and order of block outputs
-    grid           the grids that weights are rounded to
-    nested         the grid of an 8-bit set that is a residual on a 4-bit one
-    gptq           rounding column by column, with what is known of the inputs
-    sets           what a set stores of a layer, and its entry in config.json
-    modifiers      the two passes over the calibration text, in llmcompressor's pipeline
-    workdir        results per layer on the disk, so that a stopped run goes on
-    inputs         what config, headers and texts must say, without an import
-    load           model and tokenizer, from checked files alone
-    plan, size, estimate what is known beforehand
-    keys           biases of K that a quantized cache cannot hold
-    job, assemble  the run from start to end, and the checkpoint at its end
-    evaluate, check  perplexity and text of the float model and of every set
-    report, cli, noise what the user sees
+Before the work:
 
-Each step preserves the function of the float model until `grid` rounds it.
-llmcompressor is imported by `modifiers` and `job` only; vLLM never.
+    options    the options of a quantization
+    inputs     checks of config, headers and texts that need no slow import
+    model      layer names, dimensions and blocks of the model
+    load       loads model and tokenizer, from checked files alone
+    text       cuts a text into pieces
+    size       how much disk and memory a run takes
+    estimate   how long it takes
+    plan       puts all of this together
+
+Transforming, which preserves the function of the float model:
+
+    rotate     folds the norms, rotates the residual stream (R1), V and O (R2)
+    observe    gathers samples and magnitudes of a block
+    strength   finds the scales for which rounding costs least
+    smooth     SmoothAttention on K, scales and order of the inputs of o_proj and down_proj
+    keys       finds biases of K that a quantized cache cannot hold
+
+Rounding:
+
+    grid       the grids that weights are rounded to
+    nested     the grid of an 8-bit set that is a residual on a 4-bit one
+    gptq       rounds column by column, with what is known of the inputs
+    sets       the grid of each set, and its entry in config.json
+    head       the int8 lm_head
+
+The run:
+
+    modifiers  the two passes over the calibration text, in llmcompressor's pipeline
+    weights    changes a parameter, wherever the pipeline keeps it
+    workdir    keeps the results of each block on the disk, so that a stopped run goes on
+    job        does all of this, from start to end
+    assemble   the contents of the checkpoint
+    evaluate   measures perplexity in transformers
+    check      measures the float model and every set
+    report     the report
+    noise      silences what libraries print
+
+llmcompressor is imported by `modifiers`, `job` and `noise` only; vLLM never.
 """
 
 from vllm_qoq.errors import UserError
 
 
 class QuantizeError(UserError):
-    """A model, text or option that cannot be quantized with. The message has the remedy."""
+    """A model, text or option that cannot be quantized with; the message has the remedy."""

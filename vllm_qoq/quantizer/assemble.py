@@ -1,4 +1,4 @@
-"""From the finished pieces to a checkpoint, tensor by tensor."""
+"""The contents of a checkpoint, assembled from the finished pieces in the work folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vllm_qoq.checkpoint.shards import Content, cut
 from vllm_qoq.checkpoint.writer import json_bytes
 from vllm_qoq.models.table import LayerNames
 from vllm_qoq.quantizer.modifiers import piece
-from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.plan import Job
 from vllm_qoq.quantizer.workdir import WorkDir
 from vllm_qoq.routing.table import DecodeRow, Routing
@@ -38,14 +38,14 @@ SHARED = "shared"
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor of the output: what it is called there, and where it lies now."""
+    """A tensor of the output: what it will be there, and the `file` and `name` it has now."""
 
     info: TensorInfo
     file: Path
     name: str
 
     def read(self) -> torch.Tensor:
-        """The tensor."""
+        """Read the tensor."""
         with safe_open(self.file, "pt") as file:
             return file.get_tensor(self.name)
 
@@ -53,13 +53,13 @@ class _Stored:
 def content(
     job: Job,
     work: WorkDir,
-    arch: LayerNames,
+    names: LayerNames,
     layers: int,
-    options: Options,
+    options: QuantizeOptions,
     report: dict[str, Any],
 ) -> Content:
-    """The checkpoint that is made of the pieces in `work` and of the other files of the model."""
-    stored = {one.info.name: one for one in _tensors(work, arch, layers, options)}
+    """Describe the checkpoint made of the pieces in `work` and of the model's other files."""
+    stored = {one.info.name: one for one in _tensors(work, names, layers, options)}
     # The shared tensors of each module, and each set, begin a new file.
     groups = groupby((one.info for one in stored.values()), key=lambda i: i.name.partition(".")[0])
     shards = cut((list(group) for _, group in groups), job.max_shard_bytes)
@@ -74,8 +74,8 @@ def content(
     )
 
 
-def section(options: Options) -> Section:
-    """Prompts in the first set, generation in the last."""
+def section(options: QuantizeOptions) -> Section:
+    """Make the section of config.json, with prompts in the first set and generation in the last."""
     return Section(
         sets={kind.name: kind.config() for kind in options.kinds},
         routing=Routing(prefill=options.sets[0], decode=(DecodeRow(set_name=options.sets[-1]),)),
@@ -85,8 +85,10 @@ def section(options: Options) -> Section:
     )
 
 
-def _tensors(work: WorkDir, arch: LayerNames, layers: int, options: Options) -> Iterator[_Stored]:
-    """Everything to write: shared tensors first, then set by set."""
+def _tensors(
+    work: WorkDir, names: LayerNames, layers: int, options: QuantizeOptions
+) -> Iterator[_Stored]:
+    """List all tensors to write: the shared ones first, then set by set."""
     shared = [SHARED, STREAM] if options.rotate else [SHARED]
     for file in map(work.file, shared):
         for key, dtype, shape in _entries(file):
@@ -97,19 +99,19 @@ def _tensors(work: WorkDir, arch: LayerNames, layers: int, options: Options) -> 
             for key, dtype, shape in _entries(file):
                 head, _, rest = key.partition(".")
                 if head == owner:
-                    name = join_name(owner, f"{arch.blocks}.{index}.{rest}")
+                    name = join_name(owner, f"{names.blocks}.{index}.{rest}")
                     yield _Stored(TensorInfo(name, dtype, shape, ""), file, key)
 
 
 def _entries(file: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Name, dtype and shape of the tensors of a piece."""
+    """List name, dtype and shape of the tensors of a piece."""
     with safe_open(file, "pt") as tensors:
         for key in sorted(tensors.keys()):
             entry = tensors.get_slice(key)
             yield key, entry.get_dtype(), tuple(entry.get_shape())
 
 
-def _card(name: str, options: Options, model: Path, tensors: Iterable[_Stored]) -> str:
+def _card(name: str, options: QuantizeOptions, model: Path, tensors: Iterable[_Stored]) -> str:
     sizes: dict[str | None, int] = dict.fromkeys((None, *options.sets), 0)
     for tensor in tensors:
         sizes[split_name(tensor.info.name, options.sets)[0]] += tensor.info.nbytes

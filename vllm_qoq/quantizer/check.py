@@ -1,11 +1,11 @@
-"""What the user asks to see of the model before and after: perplexity, a few generated tokens."""
+"""Measuring the float model and every set: perplexity, and a few generated tokens."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,22 +16,25 @@ from vllm_qoq.quantizer.model import Module, blocks
 from vllm_qoq.quantizer.sets import SetKind, dequantize
 from vllm_qoq.quantizer.weights import assign
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 PROMPT_TOKENS, NEW_TOKENS = 16, 16
 _REMEDY = "check the model in its own dtype, then switch single steps off to find the cause"
 
 
 @dataclass(frozen=True)
 class SetCheck:
-    """What to measure. Without windows and prompts, nothing.
+    """A measurement of the model and of each set; it is empty without windows and prompts.
 
-    windows  token ids to measure the perplexity on
-    prompts  token ids to continue
-    kv_bits  precisions of the KV cache to measure with, simulated below 16
-    kv_hadamard  whether the cache rotates keys
+    windows        token ids to measure the perplexity on
+    prompts        token ids to continue
+    kv_bits        precisions of the KV cache to measure with, simulated below 16
+    kv_hadamard    whether the cache rotates keys
     has_int8_head  whether the quantized model rounds the lm_head's inputs
     """
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     windows: list[list[int]]
     prompts: list[list[int]]
     kv_bits: tuple[int, ...]
@@ -40,7 +43,7 @@ class SetCheck:
     quiet: bool
 
     def measure(self, model: Module, label: str) -> dict[str, Any]:
-        """`perplexity` by KV precision ("kv16", "kv4") and `generated` texts, where asked for."""
+        """Measure `perplexity` by KV precision ("kv16", "kv4") and make `generated` texts."""
         found: dict[str, Any] = {}
         if self.windows:
             found["perplexity"] = {
@@ -53,32 +56,34 @@ class SetCheck:
     def measure_set(
         self,
         model: Module,
-        arch: LayerNames,
+        names: LayerNames,
         kind: SetKind,
         layers: Iterable[Mapping[str, torch.Tensor]],
     ) -> dict[str, Any]:
-        """The same of one set; `layers` has the tensors of each block as `SET.LAYER.LEAF`.
+        """Measure one set, like `measure`. The transformed `model` gets the weights of the set.
 
-        The transformed `model` gets the set's weights.
+        layers  the tensors of each block, named SET.LAYER.LEAF
         """
         if not (self.windows or self.prompts):
             return {}
-        for block, tensors in zip(blocks(model, arch), layers, strict=True):
-            for name in arch.linears:
+        for block, tensors in zip(blocks(model, names), layers, strict=True):
+            for name in names.linears:
                 leaves = _leaves(tensors, kind.name, name)
                 if kind.base is not None:
                     leaves = {**_leaves(tensors, kind.base, name), **leaves}
                 layer = block.get_submodule(name)
                 assign(layer, "weight", dequantize(leaves).to(layer.weight.device))
-        rounded = list(evaluate.linears(model, arch)) if kind.has_int8_activations else []
+        rounded = list(evaluate.linears(model, names)) if kind.has_int8_activations else []
         if self.has_int8_head:
-            rounded.append(model.get_submodule(arch.head))
+            rounded.append(model.get_submodule(names.head))
         with evaluate.int8_inputs(rounded):
             return self.measure(model, kind.name)
 
     def _perplexity(self, model: Module, bits: int, label: str) -> float:
         clock = Clock(f"perplexity of {label}, KV{bits}", len(self.windows), self.quiet)
-        found = evaluate.perplexity(model, self.windows, bits, clock, self.kv_hadamard)
+        found = evaluate.perplexity(
+            model, self.windows, kv_bits=bits, done=clock, kv_hadamard=self.kv_hadamard
+        )
         if not math.isfinite(found):
             raise QuantizeError(f"{label}: perplexity {found}; {_REMEDY}")
         return found

@@ -1,4 +1,4 @@
-"""How long a quantization will take, from a second of the same work on this machine.
+"""An estimate of how long a quantization takes, from a second of the same work here.
 
 Two parts are timed: a matrix product, for the passes over the calibration text and the
 Hessians, and `gptq.quantize` on two small layers, whose time is a constant per column
@@ -14,22 +14,23 @@ import torch
 
 from vllm_qoq.quantizer import gptq
 from vllm_qoq.quantizer.grid import Grid
-from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.sets import SetKind
 
 _COLUMNS = 512
 _FEW_ROWS, _MANY_ROWS = 64, 512
-# The pipeline runs every block twice in each pass: to measure, and with its new weights.
+# The pipeline runs every block twice in each pass, to measure and with its new weights. There
+# are two passes with smoothing and one without.
 _RUNS = {True: 4, False: 2}
 
 
 def seconds(
     linears: Iterable[tuple[int, int]],
-    options: Options,
+    options: QuantizeOptions,
     samples: int,
     dtype: torch.dtype = torch.bfloat16,
 ) -> float:
-    """Time for quantized layers of the sizes (N, K), once each, with `samples` pieces of text."""
+    """Estimate the seconds for layers of the sizes (N, K), with `samples` pieces of text."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes = list(linears)
     tokens = samples * options.seqlen
@@ -55,7 +56,7 @@ def _seconds_per_flop(device: torch.device, dtype: torch.dtype) -> float:
 def _rounding(
     kind: SetKind, base: SetKind | None, clip: bool, device: torch.device
 ) -> tuple[float, float]:
-    """Seconds per column and per weight, without those of `base`."""
+    """Measure seconds per column and per weight of rounding, without those of `base`."""
     found = []
     for rows in (_FEW_ROWS, _MANY_ROWS):
         weight = torch.randn(rows, _COLUMNS, device=device)

@@ -34,8 +34,9 @@ def perplexity(
     done: Callable[[], object] = lambda: None,
     kv_hadamard: bool = False,
 ) -> float:
-    """exp of the mean negative log-likelihood of every token but the first of each window.
+    """Measure the perplexity of a model on windows of token ids.
 
+    This is exp of the mean negative log-likelihood of every token but the first of each window.
     `kv_hadamard` rotates keys before they are rounded to `kv_bits`; `done` is called after each
     window.
     """
@@ -53,20 +54,20 @@ def perplexity(
 
 
 def device_of(model: Module) -> torch.device:
-    """Where the model computes, also if its weights are kept elsewhere."""
+    """The device on which the model computes, also if its weights are kept elsewhere."""
     from compressed_tensors.offload import get_execution_device
 
     return get_execution_device(model.get_input_embeddings())
 
 
-def linears(model: Module, arch: LayerNames) -> Iterator[Module]:
+def linears(model: Module, names: LayerNames) -> Iterator[Module]:
     """The layers that every set quantizes."""
-    return (block.get_submodule(name) for block in blocks(model, arch) for name in arch.linears)
+    return (block.get_submodule(name) for block in blocks(model, names) for name in names.linears)
 
 
 @contextmanager
 def int8_inputs(layers: Iterable[Module]) -> Iterator[None]:
-    """Round the inputs of `layers` to int8 per token meanwhile."""
+    """Round the inputs of `layers` to int8 per token while the block runs."""
     hooks = [layer.register_forward_pre_hook(to_int8) for layer in layers]
     try:
         yield
@@ -76,28 +77,28 @@ def int8_inputs(layers: Iterable[Module]) -> Iterator[None]:
 
 
 def to_int8(module: Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """A forward pre-hook: round the input [..., K] to int8 per token and back."""
+    """Round the input [..., K] of a layer to int8 per token and back, as a forward pre-hook."""
     x = args[0]
     codes, scale, _ = quantize_per_token(x.flatten(0, -2))
     return ((codes * scale[:, None]).to(x.dtype).view_as(x), *args[1:])
 
 
 def round_cache(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """What the cache gives back of keys or values [..., D], in their dtype."""
+    """Round keys or values [..., D] as the cache does; the result has their dtype."""
     return kv_layout.dequantize(*kv_layout.quantize(x, bits)).to(x.dtype)
 
 
 def round_keys(keys: torch.Tensor, bits: int, use_hadamard: bool) -> torch.Tensor:
-    """`round_cache` of keys after RoPE, which the cache may rotate."""
+    """Round keys [..., D] after RoPE as the cache does, which may rotate them before."""
     if not use_hadamard:
         return round_cache(keys, bits)
     return hadamard(round_cache(hadamard(keys), bits)).to(keys.dtype)
 
 
 class _simulated_cache:
-    """Rounds keys and values in the attention of `model`."""
+    """A context in which the attention of `model` rounds keys and values."""
 
-    def __init__(self, model: Any, bits: int, use_hadamard: bool) -> None:
+    def __init__(self, model: Module, bits: int, use_hadamard: bool) -> None:
         self.model, self.bits, self.use_hadamard = model, bits, use_hadamard
 
     def __enter__(self) -> None:
@@ -110,7 +111,7 @@ class _simulated_cache:
 
 
 def _register(bits: int, use_hadamard: bool) -> str:
-    """Make an attention known to transformers; returns its name."""
+    """Make an attention that rounds keys and values known to transformers; returns its name."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
@@ -122,7 +123,7 @@ def _register(bits: int, use_hadamard: bool) -> str:
         value: torch.Tensor,
         mask: torch.Tensor | None,
         **options: Any,
-    ) -> Any:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         keys, values = round_keys(key, bits, use_hadamard), round_cache(value, bits)
         return sdpa_attention_forward(module, query, keys, values, mask, **options)
 

@@ -1,7 +1,7 @@
 """GPTQ (arXiv 2210.17323) for any grid: round a column, pass its error on to the next ones.
 
-Then a few passes of coordinate descent: GPTQ decides on a column without those after it,
-a pass looks at each again given all others. On layers of a 16 M Llama three passes take
+A few passes of coordinate descent follow: GPTQ decides on a column without those after it,
+and a pass looks at each again given all others. On layers of a 16 M Llama three passes take
 5 % off the output error that GPTQ leaves.
 
 llmcompressor's GPTQ rounds to one scale per group. Here the grid decides, and it may
@@ -25,7 +25,7 @@ def quantize(weight: torch.Tensor, hessian: torch.Tensor | None, grid: Grid, lay
     """Fill `grid` with the codes of `weight` float [N, K].
 
     hessian  float32 [K, K], the mean of x x^T over the inputs; None to round to nearest
-    layer    its name, for the QuantizeError when the Hessian cannot be factored
+    layer    the name of the layer, for the QuantizeError when the Hessian cannot be factored
     """
     weight = weight.float().clone()
     k = weight.shape[1]
@@ -73,7 +73,7 @@ def _descend(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> None:
 
 
 def output_error(weight: torch.Tensor, quantized: torch.Tensor, hessian: torch.Tensor) -> float:
-    """|W x - W' x| / |W x|, root mean square over the calibration inputs."""
+    """Compute |W x - W' x| / |W x|, root mean square over the calibration inputs."""
     difference = weight.float() - quantized
     lost = ((difference @ hessian) * difference).sum()
     whole = ((weight.float() @ hessian) * weight.float()).sum()
@@ -83,7 +83,7 @@ def output_error(weight: torch.Tensor, quantized: torch.Tensor, hessian: torch.T
 def _damped(
     hessian: torch.Tensor, dead: torch.Tensor, layer: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The damped Hessian, and the upper Cholesky factor of its inverse."""
+    """Damp the Hessian; returns it and the upper Cholesky factor of its inverse."""
     mean = hessian.diagonal().mean()
     for damping in _DAMPINGS:
         damped = hessian.clone()

@@ -23,14 +23,14 @@ from vllm_qoq.numerics.packing import pack_nibbles
 PROTECTED = 119
 _MAX_GROUP_SCALE = 16
 _MIN_SCALE = 1e-10
-# Scales tried, as a share of the one that clips nothing.
+# These scales are tried, as shares of the one that clips nothing.
 _ROW_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 _GROUP_SHARES = tuple(1.0 - 0.025 * i for i in range(17))
 _SCALES_BELOW = 4
 
 
 class Grid(ABC):
-    """Codes of one layer, int16 [N, K] while it is filled.
+    """The codes of one layer, int16 [N, K] while the grid is filled.
 
     clip  whether scales smaller than the largest weight asks for are tried
     """
@@ -56,18 +56,18 @@ class Grid(ABC):
 
     @abstractmethod
     def tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """What the set stores of the layer, by leaf; `dtype` is the model's."""
+        """Make the tensors that the set stores of the layer, by leaf; `dtype` is the model's."""
 
     @abstractmethod
     def dequantized(self) -> torch.Tensor:
-        """float32 [N, K]: what the codes stand for."""
+        """Compute the weight that the codes stand for: float32 [N, K]."""
 
 
 class TwoLevel(Grid):
-    """QoQ in groups of 128: W = (q * group_scale + group_offset) * channel_scale."""
+    """The grid of QoQ in groups of 128: W = (q * group_scale + group_offset) * channel_scale."""
 
     def prepare(self, weight: torch.Tensor, importance: torch.Tensor) -> None:
-        """Choose channel_scale: a smaller one clips the row's outliers, but resolves the rest."""
+        """Choose channel_scale; a smaller one clips the row's outliers, but resolves the rest."""
         n, k = weight.shape
         largest = (weight.abs().amax(dim=1) / PROTECTED).clamp_min(_MIN_SCALE)
         self.channel_scale = largest.clone()
@@ -97,14 +97,14 @@ class TwoLevel(Grid):
         self.group_scale[:, group], self.group_offset[:, group] = scale[:, 0], offset[:, 0]
 
     def round(self, column: torch.Tensor, k: int) -> torch.Tensor:
-        """Nearest code of the group."""
+        """Take the nearest code of the group."""
         scale, offset = self.group_scale[:, k // GROUP_SIZE], self.group_offset[:, k // GROUP_SIZE]
         codes = ((column / self.channel_scale - offset) / scale).round().clamp(0, 15)
         self.codes[:, k] = codes
         return (codes * scale + offset) * self.channel_scale
 
     def tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """The tensors of `vllm_qoq.checkpoint.format`; the protective range is asserted."""
+        """Make the tensors of `vllm_qoq.checkpoint.format`; asserts the protective range."""
         top = self.group_offset + 15 * self.group_scale
         assert self.group_offset.min() >= -128 and top.max() <= 127, "protective range"
         return {
@@ -115,18 +115,18 @@ class TwoLevel(Grid):
         }
 
     def dequantized(self) -> torch.Tensor:
-        """float32 [N, K]."""
+        """Compute the weight that the codes stand for: float32 [N, K]."""
         return self.level1() * self.channel_scale[:, None]
 
     def level1(self) -> torch.Tensor:
-        """W8, integers in float32 [N, K]."""
+        """Compute W8, the integers of the first level, in float32 [N, K]."""
         scale = self.group_scale.repeat_interleave(GROUP_SIZE, dim=1)
         offset = self.group_offset.repeat_interleave(GROUP_SIZE, dim=1)
         return self.codes * scale + offset
 
 
 class PerChannel(Grid):
-    """QoQ without groups: W = q * channel_scale - channel_zero."""
+    """The grid of QoQ without groups: W = q * channel_scale - channel_zero."""
 
     def prepare(self, weight: torch.Tensor, importance: torch.Tensor) -> None:
         """Choose scale and zero of each row, shrinking its range as far as it pays."""
@@ -147,13 +147,13 @@ class PerChannel(Grid):
             self.channel_zero[is_better] = zero[is_better]
 
     def round(self, column: torch.Tensor, k: int) -> torch.Tensor:
-        """Nearest code of the row."""
+        """Take the nearest code of the row."""
         codes = ((column + self.channel_zero) / self.channel_scale).round().clamp(0, 15)
         self.codes[:, k] = codes
         return codes * self.channel_scale - self.channel_zero
 
     def tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """The tensors of `vllm_qoq.checkpoint.format`."""
+        """Make the tensors of `vllm_qoq.checkpoint.format`."""
         return {
             "qweight": pack_nibbles(self.codes),
             "channel_scale": self.channel_scale,
@@ -161,12 +161,12 @@ class PerChannel(Grid):
         }
 
     def dequantized(self) -> torch.Tensor:
-        """float32 [N, K]."""
+        """Compute the weight that the codes stand for: float32 [N, K]."""
         return self.codes * self.channel_scale[:, None] - self.channel_zero[:, None]
 
 
 class Symmetric(Grid):
-    """Signed codes with a scale per row (`group` None) or per group, as compressed-tensors has."""
+    """The grid of compressed-tensors: signed codes with a scale per row (`group` None) or group."""
 
     def __init__(
         self,
@@ -185,24 +185,24 @@ class Symmetric(Grid):
         self.scale = torch.empty(n, columns, device=device)
 
     def prepare(self, weight: torch.Tensor, importance: torch.Tensor) -> None:
-        """Choose the scales of the rows."""
+        """Choose the scales of the rows, where there are no groups."""
         if self.group is None:
             self.scale[:, 0] = self._best_scale(weight, importance)
 
     def start(self, weight: torch.Tensor, importance: torch.Tensor, first: int) -> None:
-        """Choose the scales of the group."""
+        """Choose the scales of the group, where there are groups."""
         if self.group is not None:
             self.scale[:, first // self.group] = self._best_scale(weight, importance)
 
     def round(self, column: torch.Tensor, k: int) -> torch.Tensor:
-        """Nearest code."""
+        """Take the nearest code."""
         scale = self.scale[:, 0 if self.group is None else k // self.group]
         codes = (column / scale).round().clamp(self.lowest, self.highest)
         self.codes[:, k] = codes
         return codes * scale
 
     def tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """`weight` and `weight_scale` for 8 bits; `weight_packed`... for 4."""
+        """Make the tensors of compressed-tensors: int8 codes, or eight 4-bit codes in an int32."""
         scale = self.scale.to(self.scale_dtype)
         if self.highest > 7:
             return {"weight": self.codes.to(torch.int8), "weight_scale": scale}
@@ -215,12 +215,12 @@ class Symmetric(Grid):
         return {"weight_packed": packed, "weight_scale": scale, "weight_shape": shape}
 
     def dequantized(self) -> torch.Tensor:
-        """float32 [N, K]."""
+        """Compute the weight that the codes stand for: float32 [N, K]."""
         repeats = self.codes.shape[1] // self.scale.shape[1]
         return self.codes * self.scale.repeat_interleave(repeats, dim=1)
 
     def _best_scale(self, weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
-        # half a step more than the highest code: what -8 and 7 can both reach
+        # For 4 bits the step is chosen so that -8 and 7 miss the largest weight by half of it.
         largest = weight.abs().amax(dim=1) / (self.highest + (0.5 if self.highest == 7 else 0))
         found = self._rounded(largest)
         best = torch.full_like(found, torch.inf)
@@ -232,7 +232,7 @@ class Symmetric(Grid):
         return found
 
     def _rounded(self, scale: torch.Tensor) -> torch.Tensor:
-        """As it will be stored, so that the codes fit the scale that vLLM reads."""
+        """Round a scale as it will be stored, so that the codes fit the scale that vLLM reads."""
         smallest = torch.finfo(self.scale_dtype).smallest_normal * torch.finfo(self.scale_dtype).eps
         return scale.clamp_min(max(_MIN_SCALE, smallest)).to(self.scale_dtype).float()
 
@@ -240,11 +240,11 @@ class Symmetric(Grid):
 def _search(
     level1: torch.Tensor, cost: torch.Tensor, scales_below: int, shifts: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Integers (scale, offset) of least error for each group, and that error.
+    """Search the integers (scale, offset) of least error for each group; returns that error, too.
 
-    level1 float32 [N, groups, 128] and cost [1, groups, 128]; the results are [N, groups].
+    level1 is float32 [N, groups, 128] and cost [1, groups, 128]; the results are [N, groups].
     Tried are the scale that covers the group's range and the next smaller ones, each with the
-    range centred; with `shifts`, at every offset within half a step of there.
+    range centred; with `shifts`, also every offset within half a step of there.
     """
     low, high = level1.amin(dim=2), level1.amax(dim=2)
     cover = ((high - low) / 15).ceil().clamp(1, _MAX_GROUP_SCALE)
@@ -267,7 +267,7 @@ def _search(
 def _keep_better(
     best: torch.Tensor, error: torch.Tensor, kept: torch.Tensor, candidate: torch.Tensor
 ) -> torch.Tensor:
-    """Take over `candidate` where its `error` is below `best`; returns where."""
+    """Take over `candidate` where its `error` is below `best`; returns a mask of these places."""
     is_better = error < best
     best[is_better] = error[is_better]
     kept[is_better] = candidate[is_better]

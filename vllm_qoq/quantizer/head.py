@@ -1,6 +1,6 @@
-"""An int8 lm_head: rounded to the nearest, one scale per row (token of the vocabulary).
+"""The int8 lm_head: rounded to the nearest, with a scale per row (token of the vocabulary).
 
-The last norm is folded into it, so after the rotation its inputs have no outliers and are
+The last norm is folded into it, so that after the rotation its inputs have no outliers and are
 rounded to int8 as well.
 """
 
@@ -14,21 +14,21 @@ from vllm_qoq.quantizer.model import Module
 from vllm_qoq.quantizer.weights import assign
 
 
-def int8_tensors(model: Module, arch: LayerNames) -> dict[str, torch.Tensor]:
-    """The checkpoint's tensors: weight int8 [V, K] and weight_scale float32 [V, 1].
+def int8_tensors(model: Module, names: LayerNames) -> dict[str, torch.Tensor]:
+    """Make the checkpoint's tensors: weight int8 [V, K] and weight_scale float32 [V, 1].
 
     A row is rounded as a token is, to -127..127.
     """
-    codes, scale, _ = quantize_per_token(_weight(model, arch))
-    return {f"{arch.head}.weight": codes, f"{arch.head}.weight_scale": scale[:, None]}
+    codes, scale, _ = quantize_per_token(_weight(model, names))
+    return {f"{names.head}.weight": codes, f"{names.head}.weight_scale": scale[:, None]}
 
 
-def round_weight(model: Module, arch: LayerNames) -> None:
-    """Give the model the weight that `int8_tensors` stands for, to be measured with."""
-    codes, scale, _ = quantize_per_token(_weight(model, arch))
-    assign(model.get_submodule(arch.head), "weight", codes * scale[:, None])
+def round_weight(model: Module, names: LayerNames) -> None:
+    """Give the model the weight that `int8_tensors` stand for, to be measured with."""
+    codes, scale, _ = quantize_per_token(_weight(model, names))
+    assign(model.get_submodule(names.head), "weight", codes * scale[:, None])
 
 
-def _weight(model: Module, arch: LayerNames) -> torch.Tensor:
-    weight: torch.Tensor = model.state_dict()[f"{arch.head}.weight"]
+def _weight(model: Module, names: LayerNames) -> torch.Tensor:
+    weight: torch.Tensor = model.state_dict()[f"{names.head}.weight"]
     return weight

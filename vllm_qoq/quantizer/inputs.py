@@ -1,6 +1,6 @@
-"""What config.json, headers, texts and options tell of a job. Imports neither torch nor more.
+"""Checks of a job by config.json, headers and texts, without torch or what imports it.
 
-So a mistyped path costs no seconds of imports. `load` checks what needs them.
+A mistyped path therefore costs no seconds of imports. `load` checks what needs them.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from vllm_qoq.quantizer.plan import Job
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-"""In which a model may run and be stored: by torch's name, safetensors' name."""
+"""The dtypes in which a model may run and be stored: torch's name -> safetensors' name."""
 
 _REMEDY = "mend it, or download the model again"
-# At least one of them, whatever the tokenizer's class.
+# Every tokenizer has at least one of these files, whatever its class.
 _TOKENIZERS = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
     *("sentencepiece.bpe.model", "tekken.json"),
@@ -45,16 +45,16 @@ class Inputs:
     """
 
     checkpoint: Checkpoint
-    arch: LayerNames
-    shape: Dimensions
+    names: LayerNames
+    dimensions: Dimensions
     linears: list[tuple[int, int]]
 
 
 def check_inputs(job: Job) -> Inputs:
-    """Open the model and refuse, by name, what cannot be quantized or would be lost."""
+    """Open the model; a UserError names what cannot be quantized or would be lost."""
     checkpoint = Checkpoint.open(job.model)
     config = checkpoint.config
-    arch, model = layer_names(config), linear_layers(config, "quantized")
+    names, model = layer_names(config), linear_layers(config, "quantized")
     _check_dtype(config)
     _check_rope(config)
     _check_constants(config)
@@ -70,13 +70,13 @@ def check_inputs(job: Job) -> Inputs:
     check_text("--text", job.text)
     if job.eval_text is not None:
         check_text("--eval-text", job.eval_text)
-    shape = Dimensions.of(config)
+    dimensions = Dimensions.of(config)
     linears = [
-        model.linears[f"{arch.blocks}.{i}.{name}"]
-        for i in range(shape.layers)
-        for name in arch.linears
+        model.linears[f"{names.blocks}.{i}.{name}"]
+        for i in range(dimensions.layers)
+        for name in names.linears
     ]
-    return Inputs(checkpoint, arch, shape, linears)
+    return Inputs(checkpoint, names, dimensions, linears)
 
 
 def dtype_name(config: Mapping[str, Any]) -> str | None:
@@ -106,7 +106,7 @@ def _check_rope(config: Mapping[str, Any]) -> None:
         _check_rope_value(key, config.get(key))
 
 
-def _check_rope_value(key: str, value: Any) -> None:
+def _check_rope_value(key: str, value: object) -> None:
     leaf = key.rpartition(".")[2]
     if leaf == "partial_rotary_factor" and value not in (None, 1):
         # vLLM would turn this part of each head, transformers the whole of it.
@@ -138,7 +138,7 @@ def _check_constants(config: Mapping[str, Any]) -> None:
 
 
 def _check_tensors(checkpoint: Checkpoint, model: LinearLayers) -> None:
-    """Every tensor of the architecture, each with its shape, and no other."""
+    """Raise QuantizeError unless the tensors are those of the architecture, each with its shape."""
     wanted: dict[str, tuple[int, ...]] = {f"{x}.weight": nk for x, nk in model.linears.items()}
     wanted |= {f"{name}.bias": (model.linears[name][0],) for name in model.biased}
     wanted |= model.others

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,27 +26,30 @@ from vllm_qoq.quantizer.assemble import SHARED, content
 from vllm_qoq.quantizer.check import PROMPT_TOKENS, SetCheck
 from vllm_qoq.quantizer.inputs import check_inputs
 from vllm_qoq.quantizer.load import load_model
-from vllm_qoq.quantizer.model import blocks
+from vllm_qoq.quantizer.model import Module, blocks
 from vllm_qoq.quantizer.modifiers import QuantizePass, SmoothPass, apply_saved, piece
-from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.plan import CheckedJob, Job, check_job, default_work_dir
 from vllm_qoq.quantizer.report import LayerError, refuse_clipped, summary
 from vllm_qoq.quantizer.smooth import SmoothOptions
 from vllm_qoq.quantizer.workdir import Resume, WorkDir
 from vllm_qoq.version import __version__
 
+if TYPE_CHECKING:
+    from llmcompressor.modifiers import Modifier
+
 _SMOOTHING = "smoothing"
 _PROMPTS = 2
 _TOKENIZER_FILES = ("tokenizer", "vocab", "merges.txt", "special_tokens_map", "added_tokens")
-# What decides which function a piece belongs to: the model's code, the rotations and their signs.
+# The pieces depend on these: on the code of the model, the rotations and their signs.
 _LIBRARIES = ("torch", "transformers", "compressed-tensors", "llmcompressor")
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """What a quantization wrote.
+    """The result of a quantization.
 
-    output  the checkpoint
+    output  the folder of the checkpoint
     report  the content of its quantization_report.json
     """
 
@@ -58,7 +61,7 @@ def quantize(
     model: str | Path,
     output: str | Path,
     text: str | Path,
-    options: Options | None = None,
+    options: QuantizeOptions | None = None,
     *,
     work_dir: str | Path | None = None,
     eval_text: str | Path | None = None,
@@ -82,8 +85,9 @@ def quantize(
     sanity_check     whether to let every version continue a few words
     max_clipped      share of a layer's residuals that may be clipped in a nested set
     resume           whether to go on with what `work_dir` holds: "auto", "required" or "never"
-    max_shard_bytes  of a file with weights
+    max_shard_bytes  size of a file with weights, at most
     overwrite        replace an older output, if it is ours
+    quiet            print no progress
 
     Raises UserError with what is wrong and what to do, before work begins; an output is complete or
     absent.
@@ -105,15 +109,15 @@ def quantize(
     check_inputs(job)
     noise.hide_bars()
     noise.import_llmcompressor()
-    return Quantized(out, run(job, options or Options()))
+    return Quantized(out, run(job, options or QuantizeOptions()))
 
 
-def prepare(job: Job, options: Options) -> CheckedJob:
-    """Everything that `run` refuses before its work begins, and the plan of that work."""
+def prepare(job: Job, options: QuantizeOptions) -> CheckedJob:
+    """Check everything that can be refused before the work begins; returns the checked job."""
     plan = check_job(job, options)
     if options.rotate:
-        rotate.require_sizes(plan.shape)
-    size = plan.shape.head_dim
+        rotate.require_sizes(plan.dimensions)
+    size = plan.dimensions.head_dim
     if options.kv_hadamard and size & (size - 1):
         raise QuantizeError(
             f"kv_hadamard: heads of {size} channels cannot be rotated, which needs a power of two; "
@@ -123,42 +127,47 @@ def prepare(job: Job, options: Options) -> CheckedJob:
     return plan
 
 
-def run(job: Job, options: Options) -> dict[str, Any]:
-    """Quantize; returns the report. A stopped run leaves only its work folder."""
+def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
+    """Quantize and write the checkpoint; returns the report.
+
+    A stopped run leaves only its work folder.
+    """
     started = time.monotonic()
     plan = prepare(job, options)
-    arch, shape = plan.arch, plan.shape
+    names, dimensions = plan.names, plan.dimensions
     check = _check(job, options, plan)
     if not (job.quiet or torch.cuda.is_available()):
         print("no GPU here: quantizing on the CPU", file=sys.stderr, flush=True)
 
     with WorkDir.open(job.work_dir, fingerprint(job, options, plan), job.resume) as work:
-        model = _load(job.model, arch)
+        model = _load(job.model, names)
         before = check.measure(model, "the model")
         if options.rotate:
             if not work.has(STREAM):
-                work.save(STREAM, rotate.way_back(model, arch, shape), {})
-            rotate.fold_norms(model, arch)
-            rotate.rotate_stream(model, arch, shape)
-        _smooth(model, plan, options, work, job.quiet)
+                work.save(STREAM, rotate.way_back(model, names, dimensions), {})
+            rotate.fold_norms(model, names)
+            rotate.rotate_stream(model, names, dimensions)
+        _smooth(model, plan, options, work, quiet=job.quiet)
         if options.rotate:
-            rotate.rotate_values(model, arch, shape)  # of channels that are smooth already
-        biased = keys.large_biases(model, arch, shape, options.kv_bits, options.kv_hadamard)
+            rotate.rotate_values(model, names, dimensions)  # after the channels have been smoothed
+        biased = keys.large_biases(
+            model, names, dimensions, bits=options.kv_bits, use_hadamard=options.kv_hadamard
+        )
         if biased:
             print(f"warning: {keys.warning(biased, options)}", file=sys.stderr, flush=True)
         if not work.has(SHARED):
-            work.save(SHARED, _shared(model, arch, options), {})
-        if not all(work.has(piece(i)) for i in range(shape.layers)):
-            _quantize(model, plan, options, work, job.quiet)
+            work.save(SHARED, _shared(model, names, options), {})
+        if not all(work.has(piece(i)) for i in range(dimensions.layers)):
+            _quantize(model, plan, options, work, quiet=job.quiet)
 
         errors: list[LayerError] = [
-            row for index in range(shape.layers) for row in work.load(piece(index))[1]
+            row for index in range(dimensions.layers) for row in work.load(piece(index))[1]
         ]
         refuse_clipped(errors, job.max_clipped)
         if options.lm_head_bits == 8:
-            head.round_weight(model, arch)
+            head.round_weight(model, names)
         after = {
-            kind.name: check.measure_set(model, arch, kind, _results(work, shape.layers))
+            kind.name: check.measure_set(model, names, kind, _results(work, dimensions.layers))
             for kind in options.kinds
         }
         report = {
@@ -170,7 +179,7 @@ def run(job: Job, options: Options) -> dict[str, Any]:
         }
         write_checkpoint(
             job.out,
-            content(job, work, arch, shape.layers, options, report),
+            content(job, work, names, layers=dimensions.layers, options=options, report=report),
             job.overwrite,
             Progress(quiet=True),
         )
@@ -182,34 +191,34 @@ def _results(work: WorkDir, layers: int) -> Iterator[dict[str, torch.Tensor]]:
     return (work.load(piece(index))[0] for index in range(layers))
 
 
-def _check(job: Job, options: Options, plan: CheckedJob) -> SetCheck:
+def _check(job: Job, options: QuantizeOptions, plan: CheckedJob) -> SetCheck:
     prompts = plan.samples[:_PROMPTS] if job.sanity_check else []
     prompts = [sample[:PROMPT_TOKENS] for sample in prompts]
     kv_bits = (16,) if options.kv_bits == 16 else (16, options.kv_bits)
     return SetCheck(
-        plan.tokenizer,
-        plan.windows,
-        prompts,
-        kv_bits,
+        tokenizer=plan.tokenizer,
+        windows=plan.windows,
+        prompts=prompts,
+        kv_bits=kv_bits,
         kv_hadamard=options.kv_hadamard,
         has_int8_head=options.lm_head_bits == 8,
         quiet=job.quiet,
     )
 
 
-def _load(folder: Path, arch: LayerNames) -> Any:
-    """The model in the CPU's memory; what runs or reads a layer brings it to the GPU, if any."""
+def _load(folder: Path, names: LayerNames) -> Module:
+    """Load the model into the CPU's memory; layers are brought to a GPU when they are used."""
     from compressed_tensors.offload import set_onload_device
 
     model = load_model(folder)
-    rotate.untie(model, arch)
+    rotate.untie(model, names)
     if torch.cuda.is_available():
         set_onload_device(model, torch.device("cuda"))
     return model
 
 
-def fingerprint(job: Job, options: Options, plan: CheckedJob) -> dict[str, Any]:
-    """What the pieces in a work folder depend on."""
+def fingerprint(job: Job, options: QuantizeOptions, plan: CheckedJob) -> dict[str, Any]:
+    """Describe all that the pieces in a work folder depend on."""
     checkpoint = Checkpoint.open(job.model)
     weights = {}
     for file in sorted({info.file for info in checkpoint.tensors.values()}):
@@ -236,12 +245,14 @@ def _sha256(content: bytes) -> str:
     return f"sha256 {hashlib.sha256(content).hexdigest()[:16]}"
 
 
-def _smooth(model: Any, plan: CheckedJob, options: Options, work: WorkDir, quiet: bool) -> None:
+def _smooth(
+    model: Module, plan: CheckedJob, options: QuantizeOptions, work: WorkDir, quiet: bool
+) -> None:
     wanted = SmoothOptions(
         # A 16-bit cache rounds nothing that a scale could help.
-        options.smooth_attention and options.kv_bits < 16,
-        options.smooth_outputs,
-        options.reorder,
+        attention=options.smooth_attention and options.kv_bits < 16,
+        outputs=options.smooth_outputs,
+        reorder=options.reorder,
         kv_bits=options.kv_bits,
         weight_bits=min(int(kind.bits) for kind in options.kinds),
         kv_hadamard=options.kv_hadamard,
@@ -250,40 +261,42 @@ def _smooth(model: Any, plan: CheckedJob, options: Options, work: WorkDir, quiet
         return
     if work.has(_SMOOTHING):
         found, _ = work.load(_SMOOTHING)
-        apply_saved(model, found, plan.arch, plan.shape)
+        apply_saved(model, found, plan.names, plan.dimensions)
         return
     step = SmoothPass(
-        arch=plan.arch,
-        shape=plan.shape,
+        names=plan.names,
+        dimensions=plan.dimensions,
         options=wanted,
         samples=len(plan.samples),
-        done=Clock("smoothing, block", plan.shape.layers, quiet),
+        done=Clock("smoothing, block", plan.dimensions.layers, quiet),
     )
     _pipeline(model, step, plan)
     work.save(_SMOOTHING, step.found, {})
 
 
-def _quantize(model: Any, plan: CheckedJob, options: Options, work: WorkDir, quiet: bool) -> None:
+def _quantize(
+    model: Module, plan: CheckedJob, options: QuantizeOptions, work: WorkDir, quiet: bool
+) -> None:
     step = QuantizePass(
-        arch=plan.arch,
-        shape=plan.shape,
+        names=plan.names,
+        dimensions=plan.dimensions,
         sets=options.kinds,
         use_gptq=options.gptq,
         clip=options.clip,
         work=work,
-        done=Clock("quantizing, block", plan.shape.layers, quiet),
+        done=Clock("quantizing, block", plan.dimensions.layers, quiet),
     )
     _pipeline(model, step, plan)
 
 
-def _pipeline(model: Any, step: Any, plan: CheckedJob) -> None:
+def _pipeline(model: Module, step: Modifier, plan: CheckedJob) -> None:
     from llmcompressor import oneshot
 
     batches: Any = [
         {"input_ids": torch.tensor([tokens]), "attention_mask": torch.ones(1, len(tokens)).long()}
         for tokens in plan.samples
     ]
-    # In this order always: a resumed run must see the same.
+    # The order is always this one: a resumed run must see the same.
     data: Any = torch.utils.data.DataLoader(batches, batch_size=None, shuffle=False)
     # With a tokenizer given, oneshot loads no processor from the folder, nor code of one.
     oneshot(
@@ -291,13 +304,13 @@ def _pipeline(model: Any, step: Any, plan: CheckedJob) -> None:
     )
 
 
-def _shared(model: Any, arch: LayerNames, options: Options) -> dict[str, torch.Tensor]:
-    """Everything but the layers that are in each set."""
+def _shared(model: Module, names: LayerNames, options: QuantizeOptions) -> dict[str, torch.Tensor]:
+    """The tensors that all sets share, by name."""
     mine = {
-        f"{arch.blocks}.{i}.{name}."
-        for i in range(len(blocks(model, arch)))
-        for name in arch.linears
+        f"{names.blocks}.{i}.{name}."
+        for i in range(len(blocks(model, names)))
+        for name in names.linears
     }
     state = model.state_dict()
     shared = {k: v for k, v in state.items() if k.rpartition(".")[0] + "." not in mine}
-    return shared | (head.int8_tensors(model, arch) if options.lm_head_bits == 8 else {})
+    return shared | (head.int8_tensors(model, names) if options.lm_head_bits == 8 else {})

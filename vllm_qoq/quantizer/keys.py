@@ -1,4 +1,4 @@
-"""The blocks whose keys a quantized cache cannot hold, because of their bias."""
+"""Check of the key biases: which are so large that a quantized cache cannot hold the keys."""
 
 from __future__ import annotations
 
@@ -7,40 +7,43 @@ import torch
 from vllm_qoq.models.table import LayerNames
 from vllm_qoq.numerics import key_bias
 from vllm_qoq.quantizer.model import Dimensions, Module, blocks
-from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.options import QuantizeOptions
 
 
 @torch.no_grad()
 def large_biases(
-    model: Module, arch: LayerNames, shape: Dimensions, bits: int, use_hadamard: bool
+    model: Module, names: LayerNames, dimensions: Dimensions, bits: int, use_hadamard: bool
 ) -> list[str]:
-    """The names of the layers, of the model as it will be quantized, with `bits` of its cache."""
-    if bits == 16 or arch.k_norm is not None:  # which evens the bias out with the rest
+    """Name the k_proj layers whose bias is too large for a cache of `bits`.
+
+    The model must be as it will be quantized, with rotations and scales.
+    """
+    if bits == 16 or names.k_norm is not None:  # A norm evens the bias out.
         return []
     found = []
-    for index, block in enumerate(blocks(model, arch)):
-        q, k = block.get_submodule(arch.q), block.get_submodule(arch.k)
+    for index, block in enumerate(blocks(model, names)):
+        q, k = block.get_submodule(names.q), block.get_submodule(names.k)
         if k.bias is None:
             continue
         weight = k.weight.data.float()
-        gain = block.get_submodule(arch.attention_norm).weight.data.to(weight)
-        x = key_bias.random_inputs(shape.hidden, weight) * gain
+        gain = block.get_submodule(names.attention_norm).weight.data.to(weight)
+        x = key_bias.random_inputs(dimensions.hidden, weight) * gain
         queries = x @ q.weight.data.to(weight).t()
         if q.bias is not None:
             queries = queries + q.bias.data.to(weight)
         if key_bias.is_too_large(
-            queries.view(-1, shape.heads, shape.head_dim),
-            (x @ weight.t()).view(-1, shape.kv_heads, shape.head_dim),
-            k.bias.data.to(weight).view(shape.kv_heads, shape.head_dim),
-            bits,
-            use_hadamard,
+            queries.view(-1, dimensions.heads, dimensions.head_dim),
+            (x @ weight.t()).view(-1, dimensions.kv_heads, dimensions.head_dim),
+            k.bias.data.to(weight).view(dimensions.kv_heads, dimensions.head_dim),
+            bits=bits,
+            use_hadamard=use_hadamard,
         ):
-            found.append(f"{arch.blocks}.{index}.{arch.k}")
+            found.append(f"{names.blocks}.{index}.{names.k}")
     return found
 
 
-def warning(layers: list[str], options: Options) -> str:
-    """What to tell of `large_biases`."""
+def warning(layers: list[str], options: QuantizeOptions) -> str:
+    """Write the warning about `large_biases`."""
     ways = [] if options.smooth_attention else ["do not leave out SmoothAttention"]
     ways += [] if options.kv_hadamard else ["rotate the keys with --kv-hadamard"]
     ways += ["give --kv-bits 8" if options.kv_bits == 4 else "give --kv-bits 16"]

@@ -1,4 +1,4 @@
-"""The model and its tokenizer, from the files that were checked and no others.
+"""Loading of the model and its tokenizer, from the files that were checked and no others.
 
 Nothing of the folder is run, and transformers does not choose the files: it gets the
 tensors that `Checkpoint` describes, and a config without the keys that name code or files.
@@ -7,9 +7,9 @@ tensors that `Checkpoint` describes, and a config without the keys that name cod
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +22,10 @@ from vllm_qoq.models.tensors import EMBEDDING, HEAD
 from vllm_qoq.progress import Progress
 from vllm_qoq.quantizer import QuantizeError
 from vllm_qoq.quantizer.inputs import DTYPES, dtype_name
+from vllm_qoq.quantizer.model import Module
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 _UNUSED_KEYS = CODE_KEYS | {
     *(SECTION, "_name_or_path", "fusion_config", "distributed_config"),
@@ -30,8 +34,8 @@ _UNUSED_KEYS = CODE_KEYS | {
 _CHUNK_VALUES = 4 << 20
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The model's tokenizer; QuantizeError if it is broken or another model's."""
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """Load the model's tokenizer; QuantizeError if it is broken or another model's."""
     from transformers import AutoTokenizer
 
     folder, config = checkpoint.path, _config(checkpoint)
@@ -39,7 +43,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     remedy = "copy the model's tokenizer.json and tokenizer_config.json there again"
     code = "its own code (auto_map) is not run, only classes of transformers"
     with _refusing(f"{folder}: the tokenizer cannot be loaded ({code})", remedy):
-        tokenizer: Any = AutoTokenizer.from_pretrained(
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, config=config, trust_remote_code=False, local_files_only=True
         )
         vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
@@ -105,15 +109,15 @@ def check_values(checkpoint: Checkpoint, progress: Progress) -> None:
         )
 
 
-def load_model(folder: Path) -> Any:
-    """The model in the CPU's memory, mapped from its files, in the dtype of its config.json."""
+def load_model(folder: Path) -> Module:
+    """Load the model into the CPU's memory, mapped from its files, in its config.json's dtype."""
     checkpoint = Checkpoint.open(folder)
     config, dtype = _config(checkpoint), _dtype(checkpoint)
     with _building(checkpoint):
         model, info = _class(config).from_pretrained(
             None,
             config=config,
-            # One mapping of each file, which the tensors keep: writing to them copies the page.
+            # Each file is mapped once, for all its tensors; writing to one copies the page.
             state_dict={info.name: checkpoint.get(info.name) for info in _tensors(checkpoint)},
             dtype=dtype,
             attn_implementation="sdpa",
@@ -131,7 +135,7 @@ def load_model(folder: Path) -> Any:
     return model.eval()
 
 
-def _config(checkpoint: Checkpoint) -> Any:
+def _config(checkpoint: Checkpoint) -> PreTrainedConfig:
     from transformers import CONFIG_MAPPING
 
     values = {k: v for k, v in checkpoint.config.items() if k not in _UNUSED_KEYS}
@@ -139,14 +143,14 @@ def _config(checkpoint: Checkpoint) -> Any:
         return CONFIG_MAPPING[values.pop("model_type")].from_dict(values)
 
 
-def _class(config: Any) -> Any:
+def _class(config: PreTrainedConfig) -> Any:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 def _tensors(checkpoint: Checkpoint) -> list[TensorInfo]:
-    """What the model reads, file by file."""
+    """List the tensors that the model reads, file by file."""
     infos = (info for info in checkpoint.tensors.values() if not info.name.endswith(CONSTANT))
     return sorted(infos, key=lambda info: (info.file, info.name))
 
@@ -164,7 +168,7 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "missing" if shape is None else str(list(shape))
 
 
-def _building(checkpoint: Checkpoint) -> Any:
+def _building(checkpoint: Checkpoint) -> AbstractContextManager[None]:
     what = f"{checkpoint.path}: transformers cannot build the model"
     return _refusing(what, f"mend {CONFIG}, or download the model again")
 

@@ -1,4 +1,4 @@
-"""The model that is quantized: whether it can be, its dimensions and its blocks."""
+"""The model that is quantized: the names of its layers, its dimensions and its blocks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vllm_qoq.quantizer import QuantizeError
 
 
 def layer_names(config: Mapping[str, Any]) -> LayerNames:
-    """What the layers of a model are called; QuantizeError names what is not supported."""
+    """Look up what the layers of a model are called; QuantizeError if it is not supported."""
     if config.get(SECTION) is not None:
         raise QuantizeError("the model is quantized already; give the one in bf16 or fp16")
     classes, kind = _classes(), config.get("model_type")
@@ -35,7 +35,7 @@ def layer_names(config: Mapping[str, Any]) -> LayerNames:
 
 @dataclass(frozen=True)
 class Dimensions:
-    """The sizes that the steps need."""
+    """The sizes of a model that the steps need."""
 
     hidden: int
     layers: int
@@ -52,7 +52,13 @@ class Dimensions:
         k, _ = model.linears["model.layers.0.self_attn.k_proj"]
         heads = config["num_attention_heads"]
         head_dim = q // heads
-        return cls(hidden, config["num_hidden_layers"], heads, k // head_dim, head_dim)
+        return cls(
+            hidden=hidden,
+            layers=config["num_hidden_layers"],
+            heads=heads,
+            kv_heads=k // head_dim,
+            head_dim=head_dim,
+        )
 
     @property
     def queries_per_kv(self) -> int:
@@ -64,14 +70,14 @@ Module = Any
 """An `nn.Module`, untyped: mypy takes each attribute of one for either a tensor or a module."""
 
 
-def blocks(model: Module, arch: LayerNames) -> list[Module]:
-    """The decoder blocks in order."""
-    return list(model.get_submodule(arch.blocks).children())
+def blocks(model: Module, names: LayerNames) -> list[Module]:
+    """List the decoder blocks in order."""
+    return list(model.get_submodule(names.blocks).children())
 
 
 def _classes() -> dict[str, str]:
-    """The model_type of `config.json` -> the class by which vLLM chooses the model.
+    """Map the model_type of `config.json` to the class by which vLLM chooses the model.
 
-    Classifiers, rewards and embeddings share the model_type.
+    The class is needed because classifiers, rewards and embeddings share the model_type.
     """
     return {ARCHITECTURES[name].type: name for name in with_names()}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from llmcompressor.modifiers import Modifier
@@ -31,34 +31,39 @@ from vllm_qoq.quantizer.sets import SetKind
 from vllm_qoq.quantizer.weights import assign
 from vllm_qoq.quantizer.workdir import WorkDir
 
+if TYPE_CHECKING:
+    from llmcompressor.core import Event, State
+
 Done = Callable[[], None]
 
 
 class _BlockPass(Modifier):
-    """What both passes share: finding the block of a pipeline step."""
+    """The common part of both passes: finding the block of a pipeline step."""
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
     requires_calibration_data: bool = True  # else llmcompressor runs no data and no hooks
-    arch: LayerNames
-    shape: Dimensions
+    names: LayerNames
+    dimensions: Dimensions
 
     _blocks: list[Module] = PrivateAttr(default_factory=list)
 
-    def on_initialize(self, state: Any, **kwargs: Any) -> bool:
-        self._blocks = blocks(state.model, self.arch)
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """Find the blocks of the model."""
+        self._blocks = blocks(state.model, self.names)
         return True
 
     def on_sequential_epoch_end(
-        self, state: Any, event: Any, modules: list[Module], **kwargs: Any
+        self, state: State, event: Event, modules: list[Module], **kwargs: Any
     ) -> None:
         """Finish the blocks that this step ran: one, or none for the step of lm_head."""
         seen = set(map(id, modules))
         for index, block in enumerate(self._blocks):
-            if id(block.get_submodule(self.arch.q)) in seen:
+            if id(block.get_submodule(self.names.q)) in seen:
                 self.finish(index, block)
 
-    def on_calibration_end(self, state: Any, event: Any, **kwargs: Any) -> None:
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Remove the hooks of the modifier."""
         self.remove_hooks()
 
     def finish(self, index: int, block: Module) -> None:
@@ -67,7 +72,7 @@ class _BlockPass(Modifier):
 
 
 class SmoothPass(_BlockPass):
-    """Watches every block and smooths it."""
+    """The pass that watches every block and smooths it."""
 
     options: smooth.SmoothOptions
     samples: int
@@ -79,25 +84,34 @@ class SmoothPass(_BlockPass):
 
     @property
     def found(self) -> dict[str, torch.Tensor]:
-        """The transforms of all blocks, `INDEX.NAME`, for `apply_saved`."""
+        """The transforms of all blocks, named INDEX.NAME, for `apply_saved`."""
         return self._found
 
-    def on_calibration_start(self, state: Any, event: Any, **kwargs: Any) -> None:
-        self._inv_freq = state.model.get_submodule(self.arch.rotary).inv_freq.detach().float()
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Watch the layers of every block."""
+        self._inv_freq = state.model.get_submodule(self.names.rotary).inv_freq.detach().float()
         for index, block in enumerate(self._blocks):
-            observer = self._observers[index] = Observer(self.arch, self.shape, self.samples)
+            observer = self._observers[index] = Observer(self.names, self.dimensions, self.samples)
             for name, see in observer.outputs.items():
                 self.register_hook(block.get_submodule(name), _output_hook(see), "forward")
             for name, see in observer.inputs.items():
                 self.register_hook(block.get_submodule(name), _input_hook(see), "forward_pre")
 
     def finish(self, index: int, block: Module) -> None:
+        """Smooth a block whose inputs have all been seen."""
         seen = self._observers.pop(index).seen()
-        _require_finite(vars(seen).values(), f"{self.arch.blocks}.{index}")
-        found = smooth.transforms(seen, block, self.arch, self.shape, self._inv_freq, self.options)
-        # From the CPU, as a resumed run has them.
+        _require_finite(vars(seen).values(), f"{self.names.blocks}.{index}")
+        found = smooth.transforms(
+            seen,
+            block,
+            self.names,
+            self.dimensions,
+            inv_freq=self._inv_freq,
+            options=self.options,
+        )
+        # A resumed run has them on the CPU, so this one takes them from there, too.
         found = {name: tensor.cpu() for name, tensor in found.items()}
-        smooth.apply(block, found, self.arch, self.shape)
+        smooth.apply(block, found, self.names, self.dimensions)
         self._found |= {f"{index}.{name}": tensor for name, tensor in found.items()}
         self.done()
 
@@ -111,7 +125,7 @@ def _require_finite(seen: Iterable[torch.Tensor], place: str) -> None:
 
 
 def _output_hook(see: Callable[[torch.Tensor], None]) -> Callable[..., None]:
-    def hook(module: Module, args: Any, output: torch.Tensor) -> None:
+    def hook(module: Module, args: object, output: torch.Tensor) -> None:
         see(output)
 
     return hook
@@ -125,19 +139,19 @@ def _input_hook(see: Callable[[torch.Tensor], None]) -> Callable[..., None]:
 
 
 def apply_saved(
-    model: Module, found: dict[str, torch.Tensor], arch: LayerNames, shape: Dimensions
+    model: Module, found: dict[str, torch.Tensor], names: LayerNames, dimensions: Dimensions
 ) -> None:
-    """Smooth with what an earlier run found."""
-    for index, block in enumerate(blocks(model, arch)):
+    """Smooth all blocks with what an earlier run found."""
+    for index, block in enumerate(blocks(model, names)):
         mine = {k.partition(".")[2]: t for k, t in found.items() if k.startswith(f"{index}.")}
-        smooth.apply(block, mine, arch, shape)
+        smooth.apply(block, mine, names, dimensions)
 
 
 class QuantizePass(_BlockPass):
-    """Quantizes block by block into every set.
+    """The pass that quantizes every block into every set.
 
-    sets       the last one's weights make the inputs of the next block
-    use_gptq   else round to nearest
+    sets       the sets; the weights of the last one make the inputs of the next block
+    use_gptq   whether rounding errors are passed on, or else weights rounded to the nearest
     clip       whether scales that clip are tried
     """
 
@@ -151,12 +165,13 @@ class QuantizePass(_BlockPass):
     _counts: dict[tuple[int, str], int] = PrivateAttr(default_factory=dict)
     _input_hooks: list[Any] = PrivateAttr(default_factory=list)
 
-    def on_calibration_start(self, state: Any, event: Any, **kwargs: Any) -> None:
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Round the inputs of every block where a set does, and gather their Hessians."""
         has_int8_inputs = any(kind.has_int8_activations for kind in self.sets)
         for index, block in enumerate(self._blocks):
-            for group in self.arch.inputs:
+            for group in self.names.inputs:
                 for name in group if has_int8_inputs else ():
-                    # An ordinary hook: unlike the modifier's own, it also acts while the
+                    # This is an ordinary hook: unlike the modifier's own, it also acts while the
                     # pipeline makes the inputs of the next block.
                     layer = block.get_submodule(name)
                     self._input_hooks.append(layer.register_forward_pre_hook(to_int8))
@@ -164,18 +179,20 @@ class QuantizePass(_BlockPass):
                     first = block.get_submodule(group[0])
                     self.register_hook(first, self._hessian_hook(index, group[0]), "forward_pre")
 
-    def on_calibration_end(self, state: Any, event: Any, **kwargs: Any) -> None:
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Remove all hooks."""
         super().on_calibration_end(state, event, **kwargs)
         for hook in self._input_hooks:
             hook.remove()
 
     def finish(self, index: int, block: Module) -> None:
+        """Quantize a block, unless that is done already, and give it the last set's weights."""
         name = piece(index)
         if not self.work.has(name):
             self.work.save(name, *self._quantize(index, block))
         tensors, _ = self.work.load(name)
-        for layer in self.arch.linears:
-            # The same from a fresh and from a resumed run: both take what was stored.
+        for layer in self.names.linears:
+            # A fresh run takes what was stored, too, so that a resumed one has the same.
             kept = tensors[f"propagated.{layer}"]
             target = block.get_submodule(layer)
             assign(target, "weight", kept.to(target.weight.device))
@@ -186,8 +203,8 @@ class QuantizePass(_BlockPass):
     ) -> tuple[dict[str, torch.Tensor], list[LayerError]]:
         tensors: dict[str, torch.Tensor] = {}
         errors: list[LayerError] = []
-        prefix = f"{self.arch.blocks}.{index}"
-        for group in self.arch.inputs:
+        prefix = f"{self.names.blocks}.{index}"
+        for group in self.names.inputs:
             key = (index, group[0])
             hessian = self._hessians.pop(key) / self._counts.pop(key)
             _require_finite([hessian], f"{prefix}.{group[0]}")
@@ -206,7 +223,7 @@ class QuantizePass(_BlockPass):
     def _round(
         self, weight: torch.Tensor, hessian: torch.Tensor, layer: str
     ) -> list[tuple[SetKind, Grid, LayerError]]:
-        """The layer in every set, in the order of `sets`, with its rows of the report."""
+        """Round a layer in every set, in the order of `sets`; each with its row of the report."""
         grids: dict[str, Grid] = {}
         rows: dict[str, LayerError] = {}
         # A base comes before what is a residual on it.

@@ -10,7 +10,7 @@ from vllm_qoq.quantizer.grid import Grid, TwoLevel
 
 
 class Nested(Grid):
-    """W = W8 * channel_scale, W8 an int8 from base - 8 to base + 7.
+    """The grid W = W8 * channel_scale, with W8 an int8 from base - 8 to base + 7.
 
     base  the filled grid of the 4-bit set, which stays as it is
     """
@@ -25,10 +25,10 @@ class Nested(Grid):
         self.is_clipped = torch.zeros_like(self.base, dtype=torch.bool)
 
     def prepare(self, weight: torch.Tensor, importance: torch.Tensor) -> None:
-        """Nothing to choose: the scales are the base's."""
+        """Do nothing: the scales are the base's."""
 
     def round(self, column: torch.Tensor, k: int) -> torch.Tensor:
-        """Nearest int8 that a residual reaches."""
+        """Take the nearest int8 that a residual reaches."""
         nearest = (column / self.channel_scale).round()
         codes = nearest.maximum(self.low[:, k]).minimum(self.high[:, k])
         self.is_clipped[:, k] = codes != nearest
@@ -36,13 +36,13 @@ class Nested(Grid):
         return codes * self.channel_scale
 
     def tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """What `vllm_qoq.checkpoint.format.ResidualSet` holds."""
+        """Make the tensors of `vllm_qoq.checkpoint.format.ResidualSet`."""
         return {"qresidual": pack_nibbles(self.codes - self.base + RESIDUAL_ZERO)}
 
     def dequantized(self) -> torch.Tensor:
-        """float32 [N, K]."""
+        """Compute the weight that the codes stand for: float32 [N, K]."""
         return self.codes * self.channel_scale[:, None]
 
     def clipped_share(self) -> float:
-        """Weights that would have been rounded to an int8 out of reach."""
+        """The share of weights whose nearest int8 is out of reach."""
         return float(self.is_clipped.float().mean())

@@ -1,34 +1,38 @@
-"""What llmcompressor and torch print of their own, without what this command says better."""
+"""Silencing of what llmcompressor and torch print and this command says better."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vllm_qoq.quantizer import QuantizeError
+
+if TYPE_CHECKING:
+    from loguru import Record
 
 _FORMAT = "{level}: {message} ({name})"
 _LEVEL = "LLM_COMPRESSOR_LOG_LEVEL"
 
 
 def hide_bars() -> None:
-    """No bars of libraries, also on a terminal: they would tear our lines.
+    """Hide the progress bars of libraries, which would tear our lines, also on a terminal.
 
-    Call before tqdm is imported, which reads this once. A user may set both.
+    This must be called before tqdm is imported, which reads its variable once. A variable that the
+    user has set stays.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or llmcompressor does, and warns
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # Else llmcompressor does, and warns.
 
 
 def import_llmcompressor() -> None:
-    """Import it, and from then on print its warnings and errors on stderr, each once.
+    """Import llmcompressor, and from then on print its warnings and errors on stderr, each once.
 
-    QuantizeError if it is not installed.
+    Raises QuantizeError if it is not installed.
     """
     is_chosen = _LEVEL in os.environ
-    # It logs while it is imported, and reads this first.
+    # llmcompressor reads this variable first, and logs while it is imported.
     os.environ.setdefault(_LEVEL, "ERROR")
     try:
         from llmcompressor import LoggerConfig, configure_logger
@@ -49,12 +53,12 @@ def import_llmcompressor() -> None:
 
 
 class _Once:
-    """Lets a message pass once, and never that there is no GPU, which `job` says itself."""
+    """A filter that lets a message pass once, and never that there is no GPU, which `job` says."""
 
     def __init__(self) -> None:
         self._shown: set[str] = set()
 
-    def __call__(self, record: Any) -> bool:
+    def __call__(self, record: Record) -> bool:
         message = record["message"]
         is_new = message not in self._shown
         self._shown.add(message)

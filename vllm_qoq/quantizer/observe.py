@@ -1,4 +1,4 @@
-"""Watching one block while the calibration text runs through it."""
+"""Observing of one block while the calibration text runs through it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _SAMPLE_TOKENS = 1024
 
 
 class Observer:
-    """Gathers `Seen` from the outputs of q, k and v and the inputs of down_proj.
+    """An observer that gathers `Seen` from the outputs of q, k and v and the inputs of down_proj.
 
     It is called with one piece of text at a time, and keeps a few tokens of each,
     `_SAMPLE_TOKENS` in all.
     """
 
-    def __init__(self, arch: LayerNames, shape: Dimensions, samples: int) -> None:
-        self._shape = shape
+    def __init__(self, names: LayerNames, dimensions: Dimensions, samples: int) -> None:
+        self._dimensions = dimensions
         self._tokens_per_sample = max(1, _SAMPLE_TOKENS // samples)
         self._positions: list[torch.Tensor] = []
         self._sampled: dict[str, list[torch.Tensor]] = {}
@@ -30,16 +30,16 @@ class Observer:
         self._squares: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
         self.outputs: dict[str, Callable[[torch.Tensor], None]] = {
-            arch.q_norm or arch.q: self._queries,
-            arch.k_norm or arch.k: self._keys,
-            arch.v: self._values,
+            names.q_norm or names.q: self._queries,
+            names.k_norm or names.k: self._keys,
+            names.v: self._values,
         }
-        self.inputs = {arch.down: self._down}
+        self.inputs = {names.down: self._down}
 
     def seen(self) -> Seen:
-        """What was gathered."""
+        """Put together what was gathered."""
         queries = self._mean_square("queries").view(
-            self._shape.kv_heads, self._shape.queries_per_kv, -1
+            self._dimensions.kv_heads, self._dimensions.queries_per_kv, -1
         )
         return Seen(
             keys=torch.cat(self._sampled["keys"]),
@@ -51,15 +51,15 @@ class Observer:
         )
 
     def _queries(self, x: torch.Tensor) -> None:
-        self._add_squares("queries", pairs(self._heads(x, self._shape.heads)))
+        self._add_squares("queries", pairs(self._heads(x, self._dimensions.heads)))
 
     def _keys(self, x: torch.Tensor) -> None:
-        keys = self._heads(x, self._shape.kv_heads)
+        keys = self._heads(x, self._dimensions.kv_heads)
         rows = self._sample("keys", keys)
         self._positions.append(rows)
 
     def _values(self, x: torch.Tensor) -> None:
-        self._add_squares("values", self._heads(x, self._shape.kv_heads))
+        self._add_squares("values", self._heads(x, self._dimensions.kv_heads))
 
     def _down(self, x: torch.Tensor) -> None:
         tokens = x.detach().flatten(0, -2)
@@ -67,10 +67,10 @@ class Observer:
         self._add_largest("down", tokens)
 
     def _heads(self, x: torch.Tensor, heads: int) -> torch.Tensor:
-        return x.detach().reshape(-1, heads, self._shape.head_dim)
+        return x.detach().reshape(-1, heads, self._dimensions.head_dim)
 
     def _sample(self, name: str, tokens: torch.Tensor) -> torch.Tensor:
-        """Keep a few rows, and say which."""
+        """Keep a few rows, and return which."""
         step = max(1, len(tokens) // self._tokens_per_sample)
         rows = torch.arange(step // 2, len(tokens), step, device=tokens.device)
         rows = rows[: self._tokens_per_sample]

@@ -26,13 +26,13 @@ SetName = Literal["w8a8", "w4a8", "w4a16"]
 _RECIPE_BYTES = 1 << 20
 
 
-class Options(BaseModel):
-    """Everything that decides the bytes of the result, besides model and text.
+class QuantizeOptions(BaseModel):
+    """The options that decide the bytes of the result, besides model and text.
 
     sets             which sets, the first for prompts and the last for generation
     nested           store w8a8 as a residual on w4a8
     group_size       128, or -1 for a scale per output channel (w4a8, w4a16)
-    kv_bits          what the K and V are prepared for and the server is told
+    kv_bits          the KV cache that K and V are prepared for and the server is told of
     kv_hadamard      rotate K in the cache before it is quantized
     lm_head_bits     16 leaves the lm_head in the model's dtype
     samples, seqlen  pieces of the calibration text, and tokens in each
@@ -41,7 +41,7 @@ class Options(BaseModel):
     smooth_outputs   smooth the inputs of o_proj and down_proj
     reorder          sort the inputs of down_proj by magnitude
     clip             try scales that clip
-    gptq             pass rounding errors on; else round to nearest
+    gptq             pass rounding errors on, or else round to the nearest
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -70,13 +70,13 @@ class Options(BaseModel):
         return sets
 
     @model_validator(mode="after")
-    def _rotatable(self) -> Options:
+    def _rotatable(self) -> QuantizeOptions:
         if self.kv_hadamard and self.kv_bits == 16:
             raise ValueError("kv_hadamard rotates keys that are quantized; give kv_bits 4 or 8")
         return self
 
     @model_validator(mode="after")
-    def _nestable(self) -> Options:
+    def _nestable(self) -> QuantizeOptions:
         if not self.nested:
             return self
         if not {"w8a8", "w4a8"} <= set(self.sets):
@@ -90,16 +90,16 @@ class Options(BaseModel):
         return self
 
     @classmethod
-    def parse(cls, values: dict[str, Any], where: str) -> Options:
-        """Validate; QuantizeError begins with `where`."""
+    def parse(cls, values: dict[str, Any], where: str) -> QuantizeOptions:
+        """Validate options; a QuantizeError begins with `where`."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
             raise QuantizeError(one_line(error, where)) from None
 
     @classmethod
-    def read(cls, recipe: Path | None, given: dict[str, Any]) -> Options:
-        """The recipe file (JSON), with what was `given` on the command line over it."""
+    def read(cls, recipe: Path | None, given: dict[str, Any]) -> QuantizeOptions:
+        """Read the recipe file (JSON), with what was `given` on the command line over it."""
         if recipe is None:
             return cls.parse(given, "options")
         if not recipe.is_file():
@@ -112,7 +112,7 @@ class Options(BaseModel):
 
     @property
     def kinds(self) -> tuple[SetKind, ...]:
-        """The sets in order."""
+        """The kinds of the sets, in order."""
         from vllm_qoq.quantizer.sets import SetKind
 
         return tuple(

@@ -1,11 +1,11 @@
-"""What can be known and refused before the weights are read."""
+"""The plan of a quantization: what can be known and refused before its work begins."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm_qoq.checkpoint.shards import MAX_SHARD_BYTES
 from vllm_qoq.errors import shown
@@ -16,16 +16,18 @@ from vllm_qoq.progress import Progress
 from vllm_qoq.quantizer import QuantizeError, size
 from vllm_qoq.quantizer.inputs import Inputs, check_inputs
 from vllm_qoq.quantizer.model import Dimensions
-from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.text import pieces
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from vllm_qoq.quantizer.workdir import Resume
 
 
 @dataclass(frozen=True)
 class Job:
-    """Where a quantization reads and writes and what it shows, besides its `Options`.
+    """A quantization as it is asked for: what it reads, writes and shows, besides its options.
 
     eval_text     text to measure the perplexity on, before and after
     sanity_check  whether to let every version continue a few words
@@ -55,10 +57,10 @@ class CheckedJob:
     """
 
     job: Job
-    options: Options
-    arch: LayerNames
-    shape: Dimensions
-    tokenizer: Any
+    options: QuantizeOptions
+    names: LayerNames
+    dimensions: Dimensions
+    tokenizer: PreTrainedTokenizerBase
     samples: list[list[int]]
     windows: list[list[int]]
     linears: list[tuple[int, int]]
@@ -67,13 +69,13 @@ class CheckedJob:
 
 
 def default_work_dir(out: Path) -> Path:
-    """Where finished layers go unless the user says otherwise: OUT with .work behind."""
+    """The folder for finished layers, unless the user says otherwise: OUT with .work behind."""
     resolved = out.resolve()  # "." has no name
     return resolved.parent / f"{resolved.name}.work"
 
 
-def check_job(job: Job, options: Options) -> CheckedJob:
-    """Check everything that can be known before work begins, the weights' numbers at last.
+def check_job(job: Job, options: QuantizeOptions) -> CheckedJob:
+    """Check everything that can be known before work begins, and the weights' numbers last.
 
     Raises QuantizeError, FormatError, TextError or OutputError with what is wrong and the remedy.
     """
@@ -83,13 +85,13 @@ def check_job(job: Job, options: Options) -> CheckedJob:
     from vllm_qoq.quantizer import load
     from vllm_qoq.quantizer.workdir import stored_bytes
 
-    checkpoint, arch, shape = inputs.checkpoint, inputs.arch, inputs.shape
+    checkpoint, names, dimensions = inputs.checkpoint, inputs.names, inputs.dimensions
     linears = inputs.linears
     parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
     stored = stored_bytes(job.work_dir)
     size.check_apart(job.work_dir, job.out, job.model)
-    needed = size.sizes(checkpoint, arch, shape, linears, options)
-    # Both exist until the output is complete; the pieces of a stopped run do so already.
+    needed = size.sizes(checkpoint, names, dimensions, linears=linears, options=options)
+    # Output and pieces exist together in the end; those of a stopped run are there already.
     to_come = max(needed.work - stored, 0)
     size.check_disks([(job.out, needed.output), (job.work_dir, to_come)])
 
@@ -108,11 +110,11 @@ def check_job(job: Job, options: Options) -> CheckedJob:
             )
     load.check_values(checkpoint, Progress(job.quiet))
     return CheckedJob(
-        job,
-        options,
-        arch,
-        shape,
-        tokenizer,
+        job=job,
+        options=options,
+        names=names,
+        dimensions=dimensions,
+        tokenizer=tokenizer,
         samples=samples,
         windows=windows,
         linears=linears,
@@ -122,10 +124,10 @@ def check_job(job: Job, options: Options) -> CheckedJob:
 
 
 def _check_divisible(inputs: Inputs) -> None:
-    for name, (n, k) in zip(inputs.arch.linears, inputs.linears, strict=False):  # all blocks alike
+    for name, (n, k) in zip(inputs.names.linears, inputs.linears, strict=False):  # all blocks alike
         if k % GROUP_SIZE or n % 8:
             raise QuantizeError(
-                f"{inputs.arch.blocks}.0.{name}.weight: [{n}, {k}] cannot be quantized: the "
+                f"{inputs.names.blocks}.0.{name}.weight: [{n}, {k}] cannot be quantized: the "
                 f"kernels need inputs that are a multiple of {GROUP_SIZE} and outputs that are "
                 "one of 8"
             )

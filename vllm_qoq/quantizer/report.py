@@ -1,4 +1,4 @@
-"""What a quantization reports: the error of every layer in every set, time and memory."""
+"""The report of a quantization: the error of every layer in every set, time and memory."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from vllm_qoq.quantizer import QuantizeError
 
 
 class LayerError(TypedDict):
-    """One row of the report.
+    """One row of the report: a layer in a set.
 
     output_error   |W x - W' x| / |W x| over the calibration inputs
-    clipped_share  of a nested set, weights whose residual is out of the range of 4 bits
+    clipped_share  in a nested set, the share of weights whose residual 4 bits do not hold
     """
 
     layer: str
@@ -39,7 +39,7 @@ def refuse_clipped(errors: Iterable[LayerError], limit: float) -> None:
 
 
 def summary(errors: list[LayerError], seconds: float) -> dict[str, Any]:
-    """The content of quantization_report.json, without what `job` knows."""
+    """Make the content of quantization_report.json, without what `job` knows."""
     import torch
 
     peak_gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
@@ -52,7 +52,7 @@ def summary(errors: list[LayerError], seconds: float) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as plain text: errors by kind of layer and set, time, memory, what was checked."""
+    """Format the report as text: errors by kind of layer and set, checks, time and memory."""
     errors: list[LayerError] = report["layers"]
     sets = list(dict.fromkeys(row["set"] for row in errors))
     kinds = list(dict.fromkeys(row["layer"].rpartition(".")[2] for row in errors))

@@ -28,13 +28,13 @@ _SEED = 0
 
 
 def hadamard(size: int, seed: int = _SEED) -> torch.Tensor:
-    """An orthogonal float64 [size, size] matrix whose entries have one magnitude."""
+    """Make an orthogonal matrix whose entries have one magnitude: float64 [size, size]."""
     return _random_matrix(size, torch.device("cpu"), seed) / size**0.5
 
 
-def require_sizes(shape: Dimensions) -> None:
-    """QuantizeError where the stream or the heads have a size that no rotation is known for."""
-    for size in (shape.hidden, shape.head_dim):
+def require_sizes(dimensions: Dimensions) -> None:
+    """Raise QuantizeError where no rotation is known for the size of the stream or the heads."""
+    for size in (dimensions.hidden, dimensions.head_dim):
         _random_matrix(size, torch.device("meta"), _SEED)
 
 
@@ -51,53 +51,53 @@ def _random_matrix(size: int, device: torch.device, seed: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def fold_norms(model: Module, arch: LayerNames) -> None:
+def fold_norms(model: Module, names: LayerNames) -> None:
     """Move the weights of the norms into the layers that read them."""
-    for block in blocks(model, arch):
-        for norm, readers in arch.norms.items():
+    for block in blocks(model, names):
+        for norm, readers in names.norms.items():
             _fold(block.get_submodule(norm), [block.get_submodule(name) for name in readers])
-    _fold(model.get_submodule(arch.final_norm), [model.get_submodule(arch.head)])
+    _fold(model.get_submodule(names.final_norm), [model.get_submodule(names.head)])
 
 
-def way_back(model: Module, arch: LayerNames, shape: Dimensions) -> dict[str, torch.Tensor]:
-    """The checkpoint's tensors that turn hidden states back. The norms must not be folded yet."""
-    norm = model.get_submodule(arch.final_norm).weight.detach().clone()
-    return {f"{STREAM}.rotation": basis.signs(hadamard(shape.hidden)), f"{STREAM}.norm": norm}
+def way_back(model: Module, names: LayerNames, dimensions: Dimensions) -> dict[str, torch.Tensor]:
+    """Make the checkpoint's tensors that turn hidden states back, before the norms are folded."""
+    norm = model.get_submodule(names.final_norm).weight.detach().clone()
+    return {f"{STREAM}.rotation": basis.signs(hadamard(dimensions.hidden)), f"{STREAM}.norm": norm}
 
 
 @torch.no_grad()
-def untie(model: Module, arch: LayerNames) -> None:
+def untie(model: Module, names: LayerNames) -> None:
     """Give lm_head a weight of its own: it reads the folded norm, the embedding does not."""
-    head, embedding = model.get_submodule(arch.head), model.get_submodule(arch.embedding)
+    head, embedding = model.get_submodule(names.head), model.get_submodule(names.embedding)
     if head.weight is embedding.weight:
         head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
     model.config.tie_word_embeddings = False
 
 
 @torch.no_grad()
-def rotate_stream(model: Module, arch: LayerNames, shape: Dimensions) -> None:
-    """Apply R1. The norms must be folded."""
-    rotation = hadamard(shape.hidden)
-    turn_inputs(model.get_submodule(arch.embedding), rotation)
-    turn_inputs(model.get_submodule(arch.head), rotation)
-    for block in blocks(model, arch):
-        for name in (arch.q, arch.k, arch.v, arch.gate, arch.up):
+def rotate_stream(model: Module, names: LayerNames, dimensions: Dimensions) -> None:
+    """Apply R1 to all that reads or writes the residual stream. The norms must be folded."""
+    rotation = hadamard(dimensions.hidden)
+    turn_inputs(model.get_submodule(names.embedding), rotation)
+    turn_inputs(model.get_submodule(names.head), rotation)
+    for block in blocks(model, names):
+        for name in (names.q, names.k, names.v, names.gate, names.up):
             turn_inputs(block.get_submodule(name), rotation)
-        for name in (arch.o, arch.down):
+        for name in (names.o, names.down):
             turn_outputs(block.get_submodule(name), rotation)
 
 
 @torch.no_grad()
-def rotate_values(model: Module, arch: LayerNames, shape: Dimensions) -> None:
-    """Apply R2 to every head."""
-    rotation = hadamard(shape.head_dim)
-    for block in blocks(model, arch):
-        turn_outputs(block.get_submodule(arch.v), rotation)
-        turn_inputs(block.get_submodule(arch.o), rotation)
+def rotate_values(model: Module, names: LayerNames, dimensions: Dimensions) -> None:
+    """Apply R2 to the values of every head."""
+    rotation = hadamard(dimensions.head_dim)
+    for block in blocks(model, names):
+        turn_outputs(block.get_submodule(names.v), rotation)
+        turn_inputs(block.get_submodule(names.o), rotation)
 
 
 def turn_inputs(layer: Module, rotation: torch.Tensor) -> None:
-    """W [N, K] -> W @ R, block by block where R is smaller than K."""
+    """Replace W [N, K] by W @ R, block by block where R is smaller than K."""
     weight = layer.weight.data
     size = len(rotation)
     blocked = weight.double().view(weight.shape[0], -1, size)
@@ -105,7 +105,7 @@ def turn_inputs(layer: Module, rotation: torch.Tensor) -> None:
 
 
 def turn_outputs(layer: Module, rotation: torch.Tensor) -> None:
-    """W [N, K] -> R.T @ W and b -> R.T @ b, block by block where R is smaller than N."""
+    """Replace W [N, K] by R.T @ W and b by R.T @ b, block by block where R is smaller than N."""
     weight, size = layer.weight.data, len(rotation)
     rotation = rotation.to(weight.device)
     blocked = weight.double().view(-1, size, weight.shape[1])

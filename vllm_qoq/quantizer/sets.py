@@ -1,4 +1,4 @@
-"""The sets that `quantize` can make: their grids, and what config.json says of them."""
+"""The kinds of sets that `quantize` can make: their grids and their entries in config.json."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from vllm_qoq.quantizer.nested import Nested
 
 @dataclass(frozen=True)
 class SetKind:
-    """One of `w8a8`, `w4a8`, `w4a16`.
+    """A kind of set: `w8a8`, `w4a8` or `w4a16`.
 
     group_size  128 or -1 (w4a8: no groups; w4a16: a scale per output channel)
-    base        of a nested w8a8, the set that it is stored as a residual on
+    base        the set that a nested w8a8 is stored as a residual on; None for any other
     """
 
     name: str
@@ -33,7 +33,7 @@ class SetKind:
 
     @property
     def bits(self) -> float:
-        """Stored bits per weight, without what belongs to whole rows."""
+        """Stored bits per weight, with the scales of groups but not those of rows."""
         if self.base is not None:
             return 4.0
         if self.name == "w8a8":
@@ -44,7 +44,7 @@ class SetKind:
     def grid(
         self, weight: torch.Tensor, dtype: torch.dtype, clip: bool, base: Grid | None = None
     ) -> Grid:
-        """An empty grid for `weight` [N, K]; `dtype` is the model's.
+        """Make an empty grid for `weight` [N, K]; `dtype` is the model's.
 
         base  the layer's filled grid in the set `self.base`
         """
@@ -54,13 +54,13 @@ class SetKind:
         n, k = weight.shape
         if self.name == "w4a8":
             kind = PerChannel if self.group_size == -1 else TwoLevel
-            return kind(n, k, weight.device, clip)
+            return kind(n, k, weight.device, clip=clip)
         bits = 8 if self.name == "w8a8" else 4
         group = GROUP_SIZE if bits == 4 and self.group_size != -1 else None
-        return Symmetric(n, k, weight.device, clip, bits, group, dtype)
+        return Symmetric(n, k, weight.device, clip=clip, bits=bits, group=group, scale_dtype=dtype)
 
     def config(self) -> dict[str, Any]:
-        """The set's entry in `quantization_config.sets`."""
+        """Make the set's entry in `quantization_config.sets`."""
         if self.base is not None:
             return ResidualSet(base=self.base).model_dump(mode="json")
         if self.name == "w4a8":
@@ -92,9 +92,9 @@ class SetKind:
 
 
 def dequantize(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """float32 [N, K]: the weight that a layer's tensors, by leaf, stand for in any of the sets.
+    """Dequantize a layer of any kind of set from its tensors, by leaf: float32 [N, K].
 
-    Those of a nested set are the base's and its own.
+    The tensors of a nested set are the base's and its own.
     """
     if "qweight" in tensors:
         return reference.dequantize(dict(tensors))

@@ -1,4 +1,4 @@
-"""How much disk and memory a quantization takes, known from headers and options."""
+"""The disk and memory that a quantization takes, known from headers and options."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from vllm_qoq.progress import human_bytes
 from vllm_qoq.quantizer import QuantizeError
 from vllm_qoq.quantizer.inputs import DTYPES, dtype_name
 from vllm_qoq.quantizer.model import Dimensions
-from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.options import QuantizeOptions
 
 if TYPE_CHECKING:
     from vllm_qoq.quantizer.sets import SetKind
 
 _FLOAT32, _FLOAT64, _INT64 = 4, 8, 8
-# Python, torch, transformers and llmcompressor, once they have worked on a small model.
+# Bytes of Python, torch, transformers and llmcompressor after work on a small model.
 _LIBRARIES = 7 * 10**8
-# float32 copies of a layer's weights while its scales are searched, and [K, K] matrices.
+# While scales are searched, so many float32 copies of a layer's weights and of [K, K] matrices
+# are held.
 _WEIGHT_COPIES, _MATRIX_COPIES = 12, 5
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes.
+    """The bytes that a quantization takes.
 
     output  the tensors of the checkpoint
     work    the pieces in the work folder, which exist until the output is complete
@@ -49,28 +50,28 @@ class Sizes:
 
 def sizes(
     checkpoint: Checkpoint,
-    arch: LayerNames,
-    shape: Dimensions,
+    names: LayerNames,
+    dimensions: Dimensions,
     linears: Sequence[tuple[int, int]],
-    options: Options,
+    options: QuantizeOptions,
 ) -> Sizes:
-    """What a run with these options takes; `linears` has (N, K) of all layers, block by block."""
-    item = _item_bytes(checkpoint, arch)
-    in_sets, biased = _names_in_sets(checkpoint, arch, shape)
+    """Count the bytes of a run; `linears` has (N, K) of all layers, block by block."""
+    item = _item_bytes(checkpoint, names)
+    in_sets, biased = _names_in_sets(checkpoint, names, dimensions)
     shared = sum(
         item * math.prod(info.shape)
         for name, info in checkpoint.tensors.items()
         if name not in in_sets and not name.endswith(CONSTANT)
     )
-    vocabulary, hidden = _embedding(checkpoint, arch)
-    is_tied = f"{arch.head}.weight" not in checkpoint.tensors
+    vocabulary, hidden = _embedding(checkpoint, names)
+    is_tied = f"{names.head}.weight" not in checkpoint.tensors
     head = item * vocabulary * hidden
     if options.lm_head_bits == 8:
         shared += vocabulary * (hidden + _FLOAT32) - (0 if is_tied else head)
     elif is_tied:
         shared += head  # the final norm is folded into a copy
     if options.rotate:
-        shared += hidden * hidden + item * hidden  # what turns hidden states back
+        shared += hidden * hidden + item * hidden  # the tensors that turn hidden states back
     sets = sum(
         layer_bytes(kind, n, k, item) + item * n * has_bias
         for kind in options.kinds
@@ -79,8 +80,8 @@ def sizes(
     # The weights that make the next block's inputs are pieces, too.
     propagated = sum(item * n * k for n, k in linears)
     output, work = shared + sets, shared + sets + propagated
-    block = linears[: len(arch.linears)]
-    inputs = {group[0]: k for group, k in _inputs(arch, block)}
+    block = linears[: len(names.linears)]
+    inputs = {group[0]: k for group, k in _inputs(names, block)}
     largest_k, largest = max(k for _, k in block), max(n * k for n, k in block)
     memory = {
         "libraries": _LIBRARIES,
@@ -89,15 +90,15 @@ def sizes(
         "calibration": 2 * item * options.samples * options.seqlen * hidden,
         "hessians": _FLOAT32 * sum(k * k for k in inputs.values()),
         "rounding": _FLOAT32 * (_MATRIX_COPIES * largest_k**2 + _WEIGHT_COPIES * largest),
-        "results of a block": 2 * (sets + propagated) // shape.layers,
-        # Two float64 matrices of its size, or the results before they are written.
+        "results of a block": 2 * (sets + propagated) // dimensions.layers,
+        # Two float64 matrices of its size are held while it turns, or later what is to be written.
         "embedding": 2 * _FLOAT64 * vocabulary * hidden,
     }
     return Sizes(output, work, memory)
 
 
 def layer_bytes(kind: SetKind, n: int, k: int, item: int) -> int:
-    """Bytes of a layer [n, k] in one set, without its bias; `item` are the bytes of a float."""
+    """Count the bytes of a layer [n, k] in one set, without its bias; a float has `item` bytes."""
     if kind.base is not None:
         return n * k // 2
     if kind.name == "w8a8":
@@ -110,7 +111,7 @@ def layer_bytes(kind: SetKind, n: int, k: int, item: int) -> int:
 
 
 def check_disks(needs: Iterable[tuple[Path, int]]) -> None:
-    """QuantizeError unless every disk can take what is written to it in all.
+    """Raise QuantizeError unless every disk can take all that is written to it.
 
     needs  (folder or file that may not exist yet, bytes)
     """
@@ -129,7 +130,7 @@ def check_disks(needs: Iterable[tuple[Path, int]]) -> None:
 
 
 def check_apart(work_dir: Path, out: Path, model: Path) -> None:
-    """QuantizeError where the work folder is, holds or lies in the output or the model."""
+    """Raise QuantizeError where the work folder is, holds or lies in the output or the model."""
     work = work_dir.resolve()
     for option, folder in (("--output", out), ("the model", model)):
         other = folder.resolve()
@@ -144,9 +145,9 @@ def _existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
-def _embedding(checkpoint: Checkpoint, arch: LayerNames) -> tuple[int, int]:
-    """Vocabulary and hidden size."""
-    name = f"{arch.embedding}.weight"
+def _embedding(checkpoint: Checkpoint, names: LayerNames) -> tuple[int, int]:
+    """The vocabulary's and the hidden size."""
+    name = f"{names.embedding}.weight"
     info = checkpoint.tensors.get(name)
     if info is None or len(info.shape) != 2:
         raise QuantizeError(
@@ -156,25 +157,27 @@ def _embedding(checkpoint: Checkpoint, arch: LayerNames) -> tuple[int, int]:
     return info.shape[0], info.shape[1]
 
 
-def _item_bytes(checkpoint: Checkpoint, arch: LayerNames) -> int:
-    """Bytes of a float of the model as `load` has it."""
+def _item_bytes(checkpoint: Checkpoint, names: LayerNames) -> int:
+    """The bytes of a float of the model as `load` has it."""
     name = dtype_name(checkpoint.config)
-    stored = checkpoint.tensors[f"{arch.embedding}.weight"].dtype
+    stored = checkpoint.tensors[f"{names.embedding}.weight"].dtype
     return ITEM_BYTES[stored if name is None else DTYPES[name]]
 
 
 def _names_in_sets(
-    checkpoint: Checkpoint, arch: LayerNames, shape: Dimensions
+    checkpoint: Checkpoint, names: LayerNames, dimensions: Dimensions
 ) -> tuple[set[str], list[bool]]:
-    """The tensors of the layers that every set has, and which of these layers have a bias."""
-    layers = [f"{arch.blocks}.{i}.{name}" for i in range(shape.layers) for name in arch.linears]
+    """List the tensors of the layers that every set has, and which of these have a bias."""
+    layers = [
+        f"{names.blocks}.{i}.{name}" for i in range(dimensions.layers) for name in names.linears
+    ]
     biased = [f"{layer}.bias" in checkpoint.tensors for layer in layers]
     return {f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias")}, biased
 
 
 def _inputs(
-    arch: LayerNames, block: Sequence[tuple[int, int]]
+    names: LayerNames, block: Sequence[tuple[int, int]]
 ) -> Iterable[tuple[tuple[str, ...], int]]:
-    """The groups of layers that read one input, and its size."""
-    sizes_of = dict(zip(arch.linears, block, strict=True))
-    return ((group, sizes_of[group[0]][1]) for group in arch.inputs)
+    """List the groups of layers that read one input, and its size."""
+    sizes_of = dict(zip(names.linears, block, strict=True))
+    return ((group, sizes_of[group[0]][1]) for group in names.inputs)

@@ -1,4 +1,4 @@
-"""Scales and orders of channels that the quantizers see and the model's function does not.
+"""Smoothing: scales and orders of channels that leave the model's function as it is.
 
 SmoothAttention divides the channels of K, and multiplies those of Q, by a scale
 that K's large channels ask for. RoPE mixes channel i with i + D/2 of a head, so the
@@ -25,11 +25,11 @@ from vllm_qoq.quantizer.weights import assign
 
 @dataclass(frozen=True)
 class SmoothOptions:
-    """What to smooth, and the precisions that the scales are chosen for.
+    """The options of smoothing, with the precisions that the scales are chosen for.
 
-    attention  SmoothAttention on K
-    outputs    the inputs of o_proj and down_proj
-    reorder    sort down_proj's inputs
+    attention  whether K gets SmoothAttention
+    outputs    whether the inputs of o_proj and down_proj are smoothed
+    reorder    whether the inputs of down_proj are sorted
     """
 
     attention: bool
@@ -42,7 +42,7 @@ class SmoothOptions:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the calibration text showed of one block.
+    """The magnitudes and samples that the calibration text showed of one block.
 
     keys         float [tokens, kv_heads, head_dim] before RoPE, a sample
     positions    int64 [tokens] of these keys in their pieces of text
@@ -64,14 +64,14 @@ class Seen:
 def transforms(
     seen: Seen,
     block: Module,
-    arch: LayerNames,
-    shape: Dimensions,
+    names: LayerNames,
+    dimensions: Dimensions,
     inv_freq: torch.Tensor,
     options: SmoothOptions,
 ) -> dict[str, torch.Tensor]:
-    """The tensors that `apply` needs, for one block; only those that `options` ask for.
+    """Find the tensors that `apply` needs for one block, those that `options` ask for.
 
-    inv_freq float32 [head_dim / 2] is RoPE's.
+    inv_freq is RoPE's, float32 [head_dim / 2]. The results are
 
     key_scale    float32 [kv_heads, head_dim / 2]
     value_scale  float32 [kv_heads, head_dim]
@@ -82,19 +82,19 @@ def transforms(
     if options.attention:
         keys = strength.with_rope(seen.keys, seen.positions, inv_freq.to(seen.keys.device))
         queries = seen.query_pairs
-        if arch.k_norm is not None:  # one weight for all heads
+        if names.k_norm is not None:  # one weight for all heads
             keys = keys.flatten(0, 1)[:, None]
             queries = queries.square().mean(dim=0, keepdim=True).sqrt()
         scale = strength.key_scale(keys, queries, options.kv_bits, options.kv_hadamard)
-        found["key_scale"] = scale.expand(shape.kv_heads, -1).contiguous()
+        found["key_scale"] = scale.expand(dimensions.kv_heads, -1).contiguous()
     if options.outputs:
-        readers = block.get_submodule(arch.o).weight.detach().float().square().sum(dim=0)
-        readers = readers.view(shape.kv_heads, shape.queries_per_kv, -1).sum(dim=1).sqrt()
+        readers = block.get_submodule(names.o).weight.detach().float().square().sum(dim=0)
+        readers = readers.view(dimensions.kv_heads, dimensions.queries_per_kv, -1).sum(dim=1).sqrt()
         found["value_scale"] = strength.value_scale(seen.values, readers)
         found["down_scale"] = strength.down_scale(
             seen.down_inputs,
             seen.down,
-            block.get_submodule(arch.down).weight.detach(),
+            block.get_submodule(names.down).weight.detach(),
             options.weight_bits,
         )
     if options.reorder:
@@ -104,42 +104,44 @@ def transforms(
 
 @torch.no_grad()
 def apply(
-    block: Module, found: dict[str, torch.Tensor], arch: LayerNames, shape: Dimensions
+    block: Module, found: dict[str, torch.Tensor], names: LayerNames, dimensions: Dimensions
 ) -> None:
-    """Change the weights of one block. The function stays, but for rounding to their dtype."""
+    """Change the weights of one block; its function stays, but for rounding to their dtype."""
     if "key_scale" in found:
-        _smooth_keys(block, found["key_scale"].double(), arch, shape)
+        _smooth_keys(block, found["key_scale"].double(), names, dimensions)
     if "value_scale" in found:
         scale = found["value_scale"].double()
-        _scale_rows(block.get_submodule(arch.v), 1 / scale.flatten())
-        per_head = scale.repeat_interleave(shape.queries_per_kv, dim=0)
-        _scale_columns(block.get_submodule(arch.o), per_head.flatten())
+        _scale_rows(block.get_submodule(names.v), 1 / scale.flatten())
+        per_head = scale.repeat_interleave(dimensions.queries_per_kv, dim=0)
+        _scale_columns(block.get_submodule(names.o), per_head.flatten())
     if "down_scale" in found:
         scale = found["down_scale"].double()
-        _scale_rows(block.get_submodule(arch.up), 1 / scale)
-        _scale_columns(block.get_submodule(arch.down), scale)
+        _scale_rows(block.get_submodule(names.up), 1 / scale)
+        _scale_columns(block.get_submodule(names.down), scale)
     if "down_order" in found:
-        _reorder(block, found["down_order"], arch)
+        _reorder(block, found["down_order"], names)
 
 
-def _smooth_keys(block: Module, scale: torch.Tensor, arch: LayerNames, shape: Dimensions) -> None:
+def _smooth_keys(
+    block: Module, scale: torch.Tensor, names: LayerNames, dimensions: Dimensions
+) -> None:
     per_kv_head = torch.cat((scale, scale), dim=1)  # both halves of each pair
-    if arch.k_norm is not None and arch.q_norm is not None:
-        _scale_vector(block.get_submodule(arch.k_norm), 1 / per_kv_head[0])
-        _scale_vector(block.get_submodule(arch.q_norm), per_kv_head[0])
+    if names.k_norm is not None and names.q_norm is not None:
+        _scale_vector(block.get_submodule(names.k_norm), 1 / per_kv_head[0])
+        _scale_vector(block.get_submodule(names.q_norm), per_kv_head[0])
         return
-    _scale_rows(block.get_submodule(arch.k), 1 / per_kv_head.flatten())
-    per_head = per_kv_head.repeat_interleave(shape.queries_per_kv, dim=0)
-    _scale_rows(block.get_submodule(arch.q), per_head.flatten())
+    _scale_rows(block.get_submodule(names.k), 1 / per_kv_head.flatten())
+    per_head = per_kv_head.repeat_interleave(dimensions.queries_per_kv, dim=0)
+    _scale_rows(block.get_submodule(names.q), per_head.flatten())
 
 
-def _reorder(block: Module, order: torch.Tensor, arch: LayerNames) -> None:
-    for name in (arch.gate, arch.up):
+def _reorder(block: Module, order: torch.Tensor, names: LayerNames) -> None:
+    for name in (names.gate, names.up):
         layer = block.get_submodule(name)
         assign(layer, "weight", layer.weight.data[order.to(layer.weight.device)].contiguous())
         if layer.bias is not None:
             assign(layer, "bias", layer.bias.data[order.to(layer.bias.device)].contiguous())
-    down = block.get_submodule(arch.down)
+    down = block.get_submodule(names.down)
     assign(down, "weight", down.weight.data[:, order.to(down.weight.device)].contiguous())
 
 

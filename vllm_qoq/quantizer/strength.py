@@ -1,4 +1,4 @@
-"""How strongly to smooth: scales whose rounding errors, measured on a few tokens, are least.
+"""The strength of smoothing: scales whose rounding errors, on a few tokens, are least.
 
 The searches try the scales `a^x / b^y` of a few exponents, with a what is divided by
 the scale and b what is multiplied, and keep the best. Channels of zeros, which padded and
@@ -28,7 +28,7 @@ _STEPS, _RATE = 200, 0.02
 def scale(
     divided: torch.Tensor, x: float, multiplied: torch.Tensor | None = None, y: float = 0.0
 ) -> torch.Tensor:
-    """divided^x / multiplied^y, float32 [..., K], each vector with a geometric mean of 1."""
+    """Compute divided^x / multiplied^y, float32 [..., K], each vector with geometric mean 1."""
     logarithm = _logarithm(divided) * x
     if multiplied is not None:
         logarithm = logarithm - _logarithm(multiplied) * y
@@ -36,7 +36,10 @@ def scale(
 
 
 def _logarithm(magnitudes: torch.Tensor) -> torch.Tensor:
-    """Of magnitudes [..., K] as far down as the largest of each vector allows; 0 for zeros."""
+    """Take the logarithm of magnitudes [..., K], bounded from below by each vector's largest.
+
+    It is 0 for a vector of zeros.
+    """
     magnitudes = magnitudes.float()
     largest = magnitudes.amax(dim=-1, keepdim=True)
     # The square of the smallest must not vanish where a search weights with it.
@@ -47,10 +50,10 @@ def _logarithm(magnitudes: torch.Tensor) -> torch.Tensor:
 def down_scale(
     inputs: torch.Tensor, largest: torch.Tensor, weight: torch.Tensor, weight_bits: int
 ) -> torch.Tensor:
-    """float32 [K] for the inputs of a layer with weight [N, K], rounded to int8 per token.
+    """Find scales float32 [K] for a layer [N, K] whose inputs are rounded to int8 per token.
 
     inputs   float [tokens, K], a sample
-    largest  float32 [K], of all inputs
+    largest  float32 [K], the largest magnitudes of all inputs
     """
     weight = weight.float()
     columns = weight.abs().amax(dim=0)
@@ -69,14 +72,14 @@ def down_scale(
 def key_scale(
     keys: torch.Tensor, query_pairs: torch.Tensor, bits: int, use_hadamard: bool = False
 ) -> torch.Tensor:
-    """float32 [heads, head_dim / 2] for the pairs of the keys, head by head.
+    """Find scales float32 [heads, head_dim / 2] for the pairs of the keys, head by head.
 
-    keys         float [tokens, heads, head_dim] after RoPE, a sample
-    query_pairs  float32 [heads, head_dim / 2]: root mean square of the queries' pairs
+    keys          float [tokens, heads, head_dim] after RoPE, a sample
+    query_pairs   float32 [heads, head_dim / 2]: root mean square of the queries' pairs
     use_hadamard  whether the cache rotates the keys
 
     A key's error is about its range over the head, whatever the channel, and a query
-    weights it. The product of both is brought down from the best of a few starts.
+    weights it. The product of both is minimized from the best of a few starts.
     """
     keys = keys.float()
 
@@ -94,12 +97,12 @@ def key_scale(
 
 
 def pairs(x: torch.Tensor) -> torch.Tensor:
-    """float32 [..., head_dim / 2] of [..., head_dim]: the magnitude of each pair of RoPE."""
+    """Magnitudes of the pairs of RoPE: [..., head_dim] to float32 [..., head_dim / 2]."""
     return x.float().unflatten(-1, (2, -1)).norm(dim=-2)
 
 
 def with_rope(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
-    """x [tokens, heads, head_dim] turned as in the attention of the Llama family.
+    """Apply RoPE to x [tokens, heads, head_dim] as the attention of the Llama family does.
 
     positions int64 [tokens], inv_freq float32 [head_dim / 2]
     """
@@ -139,7 +142,7 @@ def _best_of_each_head(
 
 
 def value_scale(values: torch.Tensor, readers: torch.Tensor) -> torch.Tensor:
-    """float32 [kv_heads, head_dim] for values that R2 will turn, sqrt(value / reader).
+    """Find scales sqrt(value / reader), float32 [kv_heads, head_dim], for values that R2 turns.
 
     values   float32 [kv_heads, head_dim]: root mean square
     readers  float32 [kv_heads, head_dim]: norm of the columns of o_proj that read the channel
@@ -157,7 +160,7 @@ def _best(
 
 
 def _rounded_weight(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """To the nearest code, in groups of 128 for 4 bits and per row for 8."""
+    """Round a weight to the nearest codes, in groups of 128 for 4 bits and per row for 8."""
     n, k = weight.shape
     groups = weight.view(n, -1, GROUP_SIZE if bits == 4 else k)
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)

@@ -1,18 +1,23 @@
-"""Calibration and evaluation text: a file, cut into pieces of equal length."""
+"""Cutting of calibration and evaluation text into pieces of equal length."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vllm_qoq.quantizer import QuantizeError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def pieces(path: Path, tokenizer: Any, seqlen: int, samples: int | None) -> list[list[int]]:
-    """Token ids of up to `samples` consecutive pieces of `seqlen` tokens, from all over the file.
 
-    Without special tokens, as `vllm_qoq.bench.perplexity` has them. Raises
-    QuantizeError if the text is too short.
+def pieces(
+    path: Path, tokenizer: PreTrainedTokenizerBase, seqlen: int, samples: int | None
+) -> list[list[int]]:
+    """Cut a text file into pieces of `seqlen` token ids, of which up to `samples` are kept.
+
+    They are taken from all over the file; None keeps all. There are no special tokens, as in
+    `vllm_qoq.bench.perplexity`. Raises QuantizeError if the text is too short.
     """
     tokens = tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False).input_ids
     starts = list(range(0, len(tokens) - seqlen + 1, seqlen))

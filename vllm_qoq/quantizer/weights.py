@@ -11,7 +11,7 @@ from vllm_qoq.quantizer.model import Module
 def assign(layer: Module, name: str, value: torch.Tensor) -> None:
     """Give the parameter `name` of `layer` the content of `value`, also if it is offloaded.
 
-    QuantizeError where the parameter's dtype cannot hold it.
+    Raises QuantizeError where the parameter's dtype cannot hold it.
     """
     from compressed_tensors.offload import update_offload_parameter
 

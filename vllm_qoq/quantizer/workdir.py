@@ -1,7 +1,7 @@
-"""Results of a quantization that are already on the disk, so that a stopped run goes on.
+"""The work folder: results of a quantization on the disk, so that a stopped run goes on.
 
-A work folder is known by its `fingerprint.json`, which says of what model, text, options and
-versions the results are. Each finished piece is a safetensors file whose header has the run (a
+A work folder is known by its `fingerprint.json`, which names the model, text, options and versions
+that the results depend on. Each finished piece is a safetensors file whose header has the run (a
 digest of the fingerprint) and a digest of the tensors. Files get their name when they are
 complete. Only a file whose name or header has the run of the folder's fingerprint is ever deleted;
 other people's files stay, and a folder of theirs is refused before anything in it changes.
@@ -39,7 +39,7 @@ _MARK, _VERSION = "vllm-qoq work folder", 2
 
 
 class WorkDir:
-    """Finished pieces by name. `open` makes it.
+    """A work folder: finished pieces by name. `open` makes it.
 
     made_folder  whether a run made the folder, which is then removed with the pieces
     """
@@ -52,15 +52,15 @@ class WorkDir:
     def open(cls, path: Path, fingerprint: dict[str, Any], resume: Resume) -> Iterator[WorkDir]:
         """Go on with the folder or begin it, for this process alone.
 
-        QuantizeError if the folder belongs to another run or is not one of ours, or if a piece is
-        damaged. A folder in which nothing was finished is removed.
+        Raises QuantizeError if the folder belongs to another run or is not one of ours, or if a
+        piece is damaged. A folder in which nothing was finished is removed.
         """
         check(path, fingerprint, resume)
-        # What a run left that was killed before it had a fingerprint is in a folder that it made.
+        # A run that was killed before it had a fingerprint left files only in a folder it made.
         made_folder = not path.exists() or any(path.iterdir())
         path.mkdir(exist_ok=True)
         with _lock(path):
-            # Anew: another process may have ended since.
+            # Another process may have ended since, so this is checked again.
             check(path, fingerprint, resume)
             found = _find(path)
             if found is not None and resume == "never":
@@ -86,7 +86,7 @@ class WorkDir:
         """Whether the piece is finished."""
         return self.file(name).exists()
 
-    def save(self, name: str, tensors: Mapping[str, torch.Tensor], facts: Any) -> None:
+    def save(self, name: str, tensors: Mapping[str, torch.Tensor], facts: object) -> None:
         """Store a piece: `tensors`, which may share memory, and `facts` as JSON."""
         from safetensors.torch import save
 
@@ -100,7 +100,7 @@ class WorkDir:
         self._write(self.file(name).name, save(alone, metadata))
 
     def load(self, name: str) -> tuple[dict[str, torch.Tensor], Any]:
-        """The tensors and facts of a finished piece."""
+        """Read the tensors and facts of a finished piece."""
         tensors, metadata = _read(self.file(name))
         return tensors, json.loads(metadata["facts"])
 
@@ -114,16 +114,16 @@ class WorkDir:
                 self.path.rmdir()
 
     def file(self, name: str) -> Path:
-        """Where the piece is, or will be."""
+        """The path where the piece is, or will be."""
         return self.path / f"{name}{_PIECE}"
 
     def _check_pieces(self) -> None:
-        """Refuse pieces that are not what was written: a disk may lose what a run stored."""
+        """Raise QuantizeError for pieces that are not what was written: a disk may lose some."""
         for file in _pieces(self.path):
             try:
                 tensors, metadata = _read(file)
                 is_whole = _digest(tensors) == metadata["sha256"]
-            except Exception as error:  # of many kinds: the file may hold anything
+            except Exception as error:  # The file may hold anything.
                 raise _damaged(file, str(error)) from None
             if not is_whole:
                 raise _damaged(file, "its tensors are not those that were stored")
@@ -134,30 +134,31 @@ class WorkDir:
 
     def _write(self, name: str, content: bytes) -> None:
         partial = self.path / _partial(name, self._run)
-        partial.unlink(missing_ok=True)  # of a run that was killed
+        partial.unlink(missing_ok=True)  # A run that was killed may have left it.
         try:
             write_bytes(partial, content)
             partial.rename(self.path / name)
         except BaseException:
-            partial.unlink(missing_ok=True)  # on a full disk, what the next run needs
+            partial.unlink(missing_ok=True)  # The next run needs the room on a full disk.
             raise
         sync_folder(self.path)
 
 
 @dataclass(frozen=True)
 class _Found:
-    """What the fingerprint.json of a work folder says."""
+    """The content of the fingerprint.json of a work folder."""
 
     fingerprint: dict[str, Any]
     made_folder: bool
 
     @property
     def run(self) -> str:
+        """The name of the run in its pieces."""
         return _run(self.fingerprint)
 
 
 def check(path: Path, fingerprint: dict[str, Any], resume: Resume) -> None:
-    """QuantizeError for a folder that `WorkDir.open` would refuse; nothing is written."""
+    """Raise QuantizeError for a folder that `WorkDir.open` would refuse; nothing is written."""
     found = _find(path)
     if found is None:
         if resume == "required":
@@ -167,14 +168,14 @@ def check(path: Path, fingerprint: dict[str, Any], resume: Resume) -> None:
 
 
 def stored_bytes(path: Path) -> int:
-    """Bytes of the pieces in the folder; QuantizeError if it is not one of ours."""
+    """Count the bytes of the pieces in the folder; QuantizeError if it is not one of ours."""
     return 0 if _find(path) is None else sum(file.stat().st_size for file in _pieces(path))
 
 
 def _find(path: Path) -> _Found | None:
-    """The run that the folder belongs to; None if there is no folder, or an empty one.
+    """Find the run that the folder belongs to; None if there is no folder, or an empty one.
 
-    QuantizeError for anything else. No file is opened unless it is a regular one.
+    Raises QuantizeError for anything else. No file is opened unless it is a regular one.
     """
     if not os.path.lexists(path):
         parent = path.absolute().parent
@@ -219,9 +220,10 @@ def _pieces(path: Path) -> Iterator[Path]:
 
 
 def _files_of(path: Path, run: str) -> list[Path]:
-    """What the run has written into its folder: pieces, unfinished ones and the fingerprint last.
+    """List the files that a run wrote into its folder: pieces, unfinished ones, the fingerprint.
 
-    A process that is killed here leaves a folder that still is one of ours.
+    The fingerprint is last, so that a process that is killed while it deletes them leaves a folder
+    that still is one of ours.
     """
     pieces = [f for f in _pieces(path) if _is_regular(f) and _metadata(f).get("run") == run]
     partial = [f for f in path.iterdir() if f.name.endswith(_partial("", run)) and _is_regular(f)]
@@ -229,7 +231,7 @@ def _files_of(path: Path, run: str) -> list[Path]:
 
 
 def _is_begun(file: Path) -> bool:
-    """Whether a run may have left the file that was killed before it had a fingerprint."""
+    """Whether a run that was killed before it had a fingerprint may have left the file."""
     return _is_begun_fingerprint(file) or (file.name == _LOCK and _is_empty(file))
 
 
@@ -254,7 +256,7 @@ def _is_empty(file: Path) -> bool:
 
 
 def _metadata(file: Path) -> dict[str, Any]:
-    """The metadata of a safetensors header, also of a file that is cut off behind it."""
+    """Read the metadata of a safetensors header, also of a file that is cut off behind it."""
     with open(file, "rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
         text = opened.read(size) if size <= _HEADER_BYTES else b""
@@ -275,7 +277,7 @@ def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def _unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors on the CPU, each in memory of its own, as the safetensors library wants them.
+    """Bring tensors to the CPU, each in memory of its own, as the safetensors library wants them.
 
     Sets share a layer's bias, and a tensor that is on the CPU already is not copied there.
     """
@@ -298,7 +300,7 @@ def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def _run(fingerprint: dict[str, Any]) -> str:
-    """What names a run in its pieces."""
+    """Compute the name of a run in its pieces: a digest of the fingerprint."""
     text = json.dumps(fingerprint, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -319,12 +321,12 @@ def _damaged(file: Path, why: str) -> QuantizeError:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Keep other processes out of the folder. The system lets go of it with the process.
+    """Keep other processes out of the folder; the system lets go of the lock with the process.
 
     On a file system without locks two processes may meet: one of them ends with an error, because
     they write into files of one name, and none takes a piece that is not whole.
     """
-    # Neither follow a link nor wait for a FIFO that took the name meanwhile.
+    # A link or a FIFO may have taken the name: the one is not followed, nor the other waited for.
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     with open(path / _LOCK, "rb", opener=lambda name, _: os.open(name, flags, 0o666)) as file:
         try:
@@ -344,7 +346,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _compare(known: dict[str, Any], fingerprint: dict[str, Any], path: Path) -> None:
-    # `known` may have been edited: both sides as JSON has them.
+    # `known` comes from JSON, so the other side is brought through JSON, too.
     wanted = json.loads(json.dumps(fingerprint))
     differing = [key for key in {**wanted, **known} if known.get(key) != wanted.get(key)]
     if differing:

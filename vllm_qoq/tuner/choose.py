@@ -1,4 +1,4 @@
-"""From measurements to a routing: pure, deterministic, total.
+"""The choice of a routing from measurements: a pure function that always has a result.
 
 At every measured size the most accurate set is taken that is at most so much slower than the
 fastest one as `vllm_qoq.tuner.preferences` allows. So a greater preference for accuracy never
@@ -23,12 +23,12 @@ def choose(
     layers: Sequence[LayerRule] = (),
     load: Load | None = None,
 ) -> Routing:
-    """The routing for all layers.
+    """Choose the routing for all layers.
 
     order   the sets, the most accurate first
     prefer  a key of `SLOWER`
-    layers  rules that the routing keeps
-    load    what it keeps for a busy engine; the sets of a calm one are chosen
+    layers  layer rules that the routing keeps
+    load    the part for a busy engine, which the routing keeps; the sets of a calm one are chosen
     """
     slower = SLOWER[prefer]
     chosen = {batch: _pick(row, order, slower) for batch, row in sorted(estimates.decode.items())}
@@ -41,7 +41,7 @@ def choose(
 
 
 def fastest(estimates: Estimates, order: Sequence[str]) -> tuple[DecodeRow, ...]:
-    """Where the fastest set changes, whatever its accuracy."""
+    """The decode rows of the fastest sets, whatever their accuracy."""
     return _rows({batch: _pick(row, order, 0) for batch, row in sorted(estimates.decode.items())})
 
 
@@ -51,7 +51,7 @@ def _pick(seconds: Mapping[str, float], order: Sequence[str], slower: float) -> 
 
 
 def _rows(chosen: Mapping[int, str]) -> tuple[DecodeRow, ...]:
-    """Batch size -> set, ascending, as few rows as say the same at these sizes."""
+    """Make decode rows of batch size -> set, ascending: as few as say the same at these sizes."""
     batches = list(chosen)
     ends = [
         batch

@@ -1,4 +1,4 @@
-"""What this machine measures on, by name."""
+"""The device that this machine measures on: its name, and checks that it can serve."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from vllm_qoq.tuner import TuneError
 from vllm_qoq.tuner.measurements import PREFILL_TOKENS, Key
 from vllm_qoq.version import __version__
 
-# Measurements are of one GPU, or of one CPU engine.
+# One GPU is measured, or one CPU engine.
 _TENSOR_PARALLEL_SIZE = 1
 
 
 def key(checkpoint_digest: str) -> Key:
-    """What measurements of this checkpoint on this machine are filed under."""
+    """Make the key under which measurements of this checkpoint on this machine are kept."""
     return Key(
         device=name(),
         tensor_parallel_size=_TENSOR_PARALLEL_SIZE,
@@ -31,7 +31,7 @@ def key(checkpoint_digest: str) -> Key:
 
 
 def name() -> str:
-    """The GPU's model, or the CPU's and how many of its threads this process may use."""
+    """Name the GPU's model, or the CPU's and how many of its threads this process may use."""
     import torch
 
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""What `tune` asks of a running engine; vLLM's is in `vllm_engine`, which imports vLLM."""
+"""The interface of an engine that `tune` measures; `vllm_engine` has vLLM's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vllm_qoq.routing.table import Routing
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """All layers of one shape: `count` of them, called `name` like `qkv_proj`."""
+    """The `count` layers of one shape, called `name` like `model.layers.0.self_attn.qkv_proj`."""
 
     name: str
     out_features: int
@@ -20,19 +20,19 @@ class LayerGroup:
 
 
 class Engine(Protocol):
-    """All sets of one checkpoint, loaded."""
+    """A running engine with all sets of one checkpoint loaded."""
 
     def layers(self) -> Sequence[LayerGroup]:
-        """Every routed linear layer of the model, by shape."""
+        """Group the routed linear layers of the model by shape."""
 
     def linear_seconds(self, layers: LayerGroup, set_name: str, tokens: int) -> float:
-        """Of one of `layers` in one set, whose weights come from memory and not from a cache."""
+        """Measure one of `layers` in one set, with weights from memory and not from a cache."""
 
     def head_seconds(self, tokens: int) -> float | None:
-        """Of the lm_head; None if the model has none that can be called."""
+        """Measure the lm_head; None if the model has none that can be called."""
 
     def step_seconds(self, routing: Routing, batch: int) -> float | None:
-        """Of the model in a decode step of `batch` requests, without lm_head and sampling.
+        """Measure the model in a decode step of `batch` requests, without lm_head and sampling.
 
-        None if the KV cache does not hold so many.
+        The result is None if the KV cache does not hold so many.
         """

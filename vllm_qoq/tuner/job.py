@@ -1,4 +1,4 @@
-"""One run: measure or remember, choose, check, write."""
+"""A tuning from start to end: measure or remember, choose, check, write."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from vllm_qoq.tuner.target import Target
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asks for.
+    """A tuning as it is asked for.
 
-    prefer            a key of `choose.SLOWER`
+    prefer            a key of `preferences.SLOWER`
     max_batch         the largest decode step to measure
     again             measure even if there are measurements of this device
     dry_run           leave the checkpoint as it is
-    drop_layer_rules  of the routing that is there
+    drop_layer_rules  leave out the layer rules of the routing that is there
     keep              decoder layers that generate in the most accurate set
     """
 
@@ -39,7 +39,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it; `notes` are sentences for the user."""
+    """The outcome of a tuning; `notes` are sentences for the user."""
 
     folder: Path
     request: Request
@@ -71,11 +71,12 @@ def tune(
     prefer            how much slower than the fastest set a more accurate one may be
     max_batch         the largest decode step to measure
     again             measure even if there are measurements of this device
-    drop_layer_rules  of the routing that is there
+    drop_layer_rules  leave out the layer rules of the routing that is there
     keep_first        the first so many decoder layers generate in the most accurate set
     keep_sensitive    so do those that lose most by the report of `quantize`
     dry_run           measure, and leave the checkpoint as it is
     on_cpu            write the routing for this machine's CPU, where there is no GPU
+    quiet             print no progress
 
     Raises UserError with what is wrong and what to do. vLLM runs in this process.
     """
@@ -99,7 +100,7 @@ def tune(
 def open_engine(folder: Path, sets: tuple[str, ...], max_batch: int) -> Engine:
     """Load all `sets` of the checkpoint `folder` into vLLM for decode steps of up to `max_batch`.
 
-    Takes as long as vLLM takes to start.
+    This takes as long as vLLM takes to start.
     """
     from vllm_qoq.tuner import vllm_engine
 
@@ -124,22 +125,35 @@ def run(target: Target, request: Request) -> Outcome:
         decode = decode_batches(request.max_batch)
         with device.within_memory(target.folder):
             opened = open_engine(target.folder, sets, request.max_batch)
-            measured = measure(opened, key, sets, decode, PREFILL_TOKENS, request.quiet)
-        remembered = memory.Run(measured=measured)
+            measured = measure(
+                opened,
+                key,
+                sets,
+                decode=decode,
+                prefill=PREFILL_TOKENS,
+                quiet=request.quiet,
+            )
+        remembered = memory.MeasuredRun(measured=measured)
 
     others = () if request.drop_layer_rules else target.section.routing.layers
     rules = keep.rules(request.keep, target.order[0], others)
     measured, checked = remembered.measured, remembered.check
     load = target.section.routing.load
-    routing = choose(measured.estimates(), target.order, request.prefer, rules, load)
+    routing = choose(measured.estimates(), target.order, request.prefer, layers=rules, load=load)
     if opened is not None:
         with device.within_memory(target.folder):
-            checked = check(opened, routing, measured.sets, measured.decode, request.quiet)
+            checked = check(
+                opened,
+                routing,
+                measured.sets,
+                decode=measured.decode,
+                quiet=request.quiet,
+            )
     elif checked is not None and checked.routing != routing.to_json():
         checked = None
     if not request.dry_run:
         if opened is not None:
-            kept = memory.Run(measured=measured, check=checked)
+            kept = memory.MeasuredRun(measured=measured, check=checked)
             memory.save(target.folder, known.with_run(kept))
         target.write(routing)
     return Outcome(
@@ -156,7 +170,7 @@ def run(target: Target, request: Request) -> Outcome:
 
 
 def _findings(routing: Routing, checked: StepCheck | None, request: Request) -> list[str]:
-    """What a user should know of the routing before serving with it."""
+    """Say what a user should know of the routing before serving with it."""
     found = []
     if request.keep:
         found.append(f"{len(request.keep)} decoder layers generate in the most accurate set")

@@ -1,4 +1,4 @@
-"""Layer rules that keep decoder layers in the most accurate set, whatever others generate in."""
+"""Layer rules that keep decoder layers in the most accurate set, whatever the others use."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class _Report(BaseModel):
 
 
 def first(folder: Path, section: Section, count: int) -> list[str]:
-    """The first `count` decoder layers of a checkpoint, by number; TuneError if it has fewer."""
+    """Name the first `count` decoder layers of a checkpoint; TuneError if it has fewer."""
     layers = (
         split_layer(name)[0]
         for set_name, name in (
@@ -48,10 +48,11 @@ def first(folder: Path, section: Section, count: int) -> list[str]:
 
 
 def sensitive(folder: Path, order: tuple[str, ...], count: int) -> list[str]:
-    """The `count` decoder layers that lose most in the least accurate set.
+    """Name the `count` decoder layers that lose most in the least accurate set.
 
     What a layer loses is the mean over its linear layers of the squared output error that
-    `vllm-qoq quantize` reported, less that of the most accurate set. TuneError without a report.
+    `vllm-qoq quantize` reported, less that of the most accurate set. Raises TuneError where there
+    is no report.
     """
     option = f"--keep-sensitive {count}"
     if not (folder / REPORT).exists():
@@ -75,7 +76,7 @@ def sensitive(folder: Path, order: tuple[str, ...], count: int) -> list[str]:
 
 
 def rules(blocks: Iterable[str], set_name: str, others: Iterable[LayerRule]) -> list[LayerRule]:
-    """Rules by which the decoder layers `blocks` generate in `set_name`, before the `others`."""
+    """Make rules by which the decoder layers `blocks` generate in `set_name`, before `others`."""
     kept = [
         LayerRule(match=f"{escape(block)}.*", decode=(DecodeRow(set_name=set_name),))
         for block in blocks

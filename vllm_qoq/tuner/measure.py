@@ -1,4 +1,4 @@
-"""All layers of all sets over all numbers of tokens, then whole steps."""
+"""Measuring all layers of all sets over all numbers of tokens, and whole steps."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from vllm_qoq.tuner.engine import Engine, LayerGroup
 from vllm_qoq.tuner.measurements import Key, LayerTimes, Measurements, StepCheck
 
 _CHECKED_BATCHES = 3
-# A routing slower than its best single set by more than that is not what was promised. What else
-# runs on the machine only adds time, so it is measured again before anybody is told.
+# A routing that is slower than its best single set by more than this is not what was promised.
+# Whatever else runs on the machine only adds time, so it is measured again before it is reported.
 SUSPICIOUS = 0.10
 _ROUNDS = 3
 
@@ -24,11 +24,11 @@ def measure(
     prefill: Sequence[int],
     quiet: bool,
 ) -> Measurements:
-    """The sets one right after the other at each size, so that what drifts hits all of them."""
+    """Measure the sets one right after the other at each size, so that a drift hits all of them."""
     layers = engine.layers()
     tokens = sorted({*decode, *prefill})
     with counted("measure", len(layers) * len(tokens), quiet) as advance:
-        shapes = tuple(_shape(engine, one, sets, tokens, advance) for one in layers)
+        shapes = tuple(_shape(engine, one, sets, tokens, advance=advance) for one in layers)
     heads = {batch: engine.head_seconds(batch) for batch in decode}
     return Measurements(
         key=key,
@@ -43,12 +43,12 @@ def measure(
 def check(
     engine: Engine, routing: Routing, sets: Sequence[str], decode: Sequence[int], quiet: bool
 ) -> StepCheck:
-    """Whole steps at up to three batch sizes, one of each of the first, middle and last rows."""
+    """Measure whole steps with the routing and with each set alone, at the `checked_batches`."""
     batches = checked_batches(routing, decode)
     step_seconds, routed = {}, {}
     with counted("check", len(batches) * (1 + len(sets)), quiet) as advance:
         for batch in batches:
-            times = _steps(engine, routing, sets, batch, advance)
+            times = _steps(engine, routing, sets, batch, advance=advance)
             for _ in range(_ROUNDS - 1):
                 if times is None or times[None] <= min(times.values()) * (1 + SUSPICIOUS):
                     break
@@ -70,9 +70,9 @@ def _steps(
     batch: int,
     advance: Callable[[], object] = lambda: None,
 ) -> dict[str | None, float] | None:
-    """Seconds of a whole step with the routing (None) and with each set alone.
+    """Measure the seconds of a whole step with the routing (under None) and with each set alone.
 
-    None where the KV cache is too small for the batch.
+    The result is None where the KV cache is too small for the batch.
     """
     times: dict[str | None, float] = {}
     is_whole = True
@@ -88,7 +88,10 @@ def _steps(
 
 
 def checked_batches(routing: Routing, decode: Sequence[int]) -> list[int]:
-    """The last measured batch of up to three rows of `routing`; of a single row also the first."""
+    """The last measured batch of the first, a middle and the last row of `routing`.
+
+    These are up to three batch sizes. A single row has its first and its last.
+    """
     route = routing.route([])
     rows = [route.choose(Step(Phase.DECODE, batch)) for batch in decode]
     ends = [

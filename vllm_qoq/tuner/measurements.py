@@ -1,6 +1,6 @@
-"""What was measured on one device, and what follows for a whole step. No GPU and no torch.
+"""Measurements of one device, and what follows for a whole step, without a GPU or torch.
 
-The models read `qoq_tune.json`, which anybody may have written: what they accept is complete.
+The models read `qoq_tune.json`, which anybody may have written; what they accept is complete.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
-# Bounded, so that no sum or product overflows.
+# Times are bounded, so that no sum or product of them overflows.
 Seconds = Annotated[float, Field(gt=0, lt=1e6)]
 
 PREFILL_TOKENS = (512, 1024, 2048, 4096, 8192)
 
 
 def decode_batches(max_batch: int) -> tuple[int, ...]:
-    """The batch sizes to measure: powers of two, from 16 on also the middle between two."""
+    """List the batch sizes to measure: powers of two, from 16 on also the middle between two."""
     sizes = {max_batch}
     power = 1
     while power < max_batch:
@@ -32,13 +32,13 @@ def decode_batches(max_batch: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Estimates:
-    """Seconds of steps by batch size or number of tokens, and set."""
+    """Estimated seconds of steps, by batch size or number of tokens, and set."""
 
     decode: Mapping[int, Mapping[str, float]]
     prefill: Mapping[int, Mapping[str, float]]
 
     def prefill_per_token(self) -> dict[str, float]:
-        """Set -> seconds of a token, the mean over the sizes."""
+        """Compute the seconds of a token in each set, the mean over the sizes."""
         sets = next(iter(self.prefill.values()))
         return {
             name: math.fsum(row[name] / tokens for tokens, row in self.prefill.items())
@@ -52,9 +52,9 @@ class _Model(BaseModel):
 
 
 class Key(_Model):
-    """Measurements are of use again where all of this is equal.
+    """The key of measurements, which are of use again where all of it is equal.
 
-    checkpoint  digest of config.json without the routing: sets and sizes of layers
+    checkpoint  digest of config.json without the routing, so of sets and sizes of layers
     """
 
     device: str
@@ -65,11 +65,11 @@ class Key(_Model):
 
 
 class LayerTimes(_Model):
-    """The linear layers of one shape.
+    """The times of the linear layers of one shape.
 
-    layer      the last part of their name in vLLM, `qkv_proj`
+    layer      the name of the first of them in vLLM
     count      how many of them a step computes
-    seconds    of one of them, by set and number of tokens
+    seconds    seconds of one of them, by set and number of tokens
     """
 
     layer: str
@@ -80,10 +80,11 @@ class LayerTimes(_Model):
 
 
 class Measurements(_Model):
-    """One run over all sets.
+    """The measurements of one run over all sets.
 
-    decode, prefill  the batch sizes and the numbers of tokens, ascending
-    head_seconds     of the lm_head by batch size, equal for all sets; empty if there is none
+    decode        the batch sizes of decode steps, ascending
+    prefill       the numbers of tokens of prefill steps, ascending
+    head_seconds  seconds of the lm_head by batch size, equal for all sets; empty if there is none
     """
 
     key: Key
@@ -110,7 +111,7 @@ class Measurements(_Model):
         return self
 
     def at(self, decode: tuple[int, ...]) -> Measurements:
-        """The same with `decode` alone, which are some of its batch sizes."""
+        """Copy them with only the batch sizes `decode`, which are among its own."""
         tokens = {*decode, *self.prefill}
         shapes = tuple(
             shape.model_copy(update={"seconds": _only(shape.seconds, tokens)})
@@ -119,7 +120,7 @@ class Measurements(_Model):
         return self.model_copy(update={"decode": decode, "shapes": shapes})
 
     def estimates(self) -> Estimates:
-        """What the linear layers take in a step, in decode with the lm_head.
+        """Estimate what the linear layers take in a step, in decode with the lm_head.
 
         Attention, norms and sampling are left out. They are equal for all sets, so whole steps
         differ by less, relatively.
@@ -143,9 +144,9 @@ class Measurements(_Model):
 
 
 class StepCheck(_Model):
-    """Whole decode steps, measured with a routing and with each set alone.
+    """Measurements of whole decode steps with a routing and with each set alone.
 
-    routing       as in config.json
+    routing       the routing as in config.json
     step_seconds  batch size -> set -> seconds of the model's forward pass
     routed        batch size -> seconds with the routing
     """
@@ -161,7 +162,7 @@ class StepCheck(_Model):
         return self
 
     def slowdown(self, batch: int) -> float:
-        """Of the routing against the best single set; 0.1 is ten percent slower."""
+        """Compare the routing with the best single set; 0.1 is ten percent slower."""
         return self.routed[batch] / min(self.step_seconds[batch].values()) - 1
 
 

@@ -1,7 +1,7 @@
-"""`qoq_tune.json` in the checkpoint's folder: measurements of this and other machines.
+"""The memory of measurements of this and other machines: `qoq_tune.json` in the checkpoint.
 
-Nobody vouches for the file. It is read whole or not at all, and what is not as it should be
-is measured again.
+Nobody vouches for the file. It is read whole or not at all, and where it is not as it should be,
+everything is measured again.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from vllm_qoq.tuner.measurements import PREFILL_TOKENS, Key, Measurements, StepC
 FILE = "qoq_tune.json"
 
 _BYTES = 4 << 20
-# More machines than that have no use for one folder; the oldest is dropped.
+# So many machines are remembered; then the oldest is dropped.
 _RUNS = 16
 
 
-class Run(BaseModel):
-    """What was measured on one device, and the last check of a routing there."""
+class MeasuredRun(BaseModel):
+    """The measurements of one device, and the last check of a routing there."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -34,7 +34,7 @@ class Run(BaseModel):
     check: StepCheck | None = None
 
     @model_validator(mode="after")
-    def _same_sets(self) -> Run:
+    def _same_sets(self) -> MeasuredRun:
         checked = self.check.step_seconds.values() if self.check is not None else ()
         if any(set(row) != set(self.measured.sets) for row in checked):
             raise ValueError("the check is of other sets")
@@ -42,21 +42,21 @@ class Run(BaseModel):
 
 
 class Memory(BaseModel):
-    """The file. The newest run is the last."""
+    """The content of the file, whose last run is the newest."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format_version: Literal[1] = 1
-    runs: tuple[Run, ...] = Field(default=(), max_length=_RUNS)
+    runs: tuple[MeasuredRun, ...] = Field(default=(), max_length=_RUNS)
 
-    def with_run(self, run: Run) -> Memory:
-        """The same with `run` in the place of one with the same key."""
+    def with_run(self, run: MeasuredRun) -> Memory:
+        """Copy it with `run` at the end, and without an older one of the same key."""
         others = [old for old in self.runs if old.measured.key != run.measured.key]
         return self.model_copy(update={"runs": (*others, run)[-_RUNS:]})
 
 
 def load(folder: Path) -> tuple[Memory, str | None]:
-    """The memory of the checkpoint; empty, with the reason, where the file is of no use."""
+    """Read the memory of the checkpoint; empty, with the reason, where the file is of no use."""
     path = folder / FILE
     if not path.exists():
         return Memory(), None
@@ -71,8 +71,8 @@ def load(folder: Path) -> tuple[Memory, str | None]:
 
 def recall(
     memory: Memory, key: Key, sets: Collection[str], max_batch: int
-) -> tuple[Run | None, str | None]:
-    """The run of this device with `sets` up to `max_batch`, or why there is none to use."""
+) -> tuple[MeasuredRun | None, str | None]:
+    """Find the run of this device with `sets` up to `max_batch`, or say why none is of use."""
     run = next((run for run in memory.runs if run.measured.key == key), None)
     if run is None:
         return None, _difference(memory, key)
@@ -89,13 +89,13 @@ def recall(
 
 
 def save(folder: Path, memory: Memory) -> None:
-    """Replace the file at once."""
+    """Write the memory into the file; readers see the old or the new one."""
     content = json.dumps(memory.model_dump(mode="json"), indent=1) + "\n"
     replace_file(folder / FILE, content.encode())
 
 
 def _difference(memory: Memory, key: Key) -> str | None:
-    """What the newest run of the same device has different; None if there is none."""
+    """Say how the newest run of the same device differs; None if there is none."""
     same_device = [r.measured.key for r in memory.runs if r.measured.key.device == key.device]
     if not same_device:
         return None

@@ -1,15 +1,19 @@
-"""The result as a picture: how long each set takes, and where the routing switches."""
+"""The picture of a tuning: how long each set takes, and where the routing switches."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vllm_qoq import plots
 from vllm_qoq.errors import printable
 from vllm_qoq.routing.table import Routing
 from vllm_qoq.tuner.job import Outcome
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def save(outcome: Outcome, path: Path) -> None:
@@ -17,8 +21,8 @@ def save(outcome: Outcome, path: Path) -> None:
     plots.save(figure(outcome), path)
 
 
-def figure(outcome: Outcome) -> Any:
-    """Decode and prefill side by side; the background has the colour of the chosen set."""
+def figure(outcome: Outcome) -> Figure:
+    """Draw decode and prefill side by side, each chosen set's colour in the background."""
     estimates, names = outcome.measured.estimates(), outcome.measured.sets
     styles = {name: plots.method(name, names)._replace(label=name) for name in names}
     model = printable(outcome.folder.resolve().name)
@@ -31,8 +35,8 @@ def figure(outcome: Outcome) -> Any:
     decode, prefill = drawn.subplots(1, 2)
     steps = {b: {n: 1e3 * s for n, s in row.items()} for b, row in estimates.decode.items()}
     tokens = {m: {n: 1e6 * s / m for n, s in row.items()} for m, row in estimates.prefill.items()}
-    _lines(decode, steps, styles, "ms a step", "batch")
-    _lines(prefill, tokens, styles, "us a token", "tokens of a prefill step")
+    _lines(decode, steps, styles, unit="ms a step", size="batch")
+    _lines(prefill, tokens, styles, unit="us a token", size="tokens of a prefill step")
     _shade(decode, outcome.routing, styles)
     prefill.set_facecolor((styles[outcome.routing.prefill].colour, 0.1))
     plots.panel_title(decode, "generation")
@@ -41,7 +45,7 @@ def figure(outcome: Outcome) -> Any:
 
 
 def _title(decode: Mapping[int, Mapping[str, float]], routing: Routing) -> str:
-    """How the set of the smallest step compares with the fastest other one there."""
+    """Say how the set of the smallest step compares with the fastest other one there."""
     batch, row = next(iter(decode.items()))
     chosen = next(r.set_name for r in routing.decode if r.max_batch is None or batch <= r.max_batch)
     others = [name for name in row if name != chosen]
@@ -62,7 +66,7 @@ def _words(routing: Routing) -> str:
 
 
 def _lines(
-    axes: Any,
+    axes: Axes,
     values: Mapping[int, Mapping[str, float]],
     styles: Mapping[str, plots.Method],
     unit: str,
@@ -79,7 +83,7 @@ def _lines(
     plots.end_labels(axes, [(last, row[name], style) for name, style in styles.items()])
 
 
-def _shade(axes: Any, routing: Routing, styles: Mapping[str, plots.Method]) -> None:
+def _shade(axes: Axes, routing: Routing, styles: Mapping[str, plots.Method]) -> None:
     limits = left, right = axes.get_xlim()
     for row in routing.decode:
         end = right if row.max_batch is None else min(row.max_batch, right)

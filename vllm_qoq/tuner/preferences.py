@@ -1,4 +1,4 @@
-"""What users may prefer.
+"""The preferences of users: how much time accuracy is worth.
 
 At every measured size the most accurate set is taken that is at most so much slower than the
 fastest one:

@@ -1,4 +1,4 @@
-"""The result for people, Markdown that is readable in a terminal, and for machines."""
+"""The report of a tuning, as Markdown that is readable in a terminal, and as JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vllm_qoq.tuner.preferences import SLOWER
 
 
 def markdown(outcome: Outcome) -> str:
-    """The whole of tune.md."""
+    """Write the whole of tune.md."""
     return "\n".join(
         (
             *_head(outcome),
@@ -28,7 +28,7 @@ def markdown(outcome: Outcome) -> str:
 
 
 def to_json(outcome: Outcome) -> dict[str, Any]:
-    """The document of --json and tune.json; times in milliseconds, of layers in microseconds."""
+    """Make the document of --json and tune.json; layers in microseconds, else milliseconds."""
     measured, estimates = outcome.measured, outcome.measured.estimates()
     return {
         "checkpoint": str(outcome.folder),
@@ -62,7 +62,7 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
 
 
 def crossings(rows: Sequence[DecodeRow], decode: Sequence[int]) -> str:
-    """`w4a16 up to 16, w8a8 from 24`: rows of a markdown_table in words, at the measured sizes."""
+    """Put decode rows into words at the measured sizes: `w4a16 up to 16, w8a8 from 24`."""
     bounds = [row.max_batch for row in rows if row.max_batch is not None]
     starts = [None, *(decode[decode.index(bound) + 1] for bound in bounds)]
     words = []

@@ -1,4 +1,4 @@
-"""The checkpoint: what is refused before work begins, and config.json with another routing."""
+"""The checkpoint that is tuned: checks before work begins, and writing of its routing."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from vllm_qoq.tuner.accuracy import accuracy_order
 
 @dataclass(frozen=True)
 class Target:
-    """A checkpoint with something to choose from.
+    """A checkpoint with several sets to choose from.
 
     order   the sets, the most accurate first
-    digest  of config.json without the routing
+    digest  digest of config.json without the routing
     """
 
     folder: Path
@@ -34,12 +34,12 @@ class Target:
 
     @property
     def methods(self) -> dict[str, str]:
-        """Set -> its quant_method."""
+        """The quant_method of each set."""
         return {name: config["quant_method"] for name, config in self.section.sets.items()}
 
     @classmethod
     def open(cls, folder: Path, will_write: bool) -> Target:
-        """Read config.json; an error of the user names the remedy."""
+        """Read config.json; TuneError or FormatError for a checkpoint that cannot be tuned."""
         config, section = _read(folder)
         if len(section.sets) == 1:
             raise TuneError(
@@ -66,7 +66,7 @@ class Target:
         if section.sets.keys() != self.section.sets.keys():
             raise TuneError(f"{self.folder / CONFIG}: its sets changed in the meantime; tune again")
         config[SECTION]["routing"] = routing.to_json()
-        # Escaped, because the file may hold half a surrogate pair, which UTF-8 cannot.
+        # Characters are escaped: the file may hold half a surrogate pair, which UTF-8 cannot.
         replace_file(self.folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 

@@ -1,4 +1,4 @@
-"""An engine that times each set of a checkpoint: `vllm_qoq.tuner.engine.Engine` in vLLM.
+"""An engine in vLLM that times each set of a checkpoint, see `vllm_qoq.tuner.engine`.
 
 All sets are loaded, whatever the checkpoint's routing says. The engine runs eagerly in this
 process, so the layers can be called, and their routes changed between two steps.
@@ -31,11 +31,11 @@ from vllm_qoq.serving.routing.policy import Policy
 from vllm_qoq.serving.routing.step import current_step
 from vllm_qoq.tuner.engine import LayerGroup
 
-# A prompt of one token would be a decode step. Prompt and answer fit in one block of the cache.
+# A prompt of one token would be a decode step. Prompt and answer fit into one block of the cache.
 _PROMPT, _STEPS = [0, 1], 12
 _MODEL_LEN = 128
 _KV_BYTES = {"cuda": 1 << 30, "cpu": 128 << 20}
-# vLLM refuses to start if less is free; the KV cache has its own size.
+# vLLM refuses to start if less is free. The size of the KV cache is given apart.
 _MEMORY_SHARE = 0.05
 # Layers of one shape are called in turn until their weights are more than any cache holds.
 _CACHES_BYTES = 1 << 30
@@ -65,7 +65,7 @@ def open_engine(folder: Path, sets: tuple[str, ...], max_batch: int) -> TuneEngi
 
 
 class TuneEngine:
-    """The model of `llm`, which runs in this process."""
+    """The engine around the model of `llm`, which runs in this process."""
 
     def __init__(self, llm: LLM, model: nn.Module) -> None:
         self._llm, self._model = llm, model
@@ -78,11 +78,11 @@ class TuneEngine:
         self._inputs: dict[tuple[int, int], torch.Tensor] = {}
 
     def layers(self) -> Sequence[LayerGroup]:
-        """Every routed linear layer of the model, by shape."""
+        """Group the routed linear layers of the model by shape."""
         return list(self._groups)
 
     def linear_seconds(self, layers: LayerGroup, set_name: str, tokens: int) -> float:
-        """Of `WeightSet.apply`, with the quantization of the input and without an input_ratio.
+        """Measure `WeightSet.apply`, with quantization of the input and without an input_ratio.
 
         The product with the ratio is part of the norm's kernel in a compiled model.
         """
@@ -96,7 +96,8 @@ class TuneEngine:
         x = self._input(tokens, layers.in_features)
 
         def call_of(one: WeightSet) -> Callable[[], object]:
-            def call() -> None:  # returns nothing: 32 outputs of 8192 tokens would be 15 GB
+            # A call returns nothing, because 32 outputs of 8192 tokens would be 15 GB.
+            def call() -> None:
                 one.apply(x, add_bias=False)
 
             return call
@@ -104,7 +105,7 @@ class TuneEngine:
         return self._seconds([call_of(one) for one in weights])
 
     def head_seconds(self, tokens: int) -> float | None:
-        """Of the lm_head; None if the model has none of that name on this rank."""
+        """Measure the lm_head; None if the model has none of that name on this rank."""
         head = getattr(self._model, LM_HEAD, None)
         method: Any = getattr(head, "quant_method", None)
         if method is None:
@@ -117,7 +118,7 @@ class TuneEngine:
         return self._seconds([call])
 
     def step_seconds(self, routing: Routing, batch: int) -> float | None:
-        """The median of some decode steps of `batch` requests that generate with `routing`."""
+        """Measure decode steps of `batch` requests with `routing`; the result is their median."""
         if batch >= self._vllm_config.cache_config.num_gpu_blocks:  # one block is vLLM's own
             return None
         self._route(routing)
@@ -146,7 +147,7 @@ class TuneEngine:
     def _input(self, tokens: int, features: int) -> torch.Tensor:
         key = tokens, features
         if key not in self._inputs:
-            self._inputs = {}  # one at a time
+            self._inputs = {}  # Only the last one is kept.
             x = torch.randn(key, device=self._device())
             self._inputs[key] = x.to(self._vllm_config.model_config.dtype)
         return self._inputs[key]
@@ -159,12 +160,12 @@ class TuneEngine:
             if self._device() != "cuda":
                 return host_seconds(calls)
             seconds = timing.seconds(calls)
-            torch.cuda.empty_cache()  # of the graph
+            torch.cuda.empty_cache()  # gives back the memory of the graph
             return seconds
 
 
 class _ForwardTimer:
-    """Hooks around the model that time its decode steps of `batch` requests.
+    """A pair of hooks around the model that time its decode steps of `batch` requests.
 
     A GPU computes a small step in less time than the CPU needs to launch it eagerly, which
     CUDA graphs make up for. So the GPU sleeps first, until everything is launched.
@@ -175,26 +176,28 @@ class _ForwardTimer:
         self._times: list[Callable[[], float]] = []
 
     def before(self, *_: object) -> None:
+        """Note when a step begins."""
         if torch.cuda.is_available():
             torch.cuda._sleep(_SLEEP_CYCLES)
         self._started = _Instant()
 
     def after(self, *_: object) -> None:
+        """Note when a step ends, and keep its time if it was one of those to be measured."""
         started, ended = self._started, _Instant()
-        # The first layer has left its decision there.
+        # The first layer has left its decision in the forward context.
         step = current_step(get_forward_context(), 0, self._policy)
         if step.phase is Phase.DECODE and step.batch == self._batch:
             self._times.append(lambda: ended.since(started))
 
     def seconds(self) -> float | None:
-        """The median; None if there was no such step."""
+        """Compute the median of the steps' seconds; None if there was no step."""
         if not self._times:
             return None
         return statistics.median(time() for time in self._times)
 
 
 class _Instant:
-    """Now, on the clock of the device: in the order of the current stream on a GPU."""
+    """A moment on the clock of the device; on a GPU, in the order of the current stream."""
 
     def __init__(self) -> None:
         self._event: Any = None
@@ -204,7 +207,7 @@ class _Instant:
         self._seconds = time.perf_counter()
 
     def since(self, earlier: _Instant) -> float:
-        """Seconds; waits for the GPU."""
+        """Compute the seconds since an `earlier` moment; waits for the GPU."""
         if self._event is None:
             return self._seconds - earlier._seconds
         self._event.synchronize()
@@ -212,14 +215,14 @@ class _Instant:
 
 
 def _reaching(sets: Sequence[str]) -> dict[str, Any]:
-    """A routing that uses every set, so that every set is loaded: a row for each."""
+    """Make a routing with a row for every set, so that every set is loaded."""
     *others, last = sets
     rows = [{"max_batch": batch, "set": name} for batch, name in enumerate(others, 1)]
     return {"prefill": sets[0], "decode": [*rows, {"set": last}]}
 
 
 def _by_shape(methods: Sequence[FlexLinearMethod]) -> dict[LayerGroup, list[FlexLinearMethod]]:
-    """Layers whose sets have equal sizes; a set may quantize some layers of a shape differently."""
+    """Group layers whose sets have equal sizes; a set may quantize equal shapes differently."""
     groups: dict[tuple[object, ...], list[FlexLinearMethod]] = {}
     for method in methods:
         sizes = tuple(_weight_bytes(method.weights(name)) for name in method.sets)
