@@ -2,13 +2,13 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
 import torch
 from biased_models import write_llama, write_qwen2
-from conftest import DATA, ROOT, merge
+from conftest import DATA, merge
+from cpu_kernels import needs_wna16
 from engine_process import run_engines
 from engines import engine
 from qoq_checkpoints import write_plain
@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from test_import_served import quantized as in_qserve_layout
 
 from vllm_qoq.bench.perplexity import text_perplexity
-from vllm_qoq.checkpoint import verify
-from vllm_qoq.checkpoint.folder import Checkpoint
+from vllm_qoq.checkpoint.folder import Checkpoint, verify
+from vllm_qoq.cli.main import main as cli
 from vllm_qoq.progress import Progress
 from vllm_qoq.quantizer import job
 from vllm_qoq.quantizer.options import QuantizeOptions
@@ -69,15 +69,10 @@ def test_every_set_has_every_bias(quantized):
         assert found["perplexity"]["kv16"] < before * losses[name], name
 
 
-NO_KERNEL = "vLLM has no W4A16 kernel for this CPU"
-
-
-@pytest.mark.parametrize("name", ["w8a8", "w4a16", "w4a8"])
+@pytest.mark.parametrize("name", ["w8a8", pytest.param("w4a16", marks=needs_wna16), "w4a8"])
 def test_vllm_adds_every_bias_of_every_set(quantized, short, name):
     """A bias that is lost or added twice changes the perplexity by 8 % and more."""
     out, report = quantized
-    if name == "w4a16" and not hasattr(torch.ops._C, "cpu_gemm_wna16"):
-        pytest.skip(NO_KERNEL)
     llm = engine(out, {"force_set": name}, dtype="float16")
     served = text_perplexity(llm, short.read_text(), SEQLEN)["perplexity"]
     assert served == pytest.approx(report["after"][name]["perplexity"]["kv16"], rel=0.01)
@@ -137,7 +132,7 @@ def test_merged_sets_keep_their_biases(llama, quantized, short, tmp_path, nest):
     assert found == pytest.approx(float_one, rel=0.06)  # SmoothQuant is left out
 
 
-def test_an_imported_model_keeps_its_biases(llama, tmp_path):
+def test_an_imported_model_keeps_its_biases(llama, tmp_path, monkeypatch):
     packed = {}
     for name, tensor in load_file(llama / "model.safetensors").items():
         layer = name.removesuffix(".weight")
@@ -149,9 +144,9 @@ def test_an_imported_model_keeps_its_biases(llama, tmp_path):
     source = tmp_path / "qserve"
     shutil.copytree(llama, source)
     save_file(packed, source / "model.safetensors", metadata={"format": "pt"})
-    command = [sys.executable, "-m", "vllm_qoq.cli", "import", source, "-o", tmp_path / "out"]
-    command += ["--base", llama, "-q"]
-    subprocess.run(list(map(str, command)), check=True, cwd=ROOT)
+    command = ["vllm-qoq", "import", source, "-o", tmp_path / "out", "--base", llama, "-q"]
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    assert cli.main() == 0
     assert sound(tmp_path / "out")
     imported, given = Checkpoint.open(tmp_path / "out"), Checkpoint.open(llama)
     biases = {name: given.get(name) for name in given.tensors if name.endswith(".bias")}

@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+import warm_process
 from engine_process import run_engines
 from engines import PROMPTS, engine, generate
 from test_server import Server
@@ -123,13 +123,8 @@ def test_offline_engines_are_refused_with_the_remedy(with_load_dir):
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     script = with_load_dir / "offline.py"
     script.write_text('if __name__ == "__main__":\n    ' + OFFLINE.strip().replace("\n", "\n    "))
-    done = subprocess.run(
-        [sys.executable, str(script), str(with_load_dir)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=240,
-    )
+    command = [sys.executable, script, with_load_dir]
+    done = warm_process.run(command, timeout=240, env=environment)
     assert done.returncode != 0
     assert "routing.load: only the Python front end of `vllm serve`" in done.stdout + done.stderr
     assert '{"qoq": {"force_load": "calm"}}' in done.stdout + done.stderr
@@ -147,13 +142,9 @@ def test_the_perplexity_command_measures_a_calm_engine(with_load_dir, nested_dir
         "--text",
         text,
     ]
-    done = subprocess.run(
-        [*map(str, command), "--seqlen", "128", "--enforce-eager", "--json"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
-        timeout=240,
-    )
+    command += ["--seqlen", 128, "--enforce-eager", "--json"]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = warm_process.run(command, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     calm, busy = (
         text_perplexity(engine(nested_dir, {"force_set": name}), text.read_text(), 128)[
@@ -178,7 +169,8 @@ def busy_and_switches(server):
 # Without vLLM's own statistics, too: for a plugin's logger vLLM makes them nevertheless.
 @pytest.mark.parametrize("more", [(), ("--disable-log-stats",)], ids=["stats", "no-stats"])
 def test_a_burst_makes_a_server_busy_and_its_end_calm(with_load_dir, tmp_path, more):
-    with Server(with_load_dir, tmp_path / "log", "--max-num-seqs", "2", *more) as server:
+    options = ("--max-num-seqs", "2", *more)
+    with Server(with_load_dir, tmp_path / "log", *options, is_warm=True) as server:
         server.text("def alone():\n", max_tokens=4)
         alone = server.steps()
         assert alone["prefill", "w8a8"] == 1 and alone["decode", "w8a8"] == 3

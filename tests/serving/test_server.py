@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import warm_process
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -33,14 +34,19 @@ def serve_command(checkpoint, *options):
 class Server:
     """A running server; `url` answers."""
 
-    def __init__(self, checkpoint, log: Path, *options: str) -> None:
+    def __init__(self, checkpoint, log: Path, *options: str, is_warm: bool = False) -> None:
+        """Begin it; a warm one is a fork of a process that has imported vLLM."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url, self.log = f"http://127.0.0.1:{port}", log
+        command = serve_command(checkpoint, "--port", str(port), *options)
+        if is_warm:
+            self.process = warm_process.Command(command, log)
+            return
         with log.open("w") as file:
             self.process = subprocess.Popen(
-                serve_command(checkpoint, "--port", str(port), *options),
+                command,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -139,9 +145,7 @@ def test_log_tells_the_sets(server):
 
 def fails(checkpoint, *options):
     """Start a server that must refuse; returns its output."""
-    done = subprocess.run(
-        serve_command(checkpoint, *options), capture_output=True, text=True, timeout=START_SECONDS
-    )
+    done = warm_process.run(serve_command(checkpoint, *options), timeout=START_SECONDS)
     assert done.returncode != 0
     return done.stdout + done.stderr
 

@@ -22,6 +22,14 @@ UNITS = (
     "test_hidden_states.py",
 )
 
+RUN = """
+import sys
+import vllm
+print(vllm.__file__, flush=True)
+import pytest
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
 
 @pytest.fixture(scope="module")
 def sources(request):
@@ -48,18 +56,12 @@ def sources(request):
 def test_units_pass_against(sources):
     tests = [str(ROOT / "tests" / "serving" / name) for name in UNITS]
     environment = {**os.environ, "PYTHONPATH": f"{sources}{os.pathsep}{ROOT}"}
-    found = subprocess.run(
-        [sys.executable, "-c", "import vllm; print(vllm.__file__)"],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert str(sources) in found.stdout, found.stderr[-2000:]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+        [sys.executable, "-c", RUN, "-q", "-p", "no:cacheprovider", *tests],
         env=environment,
         capture_output=True,
         text=True,
         timeout=600,
     )
+    assert str(sources) in done.stdout.partition("\n")[0], done.stdout[-6000:] + done.stderr[-2000:]
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -7,7 +7,6 @@ tests; the file itself is the child: `python tests/support/engine_process.py SPE
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import warm_process
 from engines import PROMPTS, engine, generate
 
 import vllm_qoq
@@ -60,32 +60,19 @@ def run_engines(
     """
     (folder / "specs.json").write_text(json.dumps(specs))
     command = [sys.executable, __file__, str(folder / "specs.json"), str(folder / "results.json")]
-    done = subprocess.run(
-        command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=900
-    )
+    environment = {**os.environ, **environment}
+    if torch.cuda.is_available():
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    else:
+        done = warm_process.run(command, timeout=900, env=environment)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return json.loads((folder / "results.json").read_text(), object_hook=_with_tokens)
 
 
 def main(specs_file: str, results_file: str) -> None:
     """Run every spec and write the results."""
-    _share_imports()
     specs = json.loads(Path(specs_file).read_text())
     Path(results_file).write_text(json.dumps([_run(spec) for spec in specs]))
-
-
-def _share_imports() -> None:
-    """Fork the ranks of an engine on the CPU from one process that has imported vLLM.
-
-    Spawned as vLLM does it, each would import all of it anew, 10 s a rank and engine.
-    """
-    if torch.cuda.is_available():
-        return
-    get_context = multiprocessing.get_context
-    get_context("forkserver").set_forkserver_preload(["engines", "vllm.v1.worker.cpu_worker"])
-    multiprocessing.get_context = lambda method=None: get_context(
-        "forkserver" if method == "spawn" else method
-    )
 
 
 def _run(spec: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ the plugin imports from vLLM what happened without it, each in a fork of this pr
 from __future__ import annotations
 
 import ast
+import gc
 import importlib
 import json
 import logging
@@ -51,6 +52,7 @@ def in_fork(work: Callable[[], Any]) -> Any:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
+        gc.disable()  # it would go through, and copy, all that vLLM has made
         try:
             result = work()
         except BaseException as error:
@@ -109,11 +111,12 @@ def main(out: str) -> None:
     names = imported_names()
     for module in {module for module, _ in names}:
         importlib.import_module(module)  # once, for all forks
-    for module in ("ops", "kv_ops", "reference_attention", "format", "environment"):
+    for module in ("ops", "numerics.reference_attention", "checkpoint.format", "environment"):
         importlib.import_module(f"vllm_qoq.{module}")
     from vllm.model_executor.layers.quantization import get_quantization_config
 
     get_quantization_config("fp8")  # what vLLM itself imports late, is imported by now
+    gc.freeze()
     for module, name in sorted(names):
         if f"{module}.{name}" in sys.modules:  # vLLM itself does not work without this module
             continue

@@ -1,5 +1,6 @@
 """Heads, channels, rows and whole layers of zeros, as padded and pruned models have them."""
 
+import functools
 import json
 import math
 import shutil
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_quantize_transforms import Model
 from transformers import AutoModelForCausalLM
 
-from vllm_qoq.checkpoint import verify
+from vllm_qoq.checkpoint.folder import verify
 from vllm_qoq.progress import Progress
 from vllm_qoq.quantizer import QuantizeError, evaluate, gptq, job, strength
 from vllm_qoq.quantizer.options import QuantizeOptions
@@ -25,14 +26,23 @@ Q, K, V, OUT, GATE, UP, DOWN = (
 )
 
 
+def random_keys():
+    """Keys, and the magnitudes of the pairs of their queries."""
+    torch.manual_seed(0)
+    return torch.randn(TOKENS, HEADS, SIZE), torch.rand(HEADS, SIZE // 2) + 0.1
+
+
+@functools.cache
+def scales_of_random_keys(use_hadamard):
+    return strength.key_scale(*random_keys(), 4, use_hadamard)
+
+
 @pytest.mark.parametrize("use_hadamard", [False, True])
 @pytest.mark.parametrize("queries", ["zero", "random"])
 @pytest.mark.parametrize("keys", ["zero head", "zero pair", "tiny", "all zero", "constant"])
 def test_scales_of_keys_are_finite_and_leave_other_heads_alone(keys, queries, use_hadamard):
-    torch.manual_seed(0)
-    x, weight = torch.randn(TOKENS, HEADS, SIZE), torch.rand(HEADS, SIZE // 2) + 0.1
-    expected = strength.key_scale(x, weight, 4, use_hadamard)
-    changed, asked = x.clone(), weight.clone()
+    expected = scales_of_random_keys(use_hadamard)
+    changed, asked = random_keys()
     if keys == "zero head":
         changed[:, 1] = 0
     elif keys == "zero pair":

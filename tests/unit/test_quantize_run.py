@@ -1,12 +1,16 @@
 """`vllm-qoq quantize` from start to end: resumed, refused, verified, served."""
 
+import contextlib
 import hashlib
+import io
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,9 +21,8 @@ from safetensors import safe_open
 
 import vllm_qoq
 from vllm_qoq.bench.perplexity import text_perplexity
-from vllm_qoq.checkpoint import ours, verify
-from vllm_qoq.checkpoint.folder import Checkpoint
-from vllm_qoq.cli import main as cli
+from vllm_qoq.checkpoint.folder import Checkpoint, ours, verify
+from vllm_qoq.cli.main import main as cli
 from vllm_qoq.progress import Progress
 
 TEXT = DATA / "calibration.txt"
@@ -53,12 +56,17 @@ def quantized(tiny_model, tmp_path_factory):
     short = folder / "heldout.txt"
     short.write_text((DATA / "heldout.txt").read_text()[:20_000])
     out = folder / "checkpoint"
-    command = [sys.executable, "-m", "vllm_qoq.cli", "quantize", tiny_model, "-o", out]
+    command = ["vllm-qoq", "quantize", tiny_model, "-o", out]
     command += ["--text", TEXT, "--sets", ",".join(SETS), "--samples", 32, "--seqlen", 256]
     command += ["--eval-text", short, "--sanity-check", "--json"]
-    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    assert done.returncode == 0
-    return out, short, json.loads(done.stdout)
+    printed = io.StringIO()
+    with (
+        patch.object(sys, "argv", list(map(str, command))),
+        patch.dict(os.environ),
+        contextlib.redirect_stdout(printed),
+    ):
+        assert cli.main() == 0
+    return out, short, json.loads(printed.getvalue())
 
 
 def digests(folder):
@@ -134,7 +142,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tiny_model, tmp_path, qua
     code, out, err = quantize(tiny_model, tmp_path / "whole", *FEW)
     assert code == 0 and "wrote" in out, err
     again, work = tmp_path / "killed", tmp_path / "killed.work"
-    command = [sys.executable, "-m", "vllm_qoq.cli", "quantize", tiny_model, "-o", again]
+    command = [sys.executable, "-m", "vllm_qoq.cli.main", "quantize", tiny_model, "-o", again]
     command += ["--text", TEXT, *FEW]
     process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + KILL_SECONDS
