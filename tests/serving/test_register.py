@@ -41,9 +41,12 @@ def test_registering_brings_names_and_nothing_else(seen):
         "logged": [],
         "modules": [
             "vllm_qoq",
-            *(f"vllm_qoq.{name}" for name in ("environment", "errors", "format", "integration")),
-            *(f"vllm_qoq.serving.{name}" for name in ("models", "register")),
-            *(f"vllm_qoq.{name}" for name in ("kv_config", "routing")),
+            *(f"vllm_qoq.checkpoint{name}" for name in ("", ".format", ".kv_config")),
+            *("vllm_qoq.environment", "vllm_qoq.errors"),
+            *(f"vllm_qoq.routing{name}" for name in ("", ".table")),
+            *(f"vllm_qoq.serving{name}" for name in ("", ".plugin")),
+            *(f"vllm_qoq.serving.plugin.{name}" for name in ("flex_models", "register")),
+            "vllm_qoq.version",
         ],
         "finders": 0,
     }

@@ -26,11 +26,11 @@ SECTION = {"quant_method": "qoq", "kv_cache": {"bits": 4}}
 
 
 def imported_names() -> set[tuple[str, str]]:
-    """(module, name) of everything that the integration takes from vLLM when it is imported."""
+    """(module, name) of everything that the serving code takes from vLLM when it is imported."""
     found = set()
-    for file in (PACKAGE / "integration").glob("*.py"):
+    for file in (PACKAGE / "serving").rglob("*.py"):
         # Not imported to serve a model, by the front end alone, and only where there is a GPU.
-        if file.name in ("perplexity.py", "tune.py", "metrics.py", "kv_cuda.py"):
+        if file.name in ("metrics.py", "step_counts.py", "cuda.py"):
             continue
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":

@@ -10,7 +10,7 @@ import pytest
 from conftest import DATA
 
 import vllm_qoq
-from vllm_qoq.quantizer.options import Options
+from vllm_qoq.quantizer.options import QuantizeOptions
 
 COMMANDS = ("quantize", "merge", "import_checkpoint", "inspect", "verify", "tune", "perplexity")
 
@@ -77,7 +77,7 @@ def test_a_damaged_checkpoint_has_findings(w4a8_dir, tmp_path):
         (lambda out: vllm_qoq.import_checkpoint("typo", DATA / "tiny-llama", out), "typo: not"),
         (lambda out: vllm_qoq.quantize("typo", out, DATA / "heldout.txt"), "typo: not a folder"),
         (lambda out: vllm_qoq.tune("typo"), "typo: not a folder"),
-        (lambda out: Options.parse({"sets": ["w9"]}, "options"), "options.sets"),
+        (lambda out: QuantizeOptions.parse({"sets": ["w9"]}, "options"), "options.sets"),
     ],
 )
 def test_mistakes_raise_what_the_command_says(call, message, tmp_path):

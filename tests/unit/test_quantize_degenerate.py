@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_quantize_transforms import Model
 from transformers import AutoModelForCausalLM
 
-from vllm_qoq.checkpoint.folder import verify
+from vllm_qoq.checkpoint import verify
 from vllm_qoq.progress import Progress
 from vllm_qoq.quantizer import QuantizeError, evaluate, gptq, job, strength
 from vllm_qoq.quantizer.options import QuantizeOptions
