@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from test_import_served import quantized as in_qserve_layout
 
 from vllm_qoq.bench.perplexity import text_perplexity
-from vllm_qoq.checkpoint.folder import Checkpoint, verify
+from vllm_qoq.checkpoint import verify
+from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.cli.main import main as cli
 from vllm_qoq.progress import Progress
 from vllm_qoq.quantizer import job

@@ -21,7 +21,8 @@ from safetensors import safe_open
 
 import vllm_qoq
 from vllm_qoq.bench.perplexity import text_perplexity
-from vllm_qoq.checkpoint.folder import Checkpoint, ours, verify
+from vllm_qoq.checkpoint import ours, verify
+from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.cli.main import main as cli
 from vllm_qoq.progress import Progress
 
