@@ -145,7 +145,9 @@ def test_log_tells_the_sets(server):
 
 def fails(checkpoint, *options):
     """Start a server that must refuse; returns its output."""
-    done = warm_process.run(serve_command(checkpoint, *options), timeout=START_SECONDS)
+    done = subprocess.run(
+        serve_command(checkpoint, *options), capture_output=True, text=True, timeout=START_SECONDS
+    )
     assert done.returncode != 0
     return done.stdout + done.stderr
 

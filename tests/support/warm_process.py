@@ -32,6 +32,8 @@ IMPORTED = (
     *("vllm.entrypoints.openai.api_server", "vllm.v1.engine.async_llm"),
     *("vllm.v1.engine.core", "vllm.v1.engine.llm_engine", "vllm.v1.executor.multiproc_executor"),
     *("vllm.v1.executor.uniproc_executor", "vllm.v1.worker.cpu_worker"),
+    "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors",
+    "vllm.model_executor.models.llama",
 )
 
 

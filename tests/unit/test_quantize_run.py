@@ -1,16 +1,12 @@
 """`vllm-qoq quantize` from start to end: resumed, refused, verified, served."""
 
-import contextlib
 import hashlib
-import io
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -57,17 +53,12 @@ def quantized(tiny_model, tmp_path_factory):
     short = folder / "heldout.txt"
     short.write_text((DATA / "heldout.txt").read_text()[:20_000])
     out = folder / "checkpoint"
-    command = ["vllm-qoq", "quantize", tiny_model, "-o", out]
+    command = [sys.executable, "-m", "vllm_qoq.cli", "quantize", tiny_model, "-o", out]
     command += ["--text", TEXT, "--sets", ",".join(SETS), "--samples", 32, "--seqlen", 256]
     command += ["--eval-text", short, "--sanity-check", "--json"]
-    printed = io.StringIO()
-    with (
-        patch.object(sys, "argv", list(map(str, command))),
-        patch.dict(os.environ),
-        contextlib.redirect_stdout(printed),
-    ):
-        assert cli.main() == 0
-    return out, short, json.loads(printed.getvalue())
+    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.returncode == 0
+    return out, short, json.loads(done.stdout)
 
 
 def digests(folder):
