@@ -12,13 +12,13 @@ from cpu_kernels import needs_wna16
 from engine_process import run_engines
 from engines import engine
 from qoq_checkpoints import write_plain
+from qserve_served import quantized as in_qserve_layout
 from safetensors.torch import load_file, save_file
-from test_import_served import quantized as in_qserve_layout
 
 from vllm_qoq.bench.perplexity import text_perplexity
 from vllm_qoq.checkpoint import verify
 from vllm_qoq.checkpoint.folder import Checkpoint
-from vllm_qoq.cli.main import main as cli
+from vllm_qoq.cli import main as cli
 from vllm_qoq.progress import Progress
 from vllm_qoq.quantizer import job
 from vllm_qoq.quantizer.options import QuantizeOptions

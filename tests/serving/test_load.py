@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from linear_layers import FUSED, SHAPES, Block, finish
+from nested_layers import stored
 from plugin_units import qoq_config, scheme, tensor_parallel, vllm_config
 from prometheus_client import REGISTRY
 from qoq_checkpoints import NESTED
-from test_nested_serving import stored
-from test_qoq_linear import FUSED, SHAPES, Block, finish
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context, set_forward_context
 from vllm.model_executor.models.utils import AutoWeightsLoader

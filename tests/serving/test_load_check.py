@@ -5,9 +5,9 @@ import shutil
 import pytest
 import torch
 from engines import engine, generate
+from loaded_layers import Block, load, stored
 from plugin_units import qoq_config, tensor_parallel, vllm_config
 from safetensors.torch import load_file, save_file
-from test_loading import Block, load, stored
 
 from vllm_qoq.errors import FormatError
 

@@ -11,7 +11,7 @@ import pytest
 import warm_process
 from engine_process import run_engines
 from engines import PROMPTS, engine, generate
-from test_server import Server
+from server import Server
 
 import vllm_qoq
 from vllm_qoq.bench.perplexity import text_perplexity

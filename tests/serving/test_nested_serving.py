@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 from engines import PROMPTS, engine, generate
+from linear_layers import FUSED, SHAPES, Block, finish
+from nested_layers import stored
 from plugin_units import qoq_config, tensor_parallel, vllm_config
-from qoq_checkpoints import NESTED, nested
+from qoq_checkpoints import NESTED
 from safetensors.torch import load_file, save_file
-from test_qoq_linear import FUSED, SHAPES, Block, finish
 from vllm import SamplingParams
 from vllm.model_executor.models.utils import AutoWeightsLoader
 
@@ -19,17 +20,6 @@ from vllm_qoq.numerics import reference
 from vllm_qoq.numerics.packing import pack_nibbles, unpack_nibbles
 
 BOTH = {"prefill": "w8a8", "decode": [{"set": "w4a8"}]}
-
-
-def stored():
-    """All tensors of the block, as a checkpoint names them."""
-    random = torch.Generator().manual_seed(7)
-    tensors = {}
-    for layer, shape in SHAPES.items():
-        weight = torch.randn(shape, generator=random)
-        for name, leaves in zip(("w4a8", "w8a8"), nested(weight), strict=True):
-            tensors |= {f"{name}.block.{layer}.{leaf}": t for leaf, t in leaves.items()}
-    return tensors
 
 
 def loaded(tensors, rank=0, size=1, routing=BOTH, **options):

@@ -9,11 +9,9 @@ import weakref
 import pytest
 import torch
 from engines import PROMPTS, engine, generate
+from linear_layers import FUSED, SHAPES, Block, finish
 from plugin_units import (
-    HEAD,
-    HEADS,
     HIDDEN,
-    KV_HEADS,
     qoq_config,
     scheme,
     tensor_parallel,
@@ -24,8 +22,6 @@ from qoq_checkpoints import GROUP, PER_CHANNEL, round_to_nearest, write_dequanti
 from safetensors.torch import load_file, save_file
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
-    MergedColumnParallelLinear,
-    QKVParallelLinear,
     RowParallelLinear,
 )
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
@@ -40,23 +36,6 @@ from vllm_qoq.serving.methods.qoq_linear import QoQLinearConfig
 
 FORCED = {"prefill": "w4a8", "decode": "w4a8"}
 GROUPS = pytest.mark.parametrize("group_size", [GROUP, PER_CHANNEL], ids=["g128", "per-channel"])
-SHAPES = {
-    "q_proj": (HEADS * HEAD, HIDDEN),
-    "k_proj": (KV_HEADS * HEAD, HIDDEN),
-    "v_proj": (KV_HEADS * HEAD, HIDDEN),
-    "gate_proj": (512, HIDDEN),
-    "up_proj": (512, HIDDEN),
-    "down_proj": (HIDDEN, 512),
-}
-FUSED = WeightsMapper(
-    orig_to_new_stacked={
-        ".q_proj.": (".qkv_proj.", "q"),
-        ".k_proj.": (".qkv_proj.", "k"),
-        ".v_proj.": (".qkv_proj.", "v"),
-        ".gate_proj.": (".gate_up_proj.", 0),
-        ".up_proj.": (".gate_up_proj.", 1),
-    }
-)
 
 
 def set_config(group_size, **changes):
@@ -65,23 +44,6 @@ def set_config(group_size, **changes):
 
 def config_of(group_size, **changes):
     return qoq_config(sets={"w4a8": set_config(group_size, **changes)}, routing=FORCED)
-
-
-class Block(torch.nn.Module):
-    """A fused, a merged and a row-parallel layer."""
-
-    def __init__(self, quant_config, dtype=torch.bfloat16, bias=False):
-        super().__init__()
-        self.quant_config = quant_config
-        common = {"quant_config": quant_config, "bias": bias, "params_dtype": dtype}
-        self.block = torch.nn.Module()
-        self.block.qkv_proj = QKVParallelLinear(
-            HIDDEN, HEAD, HEADS, KV_HEADS, prefix="block.qkv_proj", **common
-        )
-        self.block.gate_up_proj = MergedColumnParallelLinear(
-            HIDDEN, [512, 512], prefix="block.gate_up_proj", **common
-        )
-        self.block.down_proj = RowParallelLinear(512, HIDDEN, prefix="block.down_proj", **common)
 
 
 def stored(group_size, bias=False):
@@ -100,12 +62,6 @@ def loaded(group_size, weights, rank=0, size=1, **options):
     with tensor_parallel(rank, size, vllm_config()):
         model = Block(config_of(group_size), **options)
         AutoWeightsLoader(model).load_weights(weights.items(), mapper=FUSED)
-    return model
-
-
-def finish(model):
-    for layer in model.block.children():
-        layer.quant_method.process_weights_after_loading(layer)
     return model
 
 

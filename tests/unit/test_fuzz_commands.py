@@ -12,10 +12,10 @@ import pytest
 import rtn_checkpoints
 from conftest import DATA
 from qoq_checkpoints import write_nested, write_plain
+from qserve_checkpoints import CONFIG as QSERVE_CONFIG
+from qserve_checkpoints import g128
+from qserve_checkpoints import model as qserve_model
 from safetensors.torch import save_file
-from test_import import CONFIG as QSERVE_CONFIG
-from test_import import g128
-from test_import import model as qserve_model
 
 from vllm_qoq.cli import main as cli
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from qoq_checkpoints import write_nested, write_plain
+from qserve_checkpoints import CONFIG, g128, model
+from repository_files import tracked
 from safetensors.torch import save_file
-from test_import import CONFIG, g128, model
-from test_repository import tracked
 
 UV = Path(sys.executable).with_name("uv")
 TORCH = f"torch=={version('torch')}"  # the one that is here already; alone, pip takes CUDA's

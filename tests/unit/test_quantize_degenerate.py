@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import DATA
 from safetensors.torch import load_file, save_file
-from test_quantize_transforms import Model
+from transformed_models import Model
 from transformers import AutoModelForCausalLM
 
 from vllm_qoq.checkpoint import verify

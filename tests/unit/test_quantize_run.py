@@ -19,7 +19,7 @@ import vllm_qoq
 from vllm_qoq.bench.perplexity import text_perplexity
 from vllm_qoq.checkpoint import ours, verify
 from vllm_qoq.checkpoint.folder import Checkpoint
-from vllm_qoq.cli.main import main as cli
+from vllm_qoq.cli import main as cli
 from vllm_qoq.progress import Progress
 
 TEXT = DATA / "calibration.txt"
@@ -134,7 +134,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tiny_model, tmp_path, qua
     code, out, err = quantize(tiny_model, tmp_path / "whole", *FEW)
     assert code == 0 and "wrote" in out, err
     again, work = tmp_path / "killed", tmp_path / "killed.work"
-    command = [sys.executable, "-m", "vllm_qoq.cli.main", "quantize", tiny_model, "-o", again]
+    command = [sys.executable, "-m", "vllm_qoq.cli", "quantize", tiny_model, "-o", again]
     command += ["--text", TEXT, *FEW]
     process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + KILL_SECONDS

@@ -175,6 +175,11 @@ def test_nothing_imports_examples_and_only_tests_import_tests():
             assert one.name.partition(".")[0] not in forbidden, (name, one)
 
 
+def test_what_several_test_files_use_is_in_none_of_them():
+    for name, found in python_files("tests/").items():
+        assert not [one.name for one in found if one.name.startswith("test_")], name
+
+
 def test_no_tracked_file_names_a_folder_of_a_developer():
     assert MACHINE_PATH.search(b"/home" + b"/me/x") and not MACHINE_PATH.search(b"/tmp/a.jsonl")
     for name in tracked():

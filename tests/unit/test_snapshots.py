@@ -6,9 +6,9 @@ import shutil
 import pytest
 import rtn_checkpoints
 from conftest import DATA
+from qserve_checkpoints import CONFIG, g128
+from qserve_checkpoints import model as qserve_model
 from safetensors.torch import save_file
-from test_import import CONFIG, g128
-from test_import import model as qserve_model
 
 from vllm_qoq.cli import main as cli
 from vllm_qoq.quantizer.options import QuantizeOptions

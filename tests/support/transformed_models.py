@@ -1,0 +1,120 @@
+"""A model whose transformations can be looked at one by one."""
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from vllm_qoq.quantizer import rotate, smooth
+from vllm_qoq.quantizer.evaluate import round_cache
+from vllm_qoq.quantizer.model import Dimensions, blocks, layer_names
+from vllm_qoq.quantizer.observe import Observer
+from vllm_qoq.quantizer.strength import with_rope
+
+SIZES = {
+    "hidden_size": 96,  # a Hadamard matrix that is no power of two
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+}
+
+
+MODELS = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES)),
+    "llama with biases": (
+        LlamaForCausalLM,
+        LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    ),
+    "tied llama": (LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=True)),
+    "mistral": (MistralForCausalLM, MistralConfig(**SIZES)),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SIZES)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES)),
+}
+
+
+class Model:
+    """A random model in float64, so that a step's own rounding cannot hide a mistake."""
+
+    def __init__(self, name):
+        kind, config = MODELS[name]
+        torch.manual_seed(0)
+        self.model = kind(config).eval().double()
+        with torch.no_grad():
+            for tensor in self.model.parameters():
+                if tensor.ndim == 1:  # norms and biases, which are born as ones and zeros
+                    tensor.add_(torch.randn_like(tensor) * 0.3)
+        content = config.to_dict() | {"model_type": config.model_type}
+        self.names, self.dimensions = layer_names(content), Dimensions.of(content)
+        rotate.untie(self.model, self.names)
+
+    @torch.no_grad()
+    def logits(self):
+        tokens = torch.randint(64, (2, 40), generator=torch.Generator().manual_seed(1))
+        return self.model(tokens).logits
+
+    def smooth(self, index=None, **options):
+        """Smooth one block or all, with what random tokens show of it."""
+        off = {"attention": False, "outputs": False, "reorder": False}
+        wanted = smooth.SmoothOptions(**off | options, kv_bits=4, weight_bits=4)
+        for i, block in enumerate(blocks(self.model, self.names)):
+            if index in (None, i):
+                inv_freq = self.model.get_submodule(self.names.rotary).inv_freq
+                seen = self.seen(i)
+                found = smooth.transforms(
+                    seen, block, self.names, self.dimensions, inv_freq, wanted
+                )
+                smooth.apply(block, found, self.names, self.dimensions)
+
+    def seen(self, index):
+        block, observer = (
+            blocks(self.model, self.names)[index],
+            Observer(self.names, self.dimensions, 4),
+        )
+        hooks = [
+            block.get_submodule(name).register_forward_hook(lambda m, a, out, see=see: see(out))
+            for name, see in observer.outputs.items()
+        ]
+        hooks += [
+            block.get_submodule(name).register_forward_pre_hook(lambda m, a, see=see: see(a[0]))
+            for name, see in observer.inputs.items()
+        ]
+        self.logits()
+        for hook in hooks:
+            hook.remove()
+        return observer.seen()
+
+    def key_error(self, index):
+        """What 4-bit keys cost the products with the queries."""
+        seen = self.seen(index)
+        keys = self.with_rope(seen)
+        lost = round_cache(keys, 4) - keys
+        return float((lost * torch.cat((seen.query_pairs, seen.query_pairs), 1)).square().sum())
+
+    def with_rope(self, seen):
+        inv_freq = self.model.get_submodule(self.names.rotary).inv_freq
+        return with_rope(seen.keys, seen.positions, inv_freq)
+
+    def step(self, name):
+        if name in ("fold_norms", "R1", "all"):
+            rotate.fold_norms(self.model, self.names)
+        if name in ("R1", "all"):
+            rotate.rotate_stream(self.model, self.names, self.dimensions)
+        if name in ("R2", "all"):
+            rotate.rotate_values(self.model, self.names, self.dimensions)
+        if name in ("SmoothAttention", "all"):
+            self.smooth(attention=True)
+        if name in ("smooth_outputs", "all"):
+            self.smooth(outputs=True)
+        if name in ("reorder", "all"):
+            self.smooth(reorder=True)
