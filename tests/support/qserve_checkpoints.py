@@ -1,9 +1,6 @@
 """Checkpoints as QServe and deepcompressor write them, of random numbers."""
 
-import json
-
 import numpy as np
-import pytest
 import torch
 
 CONFIG = {
@@ -114,13 +111,3 @@ def model(make) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         leaves, weights[layer] = make(*shape)
         tensors |= {f"{layer}.{leaf}": value for leaf, value in leaves.items()}
     return tensors, weights
-
-
-@pytest.fixture
-def place(tmp_path):
-    """A folder with the base model; the source goes to `src`, the output to `out`."""
-    (tmp_path / "base").mkdir()
-    (tmp_path / "src").mkdir()
-    (tmp_path / "base" / "config.json").write_text(json.dumps(CONFIG))
-    (tmp_path / "base" / "tokenizer.json").write_text("{}")
-    return tmp_path

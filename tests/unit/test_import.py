@@ -29,6 +29,16 @@ from vllm_qoq.numerics.reference import dequantize
 LAYER = "model.layers.1.mlp.up_proj"
 
 
+@pytest.fixture
+def place(tmp_path):
+    """A folder with the base model; the source goes to `src`, the output to `out`."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "src").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    return tmp_path
+
+
 def per_channel(n: int, k: int):
     codes, scale = torch.randint(0, 16, (n, k)), random_scale(n)
     zero = (torch.rand(n) * 0.1).half()
