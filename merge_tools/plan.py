@@ -111,7 +111,7 @@ def make_plan(
 
 
 def _ratio_layers(survey: Survey, config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Map each set to its layers that need an input_ratio, and those to the norm that they read."""
+    """Map set -> layer -> norm, for layers whose input is scaled otherwise than by the stored norm."""
     ratios: dict[str, dict[str, str]] = {name: {} for name in survey.tensors}
     for tensor, differing in survey.unequal.items():
         names = f"{survey.prefill} and {', '.join(differing)}"
@@ -150,7 +150,7 @@ def _of_set(survey: Survey, set_name: str, ratios: Mapping[str, str]) -> list[Pl
 
 
 def _nested(survey: Survey, set_name: str, base: str) -> list[Planned]:
-    """Plan a residual for every layer of the base, and its bias where there is one."""
+    """Plan, for each layer of the 4-bit set, what raises it to 8 bits, and the 8-bit set's bias."""
     planned = []
     for layer in sorted(survey.quantized):
         shape = survey.tensors[base][f"{layer}.qweight"].shape

@@ -28,6 +28,8 @@ ON_THE_GPU = (
     *(f"vllm_qoq/checkpoint/{name}.py" for name in ("format", "kv_config")),
 )
 
+_SHOWN = 3  # changes that are named
+
 PREPARE = """\
   make test-gpu needs a Hopper GPU (two for all tests), its driver, nvcc of CUDA 13 and g++:
     make setup       an environment in .venv with vLLM's CUDA build, llmcompressor and our kernels
@@ -93,7 +95,10 @@ def _changes_since(root: Path, commit: str) -> list[str]:
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     if done.returncode:
         return [f"  {commit} is not in this history, so what changed since is not known"]
-    return [f"  not run since: {line}" for line in done.stdout.splitlines()]
+    changes = [f"  not run since: {line}" for line in done.stdout.splitlines()]
+    if (more := len(changes) - _SHOWN) > 0:
+        changes[_SHOWN:] = [f"  and {more} more"]
+    return changes
 
 
 def main(arguments: list[str]) -> int:

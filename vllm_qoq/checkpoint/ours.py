@@ -81,7 +81,10 @@ def _listed(folder: Path) -> frozenset[str]:
 def index(
     weight_map: Mapping[str, str], total_bytes: int, copied: Iterable[Path]
 ) -> dict[str, object]:
-    """Make the index of an output; `copied` are its files from a model, as relative paths."""
+    """Make the index of an output, by which `--overwrite` will know that the folder is ours.
+
+    copied  the files that came from a model, as relative paths
+    """
     names = sorted({file.parts[0] for file in copied})
     return {
         "metadata": {"total_size": total_bytes, COPIED: names},

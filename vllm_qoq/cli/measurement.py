@@ -127,7 +127,7 @@ def _write(finished: Finished, name: str, output: Path, overwrite: bool) -> None
 
 
 def _foreign(name: str) -> Callable[[Path], str | None]:
-    """Make a function that says what would be lost in an older output of benchmark `name`."""
+    """Make a check of a folder: it names what `bench name` did not write and would be deleted."""
 
     def find(folder: Path) -> str | None:
         results = {f"{name}.{kind}" for kind in ("json", "md", "png")} | {".vllm-qoq-lock"}

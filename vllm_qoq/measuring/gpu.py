@@ -62,7 +62,7 @@ def _rounds(calls: Sequence[Callable[[], object]]) -> int:
 def _intervals(launch: Callable[[], object], count: int) -> list[float]:
     """Measure the seconds of each of `count` launches, queued without a gap.
 
-    The first may have waited for the CPU.
+    The first may have waited for the CPU, which a median does not see.
     """
     events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     events[0].record()

@@ -28,11 +28,11 @@ class LayerSpec:
     sizes: tuple[str, ...]
     bias: tuple[str, ...] | bool = False
 
-    def has_bias(self, config: Mapping[str, Any]) -> bool:
-        """Whether the layer has a bias beside its weight."""
+    def has_bias(self, config: Mapping[str, Any], defaults: Mapping[str, int | bool]) -> bool:
+        """Whether the layer has a bias beside its weight; `defaults` are the architecture's."""
         if isinstance(self.bias, bool):
             return self.bias
-        return any([flag(config, key) for key in self.bias])
+        return any([flag(config, key, bool(defaults.get(key))) for key in self.bias])
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ class Architecture:
     mlp: Mapping[str, LayerSpec]
     experts: Experts | None = None
     is_tied: bool = False
-    defaults: Mapping[str, int] = field(default_factory=dict)
+    defaults: Mapping[str, int | bool] = field(default_factory=dict)
     names: LayerNames | None = None
     type: str = ""
 
@@ -216,7 +216,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         _QWEN3, _mlp(), Experts("mlp.gate", "mlp.experts", _mlp("", "expert_inner"))
     ),
 }
-"""Every architecture whose tensors are known. The KV cache of the last two can be quantized."""
+"""Every architecture whose tensors are known; those with `names` can be quantized."""
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture | None:
@@ -238,9 +238,9 @@ def norm_readers(config: Mapping[str, Any], norm: str) -> tuple[str, ...]:
     return tuple(f"{prefix}{index}.{reader}" for reader in known.names.norms.get(module, ()))
 
 
-def flag(config: Mapping[str, Any], key: str) -> bool:
-    """Read the value of `key`, false where there is none; FormatError for what is no boolean."""
-    value = config.get(key)
+def flag(config: Mapping[str, Any], key: str, default: bool = False) -> bool:
+    """Read the value of `key`, `default` where there is none; FormatError for what is no boolean."""
+    value = config.get(key, default)
     if value is not None and not isinstance(value, bool):
         raise FormatError(f"{CONFIG}: {key}: {shown(value)} is not true or false; {REMEDY}")
     return bool(value)

@@ -118,7 +118,7 @@ def _tensors(
     for name, module in modules.items():
         shape = tuple(sizes[size] for size in module.sizes)
         yield f"{name}.weight", shape
-        if module.has_bias(config):
+        if module.has_bias(config, sizes.defaults):
             yield f"{name}.bias", shape[:1]
 
 
@@ -158,7 +158,7 @@ class _Sizes:
 
     def __init__(self, model: Architecture, config: Mapping[str, Any]) -> None:
         self._config = config
-        self._defaults = model.defaults
+        self.defaults = model.defaults
 
     def __getitem__(self, name: str) -> int:
         match name:
@@ -190,7 +190,7 @@ class _Sizes:
         """Read the count under `key` of `config.json`; without one, take what `default` returns."""
         value = self._config.get(key)
         if value is None and key not in self._config:
-            value = self._defaults.get(key)
+            value = self.defaults.get(key)
         if value is None and default is not None:
             return default()
         if value is None:

@@ -56,7 +56,7 @@ class Memory(BaseModel):
 
 
 def load(folder: Path) -> tuple[Memory, str | None]:
-    """Read the memory of the checkpoint; empty, with the reason, where the file is of no use."""
+    """Read what earlier runs measured; empty, with the reason, where the file cannot be used."""
     path = folder / FILE
     if not path.exists():
         return Memory(), None

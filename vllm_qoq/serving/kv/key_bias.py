@@ -71,9 +71,9 @@ def _is_too_large(layer: QKVParallelLinear, bits: int, use_hadamard: bool) -> bo
 
 
 def _computation(layer: QKVParallelLinear) -> Callable[[torch.Tensor, bool], torch.Tensor]:
-    """Make a function of (inputs, whether to add the bias) that computes the layer.
+    """Make a function of inputs and `add_bias` that computes the layer outside of a step.
 
-    It works outside of an engine's step.
+    It needs no forward context of vLLM, so it can run while a model is loaded.
     """
     from vllm_qoq.serving.methods.routed_linear import FlexLinearMethod
 

@@ -160,7 +160,7 @@ class WeightSet(nn.Module):
         self._is_finished = True
 
     def __delattr__(self, name: str) -> None:
-        """Delete an attribute; of a parameter or buffer the plain attribute, too."""
+        """Delete an attribute, and the plain copy that a parameter or buffer has."""
         if name in self._parameters or name in self._buffers:
             vars(self).pop(name, None)
         super().__delattr__(name)

@@ -5,7 +5,7 @@ stays what was in memory, and NaN is served. So before loading all of them are m
 it none may be left. That needs no list of names, and sees whatever way a model loads.
 
 Loaders that fill parameters without the model's `load_weights` (dummy, sharded_state, tensorizer)
-do not ask for the renaming of tensors, with which a load begins here, and are not checked.
+never call the function that renames tensors, with which the check begins, so they are not checked.
 """
 
 from __future__ import annotations
