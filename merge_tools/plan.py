@@ -111,7 +111,7 @@ def make_plan(
 
 
 def _ratio_layers(survey: Survey, config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Map set -> layer -> norm, for layers whose input is scaled otherwise than by the stored norm."""
+    """Map set -> layer -> norm, for layers that another norm than the stored one prepares."""
     ratios: dict[str, dict[str, str]] = {name: {} for name in survey.tensors}
     for tensor, differing in survey.unequal.items():
         names = f"{survey.prefill} and {', '.join(differing)}"

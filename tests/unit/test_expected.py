@@ -8,7 +8,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from vllm_qoq.errors import FormatError
-from vllm_qoq.models.table import ARCHITECTURES
+from vllm_qoq.models.table import ARCHITECTURES, LayerSpec
 from vllm_qoq.models.tensors import expected_tensors
 
 SIZES = {
@@ -76,3 +76,9 @@ REFUSED = {
 def test_a_key_that_cannot_be_is_named(key, value):
     with pytest.raises(FormatError, match=key):
         expected_tensors(LLAMA | {key: value})
+
+
+def test_a_bias_may_be_on_by_default():
+    layer, on = LayerSpec(("hidden",), ("attention_bias",)), {"attention_bias": True}
+    assert layer.has_bias({}, on) and layer.has_bias({"attention_bias": True}, {})
+    assert not layer.has_bias({}, {}) and not layer.has_bias({"attention_bias": False}, on)

@@ -239,7 +239,7 @@ def norm_readers(config: Mapping[str, Any], norm: str) -> tuple[str, ...]:
 
 
 def flag(config: Mapping[str, Any], key: str, default: bool = False) -> bool:
-    """Read the value of `key`, `default` where there is none; FormatError for what is no boolean."""
+    """Read the value of `key`, or `default` without one; FormatError for what is no boolean."""
     value = config.get(key, default)
     if value is not None and not isinstance(value, bool):
         raise FormatError(f"{CONFIG}: {key}: {shown(value)} is not true or false; {REMEDY}")
