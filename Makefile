@@ -32,8 +32,11 @@ setup:  ## create .venv with vLLM, llmcompressor and the tools (once; 3 GB, with
 demo: setup  ## quantize a tiny model twice, merge, measure, serve and ask it something
 	@$(VENV)/python examples/demo.py
 
-test: setup lint  ## every test that this machine can run
-	@$(VENV)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
+# ruff and mypy beside the tests: mypy runs for a minute on one core.
+test: setup  ## every test that this machine can run, and lint
+	@$(MAKE) --no-print-directory lint & lint=$$!; \
+	$(VENV)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS); \
+	tests=$$?; wait $$lint || { echo "error: make lint failed, see above" >&2; exit 1; }; exit $$tests
 
 test-gpu:  ## every GPU test, and a line in tests/gpu_record.tsv (GPU_PYTHON=, GPU_WORKERS=)
 	@$(GPU_PYTHON) tests/gpu_record.py -n $(GPU_WORKERS) --dist worksteal
