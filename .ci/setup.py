@@ -43,7 +43,10 @@ UV_VARIABLES = {
     "timeout": "UV_HTTP_TIMEOUT",
 }
 
+# Without looking for garbage, of which there is none, the imports take a quarter less.
 SMOKE_TEST = """
+import gc
+gc.disable()
 import importlib.metadata as metadata
 import torch
 import llmcompressor

@@ -34,7 +34,7 @@ def quantized(tiny_model, tmp_path_factory):
     """A W4A8 checkpoint with an int8 lm_head, a text, and the report."""
     folder = tmp_path_factory.mktemp("int8-head")
     text = folder / "heldout.txt"
-    text.write_text((DATA / "heldout.txt").read_text()[:10_000])
+    text.write_text((DATA / "heldout.txt").read_text()[:20_000])
     options = QuantizeOptions(sets=("w4a8",), samples=8, seqlen=256, lm_head_bits=8, kv_bits=16)
     job = Job(
         model=tiny_model,

@@ -334,7 +334,7 @@ def test_perplexity_is_that_of_the_dequantized_weights(
     tiny_model, w4a8_dir, heldout_text, tmp_path
 ):
     """What is left is int8 activations. Rounding to the nearest code costs this model 8 %."""
-    text = heldout_text.read_text()[:10_000]
+    text = heldout_text.read_text()[:20_000]
     dequantized = write_dequantized(tiny_model, tmp_path / "dequantized")
     base, rounded, w4a8, compiled = (
         text_perplexity(engine(folder, **options), text, 256)["perplexity"]

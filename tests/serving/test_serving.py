@@ -151,7 +151,7 @@ def test_explicit_flexquant_class_equals_the_hook(merged_dir):
 @pytest.fixture(scope="module")
 def measured(heldout_text):
     """A function that measures the perplexity of a checkpoint, of one set where it is named."""
-    text = heldout_text.read_text()[:10_000]
+    text = heldout_text.read_text()[:20_000]
 
     def measure(checkpoint, force_set=None):
         qoq = {"force_set": force_set} if force_set else None

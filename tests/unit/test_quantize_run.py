@@ -51,7 +51,7 @@ def quantized(tiny_model, tmp_path_factory):
     """All three sets of the tiny model, and the report on stdout."""
     folder = tmp_path_factory.mktemp("quantized")
     short = folder / "heldout.txt"
-    short.write_text((DATA / "heldout.txt").read_text()[:10_000])
+    short.write_text((DATA / "heldout.txt").read_text()[:20_000])
     out = folder / "checkpoint"
     command = [sys.executable, "-m", "vllm_qoq.cli", "quantize", tiny_model, "-o", out]
     command += ["--text", TEXT, "--sets", ",".join(SETS), "--samples", 32, "--seqlen", 256]
