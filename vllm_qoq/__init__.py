@@ -38,6 +38,8 @@ _COMMANDS = {
     "tune": "vllm_qoq.tuner.job",
     "perplexity": "vllm_qoq.bench.perplexity",
 }
+# Package that a function may need -> the extra of ours that brings it.
+_EXTRAS = {"llmcompressor": "quantize", "compressed_tensors": "quantize", "vllm": "vllm"}
 __all__ = ["UserError", "register", "step_counts", *_COMMANDS]
 
 _is_registered = False
@@ -82,4 +84,11 @@ def step_counts(llm: LLM) -> dict[tuple[str, str], int]:
 def __getattr__(name: str) -> Any:
     if name not in _COMMANDS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_COMMANDS[name]), name)
+    try:
+        module = importlib.import_module(_COMMANDS[name])
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        raise UserError(f"{error}; install it: pip install 'vllm-qoq[{extra}]'") from error
+    return getattr(module, name)

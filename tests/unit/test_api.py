@@ -37,6 +37,18 @@ def test_arguments_are_typed_and_the_docstring_names_them(command):
         assert any(line.strip().startswith(name) for line in lines[1:]), name
 
 
+@pytest.mark.parametrize(
+    ("command", "package", "extra"),
+    [("quantize", "llmcompressor", "quantize"), ("perplexity", "vllm", "vllm")],
+)
+def test_a_package_that_is_missing_is_named_with_its_extra(command, package, extra):
+    program = f"import sys, vllm_qoq; sys.modules[{package!r}] = None; vllm_qoq.{command}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("vllm_qoq.errors.UserError: ") and package in last
+    assert last.endswith(f"install it: pip install 'vllm-qoq[{extra}]'")
+
+
 def test_other_names_are_missing_as_from_any_module():
     with pytest.raises(AttributeError, match="has no attribute 'quantise'"):
         _ = vllm_qoq.quantise
