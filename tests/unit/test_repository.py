@@ -15,7 +15,10 @@ MIB = 1 << 20
 
 PACKAGES = ("vllm_qoq/", "merge_tools/")
 # Within the packages, vLLM and llmcompressor are imported only there.
-VLLM_AT = ("vllm_qoq/serving/", "vllm_qoq/tuner/vllm_engine.py", "vllm_qoq/bench/perplexity.py")
+VLLM_AT = (
+    *("vllm_qoq/serving/", "vllm_qoq/tuner/vllm_engine.py"),
+    *("vllm_qoq/bench/perplexity.py", "vllm_qoq/bench/serving/engine.py"),
+)
 # The benchmark times vLLM's kernels, and imports them when it runs.
 VLLM_PEERS = "vllm_qoq/bench/peers.py"
 LLMCOMPRESSOR_AT = "vllm_qoq/quantizer/"

@@ -1,4 +1,4 @@
-"""The commands `bench gemm` and `bench attention`."""
+"""The commands `bench gemm`, `bench attention` and `bench serving`."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from functools import partial
 
 from vllm_qoq.bench import BenchError, attention_cases, cases
 from vllm_qoq.bench.attention_cases import DECODES, Decode, Heads
-from vllm_qoq.cli import measurement
+from vllm_qoq.cli import bench_serving, measurement
 from vllm_qoq.cli.arguments import is_positive, positive
 from vllm_qoq.cli.parser import Commands, Parser
 
 
 def add_parser(commands: Commands[Parser]) -> None:
     """Add the commands to those of the program."""
-    bench = commands.add_parser("bench", help="our kernels beside what vLLM offers")
+    bench = commands.add_parser(
+        "bench", help="our kernels, and whole engines, beside what vLLM offers"
+    )
     benchmarks = bench.add_subparsers(required=True, metavar="BENCHMARK")
     _add_gemm(benchmarks)
     _add_attention(benchmarks)
+    bench_serving.add_parser(benchmarks)
 
 
 def _add_gemm(benchmarks: Commands[Parser]) -> None:

@@ -1,0 +1,17 @@
+"""`vllm-qoq bench serving`: whole engines side by side, at fixed lengths of prompts and answers.
+
+    shapes    well-known models, so that no download is needed
+    formats   weights and caches that are compared
+    cases     lengths and batch sizes
+    job       what is measured, checked before work begins
+    records   what an engine's process is asked, and what it writes down
+    engine    that process: vLLM's engine, and the measurement of a case
+    limits    another process, which measures the card
+    run       starts one process after the other
+    floor     the time that the bytes and operations alone need
+    result    what was measured, and what follows from it
+    report    the result as Markdown
+    plot      the result as a picture
+
+Only `engine` imports vLLM.
+"""

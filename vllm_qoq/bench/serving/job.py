@@ -1,0 +1,155 @@
+"""A job of `bench serving`: what is measured, checked before work begins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from vllm_qoq.bench import BenchError
+from vllm_qoq.bench.serving import formats
+from vllm_qoq.bench.serving.cases import BATCHES, LENGTHS, MOST, Lengths, captured, check_batches
+from vllm_qoq.bench.serving.records import Request
+from vllm_qoq.bench.serving.shapes import SHAPES
+from vllm_qoq.checkpoint.folder import read_config, require_folder
+from vllm_qoq.checkpoint.format import QUANT_METHOD, SECTION
+from vllm_qoq.models.config import CONFIG, text_config
+
+Resume = Literal["auto", "required", "never"]
+
+# What all formats get alike. vLLM's default share of the memory differs between its versions, and
+# its default of tokens a step between cards.
+_ENGINE_ARGS = {"max_num_batched_tokens": 8192, "gpu_memory_utilization": 0.9}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to measure.
+
+    model        name of SHAPES, or folder with the `config.json` of an unquantized model, whose
+                 formats are measured with dummy weights; None where only checkpoints are
+    formats      names of formats (`vllm_qoq.bench.serving.formats`)
+    checkpoints  name -> folder of a finished checkpoint
+    lengths      tokens of prompts and answers
+    batches      batch sizes, or "full"
+    most         the largest batch that "full" may be
+    minutes      bound of the whole run; None for no bound
+    engine_args  more arguments of `LLM()`, for all alike
+    work_dir     for results of an engine that was stopped
+    """
+
+    model: str | None
+    work_dir: Path
+    formats: tuple[str, ...] = formats.DEFAULT
+    checkpoints: Mapping[str, Path] = field(default_factory=dict)
+    lengths: tuple[Lengths, ...] = LENGTHS
+    batches: tuple[str, ...] = BATCHES
+    most: int = MOST
+    repeats: int = 1
+    minutes: float | None = None
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+    resume: Resume = "auto"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One engine that is measured.
+
+    config  the `config.json` to write for dummy weights; None for a checkpoint
+    format  the format; None for a checkpoint, whose floor is not known
+    """
+
+    name: str
+    is_ours: bool
+    request: Request
+    config: Mapping[str, Any] | None = None
+    format: formats.Format | None = None
+
+
+@dataclass(frozen=True)
+class CheckedJob:
+    """A job that can begin: the unquantized model's `config.json`, and the engines in order."""
+
+    job: Job
+    model: Mapping[str, Any] | None
+    subjects: tuple[Subject, ...]
+
+
+def check_job(job: Job) -> CheckedJob:
+    """Raise BenchError or FormatError for what can be refused before an engine is started."""
+    check_batches(job.batches, job.most)
+    if len(names := [*job.formats, *job.checkpoints]) != len(set(names)):
+        raise BenchError(f"{', '.join(names)}: a name is there twice; give each a name of its own")
+    model = None if job.model is None else _model_config(job.model)
+    subjects = []
+    if model is not None:
+        _check_context(job, job.model or "", model)
+        subjects = [_of_format(job, name, model) for name in job.formats]
+    subjects += [_of_checkpoint(job, *one) for one in job.checkpoints.items()]
+    if not subjects:
+        raise BenchError("nothing to measure; name a MODEL or a --checkpoint NAME=DIR")
+    return CheckedJob(job, model, tuple(subjects))
+
+
+def _model_config(model: str) -> Mapping[str, Any]:
+    if model in SHAPES:
+        return SHAPES[model].config()
+    folder = Path(model)
+    if not folder.is_dir():
+        raise BenchError(
+            f"{model}: is neither a folder nor a shape; shapes are {', '.join(SHAPES)}"
+        )
+    config = read_config(folder)
+    if SECTION in config:
+        raise BenchError(
+            f"{folder / CONFIG}: has a {SECTION}; name the unquantized model, or measure the "
+            f"checkpoint itself: --checkpoint NAME={folder}"
+        )
+    return config
+
+
+def _check_context(job: Job, place: str, config: Mapping[str, Any]) -> None:
+    most = text_config(config).get("max_position_embeddings")
+    for lengths in job.lengths:
+        if isinstance(most, int) and lengths.tokens > most:
+            raise BenchError(
+                f"--lengths {lengths}: {place} has a context of {most} tokens; give shorter ones"
+            )
+
+
+def _of_format(job: Job, name: str, model: Mapping[str, Any]) -> Subject:
+    how = formats.parse(name)
+    folder = job.work_dir.resolve() / name
+    return Subject(
+        name,
+        how.is_ours,
+        _request(job, folder, model, {**how.engine_args(), "load_format": "dummy"}),
+        how.config(model),
+        how,
+    )
+
+
+def _of_checkpoint(job: Job, name: str, folder: Path) -> Subject:
+    require_folder(folder)
+    config = read_config(folder)
+    _check_context(job, str(folder), config)
+    section = config.get(SECTION)
+    is_ours = isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD
+    has_weights = any(folder.glob("*.safetensors"))
+    more = {} if has_weights else {"load_format": "dummy"}
+    return Subject(name, is_ours, _request(job, folder.resolve(), config, more))
+
+
+def _request(
+    job: Job, folder: Path, config: Mapping[str, Any], engine_args: Mapping[str, Any]
+) -> Request:
+    return Request(
+        model=str(folder),
+        vocabulary=text_config(config)["vocab_size"],
+        engine_args={**_ENGINE_ARGS, **engine_args, **job.engine_args},
+        lengths=job.lengths,
+        batches=job.batches,
+        sizes=tuple(captured(job.batches, job.most)),
+        repeats=job.repeats,
+    )

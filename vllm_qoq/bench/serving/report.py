@@ -1,0 +1,140 @@
+"""The report of `bench serving`: Markdown that is readable in a terminal, too."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Iterator
+
+from vllm_qoq.bench.report import number
+from vllm_qoq.bench.serving.cases import BATCHES, LENGTHS, Lengths
+from vllm_qoq.bench.serving.formats import DEFAULT
+from vllm_qoq.bench.serving.records import Measured
+from vllm_qoq.bench.serving.result import Engine, Result
+from vllm_qoq.markdown import markdown_table
+from vllm_qoq.plots import speed
+
+
+def markdown(result: Result) -> str:
+    """Write the whole of serving.md: the finding, the best batches, a table a number."""
+    parts = [*_head(result)]
+    for lengths in result.lengths:
+        parts += [*_best(result, lengths), *_tables(result, lengths)]
+    return "\n".join((*parts, *_left_out(result)))
+
+
+def finding(result: Result, lengths: Lengths) -> str:
+    """Say in one sentence how our highest throughput compares with vLLM's."""
+    place = f"at {lengths.prompt} tokens in, {lengths.new} out"
+    ours, peer, ratio = (
+        result.best_of_ours(lengths),
+        result.best_peer(lengths),
+        result.speedup(lengths),
+    )
+    if ours and peer and ratio is not None:
+        return f"Our {ours.name} is {speed(ratio, peer.name)} {place}"
+    best = ours or peer
+    run = best and best.best(lengths)
+    if not best or not run:
+        return f"Nothing was measured {place}"
+    return f"With {best.name} vLLM generates {run.tokens_per_second:,.0f} tokens a second {place}"
+
+
+def command(result: Result) -> str:
+    """Write the command line that measures the same again."""
+    parts = ["vllm-qoq bench serving", *([shlex.quote(result.model)] if result.model else ())]
+    names = tuple(engine.name for engine in result.engines if engine.format)
+    if names and names != DEFAULT:
+        parts.append(f"--formats {','.join(names)}")
+    parts += [f"--checkpoint {one.name}=DIR" for one in result.engines if not one.format]
+    if result.lengths != LENGTHS:
+        parts.append(f"--lengths {','.join(map(str, result.lengths))}")
+    if result.batches != BATCHES:
+        parts.append(f"--batches {','.join(result.batches)}")
+    if result.engine_args:
+        parts.append(f"--engine-args {shlex.quote(json.dumps(dict(result.engine_args)))}")
+    return " ".join(parts)
+
+
+def _head(result: Result) -> Iterator[str]:
+    yield f"# Serving, {result.model or 'checkpoints'}, {result.device}\n"
+    yield f"    {command(result)}\n"
+    yield (
+        "All requests arrive together; the prompts are random tokens. Tokens a second: new tokens\n"
+        "over the time from the first request to the last token, prompts included. All engines of\n"
+        "one run, each in a process of its own, with vLLM's default compilation and CUDA graphs.\n"
+    )
+    if result.limits:
+        rates = ", ".join(
+            f"{name} {rate / 1e12:.0f}" for name, rate in result.limits.operations.items()
+        )
+        yield (
+            f"Floor: the bytes of weights and cache at {result.limits.copy_rate / 1e12:.2f} TB/s, "
+            f"the speed of a copy, or the\noperations of the fastest product ({rates} T/s), "
+            "whichever takes longer; all\nmeasured in this run.\n"
+        )
+    packages = result.environment["packages"]
+    yield ", ".join(f"{name} {found}" for name, found in packages.items() if found) + ".\n"
+
+
+def _best(result: Result, lengths: Lengths) -> Iterator[str]:
+    yield f"## {lengths.prompt} in, {lengths.new} out: highest throughput\n"
+    yield f"{finding(result, lengths)}, each at its best batch.\n"
+    rows = [_best_row(result, engine, lengths) for engine in result.engines]
+    heads = ["", "tokens/s", "batch", "of the floor", "step, ms", "weights, GiB", "pool, tokens"]
+    yield markdown_table(heads, rows)
+
+
+def _best_row(result: Result, engine: Engine, lengths: Lengths) -> list[str]:
+    best, facts = engine.best(lengths), engine.facts
+    share = best and result.share_of_floor(engine, best)
+    return [
+        engine.name,
+        number(best and best.tokens_per_second, ",.0f"),
+        number(best and best.batch, "d"),
+        number(share, ".0%"),
+        number(best and _milliseconds(best.step_seconds), ".2f"),
+        number(engine.weights_gib, ".2f"),
+        number(facts and facts.pool_tokens, ",d"),
+    ]
+
+
+def _tables(result: Result, lengths: Lengths) -> Iterator[str]:
+    batches = sorted({batch for engine in result.engines for batch in engine.at(lengths)})
+    numbers: dict[str, tuple[Callable[[Engine, Measured], float | None], str]] = {
+        "tokens a second": (lambda _, one: one.tokens_per_second, ",.0f"),
+        "a decode step, ms": (lambda _, one: _milliseconds(one.step_seconds), ".3f"),
+        "until all prompts are read, ms": (lambda _, one: 1e3 * one.prompts_seconds, ",.1f"),
+        "tokens a second, share of the floor": (result.share_of_floor, ".0%"),
+        "a decode step, share of the floor": (result.share_of_step_floor, ".0%"),
+        "KV cache at the end, GiB": (result.cache_gib, ".2f"),
+    }
+    for title, (value, form) in numbers.items():
+        rows = [
+            [
+                engine.name,
+                *(
+                    number(found[batch] and value(engine, found[batch]), form)
+                    if batch in found
+                    else "-"
+                    for batch in batches
+                ),
+            ]
+            for engine in result.engines
+            for found in [engine.at(lengths)]
+        ]
+        if any(cell != "-" for row in rows for cell in row[1:]):
+            yield f"### {lengths}: {title}\n"
+            yield markdown_table(["batch", *map(str, batches)], rows)
+
+
+def _left_out(result: Result) -> Iterator[str]:
+    missing = [engine for engine in result.engines if engine.left_out]
+    if missing:
+        yield "Left out:\n"
+        yield from (f"- {engine.name}: {engine.left_out}" for engine in missing)
+        yield ""
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else 1e3 * seconds

@@ -1,0 +1,206 @@
+"""The command `bench serving`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_qoq.bench import BenchError
+from vllm_qoq.bench.serving import cases, formats, shapes
+from vllm_qoq.bench.serving.cases import Lengths
+from vllm_qoq.cli import measurement
+from vllm_qoq.cli.arguments import is_positive, positive
+from vllm_qoq.cli.parser import Commands, Parser
+
+if TYPE_CHECKING:
+    from vllm_qoq.bench.serving.result import Result
+
+
+def add_parser(benchmarks: Commands[Parser]) -> None:
+    """Add the command to those of `bench`."""
+    parser = benchmarks.add_parser(
+        "serving", help="highest throughput of whole engines, ours and vLLM's formats side by side"
+    )
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="folder with an unquantized model's config.json, or one of "
+        f"{', '.join(shapes.SHAPES)}; the weights are vLLM's dummies",
+    )
+    parser.add_argument(
+        "--formats",
+        type=names,
+        default=formats.DEFAULT,
+        metavar="NAME,...",
+        help=f"WEIGHTS or WEIGHTS-kvCACHE, WEIGHTS of {', '.join(formats.WEIGHTS)}, CACHE of "
+        f"{', '.join(formats.CACHES)} (default: {','.join(formats.DEFAULT)})",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=checkpoint,
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="a finished checkpoint to measure as well; may be repeated",
+    )
+    parser.add_argument(
+        "--lengths",
+        type=lengths,
+        default=cases.LENGTHS,
+        metavar="IN/OUT,...",
+        help="tokens of prompts and answers, such as 1024/512,1000/1000 "
+        f"(default: {','.join(map(str, cases.LENGTHS))})",
+    )
+    parser.add_argument(
+        "--batches",
+        type=batches,
+        default=cases.BATCHES,
+        metavar="N,...",
+        help=f"batch sizes; {cases.FULL} is the largest that the KV cache holds "
+        f"(default: {','.join(cases.BATCHES)})",
+    )
+    parser.add_argument(
+        "--max-batch",
+        type=positive,
+        default=cases.MOST,
+        metavar="N",
+        help=f"the largest batch that {cases.FULL} may be (default: {cases.MOST})",
+    )
+    parser.add_argument(
+        "--repeats", type=positive, default=1, metavar="N", help="runs of a case (default: 1)"
+    )
+    parser.add_argument("--minutes", type=minutes, metavar="N", help="stop after so long")
+    parser.add_argument(
+        "--engine-args",
+        type=engine_args,
+        default={},
+        metavar="JSON",
+        help="arguments of LLM() for all engines, such as '{\"tensor_parallel_size\": 2}'",
+    )
+    parser.add_argument(
+        "--work-dir",
+        type=Path,
+        help="for results of a run that is stopped (default: OUT with .work behind)",
+    )
+    parser.add_argument(
+        "--resume",
+        choices=("auto", "required", "never"),
+        default="auto",
+        help="whether to go on with what --work-dir holds (default: auto)",
+    )
+    measurement.add_output_options(parser, "serving", _serving)
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Parse a list of formats."""
+    found = tuple(dict.fromkeys(text.split(",")))
+    for name in found:
+        try:
+            formats.parse(name)
+        except BenchError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return found
+
+
+def checkpoint(text: str) -> tuple[str, Path]:
+    """Parse NAME=DIR."""
+    name, equals, folder = text.partition("=")
+    if not equals or not folder or not name.replace("-", "").replace("_", "").isalnum():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not NAME=DIR, with a name of letters, digits, - and _"
+        )
+    return name, Path(folder)
+
+
+def lengths(text: str) -> tuple[Lengths, ...]:
+    """Parse pairs such as `1024/512,1000/1000`."""
+    pairs = [part.split("/") for part in text.split(",")]
+    if not all(len(pair) == 2 and all(map(is_positive, pair)) for pair in pairs):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of tokens in / tokens out like 1024/512"
+        )
+    return tuple(dict.fromkeys(Lengths(int(prompt), int(new)) for prompt, new in pairs))
+
+
+def batches(text: str) -> tuple[str, ...]:
+    """Parse batch sizes such as `16,256,full`."""
+    parts = text.split(",")
+    if not all(part == cases.FULL or is_positive(part) for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of batch sizes like 16,256,{cases.FULL}"
+        )
+    return tuple(dict.fromkeys(parts))
+
+
+def minutes(text: str) -> float:
+    """Parse a number of minutes above 0."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes above 0")
+    return found
+
+
+def engine_args(text: str) -> dict[str, Any]:
+    """Parse a JSON object."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a JSON object like '{{\"max_model_len\": 4096}}'"
+        )
+    return found
+
+
+def _serving(args: argparse.Namespace) -> int:
+    from vllm_qoq.bench.serving.job import Job, check_job
+    from vllm_qoq.bench.serving.run import clean, measure
+
+    if (work := args.work_dir) is None:
+        if args.output is None:
+            raise BenchError("nowhere to keep results; name a folder: -o OUT, or --work-dir DIR")
+        work = args.output.with_name(f"{args.output.name}.work")
+    checked = check_job(
+        Job(
+            model=args.model,
+            work_dir=work,
+            formats=args.formats,
+            checkpoints=dict(args.checkpoint),
+            lengths=args.lengths,
+            batches=args.batches,
+            most=args.max_batch,
+            repeats=args.repeats,
+            minutes=args.minutes,
+            engine_args=args.engine_args,
+            resume=args.resume,
+        )
+    )
+
+    def check() -> None:
+        if find_spec("vllm") is None:
+            raise BenchError("vLLM is not installed; install it: pip install 'vllm-qoq[vllm]'")
+
+    def finish() -> measurement.Finished:
+        from vllm_qoq.bench.serving import plot, report
+        from vllm_qoq.bench.serving.result import to_json
+
+        result = measure(checked, args.quiet or args.json)
+        results.append(result)
+        return measurement.Finished(
+            to_json(result), report.markdown(result), partial(plot.save, result)
+        )
+
+    results: list[Result] = []
+    code = measurement.run(args, "serving", check, finish)
+    if args.output is not None:
+        clean(checked, results[0])
+    return code
