@@ -1,4 +1,4 @@
-"""The commands `bench gemm`, `bench attention` and `bench serving`."""
+"""The command `bench`, with `bench gemm` and `bench attention`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import partial
 
 from vllm_qoq.bench import BenchError, attention_cases, cases
 from vllm_qoq.bench.attention_cases import DECODES, Decode, Heads
-from vllm_qoq.cli import bench_serving, measurement
+from vllm_qoq.cli import bench_serving, bench_table, measurement
 from vllm_qoq.cli.arguments import is_positive, positive
 from vllm_qoq.cli.parser import Commands, Parser
 
@@ -21,6 +21,7 @@ def add_parser(commands: Commands[Parser]) -> None:
     _add_gemm(benchmarks)
     _add_attention(benchmarks)
     bench_serving.add_parser(benchmarks)
+    bench_table.add_parser(benchmarks)
 
 
 def _add_gemm(benchmarks: Commands[Parser]) -> None:

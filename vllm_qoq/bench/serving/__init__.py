@@ -13,5 +13,7 @@
     report    the result as Markdown
     plot      the result as a picture
 
+`vllm-qoq bench table` puts the runs of several models side by side: `table` and `table_plot`.
+
 Only `engine` imports vLLM.
 """

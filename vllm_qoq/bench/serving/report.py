@@ -87,16 +87,16 @@ def _best(result: Result, lengths: Lengths) -> Iterator[str]:
 
 def _best_row(result: Result, engine: Engine, lengths: Lengths) -> list[str]:
     best, facts = engine.best(lengths), engine.facts
-    share = best and result.share_of_floor(engine, best)
-    return [
-        engine.name,
-        number(best and best.tokens_per_second, ",.0f"),
-        number(best and best.batch, "d"),
-        number(share, ".0%"),
-        number(best and _milliseconds(best.step_seconds), ".2f"),
-        number(engine.weights_gib, ".2f"),
-        number(facts and facts.pool_tokens, ",d"),
-    ]
+    cells = ["-"] * 4
+    if best is not None:
+        cells = [
+            f"{best.tokens_per_second:,.0f}",
+            str(best.batch),
+            number(result.share_of_floor(engine, best), ".0%"),
+            number(_milliseconds(best.step_seconds), ".2f"),
+        ]
+    pool = f"{facts.pool_tokens:,}" if facts else "-"
+    return [engine.name, *cells, number(engine.weights_gib, ".2f"), pool]
 
 
 def _tables(result: Result, lengths: Lengths) -> Iterator[str]:
@@ -114,9 +114,7 @@ def _tables(result: Result, lengths: Lengths) -> Iterator[str]:
             [
                 engine.name,
                 *(
-                    number(found[batch] and value(engine, found[batch]), form)
-                    if batch in found
-                    else "-"
+                    number(value(engine, found[batch]), form) if batch in found else "-"
                     for batch in batches
                 ),
             ]

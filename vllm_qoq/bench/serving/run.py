@@ -18,9 +18,10 @@ from typing import IO, Any
 from pydantic import ValidationError
 
 from vllm_qoq.bench import BenchError
+from vllm_qoq.bench.serving.cases import Lengths, fitting
 from vllm_qoq.bench.serving.floor import Limits
 from vllm_qoq.bench.serving.job import CheckedJob, Subject
-from vllm_qoq.bench.serving.records import Measured, Request, read
+from vllm_qoq.bench.serving.records import Facts, Measured, Request, read
 from vllm_qoq.bench.serving.result import Engine, Result
 from vllm_qoq.environment import describe
 from vllm_qoq.errors import printable
@@ -90,7 +91,8 @@ def clean(checked: CheckedJob, result: Result) -> None:
 
 def _files(work: Path, subject: Subject) -> tuple[Path, Path, Path]:
     """Name the request, the records and the log of an engine."""
-    return tuple(work / f"{subject.name}.{kind}" for kind in ("json", "jsonl", "log"))
+    request, records, log = (work / f"{subject.name}.{kind}" for kind in ("json", "jsonl", "log"))
+    return request, records, log
 
 
 def _prepare(checked: CheckedJob) -> None:
@@ -164,7 +166,10 @@ def _engine(subject: Subject, work: Path, ends: float | None, quiet: bool) -> En
     """Run the process of an engine to its end, or to the end of the time."""
     _, records, log = _files(work, subject)
     left_out = None
-    if ends is not None and time.monotonic() >= ends:
+    if _is_complete(subject, *read(records)):
+        if not quiet:
+            say(f"{subject.name}: measured earlier")
+    elif ends is not None and time.monotonic() >= ends:
         left_out = "no time was left (--minutes)"
     else:
         if not quiet:
@@ -185,6 +190,18 @@ def _engine(subject: Subject, work: Path, ends: float | None, quiet: bool) -> En
         weights_gib=_weights_gib(log),
         measured=tuple(measured),
         left_out=left_out,
+    )
+
+
+def _is_complete(subject: Subject, facts: Facts | None, measured: list[Measured]) -> bool:
+    """Whether an earlier run has measured all that is asked, so that no engine need start."""
+    request, done = subject.request, {one.case for one in measured}
+    return facts is not None and all(
+        (Lengths(*pair), batch) in done
+        for pair in request.lengths
+        for batch in fitting(
+            request.batches, request.sizes, Lengths(*pair), facts.pool_blocks, facts.block_tokens
+        )
     )
 
 

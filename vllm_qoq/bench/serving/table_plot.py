@@ -1,0 +1,58 @@
+"""The picture of `bench table`: two bars a model, and how many times the longer is the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_qoq import plots
+from vllm_qoq.bench.serving.table import Table, finding
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_HEIGHT = 0.38
+_OURS, _PEER = plots.METHODS["w4a8"].colour, plots.GREY
+
+
+def save(table: Table, path: Path) -> None:
+    """Write the picture as a PNG."""
+    plots.save(figure(table), path)
+
+
+def figure(table: Table) -> Figure:
+    """Draw the best of vLLM's formats and ours, model by model."""
+    prompt, new = table.lengths.split("/")
+    drawn = plots.figure(
+        finding(table),
+        f"New tokens a second, {prompt} tokens in and {new} out, each at its best batch; the time "
+        "of the prompts is counted in. Dummy weights of the models' shapes.",
+        height=0.62 * len(table.rows) + 0.7,
+    )
+    axes = drawn.subplots()
+    longest = max(row.ours.tokens_per_second for row in table.rows)
+    for place, row in enumerate(table.rows):
+        for one, y, colour in (
+            (row.peer, place - _HEIGHT / 2, _PEER),
+            (row.ours, place + _HEIGHT / 2, _OURS),
+        ):
+            axes.barh(y, one.tokens_per_second, height=_HEIGHT, color=colour)
+            text = f"{one.tokens_per_second:,.0f}"
+            if one is row.ours:
+                text = f"{text}   {plots.times(row.speedup)}"
+            axes.text(
+                one.tokens_per_second + 0.01 * longest, y, text, va="center", color=colour,
+                size=plots.SMALL, weight="bold" if one is row.ours else "normal",
+            )  # fmt: skip
+    axes.set_yticks(range(len(table.rows)), [row.model for row in table.rows])
+    axes.set(xlim=(0, 1.22 * longest), ylim=(len(table.rows) - 0.5, -0.5))
+    axes.set_xlabel("new tokens a second")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    plots.tidy(axes)
+    axes.tick_params(axis="y", length=0)
+    handles = [axes.barh(-9, 0, color=colour) for colour in (_PEER, _OURS)]
+    labels = ["the best of vLLM's formats that were measured", "ours, W4A8 with a 4-bit cache"]
+    drawn.legend(
+        handles, labels, loc="outside lower center", ncols=2, fontsize=plots.SMALL, frameon=False
+    )
+    return drawn
