@@ -8,6 +8,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from conftest import ROOT
+from example_scripts import load_example
 from safetensors import safe_open
 from safetensors.torch import save_file
 from server import START_SECONDS, Server, serve_command
@@ -15,8 +17,9 @@ from server import START_SECONDS, Server, serve_command
 
 @pytest.fixture(scope="module")
 def server(two_sets_dir, tmp_path_factory):
-    log = tmp_path_factory.mktemp("server") / "server.log"
-    with Server(two_sets_dir, log) as running:
+    folder = tmp_path_factory.mktemp("server")
+    options = json.dumps({"qoq": {"trace": str(folder / "steps.jsonl")}})
+    with Server(two_sets_dir, folder / "server.log", "--additional-config", options) as running:
         yield running
 
 
@@ -51,6 +54,45 @@ def test_concurrent_requests_all_answer_and_large_batches_change_the_set(server)
     assert all(texts)
     after = server.steps()
     assert after["decode", "w8a8"] > before["decode", "w8a8"], "no batch above 4 was decoded"
+
+
+def replay(server, trace, out, monkeypatch):
+    """Replay some conversations, the burst among them, as examples/replay_conversations.py does."""
+    lines = (ROOT / "examples" / "conversations.jsonl").read_text().splitlines()
+    some = out.with_name("conversations.jsonl")
+    some.write_text("\n".join(lines[8:20]))
+    arguments = ["--base-url", server.url, "--conversations", some, "--trace", trace, "-o", out]
+    options = ["--speed", "20", "--max-tokens", "10", "--every", "0.05"]
+    monkeypatch.setattr("sys.argv", ["replay", *map(str, arguments), *options])
+    load_example("replay_conversations").main()
+
+
+def test_a_replay_of_conversations_has_every_step_and_is_drawn(server, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    out, picture = tmp_path / "replay.json", tmp_path / "replay.png"
+    replay(server, server.log.with_name("steps.jsonl"), out, monkeypatch)
+    replayed = json.loads(out.read_text())
+    first, last = replayed["samples"][0], replayed["samples"][-1]
+    counted = {key: n - first["steps"][key] for key, n in last["steps"].items()}
+    traced = [f"{step['phase']} {step['set']}" for step in replayed["trace"]]
+    assert counted == {key: traced.count(key) for key in counted}
+    assert counted["prefill w8a8"] and counted["decode w8a8"] and counted["decode w4a8"]
+    requests = replayed["requests"]
+    assert replayed["conversations"] == 12 and len(requests) > 12
+    assert all(r["arrival"] < r["first_token"] <= r["end"] for r in requests)
+    generated = sum(request["generated_tokens"] for request in requests)
+    assert generated == last["generated_tokens"] - first["generated_tokens"]
+    monkeypatch.setattr(
+        "sys.argv", ["plot", str(out), "-o", str(picture), "--decode", "4:w4a8,w8a8"]
+    )
+    load_example("plot_replay").main()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_replay_refuses_a_trace_that_the_server_does_not_write(server, tmp_path, monkeypatch):
+    (tmp_path / "other.jsonl").touch()
+    with pytest.raises(SystemExit, match=r"^error: of 8 steps, --trace .*other\.jsonl has 0; "):
+        replay(server, tmp_path / "other.jsonl", tmp_path / "replay.json", monkeypatch)
 
 
 def test_log_tells_the_sets(server):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -25,7 +26,7 @@ def test_a_file_that_cannot_be_written_is_refused_when_it_is_opened(tmp_path, ki
         Trace(str(path), 0)
 
 
-def test_lines_of_several_engines_are_whole_and_say_whose_they_are(tmp_path):
+def test_lines_of_several_engines_are_whole_and_say_whose_they_are_and_when(tmp_path):
     traces = [Trace(str(tmp_path / "trace"), engine) for engine in range(4)]
     filler = "x" * 5000  # more than a buffered file writes at once
 
@@ -40,6 +41,7 @@ def test_lines_of_several_engines_are_whole_and_say_whose_they_are(tmp_path):
         own = [line["number"] for line in lines if line["engine"] == engine]
         assert own == list(range(100))
     assert {line["pid"] for line in lines} == {os.getpid()}
+    assert all(abs(line["time"] - time.time()) < 60 for line in lines)
 
 
 def test_what_cannot_be_written_later_is_said_once_and_stops_nothing(vllm_log):

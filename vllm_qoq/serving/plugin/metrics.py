@@ -5,9 +5,10 @@ ours (`stat_logger_plugin`). It shows
 
     vllm:qoq_steps_total{model_name, engine, phase="prefill|decode", set}
 
-and logs what ran since the last report. The counters are read when somebody
-asks, never at a step. For a routing with a `load` it sees at every step how
-many requests wait, tells the engine when that makes it busy or calm, and shows
+and logs what ran since the last report, also when the process ends. The
+counters are read when somebody asks, never at a step. For a routing with a
+`load` it sees at every step how many requests wait, tells the engine when that
+makes it busy or calm, and shows
 
     vllm:qoq_busy{model_name, engine}                 1 while the engine is busy
     vllm:qoq_load_switches_total{model_name, engine}
@@ -20,6 +21,7 @@ quantized one. For that there is
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -86,9 +88,11 @@ class RoutingStatLogger(StatLoggerBase):
             self.load.update(scheduler_stats.num_waiting_reqs)
 
     def log_engine_initialized(self) -> None:
-        """Leave out the steps that vLLM ran to capture CUDA graphs."""
+        """Leave out the steps that vLLM ran to capture CUDA graphs; log the last ones at exit."""
         if self._reader is not None:
             self._at_start = self._reader.read()
+            # `vllm run-batch` never asks for a log, and a server not for its last seconds.
+            atexit.register(self.log)
 
     def log(self) -> None:
         """Log the steps since the last call, if there were any."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from typing import Any
 
 from vllm.logger import init_logger
@@ -18,7 +19,7 @@ class Trace:
     """Appends lines to a file that other engines, too, may append to.
 
     A line is one write in append mode, so lines of several engines do not mix, and each says which
-    engine (its data-parallel index) and which process wrote it.
+    engine (its data-parallel index) and which process wrote it, and when (seconds since 1970).
     """
 
     def __init__(self, path: str, engine: int) -> None:
@@ -40,7 +41,7 @@ class Trace:
         """Append one decision; one that cannot be written ends the trace, and never a request."""
         if self._file is None:
             return
-        line = (json.dumps(self._writer | decision) + "\n").encode()
+        line = (json.dumps(self._writer | {"time": time.time()} | decision) + "\n").encode()
         try:
             written = os.write(self._file, line)
         except OSError as error:
