@@ -28,13 +28,13 @@ LENGTHS = (Lengths(1024, 512),)
 FULL = "full"
 """The batch that fills the pool of the KV cache."""
 BATCHES = ("1", "16", "64", "256", FULL)
-MOST = 1024
+MOST = 2048
 """The largest batch, unless the user says otherwise."""
 # Batches for which CUDA graphs are captured, for all formats alike; a full batch is rounded down to
 # one of them, so that no step is padded.
 _CAPTURED = (
     *(1, 2, 4, 8, 16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256),
-    *(320, 384, 448, 512, 640, 768, 896, 1024),
+    *(320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048),
 )
 
 
