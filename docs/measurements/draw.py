@@ -20,11 +20,16 @@ from vllm_qoq.bench.attention_cases import Decode, Heads
 from vllm_qoq.bench.attention_result import AttentionResult
 from vllm_qoq.bench.cases import Case
 from vllm_qoq.bench.result import Result
+from vllm_qoq.bench.serving import table, table_plot
 from vllm_qoq.plots import Bar, Column
 
 HERE = Path(__file__).resolve().parent
 CARD, COPY_RATE = "NVIDIA H200", 4.29e12
 LLAMA_8B = f"Llama-3-8B (dummy weights), one {CARD}, vLLM 0.26.0"
+MODELS = (
+    *("llama-3-8b", "mistral-7b", "qwen2.5-7b", "llama-2-7b", "llama-2-13b", "llama-30b"),
+    *("yi-34b", "qwen3-32b", "llama-2-70b", "llama-3.1-70b", "qwen1.5-72b"),
+)
 STEPS = ("step 1", "step 16", "step 64", "step 256")
 Row = dict[str, str]
 
@@ -51,51 +56,10 @@ def at(step: str) -> str:
     return f"at batch {step.removeprefix('step ')}"
 
 
-def headline() -> Any:
-    """How many times as fast W4A8 is as the best of vLLM's own formats."""
-    rows = {row["number"]: numbers(row, "number", "unit") for row in read("steps_8b")}
-    ours = ("w4a8", "w4a8-head8")
-    best = {
-        key: min((row[name], name) for name in row if name not in ours) for key, row in rows.items()
-    }
-    ratios = {at(key): best[key][0] / rows[key]["w4a8"] for key in STEPS}
-    drawn = plots.figure(
-        f"W4A8 generates {plots.speed_range(ratios, 'the best of vLLM')}",
-        f"{LLAMA_8B}, bf16 KV cache.\nSpeed of a step, which generates a token for every request, "
-        "and of reading prompts. The best of vLLM's W8A8, fp8 and W4A16 is 1.",
-        height=3.6,
-    )
-    axes = drawn.subplots()
-    for place, key in enumerate(rows):
-        for i, name in enumerate(ours):
-            ratio, x = best[key][0] / rows[key][name], place + 0.4 * i - 0.2
-            colour = plots.METHODS[name].colour
-            axes.bar(x, ratio, width=0.37, color=colour)
-            axes.text(
-                x, ratio + 0.02, plots.times(ratio), ha="center", color=colour, weight="bold",
-                size=plots.SMALL + 1,
-            )  # fmt: skip
-    end = len(rows) - 0.5
-    axes.plot([-0.5, end], [1, 1], color=plots.INK, linewidth=1.2)
-    axes.text(end + 0.05, 1, "best of\nvLLM", va="center", size=plots.SMALL)
-    labels = []
-    for key, (value, name) in best.items():
-        unit = "s" if key == "prefill" else "ms"
-        what = "prompts" if key == "prefill" else batch(key)
-        theirs = f"{plots.METHODS[name].label} {value:.3f} {unit}"
-        labels.append(f"{what}\n{theirs}\nours {rows[key]['w4a8']:.3f} {unit}")
-    axes.set_xticks(range(len(rows)), labels)
-    axes.set(
-        xlim=(-0.5, end + 0.35),
-        ylim=(0, 1.75),
-        yticks=[0, 0.5, 1, 1.5],
-        ylabel="speed, best of vLLM = 1",
-    )
-    axes.yaxis.set_major_formatter(lambda value, _: plots.plain(value))
-    plots.tidy(axes)
-    axes.tick_params(axis="x", length=0)
-    plots.colour_names(drawn, ours)
-    return drawn
+def throughput_h200() -> Any:
+    """Tokens a second of every model, ours beside the best of vLLM's formats."""
+    runs = [HERE / "data" / "throughput_h200" / f"{model}.json" for model in MODELS]
+    return table_plot.figure(table.read(runs, "1024/512"))
 
 
 def steps_8b() -> Any:
@@ -339,7 +303,7 @@ def kv_accuracy_16m() -> Any:
 
 
 PICTURES: dict[str, Callable[[], Any]] = {
-    "headline": headline,
+    "throughput_h200": throughput_h200,
     "steps_8b": steps_8b,
     "nested_8b": nested_8b,
     "kv_8b": kv_8b,

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_qoq.bench import BenchError
-from vllm_qoq.checkpoint.format import QUANT_METHOD
 
 GROUP = 128  # inputs that share a scale, in formats with groups
 CACHES = {"16": 16, "fp8": 8, "8": 8, "4": 4}
@@ -75,6 +74,8 @@ class Format:
 
     def engine_args(self) -> dict[str, Any]:
         """Make the arguments of `LLM()` that the `config.json` does not imply."""
+        from vllm_qoq.checkpoint.format import QUANT_METHOD  # not for --help: it takes 0.2 s
+
         if self.cache == "fp8":
             return {"kv_cache_dtype": "fp8"}
         if self.has_our_cache and not self.weights.is_ours:
@@ -92,6 +93,8 @@ class Format:
         return config
 
     def _section(self) -> dict[str, Any] | None:
+        from vllm_qoq.checkpoint.format import QUANT_METHOD
+
         if self.weights_name == "bf16":
             return None
         if not self.weights.is_ours:

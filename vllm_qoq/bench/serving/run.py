@@ -124,7 +124,6 @@ def _fingerprint(subject: Subject, environment: Mapping[str, Any]) -> str:
     depends = {
         "config": subject.config or request.model,
         "engine_args": request.engine_args,
-        "sizes": request.sizes,
         "repeats": request.repeats,
         "packages": environment["packages"],
         "gpus": [gpu["name"] for gpu in environment["gpus"] or ()],

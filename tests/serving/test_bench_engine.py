@@ -1,0 +1,54 @@
+"""The engine of `vllm-qoq bench serving`, really: what it measures, and that it goes on."""
+
+import sys
+
+import pytest
+from qoq_checkpoints import write_checkpoint
+from warm_process import run as run_warm
+
+from vllm_qoq.bench.serving import run
+from vllm_qoq.bench.serving.cases import Lengths
+from vllm_qoq.bench.serving.job import Job, check_job
+from vllm_qoq.bench.serving.records import read
+
+LENGTHS = Lengths(32, 8)
+EAGER = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 20}
+
+
+@pytest.fixture(scope="module")
+def checked(tiny_model, tmp_path_factory):
+    work = tmp_path_factory.mktemp("bench")
+    checkpoint = work / "checkpoint"
+    write_checkpoint(tiny_model, checkpoint)
+    job = Job(
+        model=None,
+        work_dir=work / "work",
+        checkpoints={"mine": checkpoint},
+        lengths=(LENGTHS,),
+        batches=("1", "3", "full"),
+        most=8,
+        engine_args=EAGER,
+    )
+    found = check_job(job)
+    run._prepare(found)
+    return found
+
+
+def test_an_engine_measures_its_cases_largest_first_and_once(checked):
+    work = checked.job.work_dir
+    command = [sys.executable, "-m", "vllm_qoq.bench.serving.engine"]
+    command += [work / "mine.json", work / "mine.jsonl"]
+    first = run_warm(command, timeout=300)
+    assert first.returncode == 0, first.stderr[-3000:]
+    facts, measured = read(work / "mine.jsonl")
+    assert [one.batch for one in measured] == [8, 3, 1]
+    assert facts.pool_tokens >= 8 * LENGTHS.tokens and facts.start_seconds > 0
+    for one in measured:
+        assert 0 < one.prompts_seconds < one.seconds
+        assert 0 < one.step_seconds < one.seconds / (LENGTHS.new - 1) * 1.01
+        # The prompts, and a step for each token after the first.
+        steps = one.prompts_seconds + (LENGTHS.new - 1) * one.step_seconds
+        assert steps == pytest.approx(one.seconds, rel=0.2)
+    (subject,) = checked.subjects
+    assert run._is_complete(subject, facts, measured)
+    assert not run._is_complete(subject, facts, measured[:2])

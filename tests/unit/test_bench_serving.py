@@ -1,0 +1,433 @@
+"""`vllm-qoq bench serving` and `bench table` without an engine, and the mistakes of users."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from bench_units import bench_command, cells
+from conftest import DATA
+
+from vllm_qoq import plots
+from vllm_qoq.bench import BenchError
+from vllm_qoq.bench.serving import floor, formats, plot, report, result, run, table, table_plot
+from vllm_qoq.bench.serving.cases import Lengths, captured, fitting
+from vllm_qoq.bench.serving.floor import Limits, Model
+from vllm_qoq.bench.serving.job import Job, check_job
+from vllm_qoq.bench.serving.records import Facts, Line, Measured, read
+from vllm_qoq.bench.serving.shapes import SHAPES
+from vllm_qoq.checkpoint.format import Section
+from vllm_qoq.models.linears import linear_layers
+
+LENGTHS = Lengths(1024, 512)
+LIMITS = Limits(4e12, {"bf16": 8e14, "int8": 15e14, "fp8": 14e14})
+PACKAGES = {"torch": "2.11.0", "vllm": "0.26.0"}
+TINY = DATA / "tiny-llama"
+NAMES = ("fp8-kvfp8", "w4a8-head8-kv4")
+
+
+def measured(batch, rate, lengths=LENGTHS, step=0.01):
+    return Measured(
+        prompt=lengths.prompt,
+        new=lengths.new,
+        batch=batch,
+        seconds=batch * lengths.new / rate,
+        prompts_seconds=0.5,
+        step_seconds=step,
+    )
+
+
+def engine(name, *runs, left_out=None):
+    how = formats.parse(name)
+    facts = Facts(pool_blocks=1000, block_tokens=16, start_seconds=50.0)
+    return result.Engine(name, how.is_ours, how, facts, 4.5, runs, left_out)
+
+
+def made_up(model="llama-3-8b", device="Some GPU", ours=18000.0, peer=12000.0):
+    """A result: the peer is best at its largest batch, ours before it."""
+    return result.Result(
+        model=model,
+        config=SHAPES[model].config(),
+        device=device,
+        limits=LIMITS,
+        environment={"packages": PACKAGES},
+        lengths=(LENGTHS,),
+        batches=("64", "256", "full"),
+        engine_args={},
+        engines=(
+            engine(NAMES[0], measured(64, peer / 2), measured(256, peer)),
+            engine(NAMES[1], measured(256, ours), measured(512, ours - 1)),
+        ),
+    )
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    return bench_command("serving", monkeypatch, capfd)
+
+
+@pytest.fixture
+def table_command(monkeypatch, capfd):
+    return bench_command("table", monkeypatch, capfd)
+
+
+# Formats and shapes
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_is_a_model_that_we_quantize(name):
+    """Their parameters are as many as the models' names say."""
+    model = Model.of(SHAPES[name].config())
+    billions = (model.weights + 2 * model.head_weights) / 1e9
+    said = float(name.split("-")[-1].removesuffix("b"))
+    assert 0.9 * said < billions < 1.14 * said
+
+
+@pytest.mark.parametrize("weights", formats.WEIGHTS)
+@pytest.mark.parametrize("cache", formats.CACHES)
+def test_the_section_of_a_format_is_one_that_we_serve(weights, cache):
+    try:
+        how = formats.parse(f"{weights}-kv{cache}")
+    except BenchError as error:
+        assert "16, 8 or 4 bits" in str(error) and cache == "fp8"
+        return
+    config = how.config(SHAPES["qwen2.5-7b"].config())
+    section = config.get("quantization_config")
+    assert (section is None) == (weights == "bf16")
+    assert how.is_ours == (how.weights.is_ours or cache in ("8", "4"))
+    args = how.engine_args()
+    if how.weights.is_ours:
+        parsed = Section.parse(section)
+        bits = parsed.kv_cache.bits if parsed.kv_cache else 16
+        assert bits == int(cache) and not args
+        assert ("w8a8" in parsed.sets) == weights.startswith("nested")
+    elif cache in ("8", "4"):
+        assert args["quantization"] == "qoq"
+        assert args["additional_config"] == {"qoq": {"kv_bits": int(cache)}}
+    else:
+        assert args == ({"kv_cache_dtype": "fp8"} if cache == "fp8" else {})
+
+
+def test_a_format_does_not_change_the_config_of_the_model():
+    config = SHAPES["llama-2-7b"].config()
+    formats.parse("w8a8").config(config)
+    assert config == SHAPES["llama-2-7b"].config()
+
+
+# Batches
+
+
+def test_a_full_batch_is_the_largest_with_a_graph_that_the_pool_holds():
+    sizes = captured(("16", "full"), 256)
+    assert sizes[-1] == 256 and 16 in sizes and sizes == sorted(set(sizes))
+    # A request takes 96 blocks of 16 tokens; 203 of them fit.
+    assert fitting(("16", "full"), sizes, LENGTHS, 203 * 96 + 95, 16) == [192, 16]
+    assert fitting(("16", "64"), (16, 64), LENGTHS, 63 * 96, 16) == [16]
+    assert fitting(("full",), sizes, LENGTHS, 95, 16) == []
+    # The last block of a request is its own.
+    assert fitting(("2",), (2,), Lengths(10, 7), 3, 16) == []
+
+
+# The floor
+
+
+def test_the_floor_of_a_step_is_its_bytes_or_its_operations():
+    config = SHAPES["llama-3-8b"].config()
+    model, ours = Model.of(config), formats.parse("w4a8-head8-kv4")
+    assert model.weights == sum(
+        n * k for n, k in linear_layers(config, "measured").linears.values()
+    )
+    assert model.cache_bytes("4") == 32 * 8 * 2 * (64 + 4)
+    assert model.cache_bytes("fp8") == 32 * 8 * 2 * 128 == model.cache_bytes("16") / 2
+    one = floor.step_seconds(model, ours, LIMITS, 1, 1000)
+    bytes_ = model.weights * 4.125 / 8 + model.head_weights + 1000 * model.cache_bytes("4")
+    assert one == pytest.approx(bytes_ / 4e12)
+    many = floor.step_seconds(model, ours, LIMITS, 1024, 0)
+    assert many == pytest.approx(2 * (model.weights + model.head_weights) * 1024 / 15e14)
+
+
+def test_the_floor_counts_prompts_and_steps():
+    model, how = Model.of(SHAPES["llama-3-8b"].config()), formats.parse("fp8-kvfp8")
+    prompt = floor.prompt_seconds(model, how, LIMITS, 1024)
+    step = floor.step_seconds(model, how, LIMITS, 64, 1024 + 256)
+    rate = floor.tokens_per_second(model, how, LIMITS, LENGTHS, 64)
+    assert rate == pytest.approx(64 * 512 / (64 * prompt + 511 * step))
+
+
+def test_a_floor_that_is_not_known_is_left_out():
+    whole = made_up()
+    runs = [
+        replace(whole, limits=None),
+        replace(whole, limits=Limits(4e12, {"bf16": 8e14})),
+        replace(whole, engine_args={"tensor_parallel_size": 2}),
+    ]
+    for one in runs:
+        ours = one.engines[1]
+        assert one.share_of_floor(ours, ours.measured[0]) is None
+        assert "of the floor" in report.markdown(one)
+    assert whole.share_of_floor(whole.engines[1], whole.engines[1].measured[0]) > 0
+
+
+# Results and reports
+
+
+def test_the_best_of_each_side_are_compared():
+    found = made_up()
+    assert found.speedup(LENGTHS) == pytest.approx(1.5)
+    text = report.markdown(found)
+    assert "Our w4a8-head8-kv4 is 1.50x as fast as fp8-kvfp8 at 1024 tokens in, 512 out" in text
+    row = cells(text, "1024 in, 512 out: highest throughput", "w4a8-head8-kv4")
+    assert row[:2] == ["18,000", "256"] and row[-1] == "16,000"
+    batches = text.split("### 1024/512: tokens a second")[1].split("###")[0]
+    assert "| fp8-kvfp8      | 6,000 | 12,000 |      - |" in batches
+    assert "vllm-qoq bench serving llama-3-8b --formats fp8-kvfp8,w4a8-head8-kv4" in text
+    document = json.loads(json.dumps(result.to_json(found)))
+    assert document["speed_against_the_best_peer"] == {"1024/512": pytest.approx(1.5)}
+    assert [case["batch"] for case in document["engines"][0]["cases"]] == [64, 256]
+
+
+def test_one_side_alone_has_a_report_and_a_picture():
+    whole = made_up()
+    for engines in (whole.engines[:1], whole.engines[1:]):
+        alone = replace(whole, engines=engines)
+        assert alone.speedup(LENGTHS) is None
+        assert f"With {engines[0].name} vLLM generates" in report.markdown(alone)
+        assert plots.title_of(plot.figure(alone)).startswith("With ")
+
+
+def test_what_was_left_out_is_said():
+    gone = replace(made_up().engines[0], facts=None, measured=(), left_out="OutOfMemoryError: no")
+    text = report.markdown(replace(made_up(), engines=(gone, made_up().engines[1])))
+    assert "Left out:\n\n- fp8-kvfp8: OutOfMemoryError: no" in text
+
+
+def test_the_picture_has_a_line_a_format_and_plain_ticks():
+    drawn = plot.figure(made_up())
+    speed, memory = drawn.axes
+    assert (
+        [len(line.get_xdata()) for line in speed.lines]
+        == [2, 2]
+        == [len(line.get_xdata()) for line in memory.lines]
+    )
+    assert [tick.get_text() for tick in speed.get_xticklabels()] == ["64", "256"]
+    assert speed.get_ylim()[0] == 0
+
+
+# What is written down, and runs that go on
+
+
+def test_a_cut_line_is_left_out_and_a_damaged_one_refused(tmp_path):
+    file = tmp_path / "a.jsonl"
+    assert read(file) == (None, [])
+    whole = Line(measured=measured(4, 100.0)).model_dump_json() + "\n"
+    file.write_text(whole + whole[:20])
+    assert read(file) == (None, [measured(4, 100.0)])
+    file.write_text('{"measured": 3}\n')
+    with pytest.raises(BenchError, match="begin anew: --resume never"):
+        read(file)
+
+
+def job(tmp_path, **options):
+    return check_job(Job(model=str(TINY), work_dir=tmp_path / "work", formats=("bf16",), **options))
+
+
+def test_a_run_goes_on_only_with_results_of_its_own_kind(tmp_path):
+    checked = job(tmp_path)
+    run._prepare(checked)
+    records = tmp_path / "work" / "bf16.jsonl"
+    records.write_text(Line(measured=measured(4, 100.0)).model_dump_json() + "\n")
+    run._prepare(job(tmp_path, batches=("2",), lengths=(Lengths(8, 8),), most=2048))
+    with pytest.raises(BenchError, match=r"another engine, GPU or version.*--resume never"):
+        run._prepare(job(tmp_path, engine_args={"enforce_eager": True}))
+    assert records.exists()
+    run._prepare(job(tmp_path, engine_args={"enforce_eager": True}, resume="never"))
+    assert not records.exists()
+    with pytest.raises(BenchError, match="nothing to go on with"):
+        run._prepare(job(tmp_path, resume="required"))
+
+
+def test_an_engine_with_nothing_left_to_measure_does_not_start(tmp_path, capsys, monkeypatch):
+    checked = job(tmp_path, batches=("4",), engine_args={"x": 1})
+    run._prepare(checked)
+    facts = Facts(pool_blocks=500, block_tokens=16, start_seconds=1.0)
+    records = tmp_path / "work" / "bf16.jsonl"
+    lines = (Line(facts=facts), Line(measured=measured(4, 100.0)))
+    records.write_text("".join(f"{line.model_dump_json()}\n" for line in lines))
+    monkeypatch.setattr(subprocess, "Popen", None)
+    (found,) = (run._engine(one, tmp_path / "work", None, quiet=False) for one in checked.subjects)
+    assert found.measured == (measured(4, 100.0),) and found.left_out is None
+    assert "bf16: measured earlier" in capsys.readouterr().err
+
+
+def test_the_reason_of_a_failure_is_the_first_cause_in_the_log(tmp_path):
+    log = tmp_path / "a.log"
+    log.write_text(
+        "INFO fine\n(EngineCore pid=3) ERROR torch.OutOfMemoryError: CUDA out of memory.\n"
+        "RuntimeError: Engine core initialization failed. See root cause above.\n"
+    )
+    assert run._reason(log, 1) == "torch.OutOfMemoryError: CUDA out of memory."
+    log.write_text("RuntimeError: Engine core initialization failed. See root cause above.\n")
+    assert "initialization failed" in run._reason(log, 1)
+    log.write_text("Killed\n")
+    assert run._reason(log, -9).startswith("the engine's process ended with -9")
+
+
+def test_only_files_of_finished_engines_are_deleted(tmp_path):
+    checked = job(tmp_path)
+    run._prepare(checked)
+    work = tmp_path / "work"
+    (work / "limits.json").write_text("{}")
+    stopped = replace(made_up(), engines=(engine("bf16", left_out="no time"),))
+    run.clean(checked, stopped)
+    assert {path.name for path in work.iterdir()} == {"bf16", "bf16.json", "limits.json"}
+    (work / "mine.txt").write_text("")
+    run.clean(checked, replace(made_up(), engines=(engine("bf16", measured(1, 1.0)),)))
+    assert [path.name for path in work.iterdir()] == ["mine.txt"]
+
+
+def test_what_a_process_started_ends_with_it(tmp_path):
+    said = tmp_path / "pid"
+    code = (
+        "import pathlib, subprocess, sys, time\n"
+        f"child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        f"pathlib.Path({str(said)!r}).write_text(f'{{child.pid}} ')\ntime.sleep(60)"
+    )
+    with (tmp_path / "log").open("w") as log:  # noqa: SIM117
+        with run._process([sys.executable, "-c", code], log) as process:
+            while not (said.exists() and said.read_text().endswith(" ")):
+                time.sleep(0.02)
+    assert process.returncode == -signal.SIGKILL
+    child = Path(f"/proc/{int(said.read_text())}/stat")
+    deadline = time.monotonic() + 10
+    while child.exists() and ") Z " not in child.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_an_engine_is_stopped_when_the_time_is_over(tmp_path, capsys):
+    checked = job(tmp_path)
+    run._prepare(checked)
+    ends = time.monotonic() + 0.2
+    (found,) = (run._engine(one, tmp_path / "work", ends, quiet=True) for one in checked.subjects)
+    assert found.left_out == "the time was over (--minutes)" and not found.measured
+    (found,) = (run._engine(one, tmp_path / "work", ends, quiet=True) for one in checked.subjects)
+    assert found.left_out == "no time was left (--minutes)"
+
+
+# Mistakes of users
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "nothing to measure; name a MODEL or a --checkpoint"),
+        (["llama-9-8b"], "llama-9-8b: is neither a folder nor a shape; shapes are llama-3-8b"),
+        (["llama-3-8b", "--formats", "w2a8"], "'w2a8' is not a format"),
+        (["llama-3-8b", "--formats", "w4a8-kvfp8"], "with w4a8 the cache is of 16, 8 or 4 bits"),
+        (["llama-3-8b", "--batches", "0"], "'0' is not a list of batch sizes"),
+        (["llama-3-8b", "--batches", "4096"], "--batches 4096 is more than --max-batch 2048"),
+        (["llama-3-8b", "--lengths", "1024"], "'1024' is not a list of tokens in / tokens out"),
+        (["llama-2-7b", "--lengths", "4000/97"], "llama-2-7b has a context of 4096 tokens"),
+        (["llama-3-8b", "--minutes", "0"], "'0' is not a number of minutes above 0"),
+        (["llama-3-8b", "--minutes", "nan"], "'nan' is not a number of minutes above 0"),
+        (["llama-3-8b", "--engine-args", "[1]"], "'[1]' is not a JSON object"),
+        (["--checkpoint", "mine"], "'mine' is not NAME=DIR"),
+        (["--checkpoint", "a/b=DIR"], "'a/b=DIR' is not NAME=DIR"),
+        (["--checkpoint", "mine=nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_are_told_before_an_engine_starts(arguments, said, command, tmp_path):
+    code, _, err = command(*arguments, "--work-dir", tmp_path / "work")
+    assert code == 2 and said in err
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_quantized_model_and_a_name_that_is_there_twice_are_refused(command, tmp_path):
+    quantized = tmp_path / "quantized"
+    quantized.mkdir()
+    config = formats.parse("w8a8").config(SHAPES["llama-2-7b"].config())
+    (quantized / "config.json").write_text(json.dumps(config))
+    work = ("--work-dir", tmp_path / "work")
+    code, _, err = command(quantized, *work)
+    assert code == 2 and f"--checkpoint NAME={quantized}" in err
+    code, _, err = command("llama-2-7b", "--checkpoint", f"fp8-kvfp8={quantized}", *work)
+    assert code == 2 and "a name is there twice" in err
+
+
+def test_results_need_a_place(command):
+    code, _, err = command("llama-3-8b")
+    assert code == 2 and "name a folder: -o OUT, or --work-dir DIR" in err
+
+
+def test_a_checkpoint_without_weights_gets_dummies(tmp_path):
+    folder = tmp_path / "only-config"
+    folder.mkdir()
+    how = formats.parse("nested-kv4")
+    (folder / "config.json").write_text(json.dumps(how.config(SHAPES["llama-2-7b"].config())))
+    checked = check_job(
+        Job(model=None, work_dir=tmp_path, checkpoints={"mine": folder, "tiny": TINY})
+    )
+    mine, tiny = checked.subjects
+    assert mine.is_ours and mine.request.engine_args["load_format"] == "dummy"
+    assert not tiny.is_ours and "load_format" not in tiny.request.engine_args
+
+
+# Tables of several runs
+
+
+def write_run(folder, found):
+    folder.mkdir()
+    (folder / "serving.json").write_text(json.dumps(result.to_json(found)))
+    return folder
+
+
+def test_runs_of_several_models_become_one_table(table_command, tmp_path):
+    first = write_run(tmp_path / "a", made_up())
+    second = write_run(tmp_path / "b", made_up("llama-2-7b", ours=20000.0, peer=10000.0))
+    code, out, err = table_command(first, second / "serving.json", "-o", tmp_path / "out")
+    assert code == 0, err
+    assert "1.50x to 2.00x the tokens a second of vLLM's best format, 2 models" in out
+    row = next(line for line in out.splitlines() if line.startswith("| llama-2-7b"))
+    assert [cell.strip() for cell in row.split("|")][-3] == "2.00"
+    document = json.loads((tmp_path / "out" / "table.json").read_text())
+    limits = [row["speedup_at_our_floor"] for row in document["models"]]
+    shares = [row["ours"]["share"] for row in document["models"]]
+    assert limits == pytest.approx([1.5 / shares[0], 2 / shares[1]])
+
+
+def test_the_picture_of_a_table_has_two_bars_a_model(tmp_path):
+    one = write_run(tmp_path / "a", made_up())
+    drawn = table_plot.figure(table.read([one], "1024/512"))
+    assert sorted(bar.get_width() for bar in drawn.axes[0].patches) == [12000.0, 18000.0]
+    assert plots.title_of(drawn).startswith("1.50x the tokens a second")
+
+
+def test_runs_that_do_not_compare_are_refused(table_command, tmp_path):
+    one = write_run(tmp_path / "a", made_up())
+    other = write_run(tmp_path / "b", made_up(device="Another GPU"))
+    half = write_run(tmp_path / "c", replace(made_up(), engines=made_up().engines[:1]))
+    code, _, err = table_command(one, other)
+    assert code == 2 and "was measured on Some GPU" in err and "Another GPU" in err
+    code, _, err = table_command(one, half)
+    assert code == 2 and f"{half}: has no format of ours with lengths 1024/512" in err
+    code, _, err = table_command(one, "--lengths", "8/8")
+    assert code == 2 and "has no format of ours with lengths 8/8" in err
+    code, _, err = table_command(tmp_path)
+    assert code == 2 and "has no serving.json" in err
+    (one / "serving.json").write_text('{"model": 3}')
+    code, _, err = table_command(one)
+    assert code == 2 and "serving.json.model" in err
+
+
+def test_nothing_heavy_is_imported_for_help():
+    code = (
+        "import sys; from vllm_qoq.cli import main; sys.argv = ['vllm-qoq', 'bench', 'serving', "
+        "'--help']\ntry: main.main()\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'vllm', 'pydantic', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
