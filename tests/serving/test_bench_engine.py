@@ -12,7 +12,7 @@ from vllm_qoq.bench.serving.job import Job, check_job
 from vllm_qoq.bench.serving.records import read
 
 LENGTHS = Lengths(32, 8)
-EAGER = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 20}
+EAGER = {"enforce_eager": True, "kv_cache_memory_bytes": 16 << 20}
 
 
 @pytest.fixture(scope="module")
