@@ -14,7 +14,17 @@ from conftest import DATA
 
 from vllm_qoq import plots
 from vllm_qoq.bench import BenchError
-from vllm_qoq.bench.serving import floor, formats, plot, report, result, run, table, table_plot
+from vllm_qoq.bench.serving import (
+    floor,
+    formats,
+    plot,
+    process,
+    report,
+    result,
+    run,
+    table,
+    table_plot,
+)
 from vllm_qoq.bench.serving.cases import Lengths, captured, fitting
 from vllm_qoq.bench.serving.floor import Limits, Model
 from vllm_qoq.bench.serving.job import Job, check_job
@@ -269,11 +279,11 @@ def test_the_reason_of_a_failure_is_the_first_cause_in_the_log(tmp_path):
         "INFO fine\n(EngineCore pid=3) ERROR torch.OutOfMemoryError: CUDA out of memory.\n"
         "RuntimeError: Engine core initialization failed. See root cause above.\n"
     )
-    assert run._reason(log, 1) == "torch.OutOfMemoryError: CUDA out of memory."
+    assert process.reason(log, 1) == "torch.OutOfMemoryError: CUDA out of memory."
     log.write_text("RuntimeError: Engine core initialization failed. See root cause above.\n")
-    assert "initialization failed" in run._reason(log, 1)
+    assert "initialization failed" in process.reason(log, 1)
     log.write_text("Killed\n")
-    assert run._reason(log, -9).startswith("the engine's process ended with -9")
+    assert process.reason(log, -9).startswith("the process ended with -9")
 
 
 def test_only_files_of_finished_engines_are_deleted(tmp_path):
@@ -297,10 +307,10 @@ def test_what_a_process_started_ends_with_it(tmp_path):
         f"pathlib.Path({str(said)!r}).write_text(f'{{child.pid}} ')\ntime.sleep(60)"
     )
     with (tmp_path / "log").open("w") as log:  # noqa: SIM117
-        with run._process([sys.executable, "-c", code], log) as process:
+        with process.session([sys.executable, "-c", code], log) as running:
             while not (said.exists() and said.read_text().endswith(" ")):
                 time.sleep(0.02)
-    assert process.returncode == -signal.SIGKILL
+    assert running.returncode == -signal.SIGKILL
     child = Path(f"/proc/{int(said.read_text())}/stat")
     deadline = time.monotonic() + 10
     while child.exists() and ") Z " not in child.read_text():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from vllm_qoq.bench import BenchError
 
@@ -119,6 +119,22 @@ class Format:
         if self.has_our_cache:
             section["kv_cache"] = {"bits": int(self.cache)}
         return section
+
+
+class Measurable(Protocol):
+    """Something with a name that is measured: a format, or a checkpoint, whose format is None."""
+
+    @property
+    def name(self) -> str:
+        """What tables and pictures call it."""
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether any part of it is ours, rather than vLLM's."""
+
+    @property
+    def format(self) -> Format | None:
+        """How weights and cache are stored; None for a checkpoint."""
 
 
 def parse(name: str) -> Format:

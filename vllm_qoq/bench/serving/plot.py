@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from vllm_qoq import plots
 from vllm_qoq.bench.serving.cases import Lengths
+from vllm_qoq.bench.serving.formats import Measurable
 from vllm_qoq.bench.serving.report import finding
-from vllm_qoq.bench.serving.result import Engine, Result
+from vllm_qoq.bench.serving.result import Result
 
 # The line and marker of each cache; the colour is that of the weights.
 _LINES = {"16": "v:", "fp8": "s--", "8": "D-.", "4": "o-"}
@@ -50,7 +51,7 @@ def _throughput(axes: Axes, result: Result, lengths: Lengths, names: Sequence[st
     for engine in result.engines:
         found = engine.at(lengths)
         values = [one.tokens_per_second for one in found.values()]
-        _line(axes, list(found), values, engine, names)
+        line(axes, list(found), values, engine, names)
         batches |= set(found)
         rates += values
     plots.sizes_axis(axes, sorted(batches), "requests of a batch")
@@ -69,7 +70,7 @@ def _memory(axes: Axes, result: Result, lengths: Lengths, names: Sequence[str]) 
             for batch, one in engine.at(lengths).items()
             if (cache := result.cache_gib(engine, one)) is not None
         }
-        _line(axes, list(found), list(found.values()), engine, names)
+        line(axes, list(found), list(found.values()), engine, names)
         batches |= set(found)
     if not batches:
         axes.set_axis_off()
@@ -81,9 +82,10 @@ def _memory(axes: Axes, result: Result, lengths: Lengths, names: Sequence[str]) 
     plots.tidy(axes)
 
 
-def _line(
-    axes: Axes, x: Sequence[float], y: Sequence[float], engine: Engine, names: Sequence[str]
+def line(
+    axes: Axes, x: Sequence[float], y: Sequence[float], engine: Measurable, names: Sequence[str]
 ) -> None:
+    """Draw an engine's line: the colour is that of its weights, the marker that of its cache."""
     how = engine.format
     kind = how.weights_name.removesuffix("-head8") if how else engine.name
     axes.plot(

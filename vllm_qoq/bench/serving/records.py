@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -12,11 +12,16 @@ from vllm_qoq.bench.serving.cases import Lengths
 from vllm_qoq.errors import one_line
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
+    """What is kept in a file of the work folder, as JSON."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Request(_Record):
+_Kind = TypeVar("_Kind", bound=Record)
+
+
+class Request(Record):
     """An engine and what to measure with it.
 
     model        folder with a `config.json`
@@ -39,7 +44,7 @@ class Request(_Record):
     fingerprint: str = ""
 
 
-class Facts(_Record):
+class Facts(Record):
     """What is known of an engine once it has started.
 
     pool_blocks, block_tokens  blocks of the KV cache that requests can have, tokens of a block
@@ -56,7 +61,7 @@ class Facts(_Record):
         return self.pool_blocks * self.block_tokens
 
 
-class Measured(_Record):
+class Measured(Record):
     """One run, or the median of several.
 
     seconds          from the first request to the last token
@@ -83,7 +88,7 @@ class Measured(_Record):
         return self.batch * self.new / self.seconds
 
 
-class Line(_Record):
+class Line(Record):
     """A line of the file that an engine's process writes: either of both."""
 
     facts: Facts | None = None
@@ -91,14 +96,22 @@ class Line(_Record):
 
 
 def read(path: Path) -> tuple[Facts | None, list[Measured]]:
-    """Read what a process has written so far; a line that is cut off at the end is left out."""
+    """Read what a process has written so far."""
+    found = read_lines(path, Line)
+    facts = [line.facts for line in found if line.facts]
+    return facts[-1] if facts else None, [line.measured for line in found if line.measured]
+
+
+def read_lines(path: Path, kind: type[_Kind]) -> list[_Kind]:
+    """Read records, one a line; a line that is cut off at the end is left out.
+
+    Raises BenchError for a file with anything else.
+    """
     if not path.exists():
-        return None, []
+        return []
     text = path.read_text(encoding="utf-8")
     lines = text[: text.rfind("\n") + 1].splitlines()
     try:
-        found = [Line.model_validate_json(line) for line in lines]
+        return [kind.model_validate_json(line) for line in lines]
     except ValidationError as error:
         raise BenchError(f"{one_line(error, str(path))}; begin anew: --resume never") from None
-    facts = [line.facts for line in found if line.facts]
-    return facts[-1] if facts else None, [line.measured for line in found if line.measured]

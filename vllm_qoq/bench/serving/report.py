@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 from vllm_qoq.bench.report import number
 from vllm_qoq.bench.serving.cases import BATCHES, LENGTHS, Lengths
-from vllm_qoq.bench.serving.formats import DEFAULT
+from vllm_qoq.bench.serving.formats import DEFAULT, Measurable
 from vllm_qoq.bench.serving.records import Measured
 from vllm_qoq.bench.serving.result import Engine, Result
 from vllm_qoq.markdown import markdown_table
@@ -42,18 +43,29 @@ def finding(result: Result, lengths: Lengths) -> str:
 
 def command(result: Result) -> str:
     """Write the command line that measures the same again."""
-    parts = ["vllm-qoq bench serving", *([shlex.quote(result.model)] if result.model else ())]
-    names = tuple(engine.name for engine in result.engines if engine.format)
-    if names and names != DEFAULT:
-        parts.append(f"--formats {','.join(names)}")
-    parts += [f"--checkpoint {one.name}=DIR" for one in result.engines if not one.format]
+    parts = command_start(result.model, result.engines)
     if result.lengths != LENGTHS:
         parts.append(f"--lengths {','.join(map(str, result.lengths))}")
     if result.batches != BATCHES:
         parts.append(f"--batches {','.join(result.batches)}")
-    if result.engine_args:
-        parts.append(f"--engine-args {shlex.quote(json.dumps(dict(result.engine_args)))}")
-    return " ".join(parts)
+    return " ".join([*parts, *engine_options(result.engine_args)])
+
+
+def command_start(model: str | None, engines: Iterable[Measurable]) -> list[str]:
+    """Write the parts of a command line that name what is measured."""
+    engines = tuple(engines)
+    parts = ["vllm-qoq bench serving", *([shlex.quote(model)] if model else ())]
+    names = tuple(engine.name for engine in engines if engine.format)
+    if names and names != DEFAULT:
+        parts.append(f"--formats {','.join(names)}")
+    return parts + [f"--checkpoint {one.name}=DIR" for one in engines if not one.format]
+
+
+def engine_options(engine_args: Mapping[str, Any]) -> list[str]:
+    """Write the part of a command line with the arguments of all engines."""
+    if not engine_args:
+        return []
+    return [f"--engine-args {shlex.quote(json.dumps(dict(engine_args)))}"]
 
 
 def _head(result: Result) -> Iterator[str]:
