@@ -20,6 +20,8 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from vllm_qoq.bench.serving.online.tokenizer import write_tokenizer
+
 HIDDEN, INTERMEDIATE, VOCABULARY = 4096, 14336, 128256
 HEADS, KV_HEADS, HEAD = 32, 8, 128
 GROUP = 128
@@ -145,17 +147,6 @@ def random_scales(device: str) -> torch.Tensor:
     return torch.randint(-1, 3, (HIDDEN,), device=device).exp2().bfloat16()
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Write a tokenizer with words t0, t1, ..., so that every token can be written as text."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {f"t{i}": i for i in range(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0").save_pretrained(folder)
-
-
 class Writer:
     """A writer of one checkpoint, a shard per call."""
 
@@ -185,7 +176,7 @@ def main() -> None:
     if args.only_configs:
         for scheme in (*WEIGHTS, "bf16", "fp8", "w4a8", "w4a8-head8", "nested", "two-sets"):
             Writer(args.out / scheme).finish(config(scheme, args.layers))
-            write_tokenizer(args.out / scheme)
+            write_tokenizer(args.out / scheme, VOCABULARY)
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)

@@ -157,36 +157,6 @@ def serving_8b() -> Any:
     return drawn
 
 
-def online_8b() -> Any:
-    """Four checkpoints under load."""
-    rows = read("online_8b")
-    columns, less = [], []
-    for metric in ("TPOT", "TTFT", "TTFT 99 %"):
-        for row in rows:
-            if row["metric"] == metric:
-                values = numbers(row, "metric", "rate")
-                percent = 100 * (values["nested"] / values["w8a8"] - 1)
-                less += [-percent] if metric == "TPOT" else []
-                title = f"{metric}, {row['rate']} request{'s' * (row['rate'] != '1')}/s"
-                form = ".2f" if metric == "TPOT" else ".1f"
-                note = {"nested": f"{percent:+.0f} %"}
-                columns.append(Column(title, "ms", values, form, note))
-    weights = numbers(rows[-1], "metric", "rate")
-    more = 100 * (weights["nested"] / weights["w8a8"] - 1)
-    drawn = plots.figure(
-        f"Under load, nested takes {min(less):.0f} to {max(less):.0f} % less time a token than "
-        f"W8A8, with {more:.0f} % more memory for weights",
-        f"{LLAMA_8B}, bf16 KV cache, prompts of 2048 tokens, 128 new ones.\nMedian time per token "
-        "(TPOT), median and 99th percentile of the time to the first token (TTFT). Behind nested: "
-        f"time over that of W8A8. Weights: W8A8 {weights['w8a8']:.2f} GiB, W4A16 "
-        f"{weights['w4a16']:.2f}, two sets {weights['two-sets']:.2f}, nested "
-        f"{weights['nested']:.2f}.",
-        height=5.4,
-    )
-    plots.bars(drawn, columns, per_row=3)
-    return drawn
-
-
 def gemm_h200() -> Any:
     """As `vllm-qoq bench gemm` draws it."""
     rows = read("gemm_h200")
@@ -308,7 +278,6 @@ PICTURES: dict[str, Callable[[], Any]] = {
     "nested_8b": nested_8b,
     "kv_8b": kv_8b,
     "serving_8b": serving_8b,
-    "online_8b": online_8b,
     "gemm_h200": gemm_h200,
     "attention_h200": attention_h200,
     "accuracy_16m_plain": lambda: accuracy("accuracy_16m_plain", "Without outliers", 6),

@@ -20,6 +20,7 @@ UNITS = (
     "test_key_mapping.py",
     "test_kv_cache.py",
     "test_hidden_states.py",
+    "test_bench_commands.py",
 )
 
 RUN = """

@@ -100,7 +100,7 @@ def test_commands_in_blocks_parse(page, command, monkeypatch):
 @pytest.mark.parametrize("page, command", commands_in(inline_of))
 def test_commands_in_sentences_have_their_options(page, command, monkeypatch, capsys):
     name = COMMAND.match(command)[1]
-    second = re.match(r"vllm-qoq bench (gemm|attention)", command)
+    second = re.match(r"vllm-qoq bench (gemm|attention|serving)", command)
     arguments = ["bench", second[1]] if second else [name]
     assert main_says(monkeypatch, [*arguments, "--help"]) == "0", page
     assert set(re.findall(r"--[\w-]+", command)) <= set(

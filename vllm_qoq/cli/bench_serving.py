@@ -5,19 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_qoq.bench import BenchError
 from vllm_qoq.bench.serving import cases, formats, shapes
 from vllm_qoq.bench.serving.cases import Lengths
-from vllm_qoq.cli import measurement
+from vllm_qoq.cli import bench_online, measurement
 from vllm_qoq.cli.arguments import is_positive, positive
 from vllm_qoq.cli.parser import Commands, Parser
 
 if TYPE_CHECKING:
+    from vllm_qoq.bench.serving.job import CheckedJob
     from vllm_qoq.bench.serving.result import Result
+
+# The options that only batches have.
+_OFFLINE = ("batches", "max_batch", "repeats")
 
 
 def add_parser(benchmarks: Commands[Parser]) -> None:
@@ -93,7 +96,8 @@ def add_parser(benchmarks: Commands[Parser]) -> None:
         default="auto",
         help="whether to go on with what --work-dir holds (default: auto)",
     )
-    measurement.add_output_options(parser, "serving", _serving)
+    bench_online.add_options(parser)
+    measurement.add_output_options(parser, "serving", lambda args: _serving(args, parser))
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -161,33 +165,32 @@ def engine_args(text: str) -> dict[str, Any]:
     return found
 
 
-def _serving(args: argparse.Namespace) -> int:
+def _serving(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from vllm_qoq.bench.serving.job import Job, check_job
-    from vllm_qoq.bench.serving.run import clean, measure
 
+    bench_online.check_options(args, _OFFLINE, parser)
     if (work := args.work_dir) is None:
         if args.output is None:
             raise BenchError("nowhere to keep results; name a folder: -o OUT, or --work-dir DIR")
         work = args.output.with_name(f"{args.output.name}.work")
-    checked = check_job(
-        Job(
-            model=args.model,
-            work_dir=work,
-            formats=args.formats,
-            checkpoints=dict(args.checkpoint),
-            lengths=args.lengths,
-            batches=args.batches,
-            most=args.max_batch,
-            repeats=args.repeats,
-            minutes=args.minutes,
-            engine_args=args.engine_args,
-            resume=args.resume,
-        )
+    job = Job(
+        model=args.model,
+        work_dir=work,
+        formats=args.formats,
+        checkpoints=dict(args.checkpoint),
+        lengths=args.lengths,
+        batches=args.batches,
+        most=args.max_batch,
+        repeats=args.repeats,
+        minutes=args.minutes,
+        engine_args=args.engine_args,
+        resume=args.resume,
     )
+    return bench_online.measure(args, job) if args.online else _offline(args, check_job(job))
 
-    def check() -> None:
-        if find_spec("vllm") is None:
-            raise BenchError("vLLM is not installed; install it: pip install 'vllm-qoq[vllm]'")
+
+def _offline(args: argparse.Namespace, checked: CheckedJob) -> int:
+    from vllm_qoq.bench.serving.run import clean, measure
 
     def finish() -> measurement.Finished:
         from vllm_qoq.bench.serving import plot, report
@@ -200,7 +203,7 @@ def _serving(args: argparse.Namespace) -> int:
         )
 
     results: list[Result] = []
-    code = measurement.run(args, "serving", check, finish)
+    code = measurement.run(args, "serving", measurement.check_vllm, finish)
     if args.output is not None:
         clean(checked, results[0])
     return code

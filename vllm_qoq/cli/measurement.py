@@ -116,6 +116,12 @@ def check_gpu(
         )
 
 
+def check_vllm() -> None:
+    """Raise BenchError unless vLLM is installed."""
+    if find_spec("vllm") is None:
+        raise BenchError("vLLM is not installed; install it: pip install 'vllm-qoq[vllm]'")
+
+
 def _write(finished: Finished, name: str, output: Path, overwrite: bool) -> None:
     """Write the three files into the folder `output`, all or none."""
     from vllm_qoq.checkpoint.replace import replacing
