@@ -45,10 +45,11 @@ def test_an_engine_measures_its_cases_largest_first_and_once(checked):
     assert facts.pool_tokens >= 8 * LENGTHS.tokens and facts.start_seconds > 0
     for one in measured:
         assert 0 < one.prompts_seconds < one.seconds
-        assert 0 < one.step_seconds < one.seconds / (LENGTHS.new - 1) * 1.01
-        # The prompts, and a step for each token after the first.
-        steps = one.prompts_seconds + (LENGTHS.new - 1) * one.step_seconds
-        assert steps == pytest.approx(one.seconds, rel=0.2)
+        assert 0 < one.step_seconds < one.seconds
+    # One request takes its prompt, and a step for each token after the first.
+    alone = measured[-1]
+    steps = alone.prompts_seconds + (LENGTHS.new - 1) * alone.step_seconds
+    assert steps == pytest.approx(alone.seconds, rel=0.1)
     (subject,) = checked.subjects
     assert run._is_complete(subject, facts, measured)
     assert not run._is_complete(subject, facts, measured[:2])

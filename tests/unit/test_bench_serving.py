@@ -286,7 +286,7 @@ def test_the_reason_of_a_failure_is_the_first_cause_in_the_log(tmp_path):
     assert process.reason(log, -9).startswith("the process ended with -9")
 
 
-def test_only_files_of_finished_engines_are_deleted(tmp_path):
+def test_files_are_deleted_when_all_is_measured(tmp_path):
     checked = job(tmp_path)
     run._prepare(checked)
     work = tmp_path / "work"
@@ -345,6 +345,10 @@ def test_an_engine_is_stopped_when_the_time_is_over(tmp_path, capsys):
         (["llama-3-8b", "--minutes", "0"], "'0' is not a number of minutes above 0"),
         (["llama-3-8b", "--minutes", "nan"], "'nan' is not a number of minutes above 0"),
         (["llama-3-8b", "--engine-args", "[1]"], "'[1]' is not a JSON object"),
+        (
+            ["llama-3-8b", "--engine-args", '{"max_model_len": 9}'],
+            "max_model_len is what the bench",
+        ),
         (["--checkpoint", "mine"], "'mine' is not NAME=DIR"),
         (["--checkpoint", "a/b=DIR"], "'a/b=DIR' is not NAME=DIR"),
         (["--checkpoint", "mine=nowhere"], "nowhere"),

@@ -160,13 +160,13 @@ def engine_args(text: str) -> dict[str, Any]:
         found = None
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a JSON object like '{{\"max_model_len\": 4096}}'"
+            f"{text!r} is not a JSON object like '{{\"enforce_eager\": true}}'"
         )
     return found
 
 
 def _serving(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    from vllm_qoq.bench.serving.job import Job, check_job
+    from vllm_qoq.bench.serving.job import Job, check_offline
 
     bench_online.check_options(args, _OFFLINE, parser)
     if (work := args.work_dir) is None:
@@ -186,7 +186,7 @@ def _serving(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         engine_args=args.engine_args,
         resume=args.resume,
     )
-    return bench_online.measure(args, job) if args.online else _offline(args, check_job(job))
+    return bench_online.measure(args, job) if args.online else _offline(args, check_offline(job))
 
 
 def _offline(args: argparse.Namespace, checked: CheckedJob) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,11 @@ Resume = Literal["auto", "required", "never"]
 # What all formats get alike. vLLM's default share of the memory differs between its versions, and
 # its default of tokens a step between cards.
 _ENGINE_ARGS = {"max_num_batched_tokens": 8192, "gpu_memory_utilization": 0.9}
+# What the process of an engine itself says to `LLM()`.
+_OFFLINE = (
+    *("model", "skip_tokenizer_init", "max_model_len", "max_num_seqs", "enable_prefix_caching"),
+    *("trust_remote_code", "disable_log_stats", "compilation_config"),
+)
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,23 @@ class CheckedJob:
     subjects: tuple[Subject, ...]
 
 
-def check_job(job: Job) -> CheckedJob:
+def check_offline(job: Job) -> CheckedJob:
     """Raise BenchError or FormatError for what can be refused before an engine is started."""
+    refuse_arguments(job, _OFFLINE, "engine")
+    return check_job(job)
+
+
+def refuse_arguments(job: Job, names: Iterable[str], whose: str) -> None:
+    """Raise BenchError where the user's engine arguments have one of `names`."""
+    for name in names:
+        if name in job.engine_args:
+            raise BenchError(
+                f"--engine-args: {name} is what the benchmark gives each {whose}; leave it out"
+            )
+
+
+def check_job(job: Job) -> CheckedJob:
+    """Make the subjects of a job; BenchError or FormatError for what none of them can be."""
     check_batches(job.batches, job.most)
     if len(names := [*job.formats, *job.checkpoints]) != len(set(names)):
         raise BenchError(f"{', '.join(names)}: a name is there twice; give each a name of its own")

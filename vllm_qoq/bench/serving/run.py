@@ -58,17 +58,17 @@ def measure(checked: CheckedJob, quiet: bool) -> Result:
 
 
 def clean(checked: CheckedJob, result: Result) -> None:
-    """Delete the files of finished engines, and the work folder if nothing else is in it.
+    """Delete the files of a run that is done, and the work folder if nothing else is in it.
 
-    Of an engine that was stopped its log stays, and what it had measured for a run that goes on.
+    All stays where an engine was stopped, so that a run that goes on has what the others measured.
     """
+    if any(engine.left_out for engine in result.engines):
+        return
     work_dir = checked.job.work_dir
-    finished = {engine.name for engine in result.engines if engine.left_out is None}
-    for name in finished:
-        work.delete(work_dir, name)
-    if len(finished) == len(checked.subjects):
-        (work_dir / _LIMITS).unlink(missing_ok=True)
-        work.delete_if_empty(work_dir)
+    for engine in result.engines:
+        work.delete(work_dir, engine.name)
+    (work_dir / _LIMITS).unlink(missing_ok=True)
+    work.delete_if_empty(work_dir)
 
 
 def _prepare(checked: CheckedJob) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_qoq.bench import BenchError
-from vllm_qoq.bench.serving.job import CheckedJob, Job, Subject, check_job
+from vllm_qoq.bench.serving.job import CheckedJob, Job, Subject, check_job, refuse_arguments
 from vllm_qoq.bench.serving.online.load import Load
 from vllm_qoq.checkpoint.folder import read_config
 from vllm_qoq.models.config import text_config
@@ -32,11 +32,7 @@ class OnlineJob:
 
 def check_online(job: Job, load: Load) -> OnlineJob:
     """Raise BenchError or FormatError for what can be refused before a server is started."""
-    for name in _OURS:
-        if name in job.engine_args:
-            raise BenchError(
-                f"--engine-args: {name} is what the benchmark gives each server; leave it out"
-            )
+    refuse_arguments(job, _OURS, "server")
     checked = check_job(job)
     return OnlineJob(checked, load, {one.name: _args(one, load) for one in checked.subjects})
 
