@@ -116,6 +116,7 @@ def _serve() -> list[str] | None:
     for module in IMPORTED:
         importlib.import_module(module)
     _sleep_while_idle()
+    _ask_models_here()
     gc.collect()
     gc.freeze()  # each engine collects garbage several times, which would go through all of vLLM
     for line in sys.stdin:
@@ -143,6 +144,15 @@ def _sleep_while_idle() -> None:
 
     initialize = SpinCondition.__init__
     SpinCondition.__init__ = functools.partialmethod(initialize, busy_loop_s=0)  # type: ignore[method-assign]
+
+
+def _ask_models_here() -> None:
+    """Let vLLM look at a class of models in the process that asks, as `engines` does."""
+    from vllm.model_executor.models import registry
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        registry._run_in_subprocess = lambda ask: ask()
 
 
 def _begin(request: dict[str, Any]) -> None:
