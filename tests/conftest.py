@@ -58,8 +58,12 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_unconfigure() -> None:
-    """Let libraries that look for leaks at the end find none."""
+    """Let libraries that look for leaks at the end find none.
+
+    Python looks for garbage there in any case, and once more where it may.
+    """
     gc.unfreeze()
+    gc.disable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
