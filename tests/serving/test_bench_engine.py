@@ -10,6 +10,8 @@ from vllm_qoq.bench.serving import run
 from vllm_qoq.bench.serving.cases import Lengths
 from vllm_qoq.bench.serving.job import Job, check_job
 from vllm_qoq.bench.serving.records import read
+from vllm_qoq.bench.serving.work import opened
+from vllm_qoq.environment import describe
 
 LENGTHS = Lengths(32, 8)
 EAGER = {"enforce_eager": True, "kv_cache_memory_bytes": 16 << 20}
@@ -23,14 +25,15 @@ def checked(tiny_model, tmp_path_factory):
     job = Job(
         model=None,
         work_dir=work / "work",
-        checkpoints={"mine": checkpoint},
+        checkpoints=(("mine", checkpoint),),
         lengths=(LENGTHS,),
         batches=("1", "3", "full"),
         most=8,
         engine_args=EAGER,
     )
     found = check_job(job)
-    run._prepare(found)
+    with opened(job.work_dir):
+        run._prepare(found, describe())
     return found
 
 

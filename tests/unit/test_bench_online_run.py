@@ -212,7 +212,7 @@ sys.exit(main())
     while not (tmp_path / "a" / "waits").exists():
         assert time.monotonic() < deadline and running.poll() is None
         time.sleep(0.05)
-    assert len(with_argument(tmp_path / "a")) == 2
+    assert len(with_argument(tmp_path / "a")) == 4  # server and client, and the guard of each
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=30)
     assert running.returncode == 130

@@ -30,6 +30,7 @@ from vllm_qoq.bench.serving.floor import Limits, Model
 from vllm_qoq.bench.serving.job import Job, check_job
 from vllm_qoq.bench.serving.records import Facts, Line, Measured, read
 from vllm_qoq.bench.serving.shapes import SHAPES
+from vllm_qoq.bench.serving.work import close, opened
 from vllm_qoq.checkpoint.format import Section
 from vllm_qoq.models.linears import linear_layers
 
@@ -67,6 +68,8 @@ def made_up(model="llama-3-8b", device="Some GPU", ours=18000.0, peer=12000.0):
         environment={"packages": PACKAGES},
         lengths=(LENGTHS,),
         batches=("64", "256", "full"),
+        most=2048,
+        repeats=1,
         engine_args={},
         engines=(
             engine(NAMES[0], measured(64, peer / 2), measured(256, peer)),
@@ -189,7 +192,7 @@ def test_the_best_of_each_side_are_compared():
     found = made_up()
     assert found.speedup(LENGTHS) == pytest.approx(1.5)
     text = report.markdown(found)
-    assert "Our w4a8-head8-kv4 is 1.50x as fast as fp8-kvfp8 at 1024 tokens in, 512 out" in text
+    assert "Our w4a8-head8-kv4 is 1.50x as fast as fp8-kvfp8 at 1024 tokens in, 512 out." in text
     row = cells(text, "1024 in, 512 out: highest throughput", "w4a8-head8-kv4")
     assert row[:2] == ["18,000", "256"] and row[-1] == "16,000"
     batches = text.split("### 1024/512: tokens a second")[1].split("###")[0]
@@ -210,9 +213,40 @@ def test_one_side_alone_has_a_report_and_a_picture():
 
 
 def test_what_was_left_out_is_said():
-    gone = replace(made_up().engines[0], facts=None, measured=(), left_out="OutOfMemoryError: no")
-    text = report.markdown(replace(made_up(), engines=(gone, made_up().engines[1])))
-    assert "Left out:\n\n- fp8-kvfp8: OutOfMemoryError: no" in text
+    peer, ours = made_up().engines
+    gone = replace(peer, facts=None, measured=(), left_out="OutOfMemoryError: no")
+    small = replace(ours, too_large="batches that its pool does not hold: 999 at 1024/512")
+    text = report.markdown(replace(made_up(), engines=(gone, small)))
+    assert "Left out:\n\n- fp8-kvfp8: OutOfMemoryError: no\n- w4a8-head8-kv4: batches that" in text
+
+
+def test_a_side_that_was_cut_off_is_told_where_it_is_compared(tmp_path):
+    peer, ours = made_up().engines
+    cut = replace(made_up(), engines=(replace(peer, left_out="the time was over"), ours))
+    said = "is 1.50x as fast as fp8-kvfp8 at 1024 tokens in, 512 out, though batches are missing"
+    assert said in report.markdown(cut) and said.split(", though")[0] in report.markdown(made_up())
+    assert "though" not in report.markdown(made_up())
+    found = table.read([write_run(tmp_path / "a", cut)], "1024/512")
+    assert "| llama-3-8b * |" in table.markdown(found)
+    assert "* not all batches were measured" in table.markdown(found)
+    (label,) = table_plot.figure(found).axes[0].get_yticklabels()
+    assert label.get_text() == "llama-3-8b *"
+
+
+def test_the_arguments_of_engines_are_in_the_report():
+    eager = replace(made_up(), engine_args={"enforce_eager": True}, repeats=3, most=512)
+    text = report.markdown(eager)
+    assert "--max-batch 512 --repeats 3 --engine-args '{\"enforce_eager\": true}'" in text
+    assert "default compilation" not in text and "default compilation" in report.markdown(made_up())
+
+
+def test_a_model_without_known_sizes_has_no_floor_and_a_report():
+    config = {**SHAPES["llama-3-8b"].config(), "architectures": ["OtherForCausalLM"]}
+    other = replace(made_up(), config=config)
+    ours = other.engines[1]
+    assert other.cache_gib(ours, ours.measured[0]) is None
+    assert other.share_of_floor(ours, ours.measured[0]) is None
+    assert report.markdown(other) and plot.figure(other)
 
 
 def test_the_picture_has_a_line_a_format_and_plain_ticks():
@@ -236,9 +270,16 @@ def test_a_cut_line_is_left_out_and_a_damaged_one_refused(tmp_path):
     whole = Line(measured=measured(4, 100.0)).model_dump_json() + "\n"
     file.write_text(whole + whole[:20])
     assert read(file) == (None, [measured(4, 100.0)])
-    file.write_text('{"measured": 3}\n')
-    with pytest.raises(BenchError, match="begin anew: --resume never"):
-        read(file)
+    zero = whole.replace('"batch":4', '"batch":0')
+    for damaged in (b'{"measured": 3}\n', b"\xff\xfe\n", zero.encode(), b"\n"):
+        file.write_bytes(damaged)
+        with pytest.raises(BenchError, match="begin anew: --resume never"):
+            read(file)
+
+
+def prepare(checked):
+    with opened(checked.job.work_dir):
+        run._prepare(checked, {"packages": {}, "gpus": None})
 
 
 def job(tmp_path, **options):
@@ -247,22 +288,73 @@ def job(tmp_path, **options):
 
 def test_a_run_goes_on_only_with_results_of_its_own_kind(tmp_path):
     checked = job(tmp_path)
-    run._prepare(checked)
+    prepare(checked)
     records = tmp_path / "work" / "bf16.jsonl"
     records.write_text(Line(measured=measured(4, 100.0)).model_dump_json() + "\n")
-    run._prepare(job(tmp_path, batches=("2",), lengths=(Lengths(8, 8),), most=2048))
-    with pytest.raises(BenchError, match=r"another engine, GPU or version.*--resume never"):
-        run._prepare(job(tmp_path, engine_args={"enforce_eager": True}))
+    prepare(job(tmp_path, batches=("2", "full"), lengths=(Lengths(8, 1528),)))
+    for other in (
+        {"engine_args": {"enforce_eager": True}},
+        {"most": 1024},  # and so other graphs, and another pool
+        {"lengths": (Lengths(1024, 513),)},
+    ):
+        with pytest.raises(BenchError, match=r"another engine, GPU or version.*--resume never"):
+            prepare(job(tmp_path, **other))
     assert records.exists()
-    run._prepare(job(tmp_path, engine_args={"enforce_eager": True}, resume="never"))
+    prepare(job(tmp_path, engine_args={"enforce_eager": True}, resume="never"))
     assert not records.exists()
     with pytest.raises(BenchError, match="nothing to go on with"):
-        run._prepare(job(tmp_path, resume="required"))
+        prepare(job(tmp_path, resume="required"))
+
+
+def test_only_cases_that_are_asked_for_are_taken_over(tmp_path):
+    checked = job(tmp_path, batches=("2", "999", "full"))
+    prepare(checked)
+    facts = Facts(pool_blocks=96 * 16, block_tokens=16, start_seconds=1.0)
+    records = tmp_path / "work" / "bf16.jsonl"
+    lines = [Line(facts=facts), *(Line(measured=measured(b, 10.0)) for b in (16, 8, 2))]
+    records.write_text("".join(f"{line.model_dump_json()}\n" for line in lines))
+    (found,) = (run._engine(one, tmp_path / "work", None, quiet=True) for one in checked.subjects)
+    assert [one.batch for one in found.measured] == [16, 2]
+    assert found.too_large == (
+        "batches that its pool of 24,576 tokens does not hold: 999 at 1024/512"
+    )
+
+
+def test_the_limits_of_another_card_are_not_taken_over(tmp_path, monkeypatch):
+    times = []
+    monkeypatch.setattr(
+        run, "_measure_limits", lambda: times.append(1) or {"device": "A", "copy_rate": None}
+    )
+    work = tmp_path / "work"
+    work.mkdir()
+    here = {"packages": {}, "gpus": [{"name": "A"}]}
+    asked = Job(model=str(TINY), work_dir=work)
+    for written in ("", '{"dev', '{"device": "B", "copy_rate": 8e12, "operations": {}}'):
+        (work / "limits.json").write_text(written)
+        assert run._limits(asked, here, True) == ("A", None)
+    assert run._limits(asked, here, True) == ("A", None) and len(times) == 3
+    run._limits(replace(asked, resume="never"), here, True)
+    run._limits(asked, {**here, "gpus": [{"name": "B"}]}, True)
+    assert len(times) == 5
+
+
+def test_a_folder_of_others_and_one_in_use_are_refused(tmp_path):
+    foreign = tmp_path / "models"
+    (foreign / "w8a8").mkdir(parents=True)
+    with pytest.raises(BenchError, match="has files that are not of a benchmark"), opened(foreign):
+        pass
+    ours = tmp_path / "ours"
+    with opened(ours), pytest.raises(BenchError, match="another run is in it"), opened(ours):
+        pass
+    with opened(ours):
+        pass
+    close(ours)
+    assert not ours.exists()
 
 
 def test_an_engine_with_nothing_left_to_measure_does_not_start(tmp_path, capsys, monkeypatch):
     checked = job(tmp_path, batches=("4",), engine_args={"x": 1})
-    run._prepare(checked)
+    prepare(checked)
     facts = Facts(pool_blocks=500, block_tokens=16, start_seconds=1.0)
     records = tmp_path / "work" / "bf16.jsonl"
     lines = (Line(facts=facts), Line(measured=measured(4, 100.0)))
@@ -287,40 +379,76 @@ def test_the_reason_of_a_failure_is_the_first_cause_in_the_log(tmp_path):
 
 
 def test_files_are_deleted_when_all_is_measured(tmp_path):
-    checked = job(tmp_path)
-    run._prepare(checked)
+    checked = job(tmp_path, batches=("4", "999"))
     work = tmp_path / "work"
+    prepare(checked)
     (work / "limits.json").write_text("{}")
-    stopped = replace(made_up(), engines=(engine("bf16", left_out="no time"),))
-    run.clean(checked, stopped)
-    assert {path.name for path in work.iterdir()} == {"bf16", "bf16.json", "limits.json"}
+    run.clean(checked, replace(made_up(), engines=(engine("bf16", left_out="no time"),)))
+    assert {path.name for path in work.iterdir()} == {
+        *("bf16", "bf16.json", "limits.json", "vllm-qoq-bench.lock")
+    }
     (work / "mine.txt").write_text("")
-    run.clean(checked, replace(made_up(), engines=(engine("bf16", measured(1, 1.0)),)))
+    # That a batch does not fit is no reason to go on.
+    done = replace(engine("bf16", measured(4, 1.0)), too_large="999")
+    run.clean(checked, replace(made_up(), engines=(done,)))
     assert [path.name for path in work.iterdir()] == ["mine.txt"]
 
 
-def test_what_a_process_started_ends_with_it(tmp_path):
-    said = tmp_path / "pid"
-    code = (
-        "import pathlib, subprocess, sys, time\n"
-        f"child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
-        f"pathlib.Path({str(said)!r}).write_text(f'{{child.pid}} ')\ntime.sleep(60)"
-    )
-    with (tmp_path / "log").open("w") as log:  # noqa: SIM117
-        with process.session([sys.executable, "-c", code], log) as running:
-            while not (said.exists() and said.read_text().endswith(" ")):
-                time.sleep(0.02)
-    assert running.returncode == -signal.SIGKILL
-    child = Path(f"/proc/{int(said.read_text())}/stat")
-    deadline = time.monotonic() + 10
+CHILD = """
+import pathlib, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+pathlib.Path(sys.argv[1]).write_text(f"{child.pid} ")
+time.sleep(60)
+"""
+"""A program that starts another, and writes its number to a file."""
+
+
+def number_in(file):
+    while not (file.exists() and file.read_text().endswith(" ")):
+        time.sleep(0.02)
+    return int(file.read_text())
+
+
+def wait_for_the_end_of(pid):
+    child, deadline = Path(f"/proc/{pid}/stat"), time.monotonic() + 20
     while child.exists() and ") Z " not in child.read_text():
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
+def test_what_a_process_started_ends_with_it(tmp_path):
+    command = [sys.executable, "-c", CHILD, str(tmp_path / "pid")]
+    with (tmp_path / "log").open("w") as log, process.session(command, log) as running:
+        child = number_in(tmp_path / "pid")
+    assert running.returncode == -signal.SIGKILL
+    wait_for_the_end_of(child)
+
+
+def test_a_killed_benchmark_leaves_no_engine_behind(tmp_path):
+    code = (
+        "import sys, time\nfrom vllm_qoq.bench.serving import process\n"
+        "with open(sys.argv[1], 'w') as log, process.session(sys.argv[2:], log):\n"
+        "    time.sleep(60)"
+    )
+    command = [sys.executable, "-c", CHILD, str(tmp_path / "pid")]
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path / "log", *command]) as parent:
+        child = number_in(tmp_path / "pid")
+        parent.kill()
+    wait_for_the_end_of(child)
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"), [("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", 137)]
+)
+def test_the_exit_code_of_a_process_is_kept(code, expected, tmp_path):
+    command = [sys.executable, "-c", code]
+    with (tmp_path / "log").open("w") as log, process.session(command, log) as running:
+        assert running.wait(30) == expected
+
+
 def test_an_engine_is_stopped_when_the_time_is_over(tmp_path, capsys):
     checked = job(tmp_path)
-    run._prepare(checked)
+    prepare(checked)
     ends = time.monotonic() + 0.2
     (found,) = (run._engine(one, tmp_path / "work", ends, quiet=True) for one in checked.subjects)
     assert found.left_out == "the time was over (--minutes)" and not found.measured
@@ -349,6 +477,9 @@ def test_an_engine_is_stopped_when_the_time_is_over(tmp_path, capsys):
             ["llama-3-8b", "--engine-args", '{"max_model_len": 9}'],
             "max_model_len is what the bench",
         ),
+        (["llama-3-8b", "--engine-args", '{"dtype": "auto"}'], "dtype is what the benchmark gives"),
+        (["--formats", "bf16", "--checkpoint", "a=b"], "--formats: are formats of a MODEL"),
+        (["--checkpoint", "limits=DIR"], "but not limits"),
         (["--checkpoint", "mine"], "'mine' is not NAME=DIR"),
         (["--checkpoint", "a/b=DIR"], "'a/b=DIR' is not NAME=DIR"),
         (["--checkpoint", "mine=nowhere"], "nowhere"),
@@ -375,6 +506,22 @@ def test_a_quantized_model_and_a_name_that_is_there_twice_are_refused(command, t
 def test_results_need_a_place(command):
     code, _, err = command("llama-3-8b")
     assert code == 2 and "name a folder: -o OUT, or --work-dir DIR" in err
+    code, _, err = command("llama-3-8b", "-o", "/")
+    assert code == 2 and "-o /: is no folder to make" in err
+
+
+@pytest.mark.parametrize("size", [None, "big", -3, 0, True, 1 << 40])
+def test_a_vocabulary_that_is_no_number_is_refused(size, command, tmp_path):
+    config = {**SHAPES["llama-2-7b"].config(), "vocab_size": size}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, _, err = command(tmp_path, "--work-dir", tmp_path / "work")
+    assert code == 2 and "vocab_size" in err and "is not a number of tokens" in err
+
+
+def test_two_checkpoints_of_one_name_are_refused(command, tmp_path):
+    twice = ("--checkpoint", f"x={TINY}", "--checkpoint", f"x={TINY}")
+    code, _, err = command(*twice, "--work-dir", tmp_path / "work")
+    assert code == 2 and "a name is there twice" in err
 
 
 def test_a_checkpoint_without_weights_gets_dummies(tmp_path):
@@ -383,7 +530,7 @@ def test_a_checkpoint_without_weights_gets_dummies(tmp_path):
     how = formats.parse("nested-kv4")
     (folder / "config.json").write_text(json.dumps(how.config(SHAPES["llama-2-7b"].config())))
     checked = check_job(
-        Job(model=None, work_dir=tmp_path, checkpoints={"mine": folder, "tiny": TINY})
+        Job(model=None, work_dir=tmp_path, checkpoints=(("mine", folder), ("tiny", TINY)))
     )
     mine, tiny = checked.subjects
     assert mine.is_ours and mine.request.engine_args["load_format"] == "dummy"
@@ -404,7 +551,7 @@ def test_runs_of_several_models_become_one_table(table_command, tmp_path):
     second = write_run(tmp_path / "b", made_up("llama-2-7b", ours=20000.0, peer=10000.0))
     code, out, err = table_command(first, second / "serving.json", "-o", tmp_path / "out")
     assert code == 0, err
-    assert "1.50x to 2.00x the tokens a second of vLLM's best format, 2 models" in out
+    assert "1.50x to 2.00x the tokens a second of vLLM's fp8-kvfp8, 2 models on one Some" in out
     row = next(line for line in out.splitlines() if line.startswith("| llama-2-7b"))
     assert [cell.strip() for cell in row.split("|")][-3] == "2.00"
     document = json.loads((tmp_path / "out" / "table.json").read_text())
@@ -430,11 +577,53 @@ def test_runs_that_do_not_compare_are_refused(table_command, tmp_path):
     assert code == 2 and f"{half}: has no format of ours with lengths 1024/512" in err
     code, _, err = table_command(one, "--lengths", "8/8")
     assert code == 2 and "has no format of ours with lengths 8/8" in err
+    split = replace(made_up("llama-2-7b"), engine_args={"tensor_parallel_size": 2})
+    code, _, err = table_command(one, write_run(tmp_path / "d", split))
+    assert code == 2 and "with --engine-args {}" in err and "compare runs that are alike" in err
+    old = replace(made_up("llama-2-7b"), environment={"packages": {"vllm": "0.5.0"}})
+    code, _, err = table_command(one, write_run(tmp_path / "e", old))
+    assert code == 2 and "with vLLM 0.26.0" in err and "with vLLM 0.5.0" in err
+    code, _, err = table_command(one, one / "serving.json")
+    assert code == 2 and "llama-3-8b: is there twice" in err
     code, _, err = table_command(tmp_path)
     assert code == 2 and "has no serving.json" in err
-    (one / "serving.json").write_text('{"model": 3}')
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model", 3),
+        ("benchmark", "online"),
+        ("tokens_per_second", "NaN"),
+        ("tokens_per_second", 0),
+        ("share_of_floor", -5),
+    ],
+)
+def test_a_run_with_impossible_values_is_refused(key, value, table_command, tmp_path):
+    one = write_run(tmp_path / "a", made_up()) / "serving.json"
+    document = json.loads(one.read_text())
+    place = document if key in document else document["engines"][0]["cases"][0]
+    place[key] = float("nan") if value == "NaN" else value
+    one.write_text(json.dumps(document))
     code, _, err = table_command(one)
-    assert code == 2 and "serving.json.model" in err
+    assert code == 2 and str(one) in err and key in err
+
+
+def test_text_of_others_breaks_no_table_and_no_picture(table_command, tmp_path):
+    one = write_run(tmp_path / "a", made_up()) / "serving.json"
+    document = json.loads(one.read_text())
+    document["model"] = "$\\foo$|\x1b[31mred"
+    one.write_text(json.dumps(document))
+    code, out, err = table_command(one, "-o", tmp_path / "out")
+    assert code == 0, err
+    assert "\x1b" not in out and "\\|" in out
+
+
+def test_an_engine_on_several_cards_is_not_said_to_be_on_one(tmp_path):
+    split = replace(made_up(), engine_args={"tensor_parallel_size": 2})
+    found = table.read([write_run(tmp_path / "a", split)], "1024/512")
+    assert "1 models" not in table.finding(found) and "on several Some GPU" in table.finding(found)
+    assert "on several Some GPU" in " ".join(text.get_text() for text in plot.figure(split).texts)
 
 
 def test_nothing_heavy_is_imported_for_help():

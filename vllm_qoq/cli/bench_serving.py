@@ -56,7 +56,7 @@ def add_parser(benchmarks: Commands[Parser]) -> None:
         type=lengths,
         default=cases.LENGTHS,
         metavar="IN/OUT,...",
-        help="tokens of prompts and answers, such as 1024/512,1000/1000 "
+        help="tokens of prompts and answers, such as 1024/512,1000/1000; one pair with --online "
         f"(default: {','.join(map(str, cases.LENGTHS))})",
     )
     parser.add_argument(
@@ -64,8 +64,9 @@ def add_parser(benchmarks: Commands[Parser]) -> None:
         type=batches,
         default=cases.BATCHES,
         metavar="N,...",
-        help=f"batch sizes; {cases.FULL} is the largest that the KV cache holds "
-        f"(default: {','.join(cases.BATCHES)})",
+        help=f"batch sizes; {cases.FULL} is the largest that the KV cache holds, rounded down to "
+        "one with a CUDA graph: steps of 8 up to 128, of 16 up to 256, then coarser (default: "
+        f"{','.join(cases.BATCHES)})",
     )
     parser.add_argument(
         "--max-batch",
@@ -77,7 +78,12 @@ def add_parser(benchmarks: Commands[Parser]) -> None:
     parser.add_argument(
         "--repeats", type=positive, default=1, metavar="N", help="runs of a case (default: 1)"
     )
-    parser.add_argument("--minutes", type=minutes, metavar="N", help="stop after so long")
+    parser.add_argument(
+        "--minutes",
+        type=minutes,
+        metavar="N",
+        help="stop after so long; the same command with --overwrite goes on",
+    )
     parser.add_argument(
         "--engine-args",
         type=engine_args,
@@ -94,7 +100,7 @@ def add_parser(benchmarks: Commands[Parser]) -> None:
         "--resume",
         choices=("auto", "required", "never"),
         default="auto",
-        help="whether to go on with what --work-dir holds (default: auto)",
+        help="whether to go on with what --work-dir holds; never deletes it (default: auto)",
     )
     bench_online.add_options(parser)
     measurement.add_output_options(parser, "serving", lambda args: _serving(args, parser))
@@ -114,9 +120,10 @@ def names(text: str) -> tuple[str, ...]:
 def checkpoint(text: str) -> tuple[str, Path]:
     """Parse NAME=DIR."""
     name, equals, folder = text.partition("=")
-    if not equals or not folder or not name.replace("-", "").replace("_", "").isalnum():
+    is_name = name.replace("-", "").replace("_", "").isalnum() and name != "limits"
+    if not equals or not folder or not is_name:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not NAME=DIR, with a name of letters, digits, - and _"
+            f"{text!r} is not NAME=DIR, with a name of letters, digits, - and _, but not limits"
         )
     return name, Path(folder)
 
@@ -172,12 +179,17 @@ def _serving(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if (work := args.work_dir) is None:
         if args.output is None:
             raise BenchError("nowhere to keep results; name a folder: -o OUT, or --work-dir DIR")
-        work = args.output.with_name(f"{args.output.name}.work")
+        out = args.output.resolve()
+        if not out.name:
+            raise BenchError(f"-o {args.output}: is no folder to make; name one")
+        work = out.with_name(f"{out.name}.work")
+    if args.model is None and args.formats != parser.get_default("formats"):
+        raise BenchError("--formats: are formats of a MODEL; name one, or leave them out")
     job = Job(
         model=args.model,
         work_dir=work,
         formats=args.formats,
-        checkpoints=dict(args.checkpoint),
+        checkpoints=tuple(args.checkpoint),
         lengths=args.lengths,
         batches=args.batches,
         most=args.max_batch,

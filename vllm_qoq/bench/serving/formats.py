@@ -25,12 +25,11 @@ SCALES_BYTES = 4
 class Weights:
     """The form of the linear layers.
 
-    prompt_bits, step_bits  bits of a weight, with its scales, that a prompt reads and a decode step
-    inputs                  what the tensor cores multiply: bf16, fp8 or int8
-    head_bits               bits of a weight of the lm_head
+    step_bits  bits of a weight, with its scales, that a decode step reads
+    inputs     what the tensor cores multiply: bf16, fp8 or int8
+    head_bits  bits of a weight of the lm_head
     """
 
-    prompt_bits: float
     step_bits: float
     inputs: str
     head_bits: int = 16
@@ -38,14 +37,14 @@ class Weights:
 
 
 WEIGHTS = {
-    "bf16": Weights(16, 16, "bf16"),
-    "fp8": Weights(8, 8, "fp8"),
-    "w8a8": Weights(8, 8, "int8"),
-    "w4a16": Weights(4.125, 4.125, "bf16"),
-    "w4a8": Weights(4.125, 4.125, "int8", is_ours=True),
-    "w4a8-head8": Weights(4.125, 4.125, "int8", 8, is_ours=True),
-    "nested": Weights(8.125, 4.125, "int8", is_ours=True),
-    "nested-head8": Weights(8.125, 4.125, "int8", 8, is_ours=True),
+    "bf16": Weights(16, "bf16"),
+    "fp8": Weights(8, "fp8"),
+    "w8a8": Weights(8, "int8"),
+    "w4a16": Weights(4.125, "bf16"),
+    "w4a8": Weights(4.125, "int8", is_ours=True),
+    "w4a8-head8": Weights(4.125, "int8", 8, is_ours=True),
+    "nested": Weights(4.125, "int8", is_ours=True),
+    "nested-head8": Weights(4.125, "int8", 8, is_ours=True),
 }
 DEFAULT = ("fp8-kvfp8", "w8a8-kvfp8", "w4a16-kvfp8", "w4a8-head8-kv4", "nested-head8-kv4")
 

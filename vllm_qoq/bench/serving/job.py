@@ -14,6 +14,7 @@ from vllm_qoq.bench.serving.records import Request
 from vllm_qoq.bench.serving.shapes import SHAPES
 from vllm_qoq.checkpoint.folder import read_config, require_folder
 from vllm_qoq.checkpoint.format import QUANT_METHOD, SECTION
+from vllm_qoq.errors import shown
 from vllm_qoq.models.config import CONFIG, text_config
 
 Resume = Literal["auto", "required", "never"]
@@ -21,7 +22,8 @@ Resume = Literal["auto", "required", "never"]
 # What all formats get alike. vLLM's default share of the memory differs between its versions, and
 # its default of tokens a step between cards.
 _ENGINE_ARGS = {"max_num_batched_tokens": 8192, "gpu_memory_utilization": 0.9}
-# What the process of an engine itself says to `LLM()`.
+# What a format says to `LLM()`, and what the process of an engine does.
+_OF_A_FORMAT = ("kv_cache_dtype", "additional_config", "quantization", "load_format", "dtype")
 _OFFLINE = (
     *("model", "skip_tokenizer_init", "max_model_len", "max_num_seqs", "enable_prefix_caching"),
     *("trust_remote_code", "disable_log_stats", "compilation_config"),
@@ -35,7 +37,7 @@ class Job:
     model        name of SHAPES, or folder with the `config.json` of an unquantized model, whose
                  formats are measured with dummy weights; None where only checkpoints are
     formats      names of formats (`vllm_qoq.bench.serving.formats`)
-    checkpoints  name -> folder of a finished checkpoint
+    checkpoints  names and folders of finished checkpoints
     lengths      tokens of prompts and answers
     batches      batch sizes, or "full"
     most         the largest batch that "full" may be
@@ -47,7 +49,7 @@ class Job:
     model: str | None
     work_dir: Path
     formats: tuple[str, ...] = formats.DEFAULT
-    checkpoints: Mapping[str, Path] = field(default_factory=dict)
+    checkpoints: tuple[tuple[str, Path], ...] = ()
     lengths: tuple[Lengths, ...] = LENGTHS
     batches: tuple[str, ...] = BATCHES
     most: int = MOST
@@ -98,15 +100,21 @@ def refuse_arguments(job: Job, names: Iterable[str], whose: str) -> None:
 
 def check_job(job: Job) -> CheckedJob:
     """Make the subjects of a job; BenchError or FormatError for what none of them can be."""
+    if job.model is not None:
+        refuse_arguments(job, _OF_A_FORMAT, "format")
     check_batches(job.batches, job.most)
-    if len(names := [*job.formats, *job.checkpoints]) != len(set(names)):
+    names = [
+        *(job.formats if job.model is not None else ()),
+        *(name for name, _ in job.checkpoints),
+    ]
+    if len(names) != len(set(names)):
         raise BenchError(f"{', '.join(names)}: a name is there twice; give each a name of its own")
     model = None if job.model is None else _model_config(job.model)
     subjects = []
     if model is not None:
         _check_context(job, job.model or "", model)
         subjects = [_of_format(job, name, model) for name in job.formats]
-    subjects += [_of_checkpoint(job, *one) for one in job.checkpoints.items()]
+    subjects += [_of_checkpoint(job, *one) for one in job.checkpoints]
     if not subjects:
         raise BenchError("nothing to measure; name a MODEL or a --checkpoint NAME=DIR")
     return CheckedJob(job, model, tuple(subjects))
@@ -164,9 +172,14 @@ def _of_checkpoint(job: Job, name: str, folder: Path) -> Subject:
 def _request(
     job: Job, folder: Path, config: Mapping[str, Any], engine_args: Mapping[str, Any]
 ) -> Request:
+    vocabulary = text_config(config).get("vocab_size")
+    if type(vocabulary) is not int or not 0 < vocabulary < 1 << 31:
+        raise BenchError(
+            f"{folder / CONFIG}: vocab_size: {shown(vocabulary)} is not a number of tokens; mend it"
+        )
     return Request(
         model=str(folder),
-        vocabulary=text_config(config)["vocab_size"],
+        vocabulary=vocabulary,
         engine_args={**_ENGINE_ARGS, **engine_args, **job.engine_args},
         lengths=job.lengths,
         batches=job.batches,

@@ -27,9 +27,10 @@ def save(result: Result, path: Path) -> None:
 
 def figure(result: Result) -> Figure:
     """Draw, for each pair of lengths, tokens a second and memory over the batch."""
+    card = f"one {result.device}" if result.is_on_one_card else f"several {result.device}"
     drawn = plots.figure(
         finding(result, result.lengths[0]),
-        f"{result.model or 'Checkpoints'} on one {result.device}; all requests arrive together. "
+        f"{result.model or 'Checkpoints'} on {card}; all requests arrive together. "
         "Tokens a second at the best batch are compared.",
         height=3.1 * len(result.lengths) + 0.5,
     )

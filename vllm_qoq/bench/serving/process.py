@@ -6,11 +6,13 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from vllm_qoq.bench.serving import guard
 from vllm_qoq.errors import printable
 
 _LONGEST_REASON = 300
@@ -28,15 +30,25 @@ def session(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Start a process in a session of its own, and end all of the session with the block.
 
-    vLLM's engine is a child of that process, which may outlive it.
+    vLLM's engine is a child of that process, which may outlive it. The session ends, too, when this
+    process is killed (`guard`).
     """
-    process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=env)
+    process = subprocess.Popen(
+        [sys.executable, "-I", guard.__file__, *command],
+        stdin=subprocess.PIPE,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+        env=env,
+    )
     try:
         yield process
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        if process.stdin:
+            process.stdin.close()
 
 
 def reason(log: Path, code: int) -> str:

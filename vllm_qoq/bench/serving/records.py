@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_qoq.bench import BenchError
 from vllm_qoq.bench.serving.cases import Lengths
@@ -19,6 +19,7 @@ class Record(BaseModel):
 
 
 _Kind = TypeVar("_Kind", bound=Record)
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Request(Record):
@@ -51,9 +52,9 @@ class Facts(Record):
     start_seconds              from importing vLLM to the first request
     """
 
-    pool_blocks: int
-    block_tokens: int
-    start_seconds: float
+    pool_blocks: int = Field(ge=0)
+    block_tokens: int = Field(gt=0)
+    start_seconds: Seconds
 
     @property
     def pool_tokens(self) -> int:
@@ -70,12 +71,12 @@ class Measured(Record):
     step_seconds     of a step in which all requests generate; None where there was none
     """
 
-    prompt: int
-    new: int
-    batch: int
-    seconds: float
-    prompts_seconds: float
-    step_seconds: float | None
+    prompt: int = Field(gt=0)
+    new: int = Field(gt=0)
+    batch: int = Field(gt=0)
+    seconds: Seconds
+    prompts_seconds: Seconds
+    step_seconds: Seconds | None
 
     @property
     def case(self) -> tuple[Lengths, int]:
@@ -109,8 +110,8 @@ def read_lines(path: Path, kind: type[_Kind]) -> list[_Kind]:
     """
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    lines = text[: text.rfind("\n") + 1].splitlines()
+    written = path.read_bytes()
+    lines = written[: written.rfind(b"\n") + 1].split(b"\n")[:-1]
     try:
         return [kind.model_validate_json(line) for line in lines]
     except ValidationError as error:

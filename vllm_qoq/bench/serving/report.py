@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from vllm_qoq.bench.report import number
-from vllm_qoq.bench.serving.cases import BATCHES, LENGTHS, Lengths
+from vllm_qoq.bench.serving.cases import BATCHES, LENGTHS, MOST, Lengths
 from vllm_qoq.bench.serving.formats import DEFAULT, Measurable
 from vllm_qoq.bench.serving.records import Measured
 from vllm_qoq.bench.serving.result import Engine, Result
@@ -33,7 +33,8 @@ def finding(result: Result, lengths: Lengths) -> str:
         result.speedup(lengths),
     )
     if ours and peer and ratio is not None:
-        return f"Our {ours.name} is {speed(ratio, peer.name)} {place}"
+        is_cut = "" if not (ours.left_out or peer.left_out) else ", though batches are missing"
+        return f"Our {ours.name} is {speed(ratio, peer.name)} {place}{is_cut}"
     best = ours or peer
     run = best and best.best(lengths)
     if not best or not run:
@@ -48,6 +49,10 @@ def command(result: Result) -> str:
         parts.append(f"--lengths {','.join(map(str, result.lengths))}")
     if result.batches != BATCHES:
         parts.append(f"--batches {','.join(result.batches)}")
+    if result.most != MOST:
+        parts.append(f"--max-batch {result.most}")
+    if result.repeats != 1:
+        parts.append(f"--repeats {result.repeats}")
     return " ".join([*parts, *engine_options(result.engine_args)])
 
 
@@ -68,13 +73,20 @@ def engine_options(engine_args: Mapping[str, Any]) -> list[str]:
     return [f"--engine-args {shlex.quote(json.dumps(dict(engine_args)))}"]
 
 
+def how_compiled(engine_args: Mapping[str, Any]) -> str:
+    """Say whether the user's arguments leave compilation and CUDA graphs as vLLM has them."""
+    if engine_args.keys() & {"enforce_eager", "compilation_config", "optimization_level"}:
+        return "compiled as the arguments of all engines say"
+    return "with vLLM's default compilation and CUDA graphs"
+
+
 def _head(result: Result) -> Iterator[str]:
     yield f"# Serving, {result.model or 'checkpoints'}, {result.device}\n"
     yield f"    {command(result)}\n"
     yield (
         "All requests arrive together; the prompts are random tokens. Tokens a second: new tokens\n"
         "over the time from the first request to the last token, prompts included. All engines of\n"
-        "one run, each in a process of its own, with vLLM's default compilation and CUDA graphs.\n"
+        f"one run, each in a process of its own, {how_compiled(result.engine_args)}.\n"
     )
     if result.limits:
         rates = ", ".join(
@@ -91,7 +103,7 @@ def _head(result: Result) -> Iterator[str]:
 
 def _best(result: Result, lengths: Lengths) -> Iterator[str]:
     yield f"## {lengths.prompt} in, {lengths.new} out: highest throughput\n"
-    yield f"{finding(result, lengths)}, each at its best batch.\n"
+    yield f"{finding(result, lengths)}. Each at its best batch:\n"
     rows = [_best_row(result, engine, lengths) for engine in result.engines]
     heads = ["", "tokens/s", "batch", "of the floor", "step, ms", "weights, GiB", "pool, tokens"]
     yield markdown_table(heads, rows)
@@ -139,10 +151,15 @@ def _tables(result: Result, lengths: Lengths) -> Iterator[str]:
 
 
 def _left_out(result: Result) -> Iterator[str]:
-    missing = [engine for engine in result.engines if engine.left_out]
+    missing = [
+        f"- {engine.name}: {why}"
+        for engine in result.engines
+        for why in (engine.left_out, engine.too_large)
+        if why
+    ]
     if missing:
         yield "Left out:\n"
-        yield from (f"- {engine.name}: {engine.left_out}" for engine in missing)
+        yield from missing
         yield ""
 
 

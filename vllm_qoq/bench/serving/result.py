@@ -10,6 +10,14 @@ from vllm_qoq.bench.serving.cases import Lengths
 from vllm_qoq.bench.serving.floor import Limits, Model, step_seconds, tokens_per_second
 from vllm_qoq.bench.serving.formats import Format
 from vllm_qoq.bench.serving.records import Facts, Measured
+from vllm_qoq.errors import FormatError
+
+_SPREADS = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+
+
+def is_on_one_card(engine_args: Mapping[str, Any]) -> bool:
+    """Whether arguments of `LLM()` leave an engine on one card."""
+    return all(engine_args.get(name, 1) in (1, None) for name in _SPREADS)
 
 
 @dataclass(frozen=True)
@@ -20,6 +28,7 @@ class Engine:
     facts        None where the engine did not start
     weights_gib  GiB that loading the weights took, by vLLM's log; None where it does not say
     left_out     why cases are missing; None where none are
+    too_large    which batches its KV cache does not hold; None where it holds all
     """
 
     name: str
@@ -28,7 +37,8 @@ class Engine:
     facts: Facts | None
     weights_gib: float | None
     measured: tuple[Measured, ...]
-    left_out: str | None
+    left_out: str | None = None
+    too_large: str | None = None
 
     def at(self, lengths: Lengths) -> dict[int, Measured]:
         """Map each batch that was measured with these lengths to its result, in ascending order."""
@@ -49,6 +59,8 @@ class Result:
     device       name of the card
     limits       of the card; None without a GPU
     environment  the result of `vllm_qoq.environment.describe`
+    most         the largest batch that "full" could be
+    repeats      runs of each case
     engine_args  what the user gave for all engines
     """
 
@@ -59,8 +71,15 @@ class Result:
     environment: Mapping[str, Any]
     lengths: tuple[Lengths, ...]
     batches: tuple[str, ...]
+    most: int
+    repeats: int
     engine_args: Mapping[str, Any]
     engines: tuple[Engine, ...]
+
+    @property
+    def is_on_one_card(self) -> bool:
+        """Whether no engine is spread over several cards."""
+        return is_on_one_card(self.engine_args)
 
     def best_peer(self, lengths: Lengths) -> Engine | None:
         """Find the engine of vLLM's own formats with the highest throughput."""
@@ -101,20 +120,27 @@ class Result:
 
     def cache_gib(self, engine: Engine, one: Measured) -> float | None:
         """Compute the GiB of the KV cache of a batch at its end."""
-        if engine.format is None or self.config is None:
+        if engine.format is None or (model := self._model()) is None:
             return None
         tokens = one.batch * (one.prompt + one.new)
-        return tokens * Model.of(self.config).cache_bytes(engine.format.cache) / 2**30
+        return tokens * model.cache_bytes(engine.format.cache) / 2**30
+
+    def _model(self) -> Model | None:
+        """Read the sizes of the model; None where they are not known."""
+        try:
+            return None if self.config is None else Model.of(self.config)
+        except FormatError:
+            return None
 
     def _floor(self, engine: Engine) -> tuple[Model, Format, Limits] | None:
         """Find what a floor follows from; None where some of it is unknown."""
-        how, is_split = engine.format, self.engine_args.get("tensor_parallel_size", 1) != 1
-        if how is None or self.config is None or self.limits is None or is_split:
+        how, model = engine.format, self._model()
+        if how is None or model is None or self.limits is None or not self.is_on_one_card:
             return None
         needed = {how.weights.inputs, "bf16", *({"int8"} if how.weights.head_bits == 8 else ())}
         if needed - set(self.limits.operations):
             return None
-        return Model.of(self.config), how, self.limits
+        return model, how, self.limits
 
 
 def to_json(result: Result) -> dict[str, Any]:
@@ -129,6 +155,8 @@ def to_json(result: Result) -> dict[str, Any]:
         "operations_per_second": limits and dict(limits.operations),
         "lengths": [str(one) for one in result.lengths],
         "batches": list(result.batches),
+        "max_batch": result.most,
+        "repeats": result.repeats,
         "engine_args": dict(result.engine_args),
         "engines": [_engine(result, engine) for engine in result.engines],
         "speed_against_the_best_peer": {str(one): result.speedup(one) for one in result.lengths},
@@ -144,6 +172,7 @@ def _engine(result: Result, engine: Engine) -> dict[str, Any]:
         "pool_tokens": facts and facts.pool_tokens,
         "start_seconds": facts and facts.start_seconds,
         "left_out": engine.left_out,
+        "too_large": engine.too_large,
         "cases": [
             {
                 **one.model_dump(),

@@ -6,31 +6,38 @@ lengths are refused, because their numbers do not compare.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_qoq.bench import BenchError
 from vllm_qoq.bench.report import number
+from vllm_qoq.bench.serving.result import is_on_one_card
 from vllm_qoq.checkpoint.folder import read_json
-from vllm_qoq.errors import one_line
+from vllm_qoq.errors import FormatError, one_line, printable
 from vllm_qoq.markdown import markdown_table
 
+CUT = " *"
+"""What stands behind a model whose run was cut off."""
 _FILE = "serving.json"
 _LARGEST = 10 << 20
+
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class _Case(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    prompt: int
-    new: int
-    batch: int
-    tokens_per_second: float
-    share_of_floor: float | None
+    prompt: int = Field(gt=0)
+    new: int = Field(gt=0)
+    batch: int = Field(gt=0)
+    tokens_per_second: Positive
+    share_of_floor: Positive | None
 
 
 class _Engine(BaseModel):
@@ -38,15 +45,24 @@ class _Engine(BaseModel):
 
     name: str
     is_ours: bool
-    weights_gib: float | None
+    left_out: str | None
     cases: tuple[_Case, ...]
+
+
+class _Environment(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    packages: dict[str, str | None]
 
 
 class _Run(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
+    benchmark: Literal["serving"]
     model: str | None
     device: str
+    environment: _Environment
+    engine_args: dict[str, Any]
     engines: tuple[_Engine, ...]
 
 
@@ -54,14 +70,15 @@ class _Run(BaseModel):
 class Best:
     """The highest throughput of an engine.
 
-    share  of the floor's throughput; None where the floor is not known
+    share   of the floor's throughput; None where the floor is not known
+    is_cut  whether batches are missing because the run was cut off
     """
 
     name: str
     tokens_per_second: float
     batch: int
     share: float | None
-    weights_gib: float | None
+    is_cut: bool
 
 
 @dataclass(frozen=True)
@@ -85,11 +102,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of a card and of one pair of lengths."""
+    """The rows of a card and of one pair of lengths.
+
+    device  the card, or "several" of it
+    peers   vLLM's own formats that were measured in any of the runs
+    """
 
     device: str
     lengths: str
     rows: tuple[Row, ...]
+    peers: tuple[str, ...]
 
 
 def read(folders: Iterable[Path], lengths: str) -> Table:
@@ -97,18 +119,35 @@ def read(folders: Iterable[Path], lengths: str) -> Table:
 
     lengths  the pair to compare, "1024/512"
 
-    Raises BenchError for a folder that is no run, for runs of different cards, and for a run that
-    lacks an engine of ours or of vLLM's with these lengths.
+    Raises BenchError for a folder that is no run, for runs of different cards, versions or engine
+    arguments, for a model that is there twice, and for a run that lacks an engine of ours or of
+    vLLM's with these lengths.
     """
     runs = {folder: _read(folder) for folder in folders}
-    devices = {run.device: folder for folder, run in runs.items()}
-    if len(devices) > 1:
-        (one, first), (other, second) = list(devices.items())[:2]
-        raise BenchError(
-            f"{first} was measured on {one}, {second} on {other}; compare runs of one card"
-        )
+    _check_alike("on", {folder: run.device for folder, run in runs.items()})
+    versions = {folder: run.environment.packages.get("vllm") for folder, run in runs.items()}
+    _check_alike("with vLLM", versions)
+    arguments = {folder: json.dumps(run.engine_args) for folder, run in runs.items()}
+    _check_alike("with --engine-args", arguments)
     rows = tuple(_row(folder, run, lengths) for folder, run in runs.items())
-    return Table(next(iter(devices)), lengths, rows)
+    models = [row.model for row in rows]
+    if twice := {model for model in models if models.count(model) > 1}:
+        raise BenchError(f"{', '.join(sorted(twice))}: is there twice; give one run of each model")
+    peers = {engine.name for run in runs.values() for engine in run.engines if not engine.is_ours}
+    first = next(iter(runs.values()))
+    device = first.device if is_on_one_card(first.engine_args) else f"several {first.device}"
+    return Table(device, lengths, rows, tuple(sorted(peers)))
+
+
+def _check_alike(what: str, values: Mapping[Path, object]) -> None:
+    """Raise BenchError unless all runs have the same value, which a comparison needs."""
+    (first, expected), *others = values.items()
+    for folder, value in others:
+        if value != expected:
+            raise BenchError(
+                f"{first} was measured {what} {expected}, {folder} {what} {value}; compare runs "
+                "that are alike"
+            )
 
 
 def finding(table: Table) -> str:
@@ -117,18 +156,26 @@ def finding(table: Table) -> str:
     low, high = min(ratios), max(ratios)
     span = f"{low:.2f}x" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f}x to {high:.2f}x"
     models = "one model" if len(ratios) == 1 else f"{len(ratios)} models"
-    return f"{span} the tokens a second of vLLM's best format, {models} on one {table.device}"
+    card = table.device if table.device.startswith("several") else f"one {table.device}"
+    return f"{span} the tokens a second of {best_of(table)}, {models} on {card}"
+
+
+def best_of(table: Table) -> str:
+    """Name what ours is compared with."""
+    if len(table.peers) == 1:
+        return f"vLLM's {table.peers[0]}"
+    return f"the best of vLLM's {', '.join(table.peers)}"
 
 
 def markdown(table: Table) -> str:
     """Write table.md: the finding, and a row a model."""
     heads = [
-        *("model", "vLLM's best", "tokens/s", "batch"),
+        *("model", "vLLM's", "tokens/s", "batch"),
         *("ours", "tokens/s", "batch", "of the floor", "ours / vLLM's", "at the floor"),
     ]
     rows = [
         [
-            row.model,
+            _cell(row.model) + (CUT if row.ours.is_cut or row.peer.is_cut else ""),
             *(row.peer.name, f"{row.peer.tokens_per_second:,.0f}", str(row.peer.batch)),
             *(row.ours.name, f"{row.ours.tokens_per_second:,.0f}", str(row.ours.batch)),
             number(row.ours.share, ".0%"),
@@ -142,8 +189,18 @@ def markdown(table: Table) -> str:
         f"# Highest throughput, {table.device}\n\n{finding(table)}.\n\n"
         f"{prompt} tokens in, {new} out; new tokens over the whole time, prompts included, each at "
         "its best\nbatch. The last column is what the ratio would be if ours took no longer than "
-        "its bytes and\noperations.\n\n" + markdown_table(heads, rows)
+        "its bytes and\noperations.\n\n" + markdown_table(heads, rows) + _note(table)
     )
+
+
+def _note(table: Table) -> str:
+    is_cut = any(one.is_cut for row in table.rows for one in (row.ours, row.peer))
+    return f"\n{CUT.strip()} not all batches were measured\n" if is_cut else ""
+
+
+def _cell(text: str) -> str:
+    """Make a cell of foreign text, which may hold what a terminal or a table obeys."""
+    return printable(text).replace("|", "\\|")
 
 
 def to_json(table: Table) -> dict[str, Any]:
@@ -173,6 +230,8 @@ def _read(folder: Path) -> _Run:
         return _Run.model_validate(read_json(file, _LARGEST))
     except ValidationError as error:
         raise BenchError(one_line(error, str(file))) from None
+    except FormatError as error:
+        raise BenchError(f"{file}: {error}") from None
 
 
 def _row(folder: Path, run: _Run, lengths: str) -> Row:
@@ -186,7 +245,11 @@ def _row(folder: Path, run: _Run, lengths: str) -> Row:
 def _best(run: _Run, lengths: str, is_ours: bool) -> Best | None:
     found = [
         Best(
-            engine.name, case.tokens_per_second, case.batch, case.share_of_floor, engine.weights_gib
+            engine.name,
+            case.tokens_per_second,
+            case.batch,
+            case.share_of_floor,
+            engine.left_out is not None,
         )
         for engine in run.engines
         if engine.is_ours == is_ours

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_qoq import plots
-from vllm_qoq.bench.serving.table import Table, finding
+from vllm_qoq.bench.serving.table import CUT, Table, best_of, finding
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,14 +46,17 @@ def figure(table: Table) -> Figure:
                 one.tokens_per_second + 0.01 * longest, y, text, va="center", color=colour,
                 size=plots.SMALL, weight="bold" if one is row.ours else "normal",
             )  # fmt: skip
-    axes.set_yticks(range(len(table.rows)), [row.model for row in table.rows])
+    names = [
+        f"{row.model}{CUT if row.ours.is_cut or row.peer.is_cut else ''}" for row in table.rows
+    ]
+    axes.set_yticks(range(len(table.rows)), names, parse_math=False)
     axes.set(xlim=(0, 1.22 * longest), ylim=(len(table.rows) - 0.5, -0.5))
     axes.set_xlabel("new tokens a second")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     plots.tidy(axes)
     axes.tick_params(axis="y", length=0)
     handles = [
-        Patch(color=_PEER, label="the best of vLLM's formats"),
+        Patch(color=_PEER, label=best_of(table)),
         Patch(color=_OURS, label="ours"),
     ]
     drawn.legend(

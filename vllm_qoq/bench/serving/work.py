@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from vllm_qoq.bench import BenchError
 from vllm_qoq.bench.serving.job import Resume, Subject
+from vllm_qoq.checkpoint.replace import NO_LOCKS
 from vllm_qoq.models.config import CONFIG
 
 
@@ -32,6 +34,39 @@ class Fingerprinted(Protocol):
 
     def model_dump_json(self, *, indent: int) -> str:
         """Write it as JSON."""
+
+
+_MARK = "vllm-qoq-bench.lock"
+
+
+@contextmanager
+def opened(work: Path) -> Iterator[None]:
+    """Make the folder, or go on with one that a benchmark has made, for this process alone.
+
+    Raises BenchError for a folder with files and without the mark of a benchmark, and while another
+    run is in it.
+    """
+    mark = work / _MARK
+    if work.is_dir() and any(work.iterdir()) and not mark.exists():
+        raise BenchError(
+            f"{work}: has files that are not of a benchmark; choose another --work-dir"
+        )
+    work.mkdir(parents=True, exist_ok=True)
+    with mark.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise BenchError(
+                    f"{work}: another run is in it; choose another --work-dir"
+                ) from None
+        yield
+
+
+def close(work: Path) -> None:
+    """Delete the mark, and the folder unless it has anything else in it."""
+    (work / _MARK).unlink(missing_ok=True)
+    delete_if_empty(work)
 
 
 def files(work: Path, name: str) -> Files:
@@ -61,7 +96,6 @@ def prepare(work: Path, requests: Mapping[str, Fingerprinted], resume: Resume) -
             raise BenchError(f"{found.records}: does not exist, so there is nothing to go on with")
         if resume != "never" and found.records.exists():
             _check_same(found.request, request.fingerprint)
-    work.mkdir(parents=True, exist_ok=True)
     for name, request in requests.items():
         found = files(work, name)
         if resume == "never":

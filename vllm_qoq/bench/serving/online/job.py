@@ -14,7 +14,10 @@ from vllm_qoq.checkpoint.folder import read_config
 from vllm_qoq.models.config import text_config
 
 # What the benchmark itself says to the server.
-_OURS = ("model", "tokenizer", "skip_tokenizer_init", "host", "port", "served_model_name")
+_OURS = (
+    *("model", "tokenizer", "skip_tokenizer_init", "host", "port", "served_model_name"),
+    "enable_prefix_caching",  # the same prompts come at every rate
+)
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 

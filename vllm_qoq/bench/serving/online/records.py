@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm_qoq.bench.serving.cases import Lengths
 from vllm_qoq.bench.serving.online.load import Load
-from vllm_qoq.bench.serving.records import Record
+from vllm_qoq.bench.serving.records import Record, Seconds
 
 Case = tuple[Lengths, float, int, tuple[tuple[str, float], ...]]
 """What is asked at a rate: lengths, requests a second, requests, and the objective."""
@@ -43,7 +43,7 @@ class Measured(Record):
     rate: float
     requests: int
     objective: dict[str, float]
-    seconds: float
+    seconds: Seconds
     good: int
     ttft_ms: float
     ttft_p99_ms: float

@@ -16,7 +16,7 @@ from vllm_qoq.bench.serving.online.load import (
 )
 from vllm_qoq.bench.serving.online.records import Measured
 from vllm_qoq.bench.serving.online.result import ENOUGH, Online, Served
-from vllm_qoq.bench.serving.report import command_start, engine_options
+from vllm_qoq.bench.serving.report import command_start, engine_options, how_compiled
 from vllm_qoq.markdown import markdown_table
 from vllm_qoq.plots import plain, speed
 
@@ -89,9 +89,10 @@ def _head(result: Online) -> Iterator[str]:
     yield f"    {command(result)}\n"
     yield (
         f"Prompts of {load.lengths.prompt} random tokens, answers of {load.lengths.new}, sent by "
-        "`vllm bench serve` to `vllm serve`, one\nserver after the other, with vLLM's default "
-        "compilation and CUDA graphs. Requests come as a Poisson\nprocess, for all servers at the "
-        f"same times: for {plain(load.seconds)} s at each rate, but at least {load.fewest}.\n"
+        "`vllm bench serve` to `vllm serve`, one\nserver after the other, "
+        f"{how_compiled(result.engine_args)}.\nRequests come as a Poisson process, for all "
+        f"servers at the same times: for {plain(load.seconds)} s at\neach rate, but at least "
+        f"{load.fewest}.\n"
     )
     yield (
         f"Objective: {in_words(load.objective)}. Goodput: the requests a\nsecond that meet it, "
@@ -106,7 +107,8 @@ def _held(result: Online) -> Iterator[str]:
     yield f"{finding(result)}.\n"
     ours, peer, ratio = result.best(True), result.best(False), result.goodput_ratio
     if ours and peer and ratio is not None:
-        yield f"By the highest goodput of any rate {ours.name} is {speed(ratio, peer.name)}.\n"
+        faster = speed(ratio, peer.name)
+        yield f"By the highest goodput at the rates of both, {ours.name} is {faster}.\n"
     heads = ["", "up to, requests/s", "highest goodput, requests/s", "weights, GiB"]
     rows = [
         [

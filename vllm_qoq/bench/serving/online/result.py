@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,12 @@ class Served:
     @property
     def goodput(self) -> float:
         """The highest goodput of all rates; 0 where nothing was measured."""
-        return max((one.goodput for one in self.measured), default=0.0)
+        return self.goodput_at(self.by_rate)
+
+    def goodput_at(self, rates: Iterable[float]) -> float:
+        """Find the highest goodput of some of the rates; 0 where none was measured."""
+        found = self.by_rate
+        return max((found[rate].goodput for rate in rates if rate in found), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -88,9 +93,16 @@ class Online:
 
     @property
     def goodput_ratio(self) -> float | None:
-        """The highest goodput of our best over that of vLLM's best; None where one has none."""
+        """The highest goodput of our best over that of vLLM's best; None where one has none.
+
+        Only rates count at which both were measured, since one may have been stopped early.
+        """
         ours, peer = self.best(is_ours=True), self.best(is_ours=False)
-        return ours.goodput / peer.goodput if ours and peer and peer.goodput else None
+        if ours is None or peer is None:
+            return None
+        both = ours.by_rate.keys() & peer.by_rate.keys()
+        least = peer.goodput_at(both)
+        return ours.goodput_at(both) / least if least else None
 
 
 def to_json(result: Online) -> dict[str, Any]:

@@ -30,13 +30,14 @@ def measure(job: OnlineJob, quiet: bool) -> Online:
     asked = job.checked.job
     ends = None if asked.minutes is None else time.monotonic() + 60 * asked.minutes
     environment = describe()
-    _prepare(job, environment)
-    try:
-        servers = [_serve(job, subject, ends, quiet) for subject in job.checked.subjects]
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"results so far are in {asked.work_dir}; the same command goes on from there"
-        ) from None
+    with work.opened(asked.work_dir):
+        _prepare(job, environment)
+        try:
+            servers = [_serve(job, subject, ends, quiet) for subject in job.checked.subjects]
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"results so far are in {asked.work_dir}; the same command goes on from there"
+            ) from None
     if not any(server.measured for server in servers):
         reasons = "; ".join(f"{server.name}: {server.left_out}" for server in servers)
         raise BenchError(f"nothing could be measured: {reasons}; logs are in {asked.work_dir}")
@@ -59,7 +60,7 @@ def clean(job: OnlineJob, result: Online) -> None:
         return
     for server in result.servers:
         work.delete(job.checked.job.work_dir, server.name, (CONFIG, *FILES))
-    work.delete_if_empty(job.checked.job.work_dir)
+    work.close(job.checked.job.work_dir)
 
 
 def _prepare(job: OnlineJob, environment: Mapping[str, Any]) -> None:
