@@ -8,23 +8,98 @@ step, without one the steps a second in each set.
 """
 
 import argparse
-import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, FiniteFloat, PositiveInt, ValidationError
 
 from vllm_qoq import plots
-from vllm_qoq.routing.table import RoutingError, parse_decode
+from vllm_qoq.errors import UserError, one_line
+from vllm_qoq.routing.table import parse_decode
 
 WINDOWS = 120  # so many rates a second are drawn beside each other
 MARKERS = {"prefill": "^", "decode": "o"}
+Kind = Annotated[str, Field(pattern=r"^(prefill|decode) \S+$")]
+
+
+class Sample(BaseModel):
+    """The server's numbers at a time; `steps` are by "phase set"."""
+
+    time: FiniteFloat
+    running: int
+    waiting: int
+    generated_tokens: int
+    steps: dict[Kind, int]
+
+
+class Step(BaseModel):
+    """A line of the trace."""
+
+    time: FiniteFloat
+    phase: Literal["prefill", "decode"]
+    set: str
+    num_tokens: PositiveInt
+
+
+class Replay(BaseModel):
+    """What is drawn of the file that replay_conversations.py writes."""
+
+    model: str
+    conversations: int
+    start: FiniteFloat
+    requests: list[Any]
+    samples: Annotated[list[Sample], Field(min_length=2)]
+    trace: list[Step] | None
+
+
+def read_replay(path):
+    """Read the file as objects of JSON, and refuse one that leaves nothing to draw."""
+    remedy = "give what replay_conversations.py wrote"
+    try:
+        replay = Replay.model_validate_json(path.read_bytes(), strict=True).model_dump()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; {remedy}") from None
+    except ValidationError as error:
+        raise UserError(f"{one_line(error, str(path))}; {remedy}") from None
+    first, last = replay["samples"][0], replay["samples"][-1]
+    if last["time"] <= max(first["time"], replay["start"]):
+        raise UserError(f"{path}: its last sample is not later than its beginning; {remedy}")
+    steps = sum(counts(replay).values())
+    if not steps:
+        raise UserError(f"{path}: no step ran between its samples; replay conversations again")
+    if replay["trace"] == []:
+        raise UserError(
+            f"{path}: the trace is empty, but {steps} steps ran; replay again, with the trace that "
+            "the server writes or without --trace"
+        )
+    return replay
+
+
+def check_output(path):
+    """Refuse a file that could not be written after all is drawn."""
+    if path.suffix.lower() != ".png":
+        raise UserError(f"-o {path}: the picture is a PNG; give a name that ends with .png")
+    if path.is_dir():
+        raise UserError(f"-o {path}: is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise UserError(f"-o {path}: there is no folder {path.parent}; make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"-o {path}: cannot be written; get the right to it or choose another")
 
 
 def counts(replay):
     """Count the steps of the replay by (phase, set)."""
     first, last = replay["samples"][0]["steps"], replay["samples"][-1]["steps"]
+    # A set that nothing had run in yet is not in the first sample.
     return Counter(
-        {tuple(key.split()): n - first[key] for key, n in last.items() if n > first[key]}
+        {
+            tuple(key.split()): n - first.get(key, 0)
+            for key, n in last.items()
+            if n > first.get(key, 0)
+        }
     )
 
 
@@ -130,7 +205,7 @@ def _step_rates(axes, replay, kinds):
     times = [time - replay["start"] for time, *_ in found]
     for kind in sorted(kinds):
         key = " ".join(kind)
-        heights = [(b["steps"][key] - a["steps"][key]) / s for _, s, a, b in found]
+        heights = [(b["steps"].get(key, 0) - a["steps"].get(key, 0)) / s for _, s, a, b in found]
         axes.bar(
             times, heights, [seconds for _, seconds, *_ in found], bottoms,
             hatch="////" if kind[0] == "prefill" else None, edgecolor="white", linewidth=0,
@@ -186,12 +261,12 @@ def main():
     parser.add_argument("--where", help="the model and the machine, in words")
     args = parser.parse_args()
     try:
-        decode = parse_decode(args.decode) if args.decode else ()
-        replay = json.loads(args.replay.read_text())
-    except RoutingError as error:
-        sys.exit(f"error: {error}")
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {args.replay}: {error}; give what replay_conversations.py wrote")
+        check_output(args.output)
+        decode = parse_decode(args.decode) if args.decode is not None else ()
+        replay = read_replay(args.replay)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     plots.save(figure(replay, decode, args.where), args.output)
     print(args.output)
 

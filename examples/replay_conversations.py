@@ -17,11 +17,16 @@ not see; leave --trace out then, and the steps are those that /metrics counts be
 import argparse
 import asyncio
 import json
+import math
+import os
 import sys
 import time
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
+
+from vllm_qoq.errors import UserError, reason, shown
+from vllm_qoq.text_file import check_text
 
 CONVERSATIONS = Path(__file__).with_name("conversations.jsonl")
 # What is sampled: the name in the replay -> vLLM's metric, summed over engines.
@@ -37,22 +42,62 @@ SETTLED_SECONDS = 0.5  # the last step has been counted and traced by then
 
 def read_conversations(path):
     """Read [(seconds after the first one, messages)], the earliest first."""
+    check_text("--conversations", path)
     found = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            begin = datetime.fromisoformat(entry["timestamp"]).timestamp()
-            messages = [(part["role"], part["content"]) for part in entry["conversation"]]
-        except (ValueError, KeyError, TypeError) as error:
-            sys.exit(
-                f"error: {path}, line {number}: {error!r}; each line is an object with a "
-                "'timestamp' and a 'conversation' of 'role' and 'content', as in WildChat"
-            )
-        found.append((begin, messages))
-    if not found:
-        sys.exit(f"error: {path} has no conversations; give another file with --conversations")
+    # Not splitlines(): it also splits at U+2028 and the like, which JSON may hold as they are.
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                entry = json.loads(line)
+                begin = datetime.fromisoformat(entry["timestamp"]).timestamp()
+                messages = [message(part) for part in entry["conversation"]]
+            except (ValueError, KeyError, TypeError, OverflowError) as error:
+                raise UserError(
+                    f"{path}, line {number}: {type(error).__name__}: {reason(error)}; each line is "
+                    "an object with a 'timestamp' and a 'conversation' of 'role' and 'content', as "
+                    "in WildChat"
+                ) from None
+            found.append((begin, messages))
+    if not any(turns(messages) for _, messages in found):
+        raise UserError(
+            f"{path} has no conversations with a turn of the role 'user'; give another file with "
+            "--conversations"
+        )
     found.sort()
     return [(begin - found[0][0], messages) for begin, messages in found]
+
+
+def message(part):
+    """Read (role, content), both of them text that can be sent."""
+    for key in ("role", "content"):
+        if not isinstance(part[key], str):
+            raise TypeError(f"{key!r} is {shown(part[key])}, not a string")
+        part[key].encode()  # a lone half of a surrogate pair is a ValueError
+    return part["role"], part["content"]
+
+
+def read_trace(path, since=0):
+    """Read a trace's steps after `since` (s since 1970)."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            # A line without its end is being written.
+            steps = [json.loads(line) for line in file if line.endswith("\n")]
+        return [step for step in steps if step["time"] >= since]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--trace {path}: {type(error).__name__}: {reason(error)}; name the file that the "
+            "server traces to"
+        ) from None
+
+
+def check_output(path):
+    """Refuse a file that could not be written at the end, when all would be lost."""
+    if path.is_dir():
+        raise UserError(f"-o {path}: is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise UserError(f"-o {path}: there is no folder {path.parent}; make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"-o {path}: cannot be written; get the right to it or choose another")
 
 
 def turns(messages):
@@ -141,7 +186,7 @@ class Server:
         answer.raise_for_status()
         # Of hundreds of lines, these few are parsed.
         names = (*METRICS.values(), STEPS)
-        lines = [line for line in answer.text.splitlines() if line.startswith(names)]
+        lines = [line for line in answer.text.split("\n") if line.startswith(names)]
         sample = {"time": time.time(), **dict.fromkeys(METRICS, 0), "steps": {}}
         for family in text_string_to_metric_families("\n".join(lines) + "\n"):
             for name, labels, value, *_ in family.samples:
@@ -155,8 +200,7 @@ class Server:
 
     def traced(self, since):
         """Read the trace's steps after `since` (s since 1970), none where there is no trace."""
-        lines = self.trace.read_text().splitlines() if self.trace is not None else []
-        return [step for step in map(json.loads, lines) if step["time"] >= since]
+        return read_trace(self.trace, since) if self.trace is not None else []
 
 
 def total(sample):
@@ -214,6 +258,19 @@ async def run(args, conversations):
     }
 
 
+def number(kind, form, may_be_0=False):
+    """Make the parser of an option: a finite number above 0, or 0 as well; `form` describes it."""
+
+    def parse(text):
+        with suppress(ValueError):
+            value = kind(text)
+            if 0 < value < math.inf or (may_be_0 and value == 0):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {form}; give one")
+
+    return parse
+
+
 def main():
     """Replay the conversations and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -223,28 +280,33 @@ def main():
     parser.add_argument(
         "--trace", type=Path, help="the file that the server on this host traces to"
     )
-    parser.add_argument(
-        "--speed", type=float, default=1, help="how many times as fast (default: 1)"
-    )
-    parser.add_argument("--copies", type=int, default=1, help="of each conversation (default: 1)")
-    parser.add_argument("--think", type=float, default=2, help="seconds before a turn (default: 2)")
-    parser.add_argument("--max-tokens", type=int, default=1024, help="of an answer (default: 1024)")
-    parser.add_argument(
-        "--every", type=float, default=0.1, help="seconds of a sample (default: 0.1)"
-    )
+    positive = number(float, "a number above 0, like 0.5")
+    whole = number(int, "a whole number above 0, like 8")
+    seconds = number(float, "a number of seconds from 0 on, like 0.5", may_be_0=True)
+    for option, kind, default, text in (
+        ("--speed", positive, 1, "how many times as fast"),
+        ("--copies", whole, 1, "of each conversation"),
+        ("--think", seconds, 2, "seconds before a turn"),
+        ("--max-tokens", whole, 1024, "of an answer"),
+        ("--every", positive, 0.1, "seconds of a sample"),
+    ):
+        parser.add_argument(
+            option, type=kind, default=default, metavar="N", help=f"{text} (default: {default})"
+        )
     args = parser.parse_args()
-    for name in ("speed", "copies", "max_tokens", "every"):
-        if getattr(args, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give more than 0")
-    for path in (args.conversations, args.trace):
-        if path is not None and not path.is_file():
-            sys.exit(f"error: there is no file {path}; name one that exists")
-    if not args.output.parent.is_dir():
-        sys.exit(f"error: -o {args.output}: there is no folder {args.output.parent}; make it first")
-    result = asyncio.run(run(args, read_conversations(args.conversations)))
+    try:
+        check_output(args.output)
+        conversations = read_conversations(args.conversations)
+        if args.trace is not None:
+            check_text("--trace", args.trace)
+            read_trace(args.trace)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    result = asyncio.run(run(args, conversations))
     args.output.write_text(json.dumps(result))
-    seconds = result["samples"][-1]["time"] - result["start"]
-    print(f"{args.output}: {len(result['requests'])} requests in {seconds:.1f} s")
+    took = result["samples"][-1]["time"] - result["start"]
+    print(f"{args.output}: {len(result['requests'])} requests in {took:.1f} s")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from server import START_SECONDS, VLLM
 from warm_process import run
 
 PAGE = ROOT / "docs" / "recipes" / "synthetic-data.md"
+MAKE_BATCH, FIND_MISSING = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
 COUNT = re.compile(r"(prefill|decode) (\w+): (\d+)")
 
 
@@ -16,9 +17,8 @@ def test_a_batch_is_answered_and_the_last_line_counts_its_steps(
     two_sets_dir, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    make_batch, find_missing = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     (tmp_path / "prompts.txt").write_text("".join(f"def f{i}(x):\n" for i in range(6)))
-    exec(make_batch, {})
+    exec(MAKE_BATCH, {})
     batch = tmp_path / "batch.jsonl"
     requests = [json.loads(line) for line in batch.read_text().splitlines()]
     for i, request in enumerate(requests):
@@ -41,7 +41,8 @@ def test_a_batch_is_answered_and_the_last_line_counts_its_steps(
 
     log = done.stdout + done.stderr
     assert done.returncode == 0, log[-4000:]
-    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    # What the model says may hold U+2028 and the like, at which splitlines() splits.
+    answers = list(map(json.loads, (tmp_path / "answers.jsonl").read_bytes().splitlines()))
     tokens = [
         answer["response"]["body"]["usage"]["completion_tokens"]
         for answer in answers
@@ -55,6 +56,32 @@ def test_a_batch_is_answered_and_the_last_line_counts_its_steps(
     assert counted.keys() == {("prefill", "w8a8"), ("decode", "w8a8"), ("decode", "w4a8")}
     assert [step["time"] for step in steps] == sorted(step["time"] for step in steps)
 
-    exec(find_missing, {})
+    exec(FIND_MISSING, {})
     missing = (tmp_path / "missing.jsonl").read_text().splitlines()
     assert missing == [json.dumps(requests[0])]
+
+
+def answer(number, content):
+    """A line as vLLM writes it: in pydantic's JSON, which leaves all characters as they are."""
+    body = {"choices": [{"message": {"content": content}}]}
+    response = {"status_code": 200, "body": body}
+    entry = {"custom_id": f"{number}", "response": response, "error": None}
+    return (json.dumps(entry, ensure_ascii=False) + "\n").encode()
+
+
+def test_every_character_and_a_cut_line_are_no_hindrance(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prompts = ["a\u2028b", "c\x85d", "e\x1cf\x0bg", "\N{GRINNING FACE}", "h"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n", "utf-8")
+    exec(MAKE_BATCH, {})
+    batch = list(map(json.loads, (tmp_path / "batch.jsonl").read_bytes().splitlines()))
+    assert [request["body"]["messages"][0]["content"] for request in batch] == prompts
+    # As another program would write them.
+    lines = [(json.dumps(request, ensure_ascii=False) + "\n").encode() for request in batch]
+    (tmp_path / "batch.jsonl").write_bytes(b"".join(lines))
+
+    cut = answer(2, "\N{GRINNING FACE}").partition(b"\x98")[0]  # a kill may fall within a character
+    whole = answer(0, prompts[0]), answer(1, prompts[1])
+    (tmp_path / "answers.jsonl").write_bytes(b"".join(whole) + cut)
+    exec(FIND_MISSING, {})
+    assert (tmp_path / "missing.jsonl").read_bytes() == b"".join(lines[2:])

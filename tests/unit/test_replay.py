@@ -1,6 +1,7 @@
 """The replay of conversations: the file, the prompts, and the pictures of made-up replays."""
 
 import json
+import re
 from datetime import datetime
 
 import pytest
@@ -16,6 +17,16 @@ from vllm_qoq.routing.table import parse_decode
 
 CONVERSATIONS = ROOT / "examples" / "conversations.jsonl"
 TABLE = "4:w4a8,w8a8"
+
+
+def refusal(module, monkeypatch, capsys, *arguments):
+    """The last line that an example says when it refuses its arguments."""
+    monkeypatch.setattr("sys.argv", ["example", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        module.main()
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2, said
+    return said.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +67,91 @@ def test_a_turn_is_the_text_so_far_and_as_long_as_the_recorded_answer(replaying)
     ]
 
 
+def conversation(role="user", content="A?", time="2025-03-03T09:00:00+00:00", **dumping):
+    entry = {"timestamp": time, "conversation": [{"role": role, "content": content}]}
+    return json.dumps(entry, **dumping) + "\n"
+
+
+def test_conversations_may_hold_every_character(replaying, tmp_path):
+    contents = ["a\u2028b\u2029c", "d\x85e\x1cf\x0bg", "h\r\ni"]
+    path = tmp_path / "conversations.jsonl"
+    path.write_text("".join(conversation(content=c, ensure_ascii=False) for c in contents), "utf-8")
+    found = replaying.read_conversations(path)
+    assert {messages[0][1] for _, messages in found} == set(contents)
+
+
 @pytest.mark.parametrize(
     "text, said",
-    [("", "has no conversations"), ('{"turn": 1}', "line 1: KeyError"), ("no", "line 1: JSON")],
+    [
+        ("", "has no conversations"),
+        (conversation(role="system"), "has no conversations"),
+        ('{"turn": 1}', "line 1: KeyError"),
+        ("no", "line 1: JSON"),
+        (conversation() + conversation(content=None), "line 2: TypeError: 'content' is None, not"),
+        (conversation(role=7), "line 1: TypeError: 'role' is 7, not"),
+        (conversation(content="\ud800"), "line 1: UnicodeEncodeError"),
+        (conversation(time="noon"), "line 1: ValueError: .*noon"),
+        (conversation().encode() + b"\xff\n", "not UTF-8 at byte 96 .*; convert it"),
+        (None, "no such file; give a file"),
+    ],
 )
-def test_a_file_that_is_not_conversations_is_refused(replaying, tmp_path, text, said):
+def test_a_file_that_is_not_conversations_is_refused(
+    replaying, tmp_path, monkeypatch, capsys, text, said
+):
     path = tmp_path / "conversations.jsonl"
-    path.write_text(text)
-    with pytest.raises(SystemExit, match=f"^error: .*{said}"):
-        replaying.read_conversations(path)
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    arguments = ("--conversations", path, "-o", tmp_path / "a.json")
+    line = refusal(replaying, monkeypatch, capsys, *arguments)
+    assert re.match(rf"error: .*{re.escape(str(path))}.*{said}", line), line
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        *(("--speed", value) for value in ("nan", "inf", "0", "-1", "fast")),
+        *(("--every", value) for value in ("inf", "nan", "0")),
+        *(("--think", value) for value in ("-1", "nan", "inf")),
+        *(("--copies", value) for value in ("0", "1.5")),
+        ("--max-tokens", "0"),
+    ],
+)
+def test_a_number_without_a_meaning_is_refused(
+    replaying, tmp_path, monkeypatch, capsys, option, value
+):
+    arguments = ("-o", tmp_path / "a.json", f"{option}={value}")
+    line = refusal(replaying, monkeypatch, capsys, *arguments)
+    assert re.search(f"argument {option}: '{value}' is not a .*number.*; give one", line), line
+
+
+@pytest.mark.parametrize("text", ["{}\n", "[]\n", "no\n"])
+def test_a_trace_that_is_none_is_refused(replaying, tmp_path, monkeypatch, capsys, text):
+    trace = tmp_path / "steps.jsonl"
+    trace.write_text(text)
+    arguments = ("-o", tmp_path / "a.json", "--trace", trace)
+    line = refusal(replaying, monkeypatch, capsys, *arguments)
+    assert re.match(f"error: --trace {re.escape(str(trace))}: .*; name the file", line), line
+
+
+def test_a_step_that_is_being_written_is_not_read(replaying, tmp_path):
+    (tmp_path / "steps.jsonl").write_text('{"time": 1}\n{"time": 2}\n{"time"')
+    assert replaying.read_trace(tmp_path / "steps.jsonl", since=2) == [{"time": 2}]
+
+
+OUTPUTS = [
+    (".", "is a folder; name"),
+    ("no/a", "there is no folder .*/no; make it"),
+    ("file/a", "there is no folder .*/file; make it"),
+]
+
+
+@pytest.mark.parametrize("name, said", OUTPUTS)
+def test_a_result_that_could_not_be_written_is_refused_first(
+    replaying, tmp_path, monkeypatch, capsys, name, said
+):
+    (tmp_path / "file").touch()
+    line = refusal(replaying, monkeypatch, capsys, "-o", tmp_path / name)
+    assert re.match(f"error: -o {re.escape(str(tmp_path / name))}: .*{said}", line), line
 
 
 def test_a_server_that_does_not_answer_is_refused(replaying, tmp_path, monkeypatch):
@@ -145,9 +232,67 @@ def test_the_title_says_what_ran_where(
     assert decode != TABLE or "generation: W4A8 up to 4 requests" in said
 
 
-def test_a_routing_that_cannot_be_read_is_refused(plotting, tmp_path, monkeypatch):
+def test_a_set_may_run_only_later(plotting, monkeypatch, tmp_path):
+    monkeypatch.setattr(plots, "DPI", 40)
+    late = replay(is_traced=False, prefill_w8a8=1, decode_w4a8=3)
+    for sample in late["samples"][:2]:
+        del sample["steps"]["decode w4a8"]
+    assert plotting.counts(late) == {("prefill", "w8a8"): 4, ("decode", "w4a8"): 12}
+    plots.save(plotting.figure(late, (), None), tmp_path / "a.png")
+
+
+def without(key):
+    return {name: value for name, value in replay(prefill_w8a8=1).items() if name != key}
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"", "Invalid JSON"),
+        (b"\xff", "Invalid JSON"),
+        ({}, "model: Field required; add it"),
+        ([], "valid dictionary|should be an object"),
+        (without("trace"), "trace: Field required; add it"),
+        (without("samples") | {"samples": []}, "samples: .* at least 2 items"),
+        (without("start") | {"start": float("nan")}, "start: .* finite number"),
+        (without("start") | {"start": 200.0}, "last sample is not later"),
+        (without("trace") | {"trace": [{}]}, "trace.0.time: Field required"),
+        (replay(**{"warm-up_w8a8": 1}), "samples.0.steps.warm-up w8a8"),
+        (replay(), "no step ran"),
+        (replay(prefill_w8a8=0), "no step ran"),
+        (replay(prefill_w8a8=1) | {"trace": []}, "the trace is empty, but 4 steps ran"),
+        (None, "No such file or directory; give what replay_conversations.py wrote"),
+    ],
+)
+def test_what_is_not_a_replay_is_refused(plotting, tmp_path, monkeypatch, capsys, content, said):
+    path = tmp_path / "replay.json"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    line = refusal(plotting, monkeypatch, capsys, path, "-o", tmp_path / "a.png")
+    assert line.startswith("error: ") and str(path) in line and re.search(said, line), line
+    assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        *((f"{name}.png", said) for name, said in OUTPUTS),
+        ("a.txt", r"is a PNG; give a name that ends with \.png"),
+        ("a", "is a PNG"),
+    ],
+)
+def test_a_picture_that_could_not_be_written_is_refused(
+    plotting, tmp_path, monkeypatch, capsys, name, said
+):
+    (tmp_path / "..png").mkdir()
+    (tmp_path / "file").touch()
+    line = refusal(plotting, monkeypatch, capsys, "replay.json", "-o", tmp_path / name)
+    assert re.match(f"error: -o {re.escape(str(tmp_path / name))}: .*{said}", line), line
+
+
+def test_a_routing_that_cannot_be_read_is_refused(plotting, tmp_path, monkeypatch, capsys):
     path = tmp_path / "replay.json"
     path.write_text(json.dumps(replay(prefill_w8a8=1)))
-    monkeypatch.setattr("sys.argv", ["plot", str(path), "-o", "a.png", "--decode", "4:w4a8"])
-    with pytest.raises(SystemExit, match=r"^error: --decode '4:w4a8': no row serves batches above"):
-        plotting.main()
+    arguments = (path, "-o", tmp_path / "a.png", "--decode", "4:w4a8")
+    line = refusal(plotting, monkeypatch, capsys, *arguments)
+    assert line.startswith("error: --decode '4:w4a8': no row serves batches above"), line
