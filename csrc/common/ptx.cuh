@@ -139,12 +139,21 @@ __device__ inline uint64_t l2_policy_evict_normal() {
 
 // ---- programmatic dependent launch ---------------------------------------------------
 
+// A kernel has these instructions where it is compiled for sm_90 or later; launched elsewhere with
+// the attribute of such a launch, it would race (`common/launch.h`).
+
 // Until here a kernel may run beside the one before it in the stream; from here on all that the
 // earlier one wrote is visible.
-__device__ inline void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ inline void griddepcontrol_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 __device__ inline void griddepcontrol_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 // ---- clusters ------------------------------------------------------------------------

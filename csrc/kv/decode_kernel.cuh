@@ -36,6 +36,8 @@ __device__ inline void prefetch(const Params& p) {
 template <class A>
 __global__ void __launch_bounds__(kThreads, A::kResident)
     kv_decode_kernel(const __grid_constant__ Params p) {
+// Bulk copies are there from sm_90 on; the host launches nothing on older GPUs.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   extern __shared__ char unaligned[];
   const int warp = threadIdx.x / 32;
   const uint32_t start = ptx::shared_address(unaligned), ring_of_block = (start + 127) / 128 * 128;
@@ -91,6 +93,7 @@ __global__ void __launch_bounds__(kThreads, A::kResident)
     Query<A>::fetch(p, segment, raw_query);
   }
   merger.add_blocks(range, segment);
+#endif
 }
 
 }  // namespace qoq::kv

@@ -315,9 +315,21 @@ def test_the_cpu_has_kernels_and_an_unknown_device_has_none():
     assert not ops.has_kernels("xpu")
 
 
-def test_only_hopper_has_the_cuda_kernels(monkeypatch):
+@pytest.mark.parametrize(
+    ("capability", "linear", "kv_cache"),
+    [
+        ((7, 5), False, False),
+        ((8, 0), True, False),
+        ((8, 9), True, False),
+        ((9, 0), True, True),
+        ((10, 3), True, True),
+        ((12, 1), True, False),
+        ((13, 0), False, False),
+    ],
+)
+def test_the_cuda_kernels_are_for_some_gpus(monkeypatch, capability, linear, kv_cache):
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for capability, expected in (((9, 0), True), ((8, 9), False), ((10, 0), False)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda c=capability: c)
-        assert ops.has_kernels("cuda") is expected
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert ops.has_kernels("cuda") is linear
+    assert ops.has_kernels("cuda", kv_cache=True) is kv_cache

@@ -282,8 +282,8 @@ class CUDAKV4Backend(QuantizedKVBackend):
     @classmethod
     def obstacles(cls, layer: Attention, dtype: torch.dtype) -> Iterator[str]:
         """List what the kernels do not serve of a layer that computes in `dtype`."""
-        if not ops.has_kernels("cuda"):
-            yield f"a machine without its kernels: {ops.missing_kernels()}"
+        if not ops.has_kernels("cuda", kv_cache=True):
+            yield f"a machine without its kernels: {ops.missing_kernels(kv_cache=True)}"
         if layer.head_size not in kv_ops.HEAD_SIZES:
             yield f"head size {layer.head_size} on a GPU (it serves 64 and 128)"
         if layer.num_heads > kv_ops.MAX_GROUP * layer.num_kv_heads:
