@@ -59,7 +59,13 @@ __device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
-// ---- the copy engine -----------------------------------------------------------------
+// ---- the copy engine, from sm_90 on --------------------------------------------------
+
+#if __CUDA_ARCH__ >= 900
+inline constexpr bool kHasCopyEngine = true;
+#else
+inline constexpr bool kHasCopyEngine = false;
+#endif
 
 // `policy` is an L2 cache policy of `l2_policy_*`.
 __device__ inline void cp_async_bulk(uint32_t destination, const void* source, uint32_t bytes,

@@ -19,15 +19,11 @@ namespace {
 using namespace kv;
 
 constexpr const char* kOp = "kv_decode";
-constexpr int kOldest = 90;  // compute capability
 
 template <class A>
 void launch_decode(Params& p, const Tensor& workspace, int device, cudaStream_t stream) {
   const Card& card = card_of(device);
   const int processors = card.multiprocessors, shared_bytes = A::shared_bytes(p.group);
-  STD_TORCH_CHECK(card.capability >= kOldest, kOp,
-                  ": the kernel needs a GPU of compute capability 9.0 or later; this one has ",
-                  card.capability / 10, ".", card.capability % 10);
   STD_TORCH_CHECK(shared_bytes <= card.shared_bytes, kOp, ": these heads need ", shared_bytes,
                   " bytes of shared memory, and a block on this GPU has at most ",
                   card.shared_bytes);

@@ -18,8 +18,7 @@ class Family(NamedTuple):
     major, minors  the compute capabilities
     gpus           what they are called
     code           the architecture that nvcc compiles for, as in sm_80
-    gemm           the path of csrc/gemm/ that `w4a8_gemm` takes
-    kv_cache       whether the ops over the quantized KV cache run there
+    gemm           the path of csrc/gemm/ that `w4a8_gemm` takes; the other ops have one for all
     """
 
     major: int
@@ -27,14 +26,13 @@ class Family(NamedTuple):
     gpus: str
     code: str
     gemm: str
-    kv_cache: bool
 
 
 FAMILIES = (
-    Family(8, range(10), "Ampere and Ada", "80", "portable", False),
-    Family(9, range(1), "Hopper", "90", "hopper", True),
-    Family(10, range(4), "Blackwell of data centres", "100", "portable", True),
-    Family(12, range(2), "Blackwell of workstations", "120", "portable", False),
+    Family(8, range(10), "Ampere and Ada", "80", "portable"),
+    Family(9, range(1), "Hopper", "90", "hopper"),
+    Family(10, range(4), "Blackwell of data centres", "100", "portable"),
+    Family(12, range(2), "Blackwell of workstations", "120", "portable"),
 )
 # The Hopper path needs instructions that only sm_90a has.
 HOPPER_FILES = "csrc/gemm/hopper/"
@@ -49,18 +47,16 @@ def family(capability: Capability) -> Family | None:
     return None
 
 
-def serves(capability: Capability, kv_cache: bool = False) -> bool:
-    """Whether the kernels run on a GPU: the linear ops or, where asked, those of the KV cache."""
-    found = family(capability)
-    return found is not None and (found.kv_cache or not kv_cache)
+def serves(capability: Capability) -> bool:
+    """Whether the kernels run on a GPU."""
+    return family(capability) is not None
 
 
-def needed(kv_cache: bool = False) -> str:
-    """Name the GPUs that the kernels run on, for the end of a message."""
+def needed() -> str:
+    """Name the GPUs that the kernels run on, for a message."""
     return ", ".join(
         f"{one.gpus} ({one.major}.{'x' if len(one.minors) > 1 else one.minors[0]})"
         for one in FAMILIES
-        if one.kv_cache or not kv_cache
     )
 
 

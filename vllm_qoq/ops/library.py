@@ -48,25 +48,22 @@ def is_built(device_type: str) -> bool:
     )
 
 
-def has_kernels(device_type: str, kv_cache: bool = False) -> bool:
-    """Whether this build computes the linear ops on this machine's "cpu" or "cuda".
-
-    Where asked for `kv_cache`, whether it computes those over the quantized KV cache.
-    """
+def has_kernels(device_type: str) -> bool:
+    """Whether this build computes the ops on this machine's "cpu" or "cuda"."""
     if not is_built(device_type):
         return False
     return device_type != "cuda" or (
-        torch.cuda.is_available() and cards.serves(torch.cuda.get_device_capability(), kv_cache)
+        torch.cuda.is_available() and cards.serves(torch.cuda.get_device_capability())
     )
 
 
-def missing_kernels(kv_cache: bool = False) -> str:
+def missing_kernels() -> str:
     """Say why `has_kernels("cuda")` is false here and what to do: the end of a refusal."""
     if torch.cuda.is_available():
         found = torch.cuda.get_device_capability()
-        if not cards.serves(found, kv_cache):
+        if not cards.serves(found):
             return (
-                f"our kernels are for {cards.needed(kv_cache)}; "
+                f"our kernels are for {cards.needed()}; "
                 f"{torch.cuda.get_device_name()} has compute capability {found[0]}.{found[1]}"
             )
     return (

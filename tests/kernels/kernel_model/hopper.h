@@ -422,6 +422,12 @@ inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(static_cast<const char*>(p) - shared_begin()) + kFirstAddress;
 }
 
+#ifdef MODEL_WITHOUT_COPY_ENGINE
+constexpr bool kHasCopyEngine = false;
+#else
+constexpr bool kHasCopyEngine = true;
+#endif
+
 inline Mbarrier& mbarrier(uint32_t address) {
   Mbarrier& barrier = block_of(address).mbarriers[address & kAddressMask];
   check(barrier.is_initialised, "a barrier that is not initialised");

@@ -258,6 +258,12 @@ class _Kernels:
         merge_attn_states(out, a, a_lse, b, b_lse, out_lse)
 
 
+def _shared_bytes() -> int:
+    """Say how much shared memory a block can have on this GPU."""
+    properties = torch.cuda.get_device_properties()
+    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+
+
 class CUDAKV4Backend(QuantizedKVBackend):
     """The backend of a 4-bit KV cache on a GPU."""
 
@@ -282,14 +288,22 @@ class CUDAKV4Backend(QuantizedKVBackend):
     @classmethod
     def obstacles(cls, layer: Attention, dtype: torch.dtype) -> Iterator[str]:
         """List what the kernels do not serve of a layer that computes in `dtype`."""
-        if not ops.has_kernels("cuda", kv_cache=True):
-            yield f"a machine without its kernels: {ops.missing_kernels(kv_cache=True)}"
+        if not ops.has_kernels("cuda"):
+            yield f"a machine without its kernels: {ops.missing_kernels()}"
         if layer.head_size not in kv_ops.HEAD_SIZES:
             yield f"head size {layer.head_size} on a GPU (it serves 64 and 128)"
         if layer.num_heads > kv_ops.MAX_GROUP * layer.num_kv_heads:
             yield f"{layer.num_heads // layer.num_kv_heads} query heads for a KV head (at most 16)"
         if dtype not in cls.supported_dtypes:
             yield f"{dtype} on a GPU (it serves bfloat16 and float16)"
+        group = layer.num_heads // layer.num_kv_heads
+        wanted = kv_ops.decode_shared_bytes(layer.head_size, cls.bits, group)
+        if torch.cuda.is_available() and wanted > (there := _shared_bytes()):
+            yield (
+                f"{cls.bits} bits, head size {layer.head_size} and {group} query heads for a KV "
+                f"head, which need {wanted} bytes of shared memory, on a GPU whose blocks have "
+                f"{there} (fewer bits need less)"
+            )
 
 
 class CUDAKV8Backend(CUDAKV4Backend):
