@@ -1,8 +1,11 @@
 """The table of GPUs, and what a build tells nvcc of them."""
 
-import pytest
+from types import SimpleNamespace
 
-from vllm_qoq.ops import cards
+import pytest
+import torch
+
+from vllm_qoq.ops import cards, kv_ops
 
 SM90A = ["-gencode=arch=compute_90a,code=sm_90a"]
 ALL = "compute_80 compute_90 compute_100 compute_120"
@@ -49,3 +52,14 @@ def test_a_build_is_for_what_is_asked_or_present_or_for_all(environment, present
 def test_the_table_has_no_gpu_twice():
     for one in cards.FAMILIES:
         assert [cards.family((one.major, minor)) for minor in one.minors] == [one] * len(one.minors)
+
+
+def test_heads_without_room_in_shared_memory_are_named(monkeypatch):
+    properties = SimpleNamespace(shared_memory_per_block_optin=99 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
+    assert not list(kv_ops.lacking_shared_memory(128, 4, 7))
+    for heads in ((128, 4, 8), (128, 8, 4), (64, 8, 1)):
+        (said,) = kv_ops.lacking_shared_memory(*heads)
+        assert "on a GPU whose blocks have 101376" in said
+    properties.shared_memory_per_block_optin = 163 << 10
+    assert not list(kv_ops.lacking_shared_memory(128, 8, 7))

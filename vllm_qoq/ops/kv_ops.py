@@ -10,6 +10,7 @@ hadamard     rotate K (and the query to match) by the Sylvester matrix / sqrt(D)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -51,6 +52,19 @@ def decode_shared_bytes(head_size: int, bits: int, group: int) -> int:
     ring = stages * (DECODE_TILE * 2 * (head_size * bits // 8 + 4) + 8)
     sums = min(group, DECODE_HEADS) * (head_size + WORKSPACE_PADDING) * 4
     return 128 + DECODE_WARPS * (ring + sums) + 64
+
+
+def lacking_shared_memory(head_size: int, bits: int, group: int) -> Iterator[str]:
+    """Say for which heads the blocks of this GPU have too little shared memory, if they have."""
+    properties = torch.cuda.get_device_properties()
+    there = int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+    needed = decode_shared_bytes(head_size, bits, group)
+    if needed > there:
+        yield (
+            f"{bits} bits, head size {head_size} and {group} query heads for a KV head, which need "
+            f"{needed} bytes of shared memory, on a GPU whose blocks have {there} (fewer bits need "
+            "less)"
+        )
 
 
 def kv_write(

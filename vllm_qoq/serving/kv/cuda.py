@@ -258,12 +258,6 @@ class _Kernels:
         merge_attn_states(out, a, a_lse, b, b_lse, out_lse)
 
 
-def _shared_bytes() -> int:
-    """Say how much shared memory a block can have on this GPU."""
-    properties = torch.cuda.get_device_properties()
-    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
-
-
 class CUDAKV4Backend(QuantizedKVBackend):
     """The backend of a 4-bit KV cache on a GPU."""
 
@@ -297,13 +291,8 @@ class CUDAKV4Backend(QuantizedKVBackend):
         if dtype not in cls.supported_dtypes:
             yield f"{dtype} on a GPU (it serves bfloat16 and float16)"
         group = layer.num_heads // layer.num_kv_heads
-        wanted = kv_ops.decode_shared_bytes(layer.head_size, cls.bits, group)
-        if torch.cuda.is_available() and wanted > (there := _shared_bytes()):
-            yield (
-                f"{cls.bits} bits, head size {layer.head_size} and {group} query heads for a KV "
-                f"head, which need {wanted} bytes of shared memory, on a GPU whose blocks have "
-                f"{there} (fewer bits need less)"
-            )
+        if torch.cuda.is_available():
+            yield from kv_ops.lacking_shared_memory(layer.head_size, cls.bits, group)
 
 
 class CUDAKV8Backend(CUDAKV4Backend):
