@@ -89,7 +89,7 @@ def build_for(asked: str) -> Build:
         flags.append(f"-gencode=arch=compute_{code},code=sm_{code}")
         if with_ptx:
             flags.append(f"-gencode=arch=compute_{code},code=compute_{code}")
-    if "90" not in codes:
+    if all(one.gemm != "hopper" for one in FAMILIES if one.code in codes):
         return Build(flags, None)
     return Build(
         [*flags, "-DQOQ_HOPPER"],
