@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from gpu_layers import DEVICE, WEIGHTS, Layer, poison, tokens
-from portable import SIZES, w4a8_gemm_portable
+from portable import SIZES, Size, w4a8_gemm_portable
 
 from vllm_qoq import ops
 from vllm_qoq.bench.cases import SHAPES, TOKENS
@@ -64,6 +64,13 @@ def test_bias_is_added_before_the_one_rounding(dtype, bias):
         values = torch.randn(1280, device=DEVICE).to(bias)
         for m in (5, 90, 700):
             assert_same(layer, tokens(m, 2048), "A100", bias=values, dtype=dtype)
+
+
+def test_a_gpu_without_room_for_a_ring_is_refused():
+    layer = Layer(64, 128, "g128")
+    arguments = layer.arguments(*tokens(4, 128))
+    with pytest.raises(RuntimeError, match="of shared memory, and a block on this GPU"):
+        w4a8_gemm_portable(*arguments, size=Size(8 << 10, 20))
 
 
 @pytest.mark.parametrize("size", ["20 SMs", "all"])

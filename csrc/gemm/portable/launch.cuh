@@ -24,6 +24,11 @@ struct Launcher {
   }
 
   static void launch(const Params& p, int blocks, int device, cudaStream_t stream) {
+    const int shared_bytes = Tile::template shared_bytes<kWeights>(p.stages);
+    // Tiles without room are chosen only where none has it.
+    STD_TORCH_CHECK(p.stages >= Tile::kMinStages, "w4a8_gemm: the kernel needs ",
+                    Tile::template shared_bytes<kWeights>(Tile::kMinStages),
+                    " bytes of shared memory, and a block on this GPU has less");
     static std::once_flag is_made[kMaxDevices];
     std::call_once(is_made[device], [&] {
       CHECK_CUDA(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -31,7 +36,6 @@ struct Launcher {
       CHECK_CUDA(cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                       cudaSharedmemCarveoutMaxShared));
     });
-    const int shared_bytes = Tile::template shared_bytes<kWeights>(p.stages);
     launch_early<kKernel>(blocks, Tile::kThreads, shared_bytes, stream, p);
   }
 };
