@@ -3,6 +3,8 @@
 VLLM_QOQ_CUDA   auto  (default) build them where nvcc and a CUDA build of torch are there
                 1     build them; anything missing is an error
                 0     pure Python
+VLLM_QOQ_CUDA_ARCHS   the compute capabilities to build for, as in "8.0;9.0;12.0+PTX"; by default
+                those of TORCH_CUDA_ARCH_LIST, or of the GPUs here, or, where there is none, all
 
 The kernels are one library for torch 2.11 and later and every Python: `pip install
 --no-build-isolation .`, because an isolated build sees no torch.
@@ -10,7 +12,9 @@ The kernels are one library for torch 2.11 and later and every Python: `pip inst
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,17 +46,70 @@ def why_no_cuda() -> str | None:
     return None
 
 
+def cards_table() -> Any:
+    """The package's table of GPUs, without the package, which needs torch and more."""
+    path = Path(__file__).parent / "vllm_qoq" / "ops" / "cards.py"
+    spec = importlib.util.spec_from_file_location("cards", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def flags_of_cards(cards: Any) -> Any:
+    """What nvcc is told of the GPUs to build for."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    nvcc = Path(CUDA_HOME, "bin", "nvcc")
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    present = [
+        torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())
+    ]
+    try:
+        return cards.build_for(cards.asked_for(os.environ, present, known.stdout))
+    except ValueError as error:
+        raise SystemExit(f"vllm-qoq: {error}") from error
+
+
 def kernels() -> dict[str, Any]:
     """The arguments of `setup` that build the library."""
     from torch.utils.cpp_extension import BuildExtension, CUDAExtension
 
-    # sm_90a and nothing else: wgmma exists only there. torch adds no architectures of its own
-    # where -gencode is given.
+    cards = cards_table()
+    build = flags_of_cards(cards)
     nvcc = ["-std=c++20", OPTIMIZE, TORCH_TARGET, "-DUSE_CUDA"]
-    nvcc += ["-gencode=arch=compute_90a,code=sm_90a"]
+    sources = [
+        source
+        for source in SOURCES
+        if build.hopper_flags is not None or not source.startswith(cards.HOPPER_FILES)
+    ]
+
+    class Build(BuildExtension):
+        """Compiles the Hopper path for Hopper alone, and all else for every GPU asked for."""
+
+        def build_extension(self, extension: Any) -> None:
+            compile_with = self.compiler.compile
+
+            def compile_in_parts(files: list[str], *, extra_postargs: Any, **options: Any) -> Any:
+                objects = []
+                for is_hopper, flags in ((True, build.hopper_flags), (False, build.flags)):
+                    part = [f for f in files if f.startswith(cards.HOPPER_FILES) == is_hopper]
+                    # torch adds no architectures of its own where -gencode is given.
+                    with_flags = {
+                        **extra_postargs,
+                        "nvcc": [*extra_postargs["nvcc"], *(flags or [])],
+                    }
+                    if part:
+                        objects += compile_with(part, extra_postargs=with_flags, **options)
+                return objects
+
+            self.compiler.compile = compile_in_parts
+            super().build_extension(extension)
+
     extension = CUDAExtension(
         "vllm_qoq._C",
-        SOURCES,
+        sources,
         include_dirs=[str(Path(__file__).parent / "csrc")],
         depends=HEADERS,
         extra_compile_args={"cxx": ["-std=c++20", OPTIMIZE, TORCH_TARGET], "nvcc": nvcc},
@@ -61,7 +118,7 @@ def kernels() -> dict[str, Any]:
     )
     return {
         "ext_modules": [extension],
-        "cmdclass": {"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)},
+        "cmdclass": {"build_ext": Build.with_options(no_python_abi_suffix=True)},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 

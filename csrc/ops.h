@@ -1,5 +1,5 @@
-// The CUDA implementations of the ops `qoq::*`. vllm_qoq/ops/ holds their schemas and says what they
-// mean.
+// The CUDA implementations of the ops `qoq::*`. vllm_qoq/ops/ holds their schemas and says what
+// they mean.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -19,6 +19,17 @@ Tensor w4a8_gemm(const Tensor& x, const Tensor& x_scale, const Tensor& x_row_sum
                  const std::optional<Tensor>& group_offset, const std::optional<Tensor>& bias,
                  torch::headeronly::ScalarType out_dtype, const std::optional<Tensor>& workspace,
                  const std::optional<Tensor>& residual, const std::optional<Tensor>& use_residual);
+
+// The same by the portable path on any GPU, as if it had no more shared memory for a block and no
+// more multiprocessors. For tests, which give it a schema (tests/support/portable.py): without one,
+// torch has no such op.
+Tensor w4a8_gemm_portable(
+    const Tensor& x, const Tensor& x_scale, const Tensor& x_row_sum, const Tensor& weight,
+    const Tensor& channel_scale, const std::optional<Tensor>& channel_zero,
+    const std::optional<Tensor>& group_scale, const std::optional<Tensor>& group_offset,
+    const std::optional<Tensor>& bias, torch::headeronly::ScalarType out_dtype,
+    const std::optional<Tensor>& workspace, const std::optional<Tensor>& residual,
+    const std::optional<Tensor>& use_residual, int64_t shared_bytes, int64_t multiprocessors);
 
 std::tuple<Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x);
 std::tuple<Tensor, Tensor, Tensor> silu_and_mul_quantize(const Tensor& x);

@@ -214,6 +214,8 @@ def _why_no_gpu_tests() -> str | None:
 
     if not torch.cuda.is_available():
         return "no NVIDIA GPU on this machine"
-    if torch.cuda.get_device_capability() < (9, 0):
-        return "needs a Hopper GPU (compute capability 9.0)"
+    from vllm_qoq.ops import cards
+
+    if not cards.serves(torch.cuda.get_device_capability()):
+        return f"needs a GPU of {cards.needed()}"
     return None

@@ -1,16 +1,12 @@
-// Host side of the W4A8 GEMM: checks, schedule, launch.
-#include <cuda.h>
-#include <cudaTypedefs.h>
-#include <cuda_runtime.h>
+// Host side of the W4A8 GEMM: checks, and the path that this GPU takes.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <mutex>
 #include <vector>
 
+#include "common/card.h"
 #include "common/checks.h"
-#include "gemm/w4a8_kernel.cuh"
-#include "gemm/w4a8_schedule.h"
+#include "gemm/w4a8_launch.h"
 #include "ops.h"
 
 namespace qoq {
@@ -19,161 +15,20 @@ namespace {
 using namespace w4a8;
 
 constexpr const char* kOp = "w4a8_gemm";
-constexpr int kMaxDevices = 64;
+constexpr int kOldest = 80, kHopper = 90;  // compute capabilities
 
-int multiprocessors(int device) {
-  int count = 0;
-  CHECK_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
-}
-
-// libcuda is there when a kernel runs, but not where the library is built.
-PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
-  static const auto encoder = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    CHECK_CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                cudaEnableDefault, &result));
-    STD_TORCH_CHECK(result == cudaDriverEntryPointSuccess && function != nullptr, kOp,
-                    ": the NVIDIA driver has no cuTensorMapEncodeTiled; install one for CUDA 12");
-    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
-  }();
-  return encoder;
-}
-
-// Describes a tensor of kRank dimensions, the first without gaps, to the copy engine, which moves
-// boxes of it in its 128-byte swizzle. What lies outside reads as zero and is not written.
-template <int kRank>
-CUtensorMap tensor_map(const void* base, CUtensorMapDataType type, const cuuint64_t (&sizes)[kRank],
-                       const cuuint64_t (&strides)[kRank - 1], const cuuint32_t (&box)[kRank]) {
-  CUtensorMap map;
-  cuuint32_t element_strides[kRank];
-  std::fill(element_strides, element_strides + kRank, 1);
-  const CUresult result = tensor_map_encoder()(
-      &map, type, kRank, const_cast<void*>(base), sizes, strides, box, element_strides,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  STD_TORCH_CHECK(result == CUDA_SUCCESS, kOp, ": cuTensorMapEncodeTiled returned ",
-                  static_cast<int>(result));
-  return map;
-}
-
-// The map of x, int8 [m, k], as [k_blocks][m][128].
-CUtensorMap x_tensor_map(const void* x, const Params& p, int tokens, int k_blocks) {
-  const uint64_t k = uint64_t{kBlockK} * p.k_blocks;
-  return tensor_map<3>(
-      x, CU_TENSOR_MAP_DATA_TYPE_UINT8,
-      {kBlockK, static_cast<cuuint64_t>(p.m), static_cast<cuuint64_t>(p.k_blocks)}, {k, kBlockK},
-      {kBlockK, static_cast<cuuint32_t>(tokens), static_cast<cuuint32_t>(k_blocks)});
-}
-
-// The map of the output [m, n]; its 16 bits are copied as they are.
-CUtensorMap out_tensor_map(const Params& p, int tokens) {
-  return tensor_map<2>(p.out, CU_TENSOR_MAP_DATA_TYPE_UINT16,
-                       {static_cast<cuuint64_t>(p.n), static_cast<cuuint64_t>(p.m)},
-                       {static_cast<cuuint64_t>(p.n) * 2},
-                       {kBlockN, static_cast<cuuint32_t>(tokens)});
-}
-
-// How one tile is launched.
-template <class Tile, Weights kWeights>
-struct Launcher {
-  static constexpr auto* kKernel = w4a8_gemm_kernel<Tile, kWeights>;
-  static constexpr int kSharedBytes = Tile::template kSharedBytes<kWeights>;
-
-  cudaLaunchAttribute attributes[2] = {};
-  cudaLaunchConfig_t config = {};
-
-  Launcher(int blocks, cudaStream_t stream) {
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim = {Tile::kCluster, 1, 1};
-    config.gridDim = dim3(blocks);
-    config.blockDim = dim3(Tile::kThreads);
-    config.dynamicSmemBytes = kSharedBytes;
-    config.stream = stream;
-    config.attrs = attributes;
-    config.numAttrs = Tile::kCluster > 1 ? 2 : 1;
-  }
-
-  // The clusters that run at a time. The driver is asked once for each device, since the answer
-  // depends on how many multiprocessors each part of the chip has.
-  static int slots(int device) {
-    static std::once_flag is_made[kMaxDevices];
-    static int counts[kMaxDevices];
-    std::call_once(is_made[device], [&] {
-      CHECK_CUDA(
-          cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-      if constexpr (Tile::kCluster > 1) {
-        Launcher launcher(Tile::kCluster, nullptr);
-        ++launcher.config.attrs;  // the cluster alone
-        launcher.config.numAttrs = 1;
-        CHECK_CUDA(cudaOccupancyMaxActiveClusters(&counts[device], kKernel, &launcher.config));
-      } else {
-        CHECK_CUDA(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&counts[device], kKernel,
-                                                                 Tile::kThreads, kSharedBytes));
-        counts[device] *= multiprocessors(device);
-      }
-    });
-    return counts[device];
-  }
+// The arguments of the op.
+struct Arguments {
+  const Tensor &x, &x_scale, &x_row_sum, &weight, &channel_scale;
+  const std::optional<Tensor>&channel_zero, &group_scale, &group_offset, &bias;
+  ScalarType out_dtype;
+  const std::optional<Tensor>&workspace, &residual, &use_residual;
 };
 
-template <class Tile, Weights kWeights>
-void launch(const void* x, const Params& p, int clusters, cudaStream_t stream) {
-  using Launch = Launcher<Tile, kWeights>;
-  const CUtensorMap x_map =
-      x_tensor_map(x, p, Tile::kTokens / Tile::kClusterTiles, Tile::kStepBlocks);
-  const CUtensorMap x_tail_map = x_tensor_map(x, p, p.tail_tokens, Tile::kStepBlocks);
-  const CUtensorMap out_map = out_tensor_map(p, Tile::kUnitTokens);
-  const Launch launcher(clusters * Tile::kCluster, stream);
-  CHECK_CUDA(cudaLaunchKernelEx(&launcher.config, Launch::kKernel, x_map, x_tail_map, out_map, p));
-}
-
-// Launches the tile that takes the least time by `schedule`.
-template <Weights kWeights, class... Tiles>
-void launch_fastest(const void* x, const Params& params, int device, cudaStream_t stream) {
-  constexpr int kCount = sizeof...(Tiles);
-  Params work[kCount];
-  int clusters[kCount], time[kCount], i = 0;
-  ((work[i] = params,
-    time[i] = schedule<Tiles>(work[i], Launcher<Tiles, kWeights>::slots(device), clusters[i]), ++i),
-   ...);
-  const int best = std::min_element(time, time + kCount) - time;
-  i = 0;
-  ((i++ == best ? launch<Tiles, kWeights>(x, work[best], clusters[best], stream) : void()), ...);
-}
-
-template <Weights kWeights>
-void dispatch(const void* x, const Params& p, int device, cudaStream_t stream) {
-  if (p.m <= 8) {
-    launch_fastest<kWeights, Tile8>(x, p, device, stream);
-  } else if (p.m <= 16) {
-    launch_fastest<kWeights, Tile16>(x, p, device, stream);
-  } else if (p.m <= 32) {
-    launch_fastest<kWeights, Tile32>(x, p, device, stream);
-  } else if (p.m <= 64) {
-    launch_fastest<kWeights, Tile64, Inputs64, Inputs64Deep>(x, p, device, stream);
-  } else if (p.m <= 128) {
-    launch_fastest<kWeights, Tile128, Tile128Wide, Inputs128, Inputs128Pair>(x, p, device, stream);
-  } else {
-    launch_fastest<kWeights, Tile128, Tile192, Tile256>(x, p, device, stream);
-  }
-}
-
-template <>
-void dispatch<Weights::kNested>(const void* x, const Params& p, int device, cudaStream_t stream) {
-  if (p.m <= 16) {
-    launch_fastest<Weights::kNested, Nested16>(x, p, device, stream);
-  } else if (p.m <= 64) {
-    launch_fastest<Weights::kNested, Nested64>(x, p, device, stream);
-  } else if (p.m <= 128) {
-    launch_fastest<Weights::kNested, Nested128>(x, p, device, stream);
-  } else {
-    launch_fastest<Weights::kNested, Nested128, Nested192, Nested256>(x, p, device, stream);
-  }
-}
+// What the portable path is told of the GPU where it is taken whatever the GPU is.
+struct Caps {
+  int64_t shared_bytes, multiprocessors;
+};
 
 Bias bias_type(const Tensor& bias) {
   switch (bias.scalar_type()) {
@@ -189,15 +44,29 @@ Bias bias_type(const Tensor& bias) {
   }
 }
 
-}  // namespace
+template <Weights kWeights>
+void run(const Params& p, int device, const Caps* caps) {
+  const cudaStream_t stream = current_stream(device);
+  Card card = card_of(device);
+  if (caps != nullptr) {
+    constexpr int kReserved = 1024;  // of each block
+    const auto cap = [](int& value, int64_t most) { value = std::min<int64_t>(value, most); };
+    cap(card.shared_bytes, caps->shared_bytes);
+    cap(card.multiprocessor_shared_bytes, caps->shared_bytes + kReserved);
+    cap(card.multiprocessors, caps->multiprocessors);
+  }
+#ifdef QOQ_HOPPER
+  if (card.capability == kHopper && caps == nullptr) {
+    run_hopper<kWeights>(p, device, stream);
+    return;
+  }
+#endif
+  run_portable<kWeights>(p, card, device, stream);
+}
 
-Tensor w4a8_gemm(const Tensor& x, const Tensor& x_scale, const Tensor& x_row_sum,
-                 const Tensor& weight, const Tensor& channel_scale,
-                 const std::optional<Tensor>& channel_zero,
-                 const std::optional<Tensor>& group_scale,
-                 const std::optional<Tensor>& group_offset, const std::optional<Tensor>& bias,
-                 ScalarType out_dtype, const std::optional<Tensor>& workspace,
-                 const std::optional<Tensor>& residual, const std::optional<Tensor>& use_residual) {
+Tensor compute(const Arguments& arguments, const Caps* caps) {
+  const auto& [x, x_scale, x_row_sum, weight, channel_scale, channel_zero, group_scale,
+               group_offset, bias, out_dtype, workspace, residual, use_residual] = arguments;
   STD_TORCH_CHECK(x.dim() == 2 && channel_scale.dim() == 1, kOp, ": x is ", shape_text(x),
                   " and channel_scale ", shape_text(channel_scale), ", expected [M, K] and [N]");
   STD_TORCH_CHECK(out_dtype == ScalarType::BFloat16 || out_dtype == ScalarType::Half, kOp,
@@ -212,6 +81,10 @@ Tensor w4a8_gemm(const Tensor& x, const Tensor& x_scale, const Tensor& x_row_sum
   STD_TORCH_CHECK(!group_scale.has_value() && !group_offset.has_value(), kOp,
                   ": on CUDA the groups are inside the packed weight (w4a8_layout.pack)");
   const int device = device_of(x);
+  const Card& card = card_of(device);
+  STD_TORCH_CHECK(card.capability >= kOldest, kOp,
+                  ": the kernels need a GPU of compute capability 8.0 or later; this one has ",
+                  card.capability / 10, ".", card.capability % 10);
   const int64_t weight_blocks = (n + kBlockN - 1) / kBlockN;
   check_tensor(kOp, "x", x, device, ScalarType::Char, {m, k});
   check_tensor(kOp, "x_scale", x_scale, device, ScalarType::Float, {m});
@@ -233,7 +106,7 @@ Tensor w4a8_gemm(const Tensor& x, const Tensor& x_scale, const Tensor& x_row_sum
   if (!is_grouped) check_tensor(kOp, "channel_zero", *channel_zero, device, ScalarType::Float, {n});
   if (bias.has_value()) check_tensor(kOp, "bias", *bias, device, bias->scalar_type(), {n});
   STD_TORCH_CHECK(workspace.has_value(), kOp, ": on CUDA a workspace is needed (ops.workspace)");
-  const int64_t ints = kCounters + int64_t{multiprocessors(device)} * kMaxTileInts;
+  const int64_t ints = kCounters + int64_t{card.multiprocessors} * kMaxTileInts;
   check_tensor(kOp, "workspace", *workspace, device, ScalarType::Int, {ints});
 
   const std::vector<int64_t> shape = {m, n};
@@ -259,17 +132,44 @@ Tensor w4a8_gemm(const Tensor& x, const Tensor& x_scale, const Tensor& x_row_sum
       .weight_blocks = static_cast<int>(weight_blocks),
       .bias_type = bias.has_value() ? bias_type(*bias) : Bias::kNone,
       .out_type = out_dtype == ScalarType::BFloat16 ? Output::kBfloat16 : Output::kFloat16,
+      .x = static_cast<const int8_t*>(x.data_ptr()),
   };
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const cudaStream_t stream = current_stream(device);
   if (residual.has_value()) {
-    dispatch<Weights::kNested>(x.data_ptr(), params, device, stream);
+    run<Weights::kNested>(params, device, caps);
   } else if (is_grouped) {
-    dispatch<Weights::kGrouped>(x.data_ptr(), params, device, stream);
+    run<Weights::kGrouped>(params, device, caps);
   } else {
-    dispatch<Weights::kChannel>(x.data_ptr(), params, device, stream);
+    run<Weights::kChannel>(params, device, caps);
   }
   return out;
+}
+
+}  // namespace
+
+Tensor w4a8_gemm(const Tensor& x, const Tensor& x_scale, const Tensor& x_row_sum,
+                 const Tensor& weight, const Tensor& channel_scale,
+                 const std::optional<Tensor>& channel_zero,
+                 const std::optional<Tensor>& group_scale,
+                 const std::optional<Tensor>& group_offset, const std::optional<Tensor>& bias,
+                 ScalarType out_dtype, const std::optional<Tensor>& workspace,
+                 const std::optional<Tensor>& residual, const std::optional<Tensor>& use_residual) {
+  return compute({x, x_scale, x_row_sum, weight, channel_scale, channel_zero, group_scale,
+                  group_offset, bias, out_dtype, workspace, residual, use_residual},
+                 nullptr);
+}
+
+Tensor w4a8_gemm_portable(
+    const Tensor& x, const Tensor& x_scale, const Tensor& x_row_sum, const Tensor& weight,
+    const Tensor& channel_scale, const std::optional<Tensor>& channel_zero,
+    const std::optional<Tensor>& group_scale, const std::optional<Tensor>& group_offset,
+    const std::optional<Tensor>& bias, ScalarType out_dtype, const std::optional<Tensor>& workspace,
+    const std::optional<Tensor>& residual, const std::optional<Tensor>& use_residual,
+    int64_t shared_bytes, int64_t multiprocessors) {
+  const Caps caps{shared_bytes, multiprocessors};
+  return compute({x, x_scale, x_row_sum, weight, channel_scale, channel_zero, group_scale,
+                  group_offset, bias, out_dtype, workspace, residual, use_residual},
+                 &caps);
 }
 
 }  // namespace qoq

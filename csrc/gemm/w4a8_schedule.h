@@ -9,49 +9,11 @@ namespace qoq::w4a8 {
 
 inline int divide_up(int a, int b) { return (a + b - 1) / b; }
 
-// What a tile takes, in nanoseconds on one H200: a step of k with all multiprocessors busy, writing
-// the output, and adding up in the L2 before it. docs/laboratory.md says what they are fitted to.
+// What a tile takes, in nanoseconds: a step of k with all multiprocessors busy, writing the output,
+// and adding up in the L2 before it.
 struct Cost {
   int step, output, sum;
 };
-
-template <class Tile>
-inline constexpr Cost kCost = {};
-template <>
-inline constexpr Cost kCost<Tile8> = {400, 300, 1100};
-template <>
-inline constexpr Cost kCost<Tile16> = {400, 300, 1500};
-template <>
-inline constexpr Cost kCost<Tile32> = {430, 500, 2000};
-template <>
-inline constexpr Cost kCost<Tile64> = {500, 1100, 3200};
-template <>
-inline constexpr Cost kCost<Tile128> = {374, 1200, 4300};
-template <>
-inline constexpr Cost kCost<Tile192> = {547, 1400, 4500};
-template <>
-inline constexpr Cost kCost<Tile128Wide> = {645, 3500, 9000};
-template <>
-inline constexpr Cost kCost<Tile256> = {635, 2500, 15000};
-template <>
-inline constexpr Cost kCost<Inputs64> = {630, 1100, 950};
-template <>
-inline constexpr Cost kCost<Inputs64Deep> = {475, 1100, 1900};
-template <>
-inline constexpr Cost kCost<Inputs128> = {350, 1400, 3200};
-template <>
-inline constexpr Cost kCost<Inputs128Pair> = {420, 2600, 4000};
-
-template <>
-inline constexpr Cost kCost<Nested16> = {560, 300, 1500};
-template <>
-inline constexpr Cost kCost<Nested64> = {700, 1100, 3200};
-template <>
-inline constexpr Cost kCost<Nested128> = {478, 1200, 4300};
-template <>
-inline constexpr Cost kCost<Nested192> = {718, 1400, 6000};
-template <>
-inline constexpr Cost kCost<Nested256> = {800, 2500, 14000};
 
 inline constexpr int kImpossible = 1 << 30;  // nanoseconds
 
@@ -62,8 +24,7 @@ inline constexpr int kImpossible = 1 << 30;  // nanoseconds
 // they are done whole while they fill rounds; what is left over is one more round, or is cut along
 // k so that all end together.
 template <class Tile>
-int schedule(Params& p, int slots, int& clusters) {
-  constexpr Cost kTile = kCost<Tile>;
+int schedule(Params& p, int slots, const Cost& cost, int& clusters) {
   p.tiles_m = divide_up(p.m, Tile::kTokens);
   p.tiles_n = divide_up(p.n, Tile::kChannels * Tile::kClusterTiles);
   p.steps = divide_up(p.k_blocks, Tile::kStepBlocks);
@@ -76,7 +37,7 @@ int schedule(Params& p, int slots, int& clusters) {
   for (int split = 1; split <= std::min(slots / tiles, p.steps); ++split) {
     // A cluster divides its steps further.
     const int steps = divide_up(divide_up(p.steps, split), Tile::kCluster / Tile::kClusterTiles);
-    const int time = steps * kTile.step + kTile.output + (split > 1 ? kTile.sum : 0);
+    const int time = steps * cost.step + cost.output + (split > 1 ? cost.sum : 0);
     if (time >= best) continue;
     best = time;
     p.split = split;
@@ -85,9 +46,9 @@ int schedule(Params& p, int slots, int& clusters) {
   if (Tile::kByInputs || best < kImpossible) return best;
 
   const int rounds = tiles / slots, rest = tiles % slots;
-  const int whole = p.steps * kTile.step + kTile.output;
+  const int whole = p.steps * cost.step + cost.output;
   const int piece = divide_up(rest * p.steps, slots);
-  const int cut = piece * kTile.step + kTile.output + kTile.sum;
+  const int cut = piece * cost.step + cost.output + cost.sum;
   const bool is_cut = rest > 0 && cut < whole;
   p.whole_tiles = is_cut ? rounds * slots : tiles;
   p.piece = is_cut ? piece : 0;

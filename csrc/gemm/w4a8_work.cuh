@@ -1,4 +1,4 @@
-// What one block of threads works on, and where its shared memory holds it.
+// What one block of threads works on.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -65,11 +65,11 @@ struct TilePosition {
   int m, n;  // in tiles
 };
 
-// Neighbouring tiles share weights, and no more than kBand x-tiles are in use at a time, so that
-// both stay in the L2. Params::tiles_n counts clusters where blocks share tokens.
+// Neighbouring tiles share weights, and no more than Tile::kBand x-tiles are in use at a time, so
+// that both stay in the L2. Params::tiles_n counts clusters where blocks share tokens.
 template <class Tile>
 __device__ inline TilePosition position(int tile, const Params& p) {
-  constexpr int kBand = 16;
+  constexpr int kBand = Tile::kBand;
   const int per_band = kBand * p.tiles_n;
   const int band = tile / per_band;
   const int in_band = tile - band * per_band;
@@ -79,50 +79,18 @@ __device__ inline TilePosition position(int tile, const Params& p) {
   return {band * kBand + in_band - n * height, n * Tile::kClusterTiles + neighbour};
 }
 
-// Tokens that one copy of x brings, for all blocks of the cluster or for one.
-template <class Tile>
-__device__ inline int tokens_of_copy(TilePosition at, const Params& p) {
-  return at.m == p.tiles_m - 1 ? p.tail_tokens : Tile::kTokens / Tile::kClusterTiles;
+// Weights that only one tile reads leave the L2 first.
+__device__ inline uint64_t weight_policy(const Params& p) {
+  return p.tiles_m == 1 ? ptx::l2_policy_evict_first() : ptx::l2_policy_evict_normal();
 }
 
-// Addresses of one stage and its barriers.
-template <class Tile, Weights kWeights>
-struct SharedMemory {
-  uint32_t base;
-
-  __device__ uint32_t x(int stage) const { return base + stage * Tile::kXBytes; }
-  // The k_block that this thread's warpgroup multiplies.
-  __device__ uint32_t x_of_group(int stage, int tokens_of_copy) const {
-    return x(stage) + (Tile::kByInputs ? threadIdx.x / 128 * tokens_of_copy * kBlockK : 0);
-  }
-  __device__ uint32_t weight(int stage, int block) const {
-    return output() + Tile::kOutputBytes + stage * Tile::template kWeightBytes<kWeights> +
-           block * (kBlockBytes<kWeights> + kResidualBytes<kWeights>);
-  }
-  // The second plane of a block lies behind the first.
-  __device__ uint32_t residual(int stage, int block) const {
-    return weight(stage, block) + kBlockBytes<kWeights>;
-  }
-  __device__ uint32_t output() const { return base + Tile::kStages * Tile::kXBytes; }
-  __device__ uint32_t constants() const { return weight(Tile::kStages, 0); }
-  __device__ uint32_t full(int stage) const {
-    return constants() + Tile::kConstantBytes + 8 * stage;
-  }
-  __device__ uint32_t empty(int stage) const { return full(Tile::kStages + stage); }
-  __device__ uint32_t flag() const { return full(2 * Tile::kStages); }
-};
-
-template <int kStages>
-struct RingPosition {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
+// Whether a launch multiplies with both planes. The flag was written before the kernel ahead of
+// this one began, so that nothing has to be waited for.
+template <Weights kWeights>
+__device__ inline bool uses_residual(const Params& p) {
+  if constexpr (kWeights != Weights::kNested) return false;
+  const volatile int32_t* flag = p.use_residual;
+  return flag == nullptr || *flag != 0;
+}
 
 }  // namespace qoq::w4a8

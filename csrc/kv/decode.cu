@@ -7,6 +7,8 @@
 #include <mutex>
 #include <numbers>
 
+#include "common/card.h"
+#include "common/launch.h"
 #include "kv/decode_kernel.cuh"
 #include "kv/host.h"
 #include "ops.h"
@@ -17,24 +19,27 @@ namespace {
 using namespace kv;
 
 constexpr const char* kOp = "kv_decode";
-constexpr int kMaxDevices = 64;
 
 template <class A>
 void launch_decode(Params& p, const Tensor& workspace, int device, cudaStream_t stream) {
-  const int processors = multiprocessors(device);
+  const Card& card = card_of(device);
+  const int processors = card.multiprocessors, shared_bytes = A::shared_bytes(p.group);
+  STD_TORCH_CHECK(shared_bytes <= card.shared_bytes, kOp, ": these heads need ", shared_bytes,
+                  " bytes of shared memory, and a block on this GPU has at most ",
+                  card.shared_bytes);
   const int resident = blocks_of_processor<A>(p, processors);
   const int blocks = std::min(kMaxBlocks, processors * resident);
   const int64_t ints = kMaxBlocks + int64_t{blocks} * 2 * p.group * A::kPartial;
   STD_TORCH_CHECK(workspace.numel() >= ints, kOp, ": the workspace has ", workspace.numel(),
                   " integers, expected at least ", ints, " (kv_ops.workspace)");
   static std::once_flag is_set[kMaxDevices];
-  std::call_once(is_set[device], [] {
+  std::call_once(is_set[device], [&] {
     CHECK_CUDA(cudaFuncSetAttribute(kv_decode_kernel<A>,
                                     cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    A::shared_bytes(kMaxGroup)));
+                                    std::min(A::shared_bytes(kMaxGroup), card.shared_bytes)));
   });
   lay_out<A>(p, blocks, resident);
-  launch(kv_decode_kernel<A>, blocks, kThreads, A::shared_bytes(p.group), stream, p);
+  launch_early<kv_decode_kernel<A>>(blocks, kThreads, shared_bytes, stream, p);
 }
 
 template <int kHeadSize, int kBits>

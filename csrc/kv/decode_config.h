@@ -64,7 +64,7 @@ struct Attention : Page<kHeadSizeValue, kBitsValue> {
   }
 };
 
-// A bulk copy of a part of a tile into shared memory, from token `token` of the tile on.
+// A copy of a part of a tile into shared memory, from token `token` of the tile on.
 struct Copy {
   int token;
   int source, source_step;  // offset in the page: of its first token, and of each further one

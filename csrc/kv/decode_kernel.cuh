@@ -45,11 +45,7 @@ __global__ void __launch_bounds__(kThreads, A::kResident)
   Ends* ends = reinterpret_cast<Ends*>(shared + A::kRingBytes + A::kBarrierBytes);
   float* sums_of_block =
       reinterpret_cast<float*>(shared + A::kRingBytes + A::kBarrierBytes + A::kEndsBytes);
-  if (threadIdx.x % 32 == 0) {
-    for (int i = 0; i < A::kStages; ++i) ptx::mbarrier_init(barriers + i * 8, 1);
-    ptx::fence_mbarrier_init();
-  }
-  __syncwarp();
+  Copies<A>::prepare(barriers);
   const int lane = threadIdx.x % 32;
   const Copy copy = lane < p.copy_count ? p.copies[lane] : Copy{};
   prefetch(p);
@@ -74,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, A::kResident)
     Sums<A> sums;
     sums.clear();
     for (; tile < end; tile += kWarps) {
-      ptx::mbarrier_wait(barriers + stage * 8, parity);
+      Copies<A>::wait(barriers + stage * 8, parity);
       const int token = (segment.first_tile + tile - segment.begin) * kTileTokens;
       Tile<A>(p, ring + stage * A::kStageBytes, segment.first_token - token, segment.length - token)
           .attend(query, sums);

@@ -1,10 +1,76 @@
-// A warp's ring in shared memory, and the bulk copies of pages or of their parts that fill it.
+// A warp's ring in shared memory, and the copies of pages or of their parts that fill it.
 #pragma once
 
+#include <type_traits>
+
+#include "common/cp_async.cuh"
 #include "common/ptx.cuh"
 #include "kv/decode_work.cuh"
 
 namespace qoq::kv {
+
+// Where a tile comes from. It has `units` units, 0 behind the last tile; this lane's part of it is
+// at `offset` in block `page` of the cache, and nothing where `offset` is -1.
+struct Place {
+  int units, page, offset;
+};
+
+// Copies by the copy engine, a part of the tile by each lane; a barrier of the stage counts bytes.
+template <class A>
+struct EngineCopies {
+  __device__ static void prepare(uint32_t barriers) {
+    if (threadIdx.x % 32 == 0) {
+      for (int i = 0; i < A::kStages; ++i) ptx::mbarrier_init(barriers + i * 8, 1);
+      ptx::fence_mbarrier_init();
+    }
+    __syncwarp();
+  }
+
+  __device__ static void start(const Params& p, const Copy& copy, const Place& place,
+                               uint32_t stage, uint32_t barrier) {
+    if (place.units == 0) return;
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive_expect_tx(barrier, place.units * p.unit_bytes);
+    __syncwarp();
+    if (place.offset < 0) return;
+    const uint8_t* source = p.cache + int64_t{place.page} * p.block_stride + place.offset;
+    ptx::cp_async_bulk(stage + copy.destination, source, copy.bytes, barrier,
+                       ptx::l2_policy_evict_first());
+  }
+
+  __device__ static void wait(uint32_t barrier, uint32_t parity) {
+    ptx::mbarrier_wait(barrier, parity);
+  }
+};
+
+// Copies by all lanes together, one part after the other. Each tile is a group of copies, and so is
+// the nothing behind the last one, so that the oldest of as many groups as stages is the next tile.
+template <class A>
+struct LaneCopies {
+  __device__ static void prepare(uint32_t) {}
+
+  __device__ static void start(const Params& p, const Copy&, const Place& place, uint32_t stage,
+                               uint32_t) {
+    const int lane = threadIdx.x % 32;
+    const uint64_t policy = ptx::l2_policy_evict_first();
+    for (int i = 0; place.units > 0 && i < p.copy_count; ++i) {
+      const int offset = __shfl_sync(0xFFFFFFFF, place.offset, i);
+      const int page = __shfl_sync(0xFFFFFFFF, place.page, i);
+      if (offset < 0) continue;
+      const uint8_t* source = p.cache + int64_t{page} * p.block_stride + offset;
+      for (int at = 16 * lane; at < p.copies[i].bytes; at += 16 * 32)
+        ptx::cp_async_16(stage + p.copies[i].destination + at, source + at, policy);
+    }
+    ptx::cp_async_commit_group();
+  }
+
+  __device__ static void wait(uint32_t, uint32_t) {
+    ptx::cp_async_wait_group<A::kStages - 1>();
+    __syncwarp();
+  }
+};
+
+template <class A>
+using Copies = std::conditional_t<ptx::kHasCopyEngine, EngineCopies<A>, LaneCopies<A>>;
 
 // Loads every kWarps-th tile of a range. The block table is read one tile ahead, since the copy
 // waits for it; at the beginning it is read for all stages at once.
@@ -31,28 +97,13 @@ class Loader {
 
   // Loads into the stage that the warp read longest ago. It is called after __syncwarp.
   __device__ void load_next() {
-    if (next_.units == 0) return;
     load(next_);
-    next_ = find();
+    if (next_.units > 0) next_ = find();
   }
 
  private:
-  // Where a tile comes from. It has `units` units, 0 behind the last tile; this lane copies from
-  // `offset` in block `page` of the cache, and nothing where `offset` is -1.
-  struct Place {
-    int units, page, offset;
-  };
-
   __device__ void load(const Place& place) {
-    if (place.units == 0) return;
-    const uint32_t barrier = barriers_ + stage_ * 8;
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive_expect_tx(barrier, place.units * p_.unit_bytes);
-    __syncwarp();
-    if (place.offset >= 0) {
-      const uint8_t* source = p_.cache + int64_t{place.page} * p_.block_stride + place.offset;
-      ptx::cp_async_bulk(ring_ + stage_ * A::kStageBytes + copy_.destination, source, copy_.bytes,
-                         barrier, ptx::l2_policy_evict_first());
-    }
+    Copies<A>::start(p_, copy_, place, ring_ + stage_ * A::kStageBytes, barriers_ + stage_ * 8);
     stage_ = stage_ + 1 == A::kStages ? 0 : stage_ + 1;
   }
 

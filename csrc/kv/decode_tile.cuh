@@ -120,7 +120,7 @@ class Tile {
     if (!is_seen(token)) {
       ptx::store_shared_4(scales + p_.k_scale_offset, 0);
       ptx::store_shared_4(scales + p_.v_scale_offset, 0);
-      ptx::fence_proxy_async_shared();  // the copy engine writes there next
+      if constexpr (ptx::kHasCopyEngine) ptx::fence_proxy_async_shared();  // it writes there next
     }
     __syncwarp();
   }

@@ -1,6 +1,7 @@
 // Host side of reading the quantized cache back: checks and launch.
 #include <torch/csrc/stable/ops.h>
 
+#include "common/launch.h"
 #include "kv/dequantize.cuh"
 #include "kv/host.h"
 #include "ops.h"
@@ -14,8 +15,8 @@ constexpr const char* kOp = "kv_dequantize";
 
 template <class P>
 void launch_dequantize(const DequantizeParams& p, cudaStream_t stream) {
-  launch(kv_dequantize_kernel<P>, divide_up(p.rows, kDequantizeRows), kDequantizeThreads, 0, stream,
-         p);
+  launch_early<kv_dequantize_kernel<P>>(divide_up(p.rows, kDequantizeRows), kDequantizeThreads, 0,
+                                        stream, p);
 }
 
 void check_aligned(const char* name, const Tensor& tensor) {

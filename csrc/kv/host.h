@@ -1,4 +1,4 @@
-// What the host code of the KV cache's kernels shares: checks of the cache, launches.
+// What the host code of the KV cache's kernels shares: checks of the cache.
 #pragma once
 
 #include "common/checks.h"
@@ -88,29 +88,6 @@ inline void check_block_table(const char* op, const Tensor& table, int64_t seque
                   op, ": block_table is ", type_text(table), " ", shape_text(table),
                   ", expected Int [", sequences, ", blocks] with contiguous rows");
   check_device(op, "block_table", table, device);
-}
-
-inline int multiprocessors(int device) {
-  int count = 0;
-  CHECK_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
-}
-
-// Launches a kernel that begins before the one ahead of it in the stream has ended.
-template <class... Kernel, class... Arguments>
-void launch(void (*kernel)(Kernel...), int blocks, int threads, int shared_bytes,
-            cudaStream_t stream, const Arguments&... arguments) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
 }  // namespace qoq::kv

@@ -1,6 +1,7 @@
 // Host side of the quantized cache's writes: checks and launch.
 #include <torch/csrc/stable/ops.h>
 
+#include "common/launch.h"
 #include "kv/host.h"
 #include "kv/write.cuh"
 #include "ops.h"
@@ -16,7 +17,7 @@ template <class P>
 void launch_write(const WriteParams& p, cudaStream_t stream) {
   const int64_t threads = int64_t{p.tokens} * p.kv_heads * (P::kHeadSize / kWriteChannels);
   const int64_t blocks = (threads + kWriteThreads - 1) / kWriteThreads;
-  launch(kv_write_kernel<P>, static_cast<int>(blocks), kWriteThreads, 0, stream, p);
+  launch_early<kv_write_kernel<P>>(static_cast<int>(blocks), kWriteThreads, 0, stream, p);
 }
 
 }  // namespace

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "common/checks.h"
+#include "common/launch.h"
 #include "common/ptx.cuh"
 
 namespace qoq {
@@ -180,17 +181,8 @@ void launch_quantize_rows(const Source& source, int64_t m, int k, const Quantize
   // For few tokens each thread has one vector, where a block has so many threads.
   const int per_thread = kThreads == 1024 && vectors <= kThreads ? 1 : kHeld;
   const int warps = (vectors / per_thread + 31) / 32;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(m);
-  config.blockDim = dim3(std::clamp(warps, 1, kThreads / 32) * 32);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  CHECK_CUDA(cudaLaunchKernelEx(&config, quantize_rows_kernel<Source, kVector, kHeld, kThreads>,
-                                source, k, out));
+  launch_early<quantize_rows_kernel<Source, kVector, kHeld, kThreads>>(
+      static_cast<int>(m), std::clamp(warps, 1, kThreads / 32) * 32, 0, stream, source, k, out);
 }
 
 // make_source<kVector>() is the source. It is read 16 bytes of T at a time where `is_aligned`.

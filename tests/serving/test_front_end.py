@@ -123,7 +123,7 @@ def test_a_broken_section_is_one_line_too(nested_dir, tmp_path):
     ("capability", "is_built", "message"),
     [
         ((9, 0), False, "this build of vllm-qoq has no CUDA kernels"),
-        ((8, 9), True, r"Hopper GPUs.*this one has 8\.9"),
+        ((7, 5), True, r"Hopper.*this GPU has compute capability 7\.5"),
     ],
 )
 def test_a_gpu_without_our_kernels_is_refused_by_set(

@@ -10,7 +10,10 @@ from op_refusals import call, refusals, right_arguments
 CSRC = ROOT / "csrc"
 CPU = torch.device("cpu")
 # What only a broken driver or another GPU says.
-UNPROVOKED = ("the NVIDIA driver has no", "cuTensorMapEncodeTiled returned", "#call")
+UNPROVOKED = (
+    *("the NVIDIA driver has no", "cuTensorMapEncodeTiled returned", "#call"),
+    *("a GPU of compute capability", "of shared memory, and a block on this GPU"),
+)
 ON_CPU = [
     ("quantize_per_token", "grouped"),
     ("silu_and_mul_quantize", "grouped"),

@@ -315,9 +315,20 @@ def test_the_cpu_has_kernels_and_an_unknown_device_has_none():
     assert not ops.has_kernels("xpu")
 
 
-def test_only_hopper_has_the_cuda_kernels(monkeypatch):
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        ((7, 5), False),
+        ((8, 0), True),
+        ((8, 9), True),
+        ((9, 0), True),
+        ((10, 3), True),
+        ((12, 1), True),
+        ((13, 0), False),
+    ],
+)
+def test_the_cuda_kernels_are_for_some_gpus(monkeypatch, capability, expected):
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for capability, expected in (((9, 0), True), ((8, 9), False), ((10, 0), False)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda c=capability: c)
-        assert ops.has_kernels("cuda") is expected
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert ops.has_kernels("cuda") is expected

@@ -32,7 +32,7 @@ def test_unpack_inverts_pack(n, k, grouped):
 
 
 def test_every_thread_finds_its_fragment():
-    """Walks the block as csrc/gemm/w4a8_kernel.cuh does, with wgmma's own fragment map."""
+    """Walks the block as csrc/gemm/hopper/kernel.cuh does, with wgmma's own fragment map."""
     qweight, scale, offset = layer(64, 256, True)
     packed = w4a8_layout.pack(qweight, scale, offset).numpy()
     weight = reference.level1_int8(qweight, scale, offset).numpy()

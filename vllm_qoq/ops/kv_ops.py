@@ -10,6 +10,7 @@ hadamard     rotate K (and the query to match) by the Sylvester matrix / sqrt(D)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -22,6 +23,9 @@ MAX_GROUP = 16  # query heads of a KV head
 WORKSPACE_COUNTERS = 1024
 WORKSPACE_BLOCKS_OF_PROCESSOR = 2  # blocks of threads that a multiprocessor holds at most
 WORKSPACE_PADDING = 4  # integers of a partial sum beside its channels
+DECODE_WARPS = 8
+DECODE_TILE = 32  # tokens
+DECODE_HEADS = 8  # query heads of a tile
 
 
 @cache
@@ -40,6 +44,27 @@ def workspace(device: torch.device, group: int, head_size: int) -> torch.Tensor:
     blocks = processors * WORKSPACE_BLOCKS_OF_PROCESSOR
     partials = 2 * blocks * group * (head_size + WORKSPACE_PADDING)
     return torch.zeros(WORKSPACE_COUNTERS + partials, dtype=torch.int32, device=device)
+
+
+def decode_shared_bytes(head_size: int, bits: int, group: int) -> int:
+    """Compute the shared memory of a block of `kv_decode`: rings, and sums of the warps."""
+    stages = 4 if head_size == 64 else 2
+    ring = stages * (DECODE_TILE * 2 * (head_size * bits // 8 + 4) + 8)
+    sums = min(group, DECODE_HEADS) * (head_size + WORKSPACE_PADDING) * 4
+    return 128 + DECODE_WARPS * (ring + sums) + 64
+
+
+def lacking_shared_memory(head_size: int, bits: int, group: int) -> Iterator[str]:
+    """Say for which heads the blocks of this GPU have too little shared memory, if they have."""
+    properties = torch.cuda.get_device_properties()
+    there = int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+    needed = decode_shared_bytes(head_size, bits, group)
+    if needed > there:
+        yield (
+            f"{bits} bits, head size {head_size} and {group} query heads for a KV head, which need "
+            f"{needed} bytes of shared memory, on a GPU whose blocks have {there} (fewer bits need "
+            "less)"
+        )
 
 
 def kv_write(

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch.library import Library, register_fake
 
-HOPPER = (9, 0)
+from vllm_qoq.ops import cards
+
 BUILD = "VLLM_QOQ_CUDA=1 pip install --no-build-isolation --no-deps --force-reinstall ."
 
 _NAMESPACE = "qoq"
@@ -51,22 +52,23 @@ def has_kernels(device_type: str) -> bool:
     """Whether this build computes the ops on this machine's "cpu" or "cuda"."""
     if not is_built(device_type):
         return False
-    # The kernels are compiled for sm_90a, which no other generation runs.
     return device_type != "cuda" or (
-        torch.cuda.is_available() and torch.cuda.get_device_capability() == HOPPER
+        torch.cuda.is_available() and cards.serves(torch.cuda.get_device_capability())
     )
 
 
 def missing_kernels() -> str:
     """Say why `has_kernels("cuda")` is false here and what to do: the end of a refusal."""
-    if torch.cuda.is_available() and (found := torch.cuda.get_device_capability()) != HOPPER:
-        name = torch.cuda.get_device_name()
-        return (
-            f"our kernels are for Hopper, compute capability 9.0; {name} has {found[0]}.{found[1]}"
-        )
+    if torch.cuda.is_available():
+        found = torch.cuda.get_device_capability()
+        if not cards.serves(found):
+            return (
+                f"our kernels are for {cards.needed()}; "
+                f"{torch.cuda.get_device_name()} has compute capability {found[0]}.{found[1]}"
+            )
     return (
-        "this build of vllm-qoq has no CUDA kernels; on a Hopper GPU build them in a clone, with "
-        f"nvcc: {BUILD} (README, Install)"
+        "this build of vllm-qoq has no CUDA kernels; on an NVIDIA GPU from Ampere on build them in "
+        f"a clone, with nvcc: {BUILD} (README, Install)"
     )
 
 

@@ -1,53 +1,14 @@
-// Runs the W4A8 kernel on the model of Hopper and compares it with plain loops, bit by bit.
+// Runs the Hopper path of the W4A8 GEMM on the model and compares it with plain loops, bit by bit.
 //   gemm SEED    prints a line for each launch; returns 1 where an element differs or a schedule is
 //                wrong
 // The work of a launch is laid out here, so that every kind is reached whatever it costs; what
 // `schedule` lays out for real sizes is checked without a launch. Nothing here comes from
-// csrc/gemm/w4a8.cu: the tensor maps are written a second time.
-#include "common/ptx.cuh"  // the model
-#include "gemm/w4a8_kernel.cuh"
-#include "gemm/w4a8_schedule.h"
-
-using namespace qoq::w4a8;
+// csrc/gemm/hopper/tensor_maps.h: the tensor maps are written a second time.
+#include "gemm/hopper/costs.h"
+#include "gemm/hopper/kernel.cuh"
+#include "gemm_case.h"
 
 namespace {
-
-std::mt19937 values;
-int random_int(int low, int high) { return low + static_cast<int>(values() % (high - low)); }
-
-// The layout of vllm_qoq/ops/w4a8_layout.py, written a second time; of codes alone without `scale`.
-std::vector<uint8_t> pack(const std::vector<int>& q, const std::vector<int>& scale,
-                          const std::vector<int>& offset, int blocks, int k) {
-  const int k_blocks = k / kBlockK, bytes = kCodeBytes + (scale.empty() ? 0 : kParamBytes);
-  std::vector<uint8_t> packed(static_cast<size_t>(blocks) * k_blocks * bytes);
-  uint8_t* out = packed.data();
-  for (int block = 0; block < blocks; ++block)
-    for (int kb = 0; kb < k_blocks; ++kb, out += bytes) {
-      for (int i = 0; i < kCodeBytes; ++i) {
-        const int half = i / 2048, thread = i / 16 % 128, step = i / 8 % 2, row_half = i / 4 % 2;
-        const int lane = thread % 32;
-        const int row = block * 64 + thread / 32 * 16 + lane / 4 + 8 * row_half;
-        const int at = row * k + kb * 128 + 64 * half + 32 * step + 4 * (lane % 4) + i % 4;
-        out[i] = q[at] | q[at + 16] << 4;
-      }
-      for (int i = 0; !scale.empty() && i < kBlockN; ++i) {
-        const int row = block * 64 + i / 16 * 16 + i / 2 % 8 + 8 * (i % 2);
-        out[kCodeBytes + 2 * i] = scale[row * k_blocks + kb];
-        out[kCodeBytes + 2 * i + 1] = offset[row * k_blocks + kb] + 128;
-      }
-    }
-  return packed;
-}
-
-template <class T>
-uint16_t bits_of(T v) {
-  uint16_t bits;
-  std::memcpy(&bits, &v, sizeof bits);
-  return bits;
-}
-uint16_t to_16_bits(bool is_bfloat16, float v) {
-  return is_bfloat16 ? bits_of(__float2bfloat16(v)) : bits_of(__float2half(v));
-}
 
 CUtensorMap tensor_map(const model::TensorMap& fields) {
   CUtensorMap map;
@@ -56,141 +17,29 @@ CUtensorMap tensor_map(const model::TensorMap& fields) {
   return map;
 }
 
-// The fields of Params of the same names, and the size of the grid.
-struct Schedule {
-  int clusters, split, whole_tiles, piece;
-};
-
-struct Problem {
-  int m, n, k_blocks;
-  Schedule schedule;
-  Bias bias = Bias::kNone;
-  Output output = Output::kBfloat16;
-};
-
-// Which planes of a nested weight a launch is told to use, and how.
-enum class Planes { kBoth, kBothByFlag, kFirstByFlag };
-
-template <class Tile>
-std::string kind_of(const Params& p) {
-  constexpr int kRanks = Tile::kCluster / Tile::kClusterTiles;  // that divide steps
-  std::string kind = p.split == 1        ? "one cluster a tile"
-                     : p.split > 1       ? "split"
-                     : p.piece == 0      ? "rounds"
-                     : p.whole_tiles > 0 ? "rounds and a cut one"
-                                         : "cut";
-  if (p.k_blocks % Tile::kStepBlocks != 0) kind += ", part of a step";
-  if (p.split > 0 && p.steps / p.split < kRanks) kind += ", idle rank";
-  return kind;
-}
-
 template <class Tile, Weights kWeights>
 int count_wrong(const char* name, const Problem& problem, Planes planes) {
-  const int m = problem.m, n = problem.n, k_blocks = problem.k_blocks;
-  const int k = k_blocks * kBlockK, blocks = divide_up(n, kBlockN);
-  constexpr bool kGrouped = kHasGroups<kWeights>;
-  std::vector<int> q(blocks * kBlockN * k), scale(blocks * kBlockN * k_blocks);
-  std::vector<int> offset(scale.size()), row_sum(m);
-  std::vector<int8_t> x(m * k);
-  std::vector<float> x_scale(m), channel_scale(n), zero(n), bias(n);
-  std::vector<uint16_t> bias_16(n);
-  for (auto& v : q) v = random_int(0, 16);
-  for (auto& v : x) v = random_int(-127, 128);
-  for (size_t i = 0; i < scale.size(); ++i) {
-    scale[i] = random_int(1, 17);
-    offset[i] = random_int(-128, 128 - 15 * scale[i]);
-  }
-  for (int i = 0; i < m; ++i) {
-    x_scale[i] = random_int(1, 100) / 1e3f;
-    for (int j = 0; j < k; ++j) row_sum[i] += x[i * k + j];
-  }
-  for (int i = 0; i < n; ++i) {
-    channel_scale[i] = random_int(1, 100) / 1e4f;
-    zero[i] = random_int(-100, 100) / 1e4f;
-    bias[i] = random_int(-100, 100) / 8.f;  // 16 bits hold it
-    bias_16[i] = to_16_bits(problem.bias == Bias::kBfloat16, bias[i]);
-  }
-  if (!kGrouped) scale.clear();
-  // The weights, and in a nested one what the second plane adds, as far as int8 has room.
-  std::vector<int> w(q), residual(q.size(), kResidualZero);
-  for (size_t i = 0; i < q.size() && kGrouped; ++i) {
-    const size_t group = i / k * k_blocks + i % k / kBlockK;
-    w[i] = q[i] * scale[group] + offset[group];
-    if (kWeights != Weights::kNested) continue;
-    const int sum = std::clamp(w[i] + random_int(-8, 8), -128, 127);
-    residual[i] = sum - w[i] + kResidualZero;
-    if (planes != Planes::kFirstByFlag) w[i] = sum;
-  }
-  std::vector<uint8_t> packed = pack(q, scale, offset, blocks, k);
-  const size_t first_plane = packed.size();
-  if (kWeights == Weights::kNested)
-    std::ranges::copy(pack(residual, {}, {}, blocks, k), std::back_inserter(packed));
-  std::vector<uint16_t> out(static_cast<size_t>(m) * n, 0x7FFF);  // NaN
-
-  const int32_t use_residual = planes == Planes::kBothByFlag;
-  Params p{
-      .weight = packed.data(),
-      .residual = packed.data() + first_plane,
-      .use_residual = planes == Planes::kBoth ? nullptr : &use_residual,
-      .x_scale = x_scale.data(),
-      .x_row_sum = row_sum.data(),
-      .channel_scale = channel_scale.data(),
-      .channel_zero = kGrouped ? nullptr : zero.data(),
-      .bias = problem.bias == Bias::kFloat32 ? static_cast<void*>(bias.data()) : bias_16.data(),
-      .out = out.data(),
-      .m = m,
-      .n = n,
-      .k_blocks = k_blocks,
-      .weight_blocks = blocks,
-      .bias_type = problem.bias,
-      .out_type = problem.output,
-  };
-  int clusters;
-  schedule<Tile>(p, 1, clusters);  // tiles and steps
-  p.split = problem.schedule.split;
-  p.whole_tiles = problem.schedule.whole_tiles;
-  p.piece = problem.schedule.piece;
-  const int shared_tiles = p.tiles_m * p.tiles_n - p.whole_tiles;
-  std::vector<int> workspace(kCounters + shared_tiles * Tile::kCluster * Tile::kTileInts);
-  p.workspace = workspace.data();
+  Case<kWeights> layer(problem, planes);
+  const std::string kind = layer.template lay_out<Tile>();
+  const int m = layer.m, n = layer.n, k = layer.k, k_blocks = layer.k_blocks;
   auto x_tensor_map = [&](int tokens) {
-    return tensor_map({.base = reinterpret_cast<char*>(x.data()),
+    return tensor_map({.base = reinterpret_cast<char*>(layer.x.data()),
                        .element_bytes = 1,
                        .sizes = {kBlockK, m, k_blocks},
                        .strides = {1, k, kBlockK},
                        .box = {kBlockK, tokens, Tile::kStepBlocks}});
   };
   const CUtensorMap x_map = x_tensor_map(Tile::kTokens / Tile::kClusterTiles);
-  const CUtensorMap x_tail_map = x_tensor_map(p.tail_tokens);
-  const CUtensorMap out_map = tensor_map({.base = reinterpret_cast<char*>(out.data()),
+  const CUtensorMap x_tail_map = x_tensor_map(layer.p.tail_tokens);
+  const CUtensorMap out_map = tensor_map({.base = reinterpret_cast<char*>(layer.out.data()),
                                           .element_bytes = 2,
                                           .sizes = {n, m, 1},
                                           .strides = {2, 2 * n, 0},
                                           .box = {kBlockN, Tile::kUnitTokens, 1}});
-  model::bulk_memory = packed;
   model::launch(problem.schedule.clusters, Tile::kCluster, Tile::kThreads,
                 Tile::template kSharedBytes<kWeights>, random_int(1, 4),
-                [&] { w4a8_gemm_kernel<Tile, kWeights>(x_map, x_tail_map, out_map, p); });
-
-  int wrong = 0;
-  for (int j = 0; j < n; ++j) {
-    for (int i = 0; i < m; ++i) {
-      int sum = 0;
-      for (int t = 0; t < k; ++t) sum += w[j * k + t] * x[i * k + t];
-      float y = static_cast<float>(sum) * channel_scale[j];
-      if (!kGrouped) y -= static_cast<float>(row_sum[i]) * zero[j];
-      y *= x_scale[i];
-      if (problem.bias != Bias::kNone) y += bias[j];
-      wrong +=
-          to_16_bits(problem.output == Output::kBfloat16, y) != out[static_cast<size_t>(i) * n + j];
-    }
-  }
-  for (const int v : workspace) wrong += v != 0;
-  constexpr const char* kNames[] = {"per channel", "g128", "nested"};
-  std::printf("%s %s: %s: M %d N %d K %d, %d wrong\n", name, kNames[static_cast<int>(kWeights)],
-              kind_of<Tile>(p).c_str(), m, n, k, wrong);
-  std::fflush(stdout);
-  return wrong;
+                [&] { w4a8_gemm_hopper<Tile, kWeights>(x_map, x_tail_map, out_map, layer.p); });
+  return layer.count_wrong(name, kind);
 }
 
 template <class Tile, Weights kWeights>
@@ -225,55 +74,9 @@ int count_wrong_of_kinds(const char* name) {
   return wrong;
 }
 
-// Whether what `schedule` lays out for so many multiprocessors does every step of every tile once,
-// and has room for its sums.
-template <class Tile>
-bool is_schedule_right(int m, int n, int k_blocks, int multiprocessors) {
-  Params p{.m = m, .n = n, .k_blocks = k_blocks};
-  const int slots = multiprocessors * Tile::kResident / Tile::kCluster;
-  int clusters = 0;
-  if (schedule<Tile>(p, slots, clusters) == kImpossible)
-    return Tile::kByInputs && p.tiles_m * p.tiles_n > slots;
-  const int tiles_n = p.tiles_n * Tile::kClusterTiles;
-  std::vector<int> done(p.tiles_m * tiles_n * p.steps);
-  bool is_right = clusters <= slots;
-  model::as_each_block(clusters, Tile::kCluster, [&] {
-    WorkList<Tile> list(p);
-    Work work;
-    for (int i = 0; list.next(work); ++i) {
-      is_right &= i == 0 || !Tile::kByInputs;  // the sums of these overwrite the ring
-      const auto [tile_m, tile_n] = position<Tile>(work.tile, p);
-      const auto [begin, end] = steps_of_block<Tile>(work);
-      for (int step = begin; step < end; ++step)
-        ++done.at((tile_m * tiles_n + tile_n) * p.steps + step);
-      const int sums = (work.tile - p.whole_tiles + 1) * Tile::kCluster;
-      if (work.end - work.begin < p.steps)
-        is_right &= sums <= kCounters && sums * Tile::kTileInts <= multiprocessors * kMaxTileInts;
-    }
-  });
-  return is_right && std::all_of(done.begin(), done.end(), [](int times) { return times == 1; });
-}
-
-template <class Tile>
-int count_wrong_schedules(const char* name) {
-  constexpr int kLayers[][2] = {{8, 1}, {1032, 3}, {6144, 32}, {28672, 32}, {4096, 112}};
-  std::vector<int> sizes = {1, Tile::kTokens};
-  if (!Tile::kByInputs) sizes.push_back(17 * Tile::kTokens - 1);  // more than a band
-  int wrong = 0;
-  for (const int multiprocessors : {9, 116, 132})
-    for (const int m : sizes)
-      for (const auto& [n, k_blocks] : kLayers) {
-        if (is_schedule_right<Tile>(m, n, k_blocks, multiprocessors)) continue;
-        ++wrong;
-        std::printf("%s: the schedule of M %d N %d K %d on %d multiprocessors is wrong\n", name, m,
-                    n, k_blocks * kBlockK, multiprocessors);
-      }
-  return wrong;
-}
-
 template <class Tile, Weights... kWeights>
 int count_wrong_of_tile(const char* name) {
-  return count_wrong_schedules<Tile>(name) + (count_wrong_of_kinds<Tile, kWeights>(name) + ...);
+  return count_wrong_schedules<Tile>(name, kCost<Tile>) + (count_wrong_of_kinds<Tile, kWeights>(name) + ...);
 }
 
 }  // namespace

@@ -146,6 +146,12 @@ struct Store {
   std::vector<std::array<char, 16>> bytes;  // as they were when it was issued
 };
 
+// A copy by a thread into shared memory.
+struct Copy {
+  uint32_t destination;
+  std::array<char, 16> bytes;
+};
+
 struct Thread {
   void* stack_pointer;
   std::unique_ptr<char[]> stack;
@@ -156,7 +162,9 @@ struct Thread {
   int cluster_generation = 0;
   bool is_after_previous_kernel = false;
   std::vector<uint32_t> unfenced;                // what it wrote of Block::unfenced
-  std::deque<std::vector<Store>> stores = {{}};  // groups; the last one is not committed
+  // In groups, of which the last one is not committed.
+  std::deque<std::vector<Store>> stores = {{}};
+  std::deque<std::vector<Copy>> copies = {{}};
 };
 
 inline void* scheduler;  // its stack pointer while a thread runs
@@ -164,7 +172,9 @@ inline Thread* self;
 inline int grid_blocks, block_threads;
 inline int round_now;                         // every thread that does not sleep runs once
 inline int most_rounds = 10000;               // more of them are a deadlock
-inline std::span<const uint8_t> bulk_memory;  // where bulk copies may read
+inline std::span<const uint8_t> bulk_memory;  // where copies of weights may read
+// Where copies by threads may read what the kernel before this one wrote.
+inline std::span<const uint8_t> previous_memory;
 inline std::mt19937 random_order;
 inline std::function<void()> kernel;
 
@@ -266,6 +276,7 @@ inline void run_thread() {
   kernel();
   check(self->stores.size() == 1 && self->stores[0].empty(),
         "a thread ends before its stores have read");
+  for (const auto& group : self->copies) check(group.empty(), "a thread ends before its copies");
   self->has_ended = true;
   --self->block->alive;
   --self->block->cluster->alive;
@@ -410,6 +421,12 @@ using namespace model;
 inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(static_cast<const char*>(p) - shared_begin()) + kFirstAddress;
 }
+
+#ifdef MODEL_WITHOUT_COPY_ENGINE
+constexpr bool kHasCopyEngine = false;
+#else
+constexpr bool kHasCopyEngine = true;
+#endif
 
 inline Mbarrier& mbarrier(uint32_t address) {
   Mbarrier& barrier = block_of(address).mbarriers[address & kAddressMask];

@@ -94,6 +94,29 @@ inline uint32_t movmatrix_trans(uint32_t v) {
   };
   return element(2 * c, g) | element(2 * c + 1, g) << 16;
 }
+// Reads the rows of 8x8 matrices whose addresses the lanes bring, `kCount` of them.
+template <int kCount>
+void ldmatrix(uint32_t* r, uint32_t address) {
+  check(lane() >= 8 * kCount || address % 16 == 0, "an unaligned row");
+  const auto& all = exchange({address});
+  for (int q = 0; q < kCount; ++q)
+    std::memcpy(&r[q], shared_pointer(all[8 * q + lane() / 4][0], 16) + lane() % 4 * 4, 4);
+}
+inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) { ldmatrix<4>(r, address); }
+inline void ldmatrix_x2(uint32_t (&r)[2], uint32_t address) { ldmatrix<2>(r, address); }
+inline void mma_m16n8k32_u8s8(int32_t (&d)[4], const uint32_t* a, const uint32_t (&b)[2]) {
+  const int g = lane() / 4, c = lane() % 4;
+  const auto& all = exchange({a[0], a[1], a[2], a[3], b[0], b[1]});
+  for (int i = 0; i < 4; ++i) {
+    const int lower = i / 2, column = 2 * c + i % 2;
+    for (int k = 0; k < 8; ++k) {
+      const uint32_t u = all[4 * g + k % 4][lower + 2 * (k / 4)];
+      const uint32_t s = all[4 * column + k % 4][4 + k / 4];
+      for (int byte = 0; byte < 32; byte += 8)
+        d[i] += static_cast<int>(u >> byte & 255) * static_cast<int8_t>(s >> byte & 255);
+    }
+  }
+}
 inline void mma_m16n8k16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                          const uint32_t (&b)[2]) {
   const int g = lane() / 4, c = lane() % 4;

@@ -290,6 +290,9 @@ class CUDAKV4Backend(QuantizedKVBackend):
             yield f"{layer.num_heads // layer.num_kv_heads} query heads for a KV head (at most 16)"
         if dtype not in cls.supported_dtypes:
             yield f"{dtype} on a GPU (it serves bfloat16 and float16)"
+        group = layer.num_heads // layer.num_kv_heads
+        if torch.cuda.is_available():
+            yield from kv_ops.lacking_shared_memory(layer.head_size, cls.bits, group)
 
 
 class CUDAKV8Backend(CUDAKV4Backend):

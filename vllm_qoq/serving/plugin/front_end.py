@@ -105,10 +105,10 @@ def _check_kernels(section: Section, routing: Routing, device_type: str) -> None
     capability = current_platform.get_device_capability()
     if not ops.is_built(device_type):
         obstacle = "this build of vllm-qoq has no CUDA kernels; build them (README, Install)"
-    elif capability is not None and tuple(capability) != ops.HOPPER:
+    elif capability is not None and not ops.cards.serves((capability[0], capability[1])):
         obstacle = (
-            f"its kernels are for Hopper GPUs, compute capability 9.0, and this one has "
-            f"{capability[0]}.{capability[1]}; use a Hopper GPU"
+            f"its kernels are for {ops.cards.needed()}, and this GPU has compute capability "
+            f"{capability[0]}.{capability[1]}; use one of those"
         )
     else:
         return

@@ -20,11 +20,11 @@
 
 #include "common/ptx.cuh"
 #include "common/wgmma.cuh"
-#include "gemm/w4a8_config.h"
-#include "gemm/w4a8_epilogue.cuh"
-#include "gemm/w4a8_load.cuh"
-#include "gemm/w4a8_unpack.cuh"
-#include "gemm/w4a8_work.cuh"
+#include "gemm/hopper/epilogue.cuh"
+#include "gemm/hopper/fragment.cuh"
+#include "gemm/hopper/load.cuh"
+#include "gemm/hopper/shared_memory.cuh"
+#include "gemm/hopper/tiles.h"
 
 namespace qoq::w4a8 {
 
@@ -145,7 +145,7 @@ __device__ void multiply(const CUtensorMap& out_map, const Params& p,
     const bool is_whole = work.end - work.begin == p.steps;
     if (is_whole) {
       ptx::named_barrier_sync(1, Tile::kConsumers);
-    } else if (!add_to_shared_tile<Tile, kWeights>(sums, p, work, shared, shared_base)) {
+    } else if (!add_to_others<Tile, kWeights>(sums, p, work, shared, shared_base)) {
       continue;
     }
     write_output<Tile, kWeights>(sums, out_map, p, at, shared, shared_base);
@@ -156,7 +156,7 @@ __device__ void multiply(const CUtensorMap& out_map, const Params& p,
 
 template <class Tile, Weights kWeights>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
-    w4a8_gemm_kernel(const __grid_constant__ CUtensorMap x_map,
+    w4a8_gemm_hopper(const __grid_constant__ CUtensorMap x_map,
                      const __grid_constant__ CUtensorMap x_tail_map,
                      const __grid_constant__ CUtensorMap out_map,
                      const __grid_constant__ Params p) {

@@ -2,24 +2,10 @@
 #pragma once
 
 #include "common/ptx.cuh"
-#include "gemm/w4a8_config.h"
-#include "gemm/w4a8_work.cuh"
+#include "gemm/hopper/shared_memory.cuh"
+#include "gemm/hopper/tiles.h"
 
 namespace qoq::w4a8 {
-
-// Weights that only one tile reads leave the L2 first.
-__device__ inline uint64_t weight_policy(const Params& p) {
-  return p.tiles_m == 1 ? ptx::l2_policy_evict_first() : ptx::l2_policy_evict_normal();
-}
-
-// Whether a launch multiplies with both planes. The flag was written before the kernel ahead of
-// this one began, so that nothing has to be waited for.
-template <Weights kWeights>
-__device__ inline bool uses_residual(const Params& p) {
-  if constexpr (kWeights != Weights::kNested) return false;
-  const volatile int32_t* flag = p.use_residual;
-  return flag == nullptr || *flag != 0;
-}
 
 // Loads x of every step, by one thread; where a cluster shares x, this block's part for all.
 template <class Tile, Weights kWeights>

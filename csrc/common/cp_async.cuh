@@ -1,0 +1,40 @@
+// One wrapper for each PTX instruction of asynchronous copies by threads, which sm_80 and later
+// have.
+#pragma once
+
+#include <cstdint>
+
+namespace qoq::ptx {
+
+// Copies 16 bytes into shared memory. The copy belongs to the group that the thread commits next.
+__device__ inline void cp_async_16(uint32_t destination, const void* source) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(destination), "l"(source)
+               : "memory");
+}
+
+// The same with an L2 cache policy of `l2_policy_*`.
+__device__ inline void cp_async_16(uint32_t destination, const void* source, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(destination),
+               "l"(source), "l"(policy)
+               : "memory");
+}
+
+// The same as the first where `is_there`; otherwise writes zeros and reads nothing.
+__device__ inline void cp_async_16_or_zeros(uint32_t destination, const void* source,
+                                            bool is_there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source),
+               "r"(is_there ? 16 : 0)
+               : "memory");
+}
+
+__device__ inline void cp_async_commit_group() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until all but the latest kPending groups of this thread have arrived.
+template <int kPending>
+__device__ inline void cp_async_wait_group() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+}  // namespace qoq::ptx

@@ -1,0 +1,65 @@
+// Launches the portable path.
+#pragma once
+
+#include <mutex>
+
+#include "common/launch.h"
+#include "gemm/portable/costs.h"
+#include "gemm/portable/kernel.cuh"
+#include "gemm/w4a8_launch.h"
+
+namespace qoq::w4a8::portable {
+
+// How one tile is launched.
+template <class Tile, Weights kWeights>
+struct Launcher {
+  static constexpr auto* kKernel = w4a8_gemm_portable<Tile, kWeights>;
+
+  static int plan(Params& p, const Card& card, int, int& blocks) {
+    p.stages = stages_on<Tile, kWeights>(card);
+    if (p.stages < Tile::kMinStages) return kImpossible;
+    // A counter of the workspace for each tile that blocks share.
+    const int slots = std::min(card.multiprocessors * Tile::kResident, kCounters);
+    return schedule<Tile>(p, slots, cost_on<Tile, kWeights>(card), blocks);
+  }
+
+  static void launch(const Params& p, int blocks, int device, cudaStream_t stream) {
+    const int shared_bytes = Tile::template shared_bytes<kWeights>(p.stages);
+    // Tiles without room are chosen only where none has it.
+    STD_TORCH_CHECK(p.stages >= Tile::kMinStages, "w4a8_gemm: the kernel needs ",
+                    Tile::template shared_bytes<kWeights>(Tile::kMinStages),
+                    " bytes of shared memory, and a block on this GPU has less");
+    static std::once_flag is_made[kMaxDevices];
+    std::call_once(is_made[device], [&] {
+      CHECK_CUDA(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      card_of(device).shared_bytes));
+      CHECK_CUDA(cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                      cudaSharedmemCarveoutMaxShared));
+    });
+    launch_early<kKernel>(blocks, Tile::kThreads, shared_bytes, stream, p);
+  }
+};
+
+template <Weights kWeights, class... Tiles>
+void launch_fastest_of(const Params& p, const Card& card, int device, cudaStream_t stream) {
+  launch_fastest<Launcher<Tiles, kWeights>...>(p, card, device, stream);
+}
+
+template <Weights kWeights>
+void run(const Params& p, const Card& card, int device, cudaStream_t stream) {
+  if (p.m <= 8) {
+    launch_fastest_of<kWeights, Tile8>(p, card, device, stream);
+  } else if (p.m <= 16) {
+    launch_fastest_of<kWeights, Tile16>(p, card, device, stream);
+  } else if (p.m <= 32) {
+    launch_fastest_of<kWeights, Tile32>(p, card, device, stream);
+  } else if (p.m <= 64) {
+    launch_fastest_of<kWeights, Tile64, Tile64Wide>(p, card, device, stream);
+  } else if constexpr (kWeights == Weights::kNested) {
+    launch_fastest_of<kWeights, Tile64, Tile64Wide, Tile128>(p, card, device, stream);
+  } else {
+    launch_fastest_of<kWeights, Tile64, Tile64Wide, Tile128, Tile256>(p, card, device, stream);
+  }
+}
+
+}  // namespace qoq::w4a8::portable

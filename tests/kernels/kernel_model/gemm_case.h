@@ -1,0 +1,254 @@
+// Layers with random numbers for the programs that run a W4A8 kernel on the model, and what comes
+// out by plain loops, bit by bit.
+#pragma once
+
+#include <string>
+
+#include "common/ptx.cuh"  // the model
+#include "gemm/w4a8_epilogue.cuh"
+#include "gemm/w4a8_schedule.h"
+#include "gemm/w4a8_work.cuh"
+
+using namespace qoq::w4a8;
+
+namespace {
+
+std::mt19937 values;
+int random_int(int low, int high) { return low + static_cast<int>(values() % (high - low)); }
+
+// The layout of vllm_qoq/ops/w4a8_layout.py, written a second time; of codes alone without `scale`.
+std::vector<uint8_t> pack(const std::vector<int>& q, const std::vector<int>& scale,
+                          const std::vector<int>& offset, int blocks, int k) {
+  const int k_blocks = k / kBlockK, bytes = kCodeBytes + (scale.empty() ? 0 : kParamBytes);
+  std::vector<uint8_t> packed(static_cast<size_t>(blocks) * k_blocks * bytes);
+  uint8_t* out = packed.data();
+  for (int block = 0; block < blocks; ++block)
+    for (int kb = 0; kb < k_blocks; ++kb, out += bytes) {
+      for (int i = 0; i < kCodeBytes; ++i) {
+        const int half = i / 2048, thread = i / 16 % 128, step = i / 8 % 2, row_half = i / 4 % 2;
+        const int lane = thread % 32;
+        const int row = block * 64 + thread / 32 * 16 + lane / 4 + 8 * row_half;
+        const int at = row * k + kb * 128 + 64 * half + 32 * step + 4 * (lane % 4) + i % 4;
+        out[i] = q[at] | q[at + 16] << 4;
+      }
+      for (int i = 0; !scale.empty() && i < kBlockN; ++i) {
+        const int row = block * 64 + i / 16 * 16 + i / 2 % 8 + 8 * (i % 2);
+        out[kCodeBytes + 2 * i] = scale[row * k_blocks + kb];
+        out[kCodeBytes + 2 * i + 1] = offset[row * k_blocks + kb] + 128;
+      }
+    }
+  return packed;
+}
+
+template <class T>
+uint16_t bits_of(T v) {
+  uint16_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  return bits;
+}
+uint16_t to_16_bits(bool is_bfloat16, float v) {
+  return is_bfloat16 ? bits_of(__float2bfloat16(v)) : bits_of(__float2half(v));
+}
+
+// The fields of Params of the same names, and the size of the grid.
+struct Schedule {
+  int clusters, split, whole_tiles, piece;
+};
+
+struct Problem {
+  int m, n, k_blocks;
+  Schedule schedule;
+  Bias bias = Bias::kNone;
+  Output output = Output::kBfloat16;
+};
+
+// Which planes of a nested weight a launch is told to use, and how.
+enum class Planes { kBoth, kBothByFlag, kFirstByFlag };
+
+template <class Tile>
+std::string kind_of(const Params& p) {
+  constexpr int kRanks = Tile::kCluster / Tile::kClusterTiles;  // that divide steps
+  std::string kind = p.split == 1        ? "one cluster a tile"
+                     : p.split > 1       ? "split"
+                     : p.piece == 0      ? "rounds"
+                     : p.whole_tiles > 0 ? "rounds and a cut one"
+                                         : "cut";
+  if (p.k_blocks % Tile::kStepBlocks != 0) kind += ", part of a step";
+  if (p.split > 0 && p.steps / p.split < kRanks) kind += ", idle rank";
+  return kind;
+}
+
+// A layer and its activations, packed and laid out.
+template <Weights kWeights>
+struct Case {
+  const Problem problem;
+  const int m, n, k_blocks, k, blocks;
+  std::vector<int> w, row_sum;
+  std::vector<int8_t> x;
+  std::vector<float> x_scale, channel_scale, zero, bias;
+  std::vector<uint16_t> bias_16, out;
+  std::vector<uint8_t> packed;
+  std::vector<int> workspace;
+  int32_t use_residual;
+  Params p;
+
+  Case(const Problem& problem, Planes planes)
+      : problem(problem),
+        m(problem.m),
+        n(problem.n),
+        k_blocks(problem.k_blocks),
+        k(k_blocks * kBlockK),
+        blocks(divide_up(n, kBlockN)),
+        row_sum(m),
+        x(m * k),
+        x_scale(m),
+        channel_scale(n),
+        zero(n),
+        bias(n),
+        bias_16(n),
+        out(static_cast<size_t>(m) * n, 0x7FFF),  // NaN
+        use_residual(planes == Planes::kBothByFlag) {
+    constexpr bool kGrouped = kHasGroups<kWeights>;
+    std::vector<int> q(blocks * kBlockN * k), scale(blocks * kBlockN * k_blocks);
+    std::vector<int> offset(scale.size());
+    for (auto& v : q) v = random_int(0, 16);
+    for (auto& v : x) v = random_int(-127, 128);
+    for (size_t i = 0; i < scale.size(); ++i) {
+      scale[i] = random_int(1, 17);
+      offset[i] = random_int(-128, 128 - 15 * scale[i]);
+    }
+    for (int i = 0; i < m; ++i) {
+      x_scale[i] = random_int(1, 100) / 1e3f;
+      for (int j = 0; j < k; ++j) row_sum[i] += x[i * k + j];
+    }
+    for (int i = 0; i < n; ++i) {
+      channel_scale[i] = random_int(1, 100) / 1e4f;
+      zero[i] = random_int(-100, 100) / 1e4f;
+      bias[i] = random_int(-100, 100) / 8.f;  // 16 bits hold it
+      bias_16[i] = to_16_bits(problem.bias == Bias::kBfloat16, bias[i]);
+    }
+    if (!kGrouped) scale.clear();
+    // The weights, and in a nested one what the second plane adds, as far as int8 has room.
+    w = q;
+    std::vector<int> residual(q.size(), kResidualZero);
+    for (size_t i = 0; i < q.size() && kGrouped; ++i) {
+      const size_t group = i / k * k_blocks + i % k / kBlockK;
+      w[i] = q[i] * scale[group] + offset[group];
+      if (kWeights != Weights::kNested) continue;
+      const int sum = std::clamp(w[i] + random_int(-8, 8), -128, 127);
+      residual[i] = sum - w[i] + kResidualZero;
+      if (planes != Planes::kFirstByFlag) w[i] = sum;
+    }
+    packed = pack(q, scale, offset, blocks, k);
+    const size_t first_plane = packed.size();
+    if (kWeights == Weights::kNested)
+      std::ranges::copy(pack(residual, {}, {}, blocks, k), std::back_inserter(packed));
+    p = {
+        .weight = packed.data(),
+        .residual = packed.data() + first_plane,
+        .use_residual = planes == Planes::kBoth ? nullptr : &use_residual,
+        .x_scale = x_scale.data(),
+        .x_row_sum = row_sum.data(),
+        .channel_scale = channel_scale.data(),
+        .channel_zero = kGrouped ? nullptr : zero.data(),
+        .bias = problem.bias == Bias::kFloat32 ? static_cast<void*>(bias.data()) : bias_16.data(),
+        .out = out.data(),
+        .m = m,
+        .n = n,
+        .k_blocks = k_blocks,
+        .weight_blocks = blocks,
+        .bias_type = problem.bias,
+        .out_type = problem.output,
+        .x = x.data(),
+    };
+    model::bulk_memory = packed;
+    model::previous_memory = {reinterpret_cast<const uint8_t*>(x.data()), x.size()};
+  }
+  Case(const Case&) = delete;
+
+  // Lays out the work as the problem says, whatever `schedule` would do; returns what it is called.
+  template <class Tile>
+  std::string lay_out() {
+    int clusters;
+    schedule<Tile>(p, 1, Cost{}, clusters);  // tiles and steps
+    p.split = problem.schedule.split;
+    p.whole_tiles = problem.schedule.whole_tiles;
+    p.piece = problem.schedule.piece;
+    const int shared_tiles = p.tiles_m * p.tiles_n - p.whole_tiles;
+    workspace.resize(kCounters + shared_tiles * Tile::kCluster * Tile::kTileInts);
+    p.workspace = workspace.data();
+    return kind_of<Tile>(p);
+  }
+
+  // How many elements differ from what they should be, and how much of the workspace is not zero.
+  // Says so.
+  int count_wrong(const char* name, const std::string& kind) const {
+    int wrong = 0;
+    for (int j = 0; j < n; ++j) {
+      for (int i = 0; i < m; ++i) {
+        int sum = 0;
+        for (int t = 0; t < k; ++t) sum += w[j * k + t] * x[i * k + t];
+        float y = static_cast<float>(sum) * channel_scale[j];
+        if (!kHasGroups<kWeights>) y -= static_cast<float>(row_sum[i]) * zero[j];
+        y *= x_scale[i];
+        if (problem.bias != Bias::kNone) y += bias[j];
+        wrong += to_16_bits(problem.output == Output::kBfloat16, y) !=
+                 out[static_cast<size_t>(i) * n + j];
+      }
+    }
+    for (const int v : workspace) wrong += v != 0;
+    constexpr const char* kNames[] = {"per channel", "g128", "nested"};
+    std::printf("%s %s: %s: M %d N %d K %d, %d wrong\n", name,
+                kNames[static_cast<int>(kWeights)], kind.c_str(), m, n, k, wrong);
+    std::fflush(stdout);
+    return wrong;
+  }
+};
+
+// Whether what `schedule` lays out for so many multiprocessors does every step of every tile once,
+// and has room for its sums.
+template <class Tile>
+bool is_schedule_right(int m, int n, int k_blocks, int multiprocessors, const Cost& cost) {
+  Params p{.m = m, .n = n, .k_blocks = k_blocks};
+  const int slots = multiprocessors * Tile::kResident / Tile::kCluster;
+  int clusters = 0;
+  if (schedule<Tile>(p, slots, cost, clusters) == kImpossible)
+    return Tile::kByInputs && p.tiles_m * p.tiles_n > slots;
+  const int tiles_n = p.tiles_n * Tile::kClusterTiles;
+  std::vector<int> done(p.tiles_m * tiles_n * p.steps);
+  bool is_right = clusters <= slots;
+  model::as_each_block(clusters, Tile::kCluster, [&] {
+    WorkList<Tile> list(p);
+    Work work;
+    for (int i = 0; list.next(work); ++i) {
+      is_right &= i == 0 || !Tile::kByInputs;  // the sums of these overwrite the ring
+      const auto [tile_m, tile_n] = position<Tile>(work.tile, p);
+      const auto [begin, end] = steps_of_block<Tile>(work);
+      for (int step = begin; step < end; ++step)
+        ++done.at((tile_m * tiles_n + tile_n) * p.steps + step);
+      const int sums = (work.tile - p.whole_tiles + 1) * Tile::kCluster;
+      if (work.end - work.begin < p.steps)
+        is_right &= sums <= kCounters && sums * Tile::kTileInts <= multiprocessors * kMaxTileInts;
+    }
+  });
+  return is_right && std::all_of(done.begin(), done.end(), [](int times) { return times == 1; });
+}
+
+template <class Tile>
+int count_wrong_schedules(const char* name, const Cost& cost) {
+  constexpr int kLayers[][2] = {{8, 1}, {1032, 3}, {6144, 32}, {28672, 32}, {4096, 112}};
+  std::vector<int> sizes = {1, Tile::kTokens};
+  if (!Tile::kByInputs) sizes.push_back(17 * Tile::kTokens - 1);  // more than a band
+  int wrong = 0;
+  for (const int multiprocessors : {9, 116, 132})
+    for (const int m : sizes)
+      for (const auto& [n, k_blocks] : kLayers) {
+        if (is_schedule_right<Tile>(m, n, k_blocks, multiprocessors, cost)) continue;
+        ++wrong;
+        std::printf("%s: the schedule of M %d N %d K %d on %d multiprocessors is wrong\n", name, m,
+                    n, k_blocks * kBlockK, multiprocessors);
+      }
+  return wrong;
+}
+
+}  // namespace

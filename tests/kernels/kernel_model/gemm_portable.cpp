@@ -1,0 +1,99 @@
+// Runs the portable path of the W4A8 GEMM on the model and compares it with plain loops, bit by bit.
+//   gemm_portable SEED    prints a line for each launch; returns 1 where an element differs, or a
+//                         schedule is wrong or has no room on one of the cards
+#include "common/mma.cuh"  // the model
+#include "gemm/portable/costs.h"
+#include "gemm/portable/kernel.cuh"
+#include "gemm_case.h"
+
+namespace {
+
+using namespace portable;
+using qoq::Card;
+
+// What limits a tile on the cards that there are.
+constexpr Card kCards[] = {
+    {.capability = 80, .multiprocessors = 108, .shared_bytes = 163 << 10,
+     .multiprocessor_shared_bytes = 164 << 10, .clock = 1.41f, .bandwidth = 2039},
+    {.capability = 86, .multiprocessors = 20, .shared_bytes = 99 << 10,
+     .multiprocessor_shared_bytes = 100 << 10, .clock = 1.7f, .bandwidth = 192},
+    {.capability = 100, .multiprocessors = 148, .shared_bytes = 227 << 10,
+     .multiprocessor_shared_bytes = 228 << 10, .clock = 1.9f, .bandwidth = 7700},
+    {.capability = 120, .multiprocessors = 188, .shared_bytes = 99 << 10,
+     .multiprocessor_shared_bytes = 100 << 10, .clock = 2.4f, .bandwidth = 0},
+};
+
+template <class Tile, Weights kWeights>
+int count_wrong(const char* name, const Problem& problem, Planes planes, int stages) {
+  Case<kWeights> layer(problem, planes);
+  const std::string kind = layer.template lay_out<Tile>();
+  layer.p.stages = stages;
+  model::launch(problem.schedule.clusters, 1, Tile::kThreads,
+                Tile::template shared_bytes<kWeights>(stages), random_int(1, 3),
+                [&] { w4a8_gemm_portable<Tile, kWeights>(layer.p); });
+  return layer.count_wrong(name, kind);
+}
+
+template <class Tile, Weights kWeights>
+int count_wrong_of_kinds(const char* name) {
+  constexpr int kTokens = Tile::kTokens, kChannels = Tile::kChannels;
+  const int m = kTokens + 3, n = kChannels + 40;
+  const Problem problems[] = {
+      {kTokens - 3, n, Tile::kMinStages + 3, {2, 1}, Bias::kFloat32},
+      {3, kChannels, 7, {3, 3}, Bias::kFloat16},
+      {m, n, 2, {3, 0, 4}, Bias::kBfloat16, Output::kFloat16},
+      {m, n, 3, {3, 0, 3, 2}},
+      // Two tiles of four steps: the second block works on both, the last on none.
+      {m, kChannels, 4, {4, 0, 0, 3}, Bias::kFloat32},
+  };
+  int wrong = 0, i = 0;
+  for (const Problem& problem : problems) {
+    // The fewest stages, the most, and one between, which is deeper than some work is long.
+    const int stages[] = {Tile::kMinStages, 5, Tile::kMaxStages};
+    wrong += count_wrong<Tile, kWeights>(name, problem, static_cast<Planes>(i % 3), stages[i % 3]);
+    ++i;
+  }
+  return wrong;
+}
+
+template <class Tile, Weights kWeights>
+int count_wrong_on_cards(const char* name) {
+  int wrong = 0;
+  for (const Card& card : kCards) {
+    // A tile of many channels may have no room for the longer stages of a nested weight.
+    const int stages = stages_on<Tile, kWeights>(card);
+    if (stages < Tile::kMinStages) {
+      std::printf("%s has %d stages on %d\n", name, stages, card.capability);
+      ++wrong;
+      continue;
+    }
+    const int blocks_bytes = Tile::kResident * (Tile::template shared_bytes<kWeights>(stages) + 1024);
+    wrong += blocks_bytes > card.multiprocessor_shared_bytes;
+    wrong += Tile::template shared_bytes<kWeights>(stages) > card.shared_bytes;
+    wrong += count_wrong_schedules<Tile>(name, cost_on<Tile, kWeights>(card));
+  }
+  return wrong;
+}
+
+template <class Tile, Weights... kWeights>
+int count_wrong_of_tile(const char* name) {
+  return (count_wrong_on_cards<Tile, kWeights>(name) + ...) +
+         (count_wrong_of_kinds<Tile, kWeights>(name) + ...);
+}
+
+}  // namespace
+
+#define COUNT_WRONG(tile) \
+  count_wrong_of_tile<tile, Weights::kGrouped, Weights::kChannel, Weights::kNested>(#tile)
+#define COUNT_WRONG_FLAT(tile) \
+  count_wrong_of_tile<tile, Weights::kGrouped, Weights::kChannel>(#tile)
+
+int main(int, char** arguments) {
+  const int seed = std::atoi(arguments[1]);
+  model::random_order.seed(seed);
+  values.seed(seed);
+  const int wrong = COUNT_WRONG(Tile8) + COUNT_WRONG(Tile16) + COUNT_WRONG(Tile32) +
+                    COUNT_WRONG(Tile64) + COUNT_WRONG(Tile64Wide) + COUNT_WRONG(Tile128) +
+                    COUNT_WRONG_FLAT(Tile256);
+  return wrong != 0;
+}

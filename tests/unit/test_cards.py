@@ -1,0 +1,65 @@
+"""The table of GPUs, and what a build tells nvcc of them."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vllm_qoq.ops import cards, kv_ops
+
+SM90A = ["-gencode=arch=compute_90a,code=sm_90a"]
+ALL = "compute_80 compute_90 compute_100 compute_120"
+
+
+def test_a_gpu_is_built_for_as_its_family():
+    build = cards.build_for("8.0;8.6, 8.9 12.1+PTX")
+    assert build.hopper_flags is None
+    assert build.flags == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_120,code=sm_120",
+        "-gencode=arch=compute_120,code=compute_120",
+    ]
+
+
+@pytest.mark.parametrize("name", ["9.0", "9.0a"])
+def test_hopper_has_files_of_its_own(name):
+    build = cards.build_for(name)
+    assert build.hopper_flags == SM90A
+    assert build.flags == ["-gencode=arch=compute_90,code=sm_90", "-DQOQ_HOPPER"]
+
+
+@pytest.mark.parametrize("asked", ["7.5", "8.0;sm_90", "11.0", "Hopper", "", ";"])
+def test_what_is_no_gpu_of_ours_is_refused(asked):
+    with pytest.raises(ValueError, match=r"compute capability.*Ampere and Ada \(8\.x\)"):
+        cards.build_for(asked)
+
+
+@pytest.mark.parametrize(
+    ("environment", "present", "nvcc", "asked"),
+    [
+        ({"VLLM_QOQ_CUDA_ARCHS": "8.0", "TORCH_CUDA_ARCH_LIST": "9.0"}, [(12, 0)], ALL, "8.0"),
+        ({"TORCH_CUDA_ARCH_LIST": "7.5 8.0 9.0+PTX"}, [(12, 0)], ALL, "8.0;9.0+PTX"),
+        ({}, [(9, 0), (8, 9), (9, 0), (7, 5)], ALL, "8.9;9.0"),
+        ({}, [(7, 5)], ALL, "8.0;9.0;10.0;12.0+PTX"),
+        ({}, [], "compute_75 compute_80 compute_90", "8.0;9.0+PTX"),
+    ],
+)
+def test_a_build_is_for_what_is_asked_or_present_or_for_all(environment, present, nvcc, asked):
+    assert cards.asked_for(environment, present, nvcc) == asked
+    cards.build_for(asked)
+
+
+def test_the_table_has_no_gpu_twice():
+    for one in cards.FAMILIES:
+        assert [cards.family((one.major, minor)) for minor in one.minors] == [one] * len(one.minors)
+
+
+def test_heads_without_room_in_shared_memory_are_named(monkeypatch):
+    properties = SimpleNamespace(shared_memory_per_block_optin=99 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
+    assert not list(kv_ops.lacking_shared_memory(128, 4, 7))
+    for heads in ((128, 4, 8), (128, 8, 4), (64, 8, 1)):
+        (said,) = kv_ops.lacking_shared_memory(*heads)
+        assert "on a GPU whose blocks have 101376" in said
+    properties.shared_memory_per_block_optin = 163 << 10
+    assert not list(kv_ops.lacking_shared_memory(128, 8, 7))
