@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV := .venv/bin
 TESTS ?= tests
-WORKERS ?= 2
+# One more than the cores of a small machine: tests wait for servers, disks and downloads.
+WORKERS ?= 3
 # The environment and the processes of test-gpu: engines share the GPU's memory.
 GPU_PYTHON ?= $(VENV)/python
 GPU_WORKERS ?= 4

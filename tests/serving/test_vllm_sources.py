@@ -24,10 +24,15 @@ UNITS = (
 )
 
 RUN = """
+import gc
 import sys
+
+gc.disable()  # what is imported lives to the end
 import vllm
 print(vllm.__file__, flush=True)
 import pytest
+
+gc.enable()
 sys.exit(pytest.main(sys.argv[1:]))
 """
 
