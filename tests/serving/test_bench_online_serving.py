@@ -11,7 +11,7 @@ from typing import ClassVar
 import warm_process
 
 from vllm_qoq import plots
-from vllm_qoq.bench.serving import process
+from vllm_qoq.bench.serving import guard, process
 from vllm_qoq.cli import main as cli
 from vllm_qoq.cli import measurement
 
@@ -19,11 +19,17 @@ ENGINE = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "max_num_seq
 
 
 class WarmProcess(warm_process.Command):
-    """`subprocess.Popen` as `process.session` calls it, in a fork that has imported vLLM."""
+    """`subprocess.Popen` as `process.session` calls it, in a fork that has imported vLLM.
+
+    The fork is made without the guard, which would start the command anew.
+    """
 
     sessions: ClassVar[list[int]] = []
+    stdin = None
 
-    def __init__(self, command, stdout, stderr, start_new_session, env):
+    def __init__(self, command, stdin, stdout, stderr, start_new_session, env):
+        assert Path(command[2]).samefile(guard.__file__)
+        command = command[3:]
         super().__init__(command, Path(stdout.name), env=env or os.environ)
         self.sessions.append(self.pid)
 
@@ -43,7 +49,7 @@ def alive(sessions):
 
 
 def test_a_format_with_dummy_weights_is_served_and_asked(tiny_model, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(process, "subprocess", SimpleNamespace(Popen=WarmProcess))
+    monkeypatch.setattr(process, "subprocess", SimpleNamespace(Popen=WarmProcess, PIPE=None))
     monkeypatch.setattr(measurement, "stdout_for", lambda file: contextlib.nullcontext(sys.stdout))
     monkeypatch.setattr(plots, "DPI", 20)
     out = tmp_path / "OUT"
