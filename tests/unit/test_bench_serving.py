@@ -320,6 +320,17 @@ def test_only_cases_that_are_asked_for_are_taken_over(tmp_path):
     )
 
 
+def test_where_no_batch_fits_the_reason_is_said(tmp_path, monkeypatch):
+    checked = job(tmp_path, batches=("999",))
+    prepare(checked)
+    facts = Facts(pool_blocks=96, block_tokens=16, start_seconds=1.0)
+    (tmp_path / "work" / "bf16.jsonl").write_text(f"{Line(facts=facts).model_dump_json()}\n")
+    monkeypatch.setattr(run, "_limits", lambda *_: ("A", None))
+    monkeypatch.setattr(run, "describe", lambda: {"packages": {}, "gpus": None})
+    with pytest.raises(BenchError, match=r"bf16: batches that its pool of 1,536 .* 999 at 1024/5"):
+        run.measure(checked, quiet=True)
+
+
 def test_the_limits_of_another_card_are_not_taken_over(tmp_path, monkeypatch):
     times = []
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Benchmarks: our kernels beside what vLLM offers, and the perplexity of a checkpoint.
+"""Benchmarks: our kernels and whole engines beside what vLLM offers, and perplexity.
 
 The command `vllm-qoq bench gemm` measures all kernels in one run on one GPU:
 
@@ -15,9 +15,11 @@ The command `vllm-qoq bench gemm` measures all kernels in one run on one GPU:
 The command `vllm-qoq bench attention` has modules of its own: attention_cases,
 attention_kernels, attention_measure, attention_result, attention_report and attention_plot.
 
-The command `vllm-qoq perplexity` is in perplexity.
+The commands `vllm-qoq bench serving` and `bench table` are the package serving, and
+`vllm-qoq perplexity` is in perplexity.
 
-`vllm_qoq.measuring` times the calls. Only `peers`, inside functions, and `perplexity` import vLLM.
+`vllm_qoq.measuring` times the calls. Only `peers`, inside functions, `serving.engine` and
+`perplexity` import vLLM.
 """
 
 from vllm_qoq.errors import UserError

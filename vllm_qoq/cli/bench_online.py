@@ -14,7 +14,6 @@ from vllm_qoq.cli.arguments import positive
 
 if TYPE_CHECKING:
     from vllm_qoq.bench.serving.job import Job
-    from vllm_qoq.bench.serving.online.result import Online
 
 _MOST = 1e6  # requests a second, seconds and milliseconds
 
@@ -135,13 +134,11 @@ def measure(args: argparse.Namespace, job: Job) -> int:
         from vllm_qoq.bench.serving.online.result import to_json
 
         result = serve_and_ask(checked, args.quiet or args.json)
-        results.append(result)
         return measurement.Finished(
-            to_json(result), report.markdown(result), partial(plot.save, result)
+            to_json(result),
+            report.markdown(result),
+            partial(plot.save, result),
+            partial(clean, checked, result),
         )
 
-    results: list[Online] = []
-    code = measurement.run(args, "online", measurement.check_vllm, finish)
-    if args.output is not None:
-        clean(checked, results[0])
-    return code
+    return measurement.run(args, "online", measurement.check_vllm, finish)

@@ -17,7 +17,6 @@ from vllm_qoq.cli.parser import Commands, Parser
 
 if TYPE_CHECKING:
     from vllm_qoq.bench.serving.job import CheckedJob
-    from vllm_qoq.bench.serving.result import Result
 
 # The options that only batches have.
 _OFFLINE = ("batches", "max_batch", "repeats")
@@ -209,13 +208,11 @@ def _offline(args: argparse.Namespace, checked: CheckedJob) -> int:
         from vllm_qoq.bench.serving.result import to_json
 
         result = measure(checked, args.quiet or args.json)
-        results.append(result)
         return measurement.Finished(
-            to_json(result), report.markdown(result), partial(plot.save, result)
+            to_json(result),
+            report.markdown(result),
+            partial(plot.save, result),
+            partial(clean, checked, result),
         )
 
-    results: list[Result] = []
-    code = measurement.run(args, "serving", measurement.check_vllm, finish)
-    if args.output is not None:
-        clean(checked, results[0])
-    return code
+    return measurement.run(args, "serving", measurement.check_vllm, finish)

@@ -18,11 +18,15 @@ from vllm_qoq.cli.output import stdout_for
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run: its document for --json, its report, and a function that draws its plot."""
+    """A finished run: its document for --json, its report, and a function that draws its plot.
+
+    clean  deletes what the run has kept, once the output is written
+    """
 
     document: dict[str, Any]
     report: str
     plot: Callable[[Path], None]
+    clean: Callable[[], None] = lambda: None
 
 
 def add_options(
@@ -88,6 +92,7 @@ def run(
         print(text, file=out, flush=True)  # first: a full disk should not cost the run
         if args.output is not None:
             _write(finished, name, args.output, args.overwrite)
+            finished.clean()
             if not args.json:
                 print(f"wrote {args.output}", file=out)
     return 0

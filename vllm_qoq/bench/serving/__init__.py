@@ -8,6 +8,7 @@
     engine    that process: vLLM's engine, and the measurement of a case
     limits    another process, which measures the card
     process   processes that are measured, and what their logs say
+    guard     the program that ends such a process with who asked for it
     work      the folder from which a run that was stopped goes on
     run       starts one process after the other
     floor     the time that the bytes and operations alone need

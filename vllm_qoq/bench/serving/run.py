@@ -36,16 +36,9 @@ def measure(checked: CheckedJob, quiet: bool) -> Result:
     environment = describe()
     with work.opened(job.work_dir):
         _prepare(checked, environment)
-        try:
-            device, limits = _limits(job, environment, quiet)
-            engines = [_engine(subject, job.work_dir, ends, quiet) for subject in checked.subjects]
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"results so far are in {job.work_dir}; the same command goes on from there"
-            ) from None
-    if not any(engine.measured for engine in engines):
-        reasons = "; ".join(f"{engine.name}: {engine.left_out}" for engine in engines)
-        raise BenchError(f"nothing could be measured: {reasons}; logs are in {job.work_dir}")
+        device, limits = _limits(job, environment, quiet)
+        engines = [_engine(subject, job.work_dir, ends, quiet) for subject in checked.subjects]
+    work.require_results(job.work_dir, {engine.name: _why_none(engine) for engine in engines})
     return Result(
         model=job.model,
         config=checked.model,
@@ -59,6 +52,12 @@ def measure(checked: CheckedJob, quiet: bool) -> Result:
         engine_args=dict(job.engine_args),
         engines=tuple(engines),
     )
+
+
+def _why_none(engine: Engine) -> str | None:
+    if engine.measured:
+        return None
+    return engine.left_out or engine.too_large or "its KV cache holds no request"
 
 
 def clean(checked: CheckedJob, result: Result) -> None:

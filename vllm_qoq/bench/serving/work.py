@@ -44,7 +44,7 @@ def opened(work: Path) -> Iterator[None]:
     """Make the folder, or go on with one that a benchmark has made, for this process alone.
 
     Raises BenchError for a folder with files and without the mark of a benchmark, and while another
-    run is in it.
+    run is in it. An interrupt within the block says where the results are.
     """
     mark = work / _MARK
     if work.is_dir() and any(work.iterdir()) and not mark.exists():
@@ -60,7 +60,22 @@ def opened(work: Path) -> Iterator[None]:
                 raise BenchError(
                     f"{work}: another run is in it; choose another --work-dir"
                 ) from None
-        yield
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"results so far are in {work}; the same command goes on from there"
+            ) from None
+
+
+def require_results(work: Path, reasons: Mapping[str, str | None]) -> None:
+    """Raise BenchError where no subject has a result.
+
+    reasons  name of a subject -> why it has none; None for one that has
+    """
+    if all(reasons.values()):
+        said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise BenchError(f"nothing could be measured: {said}; logs are in {work}")
 
 
 def close(work: Path) -> None:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_qoq.bench import BenchError
 from vllm_qoq.bench.serving import process, work
 from vllm_qoq.bench.serving.job import Subject
 from vllm_qoq.bench.serving.online import client
@@ -32,15 +31,9 @@ def measure(job: OnlineJob, quiet: bool) -> Online:
     environment = describe()
     with work.opened(asked.work_dir):
         _prepare(job, environment)
-        try:
-            servers = [_serve(job, subject, ends, quiet) for subject in job.checked.subjects]
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"results so far are in {asked.work_dir}; the same command goes on from there"
-            ) from None
-    if not any(server.measured for server in servers):
-        reasons = "; ".join(f"{server.name}: {server.left_out}" for server in servers)
-        raise BenchError(f"nothing could be measured: {reasons}; logs are in {asked.work_dir}")
+        servers = [_serve(job, subject, ends, quiet) for subject in job.checked.subjects]
+    reasons = {server.name: None if server.measured else server.left_out for server in servers}
+    work.require_results(asked.work_dir, reasons)
     return Online(
         model=asked.model,
         device=_device(environment),
