@@ -33,9 +33,7 @@ __device__ inline void wait_for_all_but(int pending) {
 template <class Tile, Weights kWeights, Weights kUsed>
 class Loader {
  public:
-  __device__ Loader(const Params& p, uint32_t ring) : p_(p), ring_(ring) {
-    if constexpr (Tile::kHasPolicy) policy_ = weight_policy(p);
-  }
+  __device__ Loader(const Params& p, uint32_t ring) : p_(p), ring_(ring) {}
 
   // Turns to the tile at this position.
   __device__ void turn_to(TilePosition at) {
@@ -55,11 +53,11 @@ class Loader {
     const uint8_t* weight = p_.weight + int64_t{first_block_ + step} * kBytes + 16 * threadIdx.x;
 #pragma unroll
     for (int b = 0; b < Tile::kBlocks; ++b)
-      copy(to + b * kWeightBytes + 16 * threadIdx.x, weight + stride(b, kBytes));
+      ptx::cp_async_16(to + b * kWeightBytes + 16 * threadIdx.x, weight + stride(b, kBytes));
     if constexpr (kHasGroups<kWeights>) {
       if (threadIdx.x < kParamPieces * Tile::kBlocks) {
         const int b = threadIdx.x / kParamPieces, piece = threadIdx.x % kParamPieces;
-        copy(to + b * kWeightBytes + kCodeBytes + 16 * piece,
+        ptx::cp_async_16(to + b * kWeightBytes + kCodeBytes + 16 * piece,
              weight + stride(b, kBytes) + kCodeBytes - 16 * (threadIdx.x - piece));
       }
     }
@@ -68,7 +66,7 @@ class Loader {
           p_.residual + int64_t{first_block_ + step} * kCodeBytes + 16 * threadIdx.x;
 #pragma unroll
       for (int b = 0; b < Tile::kBlocks; ++b)
-        copy(to + b * kWeightBytes + kBytes + 16 * threadIdx.x, residual + stride(b, kCodeBytes));
+        ptx::cp_async_16(to + b * kWeightBytes + kBytes + 16 * threadIdx.x, residual + stride(b, kCodeBytes));
     }
   }
 
@@ -108,13 +106,6 @@ class Loader {
   static constexpr int kParamPieces = kParamBytes / 16;
   static_assert(kCodeBytes == 16 * Tile::kThreads);
 
-  __device__ void copy(uint32_t to, const uint8_t* from) const {
-    if constexpr (Tile::kHasPolicy)
-      ptx::cp_async_16(to, from, policy_);
-    else
-      ptx::cp_async_16(to, from);
-  }
-
   // Bytes from the first block of channels to the b-th, of this many bytes. Past the last channel
   // any block will do, since nothing of it is written.
   __device__ int stride(int b, int bytes) const {
@@ -123,7 +114,6 @@ class Loader {
 
   const Params& p_;
   const uint32_t ring_;
-  uint64_t policy_;
   // What is held is little, since the largest tile has no register to spare.
   int first_block_, last_block_, tokens_left_;
   const int8_t* x_;

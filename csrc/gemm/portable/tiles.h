@@ -43,11 +43,10 @@ struct Tile {
   static constexpr int kOutOctets = std::max(1, kOctets / kInputWarps);
   static constexpr int kTileInts = kSlabs * kOutOctets * 4 * kThreads;
   static_assert(kResident * kTileInts <= kMaxTileInts);
-  // Whether the constants of the epilogue are fetched before the sums are made, and weights that
-  // only one tile reads have an L2 policy: as long as a thread has registers left beside its sums.
+  // Whether the constants of the epilogue are fetched before the sums are made: as long as a thread
+  // has registers left beside its sums.
   static constexpr int kSums = kSlabs * kOctets * 4;
   static constexpr bool kFetchesEarly = kSums < (kResident == 2 ? 32 : 128);
-  static constexpr bool kHasPolicy = kSums < 128;
 
   // Shared memory, from an address that is a multiple of 128:
   //   [constants of the epilogue, a flag][a buffer for the output of each warp][ring]
