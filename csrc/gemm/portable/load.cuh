@@ -58,7 +58,7 @@ class Loader {
       if (threadIdx.x < kParamPieces * Tile::kBlocks) {
         const int b = threadIdx.x / kParamPieces, piece = threadIdx.x % kParamPieces;
         ptx::cp_async_16(to + b * kWeightBytes + kCodeBytes + 16 * piece,
-             weight + stride(b, kBytes) + kCodeBytes - 16 * (threadIdx.x - piece));
+                         weight + stride(b, kBytes) + kCodeBytes - 16 * (threadIdx.x - piece));
       }
     }
     if constexpr (kUsed == Weights::kNested) {
@@ -66,7 +66,8 @@ class Loader {
           p_.residual + int64_t{first_block_ + step} * kCodeBytes + 16 * threadIdx.x;
 #pragma unroll
       for (int b = 0; b < Tile::kBlocks; ++b)
-        ptx::cp_async_16(to + b * kWeightBytes + kBytes + 16 * threadIdx.x, residual + stride(b, kCodeBytes));
+        ptx::cp_async_16(to + b * kWeightBytes + kBytes + 16 * threadIdx.x,
+                         residual + stride(b, kCodeBytes));
     }
   }
 
