@@ -5,6 +5,7 @@ VLLM_QOQ_CUDA   auto  (default) build them where nvcc and a CUDA build of torch 
                 0     pure Python
 VLLM_QOQ_CUDA_ARCHS   the compute capabilities to build for, as in "8.0;9.0;12.0+PTX"; by default
                 those of TORCH_CUDA_ARCH_LIST, or of the GPUs here, or, where there is none, all
+VLLM_QOQ_PORTABLE   1   for tests: on every GPU the code of the oldest ones
 
 The kernels are one library for torch 2.11 and later and every Python: `pip install
 --no-build-isolation .`, because an isolated build sees no torch.
@@ -66,8 +67,9 @@ def flags_of_cards(cards: Any) -> Any:
     present = [
         torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())
     ]
+    asked = cards.asked_for(os.environ, present, known.stdout)
     try:
-        return cards.build_for(cards.asked_for(os.environ, present, known.stdout))
+        return cards.build_for(asked, choice_of("VLLM_QOQ_PORTABLE", "0", "1") == "1")
     except ValueError as error:
         raise SystemExit(f"vllm-qoq: {error}") from error
 
@@ -87,6 +89,11 @@ def kernels() -> dict[str, Any]:
 
     class Build(BuildExtension):
         """Compiles the Hopper path for Hopper alone, and all else for every GPU asked for."""
+
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            # A library of an earlier build may be newer than all sources and for other GPUs.
+            self.force = True
 
         def build_extension(self, extension: Any) -> None:
             compile_with = self.compiler.compile
@@ -123,11 +130,18 @@ def kernels() -> dict[str, Any]:
     }
 
 
+def choice_of(variable: str, *choices: str) -> str:
+    """The value of an environment variable, which is the first of `choices` where it is not set."""
+    choice = os.environ.get(variable, choices[0])
+    if choice not in choices:
+        expected = f"{', '.join(choices[:-1])} or {choices[-1]}"
+        raise SystemExit(f"{variable}={choice}: expected {expected}")
+    return choice
+
+
 def arguments() -> dict[str, Any]:
     """What VLLM_QOQ_CUDA asks for."""
-    choice = os.environ.get("VLLM_QOQ_CUDA", "auto")
-    if choice not in ("auto", "0", "1"):
-        raise SystemExit(f"VLLM_QOQ_CUDA={choice}: expected auto, 0 or 1")
+    choice = choice_of("VLLM_QOQ_CUDA", "auto", "0", "1")
     if choice == "0":
         return {}
     missing = why_no_cuda()

@@ -7,12 +7,13 @@
 
 #include "common/card.h"
 #include "common/checks.h"
+#include "common/target.h"
 
 namespace qoq {
 
-// Whether the code of a kernel that the current device runs waits for the kernel ahead of it.
-// Compiled for less than sm_90 it does not, whatever the device could do: PTX of sm_80 on a newer
-// card is such code, and to launch it early would be a race.
+// Whether the code of a kernel that the current device runs waits for the kernel ahead of it. Code
+// for less than sm_90 does not, whatever the device could do: PTX of sm_80 on a newer card is such
+// code, and to launch it early would be a race.
 template <auto* kKernel>
 bool waits_for_previous() {
   int device = 0;
@@ -22,7 +23,7 @@ bool waits_for_previous() {
   std::call_once(is_made[device], [&] {
     cudaFuncAttributes attributes;
     CHECK_CUDA(cudaFuncGetAttributes(&attributes, kKernel));
-    waits[device] = attributes.ptxVersion >= 90;
+    waits[device] = has_copy_engine(attributes.ptxVersion);
   });
   return waits[device];
 }

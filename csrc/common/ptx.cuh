@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "common/target.h"
+
 namespace qoq::ptx {
 
 __device__ inline uint32_t shared_address(const void* pointer) {
@@ -61,11 +63,7 @@ __device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
 
 // ---- the copy engine, from sm_90 on --------------------------------------------------
 
-#if __CUDA_ARCH__ >= 900
-inline constexpr bool kHasCopyEngine = true;
-#else
-inline constexpr bool kHasCopyEngine = false;
-#endif
+inline constexpr bool kHasCopyEngine = has_copy_engine(kArchitecture);
 
 // `policy` is an L2 cache policy of `l2_policy_*`.
 __device__ inline void cp_async_bulk(uint32_t destination, const void* source, uint32_t bytes,
@@ -145,21 +143,17 @@ __device__ inline uint64_t l2_policy_evict_normal() {
 
 // ---- programmatic dependent launch ---------------------------------------------------
 
-// A kernel has these instructions where it is compiled for sm_90 or later; launched elsewhere with
-// the attribute of such a launch, it would race (`common/launch.h`).
+// A kernel has these instructions where `has_copy_engine`; launched elsewhere with the attribute of
+// such a launch, it would race (`common/launch.h`).
 
 // Until here a kernel may run beside the one before it in the stream; from here on all that the
 // earlier one wrote is visible.
 __device__ inline void griddepcontrol_wait() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+  if constexpr (kHasCopyEngine) asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
 __device__ inline void griddepcontrol_launch_dependents() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
+  if constexpr (kHasCopyEngine) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
 // ---- clusters ------------------------------------------------------------------------

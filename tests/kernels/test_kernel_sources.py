@@ -105,6 +105,27 @@ def test_every_gpu_has_the_instructions_of_the_portable_path(tmp_path):
     run(NVCC, *others, "-std=c++20", "-I", CSRC, "-fatbin", source, "-o", tmp_path / "all.fatbin")
 
 
+@needs_nvcc
+def test_a_portable_build_has_the_code_of_the_oldest_gpus_on_a_newer_one(tmp_path):
+    source = tmp_path / "kernel.cu"
+    source.write_text(
+        '#include "kv/decode_kernel.cuh"\nusing namespace qoq::kv;\n'
+        "template __global__ void qoq::kv::kv_decode_kernel<Attention<64, 4, 1>>("
+        "const __grid_constant__ Params);\n"
+    )
+
+    def ptx(code, *options):
+        out = tmp_path / "kernel.ptx"
+        options = (f"-arch=compute_{code}", "-std=c++20", "-I", CSRC, *options)
+        run(NVCC, *options, "-ptx", source, "-o", out)
+        return re.sub(r"^\.target .*", "", out.read_text(), flags=re.M)
+
+    portable = ptx("90", "-DQOQ_PORTABLE")
+    assert portable == ptx(cards.FAMILIES[0].code)
+    only_newer = re.compile(r"cp\.async\.bulk|mbarrier|griddepcontrol")
+    assert only_newer.search(ptx("90")) and not only_newer.search(portable)
+
+
 # The program that runs long enough for -O2, which takes longer to compile.
 OPTIMIZED = {"gemm": "-O2"}
 # What only nvcc knows, and what stands for it.

@@ -28,6 +28,12 @@ def test_hopper_has_files_of_its_own(name):
     assert build.flags == ["-gencode=arch=compute_90,code=sm_90", "-DQOQ_HOPPER"]
 
 
+def test_a_portable_build_has_no_hopper_path_and_tells_all_files():
+    build = cards.build_for("9.0", is_portable=True)
+    assert build.hopper_flags is None
+    assert build.flags == ["-gencode=arch=compute_90,code=sm_90", "-DQOQ_PORTABLE"]
+
+
 @pytest.mark.parametrize("asked", ["7.5", "8.0;sm_90", "11.0", "Hopper", "", ";"])
 def test_what_is_no_gpu_of_ours_is_refused(asked):
     with pytest.raises(ValueError, match=r"compute capability.*Ampere and Ada \(8\.x\)"):

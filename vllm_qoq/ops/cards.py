@@ -67,11 +67,12 @@ class Build(NamedTuple):
     hopper_flags: list[str] | None
 
 
-def build_for(asked: str) -> Build:
+def build_for(asked: str, is_portable: bool = False) -> Build:
     """Translate compute capabilities, as in "8.0;9.0a;12.0+PTX", into flags for nvcc.
 
     A GPU is built for as its family; raises ValueError for one without a family. PTX, which later
-    GPUs compile for themselves, is added where it is asked for.
+    GPUs compile for themselves, is added where it is asked for. `is_portable` builds what the
+    oldest GPUs run, for all: tests run it where there is a newer one only.
     """
     codes: dict[str, bool] = {}
     for name in filter(None, re.split(r"[;, ]+", asked)):
@@ -89,6 +90,8 @@ def build_for(asked: str) -> Build:
         flags.append(f"-gencode=arch=compute_{code},code=sm_{code}")
         if with_ptx:
             flags.append(f"-gencode=arch=compute_{code},code=compute_{code}")
+    if is_portable:
+        return Build([*flags, "-DQOQ_PORTABLE"], None)
     if all(one.gemm != "hopper" for one in FAMILIES if one.code in codes):
         return Build(flags, None)
     return Build(
