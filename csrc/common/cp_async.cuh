@@ -33,7 +33,8 @@ __device__ inline void cp_async_wait_group() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Arrives at a barrier, which counts on it, when all copies that this thread has begun have arrived.
+// Arrives at a barrier, which counts on it, when all copies that this thread has begun have
+// arrived.
 __device__ inline void cp_async_mbarrier_arrive(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }

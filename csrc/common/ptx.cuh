@@ -48,6 +48,33 @@ __device__ inline void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t byte
                : "memory");
 }
 
+// Whether the phase of this parity is complete; may wait for it a while.
+__device__ inline bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) {
+  uint32_t is_complete;
+  if constexpr (kHasCopyEngine) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n"
+        "}\n"
+        : "=r"(is_complete)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  } else {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n"
+        "}\n"
+        : "=r"(is_complete)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  }
+  return is_complete;
+}
+
 // Blocks until the phase of this parity is complete.
 __device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   if constexpr (kHasCopyEngine) {

@@ -1,5 +1,5 @@
-// What the tiles of the portable path take, from what a GPU says of itself. Nothing here is fitted
-// to a measurement: it decides between tiles, and for nothing else.
+// What the tiles of the portable path take, from what a GPU says of itself. The shares of its rates
+// and the constants are what fits one H200; it decides between tiles, and for nothing else.
 #pragma once
 
 #include <algorithm>
@@ -10,15 +10,16 @@
 
 namespace qoq::w4a8::portable {
 
-// Operations of int8 mma a clock and multiprocessor: the data sheets', and on 9.0 and 10.0, whose
-// own instructions the portable path does not use, less. 10.3 has hardly any.
+// Operations of int8 mma a clock and multiprocessor: the data sheets', and on 9.0, whose own
+// instructions the portable path does not use, what was measured (`bench gemm`). 10.3 has hardly
+// any.
 inline int operations_of_clock(int capability) {
   switch (capability) {
     case 80:
     case 100:
       return 4096;
     case 90:
-      return 5120;
+      return 4900;
     case 103:
       return 550;
     default:
@@ -39,10 +40,10 @@ int stages_on(const Card& card) {
 
 template <class Tile, Weights kWeights>
 Cost cost_on(const Card& card) {
-  constexpr float kOfPeak = 0.75f, kOfBandwidth = 0.88f;
+  constexpr float kOfPeak = 0.65f, kOfBandwidth = 0.88f;
   constexpr float kCacheBytesOfClock = 32;  // from the L2, by a multiprocessor
   constexpr float kAddedOfClock = 2;        // sums in the L2, by a multiprocessor
-  constexpr float kStep = 100, kOutput = 500, kSum = 1000;
+  constexpr float kStep = 120, kOutput = 500, kSum = 2000;
   // Nanoseconds are clocks by GHz. A multiprocessor does the steps of kResident blocks at a time.
   const float each = Tile::kResident / card.clock;
   const float operations = 2.f * Tile::kChannels * Tile::kTokens * kBlockK;

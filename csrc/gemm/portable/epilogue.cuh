@@ -60,8 +60,7 @@ __device__ void add_up_warps(const Accumulators<Tile>& acc, OutAccumulators<Tile
       for (int s = 0; s < Tile::kSlabs; ++s) {
         int32_t others[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          others[i] = is_first ? acc[s][kSecond + o][i] : acc[s][o][i];
+        for (int i = 0; i < 4; ++i) others[i] = is_first ? acc[s][kSecond + o][i] : acc[s][o][i];
         ptx::store_shared_16(address(is_first ? 1 : 0, s), others);
       }
       ptx::named_barrier_sync(1, Tile::kThreads);
@@ -71,8 +70,8 @@ __device__ void add_up_warps(const Accumulators<Tile>& acc, OutAccumulators<Tile
         const uint32_t others[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          sums[s][o][i] = static_cast<int32_t>(others[i]) +
-                          (is_first ? acc[s][o][i] : acc[s][kSecond + o][i]);
+          sums[s][o][i] =
+              static_cast<int32_t>(others[i]) + (is_first ? acc[s][o][i] : acc[s][kSecond + o][i]);
       }
     }
   }
@@ -89,23 +88,31 @@ __device__ void write_output(const OutAccumulators<Tile>& sums, const Params& p,
             first_token = place.first_out_token();
   const uint32_t buffer = output + threadIdx.x / 32 * Tile::kOutputBytes;
   const bool has_bias = p.bias_type != Bias::kNone;
+  float scale[Tile::kSlabs][2], zero[Tile::kSlabs][2], bias[Tile::kSlabs][2];
+#pragma unroll
+  for (int s = 0; s < Tile::kSlabs; ++s)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int channel = first_channel + 16 * s + 8 * half + group;
+      scale[s][half] = constants.scale[channel];
+      zero[s][half] = constants.zero[channel];
+      bias[s][half] = constants.bias[channel];
+    }
 #pragma unroll
   for (int o = 0; o < Tile::kOutOctets; ++o) {
     const int token = first_token + 8 * o;
+    if (at.m * Tile::kTokens + token >= p.m) break;
     const float2 x_scale = *reinterpret_cast<const float2*>(constants.x_scale + token + 2 * pair);
     const int2 row_sum = *reinterpret_cast<const int2*>(constants.row_sum + token + 2 * pair);
 #pragma unroll
     for (int s = 0; s < Tile::kSlabs; ++s)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int channel = first_channel + 16 * s + 8 * half + group;
-        const float scale = constants.scale[channel], zero = constants.zero[channel],
-                    bias = constants.bias[channel];
         const int32_t* values = sums[s][o] + 2 * half;
-        const float low =
-            epilogue<kWeights>(values[0], x_scale.x, row_sum.x, scale, zero, bias, has_bias);
-        const float high =
-            epilogue<kWeights>(values[1], x_scale.y, row_sum.y, scale, zero, bias, has_bias);
+        const float low = epilogue<kWeights>(values[0], x_scale.x, row_sum.x, scale[s][half],
+                                             zero[s][half], bias[s][half], has_bias);
+        const float high = epilogue<kWeights>(values[1], x_scale.y, row_sum.y, scale[s][half],
+                                              zero[s][half], bias[s][half], has_bias);
         // Of two tokens and a channel; transposed, of a token and two channels.
         const uint32_t transposed = ptx::movmatrix_trans(round_to_output(p.out_type, low, high));
         ptx::store_shared_4(

@@ -17,9 +17,9 @@
 
 namespace qoq::w4a8::portable {
 
-// Multiplies this warp's part of the stages, 32 inputs (a k32 step) and 16 channels at a time. While
-// the tensor cores work on one of these, the operand of the next is unpacked, and x of the next k32
-// step and the codes of the next 64 inputs are read, over the end of a stage, too.
+// Multiplies this warp's part of the stages, 32 inputs (a k32 step) and 16 channels at a time.
+// While the tensor cores work on one of these, the operand of the next is unpacked, and x of the
+// next k32 step and the codes of the next 64 inputs are read, over the end of a stage, too.
 //
 // The weights lie there as kWeights and are multiplied as kUsed, since the first plane of a nested
 // weight is a grouped one.
@@ -33,7 +33,8 @@ class Multiplier {
     const int slab = place.channels * Tile::kSlabs;
     const uint32_t block = ring + Tile::kXBytes + slab / 4 * Tile::template kWeightBytes<kWeights>;
     // Warps that divide k have a k_block each, or half of one.
-    const int part = Tile::kStepBlocks == 2 ? place.inputs * Tile::template kPartBytes<kWeights> : 0;
+    const int part =
+        Tile::kStepBlocks == 2 ? place.inputs * Tile::template kPartBytes<kWeights> : 0;
     const int first_half = kHalves == 1 ? place.inputs : 0;
     codes_at_ = block + part + first_half * kHalfBytes + slab % 4 * 512 + lane * 16;
     params_at_ = block + part + kCodeBytes + slab % 4 * 32 + lane / 4 * 4;
@@ -69,7 +70,8 @@ class Multiplier {
         const uint32_t a[4] = {a_[0], a_[1], a_[2], a_[3]};
 #pragma unroll
         for (int o = 0; o < Tile::kOctets; ++o) {
-          if (o == Tile::kOctets / 2) unpack((t + (s + 1) / Tile::kSlabs) % 2, (s + 1) % Tile::kSlabs);
+          if (o == Tile::kOctets / 2)
+            unpack((t + (s + 1) / Tile::kSlabs) % 2, (s + 1) % Tile::kSlabs);
           ptx::mma_m16n8k32_u8s8(acc[s][o], a, b_[t % 2][o]);
         }
       }
@@ -171,14 +173,17 @@ __device__ void multiply(const Params& p, char* shared) {
     ptx::mbarrier_wait(barriers.full(place.stage), place.parity);
     multiplier.begin(place.stage * kStageBytes);
     for (int step = work.begin; step < work.end; ++step) {
-      if constexpr (Tile::kLoadWarps == 0)
-        if (step + ahead < work.end) loader.load(step + ahead);
       RingPlace next = place;
       next.advance(p.stages);
+      // To ask takes a while, so that the answer is not awaited before it is needed.
+      const bool has_next =
+          step + 1 == work.end || ptx::mbarrier_try_wait(barriers.full(next.stage), next.parity);
+      if constexpr (Tile::kLoadWarps == 0)
+        if (step + ahead < work.end) loader.load(step + ahead);
       multiplier.multiply(
           acc, place.stage * kStageBytes, next.stage * kStageBytes,
           [&] {
-            if (step + 1 < work.end) ptx::mbarrier_wait(barriers.full(next.stage), next.parity);
+            if (!has_next) ptx::mbarrier_wait(barriers.full(next.stage), next.parity);
           },
           [&] {
             __syncwarp();

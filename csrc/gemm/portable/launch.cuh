@@ -52,13 +52,13 @@ void run(const Params& p, const Card& card, int device, cudaStream_t stream) {
   } else if (p.m <= 16) {
     launch_fastest_of<kWeights, Tile16>(p, card, device, stream);
   } else if (p.m <= 32) {
-    launch_fastest_of<kWeights, Tile32>(p, card, device, stream);
+    launch_fastest_of<kWeights, Tile32, Tile64>(p, card, device, stream);
   } else if (p.m <= 64) {
-    launch_fastest_of<kWeights, Tile64, Tile64Wide>(p, card, device, stream);
+    launch_fastest_of<kWeights, Tile64>(p, card, device, stream);
   } else if constexpr (kWeights == Weights::kNested) {
-    launch_fastest_of<kWeights, Tile64, Tile64Wide, Tile128>(p, card, device, stream);
+    launch_fastest_of<kWeights, Tile64, Tile128>(p, card, device, stream);
   } else {
-    launch_fastest_of<kWeights, Tile64, Tile64Wide, Tile128, Tile256>(p, card, device, stream);
+    launch_fastest_of<kWeights, Tile64, Tile128, Tile256>(p, card, device, stream);
   }
 }
 

@@ -39,8 +39,8 @@ struct RingBarriers {
 };
 
 // Loads the stages of one piece of work after the other. A nested weight has both planes in memory;
-// the second is fetched where kUsed is nested, too. In the place of what lies past the last channel,
-// token or input there are zeros.
+// the second is fetched where kUsed is nested, too. In the place of what lies past the last
+// channel, token or input there are zeros.
 template <class Tile, Weights kWeights, Weights kUsed>
 class Loader {
  public:
@@ -105,9 +105,7 @@ class Loader {
   }
 
   // Whether there is a k_block: the last step may have fewer than the others.
-  __device__ bool has(int k_block) const {
-    return Tile::kStepBlocks == 1 || k_block < p_.k_blocks;
-  }
+  __device__ bool has(int k_block) const { return Tile::kStepBlocks == 1 || k_block < p_.k_blocks; }
 
   __device__ void load_weights(int step, int stage) const {
     const uint32_t stride = p_.k_blocks * kBytes;  // from one block of channels to the next
@@ -123,9 +121,9 @@ class Loader {
       if constexpr (kHasGroups<kWeights>) {
         if (thread_ < kParamPieces * Tile::kBlocks) {
           const int b = thread_ / kParamPieces, first = b * kParamPieces * kPiece;
-          ptx::cp_async_16_or_zeros(
-              to + b * kWeightBytes + kCodeBytes - first,
-              weight_ + k_block * kBytes + b * stride + (kCodeBytes - first), b < blocks);
+          ptx::cp_async_16_or_zeros(to + b * kWeightBytes + kCodeBytes - first,
+                                    weight_ + k_block * kBytes + b * stride + (kCodeBytes - first),
+                                    b < blocks);
         }
       }
       if constexpr (kUsed == Weights::kNested) {
@@ -143,8 +141,8 @@ class Loader {
       ptx::cp_async_16_or_zeros(to + at, from + at, is_there);
   }
 
-  // Fetches x of a step, each token a row of 128 bytes in which piece i lies at i ^ (token % 8), and
-  // goes on to the next stage.
+  // Fetches x of a step, each token a row of 128 bytes in which piece i lies at i ^ (token % 8),
+  // and goes on to the next stage.
   __device__ void load_x(int step) {
     const uint32_t stride = p_.k_blocks * (kPassRows * kBlockK);
 #pragma unroll

@@ -8,8 +8,8 @@
 
 namespace qoq::w4a8::portable {
 
-// Eight warps multiply. Of few tokens another one loads for them, and of more, whose registers leave
-// no room for it, all of them do. Four neighbours divide the channels of the tile.
+// Eight warps multiply. Of few tokens another one loads for them, and of more, whose registers
+// leave no room for it, all of them do. Four neighbours divide the channels of the tile.
 //
 // kBlocks       blocks of 64 channels; each warp has 16 channels for each, side by side
 // kTokenWarps   warps that divide the tokens
@@ -60,8 +60,8 @@ struct Tile {
   // Shared memory, from an address that is a multiple of 128:
   //   [constants of the epilogue, a flag][barriers][a buffer for the output of each warp]
   //   [sums that warps exchange][ring]
-  // A stage of the ring is, for each of its k_blocks, x, then for each block of channels its weights
-  // and what a nested one has besides.
+  // A stage of the ring is, for each of its k_blocks, x, then for each block of channels its
+  // weights and what a nested one has besides.
   static constexpr int kMinStages = 2, kMaxStages = 8;
   static constexpr int kFlag = kChannels * 12 + kTokens * 8;
   static constexpr int kBarriers = kFlag + 16;
@@ -86,20 +86,19 @@ struct Tile {
 };
 
 // clang-format off
-//                      blocks
-//                      |  token warps
-//                      |  |  input warps
-//                      |  |  |   tokens of a warp
-//                      |  |  |   |  resident
-//                      |  |  |   |  |  k_blocks of a step
-//                      |  |  |   |  |  |  warps that load
-using Tile8      = Tile<1, 1, 2,  8, 2, 2, 1>;
-using Tile16     = Tile<1, 1, 2, 16, 2, 2, 1>;
-using Tile32     = Tile<1, 1, 2, 32, 2, 2, 1>;
-using Tile64     = Tile<1, 1, 2, 64, 2, 1, 0>;
-using Tile64Wide = Tile<2, 1, 2, 64, 1, 1, 0>;
-using Tile128    = Tile<2, 2, 1, 64, 1, 1, 0>;
-using Tile256    = Tile<4, 2, 1, 64, 1, 1, 0>;
+//                   blocks
+//                   |  token warps
+//                   |  |  input warps
+//                   |  |  |   tokens of a warp
+//                   |  |  |   |  resident
+//                   |  |  |   |  |  k_blocks of a step
+//                   |  |  |   |  |  |  warps that load
+using Tile8   = Tile<1, 1, 2,  8, 2, 2, 1>;
+using Tile16  = Tile<1, 1, 2, 16, 2, 2, 1>;
+using Tile32  = Tile<1, 1, 2, 32, 2, 2, 1>;
+using Tile64  = Tile<2, 1, 2, 64, 1, 1, 0>;
+using Tile128 = Tile<2, 2, 1, 64, 1, 1, 0>;
+using Tile256 = Tile<4, 2, 1, 64, 1, 1, 0>;
 // clang-format on
 
 }  // namespace qoq::w4a8::portable

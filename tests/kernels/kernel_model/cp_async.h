@@ -31,16 +31,17 @@ inline void cp_async_16(uint32_t destination, const void* source) {
         "a copy of weights from outside");
   copy_16(destination, static_cast<const char*>(source));
 }
-inline void cp_async_16(uint32_t destination, const void* source, uint64_t) {
-  cp_async_16(destination, source);
-}
 inline void cp_async_16_or_zeros(uint32_t destination, const void* source, bool is_there) {
-  check_previous_kernel();
+  if (!is_there) return copy_16(destination, nullptr);
   const auto* bytes = static_cast<const uint8_t*>(source);
+  const bool is_weight =
+      bytes >= bulk_memory.data() && bytes + 16 <= bulk_memory.data() + bulk_memory.size();
+  if (is_weight) return cp_async_16(destination, source);
+  check_previous_kernel();
   check(bytes >= previous_memory.data() &&
             bytes + 16 <= previous_memory.data() + previous_memory.size(),
-        "a copy of x from outside");
-  copy_16(destination, is_there ? static_cast<const char*>(source) : nullptr);
+        "a copy from outside");
+  copy_16(destination, static_cast<const char*>(source));
 }
 inline void cp_async_commit_group() { self->copies.emplace_back(); }
 template <int kPending>
@@ -49,6 +50,15 @@ void cp_async_wait_group() {
   for (; groups.size() > kPending + 1; groups.pop_front())
     for (const Copy& copy : groups.front())
       std::memcpy(shared_pointer(copy.destination, 16), copy.bytes.data(), 16);
+}
+
+// The barrier's phase is complete only when the copies before it are made, which happens by chance
+// while somebody waits for it.
+inline void cp_async_mbarrier_arrive(uint32_t barrier) {
+  check(self->copies.size() == 1, "copies of a group and of a barrier");
+  self->block->arrivals.push_back({barrier, std::move(self->copies.back())});
+  self->copies.back().clear();
+  yield_perhaps();
 }
 
 }  // namespace qoq::ptx

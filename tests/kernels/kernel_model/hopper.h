@@ -107,6 +107,18 @@ struct Stmatrix : Rendezvous {
 
 struct Cluster;
 
+// A copy by a thread into shared memory.
+struct Copy {
+  uint32_t destination;
+  std::array<char, 16> bytes;
+};
+
+// Copies of a thread that are not made yet, and the barrier that it arrives at once they are.
+struct Arrival {
+  uint32_t barrier;
+  std::vector<Copy> copies;
+};
+
 struct Block {
   int index, rank, alive;
   Cluster* cluster;
@@ -115,6 +127,7 @@ struct Block {
   std::map<int, Rendezvous> named, warps;
   std::map<int, std::deque<WgmmaGroup>> wgmmas;  // by warpgroup
   std::map<int, Stmatrix> stmatrix;              // by warp
+  std::deque<Arrival> arrivals;
   std::set<uint32_t> unfenced;  // addresses of 16 bytes that the copy engine may not see yet
 };
 
@@ -146,12 +159,6 @@ struct Store {
   std::vector<std::array<char, 16>> bytes;  // as they were when it was issued
 };
 
-// A copy by a thread into shared memory.
-struct Copy {
-  uint32_t destination;
-  std::array<char, 16> bytes;
-};
-
 struct Thread {
   void* stack_pointer;
   std::unique_ptr<char[]> stack;
@@ -161,7 +168,7 @@ struct Thread {
   size_t group = 0, instruction = 0;  // of its next wgmma
   int cluster_generation = 0;
   bool is_after_previous_kernel = false;
-  std::vector<uint32_t> unfenced;                // what it wrote of Block::unfenced
+  std::vector<uint32_t> unfenced;  // what it wrote of Block::unfenced
   // In groups, of which the last one is not committed.
   std::deque<std::vector<Store>> stores = {{}};
   std::deque<std::vector<Copy>> copies = {{}};
@@ -451,8 +458,22 @@ inline void mbarrier_arrive_expect_tx(uint32_t address, uint32_t bytes) {
   mbarrier(address).bytes += bytes;
   mbarrier_arrive_if(true, address);
 }
+// Makes some of the copies that barriers wait for, in the order in which they were begun.
+inline void make_some_copies() {
+  auto& arrivals = self->block->arrivals;
+  for (; !arrivals.empty() && random_order() % 8 != 0; arrivals.pop_front()) {
+    for (const Copy& copy : arrivals.front().copies)
+      std::memcpy(shared_pointer(copy.destination, 16), copy.bytes.data(), 16);
+    --mbarrier(arrivals.front().barrier).pending;
+    mbarrier(arrivals.front().barrier).update();
+  }
+}
+inline bool mbarrier_try_wait(uint32_t address, uint32_t parity) {
+  make_some_copies();
+  return mbarrier(address).phase != parity;
+}
 inline void mbarrier_wait(uint32_t address, uint32_t parity) {
-  wait_until([&] { return mbarrier(address).phase != parity; });
+  wait_until([&] { return mbarrier_try_wait(address, parity); });
 }
 
 inline void complete(uint32_t barrier, long bytes) {
