@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from vllm_qoq.ops import cards
+from vllm_qoq import cards
 
 CSRC = ROOT / "csrc"
 MODEL = ROOT / "tests" / "kernels" / "kernel_model"

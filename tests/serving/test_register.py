@@ -15,7 +15,6 @@ import vllm_qoq
 from vllm_qoq import environment
 from vllm_qoq.errors import EngineError
 from vllm_qoq.serving.plugin.config import QoQConfig
-from vllm_qoq.serving.plugin.register import _is_served
 
 SCRIPT = ROOT / "tests" / "support" / "unknown_vllm.py"
 # Without these there is nothing to register with.
@@ -42,7 +41,7 @@ def test_registering_brings_names_and_nothing_else(seen):
         "modules": [
             "vllm_qoq",
             *(f"vllm_qoq.checkpoint{name}" for name in ("", ".format", ".kv_config")),
-            *("vllm_qoq.environment", "vllm_qoq.errors"),
+            *(f"vllm_qoq.{name}" for name in ("cards", "environment", "errors", "kernel_library")),
             *(f"vllm_qoq.routing{name}" for name in ("", ".table")),
             *(f"vllm_qoq.serving{name}" for name in ("", ".plugin")),
             *(f"vllm_qoq.serving.plugin.{name}" for name in ("flex_models", "register")),
@@ -105,7 +104,7 @@ def test_the_registered_class_makes_our_config():
     ],
 )
 def test_versions_that_were_tested(version, is_served):
-    assert _is_served(version) is is_served
+    assert environment.is_served(version) is is_served
 
 
 def test_the_package_offers_no_stat_logger_to_every_model():
