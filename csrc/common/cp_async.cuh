@@ -7,19 +7,15 @@
 namespace qoq::ptx {
 
 // Copies 16 bytes into shared memory. The copy belongs to the group that the thread commits next.
+//
+// There is none with an L2 cache policy, since ptxas before CUDA 13.4 may leave out the
+// instruction that makes the policy (IST-DASLab/marlin#44): the copy is then an illegal one.
 __device__ inline void cp_async_16(uint32_t destination, const void* source) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(destination), "l"(source)
                : "memory");
 }
 
-// The same with an L2 cache policy of `l2_policy_*`.
-__device__ inline void cp_async_16(uint32_t destination, const void* source, uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(destination),
-               "l"(source), "l"(policy)
-               : "memory");
-}
-
-// The same as the first where `is_there`; otherwise writes zeros and reads nothing.
+// The same where `is_there`; otherwise writes zeros and reads nothing.
 __device__ inline void cp_async_16_or_zeros(uint32_t destination, const void* source,
                                             bool is_there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source),
@@ -35,6 +31,11 @@ __device__ inline void cp_async_commit_group() {
 template <int kPending>
 __device__ inline void cp_async_wait_group() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Arrives at a barrier, which counts on it, when all copies that this thread has begun have arrived.
+__device__ inline void cp_async_mbarrier_arrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
 }  // namespace qoq::ptx

@@ -13,6 +13,8 @@
 
 namespace qoq::ptx {
 
+inline constexpr bool kHasCopyEngine = has_copy_engine(kArchitecture);
+
 __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
@@ -48,22 +50,34 @@ __device__ inline void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t byte
 
 // Blocks until the phase of this parity is complete.
 __device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra.uni complete;\n"
-      "bra.uni again;\n"
-      "complete:\n"
-      "}\n" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
+  if constexpr (kHasCopyEngine) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra.uni complete;\n"
+        "bra.uni again;\n"
+        "complete:\n"
+        "}\n" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+  } else {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra.uni complete;\n"
+        "bra.uni again;\n"
+        "complete:\n"
+        "}\n" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+  }
 }
 
 // ---- the copy engine, from sm_90 on --------------------------------------------------
-
-inline constexpr bool kHasCopyEngine = has_copy_engine(kArchitecture);
 
 // `policy` is an L2 cache policy of `l2_policy_*`.
 __device__ inline void cp_async_bulk(uint32_t destination, const void* source, uint32_t bytes,

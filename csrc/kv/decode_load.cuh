@@ -51,14 +51,13 @@ struct LaneCopies {
   __device__ static void start(const Params& p, const Copy&, const Place& place, uint32_t stage,
                                uint32_t) {
     const int lane = threadIdx.x % 32;
-    const uint64_t policy = ptx::l2_policy_evict_first();
     for (int i = 0; place.units > 0 && i < p.copy_count; ++i) {
       const int offset = __shfl_sync(0xFFFFFFFF, place.offset, i);
       const int page = __shfl_sync(0xFFFFFFFF, place.page, i);
       if (offset < 0) continue;
       const uint8_t* source = p.cache + int64_t{page} * p.block_stride + offset;
       for (int at = 16 * lane; at < p.copies[i].bytes; at += 16 * 32)
-        ptx::cp_async_16(stage + p.copies[i].destination + at, source + at, policy);
+        ptx::cp_async_16(stage + p.copies[i].destination + at, source + at);
     }
     ptx::cp_async_commit_group();
   }

@@ -6,9 +6,9 @@
 //
 // The share of a warp of wgmma's register operand, 16 channels, is the operand of mma. So is its
 // share of the sums. All warps load and multiply, a stage at a time: in each step every thread
-// waits for its own copies, the block meets, the stage of the step before is filled anew, and this
-// one is multiplied. The first stages of a piece of work are fetched while the output of the piece
-// before is written.
+// begins its copies of a later stage as soon as that is free, waits until the copies of all threads
+// for this one have arrived, and multiplies. Nothing else holds warps together. The first stages of
+// a piece of work are fetched while the output of the piece before is written.
 #pragma once
 
 #include "common/mma.cuh"
@@ -31,13 +31,15 @@ class Multiplier {
     // All slabs of a warp are in one block, or one in each quarter of it.
     const int slab = place.channels * Tile::kSlabs;
     const uint32_t block = ring + Tile::kXBytes + slab / 4 * Tile::template kWeightBytes<kWeights>;
-    first_half_ = Tile::kInputWarps == 2 ? place.inputs : 0;
-    codes_ = block + first_half_ * kHalfBytes + slab % 4 * 512 + lane * 16;
-    params_ = block + kCodeBytes + slab % 4 * 32 + lane / 4 * 4;
+    // Warps that divide k have a k_block each, or half of one.
+    const int part = Tile::kStepBlocks == 2 ? place.inputs * Tile::template kPartBytes<kWeights> : 0;
+    const int first_half = kHalves == 1 ? place.inputs : 0;
+    codes_ = block + part + first_half * kHalfBytes + slab % 4 * 512 + lane * 16;
+    params_ = block + part + kCodeBytes + slab % 4 * 32 + lane / 4 * 4;
     // Lane l has the address of token l % 8 + 8 (l / 16), piece l / 8 % 2 of a k32 step.
     const int token = place.tokens * Tile::kWarpTokens + lane % 8 + lane / 16 * 8;
-    const int piece = 4 * first_half_ + lane / 8 % 2;
-    x_ = ring + token % Tile::kTokens * kBlockK + (piece ^ token % 8) * 16;
+    const int piece = 4 * first_half + lane / 8 % 2;
+    x_ = ring + part + token % Tile::kTokens * kBlockK + (piece ^ token % 8) * 16;
   }
 
   __device__ void operator()(Accumulators<Tile>& acc, uint32_t stage_offset) const {
@@ -46,7 +48,7 @@ class Multiplier {
     for (int s = 0; s < Tile::kSlabs; ++s)
       params[s] = kHasGroups<kWeights> ? ptx::load_shared_4(params_ + stage_offset + 32 * s) : 0;
 #pragma unroll
-    for (int half = 0; half < 2 / Tile::kInputWarps; ++half) {
+    for (int half = 0; half < kHalves; ++half) {
       uint32_t b[2][Tile::kOctets][2];
 #pragma unroll
       for (int step = 0; step < 2; ++step) load_x(b[step], stage_offset, 2 * half + step);
@@ -70,6 +72,7 @@ class Multiplier {
 
  private:
   static constexpr int kHalfBytes = kCodeBytes / 2;
+  static constexpr int kHalves = 2 * Tile::kStepBlocks / Tile::kInputWarps;  // of a warp
 
   // The operand of all tokens in a k32 step of this warp. Steps are bits of an address that the
   // swizzle leaves alone but for an exclusive or; tokens further are multiples of 8 rows.
@@ -87,7 +90,6 @@ class Multiplier {
     }
   }
 
-  int first_half_;
   uint32_t codes_, params_, x_;
 };
 
@@ -98,7 +100,10 @@ __device__ void multiply(const Params& p, char* shared) {
   const SharedConstants<Tile> constants(shared);
   auto* is_last = reinterpret_cast<int*>(shared + Tile::kFlag);
   const Multiplier<Tile, kWeights, kUsed> multiply_stage(ring);
-  Loader<Tile, kWeights, kUsed> loader(p, ring);
+  const RingBarriers<Tile> barriers{base + Tile::kBarriers};
+  barriers.initialise();
+  Loader<Tile, kWeights, kUsed> loader(p, ring, barriers);
+  RingPlace place;
   WorkList<Tile> list(p);
   Work work;
   bool has_work = list.next(work);
@@ -121,19 +126,13 @@ __device__ void multiply(const Params& p, char* shared) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) acc[s][o][i] = 0;
 
-    int stage = 0, free_stage = p.stages - 1;
     for (int step = work.begin; step < work.end; ++step) {
-      wait_for_all_but(p.stages - 2);
-      __syncthreads();
-      const int ahead = step + p.stages - 1;
-      if (ahead < work.end) {
-        loader.load_weights(ahead, free_stage);
-        loader.load_x(ahead, free_stage);
-      }
-      ptx::cp_async_commit_group();
-      multiply_stage(acc, stage * Tile::template kStageBytes<kWeights>);
-      free_stage = stage;
-      if (++stage == p.stages) stage = 0;
+      if (const int later = step + loader.ahead(); later < work.end) loader.load(later);
+      ptx::mbarrier_wait(barriers.full(place.stage), place.parity);
+      multiply_stage(acc, place.stage * Tile::template kStageBytes<kWeights>);
+      __syncwarp();
+      ptx::mbarrier_arrive_if(threadIdx.x % 32 == 0, barriers.free(place.stage));
+      place.advance(p.stages);
     }
     __syncthreads();  // nobody reads the ring or the constants of the tile before any more
 

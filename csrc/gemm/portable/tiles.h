@@ -12,28 +12,32 @@ namespace qoq::w4a8::portable {
 //
 // kBlocks       blocks of 64 channels; each warp has 16 channels for each, side by side
 // kTokenWarps   warps that divide the tokens
-// kInputWarps   warps that divide a k_block: 2 where a tile of few tokens would leave warps idle.
+// kInputWarps   warps that divide a step: 2 where a tile of few tokens would leave warps idle.
 //               They add up over shared memory.
 // kWarpTokens   tokens of a warp
 // kResident     blocks of threads that an SM holds at once
-template <int kBlocks_, int kTokenWarps_, int kInputWarps_, int kWarpTokens_, int kResident_>
+// kStepBlocks   k_blocks of a step. Few tokens need more, since waiting costs what it costs; warps
+//               that divide a step then have a k_block each
+template <int kBlocks_, int kTokenWarps_, int kInputWarps_, int kWarpTokens_, int kResident_,
+          int kStepBlocks_>
 struct Tile {
   static constexpr int kBlocks = kBlocks_;
   static constexpr int kTokenWarps = kTokenWarps_;
   static constexpr int kInputWarps = kInputWarps_;
   static constexpr int kWarpTokens = kWarpTokens_;
   static constexpr int kResident = kResident_;
+  static constexpr int kStepBlocks = kStepBlocks_;
   static constexpr int kChannelWarps = 4;
   static constexpr int kThreads = 32 * kChannelWarps * kTokenWarps * kInputWarps;
   static constexpr int kChannels = kBlocks * kBlockN;
   static constexpr int kTokens = kTokenWarps * kWarpTokens;
   static_assert(kThreads == 256 && kTokens <= kThreads && kChannels <= kThreads);
   static_assert(kWarpTokens == 8 || kWarpTokens % 16 == 0);
-  static_assert(kInputWarps <= 2);
+  static_assert(kInputWarps <= 2 && (kStepBlocks == 1 || kStepBlocks == kInputWarps));
 
-  // For `WorkList` and `schedule`: a block is a cluster, and a stage is a k_block.
+  // For `WorkList` and `schedule`: a block is a cluster, and a stage is a step.
   static constexpr bool kByInputs = false;
-  static constexpr int kCluster = 1, kClusterTiles = 1, kStepBlocks = 1;
+  static constexpr int kCluster = 1, kClusterTiles = 1;
   static constexpr int kBand = 8;  // tiles along tokens whose x stays in the L2
 
   // A warp has slabs of 16 channels and octets of tokens, and for each pair four sums in every
@@ -43,17 +47,19 @@ struct Tile {
   static constexpr int kOutOctets = std::max(1, kOctets / kInputWarps);
   static constexpr int kTileInts = kSlabs * kOutOctets * 4 * kThreads;
   static_assert(kResident * kTileInts <= kMaxTileInts);
-  // Whether the constants of the epilogue are fetched before the sums are made, and weights that
-  // only one tile reads have an L2 policy: as long as a thread has registers left beside its sums.
+  // Whether the constants of the epilogue are fetched before the sums are made: as long as a thread
+  // has registers left beside its sums.
   static constexpr int kSums = kSlabs * kOctets * 4;
   static constexpr bool kFetchesEarly = kSums < (kResident == 2 ? 32 : 128);
-  static constexpr bool kHasPolicy = kSums < 128;
 
   // Shared memory, from an address that is a multiple of 128:
-  //   [constants of the epilogue, a flag][a buffer for the output of each warp][ring]
-  // A stage of the ring is x, then for each block its weights and what a nested one has besides.
+  //   [constants of the epilogue, a flag][barriers][a buffer for the output of each warp][ring]
+  // A stage of the ring is, for each of its k_blocks, x, then for each block of channels its weights
+  // and what a nested one has besides.
+  static constexpr int kMinStages = 2, kMaxStages = 8;
   static constexpr int kFlag = kChannels * 12 + kTokens * 8;
-  static constexpr int kOutput = kFlag + 16;
+  static constexpr int kBarriers = kFlag + 16;
+  static constexpr int kOutput = kBarriers + kMaxStages * 16;
   // 16 bytes more than a row has, so that rows begin in different banks.
   static constexpr int kOutputRowBytes = kSlabs * 16 * 2 + 16;
   static constexpr int kOutputBytes = 8 * kOutputRowBytes;  // of a warp
@@ -62,8 +68,9 @@ struct Tile {
   template <Weights kWeights>
   static constexpr int kWeightBytes = kBlockBytes<kWeights> + kResidualBytes<kWeights>;
   template <Weights kWeights>
-  static constexpr int kStageBytes = kXBytes + kBlocks * kWeightBytes<kWeights>;
-  static constexpr int kMinStages = 2, kMaxStages = 8;
+  static constexpr int kPartBytes = kXBytes + kBlocks * kWeightBytes<kWeights>;
+  template <Weights kWeights>
+  static constexpr int kStageBytes = kStepBlocks * kPartBytes<kWeights>;
   template <Weights kWeights>
   static constexpr int shared_bytes(int stages) {
     return 128 + kRing + stages * kStageBytes<kWeights>;
@@ -80,13 +87,14 @@ struct Tile {
 //                      |  |  input warps
 //                      |  |  |   tokens of a warp
 //                      |  |  |   |  resident
-using Tile8      = Tile<1, 1, 2,  8, 2>;
-using Tile16     = Tile<1, 1, 2, 16, 2>;
-using Tile32     = Tile<1, 1, 2, 32, 2>;
-using Tile64     = Tile<1, 1, 2, 64, 2>;
-using Tile64Wide = Tile<2, 1, 2, 64, 1>;
-using Tile128    = Tile<2, 2, 1, 64, 1>;
-using Tile256    = Tile<4, 2, 1, 64, 1>;
+//                      |  |  |   |  |  k_blocks of a step
+using Tile8      = Tile<1, 1, 2,  8, 2, 2>;
+using Tile16     = Tile<1, 1, 2, 16, 2, 2>;
+using Tile32     = Tile<1, 1, 2, 32, 2, 2>;
+using Tile64     = Tile<1, 1, 2, 64, 2, 1>;
+using Tile64Wide = Tile<2, 1, 2, 64, 1, 1>;
+using Tile128    = Tile<2, 2, 1, 64, 1, 1>;
+using Tile256    = Tile<4, 2, 1, 64, 1, 1>;
 // clang-format on
 
 }  // namespace qoq::w4a8::portable
