@@ -113,16 +113,14 @@ def entries(library: bytes) -> Iterator[tuple[int, int, int]]:
     magic = struct.pack("<I", FATBIN_MAGIC)
     at = library.find(magic)
     while at >= 0:
-        _, version, header, size = FATBIN.unpack_from(library, at)
-        end = at + header + size
-        if version == 1 and header == FATBIN.size:
-            at += header
-            while at < end:
-                kind, _, entry_header, code_bytes = ENTRY.unpack_from(library, at)
-                (architecture,) = struct.unpack_from("<I", library, at + ARCHITECTURE_AT)
-                yield kind, architecture, entry_header + code_bytes
-                at += entry_header + code_bytes
-        at = library.find(magic, at + 1)
+        _, _, header, size = FATBIN.unpack_from(library, at)
+        at, end = at + header, at + header + size
+        while at < end:
+            kind, _, entry_header, code_bytes = ENTRY.unpack_from(library, at)
+            (architecture,) = struct.unpack_from("<I", library, at + ARCHITECTURE_AT)
+            yield kind, architecture, entry_header + code_bytes
+            at += entry_header + code_bytes
+        at = library.find(magic, at)
 
 
 def megabytes(size: int) -> str:
