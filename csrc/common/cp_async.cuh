@@ -15,7 +15,7 @@ __device__ inline void cp_async_16(uint32_t destination, const void* source) {
                : "memory");
 }
 
-// The same where `is_there`; otherwise writes zeros and reads nothing.
+// The same where `is_there`; otherwise writes zeros and reads nothing, whatever the source is.
 __device__ inline void cp_async_16_or_zeros(uint32_t destination, const void* source,
                                             bool is_there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source),

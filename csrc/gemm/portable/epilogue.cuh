@@ -32,12 +32,11 @@ struct WarpPlace {
   __device__ bool writes() const { return inputs * Tile::kOutOctets < Tile::kOctets; }
 };
 
-// Where warps have divided k, gives each of them the sums of its share of the tokens. Nobody reads
-// the ring any more.
+// Where warps have divided k, gives each of them the sums of its share of the tokens, over shared
+// memory, an octet of each share at a time.
 template <class Tile>
 __device__ void add_up_warps(const Accumulators<Tile>& acc, OutAccumulators<Tile>& sums,
-                             uint32_t ring) {
-  const WarpPlace<Tile> place;
+                             uint32_t exchange) {
   if constexpr (Tile::kInputWarps == 1) {
 #pragma unroll
     for (int s = 0; s < Tile::kSlabs; ++s)
@@ -46,32 +45,36 @@ __device__ void add_up_warps(const Accumulators<Tile>& acc, OutAccumulators<Tile
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[s][o][i] = acc[s][o][i];
   } else {
-    constexpr int kOut = Tile::kOutOctets;
-    // 16 bytes of each thread, for the warps that write this part of the octets.
-    auto address = [&](int part, int slab, int octet) {
-      return ring + (((part * Tile::kSlabs + slab) * kOut + octet) * 128 + threadIdx.x % 128) * 16;
+    const WarpPlace<Tile> place;
+    // Registers have no index at run time. Of one octet, the first warp has the sums.
+    constexpr int kSecond = Tile::kOctets > 1 ? Tile::kOutOctets : 0;
+    const bool is_first = place.inputs == 0;
+    // 16 bytes of each thread, for the warp that writes what is in them.
+    auto address = [&](int part, int slab) {
+      return exchange + ((part * Tile::kSlabs + slab) * 128 + threadIdx.x % 128) * 16;
     };
 #pragma unroll
-    for (int s = 0; s < Tile::kSlabs; ++s)
+    for (int o = 0; o < Tile::kOutOctets; ++o) {
+      ptx::named_barrier_sync(1, Tile::kThreads);
 #pragma unroll
-      for (int o = 0; o < Tile::kOctets; ++o)
-        if (o / kOut != place.inputs)
-          ptx::store_shared_16(address(o / kOut, s, o % kOut), acc[s][o]);
-    __syncthreads();
-    if (!place.writes()) return;
+      for (int s = 0; s < Tile::kSlabs; ++s) {
+        int32_t others[4];
 #pragma unroll
-    for (int s = 0; s < Tile::kSlabs; ++s)
+        for (int i = 0; i < 4; ++i)
+          others[i] = is_first ? acc[s][kSecond + o][i] : acc[s][o][i];
+        ptx::store_shared_16(address(is_first ? 1 : 0, s), others);
+      }
+      ptx::named_barrier_sync(1, Tile::kThreads);
 #pragma unroll
-      for (int o = 0; o < kOut; ++o) {
-        const uint4 v = ptx::load_shared_16(address(place.inputs, s, o));
+      for (int s = 0; s < Tile::kSlabs; ++s) {
+        const uint4 v = ptx::load_shared_16(address(place.inputs, s));
         const uint32_t others[4] = {v.x, v.y, v.z, v.w};
-        // Registers have no index at run time.
-        constexpr int kSecond = Tile::kOctets > 1 ? kOut : 0;
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           sums[s][o][i] = static_cast<int32_t>(others[i]) +
-                          (place.inputs == 0 ? acc[s][o][i] : acc[s][kSecond + o][i]);
+                          (is_first ? acc[s][o][i] : acc[s][kSecond + o][i]);
       }
+    }
   }
 }
 

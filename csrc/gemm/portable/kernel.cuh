@@ -5,10 +5,7 @@
 //   x        --cp.async--> shared ring, swizzled -------ldmatrix------------------> mma
 //
 // The share of a warp of wgmma's register operand, 16 channels, is the operand of mma. So is its
-// share of the sums. All warps load and multiply, a stage at a time: in each step every thread
-// begins its copies of a later stage as soon as that is free, waits until the copies of all threads
-// for this one have arrived, and multiplies. Nothing else holds warps together. The first stages of
-// a piece of work are fetched while the output of the piece before is written.
+// share of the sums. Warps go through the stages of the ring each at its own pace.
 #pragma once
 
 #include "common/mma.cuh"
@@ -20,8 +17,12 @@
 
 namespace qoq::w4a8::portable {
 
-// Multiplies this warp's part of a stage. The weights lie there as kWeights and are multiplied as
-// kUsed, since the first plane of a nested weight is a grouped one.
+// Multiplies this warp's part of the stages, 32 inputs (a k32 step) and 16 channels at a time. While
+// the tensor cores work on one of these, the operand of the next is unpacked, and x of the next k32
+// step and the codes of the next 64 inputs are read, over the end of a stage, too.
+//
+// The weights lie there as kWeights and are multiplied as kUsed, since the first plane of a nested
+// weight is a grouped one.
 template <class Tile, Weights kWeights, Weights kUsed>
 class Multiplier {
  public:
@@ -34,38 +35,43 @@ class Multiplier {
     // Warps that divide k have a k_block each, or half of one.
     const int part = Tile::kStepBlocks == 2 ? place.inputs * Tile::template kPartBytes<kWeights> : 0;
     const int first_half = kHalves == 1 ? place.inputs : 0;
-    codes_ = block + part + first_half * kHalfBytes + slab % 4 * 512 + lane * 16;
-    params_ = block + part + kCodeBytes + slab % 4 * 32 + lane / 4 * 4;
+    codes_at_ = block + part + first_half * kHalfBytes + slab % 4 * 512 + lane * 16;
+    params_at_ = block + part + kCodeBytes + slab % 4 * 32 + lane / 4 * 4;
     // Lane l has the address of token l % 8 + 8 (l / 16), piece l / 8 % 2 of a k32 step.
     const int token = place.tokens * Tile::kWarpTokens + lane % 8 + lane / 16 * 8;
     const int piece = 4 * first_half + lane / 8 % 2;
-    x_ = ring + part + token % Tile::kTokens * kBlockK + (piece ^ token % 8) * 16;
+    x_at_ = ring + part + token % Tile::kTokens * kBlockK + (piece ^ token % 8) * 16;
   }
 
-  __device__ void operator()(Accumulators<Tile>& acc, uint32_t stage_offset) const {
-    uint32_t params[Tile::kSlabs];
+  // Reads what the first stage of a piece of work begins with.
+  __device__ void begin(uint32_t stage_offset) {
+    load_x(b_[0], stage_offset, 0);
 #pragma unroll
-    for (int s = 0; s < Tile::kSlabs; ++s)
-      params[s] = kHasGroups<kWeights> ? ptx::load_shared_4(params_ + stage_offset + 32 * s) : 0;
+    for (int s = 0; s < Tile::kSlabs; ++s) load_codes(s, stage_offset, 0);
+    unpack(0, 0);
+  }
+
+  // Multiplies a stage, and reads the beginning of the next one, for which `wait_for_next` waits.
+  // `release` is called when this one has been read.
+  template <class WaitForNext, class Release>
+  __device__ void multiply(Accumulators<Tile>& acc, uint32_t stage_offset, uint32_t next_offset,
+                           WaitForNext wait_for_next, Release release) {
 #pragma unroll
-    for (int half = 0; half < kHalves; ++half) {
-      uint32_t b[2][Tile::kOctets][2];
-#pragma unroll
-      for (int step = 0; step < 2; ++step) load_x(b[step], stage_offset, 2 * half + step);
+    for (int t = 0; t < kSteps; ++t) {
+      const bool is_last = t == kSteps - 1;
+      if (is_last) wait_for_next();
+      load_x(b_[(t + 1) % 2], is_last ? next_offset : stage_offset, (t + 1) % kSteps);
+      if (t == kSteps - 2) release();
 #pragma unroll
       for (int s = 0; s < Tile::kSlabs; ++s) {
-        const uint32_t at = codes_ + stage_offset + half * kHalfBytes + 512 * s;
-        const uint4 codes = ptx::load_shared_16(at);
-        uint4 residual{};
-        if constexpr (kUsed == Weights::kNested)
-          residual = ptx::load_shared_16(at + kBlockBytes<kWeights>);
-        uint32_t a[8];
-        unpack_half<kUsed>(codes, residual, params[s], a);
+        // The codes of a slab are two k32 steps, of which the second is unpacked.
+        if (t % 2 == 1) load_codes(s, is_last ? next_offset : stage_offset, (t + 1) / 2 % kHalves);
+        const uint32_t a[4] = {a_[0], a_[1], a_[2], a_[3]};
 #pragma unroll
-        for (int step = 0; step < 2; ++step)
-#pragma unroll
-          for (int o = 0; o < Tile::kOctets; ++o)
-            ptx::mma_m16n8k32_u8s8(acc[s][o], a + 4 * step, b[step][o]);
+        for (int o = 0; o < Tile::kOctets; ++o) {
+          if (o == Tile::kOctets / 2) unpack((t + (s + 1) / Tile::kSlabs) % 2, (s + 1) % Tile::kSlabs);
+          ptx::mma_m16n8k32_u8s8(acc[s][o], a, b_[t % 2][o]);
+        }
       }
     }
   }
@@ -73,11 +79,12 @@ class Multiplier {
  private:
   static constexpr int kHalfBytes = kCodeBytes / 2;
   static constexpr int kHalves = 2 * Tile::kStepBlocks / Tile::kInputWarps;  // of a warp
+  static constexpr int kSteps = 2 * kHalves;
 
-  // The operand of all tokens in a k32 step of this warp. Steps are bits of an address that the
-  // swizzle leaves alone but for an exclusive or; tokens further are multiples of 8 rows.
+  // Reads the operand of all tokens in a k32 step of this warp. Steps are bits of an address that
+  // the swizzle leaves alone but for an exclusive or; tokens further are multiples of 8 rows.
   __device__ void load_x(uint32_t (&b)[Tile::kOctets][2], uint32_t stage_offset, int step) const {
-    const uint32_t at = (x_ + stage_offset) ^ (32 * step);
+    const uint32_t at = (x_at_ + stage_offset) ^ (32 * step);
     if constexpr (Tile::kOctets == 1) {
       ptx::ldmatrix_x2(b[0], at);
     } else {
@@ -90,33 +97,67 @@ class Multiplier {
     }
   }
 
-  uint32_t codes_, params_, x_;
+  // Reads the codes of 64 inputs of a slab, and with the first of a stage the group's parameters.
+  __device__ void load_codes(int s, uint32_t stage_offset, int half) {
+    const uint32_t at = codes_at_ + stage_offset + half * kHalfBytes + 512 * s;
+    codes_[s] = ptx::load_shared_16(at);
+    if constexpr (kUsed == Weights::kNested)
+      residual_[s] = ptx::load_shared_16(at + kBlockBytes<kWeights>);
+    if (kHasGroups<kWeights> && half == 0)
+      params_[s] = ptx::load_shared_4(params_at_ + stage_offset + 32 * s);
+  }
+
+  // Unpacks one of the two k32 steps that are in the codes of a slab.
+  __device__ void unpack(int step, int s) {
+    const uint4 &c = codes_[s], &r = residual_[s];
+    if (step == 0)
+      unpack_step<kUsed>({c.x, c.y}, {r.x, r.y}, params_[s], a_);
+    else
+      unpack_step<kUsed>({c.z, c.w}, {r.z, r.w}, params_[s], a_);
+  }
+
+  uint32_t codes_at_, params_at_, x_at_;
+  uint32_t b_[2][Tile::kOctets][2], a_[4], params_[Tile::kSlabs] = {};
+  uint4 codes_[Tile::kSlabs], residual_[Tile::kSlabs] = {};
 };
 
-// Does all of this block's pieces of work.
+// All that a block of threads shares.
 template <class Tile, Weights kWeights, Weights kUsed>
 __device__ void multiply(const Params& p, char* shared) {
   const uint32_t base = ptx::shared_address(shared), ring = base + Tile::kRing;
-  const SharedConstants<Tile> constants(shared);
-  auto* is_last = reinterpret_cast<int*>(shared + Tile::kFlag);
-  const Multiplier<Tile, kWeights, kUsed> multiply_stage(ring);
   const RingBarriers<Tile> barriers{base + Tile::kBarriers};
   barriers.initialise();
   Loader<Tile, kWeights, kUsed> loader(p, ring, barriers);
-  RingPlace place;
   WorkList<Tile> list(p);
   Work work;
+  if (Tile::kLoadWarps > 0 && threadIdx.x >= Tile::kThreads) {
+    while (list.next(work)) {
+      loader.turn_to(position<Tile>(work.tile, p));
+      int step = loader.begin(work, p.stages);
+      for (; step < work.end; ++step) loader.load(step);
+    }
+    return;
+  }
+  // Where all warps load, a stage is left for those that are behind.
+  const int ahead = max(1, p.stages - 2);
+  const SharedConstants<Tile> constants(shared);
+  auto* is_last = reinterpret_cast<int*>(shared + Tile::kFlag);
+  Multiplier<Tile, kWeights, kUsed> multiplier(ring);
+  RingPlace place;
   bool has_work = list.next(work);
   if (!has_work) return;
-  loader.turn_to(position<Tile>(work.tile, p));
-  // For x, x_scale, the workspace and `out`.
-  loader.begin(work.begin, work.end, [] { ptx::griddepcontrol_wait(); });
+  if constexpr (Tile::kLoadWarps == 0) {
+    loader.turn_to(position<Tile>(work.tile, p));
+    loader.begin(work, ahead);
+  }
+  ptx::griddepcontrol_wait();  // for x_scale, the workspace and `out`
   while (has_work) {
+    const TilePosition at = position<Tile>(work.tile, p);
     Constants<Tile> fetched;
-    auto fetch = [&](TilePosition at) {
+    const auto fetch = [&] {
       fetched.fetch(p, at.m * Tile::kTokens, at.n * Tile::kChannels, threadIdx.x);
     };
-    if constexpr (Tile::kFetchesEarly) fetch(position<Tile>(work.tile, p));
+    if constexpr (Tile::kFetchesEarly) fetch();
 
     Accumulators<Tile> acc;
 #pragma unroll
@@ -126,33 +167,45 @@ __device__ void multiply(const Params& p, char* shared) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) acc[s][o][i] = 0;
 
+    constexpr int kStageBytes = Tile::template kStageBytes<kWeights>;
+    ptx::mbarrier_wait(barriers.full(place.stage), place.parity);
+    multiplier.begin(place.stage * kStageBytes);
     for (int step = work.begin; step < work.end; ++step) {
-      if (const int later = step + loader.ahead(); later < work.end) loader.load(later);
-      ptx::mbarrier_wait(barriers.full(place.stage), place.parity);
-      multiply_stage(acc, place.stage * Tile::template kStageBytes<kWeights>);
-      __syncwarp();
-      ptx::mbarrier_arrive_if(threadIdx.x % 32 == 0, barriers.free(place.stage));
-      place.advance(p.stages);
+      if constexpr (Tile::kLoadWarps == 0)
+        if (step + ahead < work.end) loader.load(step + ahead);
+      RingPlace next = place;
+      next.advance(p.stages);
+      multiplier.multiply(
+          acc, place.stage * kStageBytes, next.stage * kStageBytes,
+          [&] {
+            if (step + 1 < work.end) ptx::mbarrier_wait(barriers.full(next.stage), next.parity);
+          },
+          [&] {
+            __syncwarp();
+            ptx::mbarrier_arrive_if(threadIdx.x % 32 == 0, barriers.free(place.stage));
+          });
+      place = next;
     }
-    __syncthreads();  // nobody reads the ring or the constants of the tile before any more
 
     OutAccumulators<Tile> sums;
-    add_up_warps<Tile>(acc, sums, ring);
-    const Work done = work;
-    const TilePosition at = position<Tile>(work.tile, p);
-    if constexpr (!Tile::kFetchesEarly) fetch(at);
+    add_up_warps<Tile>(acc, sums, base + Tile::kExchange);
+    if constexpr (!Tile::kFetchesEarly) fetch();
+    ptx::named_barrier_sync(1, Tile::kThreads);  // nobody reads the constants of another tile
     constants.store(fetched, threadIdx.x);
-    __syncthreads();
+    ptx::named_barrier_sync(1, Tile::kThreads);
 
+    const Work done = work;
     has_work = list.next(work);
-    if (has_work) {
-      loader.turn_to(position<Tile>(work.tile, p));
-      loader.begin(work.begin, work.end, [] {});
+    if constexpr (Tile::kLoadWarps == 0) {
+      if (has_work) {
+        loader.turn_to(position<Tile>(work.tile, p));
+        loader.begin(work, ahead);
+      }
     }
     if (done.end - done.begin < p.steps) {
-      const WarpPlace<Tile> place;
+      const WarpPlace<Tile> warp;
       constexpr int kCount = Tile::kSlabs * Tile::kOutOctets * 4;
-      if (!add_to_shared_tile<Tile, Tile::kThreads, kCount>(&sums[0][0][0], place.writes(), p,
+      if (!add_to_shared_tile<Tile, Tile::kThreads, kCount>(&sums[0][0][0], warp.writes(), p,
                                                             done.tile - p.whole_tiles,
                                                             done.end - done.begin, is_last))
         continue;
@@ -162,7 +215,7 @@ __device__ void multiply(const Params& p, char* shared) {
 }
 
 template <class Tile, Weights kWeights>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
+__global__ void __launch_bounds__(Tile::kBlockThreads, Tile::kResident)
     w4a8_gemm_portable(const __grid_constant__ Params p) {
   extern __shared__ char unaligned[];
   char* shared = unaligned + (-ptx::shared_address(unaligned) & 127);

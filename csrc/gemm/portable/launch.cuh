@@ -36,7 +36,7 @@ struct Launcher {
       CHECK_CUDA(cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                       cudaSharedmemCarveoutMaxShared));
     });
-    launch_early<kKernel>(blocks, Tile::kThreads, shared_bytes, stream, p);
+    launch_early<kKernel>(blocks, Tile::kBlockThreads, shared_bytes, stream, p);
   }
 };
 

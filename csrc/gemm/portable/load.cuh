@@ -1,4 +1,4 @@
-// From global memory into the ring, by all threads of a block.
+// From global memory into the ring, 16 bytes of a thread at a time.
 #pragma once
 
 #include "common/cp_async.cuh"
@@ -20,9 +20,8 @@ struct RingPlace {
   }
 };
 
-// Each stage has two barriers: one is complete when the copies of all threads have arrived, the
-// other when all warps have read them. So a warp may be ahead of another by some steps, and one
-// multiplies while another unpacks.
+// Each stage has two barriers: one is complete when the copies of all threads that load have
+// arrived, the other when all warps that multiply have read them.
 template <class Tile>
 struct RingBarriers {
   uint32_t base;
@@ -32,34 +31,36 @@ struct RingBarriers {
 
   __device__ void initialise() const {
     if (threadIdx.x < Tile::kMaxStages) {
-      ptx::mbarrier_init(full(threadIdx.x), Tile::kThreads);
+      ptx::mbarrier_init(full(threadIdx.x), Tile::kLoadThreads);
       ptx::mbarrier_init(free(threadIdx.x), Tile::kThreads / 32);
     }
     __syncthreads();
   }
 };
 
-// Loads the stages of one piece of work after the other, 16 bytes of a thread at a time. A nested
-// weight has both planes in memory; the second is fetched where kUsed is nested, too.
+// Loads the stages of one piece of work after the other. A nested weight has both planes in memory;
+// the second is fetched where kUsed is nested, too. In the place of what lies past the last channel,
+// token or input there are zeros.
 template <class Tile, Weights kWeights, Weights kUsed>
 class Loader {
  public:
   __device__ Loader(const Params& p, uint32_t ring, RingBarriers<Tile> barriers)
-      : p_(p), ring_(ring), barriers_(barriers) {}
-
-  // Stages that are loaded before their turn. Where the ring has three or more, one more is left
-  // for the warps that are behind.
-  __device__ int ahead() const { return max(1, p_.stages - 2); }
+      : p_(p), barriers_(barriers), thread_(threadIdx.x % Tile::kLoadThreads) {
+    const int row = thread_ / kRowPieces, piece = thread_ % kRowPieces;
+    to_weights_ = ring + Tile::kXBytes + thread_ * kPiece;
+    to_x_ = ring + row * kBlockK + (piece ^ row % 8) * kPiece;
+  }
 
   // Turns to the tile at this position.
   __device__ void turn_to(TilePosition at) {
     const int block = at.n * Tile::kBlocks;
-    last_block_ = p_.weight_blocks - 1 - block;
-    first_block_ = block * p_.k_blocks;
-    // Past the last token there are zeros.
-    const int token = at.m * Tile::kTokens + row() % Tile::kTokens;
+    blocks_left_ = p_.weight_blocks - block;
+    weight_ = p_.weight + int64_t{block} * p_.k_blocks * kBytes + thread_ * kPiece;
+    if constexpr (kUsed == Weights::kNested)
+      residual_ = p_.residual + int64_t{block} * p_.k_blocks * kCodeBytes + thread_ * kPiece;
+    const int token = at.m * Tile::kTokens + thread_ / kRowPieces;
     tokens_left_ = p_.m - token;
-    x_ = p_.x + int64_t{token} * p_.k_blocks * kBlockK + threadIdx.x % kPieces * 16;
+    x_ = p_.x + int64_t{token} * p_.k_blocks * kBlockK + thread_ % kRowPieces * kPiece;
   }
 
   // Fetches a step as soon as its stage is free.
@@ -69,21 +70,21 @@ class Loader {
     load_x(step);
   }
 
-  // Fetches the first steps of a piece of work. The weights do not depend on the kernel before this
-  // one, which `between` may wait for.
-  template <class BetweenWeightsAndX>
-  __device__ void begin(int begin, int end, BetweenWeightsAndX between) {
-    const int last = min(end, begin + ahead());
+  // Fetches the first steps of a piece of work, not more than `most`, and returns the next one. The
+  // weights do not depend on the kernel before this one; x does.
+  __device__ int begin(const Work& work, int most) {
+    const int last = min(work.end, work.begin + most);
     RingPlace place = place_;
 #pragma unroll 1
-    for (int step = begin; step < last; ++step) {
+    for (int step = work.begin; step < last; ++step) {
       wait_until_free(place);
       load_weights(step, place.stage);
       place.advance(p_.stages);
     }
-    between();
+    ptx::griddepcontrol_wait();
 #pragma unroll 1
-    for (int step = begin; step < last; ++step) load_x(step);
+    for (int step = work.begin; step < last; ++step) load_x(step);
+    return last;
   }
 
  private:
@@ -91,12 +92,13 @@ class Loader {
   static constexpr int kStageBytes = Tile::template kStageBytes<kWeights>;
   static constexpr int kPartBytes = Tile::template kPartBytes<kWeights>;
   static constexpr int kWeightBytes = Tile::template kWeightBytes<kWeights>;
-  static constexpr int kPieces = kBlockK / 16;            // of a token's row
-  static constexpr int kRows = Tile::kThreads / kPieces;  // that all threads copy at a time
-  static constexpr int kParamPieces = kParamBytes / 16;
-  static_assert(kCodeBytes == 16 * Tile::kThreads);
-
-  __device__ static int row() { return threadIdx.x / kPieces; }
+  static constexpr int kPiece = 16;                               // bytes of a copy
+  static constexpr int kPassBytes = Tile::kLoadThreads * kPiece;  // that all threads copy at a time
+  static constexpr int kRowPieces = kBlockK / kPiece;             // of a token's row
+  static constexpr int kPassRows = Tile::kLoadThreads / kRowPieces;
+  static constexpr int kParamPieces = kParamBytes / kPiece;
+  static_assert(kCodeBytes % kPassBytes == 0 && Tile::kTokens % kPassRows == 0);
+  static_assert(kParamPieces * Tile::kBlocks <= Tile::kLoadThreads && kPassRows % 4 == 0);
 
   __device__ void wait_until_free(const RingPlace& place) const {
     ptx::mbarrier_wait(barriers_.free(place.stage), place.parity ^ 1);
@@ -108,68 +110,66 @@ class Loader {
   }
 
   __device__ void load_weights(int step, int stage) const {
+    const uint32_t stride = p_.k_blocks * kBytes;  // from one block of channels to the next
 #pragma unroll
     for (int part = 0; part < Tile::kStepBlocks; ++part) {
       const int k_block = step * Tile::kStepBlocks + part;
-      if (!has(k_block)) break;
-      const uint32_t to = ring_ + stage * kStageBytes + part * kPartBytes + Tile::kXBytes;
-      const uint8_t* weight =
-          p_.weight + int64_t{first_block_ + k_block} * kBytes + 16 * threadIdx.x;
+      const int blocks = has(k_block) ? blocks_left_ : 0;
+      const uint32_t to = to_weights_ + stage * kStageBytes + part * kPartBytes;
+      const uint8_t* from = weight_ + k_block * kBytes;
 #pragma unroll
-      for (int b = 0; b < Tile::kBlocks; ++b)
-        ptx::cp_async_16(to + b * kWeightBytes + 16 * threadIdx.x, weight + stride(b, kBytes));
+      for (int b = 0; b < Tile::kBlocks; ++b, from += stride)
+        copy_codes(to + b * kWeightBytes, from, b < blocks);
       if constexpr (kHasGroups<kWeights>) {
-        if (threadIdx.x < kParamPieces * Tile::kBlocks) {
-          const int b = threadIdx.x / kParamPieces, piece = threadIdx.x % kParamPieces;
-          ptx::cp_async_16(to + b * kWeightBytes + kCodeBytes + 16 * piece,
-                           weight + stride(b, kBytes) + kCodeBytes - 16 * (threadIdx.x - piece));
+        if (thread_ < kParamPieces * Tile::kBlocks) {
+          const int b = thread_ / kParamPieces, first = b * kParamPieces * kPiece;
+          ptx::cp_async_16_or_zeros(
+              to + b * kWeightBytes + kCodeBytes - first,
+              weight_ + k_block * kBytes + b * stride + (kCodeBytes - first), b < blocks);
         }
       }
       if constexpr (kUsed == Weights::kNested) {
-        const uint8_t* residual =
-            p_.residual + int64_t{first_block_ + k_block} * kCodeBytes + 16 * threadIdx.x;
+        const uint8_t* residual = residual_ + k_block * kCodeBytes;
 #pragma unroll
-        for (int b = 0; b < Tile::kBlocks; ++b)
-          ptx::cp_async_16(to + b * kWeightBytes + kBytes + 16 * threadIdx.x,
-                           residual + stride(b, kCodeBytes));
+        for (int b = 0; b < Tile::kBlocks; ++b, residual += p_.k_blocks * kCodeBytes)
+          copy_codes(to + b * kWeightBytes + kBytes, residual, b < blocks);
       }
     }
   }
 
-  // Fetches x of a step, each token a row of 128 bytes in which piece i lies at i ^ (token % 8), and
-  // goes on to the next stage. The rows of all parts are one after the other.
-  __device__ void load_x(int step) {
-    constexpr int kAllRows = Tile::kStepBlocks * Tile::kTokens;
-    const int piece = threadIdx.x % kPieces;
-    if (kAllRows >= kRows || row() < kAllRows) {
-      const uint32_t to = ring_ + place_.stage * kStageBytes + row() / Tile::kTokens * kPartBytes +
-                          row() % Tile::kTokens * kBlockK + (piece ^ row() % 8) * 16;
+  __device__ static void copy_codes(uint32_t to, const uint8_t* from, bool is_there) {
 #pragma unroll
-      for (int first = 0; first < kAllRows; first += kRows) {
-        const int part = first / Tile::kTokens, token = first % Tile::kTokens;
-        const int k_block = step * Tile::kStepBlocks + part + row() / Tile::kTokens;
-        const bool is_there = token < tokens_left_ && has(k_block);
-        const int8_t* from = x_ + (token * p_.k_blocks + k_block) * kBlockK;
-        ptx::cp_async_16_or_zeros(to + part * kPartBytes + token * kBlockK,
-                                  is_there ? from : p_.x, is_there);
+    for (int at = 0; at < kCodeBytes; at += kPassBytes)
+      ptx::cp_async_16_or_zeros(to + at, from + at, is_there);
+  }
+
+  // Fetches x of a step, each token a row of 128 bytes in which piece i lies at i ^ (token % 8), and
+  // goes on to the next stage.
+  __device__ void load_x(int step) {
+    const uint32_t stride = p_.k_blocks * (kPassRows * kBlockK);
+#pragma unroll
+    for (int part = 0; part < Tile::kStepBlocks; ++part) {
+      const int k_block = step * Tile::kStepBlocks + part;
+      const int tokens = has(k_block) ? tokens_left_ : 0;
+      const uint32_t to = to_x_ + place_.stage * kStageBytes + part * kPartBytes;
+      const int8_t* from = x_ + k_block * kBlockK;
+#pragma unroll
+      for (int token = 0; token < Tile::kTokens; token += kPassRows, from += stride) {
+        const uint32_t at = (to ^ token % 8 * kPiece) + token * kBlockK;
+        ptx::cp_async_16_or_zeros(at, from, token < tokens);
       }
     }
     ptx::cp_async_mbarrier_arrive(barriers_.full(place_.stage));
     place_.advance(p_.stages);
   }
 
-  // Bytes from the first block of channels to the b-th, of this many bytes. Past the last channel
-  // any block will do, since nothing of it is written.
-  __device__ int stride(int b, int bytes) const {
-    return min(b, last_block_) * (p_.k_blocks * bytes);
-  }
-
   const Params& p_;
-  const uint32_t ring_;
   const RingBarriers<Tile> barriers_;
-  RingPlace place_;  // of the next stage
-  // What is held is little, since the largest tile has no register to spare.
-  int first_block_, last_block_, tokens_left_;
+  const int thread_;
+  uint32_t to_weights_, to_x_;  // in the first stage
+  RingPlace place_;             // of the next stage
+  int blocks_left_, tokens_left_;
+  const uint8_t *weight_, *residual_;
   const int8_t* x_;
 };
 

@@ -8,7 +8,8 @@
 
 namespace qoq::w4a8::portable {
 
-// Eight warps multiply, and all of them load. Four neighbours divide the channels of the tile.
+// Eight warps multiply. Of few tokens another one loads for them, and of more, whose registers leave
+// no room for it, all of them do. Four neighbours divide the channels of the tile.
 //
 // kBlocks       blocks of 64 channels; each warp has 16 channels for each, side by side
 // kTokenWarps   warps that divide the tokens
@@ -18,8 +19,9 @@ namespace qoq::w4a8::portable {
 // kResident     blocks of threads that an SM holds at once
 // kStepBlocks   k_blocks of a step. Few tokens need more, since waiting costs what it costs; warps
 //               that divide a step then have a k_block each
+// kLoadWarps    warps beside those that multiply: 1 or 0
 template <int kBlocks_, int kTokenWarps_, int kInputWarps_, int kWarpTokens_, int kResident_,
-          int kStepBlocks_>
+          int kStepBlocks_, int kLoadWarps_>
 struct Tile {
   static constexpr int kBlocks = kBlocks_;
   static constexpr int kTokenWarps = kTokenWarps_;
@@ -27,8 +29,11 @@ struct Tile {
   static constexpr int kWarpTokens = kWarpTokens_;
   static constexpr int kResident = kResident_;
   static constexpr int kStepBlocks = kStepBlocks_;
+  static constexpr int kLoadWarps = kLoadWarps_;
   static constexpr int kChannelWarps = 4;
   static constexpr int kThreads = 32 * kChannelWarps * kTokenWarps * kInputWarps;
+  static constexpr int kBlockThreads = kThreads + 32 * kLoadWarps;
+  static constexpr int kLoadThreads = kLoadWarps == 0 ? kThreads : 32 * kLoadWarps;
   static constexpr int kChannels = kBlocks * kBlockN;
   static constexpr int kTokens = kTokenWarps * kWarpTokens;
   static_assert(kThreads == 256 && kTokens <= kThreads && kChannels <= kThreads);
@@ -53,7 +58,8 @@ struct Tile {
   static constexpr bool kFetchesEarly = kSums < (kResident == 2 ? 32 : 128);
 
   // Shared memory, from an address that is a multiple of 128:
-  //   [constants of the epilogue, a flag][barriers][a buffer for the output of each warp][ring]
+  //   [constants of the epilogue, a flag][barriers][a buffer for the output of each warp]
+  //   [sums that warps exchange][ring]
   // A stage of the ring is, for each of its k_blocks, x, then for each block of channels its weights
   // and what a nested one has besides.
   static constexpr int kMinStages = 2, kMaxStages = 8;
@@ -63,7 +69,9 @@ struct Tile {
   // 16 bytes more than a row has, so that rows begin in different banks.
   static constexpr int kOutputRowBytes = kSlabs * 16 * 2 + 16;
   static constexpr int kOutputBytes = 8 * kOutputRowBytes;  // of a warp
-  static constexpr int kRing = (kOutput + kThreads / 32 * kOutputBytes + 127) / 128 * 128;
+  static constexpr int kExchange = kOutput + kThreads / 32 * kOutputBytes;
+  static constexpr int kExchangeBytes = kInputWarps == 2 ? kThreads * kSlabs * 16 : 0;
+  static constexpr int kRing = (kExchange + kExchangeBytes + 127) / 128 * 128;
   static constexpr int kXBytes = kTokens * kBlockK;
   template <Weights kWeights>
   static constexpr int kWeightBytes = kBlockBytes<kWeights> + kResidualBytes<kWeights>;
@@ -75,10 +83,6 @@ struct Tile {
   static constexpr int shared_bytes(int stages) {
     return 128 + kRing + stages * kStageBytes<kWeights>;
   }
-
-  // Sums that warps add up lie where the ring was.
-  static_assert(kInputWarps == 1 || kInputWarps * kSlabs * kOutOctets * 128 * 16 <=
-                                        kMinStages * kStageBytes<Weights::kChannel>);
 };
 
 // clang-format off
@@ -88,13 +92,14 @@ struct Tile {
 //                      |  |  |   tokens of a warp
 //                      |  |  |   |  resident
 //                      |  |  |   |  |  k_blocks of a step
-using Tile8      = Tile<1, 1, 2,  8, 2, 2>;
-using Tile16     = Tile<1, 1, 2, 16, 2, 2>;
-using Tile32     = Tile<1, 1, 2, 32, 2, 2>;
-using Tile64     = Tile<1, 1, 2, 64, 2, 1>;
-using Tile64Wide = Tile<2, 1, 2, 64, 1, 1>;
-using Tile128    = Tile<2, 2, 1, 64, 1, 1>;
-using Tile256    = Tile<4, 2, 1, 64, 1, 1>;
+//                      |  |  |   |  |  |  warps that load
+using Tile8      = Tile<1, 1, 2,  8, 2, 2, 1>;
+using Tile16     = Tile<1, 1, 2, 16, 2, 2, 1>;
+using Tile32     = Tile<1, 1, 2, 32, 2, 2, 1>;
+using Tile64     = Tile<1, 1, 2, 64, 2, 1, 0>;
+using Tile64Wide = Tile<2, 1, 2, 64, 1, 1, 0>;
+using Tile128    = Tile<2, 2, 1, 64, 1, 1, 0>;
+using Tile256    = Tile<4, 2, 1, 64, 1, 1, 0>;
 // clang-format on
 
 }  // namespace qoq::w4a8::portable
