@@ -3,8 +3,9 @@
 VLLM_QOQ_CUDA   auto  (default) build them where nvcc and a CUDA build of torch are there
                 1     build them; anything missing is an error
                 0     pure Python
-VLLM_QOQ_CUDA_ARCHS   the compute capabilities to build for, as in "8.0;9.0;12.0+PTX"; by default
-                those of TORCH_CUDA_ARCH_LIST, or of the GPUs here, or, where there is none, all
+VLLM_QOQ_CUDA_ARCHS   the compute capabilities to build for, as in "8.0;9.0;12.0+PTX", or "all"; by
+                default those of TORCH_CUDA_ARCH_LIST, or of the GPUs here, or, where there is
+                none, all
 VLLM_QOQ_PORTABLE   1   for tests: on every GPU the code of the oldest ones
 
 The kernels are one library for torch 2.11 and later and every Python: `pip install
@@ -29,8 +30,10 @@ OPTIMIZE = "-O3"
 # only the data of streams (the ids of locale facets) came from torch's copy, writing a number into
 # an error message would crash or cut the message short.
 LINK = "-Wl,--exclude-libs,ALL"
-SOURCES = ["csrc/bindings.cpp", *sorted(str(path) for path in Path("csrc").rglob("*.cu"))]
-HEADERS = sorted(str(path) for kind in ("*.h", "*.cuh") for path in Path("csrc").rglob(kind))
+SOURCES, HEADERS = (
+    sorted(str(path) for kind in kinds for path in Path("csrc").rglob(kind))
+    for kinds in (("*.cpp", "*.cu"), ("*.h", "*.cuh"))
+)
 
 
 def why_no_cuda() -> str | None:
@@ -49,7 +52,7 @@ def why_no_cuda() -> str | None:
 
 def cards_table() -> Any:
     """The package's table of GPUs, without the package, which needs torch and more."""
-    path = Path(__file__).parent / "vllm_qoq" / "ops" / "cards.py"
+    path = Path(__file__).parent / "vllm_qoq" / "cards.py"
     spec = importlib.util.spec_from_file_location("cards", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -81,6 +84,7 @@ def kernels() -> dict[str, Any]:
     cards = cards_table()
     build = flags_of_cards(cards)
     nvcc = ["-std=c++20", OPTIMIZE, TORCH_TARGET, "-DUSE_CUDA"]
+    cxx = ["-std=c++20", OPTIMIZE, TORCH_TARGET, f"-DQOQ_BUILT_FOR={':'.join(build.codes)}"]
     sources = [
         source
         for source in SOURCES
@@ -119,7 +123,7 @@ def kernels() -> dict[str, Any]:
         sources,
         include_dirs=[str(Path(__file__).parent / "csrc")],
         depends=HEADERS,
-        extra_compile_args={"cxx": ["-std=c++20", OPTIMIZE, TORCH_TARGET], "nvcc": nvcc},
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
         extra_link_args=[LINK],
         py_limited_api=True,
     )
@@ -149,7 +153,7 @@ def arguments() -> dict[str, Any]:
         return kernels()
     if choice == "1":
         raise SystemExit(f"VLLM_QOQ_CUDA=1, but {missing}")
-    # pip shows it with -v; `vllm-qoq env` says it at any time.
+    # pip shows it with -v; `vllm-qoq doctor` says it at any time.
     print(f"vllm-qoq: a build without CUDA kernels: {missing}", file=sys.stderr)
     return {}
 

@@ -1,4 +1,4 @@
-"""The facts about a machine that a bug report needs: `vllm-qoq env`.
+"""The facts about a machine that a bug report needs, which `vllm-qoq doctor` prints.
 
 Reads metadata only. Nothing is imported, so a broken torch or vLLM is reported
 like a sound one, and what cannot be found out is None.
@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from vllm_qoq.kernel_library import built_for
 from vllm_qoq.version import __version__
 
 OLDEST_VLLM, NEWEST_VLLM = (0, 26), (0, 33)
@@ -28,43 +31,32 @@ _PACKAGES = {
     "compressed-tensors": ("compressed-tensors",),
     "safetensors": ("safetensors",),
 }
-_GPU_FIELDS = ("name", "driver_version", "memory.total")
+_GPU_FIELDS = ("name", "compute_cap", "driver_version", "memory.total")
 _PLUGIN_GROUP = "vllm.general_plugins"
-_PLUGIN = "qoq"
+PLUGIN = "qoq"
 _SECONDS = 5.0
 
 
 def describe() -> dict[str, Any]:
     """Describe versions, platform, GPUs and whether vLLM will find the plugin, as one JSON object.
 
-    `kernels` says whether this build has the CUDA kernels (README, Install).
+    `cuda` is the version of CUDA that torch is built for. `kernels` has the architectures for which
+    our CUDA kernels are built, as in sm_90, or compute_80 for PTX; None where there are none.
     `gpus` is a list of {field: text}, empty where nvidia-smi lists none, and None
     where there is no working nvidia-smi. `plugin_allowed` is false where VLLM_PLUGINS
     keeps vLLM from loading the plugin that it finds.
     """
+    kernels = built_for()
     return {
         "platform": platform.platform(),
         "python": platform.python_version(),
         "packages": {name: _version(names) for name, names in _PACKAGES.items()},
+        "cuda": _cuda_of_torch(),
         "gpus": _gpus(),
-        "kernels": Path(__file__).with_name("_C.so").exists(),
+        "kernels": kernels and list(kernels),
         "plugin_visible": _is_plugin_visible(),
         "plugin_allowed": _is_plugin_allowed(),
     }
-
-
-def table(report: dict[str, Any]) -> str:
-    """Lay out a report of `describe` as a table for people."""
-    rows = [("platform", report["platform"]), ("Python", report["python"])]
-    rows += [(name, found or "not installed") for name, found in report["packages"].items()]
-    gpus = report["gpus"]
-    if not gpus:
-        rows.append(("GPU", "none" if gpus == [] else "none (no working nvidia-smi)"))
-    else:
-        rows += [("GPU", ", ".join(gpu.values())) for gpu in gpus]
-    rows.append(("vLLM plugin", _plugin_text(report)))
-    rows.append(("CUDA kernels", "built" if report["kernels"] else "not built (README, Install)"))
-    return "\n".join(f"{name:20}{value}" for name, value in rows)
 
 
 def _version(names: tuple[str, ...]) -> str | None:
@@ -82,6 +74,19 @@ def _version(names: tuple[str, ...]) -> str | None:
     return None
 
 
+def _cuda_of_torch() -> str | None:
+    """Read the version of CUDA from torch's files; None for a build without CUDA."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    found = re.search(r"""^cuda\b.*=\s*['"]([\d.]+)['"]""", text, re.M)
+    return found and found[1]
+
+
 def _gpus() -> list[dict[str, str]] | None:
     query = ["nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader"]
     try:
@@ -95,6 +100,14 @@ def _gpus() -> list[dict[str, str]] | None:
     ]
 
 
+def is_served(version: str) -> bool:
+    """Whether the plugin is made for a version of vLLM; true for one without numbers."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None:
+        return True
+    return OLDEST_VLLM <= tuple(map(int, numbers.groups())) <= NEWEST_VLLM
+
+
 def vllm_obstacle(error: Exception) -> str:
     """Say why `error`, raised on the way into vLLM, keeps us from serving, and what to do."""
     running = getattr(sys.modules.get("vllm"), "__version__", None)
@@ -106,18 +119,10 @@ def vllm_obstacle(error: Exception) -> str:
     )
 
 
-def _plugin_text(report: dict[str, Any]) -> str:
-    if not report["plugin_visible"]:
-        return "not visible; reinstall vllm-qoq"
-    if not report["plugin_allowed"]:
-        return f"not loaded; VLLM_PLUGINS is {os.environ['VLLM_PLUGINS']!r}, without {_PLUGIN!r}"
-    return f"visible; for vLLM {SERVED_VLLM}"
-
-
 def _is_plugin_allowed() -> bool:
     allowed = os.environ.get("VLLM_PLUGINS")
-    return allowed is None or _PLUGIN in allowed.split(",")
+    return allowed is None or PLUGIN in allowed.split(",")
 
 
 def _is_plugin_visible() -> bool:
-    return any(point.name == _PLUGIN for point in entry_points(group=_PLUGIN_GROUP))
+    return any(point.name == PLUGIN for point in entry_points(group=_PLUGIN_GROUP))

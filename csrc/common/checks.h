@@ -12,10 +12,12 @@
 #include <initializer_list>
 #include <string>
 
-#define CHECK_CUDA(call)                                                             \
-  do {                                                                               \
-    const cudaError_t error_ = (call);                                               \
-    STD_TORCH_CHECK(error_ == cudaSuccess, #call, ": ", cudaGetErrorString(error_)); \
+#include "common/built_for.h"
+
+#define CHECK_CUDA(call)                                                          \
+  do {                                                                            \
+    const cudaError_t error_ = (call);                                            \
+    STD_TORCH_CHECK(error_ == cudaSuccess, #call, ": ", qoq::error_text(error_)); \
   } while (0)
 
 namespace qoq {

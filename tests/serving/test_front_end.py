@@ -12,7 +12,7 @@ import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.v1.metrics.loggers import load_stat_logger_plugin_factories
 
-from vllm_qoq import ops
+from vllm_qoq import kernel_library, ops
 from vllm_qoq.cli.main import main
 from vllm_qoq.errors import EngineError, UserError
 from vllm_qoq.routing.table import RoutingError
@@ -119,20 +119,47 @@ def test_a_broken_section_is_one_line_too(nested_dir, tmp_path):
     assert len(str(refusal.value).splitlines()) == 1
 
 
+def on_gpu(monkeypatch, capability, codes):
+    """As on a machine with a GPU, with a library built for `codes`."""
+    platform = SimpleNamespace(
+        get_device_capability=lambda: capability, get_device_name=lambda: "Some GPU"
+    )
+    monkeypatch.setattr(front_end, "current_platform", platform)
+    monkeypatch.setattr(ops, "is_built", lambda device_type: codes is not None)
+    monkeypatch.setattr(kernel_library, "built_for", lambda: codes)
+
+
 @pytest.mark.parametrize(
-    ("capability", "is_built", "message"),
+    ("codes", "said"),
     [
-        ((9, 0), False, "this build of vllm-qoq has no CUDA kernels"),
-        ((7, 5), True, r"Hopper.*this GPU has compute capability 7\.5"),
+        (("sm_90", "sm_90a"), ["w4a8_gemm by the hopper path, all others from sm_90"]),
+        (("compute_80",), ["w4a8_gemm by the portable path, all others from compute_80"]),
+        (("sm_80",), []),
+        (None, []),
+    ],
+)
+def test_the_log_says_once_which_kernels_run(monkeypatch, codes, said):
+    on_gpu(monkeypatch, (9, 0), codes)
+    lines = []
+    monkeypatch.setattr(front_end.logger, "info", lambda text, *values: lines.append(text % values))
+    front_end._say_kernels()
+    assert lines == [f"Kernels of vllm-qoq on Some GPU (9.0): {line}" for line in said]
+
+
+@pytest.mark.parametrize(
+    ("capability", "codes", "message"),
+    [
+        ((9, 0), None, "this build of vllm-qoq has no CUDA kernels"),
+        (None, None, "this build of vllm-qoq has no CUDA kernels"),
+        ((7, 5), ("sm_90",), r"Hopper.*Some GPU has compute capability 7\.5"),
+        ((8, 0), ("sm_90",), r"built for sm_90; Some GPU .* 8\.0; .*VLLM_QOQ_CUDA_ARCHS=8\.0 "),
     ],
 )
 def test_a_gpu_without_our_kernels_is_refused_by_set(
-    nested_dir, monkeypatch, capability, is_built, message
+    nested_dir, monkeypatch, capability, codes, message
 ):
     section = configure(nested_dir).quant_config.section
-    monkeypatch.setattr(ops, "is_built", lambda device_type: is_built)
-    platform = SimpleNamespace(get_device_capability=lambda: capability)
-    monkeypatch.setattr(front_end, "current_platform", platform)
+    on_gpu(monkeypatch, capability, codes)
     routing = routing_in_force(section, Options())
     with pytest.raises(RoutingError, match=message):
         front_end._check_kernels(section, routing, "cuda")

@@ -31,6 +31,7 @@ from merge_tools.__main__ import main as merge_tools_main
 from vllm_qoq import ops
 from vllm_qoq.bench.perplexity import text_perplexity
 from vllm_qoq.errors import FormatError
+from vllm_qoq.kernel_library import BUILD
 from vllm_qoq.numerics import reference
 from vllm_qoq.serving.methods.qoq_linear import QoQLinearConfig
 
@@ -208,13 +209,13 @@ def test_a_build_without_kernels_says_how_to_build_them(monkeypatch):
         RuntimeError, match=r"block\.qkv_proj: qoq_linear .*CUDA kernels"
     ) as refused:
         finish(loaded(GROUP, stored(GROUP)))
-    assert ops.BUILD in str(refused.value) and "force_set" in str(refused.value)
+    assert BUILD in str(refused.value) and "force_set" in str(refused.value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     with pytest.raises(RuntimeError, match=r"Hopper.*Some GPU has .* 7\.5") as refused:
         finish(loaded(GROUP, stored(GROUP)))
-    assert ops.BUILD not in str(refused.value), "a build would not help"
+    assert BUILD not in str(refused.value), "a build would not help"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     with pytest.raises(RuntimeError, match="VLLM_QOQ_CUDA=1 pip install"):
         finish(loaded(GROUP, stored(GROUP)))

@@ -15,7 +15,6 @@ import vllm_qoq
 from vllm_qoq import environment
 from vllm_qoq.errors import EngineError
 from vllm_qoq.serving.plugin.config import QoQConfig
-from vllm_qoq.serving.plugin.register import _is_served
 
 SCRIPT = ROOT / "tests" / "support" / "unknown_vllm.py"
 # Without these there is nothing to register with.
@@ -40,9 +39,9 @@ def test_registering_brings_names_and_nothing_else(seen):
     assert seen["footprint"] == {
         "logged": [],
         "modules": [
-            "vllm_qoq",
+            *("vllm_qoq", "vllm_qoq.cards"),
             *(f"vllm_qoq.checkpoint{name}" for name in ("", ".format", ".kv_config")),
-            *("vllm_qoq.environment", "vllm_qoq.errors"),
+            *(f"vllm_qoq.{name}" for name in ("environment", "errors", "kernel_library")),
             *(f"vllm_qoq.routing{name}" for name in ("", ".table")),
             *(f"vllm_qoq.serving{name}" for name in ("", ".plugin")),
             *(f"vllm_qoq.serving.plugin.{name}" for name in ("flex_models", "register")),
@@ -105,7 +104,7 @@ def test_the_registered_class_makes_our_config():
     ],
 )
 def test_versions_that_were_tested(version, is_served):
-    assert _is_served(version) is is_served
+    assert environment.is_served(version) is is_served
 
 
 def test_the_package_offers_no_stat_logger_to_every_model():
@@ -134,13 +133,10 @@ def test_options_of_ours_for_another_model_are_warned_of(
 @pytest.mark.parametrize(
     ("plugins", "is_allowed"), [(None, True), ("other,qoq", True), ("other", False), ("", False)]
 )
-def test_env_says_when_vllm_is_told_to_leave_the_plugin_out(monkeypatch, plugins, is_allowed):
+def test_it_is_a_fact_when_vllm_is_told_to_leave_the_plugin_out(monkeypatch, plugins, is_allowed):
     if plugins is None:
         monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     else:
         monkeypatch.setenv("VLLM_PLUGINS", plugins)
-    monkeypatch.setattr(environment, "_is_plugin_visible", lambda: True)
-    report = environment.describe()
-    assert report["plugin_allowed"] is is_allowed
-    assert ("VLLM_PLUGINS" in environment.table(report)) is not is_allowed
+    assert environment.describe()["plugin_allowed"] is is_allowed
     assert os.environ.get("VLLM_PLUGINS") == plugins

@@ -13,7 +13,7 @@ from bench_units import bench_command, cells
 from conftest import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vllm_qoq import ops, plots
+from vllm_qoq import kernel_library, ops, plots
 from vllm_qoq.bench import BenchError, measure, peers, plot, report, result, roofline
 from vllm_qoq.bench.attempts import Attempts
 from vllm_qoq.bench.cases import KERNELS, OURS, PEERS, SHAPES, TIMED_TOKENS, Case
@@ -218,7 +218,7 @@ def test_what_is_missing_is_said_before_work_begins(run, tmp_path, monkeypatch):
     assert code == 2 and "no such folder" in stderr
     monkeypatch.setattr(ops, "has_kernels", lambda device: False)
     code, _, stderr = run()
-    assert code == 2 and ops.BUILD in stderr
+    assert code == 2 and kernel_library.BUILD in stderr
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     code, _, stderr = run()
     assert code == 2 and "Some GPU has compute capability 7.5" in stderr and "build" not in stderr

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_qoq.ops import cards, kv_ops
+from vllm_qoq import cards
+from vllm_qoq.ops import kv_ops
 
 SM90A = ["-gencode=arch=compute_90a,code=sm_90a"]
 ALL = "compute_80 compute_90 compute_100 compute_120"
@@ -19,6 +20,7 @@ def test_a_gpu_is_built_for_as_its_family():
         "-gencode=arch=compute_120,code=sm_120",
         "-gencode=arch=compute_120,code=compute_120",
     ]
+    assert build.codes == ["sm_80", "sm_120", "compute_120"]
 
 
 @pytest.mark.parametrize("name", ["9.0", "9.0a"])
@@ -26,12 +28,14 @@ def test_hopper_has_files_of_its_own(name):
     build = cards.build_for(name)
     assert build.hopper_flags == SM90A
     assert build.flags == ["-gencode=arch=compute_90,code=sm_90", "-DQOQ_HOPPER"]
+    assert build.codes == ["sm_90", "sm_90a"]
 
 
 def test_a_portable_build_has_no_hopper_path_and_tells_all_files():
     build = cards.build_for("9.0", is_portable=True)
     assert build.hopper_flags is None
     assert build.flags == ["-gencode=arch=compute_90,code=sm_90", "-DQOQ_PORTABLE"]
+    assert cards.gemm_path((9, 0), build.codes) == "portable"
 
 
 @pytest.mark.parametrize("asked", ["7.5", "8.0;sm_90", "11.0", "Hopper", "", ";"])
@@ -46,13 +50,22 @@ def test_what_is_no_gpu_of_ours_is_refused(asked):
         ({"VLLM_QOQ_CUDA_ARCHS": "8.0", "TORCH_CUDA_ARCH_LIST": "9.0"}, [(12, 0)], ALL, "8.0"),
         ({"TORCH_CUDA_ARCH_LIST": "7.5 8.0 9.0+PTX"}, [(12, 0)], ALL, "8.0;9.0+PTX"),
         ({}, [(9, 0), (8, 9), (9, 0), (7, 5)], ALL, "8.9;9.0"),
+        ({"VLLM_QOQ_CUDA_ARCHS": "all"}, [(9, 0)], ALL, "8.0;9.0;10.0;12.0+PTX"),
         ({}, [(7, 5)], ALL, "8.0;9.0;10.0;12.0+PTX"),
+        ({}, [(13, 0)], ALL, "8.0;9.0;10.0;12.0+PTX"),
         ({}, [], "compute_75 compute_80 compute_90", "8.0;9.0+PTX"),
     ],
 )
 def test_a_build_is_for_what_is_asked_or_present_or_for_all(environment, present, nvcc, asked):
     assert cards.asked_for(environment, present, nvcc) == asked
     cards.build_for(asked)
+
+
+@pytest.mark.parametrize(
+    ("capability", "path"), [((8, 6), "portable"), ((9, 0), "hopper"), ((13, 0), "portable")]
+)
+def test_a_gpu_takes_the_path_of_its_family_and_a_later_one_the_portable_path(capability, path):
+    assert cards.gemm_path(capability, cards.build_for("8.0;9.0;12.0+PTX").codes) == path
 
 
 def test_the_table_has_no_gpu_twice():

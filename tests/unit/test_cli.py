@@ -1,12 +1,10 @@
-"""Commands that need no checkpoint: `vllm-qoq env`."""
+"""The facts about a machine, and what all commands do with their arguments."""
 
-import json
-import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, version
+from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+import torch
 
 import vllm_qoq
 from vllm_qoq import environment
@@ -28,25 +26,29 @@ def nvidia_smi(tmp_path, monkeypatch):
     return install
 
 
-def test_env_reports_versions_without_importing_the_packages():
-    code = (
-        "import sys\n"
-        "from vllm_qoq.cli.main import main\n"
-        "sys.argv = ['vllm-qoq', 'env', '--json']\n"
-        "code = main()\n"
-        "print([m for m in ('torch', 'vllm', 'transformers') if m in sys.modules])\n"
-        "sys.exit(code)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    report, imported = done.stdout.splitlines()
-    packages = json.loads(report)["packages"]
-    assert done.returncode == 0 and imported == "[]", done.stderr
+def test_the_versions_are_those_of_the_packages():
+    packages = environment.describe()["packages"]
     assert packages["torch"] == version("torch")
     assert packages["safetensors"] == version("safetensors")
     assert packages["vllm-qoq"] == version("vllm-qoq") == vllm_qoq.__version__
 
 
-def test_env_tells_the_cpu_build_of_vllm_from_the_other(monkeypatch):
+def test_the_cuda_of_torch_is_what_torch_says():
+    assert environment.describe()["cuda"] == torch.version.cuda
+
+
+@pytest.mark.parametrize(
+    ("line", "cuda"),
+    [("cuda: Optional[str] = '13.0'", "13.0"), ("cuda: Optional[str] = None", None), ("", None)],
+)
+def test_the_cuda_of_torch_is_read_from_its_files(monkeypatch, tmp_path, line, cuda):
+    (tmp_path / "version.py").write_text(f"__version__ = '2.11.0'\n{line}\nhip = None\n")
+    spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(environment, "find_spec", lambda name: spec)
+    assert environment.describe()["cuda"] == cuda
+
+
+def test_the_cpu_build_of_vllm_is_told_from_the_other(monkeypatch):
     def lookup(installed):
         def found(name):
             if name not in installed:
@@ -65,34 +67,38 @@ def test_env_tells_the_cpu_build_of_vllm_from_the_other(monkeypatch):
         assert environment.describe()["packages"]["vllm"] == shown
 
 
-def test_env_lists_every_gpu(nvidia_smi):
+def test_every_gpu_is_listed(nvidia_smi):
     nvidia_smi(
-        'fields="--query-gpu=name,driver_version,memory.total"\n'
+        'fields="--query-gpu=name,compute_cap,driver_version,memory.total"\n'
         '[ "$*" = "$fields --format=csv,noheader" ] || exit 1\n'
-        "echo 'NVIDIA H200, 580.95.05, 143771 MiB'\n"
-        "echo 'NVIDIA H200, 580.95.05, 143771 MiB'"
+        "echo 'NVIDIA H200, 9.0, 580.95.05, 143771 MiB'\n"
+        "echo 'NVIDIA H200, 9.0, 580.95.05, 143771 MiB'"
     )
     report = environment.describe()
-    gpu = {"name": "NVIDIA H200", "driver_version": "580.95.05", "memory.total": "143771 MiB"}
+    gpu = {
+        "name": "NVIDIA H200",
+        "compute_cap": "9.0",
+        "driver_version": "580.95.05",
+        "memory.total": "143771 MiB",
+    }
     assert report["gpus"] == [gpu, gpu]
-    assert environment.table(report).count("NVIDIA H200, 580.95.05, 143771 MiB") == 2
 
 
 @pytest.mark.parametrize("script", [None, "exit 9", r"printf '\377'", "exec /bin/sleep 30"])
-def test_env_does_without_a_working_nvidia_smi(nvidia_smi, monkeypatch, script):
+def test_the_facts_do_without_a_working_nvidia_smi(nvidia_smi, monkeypatch, script):
     monkeypatch.setattr(environment, "_SECONDS", 0.2)
     nvidia_smi(script)
+    assert environment.describe()["gpus"] is None
+
+
+def test_whether_vllm_will_find_and_load_the_plugin_is_a_fact(monkeypatch):
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     report = environment.describe()
-    assert report["gpus"] is None
-    assert "no working nvidia-smi" in environment.table(report)
-
-
-def test_env_says_when_vllm_would_not_find_the_plugin(monkeypatch):
-    assert "visible" in environment.table(environment.describe())
+    assert report["plugin_visible"] is report["plugin_allowed"] is True
     monkeypatch.setattr(environment, "entry_points", lambda group: [])
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
     report = environment.describe()
-    assert report["plugin_visible"] is False
-    assert "not visible" in environment.table(report)
+    assert report["plugin_visible"] is report["plugin_allowed"] is False
 
 
 def test_reports_are_json_whatever_a_config_holds():

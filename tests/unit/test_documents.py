@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_qoq import ops
+from vllm_qoq import kernel_library
 from vllm_qoq.cli import main as cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,6 +108,17 @@ def test_commands_in_sentences_have_their_options(page, command, monkeypatch, ca
     )
 
 
+def test_the_form_for_results_of_a_gpu_asks_for_commands_that_exist(monkeypatch):
+    form = (ROOT / ".github" / "ISSUE_TEMPLATE" / "gpu-results.yml").read_text()
+    commands = re.findall(r"label: vllm-qoq (.*)", form)
+    assert [command.split() for command in commands] == [
+        *(["doctor", "--json"], ["bench", "gemm", "--json"], ["bench", "attention", "--json"])
+    ]
+    for command in commands:
+        assert form.count(f"`vllm-qoq {command}`") == 1
+        assert main_says(monkeypatch, command.split()).startswith("parsed")
+
+
 def test_every_command_is_documented():
     named = {COMMAND.match(command)[1] for _, command in commands_in(blocks_of)}
     assert named >= {
@@ -118,7 +129,7 @@ def test_every_command_is_documented():
         "verify",
         "perplexity",
         "tune",
-        "env",
+        "doctor",
     }
 
 
@@ -138,7 +149,7 @@ def test_documented_extras_exist(page):
 
 @pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md"])
 def test_kernels_are_built_as_the_refusals_say(page):
-    assert ops.BUILD in set(code_of(page))
+    assert kernel_library.BUILD in set(code_of(page))
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -468,7 +468,7 @@ def test_a_reader_that_stops_and_a_full_disk_get_one_line():
     reader, writer = os.pipe()
     os.close(reader)
     for out, reason in ((writer, b"Broken pipe"), (os.open("/dev/full", os.O_WRONLY), b"No space")):
-        for arguments in (["env", "--json"], ["--help"]):
+        for arguments in (["doctor", "--json"], ["--help"]):
             options = {"stdout": out, "stderr": subprocess.PIPE, "capture_output": False}
             done = command(*arguments, **options, env=os.environ | {"PYTHONUNBUFFERED": ""})
             assert done.returncode == 2
@@ -479,7 +479,7 @@ def test_a_reader_that_stops_and_a_full_disk_get_one_line():
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
 def test_without_stdout_or_stderr_nothing_begins(closed):
-    line = f"{sys.executable} -m vllm_qoq.cli.main env {closed}"
+    line = f"{sys.executable} -m vllm_qoq.cli.main doctor {closed}"
     done = subprocess.run(["sh", "-c", line], capture_output=True, cwd=ROOT)
     assert done.returncode == 2 and b"Traceback" not in done.stderr
 

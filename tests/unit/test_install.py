@@ -204,9 +204,12 @@ def test_the_core_commands_run_without_extras(core, inputs):
     def command(*arguments):
         return run(core / "vllm-qoq", *arguments, cwd=inputs)
 
-    report = json.loads(command("env", "--json"))
+    doctor = start(core / "vllm-qoq", "doctor", "--json", cwd=inputs)
+    report = json.loads(doctor.stdout)
     assert report["packages"]["vllm"] is report["packages"]["llmcompressor"] is None
-    assert report["plugin_visible"] and report["kernels"] is False
+    assert report["plugin_visible"] and report["kernels"] is None
+    (problem,) = report["problems"]
+    assert doctor.returncode == 1 and "vllm-qoq[vllm]" in problem["remedy"]
     command("merge", "w8a8=float", "w4a8=w4a8", "--nest", "-o", "merged")
     command("import", "src", "--base", "base", "-o", "imported")
     for checkpoint in ("merged", "imported"):
@@ -216,7 +219,7 @@ def test_the_core_commands_run_without_extras(core, inputs):
 
 @pytest.mark.parametrize(
     "name",
-    ["quantize", "merge", "inspect", "verify", "import", "perplexity", "tune", "bench", "env"],
+    ["quantize", "merge", "inspect", "verify", "import", "perplexity", "tune", "bench", "doctor"],
 )
 def test_every_command_answers_help_without_extras(core, name):
     assert run(core / "vllm-qoq", name, "--help").startswith(f"usage: vllm-qoq {name}")

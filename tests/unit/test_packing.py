@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from vllm_qoq import ops
+from vllm_qoq import cards, kernel_library, ops
 from vllm_qoq.numerics import GROUP_SIZE, reference
 from vllm_qoq.numerics.packing import pack_nibbles, unpack_nibbles
 from vllm_qoq.ops import w4a8_layout
@@ -324,11 +324,26 @@ def test_the_cpu_has_kernels_and_an_unknown_device_has_none():
         ((9, 0), True),
         ((10, 3), True),
         ((12, 1), True),
-        ((13, 0), False),
+        ((13, 0), True),
     ],
 )
 def test_the_cuda_kernels_are_for_some_gpus(monkeypatch, capability, expected):
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    codes = cards.build_for("8.0;9.0;10.0;12.0+PTX").codes
+    monkeypatch.setattr(kernel_library, "built_for", lambda: codes)
     assert ops.has_kernels("cuda") is expected
+
+
+def test_a_library_for_other_gpus_is_no_library_here_and_says_what_is(monkeypatch):
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA L40S")
+    monkeypatch.setattr(kernel_library, "built_for", lambda: ("sm_90", "sm_90a"))
+    assert not ops.has_kernels("cuda")
+    said = ops.missing_kernels()
+    assert "built for sm_90, sm_90a; NVIDIA L40S has compute capability 8.9;" in said
+    assert f"VLLM_QOQ_CUDA_ARCHS=8.9 {kernel_library.BUILD}" in said

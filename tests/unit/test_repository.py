@@ -33,10 +33,13 @@ ARROWS = {
     "measuring": (),
     "numerics": (),
     "text_file": ("errors",),
-    "environment": ("version",),
+    "cards": (),
+    "kernel_library": ("cards",),
+    "environment": ("version", "kernel_library"),
+    "doctor": ("environment", "cards", "kernel_library", "ops"),
     "models": ("errors",),
     "routing": ("errors",),
-    "ops": ("numerics",),
+    "ops": ("numerics", "kernel_library"),
     "checkpoint": (*_SMALL, "models", "numerics", "routing"),
     "importer": _COMMANDS,
     "quantizer": _COMMANDS,
@@ -58,6 +61,7 @@ ARROWS = {
     ),
     "serving.plugin": (
         *("errors", "version", "environment", "routing", "checkpoint", "models", "ops"),
+        *("cards", "kernel_library"),
         *("serving.options", "serving.signals", "serving.routing", "serving.methods"),
         *("serving.kv", "serving.vllm_versions"),
     ),
@@ -72,7 +76,7 @@ ARROWS = {
     "plots": (),
     "cli": (
         *(*_COMMANDS, "ops"),
-        *("quantizer", "importer", "tuner", "bench", "merge_tools"),
+        *("quantizer", "importer", "tuner", "bench", "doctor", "merge_tools"),
     ),
     # The package itself: functions that are imported when they are asked for.
     "vllm_qoq": ("errors", "version", "environment", "serving.plugin"),

@@ -7,7 +7,7 @@ import sys
 
 from vllm_qoq.cli import (
     bench,
-    env,
+    doctor,
     import_checkpoint,
     inspect,
     merge,
@@ -21,7 +21,7 @@ from vllm_qoq.cli.parser import Parser, kebab_case
 from vllm_qoq.cli.run import run
 from vllm_qoq.version import __version__
 
-_COMMANDS = (quantize, merge, inspect, verify, import_checkpoint, perplexity, tune, bench, env)
+_COMMANDS = (quantize, merge, inspect, verify, import_checkpoint, perplexity, tune, bench, doctor)
 
 
 def main() -> int:

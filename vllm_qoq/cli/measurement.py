@@ -109,9 +109,7 @@ def check_gpu(
     from vllm_qoq import ops
 
     if not torch.cuda.is_available():
-        raise BenchError(
-            "torch finds no NVIDIA GPU to measure on; `vllm-qoq env` shows what is here"
-        )
+        raise BenchError("torch finds no NVIDIA GPU to measure on; `vllm-qoq doctor` says why")
     if not any(name in ours for name in names):
         return
     others = ",".join(name for name in known if name not in ours)

@@ -1,7 +1,6 @@
 """The ops `qoq::*` that models run through: their schemas, fakes, CPU implementations and kernels.
 
     library      defines an op, loads the CUDA kernels and says whether they run here
-    cards        which kernels run on which NVIDIA GPU
     linear_ops   quantizing activations, and the GEMM over QoQ weights
     kv_ops       writing and reading the quantized KV cache
     checks       what the ops refuse, in the words of the kernels
@@ -11,10 +10,8 @@ Importing the package defines every op, also where there are no kernels. What an
 `vllm_qoq.numerics`.
 """
 
-from vllm_qoq.ops import cards as cards
 from vllm_qoq.ops import kv_ops as kv_ops
 from vllm_qoq.ops import linear_ops as linear_ops
-from vllm_qoq.ops.library import BUILD as BUILD
 from vllm_qoq.ops.library import has_kernels as has_kernels
 from vllm_qoq.ops.library import is_built as is_built
 from vllm_qoq.ops.library import missing_kernels as missing_kernels

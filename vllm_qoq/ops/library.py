@@ -1,25 +1,21 @@
 """The registry in which ops are defined, and the library of CUDA kernels behind them.
 
 Ops are defined in Python, so that they exist, trace and run on the CPU in every build. A build
-with VLLM_QOQ_CUDA=1 has `_C.so` in the package, which adds the CUDA kernels; it is loaded where
-torch has CUDA, and a library that cannot be loaded is an error.
+with VLLM_QOQ_CUDA=1 has a library in the package (`vllm_qoq.kernel_library`), which adds the CUDA
+kernels; it is loaded where torch has CUDA, and a library that cannot be loaded is an error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.library import Library, register_fake
 
-from vllm_qoq.ops import cards
-
-BUILD = "VLLM_QOQ_CUDA=1 pip install --no-build-isolation --no-deps --force-reinstall ."
+from vllm_qoq import kernel_library
 
 _NAMESPACE = "qoq"
-_CUDA_LIBRARY = Path(__file__).parent.with_name("_C.so")
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 # The ops live as long as this object.
 _library = Library(_NAMESPACE, "DEF")
@@ -52,26 +48,21 @@ def has_kernels(device_type: str) -> bool:
     """Whether this build computes the ops on this machine's "cpu" or "cuda"."""
     if not is_built(device_type):
         return False
-    return device_type != "cuda" or (
-        torch.cuda.is_available() and cards.serves(torch.cuda.get_device_capability())
-    )
+    return device_type != "cuda" or (torch.cuda.is_available() and _problem() is None)
 
 
 def missing_kernels() -> str:
     """Say why `has_kernels("cuda")` is false here and what to do: the end of a refusal."""
-    if torch.cuda.is_available():
-        found = torch.cuda.get_device_capability()
-        if not cards.serves(found):
-            return (
-                f"our kernels are for {cards.needed()}; "
-                f"{torch.cuda.get_device_name()} has compute capability {found[0]}.{found[1]}"
-            )
-    return (
-        "this build of vllm-qoq has no CUDA kernels; on an NVIDIA GPU from Ampere on build them in "
-        f"a clone, with nvcc: {BUILD} (README, Install)"
-    )
+    found = _problem() if torch.cuda.is_available() else None
+    return str(found or kernel_library.NO_LIBRARY)
+
+
+def _problem() -> kernel_library.Problem | None:
+    codes = kernel_library.built_for() if is_built("cuda") else None
+    gpu, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    return kernel_library.problem_of(gpu, capability, codes)
 
 
 # The library links torch's CUDA libraries, which a CPU build of torch does not have.
-if _CUDA_LIBRARY.exists() and torch.version.cuda is not None:
-    torch.ops.load_library(_CUDA_LIBRARY)
+if kernel_library.PATH.exists() and torch.version.cuda is not None:
+    torch.ops.load_library(kernel_library.PATH)

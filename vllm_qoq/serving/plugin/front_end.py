@@ -13,7 +13,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from vllm_qoq import ops
+from vllm_qoq import cards, kernel_library, ops
 from vllm_qoq.checkpoint.format import QOQ_LINEAR, QOQ_RESIDUAL, Section
 from vllm_qoq.routing.table import Routing, RoutingError
 from vllm_qoq.serving.kv.cache import check_kv_cache, check_without_sets, kv_cache_in_force
@@ -48,6 +48,8 @@ def prepare(config: QoQConfig) -> None:
         return
     stat_logger_plugin.withdraw()
     routing = check(config, front_end)
+    if front_end.vllm_config.device_config.device_type == "cuda":
+        _say_kernels()
     follows_load = routing is not None and routing.load is not None
     if not is_shown(front_end.vllm_config):
         if front_end.counts_statistics and front_end.is_server:
@@ -101,19 +103,32 @@ def _check_kernels(section: Section, routing: Routing, device_type: str) -> None
     ]
     if device_type != "cuda" or not of_ours:
         return
-    # vLLM asks NVML; torch would start CUDA in the front end.
-    capability = current_platform.get_device_capability()
-    if not ops.is_built(device_type):
-        obstacle = "this build of vllm-qoq has no CUDA kernels; build them (README, Install)"
-    elif capability is not None and not ops.cards.serves((capability[0], capability[1])):
-        obstacle = (
-            f"its kernels are for {ops.cards.needed()}, and this GPU has compute capability "
-            f"{capability[0]}.{capability[1]}; use one of those"
-        )
+    codes = kernel_library.built_for() if ops.is_built(device_type) else None
+    capability = _capability()
+    if capability is None:
+        problem = kernel_library.NO_LIBRARY if codes is None else None
     else:
+        gpu = current_platform.get_device_name()
+        problem = kernel_library.problem_of(gpu, capability, codes)
+    if problem is None:
         return
     raise RoutingError(
-        f"the routing uses the set {of_ours[0]!r}, and {obstacle}, or leave the set out with "
+        f"the routing uses the set {of_ours[0]!r}, and {problem}; or leave the set out with "
         """--additional-config '{"qoq": {"force_set": ...}}' and one of """
         f"{', '.join(name for name in section.sets if name not in of_ours) or 'another checkpoint'}"
     )
+
+
+def _say_kernels() -> None:
+    """Log which of our kernels this GPU runs, if any."""
+    codes, capability = kernel_library.built_for(), _capability()
+    choice = codes and capability and kernel_library.choice(capability, codes)
+    if choice and capability:
+        gpu = f"{current_platform.get_device_name()} ({cards.name(capability)})"
+        logger.info("Kernels of vllm-qoq on %s: %s", gpu, choice)
+
+
+def _capability() -> cards.Capability | None:
+    """Ask vLLM for the compute capability. It asks NVML; torch would start CUDA here."""
+    found = current_platform.get_device_capability()
+    return found and (found[0], found[1])

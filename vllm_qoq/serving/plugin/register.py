@@ -9,7 +9,6 @@ other model with the modules, ops and files that it would have without this pack
 from __future__ import annotations
 
 import logging
-import re
 import sys
 from types import FrameType
 from typing import Any, NoReturn
@@ -19,7 +18,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from vllm_qoq.checkpoint.format import QUANT_METHOD
-from vllm_qoq.environment import NEWEST_VLLM, OLDEST_VLLM, SERVED_VLLM, vllm_obstacle
+from vllm_qoq.environment import SERVED_VLLM, is_served, vllm_obstacle
 from vllm_qoq.errors import EngineError, as_engine_error
 
 logger = logging.getLogger("vllm." + __name__)  # below vLLM's, so that its settings apply
@@ -80,7 +79,7 @@ class LazyQoQConfig(QuantizationConfig):
         except Exception as error:
             _refuse(error)
         version = getattr(vllm, "__version__", "")
-        if not _is_served(version):
+        if not is_served(version):
             logger.warning("vllm-qoq is tested with vLLM %s, and this is %s", SERVED_VLLM, version)
         return QoQConfig
 
@@ -113,10 +112,3 @@ def _warn_of_ignored_options() -> None:
 def _refuse(error: Exception) -> NoReturn:
     # The cause goes along, because a bug report needs its traceback.
     raise EngineError(vllm_obstacle(error)) from error
-
-
-def _is_served(version: str) -> bool:
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    if numbers is None:  # a build of vLLM without a version
-        return True
-    return OLDEST_VLLM <= tuple(map(int, numbers.groups())) <= NEWEST_VLLM

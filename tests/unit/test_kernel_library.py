@@ -1,0 +1,109 @@
+"""What the library of kernels was built for, and what is said where that is not the GPU here."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+from vllm_qoq import cards, kernel_library
+
+NVCC = shutil.which("nvcc")
+ALL = cards.build_for("8.0;9.0;10.0;12.0+PTX").codes
+
+
+def test_the_record_is_read_from_the_file(tmp_path):
+    library = tmp_path / "_C.so"
+    assert kernel_library.built_for(library) is None
+    kernel_library.built_for.cache_clear()
+    library.write_bytes(b"\x7fELF\0qoq kernels are for sm_80:sm_90a:compute_80\0\xff")
+    assert kernel_library.built_for(library) == ("sm_80", "sm_90a", "compute_80")
+    kernel_library.built_for.cache_clear()
+    library.write_bytes(b"\x7fELF of a version without a record")
+    assert kernel_library.built_for(library) == ()
+
+
+@pytest.mark.parametrize(
+    ("capability", "codes", "code"),
+    [
+        ((8, 9), ["sm_80", "sm_90"], "sm_80"),
+        ((10, 3), ALL, "sm_100"),
+        ((12, 1), ALL, "sm_120"),
+        ((9, 0), ["sm_90", "sm_90a", "compute_80"], "sm_90"),
+        # Machine code is for one major version, and an `a` for one GPU.
+        ((9, 0), ["sm_80", "sm_90a", "compute_80"], "compute_80"),
+        ((9, 0), ["sm_80"], None),
+        ((13, 0), ALL, "compute_120"),
+        ((13, 0), ["compute_80", "compute_120", "compute_90"], "compute_120"),
+        # PTX is for later GPUs, not for earlier ones.
+        ((9, 0), ["compute_100"], None),
+        ((8, 0), ["sm_86"], None),
+        ((8, 0), [], None),
+    ],
+)
+def test_a_gpu_takes_the_code_that_the_driver_would(capability, codes, code):
+    assert kernel_library.code_for(capability, codes) == code
+
+
+def test_a_library_is_for_every_gpu_that_it_is_built_for():
+    for one in cards.FAMILIES:
+        for minor in one.minors:
+            capability = (one.major, minor)
+            codes = cards.build_for(f"{one.major}.{minor}").codes
+            assert kernel_library.problem_of("GPU", capability, codes) is None
+            assert kernel_library.choice(capability, codes).gemm == one.gemm
+
+
+@pytest.mark.parametrize(
+    ("capability", "codes", "message"),
+    [
+        ((7, 5), ("compute_80",), r"Ampere and Ada \(8\.x\), .*; GPU has compute capability 7\.5"),
+        ((8, 0), None, r"no CUDA kernels; .*VLLM_QOQ_CUDA=1 pip install .*README"),
+        ((8, 0), ("sm_90", "sm_90a"), r"built for sm_90, sm_90a; GPU .* 8\.0; .*ARCHS=8\.0 V"),
+        ((8, 0), (), r"built for GPUs that it does not name; .*VLLM_QOQ_CUDA_ARCHS=8\.0 V"),
+        ((13, 0), ("sm_90",), r"GPU has compute capability 13\.0; .*VLLM_QOQ_CUDA_ARCHS=all V"),
+    ],
+)
+def test_a_library_for_other_gpus_says_for_which_and_how_to_build(capability, codes, message):
+    assert re.search(message, str(kernel_library.problem_of("GPU", capability, codes)))
+
+
+# What the library says by itself, of a GPU that stands in for the one that it lacks.
+PROGRAM = r"""
+#include <cstdio>
+#include <cstring>
+#include "common/built_for.h"
+
+extern "C" const char* cudaGetErrorString(cudaError_t) { return "no kernel image"; }
+extern "C" cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+extern "C" cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
+  std::strcpy(properties->name, "NVIDIA L40S");
+  properties->major = 8, properties->minor = 9;
+  return cudaSuccess;
+}
+int main() {
+  for (auto error : {cudaErrorNoKernelImageForDevice, cudaErrorInvalidValue})
+    std::printf("%s\n", qoq::error_text(error).c_str());
+}
+"""
+
+
+@pytest.mark.skipif(NVCC is None, reason="there is no nvcc here")
+def test_a_launch_without_code_for_the_gpu_says_what_python_says(tmp_path):
+    source, program = tmp_path / "program.cpp", tmp_path / "program"
+    source.write_text(PROGRAM)
+    subprocess.run(
+        [
+            *(NVCC, "-std=c++20", "-O1", "-cudart=none", "-I", ROOT / "csrc"),
+            *("-DQOQ_BUILT_FOR=sm_90:sm_90a", source, ROOT / "csrc/common/built_for.cpp"),
+            *("-o", program),
+        ],
+        check=True,
+    )
+    done = subprocess.run([program], capture_output=True, text=True, check=True)
+    no_image, other = done.stdout.splitlines()
+    codes = kernel_library.built_for(program)
+    assert codes == ("sm_90", "sm_90a")
+    assert no_image == f"no kernel image: {kernel_library.problem_of('NVIDIA L40S', (8, 9), codes)}"
+    assert other == "no kernel image"

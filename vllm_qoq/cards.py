@@ -1,0 +1,145 @@
+"""Which kernels run on which NVIDIA GPU: one table for the build, the ops and `vllm-qoq doctor`.
+
+Nothing is imported here but the standard library, since setup.py reads this file before torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import NamedTuple
+
+Capability = tuple[int, int]
+
+
+class Family(NamedTuple):
+    """GPUs that run the same machine code, from one compute capability to the next family's.
+
+    major, minors  the compute capabilities
+    gpus           what they are called
+    code           the architecture that nvcc compiles for, as in sm_80
+    gemm           the path of csrc/gemm/ that `w4a8_gemm` takes; the other ops have one for all
+    was_run        whether the kernels have run on one of them, rather than on a model alone
+    """
+
+    major: int
+    minors: range
+    gpus: str
+    code: str
+    gemm: str
+    was_run: bool
+
+    @property
+    def capabilities(self) -> str:
+        """The compute capabilities as a text, as in 8.x."""
+        return f"{self.major}.{'x' if len(self.minors) > 1 else self.minors[0]}"
+
+
+FAMILIES = (
+    Family(8, range(10), "Ampere and Ada", "80", "portable", False),
+    Family(9, range(1), "Hopper", "90", "hopper", True),
+    Family(10, range(4), "Blackwell of data centres", "100", "portable", False),
+    Family(12, range(2), "Blackwell of workstations", "120", "portable", False),
+)
+# Later GPUs than those of the table run the portable path, where the library has PTX for them.
+OLDEST: Capability = (8, 0)
+# TOPS of int8 where there is next to none: as many as 4-bit weights need for five tokens at 8 TB/s.
+LITTLE_INT8: dict[Capability, int] = {(10, 3): 157}
+# The Hopper path needs instructions that only sm_90a has.
+HOPPER_FILES = "csrc/gemm/hopper/"
+HOPPER_CODE = "90a"
+
+
+def family(capability: Capability) -> Family | None:
+    """Find the family of a GPU; None if the table has none, as for a GPU that is too old or new."""
+    for one in FAMILIES:
+        if capability[0] == one.major and capability[1] in one.minors:
+            return one
+    return None
+
+
+def gemm_path(capability: Capability, codes: Collection[str]) -> str:
+    """Name the path that `w4a8_gemm` takes on a GPU, with a library built for `codes`."""
+    found = family(capability)
+    if found is None or (found.gemm == "hopper" and f"sm_{HOPPER_CODE}" not in codes):
+        return "portable"
+    return found.gemm
+
+
+def name(capability: Capability) -> str:
+    """Write a compute capability as NVIDIA does, as in 9.0."""
+    return f"{capability[0]}.{capability[1]}"
+
+
+def needed() -> str:
+    """Name the GPUs that the kernels run on, for a message."""
+    return ", ".join(f"{one.gpus} ({one.capabilities})" for one in FAMILIES)
+
+
+class Build(NamedTuple):
+    """What nvcc is told of most files, and of those of the Hopper path (None: left out).
+
+    codes  what the library then holds, as in sm_80, or compute_80 for PTX
+    """
+
+    flags: list[str]
+    hopper_flags: list[str] | None
+    codes: list[str]
+
+
+def build_for(asked: str, is_portable: bool = False) -> Build:
+    """Translate compute capabilities, as in "8.0;9.0a;12.0+PTX", into flags for nvcc.
+
+    A GPU is built for as its family; raises ValueError for one without a family. PTX, which later
+    GPUs compile for themselves, is added where it is asked for. `is_portable` builds what the
+    oldest GPUs run, for all: tests run it where there is a newer one only.
+    """
+    with_ptx: dict[str, bool] = {}
+    for wanted in filter(None, re.split(r"[;, ]+", asked)):
+        found = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", wanted)
+        one = found and family((int(found[1]), int(found[2])))
+        if not found or not one:
+            raise ValueError(
+                f"{wanted!r} is no compute capability that the kernels are for: {needed()}"
+            )
+        with_ptx[one.code] = with_ptx.get(one.code, False) or bool(found[3])
+    if not with_ptx:
+        raise ValueError(f"no compute capability is named; the kernels are for {needed()}")
+    flags, codes = [], []
+    for number, has_ptx in with_ptx.items():
+        for code in [f"sm_{number}", *([f"compute_{number}"] if has_ptx else [])]:
+            flags.append(f"-gencode=arch=compute_{number},code={code}")
+            codes.append(code)
+    if is_portable:
+        return Build([*flags, "-DQOQ_PORTABLE"], None, codes)
+    if all(one.gemm != "hopper" for one in FAMILIES if one.code in with_ptx):
+        return Build(flags, None, codes)
+    return Build(
+        [*flags, "-DQOQ_HOPPER"],
+        [f"-gencode=arch=compute_{HOPPER_CODE},code=sm_{HOPPER_CODE}"],
+        [*codes, f"sm_{HOPPER_CODE}"],
+    )
+
+
+def asked_for(
+    environment: Mapping[str, str], present: Iterable[Capability], known_to_nvcc: str
+) -> str:
+    """Say what a build is for: what is asked for, or else the GPUs that are present, or else all.
+
+    VLLM_QOQ_CUDA_ARCHS asks, where "all" is a name, too, or TORCH_CUDA_ARCH_LIST for everything
+    that is built with torch; of the latter, what is older than our kernels is left out.
+    `known_to_nvcc` is what `nvcc --list-gpu-arch` prints: an older nvcc does not know the latest
+    GPUs.
+    """
+    ours = environment.get("VLLM_QOQ_CUDA_ARCHS")
+    if ours and ours != "all":
+        return ours
+    everyones = environment.get("TORCH_CUDA_ARCH_LIST")
+    if everyones and not ours:
+        names = filter(None, re.split(r"[;, ]+", everyones))
+        return ";".join(n for n in names if not re.match(r"[1-7]\.", n))
+    usable = sorted({capability for capability in present if family(capability)})
+    if usable and not ours:
+        return ";".join(map(name, usable))
+    known = [one for one in FAMILIES if f"compute_{one.code}" in known_to_nvcc.split()]
+    return ";".join(f"{one.major}.0" for one in known) + "+PTX"

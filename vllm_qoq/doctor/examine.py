@@ -1,0 +1,61 @@
+"""Find the facts and judge them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+from vllm_qoq import cards, kernel_library
+from vllm_qoq.doctor import judge
+from vllm_qoq.environment import describe
+
+_PROBE = (sys.executable, "-m", "vllm_qoq.doctor.probe")
+_SECONDS = 120.0
+
+
+def examine() -> dict[str, Any]:
+    """Describe this machine and what it lacks, as one JSON object.
+
+    It has what `environment.describe` has, and
+
+        probe     the result of `doctor.probe`, or that it did not load, and the fault
+        chosen    of each GPU for vLLM, the code of our kernels there and the path of the GEMM
+        problems  [{what, remedy}], empty where all that this environment is for is there
+        advice    lines to know that are no problems
+    """
+    facts = describe()
+    found = _probe()
+    return {
+        **facts,
+        "probe": found,
+        "chosen": [_chosen(gpu, facts["kernels"]) for gpu in judge.gpus(facts, found)],
+        "problems": [problem._asdict() for problem in judge.problems(facts, found)],
+        "advice": list(judge.advice(facts, found)),
+    }
+
+
+def _probe() -> dict[str, Any]:
+    try:
+        done = subprocess.run(_PROBE, capture_output=True, text=True, timeout=_SECONDS)
+    except subprocess.TimeoutExpired:
+        return _broken(f"torch did not answer within {_SECONDS:.0f} s")
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        return _broken(said[-1] if said else f"the process ended with status {done.returncode}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _broken(fault: str) -> dict[str, Any]:
+    return {"is_loaded": False, "fault": fault, "gpus": []}
+
+
+def _chosen(gpu: judge.Gpu, codes: list[str] | None) -> dict[str, str | None]:
+    choice = kernel_library.choice(gpu.capability, codes or ())
+    return {
+        "gpu": gpu.name,
+        "compute_capability": cards.name(gpu.capability),
+        "code": choice and choice.code,
+        "w4a8_gemm": choice and choice.gemm,
+    }

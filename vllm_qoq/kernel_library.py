@@ -1,0 +1,114 @@
+"""The library of CUDA kernels: where it lies, what it was built for, and whether a GPU runs that.
+
+Nothing is loaded here: what the build wrote into the file (csrc/common/built_for.cpp) is read from
+it, so that a library which torch cannot load is described like a sound one.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import NamedTuple
+
+from vllm_qoq import cards
+
+PATH = Path(__file__).with_name("_C.so")
+BUILD = "VLLM_QOQ_CUDA=1 pip install --no-build-isolation --no-deps --force-reinstall ."
+
+
+class Problem(NamedTuple):
+    """What is wrong, and what helps."""
+
+    what: str
+    remedy: str
+
+    def __str__(self) -> str:
+        """Join both, for a message."""
+        return f"{self.what}; {self.remedy}"
+
+
+NO_LIBRARY = Problem(
+    "this build of vllm-qoq has no CUDA kernels",
+    f"on an NVIDIA GPU from Ampere on build them in a clone, with nvcc: {BUILD} (README, Install)",
+)
+
+_RECORD = re.compile(rb"qoq kernels are for ([\w:]+)\0")
+_CODE = re.compile(r"(sm|compute)_(\d+)(\d)([af]?)")
+
+
+@functools.cache
+def built_for(path: Path = PATH) -> tuple[str, ...] | None:
+    """Read for what the library was built, as in ("sm_80", "compute_80"); None where there is none.
+
+    Names are nvcc's: machine code for sm_80, and PTX for compute_80, which the driver compiles for
+    the GPU. Empty where the library does not say, as before vllm-qoq recorded it.
+    """
+    try:
+        found = _RECORD.search(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    return tuple(found[1].decode().split(":")) if found else ()
+
+
+def code_for(capability: cards.Capability, codes: Collection[str]) -> str | None:
+    """Find the code that the driver takes for a GPU: its machine code, or else the latest PTX."""
+    machine, ptx = [], []
+    for code in codes:
+        found = _CODE.fullmatch(code)
+        if found is None:
+            continue
+        kind, is_for, exact = found[1], (int(found[2]), int(found[3])), bool(found[4])
+        if kind == "compute" and is_for <= capability:
+            ptx.append((is_for, code))
+        # Machine code runs on the later minor versions, too; of an `a` none but its own.
+        elif kind == "sm" and not exact and is_for[0] == capability[0] and is_for <= capability:
+            machine.append((is_for, code))
+    best = max(machine or ptx, default=None)
+    return best and best[1]
+
+
+class Choice(NamedTuple):
+    """Which kernels run on a GPU: the code that they are, and the path of the GEMM."""
+
+    code: str
+    gemm: str
+
+    @property
+    def is_ptx(self) -> bool:
+        """Whether the driver compiles the code for the GPU."""
+        return self.code.startswith("compute")
+
+    def __str__(self) -> str:
+        """Say so in a line."""
+        return f"w4a8_gemm by the {self.gemm} path, all others from {self.code}"
+
+
+def choice(capability: cards.Capability, codes: Collection[str]) -> Choice | None:
+    """Say which kernels of a library built for `codes` run on a GPU; None where none does."""
+    code = code_for(capability, codes) if capability >= cards.OLDEST else None
+    return Choice(code, cards.gemm_path(capability, codes)) if code else None
+
+
+def problem_of(
+    gpu: str, capability: cards.Capability, codes: Collection[str] | None
+) -> Problem | None:
+    """Say why a library built for `codes` does not run on a GPU; None if it does.
+
+    `codes` is the result of `built_for`.
+    """
+    has = f"{gpu} has compute capability {cards.name(capability)}"
+    if capability < cards.OLDEST:
+        return Problem(f"our kernels are for {cards.needed()}; {has}", "use one of those GPUs")
+    if codes is None:
+        return NO_LIBRARY
+    if choice(capability, codes) is not None:
+        return None
+    held = ", ".join(codes) or "GPUs that it does not name"
+    # A GPU later than those of the table runs the PTX that a build for all has.
+    asked = cards.name(capability) if cards.family(capability) else "all"
+    return Problem(
+        f"the CUDA kernels of this installation are built for {held}; {has}",
+        f"build them for it in a clone, with nvcc: VLLM_QOQ_CUDA_ARCHS={asked} {BUILD}",
+    )
