@@ -105,8 +105,6 @@ def test_every_gpu_has_the_instructions_of_the_portable_path(tmp_path):
     run(NVCC, *others, "-std=c++20", "-I", CSRC, "-fatbin", source, "-o", tmp_path / "all.fatbin")
 
 
-# The program that runs long enough for -O2, which takes longer to compile.
-OPTIMIZED = {"gemm": "-O2"}
 # What only nvcc knows, and what stands for it.
 FOR_THE_MODEL = {
     "const __grid_constant__": "const",
@@ -137,7 +135,7 @@ def build_for_the_model(tmp_path_factory):
         program = folder / f"{name}.out"  # a folder of headers may have the plain name
         # Fused multiply-adds would round the expected values differently.
         run(
-            *(NVCC, "-std=c++20", OPTIMIZED.get(name, "-O1"), "-Xcompiler=-w,-ffp-contract=off"),
+            *(NVCC, "-std=c++20", "-O1", "-Xcompiler=-w,-ffp-contract=off"),
             *(MODEL / f"{name}.cpp", "-I", folder, *options, "-o", program),
         )
         return program
