@@ -7,13 +7,14 @@ import gc
 import hashlib
 import logging
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
 
+import half_products
 import pytest
+import warm_process
 from gpu_record import not_run_since
 from qoq_checkpoints import PER_CHANNEL, write_checkpoint, write_nested, write_plain
 
@@ -45,6 +46,8 @@ LONGEST_FIRST = (
     "test_register.py",
 )
 
+
+half_products.hasten()
 
 # torch, transformers and vLLM are a million objects that live to the end. Looking through them for
 # garbage, again and again, takes 9 of the 22 s of processor time that collecting all tests takes.
@@ -192,7 +195,8 @@ def merge(out: Path, *arguments: str) -> Path:
 def _quantized(model: Path, scheme: str) -> Path:
     """Quantize in a process of its own, once for as long as nothing that matters changes."""
     text = DATA / "calibration.txt"
-    digest = hashlib.sha256()
+    options = ["--scheme", scheme, "--text", str(text), "--samples", "16", "--seqlen", "256"]
+    digest = hashlib.sha256(" ".join(options[4:]).encode())
     for file in (QUANTIZE, text, model / "model.safetensors", model / "tokenizer.json"):
         digest.update(file.read_bytes())
     out = ROOT / ".cache" / "test-checkpoints" / f"{scheme}-{digest.hexdigest()[:16]}"
@@ -202,9 +206,9 @@ def _quantized(model: Path, scheme: str) -> Path:
         if out.exists():
             return out
         partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-        options = ["--scheme", scheme, "--text", str(text), "--samples", "64", "--seqlen", "256"]
         command = [sys.executable, str(QUANTIZE), str(model), str(partial), *options]
-        subprocess.run(command, check=True, capture_output=True)
+        done = warm_process.run(command, timeout=600)
+        assert done.returncode == 0, done.stderr[-4000:]
         partial.rename(out)
     return out
 

@@ -141,8 +141,6 @@ def test_a_portable_build_has_the_code_of_the_oldest_gpus_on_a_newer_one(tmp_pat
     assert only_newer.search(ptx("90")) and not only_newer.search(portable)
 
 
-# The program that runs long enough for -O2, which takes longer to compile.
-OPTIMIZED = {"gemm": "-O2"}
 # What only nvcc knows, and what stands for it.
 FOR_THE_MODEL = {
     "const __grid_constant__": "const",
@@ -173,7 +171,7 @@ def build_for_the_model(tmp_path_factory):
         program = folder / f"{name}.out"  # a folder of headers may have the plain name
         # Fused multiply-adds would round the expected values differently.
         run(
-            *(NVCC, "-std=c++20", OPTIMIZED.get(name, "-O1"), "-Xcompiler=-w,-ffp-contract=off"),
+            *(NVCC, "-std=c++20", "-O1", "-Xcompiler=-w,-ffp-contract=off"),
             *(MODEL / f"{name}.cpp", "-I", folder, *options, "-o", program),
         )
         return program

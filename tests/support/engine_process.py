@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -61,10 +60,7 @@ def run_engines(
     (folder / "specs.json").write_text(json.dumps(specs))
     command = [sys.executable, __file__, str(folder / "specs.json"), str(folder / "results.json")]
     environment = {**os.environ, **environment}
-    if torch.cuda.is_available():
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    else:
-        done = warm_process.run(command, timeout=900, env=environment)
+    done = warm_process.run(command, timeout=900, env=environment)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return json.loads((folder / "results.json").read_text(), object_hook=_with_tokens)
 

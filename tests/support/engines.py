@@ -15,10 +15,12 @@ from vllm.platforms import current_platform
 PROMPTS = ("def main():\n    ", "import os\nclass Foo:\n", "for i in range", "# The")
 Generation = list[tuple[tuple[int, ...], list[dict[int, float]]]]
 
-# vLLM asks each class of models what it is in a process of its own, which imports vLLM anew, so as
-# not to touch CUDA.
 if current_platform.is_cpu():
+    # vLLM asks each class of models what it is in a process of its own, which imports vLLM anew, so
+    # as not to touch CUDA.
     registry._run_in_subprocess = lambda ask: ask()
+    # Its sampler compiles a comparison for ten seconds, also where the engine is eager.
+    current_platform.simple_compile_backend = "eager"
 
 # vLLM cannot build an engine after another was collected in the same process.
 _engines: dict[str, LLM] = {}

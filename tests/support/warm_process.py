@@ -27,6 +27,9 @@ from multiprocessing import forkserver, spawn, util
 from pathlib import Path
 from typing import Any
 
+import half_products
+import torch
+
 ROOT = Path(__file__).resolve().parents[2]
 IMPORTED = (
     *("vllm.entrypoints.cli.main", "vllm.entrypoints.cli.serve"),
@@ -77,7 +80,15 @@ class Command:
 def run(
     command: Iterable[object], timeout: float, env: Mapping[str, str] = os.environ
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end; TimeoutExpired kills it and what it started."""
+    """Run a command to its end; TimeoutExpired kills it and what it started.
+
+    With a GPU it is no fork, which CUDA may not survive.
+    """
+    if torch.cuda.is_available():
+        line = [str(part) for part in command]
+        return subprocess.run(
+            line, env=env, cwd=ROOT, capture_output=True, text=True, timeout=timeout
+        )
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
         process = Command(command, out, err, env)
@@ -116,6 +127,7 @@ def _serve() -> list[str] | None:
     os.dup2(2, 1)
     for module in IMPORTED:
         importlib.import_module(module)
+    half_products.hasten()
     _sleep_while_idle()
     _ask_models_here()
     gc.collect()

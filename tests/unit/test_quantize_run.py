@@ -2,15 +2,16 @@
 
 import hashlib
 import json
+import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import DATA, ROOT
+import warm_process
+from conftest import DATA
 from cpu_kernels import needs_exact_int8, needs_wna16
 from engines import engine, generate
 from safetensors import safe_open
@@ -56,8 +57,8 @@ def quantized(tiny_model, tmp_path_factory):
     command = [sys.executable, "-m", "vllm_qoq.cli", "quantize", tiny_model, "-o", out]
     command += ["--text", TEXT, "--sets", ",".join(SETS), "--samples", 32, "--seqlen", 256]
     command += ["--eval-text", short, "--sanity-check", "--json"]
-    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    assert done.returncode == 0
+    done = warm_process.run(command, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
     return out, short, json.loads(done.stdout)
 
 
@@ -136,13 +137,13 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tiny_model, tmp_path, qua
     again, work = tmp_path / "killed", tmp_path / "killed.work"
     command = [sys.executable, "-m", "vllm_qoq.cli", "quantize", tiny_model, "-o", again]
     command += ["--text", TEXT, *FEW]
-    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = warm_process.Command(command, tmp_path / "log")
     deadline = time.monotonic() + KILL_SECONDS
     while not (work / "block-0000.safetensors").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait(KILL_SECONDS) == -signal.SIGKILL
     assert not again.exists() and not (work / "block-0001.safetensors").exists()
 
     code, _, err = quantize(tiny_model, again, *FEW, "--group-size", "-1", "--resume")

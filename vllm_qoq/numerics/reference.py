@@ -121,7 +121,7 @@ def int_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if 0 in (m, k, n):
         return torch.zeros(m, n, dtype=torch.int32, device=a.device)
     # torch 2.13.0 leaves the result unwritten on the CPU where k is 1.
-    if a.device.type != "cpu" or (k > 1 and _cpu_int_mm_is_exact()):
+    if a.device.type != "cpu" or (k > 1 and _cpu_has_int8_products()):
         return torch._int_mm(a, b.t())
     total = torch.zeros(m, n, dtype=torch.int32)
     for start in range(0, k, _EXACT_IN_FLOAT32):
@@ -135,12 +135,15 @@ _EXACT_IN_FLOAT32 = 1024
 
 
 @cache
-def _cpu_int_mm_is_exact() -> bool:
-    """Whether torch._int_mm can be trusted: on x86 CPUs without VNNI it saturates.
+def _cpu_has_int8_products() -> bool:
+    """Whether torch._int_mm is fast and can be trusted on this CPU, which takes VNNI on x86.
 
-    oneDNN adds two products there in 16 bits (vpmaddubsw). Seen with torch 2.13.0
+    Without, it takes up to thirty times as long as float32, or it saturates: oneDNN adds two
+    products in 16 bits (vpmaddubsw). Seen with torch 2.13.0, the latter also on a CPU with VNNI,
     under ONEDNN_MAX_CPU_ISA=AVX2 and AVX512_CORE.
     """
+    if not torch.cpu._is_vnni_supported():
+        return False
     row = torch.full((1, 64), INT8_MAX, dtype=torch.int8)
     return int(torch._int_mm(row, row.t())) == row.numel() * INT8_MAX**2
 
