@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from bench_units import bench_command, cells
 from conftest import DATA
 
@@ -28,6 +29,7 @@ from vllm_qoq.bench.serving import (
 from vllm_qoq.bench.serving.cases import Lengths, captured, fitting
 from vllm_qoq.bench.serving.floor import Limits, Model
 from vllm_qoq.bench.serving.job import Job, check_job
+from vllm_qoq.bench.serving.random_weights import RandomWeights
 from vllm_qoq.bench.serving.records import Facts, Line, Measured, read
 from vllm_qoq.bench.serving.shapes import SHAPES
 from vllm_qoq.bench.serving.work import close, opened
@@ -645,3 +647,30 @@ def test_nothing_heavy_is_imported_for_help():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+class Worker(RandomWeights):
+    """A worker of vLLM with this model."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def get_model(self):
+        return self.model
+
+
+def test_dummy_weights_of_vllms_formats_become_random_and_ours_stay():
+    dtypes = (torch.int8, torch.int32, torch.float8_e4m3fn, torch.bfloat16)
+    layers = [torch.nn.Module() for _ in (*dtypes, "ours")]
+    for layer, dtype in zip(layers, (*dtypes, torch.int8), strict=True):
+        name = "weight_packed" if dtype == torch.int32 else "weight"
+        # Some kernels of vLLM have a weight as a view that is not contiguous.
+        zeros = torch.zeros(2000, 64, dtype=dtype).t().contiguous().t()
+        layer.register_parameter(name, torch.nn.Parameter(zeros, requires_grad=False))
+    layers[-1].quant_method = type("Ours", (), {"__module__": "vllm_qoq.serving"})()
+    assert Worker(torch.nn.ModuleList(layers)).fill_random_weights() == 3
+    int8, int32, fp8, *untouched = (next(layer.parameters()) for layer in layers)
+    assert int8.min() == -127 and int8.max() == 127
+    assert len(int32.unique()) > 100_000
+    assert fp8.float().isfinite().all() and 90 < fp8.float().std() < 110
+    assert not any(weight.any() for weight in untouched)

@@ -16,6 +16,7 @@ from vllm import LLM, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from vllm_qoq.bench.serving.cases import Lengths, fitting
+from vllm_qoq.bench.serving.random_weights import RandomWeights
 from vllm_qoq.bench.serving.records import Facts, Line, Measured, Request, read
 
 _WARM_UP = Lengths(1024, 4)
@@ -63,8 +64,11 @@ class _Engine:
             trust_remote_code=False,
             disable_log_stats=True,
             compilation_config={"cudagraph_capture_sizes": list(request.sizes)},
+            worker_extension_cls=f"{RandomWeights.__module__}.{RandomWeights.__name__}",
             **request.engine_args,
         )
+        if request.engine_args.get("load_format") == "dummy":
+            self._llm.collective_rpc(RandomWeights.fill_random_weights.__name__)
         self._engine = self._llm.llm_engine
         self._random = random.Random(0)
         self._vocabulary = request.vocabulary

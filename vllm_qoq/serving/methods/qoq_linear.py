@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 QuantizedTokens = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 _TENSORS = ("qweight", "channel_scale", "channel_zero", "group_scale", "group_offset")
+_MOST_DUMMY_SCALE = 14
 
 
 class QoQSetConfig(QuantizationConfig):
@@ -272,13 +273,18 @@ def checked_int8(part: str, layer: LinearBase, rows: slice, **more: torch.Tensor
 
 
 def make_valid(layer: LinearBase) -> None:
-    """Set valid scales where `--load-format dummy` left random bytes, which only codes may be."""
+    """Set random codes and valid scales where `--load-format dummy` left memory as it was.
+
+    The int8 weights lie within -112 and 98, which leaves room for a residual. Zeros would take a
+    GPU less power than a model's weights, and so benchmarks would be too fast.
+    """
+    layer.qweight.data.random_(0, 256)
     layer.channel_scale.data.fill_(1e-3)
     if layer.channel_zero is not None:
         layer.channel_zero.data.zero_()
     else:
-        layer.group_scale.data.fill_(1)
-        layer.group_offset.data.zero_()
+        layer.group_scale.data.random_(1, _MOST_DUMMY_SCALE + 1)
+        layer.group_offset.data.copy_(-8 * layer.group_scale.data.to(torch.int16))
 
 
 def _check_floats(tensors: Mapping[str, torch.Tensor]) -> None:

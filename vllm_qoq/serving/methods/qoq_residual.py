@@ -114,6 +114,7 @@ class QoQResidualMethod(QoQLinearMethod):
         device = layer.qresidual.device
         if self.base_method.is_dummy:
             make_valid(stored)
+            layer.qresidual.data.random_(0, 256)
         n, half_k = layer.qresidual.shape
         is_packed = device.type == "cuda"
         weight = torch.empty(0 if is_packed else n, 2 * half_k, dtype=torch.int8, device=device)
