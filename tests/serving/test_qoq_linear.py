@@ -236,7 +236,7 @@ def test_dummy_weights_are_usable(group_size):
     as_loaded = weakref.ref(model.block.down_proj.w4a8.qweight)
     layer = finish(model).block.down_proj.w4a8
     assert len(layer.weight.unique()) > 10, (
-        "weights that are all alike take less power than a model's"
+        "weights that are alike take less power"
     )
     assert layer.apply(torch.ones(1, 512).bfloat16(), add_bias=False).isfinite().all()
     gc.collect()
