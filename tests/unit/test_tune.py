@@ -685,6 +685,7 @@ def test_sets_that_this_gpu_cannot_run_are_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("vllm_qoq.ops.has_kernels", lambda device_type: False)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Some GPU")
     with pytest.raises(TuneError, match=r"set 'w4a8' .*no CUDA kernels.*VLLM_QOQ_CUDA=1 pip"):
         device.check_sets({"w8a8": "compressed-tensors", "w4a8": "qoq_linear"})
     device.check_sets({"w8a8": "compressed-tensors"})
