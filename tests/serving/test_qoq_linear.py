@@ -235,9 +235,7 @@ def test_dummy_weights_are_usable(group_size):
     model.block.down_proj.w4a8.qweight.data.zero_()  # as fresh memory often is
     as_loaded = weakref.ref(model.block.down_proj.w4a8.qweight)
     layer = finish(model).block.down_proj.w4a8
-    assert len(layer.weight.unique()) > 10, (
-        "weights that are alike take less power"
-    )
+    assert len(layer.weight.unique()) > 10, "weights that are alike take less power"
     assert layer.apply(torch.ones(1, 512).bfloat16(), add_bias=False).isfinite().all()
     gc.collect()
     assert as_loaded() is None, "the stored weight stays in memory beside the one in use"
