@@ -6,6 +6,7 @@
 STABLE_TORCH_LIBRARY_IMPL(qoq, CUDA, m) {
   m.impl("w4a8_gemm", TORCH_BOX(&qoq::w4a8_gemm));
   m.impl("w4a8_gemm_portable", TORCH_BOX(&qoq::w4a8_gemm_portable));
+  m.impl("mma_int8_operations", TORCH_BOX(&qoq::mma_int8_operations));
   m.impl("kv_decode", TORCH_BOX(&qoq::kv_decode));
   m.impl("kv_write", TORCH_BOX(&qoq::kv_write));
   m.impl("kv_dequantize", TORCH_BOX(&qoq::kv_dequantize));

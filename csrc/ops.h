@@ -31,6 +31,11 @@ Tensor w4a8_gemm_portable(
     const std::optional<Tensor>& workspace, const std::optional<Tensor>& residual,
     const std::optional<Tensor>& use_residual, int64_t shared_bytes, int64_t multiprocessors);
 
+// Multiplies for a few milliseconds as fast as this GPU's mma does, and returns how many operations
+// that is. `out` is int32 [1]. For `bench gemm`, which gives it a schema
+// (vllm_qoq/bench/int8_rate.py).
+int64_t mma_int8_operations(Tensor out);
+
 std::tuple<Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x);
 std::tuple<Tensor, Tensor, Tensor> silu_and_mul_quantize(const Tensor& x);
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_rms_norm_quantize(const Tensor& x,

@@ -81,12 +81,12 @@ Tensor compute(const Arguments& arguments, const Caps* caps) {
   STD_TORCH_CHECK(!group_scale.has_value() && !group_offset.has_value(), kOp,
                   ": on CUDA the groups are inside the packed weight (w4a8_layout.pack)");
   const int device = device_of(x);
+  const int64_t weight_blocks = (n + kBlockN - 1) / kBlockN;
+  check_tensor(kOp, "x", x, device, ScalarType::Char, {m, k});
   const Card& card = card_of(device);
   STD_TORCH_CHECK(card.capability >= kOldest, kOp,
                   ": the kernels need a GPU of compute capability 8.0 or later; this one has ",
                   card.capability / 10, ".", card.capability % 10);
-  const int64_t weight_blocks = (n + kBlockN - 1) / kBlockN;
-  check_tensor(kOp, "x", x, device, ScalarType::Char, {m, k});
   check_tensor(kOp, "x_scale", x_scale, device, ScalarType::Float, {m});
   check_tensor(kOp, "x_row_sum", x_row_sum, device, ScalarType::Int, {m});
   check_tensor(kOp, "weight", weight, device, ScalarType::Byte,

@@ -14,7 +14,7 @@ from conftest import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vllm_qoq import kernel_library, ops, plots
-from vllm_qoq.bench import BenchError, measure, peers, plot, report, result, roofline
+from vllm_qoq.bench import BenchError, int8_rate, measure, peers, plot, report, result, roofline
 from vllm_qoq.bench.attempts import Attempts
 from vllm_qoq.bench.cases import KERNELS, OURS, PEERS, SHAPES, TIMED_TOKENS, Case
 from vllm_qoq.cli import bench as bench_cli
@@ -23,6 +23,7 @@ from vllm_qoq.measuring import gpu as timing
 from vllm_qoq.ops import linear_ops
 
 MODEL, TOKENS = "llama-3-8b", (1, 64)
+INT8_RATE = roofline.Int8Rate(2e15, "made up")
 PACKAGES = {"torch": "2.11.0", "vllm": "0.26.0", "humming-kernels": None}
 
 
@@ -45,6 +46,7 @@ def made_up(kernels=KERNELS, tokens=TOKENS, without=()):
         device="Some GPU",
         environment={"packages": PACKAGES, "cuda": "13.0"},
         copy_rate=4e12,
+        int8_rate=INT8_RATE,
         tokens=tuple(tokens),
         kernels=tuple(kernels),
         seconds=times,
@@ -67,9 +69,9 @@ def test_floor_is_the_longer_of_memory_and_tensor_cores():
     small, large = Case("o", 4096, 4096, 1), Case("o", 4096, 4096, 4096)
     moved = 4096 * 4096 * 4.125 / 8 + 4096 + 2 * 4096
     assert roofline.bytes_moved(small, 4.125) == moved
-    assert roofline.floor_seconds("qoq-g128", small, 4e12) == moved / 4e12
-    assert roofline.floor_seconds("qoq-channel", small, 4e12) < moved / 4e12
-    assert roofline.floor_seconds("qoq-g128", large, 4e12) == 2 * 4096**3 / 1932e12
+    assert roofline.floor_seconds("qoq-g128", small, 4e12, 2e15) == moved / 4e12
+    assert roofline.floor_seconds("qoq-channel", small, 4e12, 2e15) < moved / 4e12
+    assert roofline.floor_seconds("qoq-g128", large, 4e12, 2e15) == 2 * 4096**3 / 2e15
 
 
 def test_speed_is_the_geometric_mean_over_the_layers():
@@ -273,6 +275,7 @@ def no_gpu(monkeypatch):
     monkeypatch.setattr(peers, "COMPILE", {})
     monkeypatch.setattr(timing, "seconds", seconds)
     monkeypatch.setattr(timing, "copy_rate", lambda: 4e12)
+    monkeypatch.setattr(measure, "int8_rate", lambda: INT8_RATE)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     return timed
@@ -384,7 +387,7 @@ def test_a_graph_holds_several_calls_and_long_ones_are_replayed_less(
         monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
     for name in ("graph", "stream"):
         monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(timing, "_intervals", intervals)
+    monkeypatch.setattr(timing, "intervals", intervals)
     seconds = timing.seconds([lambda i=i: made.append(i) for i in range(calls)])
     held, replays = expected
     assert made == [0, *(list(range(calls)) * (held // calls))]
@@ -429,3 +432,21 @@ def test_calls_have_the_shapes_and_arguments_that_the_kernels_take(monkeypatch, 
                     assert y.shape == (m, n) and y.dtype == torch.bfloat16
     for name in made:
         assert getattr(_custom_ops, name).called, name
+
+
+@pytest.mark.parametrize(
+    ("capability", "codes", "is_wgmma"),
+    [
+        ((9, 0), ("sm_90", "sm_90a"), True),
+        ((9, 0), ("sm_90",), False),
+        ((8, 0), ("sm_80", "sm_90", "sm_90a"), False),
+    ],
+)
+def test_the_floor_has_the_rate_of_the_path_that_runs(monkeypatch, capability, codes, is_wgmma):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(kernel_library, "built_for", lambda: codes)
+    monkeypatch.setattr(torch, "zeros", lambda *size, **options: None)
+    monkeypatch.setattr(torch.ops.qoq, "mma_int8_operations", lambda out: 10**12, raising=False)
+    monkeypatch.setattr(timing, "intervals", lambda launch, count: [1e-3, 2e-3, 9.0])
+    found = int8_rate.int8_rate()
+    assert found == int8_rate.WGMMA if is_wgmma else found.operations == 10**12 / 2e-3

@@ -17,6 +17,7 @@ from vllm_qoq import environment
 from vllm_qoq.bench import peers
 from vllm_qoq.bench.attempts import Attempts
 from vllm_qoq.bench.cases import LAYERS, SHAPES, Case
+from vllm_qoq.bench.int8_rate import int8_rate
 from vllm_qoq.bench.result import Result
 from vllm_qoq.measuring import gpu as timing
 from vllm_qoq.progress import counted
@@ -32,6 +33,7 @@ def measure(model: str, tokens: Sequence[int], kernels: Sequence[str], quiet: bo
     attempts, order = Attempts(), random.Random(0)
     shapes = SHAPES[model]
     copy_rate = timing.copy_rate()
+    tensor_core_rate = int8_rate()
     _compile(shapes, tokens, kernels, attempts, quiet=quiet)
 
     seconds: dict[Case, dict[str, float]] = {}
@@ -51,6 +53,7 @@ def measure(model: str, tokens: Sequence[int], kernels: Sequence[str], quiet: bo
         device=torch.cuda.get_device_name(),
         environment=_environment(),
         copy_rate=copy_rate,
+        int8_rate=tensor_core_rate,
         tokens=tuple(tokens),
         kernels=tuple(kernels),
         seconds=seconds,

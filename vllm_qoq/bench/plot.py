@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from vllm_qoq import plots
 from vllm_qoq.bench.cases import OURS, Case
 from vllm_qoq.bench.result import Result, speedups
-from vllm_qoq.bench.roofline import INT8_RATE, floor_seconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,7 +45,7 @@ def figure(result: Result, ratios: Mapping[int, float]) -> Figure:
         _title(ratios),
         f"GEMMs of {result.model} on one {result.device}. The limit of W4A8 on this card: weights "
         f"of {OURS[_LIMIT]} bits, inputs and outputs at {result.copy_rate / 1e12:.2f} TB/s (a "
-        f"copy), or {INT8_RATE / 1e12:.0f} TOPS (int8, measured on an H200).",
+        f"copy), or {result.int8_rate.operations / 1e12:.0f} TOPS ({result.int8_rate.source}).",
         height=2.7 * rows + (2.1 if ratios else 0.3),
     )
     shapes = [1.7] * bool(ratios) + [2.7] * rows
@@ -100,7 +99,7 @@ def _panel(
     axes: Axes, result: Result, cases: Sequence[Case], names: Sequence[str], is_first: bool
 ) -> None:
     """Draw the panel of a layer; a missing time interrupts the line."""
-    floors = [floor_seconds(_LIMIT, case, result.copy_rate) for case in cases]
+    floors = [result.floor_seconds(_LIMIT, case) for case in cases]
     sizes = [case.m for case in cases]
     shown = []
     for name in names:

@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm_qoq.bench.cases import KERNELS, OURS, Case
 from vllm_qoq.bench.result import NESTED, SUBJECT, LeftOut, Result, speedups
-from vllm_qoq.bench.roofline import INT8_RATE, bytes_moved, operations
+from vllm_qoq.bench.roofline import bytes_moved, operations
 from vllm_qoq.markdown import markdown_table
 
 MISSING = "-"
@@ -34,8 +34,8 @@ def _head(result: Result) -> Iterator[str]:
         "L2; random numbers, 16-bit output, inputs quantized beforehand. TB/s: weights, inputs\n"
         "and outputs. Floor: the longer of those bytes at the speed of a 2 GiB copy,\n"
         f"{result.copy_rate / 1e12:.2f} TB/s in this run, and the operations at "
-        f"{INT8_RATE / 1e12:.0f} TOPS, the int8 rate\nmeasured on an H200 "
-        "(wgmma u8.s8, random operands), not in this run.\n"
+        f"{result.int8_rate.operations / 1e12:.0f} TOPS, the int8 rate\n"
+        f"({result.int8_rate.source}, random operands).\n"
     )
     yield versions(result.environment)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_qoq.bench.cases import LAYERS, OURS, PEERS, SHAPES, Case
-from vllm_qoq.bench.roofline import INT8_RATE, bytes_moved, floor_seconds, operations
+from vllm_qoq.bench.roofline import Int8Rate, bytes_moved, floor_seconds, operations
 
 # The kernel that the summary is about, the nested one, and the peers with 8-bit inputs like theirs.
 SUBJECT = "qoq-g128"
@@ -34,6 +34,7 @@ class Result:
 
     environment  the result of `vllm_qoq.environment.describe`, with what the peers add
     copy_rate    bytes a second of a copy, read plus written
+    int8_rate    of the tensor cores that our kernels use
     seconds      seconds of a call, by case and kernel; a kernel that was left out is absent
     """
 
@@ -41,6 +42,7 @@ class Result:
     device: str
     environment: Mapping[str, Any]
     copy_rate: float
+    int8_rate: Int8Rate
     tokens: tuple[int, ...]
     kernels: tuple[str, ...]
     seconds: Mapping[Case, Mapping[str, float]]
@@ -59,7 +61,11 @@ class Result:
     def share_of_floor(self, kernel: str, case: Case) -> float | None:
         """Compare one of our kernels with the floor: 1 is as fast as this GPU can be."""
         measured = self.seconds[case].get(kernel)
-        return measured and floor_seconds(kernel, case, self.copy_rate) / measured
+        return measured and self.floor_seconds(kernel, case) / measured
+
+    def floor_seconds(self, kernel: str, case: Case) -> float:
+        """Compute the least seconds of one of our kernels at the rates of this result."""
+        return floor_seconds(kernel, case, self.copy_rate, self.int8_rate.operations)
 
 
 def speedups(result: Result) -> dict[str, list[float | None]]:
@@ -104,8 +110,8 @@ def to_json(result: Result) -> dict[str, Any]:
         "device": result.device,
         "environment": dict(result.environment),
         "copy_bytes_per_second": result.copy_rate,
-        "int8_operations_per_second": INT8_RATE,
-        "int8_rate_measured_on": "NVIDIA H200, not in this run",
+        "int8_operations_per_second": result.int8_rate.operations,
+        "int8_rate_of": result.int8_rate.source,
         "kernels": list(result.kernels),
         "tokens": list(result.tokens),
         "cases": [_case(result, case) for case in result.seconds],
@@ -125,7 +131,7 @@ def _case(result: Result, case: Case) -> dict[str, Any]:
         "ours": {
             name: {
                 "bytes": bytes_moved(case, OURS[name]),
-                "floor_microseconds": 1e6 * floor_seconds(name, case, result.copy_rate),
+                "floor_microseconds": 1e6 * result.floor_seconds(name, case),
                 "share_of_floor": result.share_of_floor(name, case),
             }
             for name in OURS

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from vllm_qoq.bench.cases import OURS, Case
 
-# Dense operations a second of wgmma u8.s8, with random operands in registers and shared memory, as
-# measured on one NVIDIA H200 (1931 to 1934 TOPS), not in the run that is reported.
-INT8_RATE = 1932e12
+
+class Int8Rate(NamedTuple):
+    """Dense int8 operations a second that the tensor cores do, and of what, measured where."""
+
+    operations: float
+    source: str
 
 
 def operations(case: Case) -> int:
@@ -19,7 +24,11 @@ def bytes_moved(case: Case, weight_bits: float) -> float:
     return case.n * case.k * weight_bits / 8 + case.m * case.k + 2 * case.m * case.n
 
 
-def floor_seconds(kernel: str, case: Case, copy_rate: float) -> float:
-    """Compute the least seconds of one of our kernels at `copy_rate` bytes a second, both ways."""
+def floor_seconds(kernel: str, case: Case, copy_rate: float, int8_rate: float) -> float:
+    """Compute the least seconds of one of our kernels.
+
+    copy_rate  bytes a second, both ways
+    int8_rate  operations a second
+    """
     memory = bytes_moved(case, OURS[kernel]) / copy_rate
-    return max(memory, operations(case) / INT8_RATE)
+    return max(memory, operations(case) / int8_rate)

@@ -35,16 +35,16 @@ def seconds(calls: Sequence[Callable[[], object]]) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = [call() for _ in range(rounds) for call in calls]
-    warm = _intervals(graph.replay, 2)[-1]
+    warm = intervals(graph.replay, 2)[-1]
     replays = max(_FEWEST_REPLAYS, min(_REPLAYS, int(_SECONDS / warm)))
-    return statistics.median(_intervals(graph.replay, replays)) / len(outputs)
+    return statistics.median(intervals(graph.replay, replays)) / len(outputs)
 
 
 def copy_rate() -> float:
     """Measure the bytes a second, read plus written, of a copy of 2 GiB within the GPU's memory."""
     source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    times = _intervals(partial(target.copy_, source), _COPIES)
+    times = intervals(partial(target.copy_, source), _COPIES)
     return 2 * COPY_BYTES / statistics.median(times)
 
 
@@ -54,12 +54,12 @@ def _rounds(calls: Sequence[Callable[[], object]]) -> int:
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         calls[0]()  # may compile
-        once = _intervals(lambda: [call() for call in calls], 1)[0]
+        once = intervals(lambda: [call() for call in calls], 1)[0]
     torch.cuda.synchronize()
     return math.ceil(_CALLS / len(calls)) if once < _SHORT_SECONDS else 1
 
 
-def _intervals(launch: Callable[[], object], count: int) -> list[float]:
+def intervals(launch: Callable[[], object], count: int) -> list[float]:
     """Measure the seconds of each of `count` launches, queued without a gap.
 
     The first may have waited for the CPU, which a median does not see.
