@@ -23,7 +23,7 @@ _LAUNCHES = 5
 
 
 def int8_rate() -> Int8Rate:
-    """Measure the operations a second of mma.sync; where the Hopper path runs, name those of wgmma."""
+    """Measure operations a second of mma.sync; where the Hopper path runs, give those of wgmma."""
     capability = torch.cuda.get_device_capability()
     if cards.gemm_path(capability, kernel_library.built_for() or ()) == "hopper":
         return WGMMA
