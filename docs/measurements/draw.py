@@ -20,6 +20,7 @@ from vllm_qoq.bench.attention_cases import Decode, Heads
 from vllm_qoq.bench.attention_result import AttentionResult
 from vllm_qoq.bench.cases import Case
 from vllm_qoq.bench.result import Result
+from vllm_qoq.bench.roofline import WGMMA
 from vllm_qoq.bench.serving import table, table_plot
 from vllm_qoq.plots import Bar, Column
 
@@ -170,6 +171,7 @@ def gemm_h200() -> Any:
         device=CARD,
         environment={},
         copy_rate=COPY_RATE,
+        int8_rate=WGMMA,
         tokens=tuple(dict.fromkeys(case.m for case in seconds)),
         kernels=tuple(dict.fromkeys(row["kernel"] for row in rows)),
         seconds=seconds,

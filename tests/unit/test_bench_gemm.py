@@ -449,4 +449,4 @@ def test_the_floor_has_the_rate_of_the_path_that_runs(monkeypatch, capability, c
     monkeypatch.setattr(torch.ops.qoq, "mma_int8_operations", lambda out: 10**12, raising=False)
     monkeypatch.setattr(timing, "intervals", lambda launch, count: [1e-3, 2e-3, 9.0])
     found = int8_rate.int8_rate()
-    assert found == int8_rate.WGMMA if is_wgmma else found.operations == 10**12 / 2e-3
+    assert found == roofline.WGMMA if is_wgmma else found.operations == 10**12 / 2e-3

@@ -8,12 +8,9 @@ import torch
 from torch.library import Library
 
 from vllm_qoq import cards, kernel_library
-from vllm_qoq.bench.roofline import Int8Rate
+from vllm_qoq.bench.roofline import WGMMA, Int8Rate
 from vllm_qoq.measuring import gpu as timing
 
-# Dense operations a second of wgmma u8.s8, with random operands in registers and shared memory, as
-# measured on one NVIDIA H200 (1931 to 1934 TOPS).
-WGMMA = Int8Rate(1932e12, "wgmma u8.s8, measured on an NVIDIA H200, not in this run")
 _MMA = "mma.sync u8.s8, measured in this run"
 
 # Only here the op has a schema, so that nothing else can call it.
