@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,34 @@ def gemm_h200() -> Any:
     return gemm_plot.figure(result, {int(m): r for m, r in numbers(ratios, "pair").items()})
 
 
+def portable_h200() -> Any:
+    """The portable GEMM on a Hopper card, beside Marlin's."""
+    path = HERE / "data" / "portable_h200" / "gemm.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    tokens, speeds = document["tokens"], document["speed_against_peers"]
+    places = {f"at M={m}": r for m, r in zip(tokens, speeds["marlin-w4a8-int8"], strict=True)}
+    rate = document["int8_operations_per_second"]
+    drawn = plots.figure(
+        f"The portable W4A8 GEMM is {plots.speed_range(places, 'Marlin')}",
+        f"Layers of Llama-3-8B on one {CARD} that takes the path of other GPUs, without wgmma and "
+        f"the copy engine.\nGroups of 128, geometric mean of the layers. mma.sync: "
+        f"{rate / 1e12:.0f} TOPS.",
+        height=3,
+    )
+    axes = drawn.subplots()
+    for peer, line in {"marlin-w4a8-int8": "o-", "marlin-w4a16": "s--"}.items():
+        found = plots.method(peer)
+        label = f"time of {found.label} / ours"
+        axes.plot(tokens, speeds[peer], line, color=found.colour, label=label, markersize=4)
+    axes.axhline(1, color=plots.INK, linewidth=1)
+    plots.sizes_axis(axes, tokens, "M (tokens)")
+    axes.set(ylim=(0, None), yticks=[0, 0.5, 1, 1.5, 2], ylabel="speed, Marlin = 1")
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend(fontsize=plots.SMALL, frameon=False, loc="upper left")
+    plots.tidy(axes)
+    return drawn
+
+
 def attention_h200() -> Any:
     """As `vllm-qoq bench attention` draws it."""
     rows = read("attention_h200")
@@ -281,6 +310,7 @@ PICTURES: dict[str, Callable[[], Any]] = {
     "kv_8b": kv_8b,
     "serving_8b": serving_8b,
     "gemm_h200": gemm_h200,
+    "portable_h200": portable_h200,
     "attention_h200": attention_h200,
     "accuracy_16m_plain": lambda: accuracy("accuracy_16m_plain", "Without outliers", 6),
     "accuracy_16m_injected": lambda: accuracy("accuracy_16m_injected", "With outliers", 10),

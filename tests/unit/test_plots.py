@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import importlib.util
 import re
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -221,3 +223,9 @@ def test_no_picture_has_powers_and_every_ratio_in_one_is_on_its_page(pictures):
 def test_every_picture_states_a_number_in_its_title(pictures):
     for name, drawn in pictures[1].items():
         assert re.search(r"\d", plots.title_of(drawn)), name
+
+
+def test_the_page_of_the_portable_path_has_what_its_script_predicts():
+    command = [sys.executable, MEASUREMENTS / "predict_portable.py"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert printed.strip() in (MEASUREMENTS / "portable_h200.md").read_text()

@@ -82,6 +82,8 @@ def speedups(result: Result) -> dict[str, list[float | None]]:
         "best W4A8 or W8A8 peer": (result.best_rival, SUBJECT),
         "cutlass-int8": (of("cutlass-int8"), SUBJECT),
         "humming-g128": (of("humming-g128"), SUBJECT),
+        "marlin-w4a8-int8": (of("marlin-w4a8-int8"), SUBJECT),
+        "marlin-w4a16": (of("marlin-w4a16"), SUBJECT),
         f"cutlass-int8 / {NESTED}": (of("cutlass-int8"), NESTED),
     }
     return {
