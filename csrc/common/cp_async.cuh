@@ -33,6 +33,9 @@ __device__ inline void cp_async_wait_group() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Waits until all copies that this thread has begun have arrived.
+__device__ inline void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Arrives at a barrier, which counts on it, when all copies that this thread has begun have
 // arrived.
 __device__ inline void cp_async_mbarrier_arrive(uint32_t barrier) {

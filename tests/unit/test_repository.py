@@ -66,7 +66,7 @@ ARROWS = {
         *("serving.kv", "serving.vllm_versions"),
     ),
     "bench": (
-        *(*_COMMANDS, "measuring", "ops", "plots"),
+        *(*_COMMANDS, "measuring", "ops", "plots", "cards", "kernel_library"),
         *("serving.options", "serving.kv", "serving.plugin"),
     ),
     "tuner": (

@@ -133,11 +133,12 @@ __device__ void multiply(const Params& p, char* shared) {
   WorkList<Tile> list(p);
   Work work;
   if (Tile::kLoadWarps > 0 && threadIdx.x >= Tile::kThreads) {
-    while (list.next(work)) {
+    for (bool is_first = true; list.next(work); is_first = false) {
       loader.turn_to(position<Tile>(work.tile, p));
-      int step = loader.begin(work, p.stages);
+      int step = is_first ? loader.begin(work, p.stages) : work.begin;
       for (; step < work.end; ++step) loader.load(step);
     }
+    ptx::cp_async_wait_all();  // before the thread ends
     return;
   }
   // Where all warps load, a stage is left for those that are behind.

@@ -52,6 +52,13 @@ void cp_async_wait_group() {
       std::memcpy(shared_pointer(copy.destination, 16), copy.bytes.data(), 16);
 }
 
+inline void cp_async_wait_all() {
+  check(self->copies.size() == 1, "copies of a group and of a barrier");
+  wait_until([] {
+    make_some_copies();
+    return self->block->arrivals.empty();
+  });
+}
 // The barrier's phase is complete only when the copies before it are made, which happens by chance
 // while somebody waits for it.
 inline void cp_async_mbarrier_arrive(uint32_t barrier) {
