@@ -123,7 +123,7 @@ class Multiplier {
   uint4 codes_[Tile::kSlabs], residual_[Tile::kSlabs] = {};
 };
 
-// All that a block of threads shares.
+// Does all of this block's pieces of work.
 template <class Tile, Weights kWeights, Weights kUsed>
 __device__ void multiply(const Params& p, char* shared) {
   const uint32_t base = ptx::shared_address(shared), ring = base + Tile::kRing;
