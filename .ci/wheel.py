@@ -7,6 +7,7 @@ needs no compiler.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -40,6 +41,7 @@ SAID = {
 
 def main() -> int:
     """Build the wheel and print what is in it."""
+    check_nvcc()
     OUT.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="vllm-qoq-wheel-") as folder:
         log = build(Path(folder))
@@ -48,6 +50,26 @@ def main() -> int:
         copy = Path(shutil.copy(wheel, OUT))
     print(f"wheel: {copy.relative_to(ROOT)}, {megabytes(copy.stat().st_size)}")
     return 0
+
+
+def check_nvcc() -> None:
+    """End with a message where there is no nvcc, or one that cannot compile for every GPU."""
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    if nvcc is None:
+        raise SystemExit("error: there is no nvcc; install the CUDA toolkit or set CUDA_HOME")
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    # The table of GPUs alone: the package needs torch, which is not here.
+    spec = importlib.util.spec_from_file_location("cards", ROOT / "vllm_qoq" / "cards.py")
+    assert spec is not None and spec.loader is not None
+    cards = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(cards)
+    missing = [one.code for one in cards.FAMILIES if f"compute_{one.code}" not in known]
+    if missing:
+        raise SystemExit(
+            f"error: {nvcc} does not compile for {', '.join(missing)}, and a wheel is for every "
+            "GPU; install CUDA 13"
+        )
 
 
 def build(folder: Path) -> str:
@@ -64,6 +86,7 @@ def build(folder: Path) -> str:
         "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
         "VLLM_QOQ_CUDA": "1",
         "VLLM_QOQ_CUDA_ARCHS": "all",
+        "VLLM_QOQ_PORTABLE": "0",
         "NVCC_APPEND_FLAGS": "-Xptxas=-v",
     }
     # By way of an sdist, so that nothing that lies in the clone but does not belong to it goes in.
@@ -129,8 +152,10 @@ def megabytes(size: int) -> str:
 
 
 def run(command: Iterable[Path | str]) -> None:
-    """Run a command; its output goes to the terminal."""
-    subprocess.run(list(map(str, command)), check=True)
+    """Run a command, whose output goes to the terminal, and end where it fails."""
+    words = list(map(str, command))
+    if subprocess.run(words).returncode:
+        raise SystemExit(f"error: {' '.join(words)} failed; what it said is above")
 
 
 if __name__ == "__main__":

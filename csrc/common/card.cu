@@ -13,6 +13,8 @@ Card make_card(int device) {
     CHECK_CUDA(cudaDeviceGetAttribute(&value, which, device));
     return value;
   };
+  constexpr float kUsualClock = 1.5f;  // GHz, where the driver does not say
+  const float clock = attribute(cudaDevAttrClockRate) * 1e-6f;
   const float memory_clock = attribute(cudaDevAttrMemoryClockRate) * 1e-6f;
   return {
       .capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
@@ -20,7 +22,7 @@ Card make_card(int device) {
       .multiprocessors = attribute(cudaDevAttrMultiProcessorCount),
       .shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
       .multiprocessor_shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-      .clock = attribute(cudaDevAttrClockRate) * 1e-6f,
+      .clock = clock > 0 ? clock : kUsualClock,
       // Both edges of the clock carry data.
       .bandwidth = memory_clock * 2 * attribute(cudaDevAttrGlobalMemoryBusWidth) / 8,
   };

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 
 #include "gemm/w4a8_config.h"
 
@@ -37,23 +38,24 @@ int schedule(Params& p, int slots, const Cost& cost, int& clusters) {
   for (int split = 1; split <= std::min(slots / tiles, p.steps); ++split) {
     // A cluster divides its steps further.
     const int steps = divide_up(divide_up(p.steps, split), Tile::kCluster / Tile::kClusterTiles);
-    const int time = steps * cost.step + cost.output + (split > 1 ? cost.sum : 0);
+    const int64_t time = int64_t{steps} * cost.step + cost.output + (split > 1 ? cost.sum : 0);
     if (time >= best) continue;
-    best = time;
+    best = static_cast<int>(time);
     p.split = split;
     clusters = tiles * split;
   }
   if (Tile::kByInputs || best < kImpossible) return best;
 
   const int rounds = tiles / slots, rest = tiles % slots;
-  const int whole = p.steps * cost.step + cost.output;
+  const int64_t whole = int64_t{p.steps} * cost.step + cost.output;
   const int piece = divide_up(rest * p.steps, slots);
-  const int cut = piece * cost.step + cost.output + cost.sum;
+  const int64_t cut = int64_t{piece} * cost.step + cost.output + cost.sum;
   const bool is_cut = rest > 0 && cut < whole;
   p.whole_tiles = is_cut ? rounds * slots : tiles;
   p.piece = is_cut ? piece : 0;
   clusters = slots;
-  return rounds * whole + (is_cut ? cut : rest > 0 ? whole : 0);
+  const int64_t time = rounds * whole + (is_cut ? cut : rest > 0 ? whole : 0);
+  return static_cast<int>(std::min<int64_t>(time, kImpossible - 1));
 }
 
 }  // namespace qoq::w4a8

@@ -64,3 +64,19 @@ def test_the_code_for_every_architecture_is_counted_and_what_its_kernels_need(sc
         ["sm_80", "0.5", "MB", "1", "8", "72", "308"],
         ["sm_90", "0.8", "MB", "2", "0", "168", "64"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("known", "said"),
+    [("compute_80 compute_90", "does not compile for 100, 120"), (None, "there is no nvcc")],
+)
+def test_an_nvcc_that_lacks_a_gpu_is_named_before_anything_is_installed(
+    script, tmp_path, monkeypatch, known, said
+):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    if known:
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "nvcc").write_text(f"#!/bin/sh\necho {known}\n")
+        (tmp_path / "bin" / "nvcc").chmod(0o755)
+    with pytest.raises(SystemExit, match=said):
+        script.main()

@@ -10,9 +10,9 @@
 
 namespace qoq::w4a8::portable {
 
-// Operations of int8 mma a clock and multiprocessor: the data sheets', and on 9.0, whose own
-// instructions the portable path does not use, what was measured (`bench gemm`). 10.3 has hardly
-// any.
+// Operations of int8 mma a clock and multiprocessor: the data sheets', but on 9.0, whose own
+// instructions the portable path does not use, what was measured (`bench gemm`), and on 10.0, for
+// the same reason, a guess. 10.3 has hardly any.
 inline int operations_of_clock(int capability) {
   switch (capability) {
     case 80:

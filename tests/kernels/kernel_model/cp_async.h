@@ -56,14 +56,15 @@ inline void cp_async_wait_all() {
   check(self->copies.size() == 1, "copies of a group and of a barrier");
   wait_until([] {
     make_some_copies();
-    return self->block->arrivals.empty();
+    return std::ranges::none_of(self->block->arrivals,
+                                [](const Arrival& one) { return one.thread == self; });
   });
 }
 // The barrier's phase is complete only when the copies before it are made, which happens by chance
 // while somebody waits for it.
 inline void cp_async_mbarrier_arrive(uint32_t barrier) {
   check(self->copies.size() == 1, "copies of a group and of a barrier");
-  self->block->arrivals.push_back({barrier, std::move(self->copies.back())});
+  self->block->arrivals.push_back({self, barrier, std::move(self->copies.back())});
   self->copies.back().clear();
   yield_perhaps();
 }

@@ -115,7 +115,9 @@ struct Copy {
 };
 
 // Copies of a thread that are not made yet, and the barrier that it arrives at once they are.
+struct Thread;
 struct Arrival {
+  const Thread* thread;
   uint32_t barrier;
   std::vector<Copy> copies;
 };
@@ -471,14 +473,19 @@ inline void mbarrier_arrive_expect_tx(uint32_t address, uint32_t bytes) {
   mbarrier(address).bytes += bytes;
   mbarrier_arrive_if(true, address);
 }
-// Makes some of the copies that barriers wait for, in the order in which they were begun.
+// Makes some of the copies that barriers wait for: those of a thread in the order in which they were
+// begun, those of different threads in any.
 inline void make_some_copies() {
   auto& arrivals = self->block->arrivals;
-  for (; !arrivals.empty() && random_order() % 8 != 0; arrivals.pop_front()) {
-    for (const Copy& copy : arrivals.front().copies)
+  while (!arrivals.empty() && random_order() % 8 != 0) {
+    const Thread* thread = arrivals[random_order() % arrivals.size()].thread;
+    const auto first = std::find_if(arrivals.begin(), arrivals.end(),
+                                    [&](const Arrival& one) { return one.thread == thread; });
+    for (const Copy& copy : first->copies)
       std::memcpy(shared_pointer(copy.destination, 16), copy.bytes.data(), 16);
-    --mbarrier(arrivals.front().barrier).pending;
-    mbarrier(arrivals.front().barrier).update();
+    --mbarrier(first->barrier).pending;
+    mbarrier(first->barrier).update();
+    arrivals.erase(first);
   }
 }
 inline bool mbarrier_try_wait(uint32_t address, uint32_t parity) {
