@@ -35,7 +35,6 @@ class Hub:
     status: int = 0
     cut: dict[str, int] = field(default_factory=dict)
     downloads: Counter[str] = field(default_factory=Counter)
-    ranges: list[str] = field(default_factory=list)
 
 
 @contextmanager
@@ -128,8 +127,6 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         self.hub.downloads[name] += 1
-        if asked:
-            self.hub.ranges.append(name)
         if name in self.hub.cut:
             data = data[: self.hub.cut[name]]
             self.close_connection = True

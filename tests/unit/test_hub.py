@@ -13,7 +13,7 @@ import pytest
 from conftest import DATA, ROOT
 from hub_server import REPOSITORY, TOKEN, hub_server
 from huggingface_hub import constants, file_download
-from huggingface_hub.utils import are_progress_bars_disabled, tqdm
+from huggingface_hub.utils import are_progress_bars_disabled
 from qoq_checkpoints import write_plain
 
 import vllm_qoq
@@ -227,6 +227,7 @@ def test_without_weights_that_are_read_nothing_is_downloaded(server, kept, messa
     assert not server.downloads
 
 
+@pytest.mark.filterwarnings("ignore:Not enough free disk space")
 def test_a_disk_that_is_too_small_is_refused_before_the_weights(server, monkeypatch):
     full = shutil._ntuple_diskusage(10**9, 10**9, 1000)
     monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: full)
@@ -239,7 +240,10 @@ def test_a_disk_that_is_too_small_is_refused_before_the_weights(server, monkeypa
     [
         (errno.ENOSPC, "no room left in .*/hub; make room, or set HF_HOME to another disk"),
         (errno.EACCES, "cannot write to .*/hub; get the right to it, or set HF_HOME"),
-        (errno.EIO, r"the download broke off \(.*\); the same command goes on"),
+        (
+            errno.EIO,
+            r"the download broke off \(.*\); finished files stay in the cache, and the same",
+        ),
     ],
 )
 def test_an_error_of_the_disk_is_explained(server, monkeypatch, number, message):
@@ -253,14 +257,14 @@ def test_an_error_of_the_disk_is_explained(server, monkeypatch, number, message)
 def test_a_download_that_breaks_off_goes_on(server, monkeypatch):
     monkeypatch.setattr(file_download.time, "sleep", lambda seconds: None)  # between its attempts
     server.cut["model.safetensors"] = 1000
-    fails(r"the download broke off \(.*\); the same command goes on where it stopped")
+    fails(r"the download broke off \(.*\); finished files stay in .* the same command goes on")
     offline(monkeypatch)
     fails("HF_HUB_OFFLINE is set, and its cache lacks 'model.safetensors'; run it once with")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     server.cut.clear()
-    server.ranges.clear()
+    server.downloads.clear()
     folder = hub.local_folder(REPOSITORY)
-    assert server.ranges == ["model.safetensors"]
+    assert server.downloads == {"model.safetensors": 1}
     assert files_of(folder) == {**files_of(TINY), **SIDE}
 
 
@@ -272,7 +276,9 @@ def test_an_interrupt_says_that_the_download_goes_on(server, monkeypatch, capsys
     monkeypatch.setattr("signal.signal", lambda *args: None)
     monkeypatch.setattr(sys, "argv", ["vllm-qoq", "inspect", REPOSITORY])
     assert main() == 130
-    assert "stays in the cache, the same command goes on" in capsys.readouterr().err
+    assert (
+        "finished files stay in the cache, and the same command goes on" in capsys.readouterr().err
+    )
 
 
 def test_bars_are_shown_unless_quiet(server, monkeypatch):
@@ -297,7 +303,7 @@ def test_no_bar_of_another_library_follows_those_of_the_download():
     environment = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"}
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert (done.returncode, done.stderr) == (0, "") and issubclass(tqdm, object)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def run(monkeypatch, capsys, *arguments):

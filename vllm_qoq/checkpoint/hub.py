@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(\w[\w./+-]*))?", re.ASCII)
 _SIDE_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".yaml", ".md")
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
-_GOES_ON = "the same command goes on where it stopped"
+# By file: the library begins one that was cut off anew.
+_GOES_ON = "finished files stay in the cache, and the same command goes on with the others"
 _LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 
@@ -169,9 +170,7 @@ class _Download:
                     return self._cached(has_weights)
                 return self._fetch_all(sizes, has_weights)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"{self._wanted}: what is downloaded stays in the cache, {_GOES_ON}"
-            ) from None
+            raise KeyboardInterrupt(f"{self._wanted}: {_GOES_ON}") from None
         except FormatError as error:
             raise HubError(f"{self._wanted}: {error}") from None
         except UserError:
