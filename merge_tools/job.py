@@ -12,7 +12,7 @@ from merge_tools import nest as nesting
 from merge_tools.plan import MergePlan, make_plan
 from merge_tools.sources import check_distinct, open_sources
 from merge_tools.survey import survey
-from vllm_qoq.checkpoint import complete, layer_rules, served, stream, values
+from vllm_qoq.checkpoint import complete, hub, layer_rules, served, stream, values
 from vllm_qoq.checkpoint.format import ResidualSet, Section, Stream
 from vllm_qoq.checkpoint.output import check_output, check_space
 from vllm_qoq.checkpoint.shards import MAX_SHARD_BYTES
@@ -53,7 +53,8 @@ def merge(
 ) -> Merged:
     """Merge finished checkpoints of one model into one checkpoint with several sets.
 
-    folders          name of a set -> the folder of its checkpoint
+    folders          name of a set -> the folder of its checkpoint, or its id on the Hugging Face
+                     Hub, which is downloaded first
     output           the folder to make
     routing          which set runs when; by default prompts in the first set and generation in
                      the last
@@ -69,11 +70,12 @@ def merge(
     Raises UserError (MergeError, FormatError, OutputError, RoutingError) with what is wrong and
     what to do, before anything is written; an output is complete or absent.
     """
-    paths, out = {name: Path(folder) for name, folder in folders.items()}, Path(output)
+    out = Path(output)
+    routing = _default_routing(list(folders)) if routing is None else routing
+    routing.check_sets(list(folders))
+    paths = _local_folders(folders, out, overwrite=overwrite, quiet=quiet)
     if not nest:  # A folder given twice to --nest is refused by its kind instead.
         check_distinct(paths)
-    routing = _default_routing(list(paths)) if routing is None else routing
-    routing.check_sets(list(paths))
     check_output(out, paths.values(), overwrite)
     opened = {source.name: source for source in open_sources(paths, takes_floats=nest)}
     for source in opened.values():
@@ -114,6 +116,23 @@ def merge(
         )
     zeros = [(owner, tensor, "a bias of zeros") for owner, tensor in plan.dropped]
     return Merged(plan=plan, section=section, clipped_shares=shares, left_out=(*left_out, *zeros))
+
+
+def _local_folders(
+    folders: Mapping[str, str | Path], out: Path, *, overwrite: bool, quiet: bool
+) -> dict[str, Path]:
+    """Find the folders of the sources, which may be ids of the Hugging Face Hub."""
+    here = {
+        name: hub.local_folder(folder)
+        for name, folder in folders.items()
+        if not hub.is_to_download(folder)
+    }
+    if len(here) < len(folders):  # before minutes of downloads
+        check_output(out, here.values(), overwrite)
+    return {
+        name: here[name] if name in here else hub.local_folder(folder, quiet=quiet)
+        for name, folder in folders.items()
+    }
 
 
 def _default_routing(names: list[str]) -> Routing:

@@ -22,9 +22,12 @@ _MODELOPT_BYTES = 16 << 20
 _BESIDE = ("quantize_config.json", "quant_config.json")
 
 
-def parse_sources(arguments: Sequence[str]) -> dict[str, Path]:
-    """Parse `["w8a8=DIR", ...]` into {"w8a8": Path("DIR"), ...}, in this order."""
-    folders: dict[str, Path] = {}
+def parse_sources(arguments: Sequence[str]) -> dict[str, str]:
+    """Parse `["w8a8=DIR", ...]` into {"w8a8": "DIR", ...}, in this order.
+
+    What is for a folder may be an id of the Hugging Face Hub, so it stays text.
+    """
+    folders: dict[str, str] = {}
     for argument in arguments:
         name, equals, folder = argument.partition("=")
         if not equals or not folder or not name:
@@ -39,7 +42,7 @@ def parse_sources(arguments: Sequence[str]) -> dict[str, Path]:
                 f"{argument!r}: set {name!r} is given twice ({folders[name]}); each set needs its "
                 "own name"
             )
-        folders[name] = Path(folder)
+        folders[name] = folder
     return folders
 
 

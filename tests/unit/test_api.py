@@ -83,11 +83,14 @@ def test_a_damaged_checkpoint_has_findings(w4a8_dir, tmp_path):
     ("call", "message"),
     [
         (lambda out: vllm_qoq.merge({}, out), "no sets"),
-        (lambda out: vllm_qoq.merge({"a": "typo"}, out), "typo: not a folder"),
-        (lambda out: vllm_qoq.verify("typo"), "typo: not a folder"),
+        (lambda out: vllm_qoq.merge({"a": "typo"}, out), "typo: neither a folder"),
+        (lambda out: vllm_qoq.verify("typo"), "typo: neither a folder"),
         (lambda out: vllm_qoq.inspect(DATA / "tiny-llama"), "not a vllm-qoq checkpoint"),
-        (lambda out: vllm_qoq.import_checkpoint("typo", DATA / "tiny-llama", out), "typo: not"),
-        (lambda out: vllm_qoq.quantize("typo", out, DATA / "heldout.txt"), "typo: not a folder"),
+        (lambda out: vllm_qoq.import_checkpoint("typo", DATA / "tiny-llama", out), "typo: neither"),
+        (
+            lambda out: vllm_qoq.quantize("typo", out, DATA / "heldout.txt"),
+            "typo: neither a folder",
+        ),
         (lambda out: vllm_qoq.tune("typo"), "typo: not a folder"),
         (lambda out: QuantizeOptions.parse({"sets": ["w9"]}, "options"), "options.sets"),
     ],

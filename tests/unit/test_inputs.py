@@ -411,8 +411,11 @@ TINY = DATA / "tiny-llama"
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["quantize", "typo", "--text", TEXT], "typo: not a folder, nothing is there"),
-        (["quantize", "org/model", "--text", TEXT], "hf download org/model"),
+        (
+            ["quantize", "typo", "--text", TEXT],
+            "typo: neither a folder, nothing is there, nor an id",
+        ),
+        (["quantize", "org/model", "--text", "typo.txt"], "--text typo.txt: no such file"),
         (["quantize", TINY, "--text", "typo.txt"], "--text typo.txt: no such file"),
         (["quantize", TINY, "--text", DATA], "not a regular file"),
         (["quantize", TINY, "--text", "LATIN1"], "not UTF-8 at byte 1048577 "),
@@ -425,8 +428,11 @@ TINY = DATA / "tiny-llama"
         (["merge", "a=x", "b=y", "--routing", "typo"], "--routing typo: no such file; give"),
         (["merge", "a=x", "b=y", "--prefill="], "routing.prefill names the set '', but"),
         (["inspect", TINY], "quant_method is None, not 'qoq', so .*; give a folder that quantize"),
-        (["import", "typo", "--base", TINY], "typo: not a folder, nothing is there"),
-        (["import", TINY, "--base", "org/model"], "hf download org/model"),
+        (["import", "typo", "--base", TINY], "typo: neither a folder, nothing is there, nor an id"),
+        (
+            ["import", TINY, "--base", "org/model"],
+            "org/model: the Hub is not asked, because HF_HUB_",
+        ),
         (["import", TINY, "--base", "MILLION"], "num_hidden_layers: 1000000 is not"),
         (["tune", "typo"], "typo: not a folder"),
         (["perplexity", TINY, "--text", TEXT, "--seqlen", "9999999"], "fewer than one window of"),

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from vllm_qoq.checkpoint import hub
 from vllm_qoq.checkpoint.folder import read_config
 from vllm_qoq.checkpoint.format import Section
 from vllm_qoq.errors import UserError
@@ -97,6 +98,7 @@ def _provenance(inputs: Sequence[Path]) -> tuple[dict[str, str | list[str]], lis
             notes.append(f"the inputs differ in {key}: {', '.join(values)}")
     bases = {value for front in found for value in front.get("base_model", [])}
     bases = bases or {base for folder in inputs for base in _named_in_config(folder)}
+    bases = bases or {base for folder in inputs if (base := hub.id_of(folder)) is not None}
     if bases:
         known["base_model"] = sorted(bases)
     return known, notes

@@ -29,7 +29,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +55,12 @@ ITEM_BYTES: Mapping[str, int] = {
 CODE_KEYS = frozenset({"auto_map", "transformers_weights"})
 """Keys of a config.json that name code or weights beside it, and do not go into an output."""
 
+NO_SIDE_FILES = (
+    *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5"),
+    *(".msgpack", ".onnx", ".onnx_data", ".ot", ".npy", ".npz", ".pkl", ".pickle", ".joblib"),
+)
+"""Ends of the names of weights, of pickles, and of what only describes either."""
+
 _CONFIG_BYTES = 16 << 20
 _INDEX_BYTES = 32 << 20
 _JSON_DEPTH = 64
@@ -65,11 +71,6 @@ _LONGEST_NAME = 512
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _OTHER_WEIGHTS = ("consolidated", "adapter_")
 _SHARD = re.compile(r".*-\d+-of-(\d+)\.safetensors")
-# Weights, pickles, and what only describes either are no side files.
-_NO_SIDE_FILES = (
-    *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5"),
-    *(".msgpack", ".onnx", ".onnx_data", ".ot", ".npy", ".npz", ".pkl", ".pickle", ".joblib"),
-)
 _ABOUT_WEIGHTS = frozenset(
     {
         *("adapter_config.json", "params.json"),
@@ -201,10 +202,19 @@ def weights_entry(path: Path) -> str:
 
     The rule stands at the top of this module. Raises FormatError where it finds nothing.
     """
+    return weights_among([item.name for item in path.iterdir()], str(path))
+
+
+def weights_among(names: Iterable[str], place: str) -> str:
+    """Name the one of `names`, the files in `place`, that says where the weights are.
+
+    The names may be those of a repository, of which nothing is here yet: paths with a `/`, in a
+    sub-folder, are passed over.
+    """
+    names = sorted(name for name in names if "/" not in name)
     for name in (INDEX, "model.safetensors"):
-        if (path / name).exists() or (path / name).is_symlink():
+        if name in names:
             return name
-    names = sorted(item.name for item in path.iterdir())
     found = [name for name in names if name.endswith(".safetensors")]
     files = [name for name in found if not name.startswith(_OTHER_WEIGHTS)]
     shard = _SHARD.fullmatch(files[0]) if files else None
@@ -225,7 +235,9 @@ def weights_entry(path: Path) -> str:
             f"{pickles[0]}: pickle files can run code and are not read; convert the checkpoint to "
             "safetensors (transformers: save_pretrained) on a machine that may run it"
         )
-    raise FormatError(f"{path}: has no .safetensors file; download the weights")
+    raise FormatError(
+        f"{place}: has no .safetensors file; give a model that has its weights in some"
+    )
 
 
 def weight_files(path: Path) -> list[str]:
@@ -251,7 +263,7 @@ def side_files(folder: Path) -> list[Path]:
 def _side_files(folder: Path, where: Path) -> Iterator[Path]:
     for item in where.iterdir():
         name = item.name
-        if name.startswith((".", "__")) or name.endswith((*_NO_SIDE_FILES, ".py")):
+        if name.startswith((".", "__")) or name.endswith((*NO_SIDE_FILES, ".py")):
             continue
         if where == folder and name in (CONFIG, "README.md", *_ABOUT_WEIGHTS):
             continue
@@ -264,7 +276,7 @@ def _side_files(folder: Path, where: Path) -> Iterator[Path]:
 
 def _has_weights(folder: Path) -> bool:
     names = (name for _, _, files in os.walk(folder) for name in files)
-    return any(name.endswith(_NO_SIDE_FILES) for name in names)
+    return any(name.endswith(NO_SIDE_FILES) for name in names)
 
 
 def check_link(folder: Path, item: Path) -> None:
@@ -289,7 +301,11 @@ def check_link(folder: Path, item: Path) -> None:
 def _blobs(root: Path) -> Iterator[Path]:
     """Find where the Hugging Face cache keeps the files of a snapshot, if `root` is in one.
 
-    A file there is a link: models--ORG--NAME/snapshots/REVISION/config.json -> ../../blobs/HASH
+    A file there is a link: models--ORG--NAME/snapshots/COMMIT/config.json -> ../../blobs/HASH
+
+    No more than these blobs is allowed: they hold what was downloaded of this one repository, so a
+    link to them cannot bring in a file of the user. A repository cannot make such a link itself:
+    the Hub client writes regular files into blobs, and makes all links.
     """
     for snapshots in root.parents:
         if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_qoq.checkpoint import hub
 from vllm_qoq.checkpoint.folder import ITEM_BYTES, Checkpoint
 from vllm_qoq.checkpoint.format import INPUT_RATIO, KVSection, Section, split_layer
 from vllm_qoq.checkpoint.stored_set import StoredSet
@@ -19,12 +20,15 @@ _SHOWN = 20
 """How many layer rules the text shows."""
 
 
-def inspect(folder: str | Path) -> dict[str, Any]:
+def inspect(folder: str | Path, quiet: bool = True) -> dict[str, Any]:
     """Describe a checkpoint of ours: sets, bytes, routing and KV cache, as one JSON object.
 
-    Reads headers only. Raises FormatError for a folder that is no checkpoint of ours.
+    folder  the checkpoint's folder, or its id on the Hugging Face Hub, which is downloaded first
+
+    Reads headers only. Raises FormatError for a folder that is no checkpoint of ours, and HubError
+    for an id that cannot be downloaded.
     """
-    checkpoint, section, sets = open_merged(Path(folder))
+    checkpoint, section, sets = open_merged(hub.local_folder(folder, quiet=quiet))
     has_sets = isinstance(section, Section)
     stream = section.stream if isinstance(section, Section) else None
     report = {weights.name: _set(weights) for weights in sets if has_sets}

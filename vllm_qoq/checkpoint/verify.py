@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from vllm_qoq.checkpoint import complete, stream, values
+from vllm_qoq.checkpoint import complete, hub, stream, values
 from vllm_qoq.checkpoint import layer_rules as rules
 from vllm_qoq.checkpoint.folder import Checkpoint, TensorInfo
 from vllm_qoq.checkpoint.format import (
@@ -46,9 +46,13 @@ class Verified:
 def verify(folder: str | Path, quiet: bool = True) -> Verified:
     """Check a checkpoint of ours: every tensor is there, of the right shape, finite and sane.
 
-    Reads everything. Raises FormatError for a folder that is no checkpoint of ours.
+    folder  the checkpoint's folder, or its id on the Hugging Face Hub, which is downloaded first
+    quiet   print no progress
+
+    Reads everything. Raises FormatError for a folder that is no checkpoint of ours, and HubError
+    for an id that cannot be downloaded.
     """
-    path = Path(folder)
+    path = hub.local_folder(folder, quiet=quiet)
     findings = structure(path)
     findings += contents(path, Progress(quiet))
     shares = {} if findings else limits(path)

@@ -15,6 +15,18 @@ from vllm_qoq.numerics import MAX_CLIPPED
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
+def add_checkpoint(
+    parser: argparse.ArgumentParser, name: str, metavar: str | None = None, what: str = "folder"
+) -> None:
+    """Add the argument `name`: `what`, a folder, or an id of the Hugging Face Hub.
+
+    It stays text, because a path forgets the `./` that tells `./ORG/NAME` from an id.
+    """
+    parser.add_argument(
+        name, metavar=metavar, help=f"{what}, or ORG/NAME or ORG/NAME@REVISION on the Hub"
+    )
+
+
 def add_output(parser: argparse.ArgumentParser) -> None:
     """Add `-o OUT`, the folder that a command makes, to a parser."""
     parser.add_argument(

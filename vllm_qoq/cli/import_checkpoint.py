@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_qoq.cli import arguments
@@ -21,14 +20,14 @@ def add_parser(commands: Commands[Parser]) -> None:
     parser = commands.add_parser(
         "import", help="read a checkpoint of QServe or deepcompressor into ours"
     )
-    parser.add_argument("source", type=Path, metavar="SRC", help="folder with the weights")
+    arguments.add_checkpoint(parser, "source", "SRC", "folder with the weights")
     arguments.add_output(parser)
     parser.add_argument(
         "--base",
-        type=Path,
         required=True,
-        metavar="HF_DIR",
-        help="folder with config.json and tokenizer of the model that was quantized",
+        metavar="MODEL",
+        help="folder with config.json and tokenizer of the model that was quantized, or ORG/NAME "
+        "or ORG/NAME@REVISION on the Hub",
     )
     parser.add_argument(
         "--kv-bits",
@@ -46,20 +45,24 @@ def add_parser(commands: Commands[Parser]) -> None:
 
 
 def _import(args: argparse.Namespace) -> int:
-    from vllm_qoq.importer.inputs import check_inputs
+    from vllm_qoq.importer.inputs import local_inputs
 
-    check_inputs(args.source, args.base, args.output, args.overwrite)  # before torch is imported
+    quiet = args.quiet or args.json
+    # Before torch is imported.
+    source, base = local_inputs(
+        args.source, args.base, args.output, overwrite=args.overwrite, quiet=quiet
+    )
     from vllm_qoq.importer.job import import_checkpoint
 
     imported = import_checkpoint(
-        args.source,
-        args.base,
+        source,
+        base,
         args.output,
         kv_bits=args.kv_bits,
         s2_order=args.s2_order,
         dry_run=args.dry_run,
         overwrite=args.overwrite,
-        quiet=args.quiet or args.json,
+        quiet=quiet,
     )
     print(_document(args, imported) if args.json else _text(args, imported))
     return 0

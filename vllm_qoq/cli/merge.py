@@ -21,7 +21,12 @@ _ROUTING_BYTES = 1 << 20
 def add_parser(commands: Commands[Parser]) -> None:
     """Add the command to those of the program."""
     parser = commands.add_parser("merge", help="merge finished checkpoints of one model into one")
-    parser.add_argument("sources", nargs="+", metavar="NAME=DIR", help="a set and its checkpoint")
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="NAME=DIR",
+        help="a set and its checkpoint: a folder, or ORG/NAME or ORG/NAME@REVISION on the Hub",
+    )
     arguments.add_output(parser)
     parser.add_argument("--prefill", metavar="NAME", help="set for prompts (default: the first)")
     parser.add_argument(

@@ -23,7 +23,7 @@ def add_parser(commands: Commands[Parser]) -> None:
     Options that a recipe may set have no default here, so that what is not given is the recipe's.
     """
     parser = commands.add_parser("quantize", help="make all sets from a Hugging Face model")
-    parser.add_argument("model", type=Path, metavar="MODEL", help="folder, bf16 or fp16")
+    arguments.add_checkpoint(parser, "model", "MODEL", "folder of a model in bf16 or fp16")
     arguments.add_output(parser)
     parser.add_argument("--text", type=Path, required=True, help="calibration text, UTF-8")
     parser.add_argument(
@@ -99,9 +99,10 @@ _OPTIONS = (
 
 
 def _quantize(args: argparse.Namespace) -> int:
-    from vllm_qoq.quantizer.inputs import check_inputs
+    from vllm_qoq.quantizer.inputs import check_inputs, with_local_model
 
     job, options = _job(args)
+    job = with_local_model(job, args.model)
     check_inputs(job)  # before the imports, which take seconds
     with stdout_for(sys.stderr.fileno()) as out:  # llmcompressor logs there
         return _run(args, job, options, out)
@@ -115,7 +116,7 @@ def _job(args: argparse.Namespace) -> tuple[Job, QuantizeOptions]:
     if args.sets is not None:
         given["sets"] = args.sets.split(",")
     job = Job(
-        model=args.model,
+        model=Path(args.model),
         out=args.output,
         text=args.text,
         work_dir=args.work_dir or default_work_dir(args.output),
@@ -133,7 +134,7 @@ def _job(args: argparse.Namespace) -> tuple[Job, QuantizeOptions]:
 def _run(args: argparse.Namespace, job: Job, options: QuantizeOptions, out: TextIO) -> int:
     from vllm_qoq.quantizer import noise
 
-    noise.hide_bars()
+    noise.hide_bars(owns_process=True)
     noise.import_llmcompressor()
     from vllm_qoq.quantizer.job import prepare, run
 

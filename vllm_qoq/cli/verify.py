@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_qoq.cli import arguments
@@ -21,7 +20,7 @@ _SHOWN, _MOST = 20, 1000
 def add_parser(commands: Commands[Parser]) -> None:
     """Add the command to those of the program."""
     parser = commands.add_parser("verify", help="check that a checkpoint is whole and sane")
-    parser.add_argument("checkpoint", type=Path)
+    arguments.add_checkpoint(parser, "checkpoint")
     arguments.add_reporting(parser, _verify)
 
 

@@ -30,7 +30,7 @@ from vllm_qoq.checkpoint.shards import (
 )
 from vllm_qoq.importer.detect import KV_SCALE, Kind
 from vllm_qoq.importer.imported import ImportedSet, Opened, make_set, open_source
-from vllm_qoq.importer.inputs import check_inputs
+from vllm_qoq.importer.inputs import local_inputs
 from vllm_qoq.importer.tiles import S2Order
 from vllm_qoq.progress import Progress
 from vllm_qoq.routing.table import Routing
@@ -74,8 +74,8 @@ def import_checkpoint(
 ) -> Imported:
     """Read a checkpoint of QServe or deepcompressor into one of ours.
 
-    source    folder with the weights
-    base      folder with config.json and tokenizer of the model that was quantized
+    source    folder with the weights, or its id on the Hugging Face Hub, which is downloaded first
+    base      folder with config.json and tokenizer of the model that was quantized, or its id
     output    the folder to make
     kv_bits   what K and V were prepared for; by default 4 for QoQ, 16 for W8A8
     s2_order  who packed a g128 checkpoint, where the numbers do not show it; by default QServe
@@ -86,8 +86,8 @@ def import_checkpoint(
     Raises UserError with what is wrong and what to do, before anything is written; an output is
     complete or absent.
     """
-    source, base, out = Path(source), Path(base), Path(output)
-    check_inputs(source, base, out, overwrite)
+    out = Path(output)
+    source, base = local_inputs(source, base, out, overwrite=overwrite, quiet=quiet)
     progress = Progress(quiet)
     opened = open_source(source, base, s2_order)
     made = make_set(opened, base, progress)

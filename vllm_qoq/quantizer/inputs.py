@@ -5,11 +5,12 @@ A mistyped path therefore costs no seconds of imports. `load` checks what needs 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_qoq.checkpoint import constants
+from vllm_qoq.checkpoint import constants, hub
 from vllm_qoq.checkpoint.constants import is_finite, is_positive
 from vllm_qoq.checkpoint.folder import Checkpoint, TensorInfo, side_files
 from vllm_qoq.checkpoint.output import check_output
@@ -50,6 +51,17 @@ class Inputs:
     linears: list[tuple[int, int]]
 
 
+def with_local_model(job: Job, model: str | Path) -> Job:
+    """Give a job the folder of `model`, which may be an id of the Hugging Face Hub.
+
+    The rest of the job is checked before a download: it takes minutes, and a mistyped name of a
+    text should not.
+    """
+    if hub.is_to_download(model):
+        _check_others(job, [])
+    return replace(job, model=hub.local_folder(model, quiet=job.quiet))
+
+
 def check_inputs(job: Job) -> Inputs:
     """Open the model; a UserError names what cannot be quantized or would be lost."""
     checkpoint = Checkpoint.open(job.model)
@@ -66,10 +78,7 @@ def check_inputs(job: Job) -> Inputs:
             f"{job.model}: has no tokenizer ({', '.join(_TOKENIZERS)}); copy the model's "
             "tokenizer.json and tokenizer_config.json there"
         )
-    check_output(job.out, [job.model], job.overwrite)
-    check_text("--text", job.text)
-    if job.eval_text is not None:
-        check_text("--eval-text", job.eval_text)
+    _check_others(job, [job.model])
     dimensions = Dimensions.of(config)
     linears = [
         model.linears[f"{names.blocks}.{i}.{name}"]
@@ -77,6 +86,14 @@ def check_inputs(job: Job) -> Inputs:
         for name in names.linears
     ]
     return Inputs(checkpoint, names, dimensions, linears)
+
+
+def _check_others(job: Job, inputs: Iterable[Path]) -> None:
+    """Check the output, which may not overlap `inputs`, and the texts."""
+    check_output(job.out, inputs, job.overwrite)
+    check_text("--text", job.text)
+    if job.eval_text is not None:
+        check_text("--eval-text", job.eval_text)
 
 
 def dtype_name(config: Mapping[str, Any]) -> str | None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_qoq.checkpoint import hub
 from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.checkpoint.format import STREAM
 from vllm_qoq.checkpoint.shards import MAX_SHARD_BYTES, write_checkpoint
@@ -24,7 +25,7 @@ from vllm_qoq.progress import Clock, Progress
 from vllm_qoq.quantizer import QuantizeError, head, keys, noise, rotate, workdir
 from vllm_qoq.quantizer.assemble import SHARED, content
 from vllm_qoq.quantizer.check import PROMPT_TOKENS, SetCheck
-from vllm_qoq.quantizer.inputs import check_inputs
+from vllm_qoq.quantizer.inputs import check_inputs, with_local_model
 from vllm_qoq.quantizer.load import load_model
 from vllm_qoq.quantizer.model import Module, blocks
 from vllm_qoq.quantizer.modifiers import QuantizePass, SmoothPass, apply_saved, piece
@@ -74,7 +75,8 @@ def quantize(
 ) -> Quantized:
     """Make a checkpoint with all sets from a model in floating point.
 
-    model            folder of a Hugging Face model in bf16 or fp16
+    model            folder of a Hugging Face model in bf16 or fp16, or its id on the Hub, which
+                     is downloaded first: ORG/NAME or ORG/NAME@REVISION
     output           the folder to make
     text             file with calibration text in UTF-8
     options          which sets, and how they are made; by default w8a8 for prompts and w4a8 for
@@ -106,6 +108,7 @@ def quantize(
         max_shard_bytes=max_shard_bytes,
         quiet=quiet,
     )
+    job = with_local_model(job, model)
     check_inputs(job)
     noise.hide_bars()
     noise.import_llmcompressor()
@@ -171,7 +174,7 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
             for kind in options.kinds
         }
         report = {
-            "model": job.model.name,
+            "model": hub.name_of(job.model),
             "options": options.model_dump(mode="json"),
             **summary(errors, time.monotonic() - started),
             **({"large_key_biases": biased} if biased else {}),

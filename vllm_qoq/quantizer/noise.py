@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import TYPE_CHECKING
+from functools import partialmethod
+from typing import TYPE_CHECKING, Any
 
 from vllm_qoq.quantizer import QuantizeError
 
@@ -16,13 +17,18 @@ _FORMAT = "{level}: {message} ({name})"
 _LEVEL = "LLM_COMPRESSOR_LOG_LEVEL"
 
 
-def hide_bars() -> None:
+def hide_bars(owns_process: bool = False) -> None:
     """Hide the progress bars of libraries, which would tear our lines, also on a terminal.
 
-    This must be called before tqdm is imported, which reads its variable once. A variable that the
-    user has set stays.
+    This must be called before tqdm is imported, which reads its variable once, or by a command that
+    `owns_process`: a download shows the bars of tqdm, and none may come after it. A variable that
+    the user has set stays.
     """
+    is_chosen = "TQDM_DISABLE" in os.environ
     os.environ.setdefault("TQDM_DISABLE", "1")
+    if owns_process and not is_chosen and (imported := sys.modules.get("tqdm.std")) is not None:
+        bar: Any = imported.tqdm  # which does to itself what this does, for its variable
+        bar.__init__ = partialmethod(bar.__init__, disable=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # Else llmcompressor does, and warns.
 
 
