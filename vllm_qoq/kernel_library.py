@@ -34,6 +34,16 @@ NO_LIBRARY = Problem(
     f"on an NVIDIA GPU from Ampere on build them in a clone, with nvcc: {BUILD} (README, Install)",
 )
 
+
+def without(ops: Collection[str]) -> Problem:
+    """Say that the library lacks ops, as one that was built before they were written does."""
+    return Problem(
+        "the library of CUDA kernels was built from another version of vllm-qoq: it lacks "
+        f"{', '.join(ops)}",
+        f"build it anew in a clone of this version, with nvcc: {BUILD}",
+    )
+
+
 _RECORD = re.compile(rb"qoq kernels are for ([\w:]+)\0")
 _CODE = re.compile(r"(sm|compute)_(\d+)(\d)([af]?)")
 
@@ -92,11 +102,15 @@ def choice(capability: cards.Capability, codes: Collection[str]) -> Choice | Non
 
 
 def problem_of(
-    gpu: str, capability: cards.Capability, codes: Collection[str] | None
+    gpu: str,
+    capability: cards.Capability,
+    codes: Collection[str] | None,
+    lacking: Collection[str] = (),
 ) -> Problem | None:
-    """Say why a library built for `codes` does not run on a GPU; None if it does.
+    """Say why a library does not run on a GPU; None if it does.
 
-    `codes` is the result of `built_for`.
+    codes    what it was built for: the result of `built_for`
+    lacking  the ops that it has no kernel for: the result of `ops.missing_ops`
     """
     has = f"{gpu} has compute capability {cards.name(capability)}"
     if capability < cards.OLDEST:
@@ -104,7 +118,7 @@ def problem_of(
     if codes is None:
         return NO_LIBRARY
     if choice(capability, codes) is not None:
-        return None
+        return without(lacking) if lacking else None
     held = ", ".join(codes) or "GPUs that it does not name"
     # A GPU later than those of the table runs the PTX that a build for all has.
     asked = cards.name(capability) if cards.family(capability) else "all"

@@ -24,7 +24,7 @@ PACKAGES = {
 }
 
 
-def machine(monkeypatch, *gpus, packages=(), fault=None, is_loaded=True, **facts):
+def machine(monkeypatch, *gpus, packages=(), fault=None, is_loaded=True, missing=(), **facts):
     """The report of a machine with GPUs of a name and capability; all else is as it should be."""
     listed = [
         {"name": name, "compute_cap": cards.name(capability), "driver_version": "580.95"}
@@ -46,7 +46,7 @@ def machine(monkeypatch, *gpus, packages=(), fault=None, is_loaded=True, **facts
         "plugin_allowed": True,
         **facts,
     }
-    probe = {"is_loaded": is_loaded, "fault": fault, "gpus": seen}
+    probe = {"is_loaded": is_loaded, "fault": fault, "missing_ops": list(missing), "gpus": seen}
     monkeypatch.setattr(examining, "describe", lambda: described)
     monkeypatch.setattr(examining, "_probe", lambda: probe)
     return examining.examine()
@@ -77,6 +77,10 @@ def test_a_machine_with_all_that_serving_needs_has_no_problem(monkeypatch, capsy
         ([("Tesla T4", (7, 5))], {}, r"Tesla T4 has compute capability 7.5", "one of those GPUs"),
         ([A100], {}, "built for sm_90, sm_90a; NVIDIA A100", "VLLM_QOQ_CUDA_ARCHS=8.0 VLLM"),
         ([A100], {"kernels": None}, "has no CUDA kernels", "VLLM_QOQ_CUDA=1 pip install"),
+        (
+            *([H200, ("NVIDIA H100", (9, 0))], {"missing": ["qoq::new_op"]}),
+            *("another version of vllm-qoq: it lacks qoq::new_op", "VLLM_QOQ_CUDA=1 pip install"),
+        ),
         ([(*H200, "out of memory")], {}, "fail on NVIDIA H200: out of memory", "free its memory"),
         (
             *([H200], {"fault": "The NVIDIA driver is too old"}),
@@ -164,4 +168,6 @@ def test_a_torch_that_does_not_load_is_reported(monkeypatch, tmp_path, program, 
     script.write_text(program)
     monkeypatch.setattr(examining, "_SECONDS", 1.0)
     monkeypatch.setattr(examining, "_PROBE", (sys.executable, script))
-    assert examining._probe() == {"is_loaded": False, "fault": fault, "gpus": []}
+    assert examining._probe() == {
+        **{"is_loaded": False, "fault": fault, "missing_ops": [], "gpus": []}
+    }

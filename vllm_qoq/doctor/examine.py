@@ -48,7 +48,7 @@ def _probe() -> dict[str, Any]:
 
 
 def _broken(fault: str) -> dict[str, Any]:
-    return {"is_loaded": False, "fault": fault, "gpus": []}
+    return {"is_loaded": False, "fault": fault, "missing_ops": [], "gpus": []}
 
 
 def _chosen(gpu: judge.Gpu, codes: list[str] | None) -> dict[str, str | None]:

