@@ -8,12 +8,15 @@ found.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 from vllm_qoq import cards
 from vllm_qoq.environment import PLUGIN, SERVED_VLLM, is_served
 from vllm_qoq.kernel_library import BUILD, Problem, choice, problem_of
+
+_CAPABILITY = re.compile(r"([0-9]{1,3})\.([0-9]{1,3})")
 
 
 class Gpu(NamedTuple):
@@ -32,9 +35,9 @@ def gpus(facts: dict[str, Any], probe: dict[str, Any]) -> list[Gpu]:
         return [Gpu(one["name"], tuple(one["capability"]), one["fault"]) for one in probe["gpus"]]
     found = []
     for one in facts["gpus"] or ():
-        major, _, minor = one["compute_cap"].partition(".")
-        if major.isdigit() and minor.isdigit():
-            found.append(Gpu(one["name"], (int(major), int(minor))))
+        numbers = _CAPABILITY.fullmatch(one.get("compute_cap", ""))
+        if numbers:
+            found.append(Gpu(one["name"], (int(numbers[1]), int(numbers[2]))))
     return found
 
 
@@ -66,7 +69,10 @@ def _problems_of_serving(facts: dict[str, Any], probe: dict[str, Any]) -> Iterat
         )
     if facts["cuda"] and probe["is_loaded"] and not probe["gpus"]:
         torch, cuda = facts["packages"]["torch"], facts["cuda"]
-        listed = [f"{gpu['name']} with driver {gpu['driver_version']}" for gpu in _listed(facts)]
+        listed = [
+            f"{gpu['name']} with driver {gpu.get('driver_version', 'unknown')}"
+            for gpu in _listed(facts)
+        ]
         yield Problem(
             f"torch {torch}, built for CUDA {cuda}, can use no GPU "
             f"({', '.join(listed) or 'nvidia-smi lists none'}): {probe['fault'] or 'it sees none'}",
