@@ -1,5 +1,6 @@
 """What the library of kernels was built for, and what is said where that is not the GPU here."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -22,6 +23,37 @@ def test_the_record_is_read_from_the_file(tmp_path):
     kernel_library.built_for.cache_clear()
     library.write_bytes(b"\x7fELF of a version without a record")
     assert kernel_library.built_for(library) == ()
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda path: path.mkdir(),
+        lambda path: path.symlink_to(path),
+        lambda path: path.symlink_to("nowhere"),
+        os.mkfifo,
+    ],
+)
+def test_what_is_no_file_is_no_library_and_is_named(tmp_path, monkeypatch, put):
+    path = tmp_path / "_C.so"
+    assert not kernel_library.is_obstructed(path)
+    put(path)
+    assert kernel_library.built_for(path) is None
+    assert kernel_library.is_obstructed(path)
+    monkeypatch.setattr(kernel_library, "is_obstructed", lambda: True)
+    assert "_C.so is no file" in str(kernel_library.problem_of("GPU", (9, 0), None))
+
+
+def test_a_library_that_cannot_be_read_says_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "_C.so"
+    path.write_bytes(b"\x7fELF")
+
+    def refuse(path):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(type(path), "read_bytes", refuse)
+    assert kernel_library.built_for(path) == ()
+    assert not kernel_library.is_obstructed(path)
 
 
 @pytest.mark.parametrize(

@@ -73,5 +73,5 @@ def _problem() -> kernel_library.Problem | None:
 
 
 # The library links torch's CUDA libraries, which a CPU build of torch does not have.
-if kernel_library.PATH.exists() and torch.version.cuda is not None:
+if kernel_library.PATH.is_file() and torch.version.cuda is not None:
     torch.ops.load_library(kernel_library.PATH)
