@@ -103,6 +103,7 @@ def test_a_machine_with_all_that_serving_needs_has_no_problem(monkeypatch, capsy
 )
 def test_what_is_missing_is_one_problem_with_a_remedy(monkeypatch, gpus, facts, what, remedy):
     monkeypatch.setenv("VLLM_PLUGINS", "lora")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     report = machine(monkeypatch, *gpus, **facts)
     (problem,) = report["problems"]
     assert what in problem["what"] and remedy in problem["remedy"]
@@ -139,6 +140,21 @@ def test_the_table_says_what_this_build_has_for_every_family(monkeypatch):
     rows = {one.gpus: next(row for row in lines if one.gpus in row) for one in cards.FAMILIES}
     for one in cards.FAMILIES:
         assert rows[one.gpus].split()[-2:] == [one.gemm, "sm_90" if one.code == "90" else "no"]
+
+
+def test_the_table_has_the_path_that_runs(monkeypatch):
+    said = text(machine(monkeypatch, H200, kernels=["sm_90"]))
+    assert re.search(r"Hopper \(9\.0\) +portable +sm_90\n", said)
+
+
+@pytest.mark.parametrize("visible", ["", "7"])
+def test_gpus_that_are_hidden_from_torch_are_the_first_cause(monkeypatch, visible):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    (problem,) = machine(monkeypatch, H200, fault="No CUDA GPUs are available")["problems"]
+    assert problem["what"].startswith(f"CUDA_VISIBLE_DEVICES='{visible}' ")
+    assert problem["remedy"].startswith("unset CUDA_VISIBLE_DEVICES or name GPUs")
+    (problem,) = machine(monkeypatch, fault="Found no NVIDIA driver")["problems"]
+    assert "CUDA_VISIBLE_DEVICES" not in str(problem)
 
 
 def test_the_doctor_of_this_machine_needs_no_torch_in_its_own_process():

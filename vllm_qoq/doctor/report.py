@@ -57,7 +57,9 @@ def _table(codes: list[str]) -> list[str]:
     for one in cards.FAMILIES:
         found = kernel_library.choice((one.major, one.minors[0]), codes)
         name = f"  {one.gpus} ({one.capabilities})"
-        lines.append(f"{name:40}{one.gemm:12}{found.code if found else 'no'}")
+        lines.append(
+            f"{name:40}{found.gemm if found else one.gemm:12}{found.code if found else 'no'}"
+        )
     return lines
 
 
