@@ -132,7 +132,7 @@ def problem_of(
     if choice(capability, codes) is not None:
         return without(lacking) if lacking else None
     held = ", ".join(codes) or "GPUs that it does not name"
-    # A GPU later than those of the table runs the PTX that a build for all has.
+    # A GPU between or after those of the table runs the PTX that a build for all has.
     asked = cards.name(capability) if cards.family(capability) else "all"
     return Problem(
         f"the CUDA kernels of this installation are built for {held}; {has}",

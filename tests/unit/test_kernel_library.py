@@ -11,7 +11,8 @@ from conftest import ROOT
 from vllm_qoq import cards, kernel_library
 
 NVCC = shutil.which("nvcc")
-ALL = cards.build_for("8.0;9.0;10.0;12.0+PTX").codes
+NVCC_KNOWS = "compute_80 compute_90 compute_100 compute_120"
+ALL = cards.build_for(cards.asked_for({}, [], NVCC_KNOWS)).codes
 
 
 def test_the_record_is_read_from_the_file(tmp_path):
@@ -101,20 +102,41 @@ def test_a_library_for_other_gpus_says_for_which_and_how_to_build(capability, co
     assert re.search(message, str(kernel_library.problem_of("GPU", capability, codes)))
 
 
+@pytest.mark.parametrize("codes", [(), ("sm_90", "sm_90a"), ("sm_80",), ("sm_80", "compute_120")])
+@pytest.mark.parametrize(
+    "name",
+    ["8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1", "13.0"],
+    ids=lambda name: name,
+)
+def test_the_build_that_a_message_asks_for_is_for_the_gpu(name, codes):
+    capability = tuple(map(int, name.split(".")))
+    problem = kernel_library.problem_of("GPU", capability, codes)
+    assert (problem is None) == (kernel_library.choice(capability, codes) is not None)
+    # Without a library the remedy names no GPU: setup.py finds those that are present.
+    asked = re.search(r"VLLM_QOQ_CUDA_ARCHS=(\S+)", problem.remedy) if problem else None
+    environment = {"VLLM_QOQ_CUDA_ARCHS": asked[1]} if asked else {}
+    build = cards.build_for(cards.asked_for(environment, [capability], NVCC_KNOWS))
+    assert kernel_library.problem_of("GPU", capability, build.codes) is None
+
+
 # What the library says by itself, of a GPU that stands in for the one that it lacks.
 PROGRAM = r"""
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include "common/built_for.h"
+
+static int major, minor;
 
 extern "C" const char* cudaGetErrorString(cudaError_t) { return "no kernel image"; }
 extern "C" cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 extern "C" cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
-  std::strcpy(properties->name, "NVIDIA L40S");
-  properties->major = 8, properties->minor = 9;
+  std::strcpy(properties->name, "Some GPU");
+  properties->major = major, properties->minor = minor;
   return cudaSuccess;
 }
-int main() {
+int main(int, char** arguments) {
+  major = std::atoi(arguments[1]), minor = std::atoi(arguments[2]);
   for (auto error : {cudaErrorNoKernelImageForDevice, cudaErrorInvalidValue})
     std::printf("%s\n", qoq::error_text(error).c_str());
 }
@@ -133,9 +155,12 @@ def test_a_launch_without_code_for_the_gpu_says_what_python_says(tmp_path):
         ],
         check=True,
     )
-    done = subprocess.run([program], capture_output=True, text=True, check=True)
-    no_image, other = done.stdout.splitlines()
     codes = kernel_library.built_for(program)
     assert codes == ("sm_90", "sm_90a")
-    assert no_image == f"no kernel image: {kernel_library.problem_of('NVIDIA L40S', (8, 9), codes)}"
-    assert other == "no kernel image"
+    for capability in [(8, 9), (10, 3), (10, 4), (11, 0), (12, 1), (12, 2), (13, 0)]:
+        command = [program, *map(str, capability)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        no_image, other = done.stdout.splitlines()
+        said = kernel_library.problem_of("Some GPU", capability, codes)
+        assert no_image == f"no kernel image: {said}"
+        assert other == "no kernel image"
