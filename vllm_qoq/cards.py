@@ -41,7 +41,8 @@ FAMILIES = (
     Family(10, range(4), "Blackwell of data centres", "100", "portable", False),
     Family(12, range(2), "Blackwell of workstations", "120", "portable", False),
 )
-# Later GPUs than those of the table run the portable path, where the library has PTX for them.
+# GPUs between and after those of the table run the portable path, where the library has PTX for
+# them.
 OLDEST: Capability = (8, 0)
 # TOPS of int8 where there is next to none: as many as 4-bit weights need for five tokens at 8 TB/s.
 LITTLE_INT8: dict[Capability, int] = {(10, 3): 157}
@@ -129,7 +130,8 @@ def asked_for(
     VLLM_QOQ_CUDA_ARCHS asks, where "all" is a name, too, or TORCH_CUDA_ARCH_LIST for everything
     that is built with torch; of the latter, what is older than our kernels is left out.
     `known_to_nvcc` is what `nvcc --list-gpu-arch` prints: an older nvcc does not know the latest
-    GPUs.
+    GPUs. A build for all has PTX of the oldest code, for GPUs between the families, as of compute
+    capability 11.0, and of the newest, for GPUs after them.
     """
     ours = environment.get("VLLM_QOQ_CUDA_ARCHS")
     if ours and ours != "all":
@@ -142,4 +144,5 @@ def asked_for(
     if usable and not ours:
         return ";".join(map(name, usable))
     known = [one for one in FAMILIES if f"compute_{one.code}" in known_to_nvcc.split()]
-    return ";".join(f"{one.major}.0" for one in known) + "+PTX"
+    with_ptx = (known[0], known[-1]) if known else ()
+    return ";".join(f"{one.major}.0{'+PTX' if one in with_ptx else ''}" for one in known)

@@ -42,9 +42,10 @@ def describe() -> dict[str, Any]:
 
     `cuda` is the version of CUDA that torch is built for. `kernels` has the architectures for which
     our CUDA kernels are built, as in sm_90, or compute_80 for PTX; None where there are none.
-    `gpus` is a list of {field: text}, empty where nvidia-smi lists none, and None
-    where there is no working nvidia-smi. `plugin_allowed` is false where VLLM_PLUGINS
-    keeps vLLM from loading the plugin that it finds.
+    `gpus` is a list of {field: text}, empty where nvidia-smi lists none, with fewer fields where it
+    prints fewer (the line of a GPU that has failed is a message), and None where there is no
+    working nvidia-smi. `plugin_allowed` is false where VLLM_PLUGINS keeps vLLM from loading the
+    plugin that it finds.
     """
     kernels = built_for()
     return {

@@ -7,6 +7,7 @@ it, so that a library which torch cannot load is described like a sound one.
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -33,6 +34,19 @@ NO_LIBRARY = Problem(
     "this build of vllm-qoq has no CUDA kernels",
     f"on an NVIDIA GPU from Ampere on build them in a clone, with nvcc: {BUILD} (README, Install)",
 )
+OBSTRUCTED = Problem(
+    f"{PATH} is no file, but should be the library of CUDA kernels", f"remove it, then {BUILD}"
+)
+
+
+def without(ops: Collection[str]) -> Problem:
+    """Say that the library lacks ops, as one that was built before they were written does."""
+    return Problem(
+        "the library of CUDA kernels was built from another version of vllm-qoq: it lacks "
+        f"{', '.join(ops)}",
+        f"build it anew in a clone of this version, with nvcc: {BUILD}",
+    )
+
 
 _RECORD = re.compile(rb"qoq kernels are for ([\w:]+)\0")
 _CODE = re.compile(r"(sm|compute)_(\d+)(\d)([af]?)")
@@ -43,13 +57,21 @@ def built_for(path: Path = PATH) -> tuple[str, ...] | None:
     """Read for what the library was built, as in ("sm_80", "compute_80"); None where there is none.
 
     Names are nvcc's: machine code for sm_80, and PTX for compute_80, which the driver compiles for
-    the GPU. Empty where the library does not say, as before vllm-qoq recorded it.
+    the GPU. Empty where the library does not say, as before vllm-qoq recorded it, or cannot be
+    read.
     """
     try:
+        if not path.is_file():  # reading a pipe would wait for ever
+            return None
         found = _RECORD.search(path.read_bytes())
-    except FileNotFoundError:
-        return None
+    except OSError:
+        return ()
     return tuple(found[1].decode().split(":")) if found else ()
+
+
+def is_obstructed(path: Path = PATH) -> bool:
+    """Whether a folder, a pipe, a link to nowhere or the like lies in the library's place."""
+    return os.path.lexists(path) and not path.is_file()
 
 
 def code_for(capability: cards.Capability, codes: Collection[str]) -> str | None:
@@ -92,21 +114,25 @@ def choice(capability: cards.Capability, codes: Collection[str]) -> Choice | Non
 
 
 def problem_of(
-    gpu: str, capability: cards.Capability, codes: Collection[str] | None
+    gpu: str,
+    capability: cards.Capability,
+    codes: Collection[str] | None,
+    lacking: Collection[str] = (),
 ) -> Problem | None:
-    """Say why a library built for `codes` does not run on a GPU; None if it does.
+    """Say why a library does not run on a GPU; None if it does.
 
-    `codes` is the result of `built_for`.
+    codes    what it was built for: the result of `built_for`
+    lacking  the ops that it has no kernel for: the result of `ops.missing_ops`
     """
     has = f"{gpu} has compute capability {cards.name(capability)}"
     if capability < cards.OLDEST:
         return Problem(f"our kernels are for {cards.needed()}; {has}", "use one of those GPUs")
     if codes is None:
-        return NO_LIBRARY
+        return OBSTRUCTED if is_obstructed() else NO_LIBRARY
     if choice(capability, codes) is not None:
-        return None
+        return without(lacking) if lacking else None
     held = ", ".join(codes) or "GPUs that it does not name"
-    # A GPU later than those of the table runs the PTX that a build for all has.
+    # A GPU between or after those of the table runs the PTX that a build for all has.
     asked = cards.name(capability) if cards.family(capability) else "all"
     return Problem(
         f"the CUDA kernels of this installation are built for {held}; {has}",

@@ -23,6 +23,12 @@ std::string codes() {
   return text;
 }
 
+// Whether vllm_qoq/cards.py has a family for a GPU. Any other runs the PTX of a build for all.
+bool has_family(int major, int minor) {
+  return major == 8 || (major == 9 && minor == 0) || (major == 10 && minor < 4) ||
+         (major == 12 && minor < 2);
+}
+
 std::string this_gpu_and_remedy() {
   int device = 0;
   cudaDeviceProp properties;
@@ -32,8 +38,8 @@ std::string this_gpu_and_remedy() {
   const std::string capability =
       std::to_string(properties.major) + "." + std::to_string(properties.minor);
   return std::string("; ") + properties.name + " has compute capability " + capability +
-         "; build them for it in a clone, with nvcc: VLLM_QOQ_CUDA_ARCHS=" + capability + " " +
-         kBuild;
+         "; build them for it in a clone, with nvcc: VLLM_QOQ_CUDA_ARCHS=" +
+         (has_family(properties.major, properties.minor) ? capability : "all") + " " + kBuild;
 }
 
 }  // namespace

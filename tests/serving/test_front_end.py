@@ -119,13 +119,13 @@ def test_a_broken_section_is_one_line_too(nested_dir, tmp_path):
     assert len(str(refusal.value).splitlines()) == 1
 
 
-def on_gpu(monkeypatch, capability, codes):
-    """As on a machine with a GPU, with a library built for `codes`."""
+def on_gpu(monkeypatch, capability, codes, lacking=()):
+    """As on a machine with a GPU, with a library built for `codes`, `lacking` some ops."""
     platform = SimpleNamespace(
         get_device_capability=lambda: capability, get_device_name=lambda: "Some GPU"
     )
     monkeypatch.setattr(front_end, "current_platform", platform)
-    monkeypatch.setattr(ops, "is_built", lambda device_type: codes is not None)
+    monkeypatch.setattr(ops, "missing_ops", lambda device_type: lacking)
     monkeypatch.setattr(kernel_library, "built_for", lambda: codes)
 
 
@@ -164,6 +164,14 @@ def test_a_gpu_without_our_kernels_is_refused_by_set(
     with pytest.raises(RoutingError, match=message):
         front_end._check_kernels(section, routing, "cuda")
     front_end._check_kernels(section, routing, "cpu")
+
+
+@pytest.mark.parametrize("capability", [(9, 0), None])
+def test_a_library_of_another_version_is_refused_by_set(nested_dir, monkeypatch, capability):
+    section = configure(nested_dir).quant_config.section
+    on_gpu(monkeypatch, capability, ("sm_90", "sm_90a"), ["qoq::new_op"])
+    with pytest.raises(RoutingError, match="another version of vllm-qoq: it lacks qoq::new_op"):
+        front_end._check_kernels(section, routing_in_force(section, Options()), "cuda")
 
 
 # Statistics

@@ -50,15 +50,21 @@ def test_what_is_no_gpu_of_ours_is_refused(asked):
         ({"VLLM_QOQ_CUDA_ARCHS": "8.0", "TORCH_CUDA_ARCH_LIST": "9.0"}, [(12, 0)], ALL, "8.0"),
         ({"TORCH_CUDA_ARCH_LIST": "7.5 8.0 9.0+PTX"}, [(12, 0)], ALL, "8.0;9.0+PTX"),
         ({}, [(9, 0), (8, 9), (9, 0), (7, 5)], ALL, "8.9;9.0"),
-        ({"VLLM_QOQ_CUDA_ARCHS": "all"}, [(9, 0)], ALL, "8.0;9.0;10.0;12.0+PTX"),
-        ({}, [(7, 5)], ALL, "8.0;9.0;10.0;12.0+PTX"),
-        ({}, [(13, 0)], ALL, "8.0;9.0;10.0;12.0+PTX"),
-        ({}, [], "compute_75 compute_80 compute_90", "8.0;9.0+PTX"),
+        ({"VLLM_QOQ_CUDA_ARCHS": "all"}, [(9, 0)], ALL, "8.0+PTX;9.0;10.0;12.0+PTX"),
+        ({}, [(7, 5)], ALL, "8.0+PTX;9.0;10.0;12.0+PTX"),
+        ({}, [(13, 0)], ALL, "8.0+PTX;9.0;10.0;12.0+PTX"),
+        ({}, [], "compute_80", "8.0+PTX"),
+        ({}, [], "compute_75 compute_80 compute_90", "8.0+PTX;9.0+PTX"),
     ],
 )
 def test_a_build_is_for_what_is_asked_or_present_or_for_all(environment, present, nvcc, asked):
     assert cards.asked_for(environment, present, nvcc) == asked
     cards.build_for(asked)
+
+
+def test_an_nvcc_that_knows_none_of_our_gpus_is_refused():
+    with pytest.raises(ValueError, match="no compute capability is named"):
+        cards.build_for(cards.asked_for({}, [], "compute_75"))
 
 
 @pytest.mark.parametrize(

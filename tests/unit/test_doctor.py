@@ -1,6 +1,7 @@
 """`vllm-qoq doctor`: what it says of machines that are described here, and of this one."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from conftest import ROOT
 from vllm_qoq import cards, environment
 from vllm_qoq.cli.main import main
 from vllm_qoq.doctor import examine as examining
+from vllm_qoq.doctor.probe import MARK, root_cause
 from vllm_qoq.doctor.report import text
 
 HOPPER = cards.build_for("9.0").codes
@@ -24,15 +26,15 @@ PACKAGES = {
 }
 
 
-def machine(monkeypatch, *gpus, packages=(), fault=None, is_loaded=True, **facts):
+def machine(monkeypatch, *present, packages=(), fault=None, is_loaded=True, missing=(), **facts):
     """The report of a machine with GPUs of a name and capability; all else is as it should be."""
     listed = [
         {"name": name, "compute_cap": cards.name(capability), "driver_version": "580.95"}
-        for name, capability, *_ in gpus
+        for name, capability, *_ in present
     ]
     seen = [
         {"name": name, "capability": list(capability), "fault": next(iter(rest), None)}
-        for name, capability, *rest in gpus
+        for name, capability, *rest in present
         if fault is None
     ]
     described = {
@@ -46,7 +48,7 @@ def machine(monkeypatch, *gpus, packages=(), fault=None, is_loaded=True, **facts
         "plugin_allowed": True,
         **facts,
     }
-    probe = {"is_loaded": is_loaded, "fault": fault, "gpus": seen}
+    probe = {"is_loaded": is_loaded, "fault": fault, "missing_ops": list(missing), "gpus": seen}
     monkeypatch.setattr(examining, "describe", lambda: described)
     monkeypatch.setattr(examining, "_probe", lambda: probe)
     return examining.examine()
@@ -77,6 +79,10 @@ def test_a_machine_with_all_that_serving_needs_has_no_problem(monkeypatch, capsy
         ([("Tesla T4", (7, 5))], {}, r"Tesla T4 has compute capability 7.5", "one of those GPUs"),
         ([A100], {}, "built for sm_90, sm_90a; NVIDIA A100", "VLLM_QOQ_CUDA_ARCHS=8.0 VLLM"),
         ([A100], {"kernels": None}, "has no CUDA kernels", "VLLM_QOQ_CUDA=1 pip install"),
+        (
+            *([H200, ("NVIDIA H100", (9, 0))], {"missing": ["qoq::new_op"]}),
+            *("another version of vllm-qoq: it lacks qoq::new_op", "VLLM_QOQ_CUDA=1 pip install"),
+        ),
         ([(*H200, "out of memory")], {}, "fail on NVIDIA H200: out of memory", "free its memory"),
         (
             *([H200], {"fault": "The NVIDIA driver is too old"}),
@@ -97,6 +103,7 @@ def test_a_machine_with_all_that_serving_needs_has_no_problem(monkeypatch, capsy
 )
 def test_what_is_missing_is_one_problem_with_a_remedy(monkeypatch, gpus, facts, what, remedy):
     monkeypatch.setenv("VLLM_PLUGINS", "lora")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     report = machine(monkeypatch, *gpus, **facts)
     (problem,) = report["problems"]
     assert what in problem["what"] and remedy in problem["remedy"]
@@ -135,6 +142,21 @@ def test_the_table_says_what_this_build_has_for_every_family(monkeypatch):
         assert rows[one.gpus].split()[-2:] == [one.gemm, "sm_90" if one.code == "90" else "no"]
 
 
+def test_the_table_has_the_path_that_runs(monkeypatch):
+    said = text(machine(monkeypatch, H200, kernels=["sm_90"]))
+    assert re.search(r"Hopper \(9\.0\) +portable +sm_90\n", said)
+
+
+@pytest.mark.parametrize("visible", ["", "7"])
+def test_gpus_that_are_hidden_from_torch_are_the_first_cause(monkeypatch, visible):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    (problem,) = machine(monkeypatch, H200, fault="No CUDA GPUs are available")["problems"]
+    assert problem["what"].startswith(f"CUDA_VISIBLE_DEVICES='{visible}' ")
+    assert problem["remedy"].startswith("unset CUDA_VISIBLE_DEVICES or name GPUs")
+    (problem,) = machine(monkeypatch, fault="Found no NVIDIA driver")["problems"]
+    assert "CUDA_VISIBLE_DEVICES" not in str(problem)
+
+
 def test_the_doctor_of_this_machine_needs_no_torch_in_its_own_process():
     code = (
         "import sys\n"
@@ -156,6 +178,13 @@ def test_the_doctor_of_this_machine_needs_no_torch_in_its_own_process():
     [
         ("raise OSError('_C.so: undefined symbol')", "OSError: _C.so: undefined symbol"),
         ("import os; os.abort()", "the process ended with status -6"),
+        ("print('I greet you')", "the probe of torch ended without a result"),
+        (
+            f"print('{MARK}{{')",
+            "what the probe of torch printed cannot be read: Expecting property name enclosed in "
+            "double quotes: line 1 column 2 (char 1)",
+        ),
+        (r"import os; os.write(2, b'\xff'); os._exit(1)", "\ufffd"),
         ("import time; time.sleep(60)", "torch did not answer within 1 s"),
     ],
 )
@@ -164,4 +193,62 @@ def test_a_torch_that_does_not_load_is_reported(monkeypatch, tmp_path, program, 
     script.write_text(program)
     monkeypatch.setattr(examining, "_SECONDS", 1.0)
     monkeypatch.setattr(examining, "_PROBE", (sys.executable, script))
-    assert examining._probe() == {"is_loaded": False, "fault": fault, "gpus": []}
+    assert examining._probe() == {
+        **{"is_loaded": False, "fault": fault, "missing_ops": [], "gpus": []}
+    }
+
+
+def test_a_library_may_print_before_and_after_the_probe(monkeypatch, tmp_path):
+    found = {"is_loaded": True, "fault": None, "missing_ops": [], "gpus": []}
+    script = tmp_path / "probe.py"
+    script.write_text(
+        "import atexit, json, sys\n"
+        "from vllm_qoq.doctor import probe\n"
+        "sys.stdout.buffer.write(b'no \\xff text'); sys.stdout.flush()\n"
+        "atexit.register(print, 'bye')\n"
+        f"print('', probe.MARK + json.dumps({found}), sep='\\n')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(examining, "_PROBE", (sys.executable, script))
+    assert examining._probe() == found
+
+
+def test_the_fault_of_a_torch_that_does_not_load_is_the_first_of_its_errors(monkeypatch, tmp_path):
+    package = tmp_path / "torch"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "try:\n"
+        "    raise OSError('libcudart.so.13: no such file\\nand more')\n"
+        "except OSError as error:\n"
+        "    raise ImportError('torch is broken') from error\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    found = examining._probe()
+    assert found["fault"] == "OSError: libcudart.so.13: no such file" and not found["is_loaded"]
+
+
+def test_the_root_of_errors_that_go_round_is_found():
+    first, last = OSError("first"), ImportError("last")
+    last.__context__, first.__cause__ = first, last
+    assert root_cause(last) == "OSError: first"
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        "Unable to determine the device handle for GPU 0000:01:00.0: Unknown Error",
+        "NVIDIA H200, 9.0",
+        "NVIDIA H200, \u00b2.0, 580.95, 143771 MiB",
+        "NVIDIA H200, [N/A], [N/A], [N/A]",
+        "NVIDIA\x1b[2J\x9bH200, 9.0, 580.95, 143771 MiB",
+    ],
+)
+def test_whatever_nvidia_smi_prints_there_is_a_report(monkeypatch, tmp_path, rows):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\nprintf '%s\\n' '{rows}'\n", encoding="utf-8")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    listed = environment._gpus()
+    assert listed
+    said = text(machine(monkeypatch, gpus=listed, fault="Found no NVIDIA driver"))
+    assert "can use no GPU" in said and all(line.isprintable() for line in said.splitlines())

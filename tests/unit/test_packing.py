@@ -347,3 +347,22 @@ def test_a_library_for_other_gpus_is_no_library_here_and_says_what_is(monkeypatc
     said = ops.missing_kernels()
     assert "built for sm_90, sm_90a; NVIDIA L40S has compute capability 8.9;" in said
     assert f"VLLM_QOQ_CUDA_ARCHS=8.9 {kernel_library.BUILD}" in said
+
+
+LACKING = "qoq::quantize_per_token"
+
+
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_a_library_without_an_op_is_told_from_none(monkeypatch, has_gpu):
+    monkeypatch.setattr(
+        torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: name != LACKING
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(kernel_library, "built_for", lambda: ("sm_90", "sm_90a"))
+    assert not ops.has_kernels("cuda") and ops.missing_ops("cuda") == [LACKING]
+    assert f"it lacks {LACKING}; build it anew" in ops.missing_kernels()
+    monkeypatch.setattr(kernel_library, "built_for", lambda: None)
+    assert "has no CUDA kernels" in ops.missing_kernels()

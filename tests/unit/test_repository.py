@@ -36,7 +36,7 @@ ARROWS = {
     "cards": (),
     "kernel_library": ("cards",),
     "environment": ("version", "kernel_library"),
-    "doctor": ("environment", "cards", "kernel_library", "ops"),
+    "doctor": ("environment", "errors", "cards", "kernel_library", "ops"),
     "models": ("errors",),
     "routing": ("errors",),
     "ops": ("numerics", "kernel_library"),

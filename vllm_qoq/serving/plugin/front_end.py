@@ -103,13 +103,16 @@ def _check_kernels(section: Section, routing: Routing, device_type: str) -> None
     ]
     if device_type != "cuda" or not of_ours:
         return
-    codes = kernel_library.built_for() if ops.is_built(device_type) else None
+    codes, lacking = kernel_library.built_for(), ops.missing_ops(device_type)
     capability = _capability()
-    if capability is None:
-        problem = kernel_library.NO_LIBRARY if codes is None else None
+    problem: kernel_library.Problem | None
+    if codes is None and capability is None:
+        problem = kernel_library.NO_LIBRARY
+    elif capability is None:
+        problem = kernel_library.without(lacking) if lacking else None
     else:
         gpu = current_platform.get_device_name()
-        problem = kernel_library.problem_of(gpu, capability, codes)
+        problem = kernel_library.problem_of(gpu, capability, codes, lacking)
     if problem is None:
         return
     raise RoutingError(
