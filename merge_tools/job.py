@@ -73,8 +73,10 @@ def merge(
     out = Path(output)
     routing = _default_routing(list(folders)) if routing is None else routing
     routing.check_sets(list(folders))
-    paths = _local_folders(folders, out, overwrite=overwrite, quiet=quiet)
     if not nest:  # A folder given twice to --nest is refused by its kind instead.
+        check_distinct({name: Path(folder) for name, folder in folders.items()})
+    paths = _local_folders(folders, out, overwrite=overwrite, quiet=quiet)
+    if not nest:  # An id may stand for a folder of the cache that is given, too.
         check_distinct(paths)
     check_output(out, paths.values(), overwrite)
     opened = {source.name: source for source in open_sources(paths, takes_floats=nest)}
