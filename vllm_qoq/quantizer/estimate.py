@@ -14,14 +14,15 @@ import torch
 
 from vllm_qoq.quantizer import gptq
 from vllm_qoq.quantizer.grid import Grid
+from vllm_qoq.quantizer.hessian import Inputs, factored
 from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.sets import SetKind
 
 _COLUMNS = 512
 _FEW_ROWS, _MANY_ROWS = 64, 512
-# The pipeline runs every block twice in each pass, to measure and with its new weights. There
-# are two passes with smoothing and one without.
-_RUNS = {True: 4, False: 2}
+# The pipeline runs every block to smooth it, where that is wanted, to measure its inputs, and with
+# its new weights.
+_RUNS = {True: 3, False: 2}
 
 
 def seconds(
@@ -60,19 +61,19 @@ def _rounding(
     found = []
     for rows in (_FEW_ROWS, _MANY_ROWS):
         weight = torch.randn(rows, _COLUMNS, device=device)
-        hessian = torch.eye(_COLUMNS, device=device)
+        inputs = factored(torch.eye(_COLUMNS, device=device), "")
         filled = None
         if base is not None:
             filled = base.grid(weight, torch.bfloat16, clip)
-            gptq.quantize(weight, None, filled, "")
+            gptq.round_to_nearest(weight, filled)
 
         def run(
             weight: torch.Tensor = weight,
-            hessian: torch.Tensor = hessian,
+            inputs: Inputs = inputs,
             filled: Grid | None = filled,
         ) -> None:
             grid = kind.grid(weight, torch.bfloat16, clip, filled)
-            gptq.quantize(weight, hessian, grid, "")
+            gptq.quantize(weight, inputs, grid)
 
         found.append(min(_timed(run, device) for _ in range(2)))
     few, many = found

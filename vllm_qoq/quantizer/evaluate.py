@@ -68,7 +68,8 @@ def linears(model: Module, names: LayerNames) -> Iterator[Module]:
 @contextmanager
 def int8_inputs(layers: Iterable[Module]) -> Iterator[None]:
     """Round the inputs of `layers` to int8 per token while the block runs."""
-    hooks = [layer.register_forward_pre_hook(to_int8) for layer in layers]
+    rounded = RoundedInputs()
+    hooks = [layer.register_forward_pre_hook(rounded) for layer in layers]
     try:
         yield
     finally:
@@ -76,11 +77,27 @@ def int8_inputs(layers: Iterable[Module]) -> Iterator[None]:
             hook.remove()
 
 
-def to_int8(module: Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Round the input [..., K] of a layer to int8 per token and back, as a forward pre-hook."""
-    x = args[0]
+class RoundedInputs:
+    """A forward pre-hook that rounds the inputs of layers to int8 per token and back.
+
+    Layers that get one tensor in turn, such as q, k and v, share the result: one of these objects
+    serves all layers of a model, and holds no more than the last input.
+    """
+
+    def __init__(self) -> None:
+        self._given, self._rounded = torch.empty(0), torch.empty(0)
+
+    def __call__(self, module: Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Replace the input float [..., K] of `module`."""
+        if args[0] is not self._given:
+            self._given, self._rounded = args[0], to_int8(args[0])
+        return (self._rounded, *args[1:])
+
+
+def to_int8(x: torch.Tensor) -> torch.Tensor:
+    """Round the input [..., K] of a layer to int8 per token and back, in its dtype."""
     codes, scale, _ = quantize_per_token(x.flatten(0, -2))
-    return ((codes * scale[:, None]).to(x.dtype).view_as(x), *args[1:])
+    return (codes * scale[:, None]).to(x.dtype).view_as(x)
 
 
 def round_cache(x: torch.Tensor, bits: int) -> torch.Tensor:

@@ -273,7 +273,8 @@ def _smooth(
         samples=len(plan.samples),
         done=Clock("smoothing, block", plan.dimensions.layers, quiet),
     )
-    _pipeline(model, step, plan)
+    # Smoothing keeps the function of a block, so its outputs from before serve the next one.
+    _pipeline(model, step, plan, propagate=False)
     work.save(_SMOOTHING, step.found, {})
 
 
@@ -289,10 +290,15 @@ def _quantize(
         work=work,
         done=Clock("quantizing, block", plan.dimensions.layers, quiet),
     )
-    _pipeline(model, step, plan)
+    _pipeline(model, step, plan, propagate=True)
 
 
-def _pipeline(model: Module, step: Modifier, plan: CheckedJob) -> None:
+def _pipeline(model: Module, step: Modifier, plan: CheckedJob, propagate: bool) -> None:
+    """Run the calibration text through the model block by block.
+
+    propagate  whether every block runs a second time, as `step` leaves it, for the next one's
+               inputs
+    """
     from llmcompressor import oneshot
 
     batches: Any = [
@@ -303,7 +309,14 @@ def _pipeline(model: Module, step: Modifier, plan: CheckedJob) -> None:
     data: Any = torch.utils.data.DataLoader(batches, batch_size=None, shuffle=False)
     # With a tokenizer given, oneshot loads no processor from the folder, nor code of one.
     oneshot(
-        model=model, recipe=[step], dataset=data, pipeline="sequential", tokenizer=plan.tokenizer
+        model=model,
+        recipe=[step],
+        dataset=data,
+        pipeline="sequential",
+        tokenizer=plan.tokenizer,
+        propagate_error=propagate,
+        # What goes from block to block stays where the blocks run.
+        sequential_offload_device="cuda" if torch.cuda.is_available() else "cpu",
     )
 
 
