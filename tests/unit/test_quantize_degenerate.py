@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from conftest import DATA
-from rounded_layers import fill, output_error
+from rounded_layers import KINDS, fill, output_error
 from safetensors.torch import load_file, save_file
 from transformed_models import Model
 from transformers import AutoModelForCausalLM
@@ -89,10 +89,6 @@ def test_scales_of_down_projs_inputs_are_finite(inputs, columns, bits):
     weight[:, {"none": [], "some": range(60, 140), "all": range(256)}[columns]] = 0
     found = strength.down_scale(x, x.abs().amax(0), weight, bits)
     assert found.isfinite().all() and (found > 0).all()
-
-
-KINDS = [SetKind("w8a8", 128), SetKind("w4a8", 128), SetKind("w4a8", -1)]
-KINDS += [SetKind("w4a16", 128), SetKind("w4a16", -1), SetKind("w8a8", 128, "w4a8")]
 
 
 def zero_rows(weight):

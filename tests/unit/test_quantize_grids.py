@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rounded_layers import fill, output_error
+from rounded_layers import correlated_inputs, fill, output_error
 
 from vllm_qoq.numerics import reference
 from vllm_qoq.quantizer import QuantizeError, gptq
@@ -18,15 +18,6 @@ EVERY_KIND = pytest.mark.parametrize("kind", KINDS, ids=lambda k: f"{k.name} g{k
 
 def weights(n=16, k=256, seed=0):
     return torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
-
-
-def inputs(k=256, tokens=512, seed=1):
-    """Correlated, with a few large channels: what GPTQ can make use of."""
-    random = torch.Generator().manual_seed(seed)
-    mixed = torch.randn(tokens, k // 4, generator=random) @ torch.randn(k // 4, k, generator=random)
-    x = mixed + 0.3 * torch.randn(tokens, k, generator=random)
-    x[:, ::37] *= 12
-    return x
 
 
 def quantized(kind, weight, hessian=None, clip=True):
@@ -45,7 +36,7 @@ def test_the_stored_tensors_stand_for_what_the_grid_says(kind, clip):
 
 @EVERY_KIND
 def test_gptq_loses_less_of_the_output_than_rounding(kind):
-    weight, x = weights(), inputs()
+    weight, x = weights(), correlated_inputs()
     hessian = x.t() @ x / len(x)
     errors = [
         output_error(weight, quantized(kind, weight, known).dequantized(), hessian)
@@ -151,7 +142,7 @@ def test_the_error_of_a_column_is_passed_on():
 
 @EVERY_KIND
 def test_descent_finds_what_gptq_left(kind, monkeypatch):
-    weight, x = weights(), inputs()
+    weight, x = weights(), correlated_inputs()
     hessian = x.t() @ x / len(x)
     errors = []
     for passes in (0, 1, 3):
@@ -162,7 +153,7 @@ def test_descent_finds_what_gptq_left(kind, monkeypatch):
 
 
 def test_channels_that_are_never_used_do_not_break_it():
-    weight, x = weights(), inputs()
+    weight, x = weights(), correlated_inputs()
     x[:, 10:40] = 0
     grid = quantized(KINDS[0], weight, x.t() @ x / len(x))
     assert grid.dequantized().isfinite().all()

@@ -6,6 +6,7 @@ bounds, and on up to 128 columns. Rows need nothing of each other.
 
 from __future__ import annotations
 
+import sys
 from typing import Protocol
 
 import torch
@@ -49,9 +50,7 @@ def on(device: torch.device) -> Rounding:
         from vllm_qoq.quantizer import rounding_triton
 
         return rounding_triton
-    from vllm_qoq.quantizer import rounding
-
-    return rounding
+    return sys.modules[__name__]  # type: ignore[return-value]
 
 
 def reach(below: int) -> int:
@@ -183,4 +182,7 @@ def _by_column(bound: Bound, columns: int) -> list[float] | torch.Tensor:
 def _nearest(x: torch.Tensor, low: Bound, high: Bound, out: torch.Tensor) -> None:
     """Write the nearest integers to `x` from `low` to `high`; ties go to the even one."""
     torch.round(x, out=out)
-    torch.clamp(out, low, high, out=out)
+    if isinstance(low, torch.Tensor) or isinstance(high, torch.Tensor):
+        torch.clamp(out, torch.as_tensor(low), torch.as_tensor(high), out=out)
+    else:
+        out.clamp_(low, high)
