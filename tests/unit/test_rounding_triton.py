@@ -37,7 +37,7 @@ def test_the_cases_change_codes(plain):
         before = cases()[name][1][0]
         assert 0.1 < (plain[name][0] != before).float().mean() < 0.9
     scale, offset, _ = plain["search"]
-    assert scale.unique().numel() > 5 and offset.unique().numel() > 10
+    assert scale.unique().numel() > 4 and offset.unique().numel() > 10
 
 
 def test_a_row_needs_nothing_of_the_others(plain):

@@ -31,6 +31,7 @@ from vllm_qoq.quantizer.model import Module, blocks
 from vllm_qoq.quantizer.modifiers import QuantizePass, SmoothPass, apply_saved, piece
 from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.plan import CheckedJob, Job, check_job, default_work_dir
+from vllm_qoq.quantizer.products import fast_products
 from vllm_qoq.quantizer.report import LayerError, refuse_clipped, summary
 from vllm_qoq.quantizer.smooth import SmoothOptions
 from vllm_qoq.quantizer.workdir import Resume, WorkDir
@@ -142,7 +143,10 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
     if not (job.quiet or torch.cuda.is_available()):
         print("no GPU here: quantizing on the CPU", file=sys.stderr, flush=True)
 
-    with WorkDir.open(job.work_dir, fingerprint(job, options, plan), job.resume) as work:
+    with (
+        WorkDir.open(job.work_dir, fingerprint(job, options, plan), job.resume) as work,
+        fast_products(),
+    ):
         model = _load(job.model, names)
         before = check.measure(model, "the model")
         if options.rotate:
@@ -290,7 +294,10 @@ def _quantize(
         work=work,
         done=Clock("quantizing, block", plan.dimensions.layers, quiet),
     )
-    _pipeline(model, step, plan, propagate=True)
+    try:
+        _pipeline(model, step, plan, propagate=True)
+    finally:
+        step.close()
 
 
 def _pipeline(model: Module, step: Modifier, plan: CheckedJob, propagate: bool) -> None:
