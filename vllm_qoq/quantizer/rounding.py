@@ -7,6 +7,8 @@ bounds, and on up to 128 columns. Rows need nothing of each other.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -44,6 +46,17 @@ class Rounding(Protocol):
         """See `descend` of this module."""
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep the many short operations of a loop in one thread: two wait longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def on(device: torch.device) -> Rounding:
     """Choose the form for a device: Triton on CUDA, PyTorch elsewhere."""
     if device.type == "cuda":
@@ -61,6 +74,7 @@ def reach(below: int) -> int:
     return (MAX_GROUP_SCALE - below) // 2
 
 
+@_one_thread()
 def search(
     level1: torch.Tensor, cost: torch.Tensor, scales_below: int, shifts: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -105,6 +119,7 @@ def _search(
     return best
 
 
+@_one_thread()
 def weighted_errors(
     weight: torch.Tensor,
     step: torch.Tensor,
@@ -131,6 +146,7 @@ def _chunk_rows(device: torch.device, columns: int) -> int:
     return max(1, _CHUNK_VALUES[device.type] // columns)
 
 
+@_one_thread()
 def round_columns(
     ideal: torch.Tensor, lower: torch.Tensor, low: Bound, high: Bound
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,6 +167,7 @@ def round_columns(
     return codes.t(), errors.t()
 
 
+@_one_thread()
 def descend(
     codes: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor, low: Bound, high: Bound
 ) -> torch.Tensor:
