@@ -5,7 +5,7 @@ import torch
 from rounded_layers import KINDS, correlated_inputs, round_one
 from rounding_cases import assert_alike, cases, results
 
-from vllm_qoq.quantizer import gptq, rounding, rounding_triton
+from vllm_qoq.quantizer import gptq, rounding_plain, rounding_triton
 from vllm_qoq.quantizer.hessian import HessianSum
 
 pytestmark = pytest.mark.gpu
@@ -15,7 +15,7 @@ N, K = 1040, 1024
 
 @pytest.fixture(scope="module")
 def found():
-    return results(rounding_triton, "cuda", rows=1000), results(rounding, rows=1000)
+    return results(rounding_triton, "cuda", rows=1000), results(rounding_plain, rows=1000)
 
 
 @pytest.mark.parametrize("name", cases())

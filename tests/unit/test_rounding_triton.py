@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT
 from rounding_cases import assert_alike, cases, results
 
-from vllm_qoq.quantizer import rounding
+from vllm_qoq.quantizer import rounding_plain
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def interpreted(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain():
-    return results(rounding)
+    return results(rounding_plain)
 
 
 @pytest.mark.parametrize("name", cases())
@@ -43,7 +43,7 @@ def test_the_cases_change_codes(plain):
 def test_a_row_needs_nothing_of_the_others(plain):
     """Neither the search's reach nor anything else depends on how many rows are rounded."""
     alone = {
-        name: getattr(rounding, function)(
+        name: getattr(rounding_plain, function)(
             *[a[:1] if torch.is_tensor(a) and len(a) == len(given[0]) else a for a in given]
         )
         for name, (function, given) in cases().items()

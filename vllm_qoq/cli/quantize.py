@@ -172,7 +172,7 @@ def _plan_document(plan: CheckedJob) -> str:
             "disk_bytes": sizes.output + sizes.work,
             "memory_bytes": sum(sizes.memory.values()),
             "memory": sizes.memory,
-            "seconds": round(estimate.seconds(plan.linears, plan.options, len(plan.samples))),
+            "seconds": round(estimate.seconds(plan.stacks, plan.options, len(plan.samples))),
         }
     )
 
@@ -183,7 +183,7 @@ def _plan_text(plan: CheckedJob) -> str:
     from vllm_qoq.progress import duration, human_bytes
     from vllm_qoq.quantizer import estimate
 
-    seconds = estimate.seconds(plan.linears, plan.options, len(plan.samples))
+    seconds = estimate.seconds(plan.stacks, plan.options, len(plan.samples))
     out, memory = plan.job.out, plan.sizes.memory
     parts = ", ".join(f"{name} {human_bytes(count)}" for name, count in memory.items())
     on_gpu = sum(memory[name] for name in plan.sizes.gpu)

@@ -51,18 +51,27 @@ def quantize(weight: torch.Tensor, inputs: Inputs, grid: Grid) -> torch.Tensor:
     gradient = grid.dequantized().sub_(target) @ inputs.hessian
     for _ in range(_PASSES):
         _descend(gradient, inputs.hessian, grid)
-    values = grid.dequantized()
-    difference = values - target
-    lost = (difference * gradient).sum(dim=1) - difference.square_() @ inputs.added
+    difference = grid.dequantized().sub_(target)
+    # The loss is that of the Hessian without damping.
+    gradient.addcmul_(difference, inputs.added, value=-1)
+    lost = _row_products(difference, gradient).clamp_min_(0)
+    gradient.addcmul_(difference, inputs.added)
     # Each weight as it would be if it were not rounded, given all others.
-    grid.settle(gradient.div_(-inputs.hessian.diagonal()).add_(values))
-    return lost.clamp_min(0)
+    ideal = gradient.div_(-inputs.hessian.diagonal()).add_(difference).add_(target)
+    del difference
+    grid.settle(ideal)
+    return lost
 
 
 @torch.no_grad()
 def row_losses(difference: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     """Compute |d x|^2, the mean over inputs, of each row d of `difference` [N, K]: float32 [N]."""
-    return ((difference @ hessian) * difference).sum(dim=1)
+    return _row_products(difference @ hessian, difference)
+
+
+def _row_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Compute the dot products of rows [N, K], without another matrix of their size."""
+    return torch.bmm(left[:, None], right[:, :, None]).flatten()
 
 
 def output_error(lost: torch.Tensor, whole: torch.Tensor) -> float:

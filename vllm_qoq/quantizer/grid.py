@@ -19,7 +19,7 @@ from typing_extensions import Self
 from vllm_qoq.numerics import GROUP_SIZE
 from vllm_qoq.numerics.packing import pack_nibbles
 from vllm_qoq.quantizer import rounding
-from vllm_qoq.quantizer.rounding import Bound, weighted_errors
+from vllm_qoq.quantizer.rounding_plain import Bound, weighted_errors
 
 # Level 1 of QoQ. With codes 0..15 and scales up to 16, a group whose weights lie within
 # +-119 has a scale and an offset with which every code stands for an int8 (QServe's

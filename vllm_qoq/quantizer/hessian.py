@@ -30,9 +30,10 @@ class HessianSum:
         self._count += len(x)
         if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
             # Products of 16-bit floats are exact in float32, in which tensor cores add them.
-            torch.addmm(self._sum, x.t(), x, out_dtype=torch.float32, out=self._sum)
+            self._sum += torch.mm(x.t(), x, out_dtype=torch.float32)
         elif x.is_cuda:
-            self._sum.addmm_(x.t().float(), x.float())
+            x = x.float()
+            self._sum.addmm_(x.t(), x)
         else:
             x = x.float()
             for first in range(0, x.shape[1], _STRIP):
@@ -75,8 +76,8 @@ class Inputs:
 def factored(hessian: torch.Tensor, layer: str) -> Inputs:
     """Damp and factor a Hessian float32 [K, K], which is changed in place.
 
-    Raises QuantizeError with the name of the `layer` if it cannot be factored. Four matrices
-    [K, K] are held at once, this one among them.
+    Raises QuantizeError with the name of the `layer` if it cannot be factored. At most three
+    matrices [K, K] are held beside this one, and one in the end.
     """
     before = hessian.diagonal().clone()
     dead, mean = before == 0, before.mean()

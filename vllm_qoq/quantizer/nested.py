@@ -8,7 +8,7 @@ from vllm_qoq.numerics import GROUP_SIZE
 from vllm_qoq.numerics.packing import pack_nibbles
 from vllm_qoq.numerics.reference import RESIDUAL_ZERO
 from vllm_qoq.quantizer.grid import Grid, TwoLevel
-from vllm_qoq.quantizer.rounding import Bound
+from vllm_qoq.quantizer.rounding_plain import Bound
 
 
 class Nested(Grid):

@@ -67,6 +67,12 @@ class CheckedJob:
     parameters: int
     sizes: size.Sizes
 
+    @property
+    def stacks(self) -> list[tuple[int, int]]:
+        """(outputs, inputs) of the layers that read one input, taken together, in all blocks."""
+        block = self.linears[: len(self.names.linears)]
+        return list(size.stacks(self.names, block)) * self.dimensions.layers
+
 
 def default_work_dir(out: Path) -> Path:
     """The folder for finished layers, unless the user says otherwise: OUT with .work behind."""
@@ -82,7 +88,9 @@ def check_job(job: Job, options: QuantizeOptions) -> CheckedJob:
     inputs = check_inputs(job)
     _check_divisible(inputs)
 
-    from vllm_qoq.quantizer import load
+    import torch
+
+    from vllm_qoq.quantizer import load, rounding
     from vllm_qoq.quantizer.workdir import stored_bytes
 
     checkpoint, names, dimensions = inputs.checkpoint, inputs.names, inputs.dimensions
@@ -108,6 +116,8 @@ def check_job(job: Job, options: QuantizeOptions) -> CheckedJob:
                 f"{path}: has {shown(tokenizer.decode([last]))}, which is token {last}, but the "
                 f"embedding has {rows} rows; take it out of the text"
             )
+    if torch.cuda.is_available():
+        rounding.require(torch.device("cuda"))
     load.check_values(checkpoint, Progress(job.quiet))
     return CheckedJob(
         job=job,

@@ -1,4 +1,4 @@
-"""The inner loops of rounding as Triton kernels, for CUDA: see `rounding`, their oracle.
+"""The inner loops of rounding as Triton kernels, for CUDA: see `rounding_plain`, their oracle.
 
 One program takes a tile of rows through a block of columns. A column needs the ones before it in
 one sum over the tile, so nothing but codes and errors is written, and the columns of the block
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from vllm_qoq.numerics import GROUP_SIZE
-from vllm_qoq.quantizer.rounding import MAX_GROUP_SCALE, Bound
+from vllm_qoq.quantizer.rounding_plain import MAX_GROUP_SCALE, Bound
 
 _ROWS = 16
 # Without fused multiply-adds the kernels round where the oracle does.
@@ -164,7 +164,7 @@ def _descend_kernel(
 def search(
     level1: torch.Tensor, cost: torch.Tensor, scales_below: int, shifts: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `rounding.search`."""
+    """See `rounding_plain.search`."""
     rows, groups, width = level1.shape
     assert width == GROUP_SIZE
     scale, offset, error = torch.empty(3, rows, groups, device=level1.device)
@@ -188,7 +188,7 @@ def search(
 def round_columns(
     ideal: torch.Tensor, lower: torch.Tensor, low: Bound, high: Bound
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `rounding.round_columns`."""
+    """See `rounding_plain.round_columns`."""
     ideal = ideal.contiguous()
     codes, errors = torch.empty_like(ideal), torch.empty_like(ideal)
     _launch(_round_kernel, (ideal, lower), low, high, (codes, errors))
@@ -198,7 +198,7 @@ def round_columns(
 def descend(
     codes: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor, low: Bound, high: Bound
 ) -> torch.Tensor:
-    """See `rounding.descend`."""
+    """See `rounding_plain.descend`."""
     codes = codes.contiguous()
     new = torch.empty_like(codes)
     _launch(_descend_kernel, (codes, gradient.contiguous(), hessian), low, high, (new,))

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 _FLOAT32, _FLOAT64, _INT64 = 4, 8, 8
 # Bytes of Python, torch, transformers and llmcompressor after work on a small model.
 _LIBRARIES = 7 * 10**8
-# While scales are searched, so many float32 copies of a layer's weights and of [K, K] matrices
-# are held.
-_WEIGHT_COPIES, _MATRIX_COPIES = 12, 5
+# Beside a Hessian, three matrices [K, K] are held while it is factored; later one, and so many
+# float32 copies of the weights that read the input.
+_FACTORING_COPIES, _WEIGHT_COPIES = 3, 5
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Sizes:
     output: int
     work: int
     memory: dict[str, int]
-    gpu: frozenset[str] = frozenset(("hessians", "rounding"))
+    gpu: frozenset[str] = frozenset(("calibration", "hessians", "rounding"))
 
 
 def sizes(
@@ -81,16 +81,17 @@ def sizes(
     propagated = sum(item * n * k for n, k in linears)
     output, work = shared + sets, shared + sets + propagated
     block = linears[: len(names.linears)]
-    inputs = {group[0]: k for group, k in _inputs(names, block)}
-    largest_k, largest = max(k for _, k in block), max(n * k for n, k in block)
+    inputs = list(stacks(names, block))
     memory = {
         "libraries": _LIBRARIES,
         "weights": item * sum(math.prod(i.shape) for i in checkpoint.tensors.values())
         + (head if is_tied else 0),
         "calibration": 2 * item * options.samples * options.seqlen * hidden,
-        "hessians": _FLOAT32 * sum(k * k for k in inputs.values()),
-        "rounding": _FLOAT32 * (_MATRIX_COPIES * largest_k**2 + _WEIGHT_COPIES * largest),
-        "results of a block": 2 * (sets + propagated) // dimensions.layers,
+        "hessians": _FLOAT32 * sum(k * k for _, k in inputs),
+        "rounding": _FLOAT32
+        * max(max(_FACTORING_COPIES * k * k, k * k + _WEIGHT_COPIES * n * k) for n, k in inputs),
+        # Those of one block are written, from a copy, while the next one is rounded.
+        "results of a block": 3 * (sets + propagated) // dimensions.layers,
         # Two float64 matrices of its size are held while it turns, or later what is to be written.
         "embedding": 2 * _FLOAT64 * vocabulary * hidden,
     }
@@ -175,9 +176,8 @@ def _names_in_sets(
     return {f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias")}, biased
 
 
-def _inputs(
-    names: LayerNames, block: Sequence[tuple[int, int]]
-) -> Iterable[tuple[tuple[str, ...], int]]:
-    """List the groups of layers that read one input, and its size."""
+def stacks(names: LayerNames, block: Sequence[tuple[int, int]]) -> Iterable[tuple[int, int]]:
+    """List (N, K) of the layers of a block that read one input, all their outputs together."""
     sizes_of = dict(zip(names.linears, block, strict=True))
-    return ((group, sizes_of[group[0]][1]) for group in names.inputs)
+    for group in names.inputs:
+        yield sum(sizes_of[name][0] for name in group), sizes_of[group[0]][1]
