@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -32,7 +31,7 @@ from vllm_qoq.quantizer.modifiers import QuantizePass, SmoothPass, apply_saved, 
 from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.plan import CheckedJob, Job, check_job, default_work_dir
 from vllm_qoq.quantizer.products import fast_products
-from vllm_qoq.quantizer.report import LayerError, refuse_clipped, summary
+from vllm_qoq.quantizer.report import LayerError, Steps, refuse_clipped, summary
 from vllm_qoq.quantizer.smooth import SmoothOptions
 from vllm_qoq.quantizer.workdir import Resume, WorkDir
 from vllm_qoq.version import __version__
@@ -136,8 +135,9 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
 
     A stopped run leaves only its work folder.
     """
-    started = time.monotonic()
+    steps = Steps()
     plan = prepare(job, options)
+    steps.done("checks")
     names, dimensions = plan.names, plan.dimensions
     check = _check(job, options, plan)
     if not (job.quiet or torch.cuda.is_available()):
@@ -148,13 +148,17 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
         fast_products(),
     ):
         model = _load(job.model, names)
+        steps.done("loading")
         before = check.measure(model, "the model")
+        steps.done("measuring the model")
         if options.rotate:
             if not work.has(STREAM):
                 work.save(STREAM, rotate.way_back(model, names, dimensions), {})
             rotate.fold_norms(model, names)
             rotate.rotate_stream(model, names, dimensions)
+        steps.done("rotating")
         _smooth(model, plan, options, work, quiet=job.quiet)
+        steps.done("smoothing")
         if options.rotate:
             rotate.rotate_values(model, names, dimensions)  # after the channels have been smoothed
         biased = keys.large_biases(
@@ -166,6 +170,7 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
             work.save(SHARED, _shared(model, names, options), {})
         if not all(work.has(piece(i)) for i in range(dimensions.layers)):
             _quantize(model, plan, options, work, quiet=job.quiet)
+        steps.done("rounding")
 
         errors: list[LayerError] = [
             row for index in range(dimensions.layers) for row in work.load(piece(index))[1]
@@ -177,10 +182,11 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
             kind.name: check.measure_set(model, names, kind, _results(work, dimensions.layers))
             for kind in options.kinds
         }
+        steps.done("measuring the sets")
         report = {
             "model": hub.name_of(job.model),
             "options": options.model_dump(mode="json"),
-            **summary(errors, time.monotonic() - started),
+            **summary(errors, steps.seconds),
             **({"large_key_biases": biased} if biased else {}),
             **({"before": before, "after": after} if before else {}),
         }

@@ -45,7 +45,7 @@ class Sizes:
     output: int
     work: int
     memory: dict[str, int]
-    gpu: frozenset[str] = frozenset(("calibration", "hessians", "rounding"))
+    gpu: frozenset[str] = frozenset(("calibration", "hessians", "rounding", "block"))
 
 
 def sizes(
@@ -81,7 +81,7 @@ def sizes(
     propagated = sum(item * n * k for n, k in linears)
     output, work = shared + sets, shared + sets + propagated
     block = linears[: len(names.linears)]
-    inputs = list(stacks(names, block))
+    inputs, results = list(stacks(names, block)), (sets + propagated) // dimensions.layers
     memory = {
         "libraries": _LIBRARIES,
         "weights": item * sum(math.prod(i.shape) for i in checkpoint.tensors.values())
@@ -90,8 +90,9 @@ def sizes(
         "hessians": _FLOAT32 * sum(k * k for _, k in inputs),
         "rounding": _FLOAT32
         * max(max(_FACTORING_COPIES * k * k, k * k + _WEIGHT_COPIES * n * k) for n, k in inputs),
-        # Those of one block are written, from a copy, while the next one is rounded.
-        "results of a block": 3 * (sets + propagated) // dimensions.layers,
+        # Where it is rounded, with its results; those of the one before are written from a copy.
+        "block": item * sum(n * k for n, k in block) + results,
+        "results of a block": 2 * results,
         # Two float64 matrices of its size are held while it turns, or later what is to be written.
         "embedding": 2 * _FLOAT64 * vocabulary * hidden,
     }
