@@ -173,7 +173,7 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
         steps.done("rounding")
 
         errors: list[LayerError] = [
-            row for index in range(dimensions.layers) for row in work.load(piece(index))[1]
+            row for index in range(dimensions.layers) for row in work.facts(piece(index))
         ]
         refuse_clipped(errors, job.max_clipped)
         if options.lm_head_bits == 8:
@@ -201,7 +201,7 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
 
 
 def _results(work: WorkDir, layers: int) -> Iterator[dict[str, torch.Tensor]]:
-    return (work.load(piece(index))[0] for index in range(layers))
+    return (work.load(piece(index)) for index in range(layers))
 
 
 def _check(job: Job, options: QuantizeOptions, plan: CheckedJob) -> SetCheck:
@@ -273,8 +273,7 @@ def _smooth(
     if not (wanted.attention or wanted.outputs or wanted.reorder):
         return
     if work.has(_SMOOTHING):
-        found, _ = work.load(_SMOOTHING)
-        apply_saved(model, found, plan.names, plan.dimensions)
+        apply_saved(model, work.load(_SMOOTHING), plan.names, plan.dimensions)
         return
     step = SmoothPass(
         names=plan.names,

@@ -206,7 +206,7 @@ class QuantizePass(_BlockPass):
         """Quantize a block, unless that is done already, and give it the last set's weights."""
         name = piece(index)
         if self.work.has(name):
-            tensors, _ = self.work.load(name)
+            tensors = self.work.load(name)
         else:
             tensors, errors = self._quantize(index, block)
             self._writer.save(name, tensors, errors)
