@@ -93,9 +93,11 @@ def test_products_without_instructions_are_those_of_float32_rounded_once(monkeyp
     with products.fast_products():
         linear = functional.linear(x, w, bias=bias)
         attention = functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+        product = x[0] @ x[0].transpose(1, 2)
         assert functional.linear(x.double(), w.double()).dtype == torch.float64
     wide = x.float()
     assert torch.equal(linear, functional.linear(wide, w.float(), bias.float()).to(dtype))
+    assert torch.equal(product, (wide[0] @ wide[0].transpose(1, 2)).to(dtype))
     exact = functional.scaled_dot_product_attention(wide, wide, wide, attn_mask=mask)
     assert torch.equal(attention, exact.to(dtype))
 

@@ -68,7 +68,9 @@ class _BlockPass(Modifier):
         seen = set(map(id, modules))
         for index, block in enumerate(self._blocks):
             if id(block.get_submodule(self.names.q)) in seen:
-                self.finish(index, block)
+                # Rounding computes in float32, in loops that `products` would slow down.
+                with torch._C.DisableTorchFunction():
+                    self.finish(index, block)
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Remove all hooks."""

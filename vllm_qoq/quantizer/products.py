@@ -14,7 +14,12 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 _HALF = (torch.bfloat16, torch.float16)
-_PRODUCTS = (functional.linear, functional.scaled_dot_product_attention)
+_PRODUCTS = frozenset(
+    {
+        *(functional.linear, functional.scaled_dot_product_attention),
+        *(torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__),
+    }
+)
 
 
 def fast_products() -> AbstractContextManager[object]:

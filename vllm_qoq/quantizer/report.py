@@ -89,7 +89,8 @@ def table(report: dict[str, Any]) -> str:
     lines += _clipped(errors, sets)
     lines += _perplexities(report, sets) + _texts(report)
     gpu = report["peak_gpu_memory_bytes"]
-    steps = ", ".join(f"{k} {duration(v)}" for k, v in report["seconds_of_steps"].items())
+    long = {k: v for k, v in report["seconds_of_steps"].items() if v >= 1}
+    steps = ", ".join(f"{step} {duration(seconds)}" for step, seconds in long.items())
     lines.append(
         f"{duration(report['seconds'])} ({steps}), "
         f"peak memory {human_bytes(report['peak_memory_bytes'])}"
