@@ -47,19 +47,11 @@ class _BlockPass(Modifier):
     dimensions: Dimensions
 
     _blocks: list[Module] = PrivateAttr(default_factory=list)
-    # Unlike the modifier's own hooks, these also act while the pipeline makes the inputs of the
-    # next block.
-    _plain_hooks: list[Any] = PrivateAttr(default_factory=list)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Find the blocks of the model."""
         self._blocks = blocks(state.model, self.names)
         return True
-
-    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        """Leave lm_head one token of each piece: the pipeline runs it, and nobody needs logits."""
-        head = state.model.get_submodule(self.names.head)
-        self._plain_hooks.append(head.register_forward_pre_hook(_first_token))
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[Module], **kwargs: Any
@@ -73,10 +65,8 @@ class _BlockPass(Modifier):
                     self.finish(index, block)
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
-        """Remove all hooks."""
+        """Remove the hooks of the modifier."""
         self.remove_hooks()
-        for hook in self._plain_hooks:
-            hook.remove()
 
     def finish(self, index: int, block: Module) -> None:
         """Change the weights of a block whose inputs have all been seen."""
@@ -101,7 +91,6 @@ class SmoothPass(_BlockPass):
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Watch the layers of every block."""
-        super().on_calibration_start(state, event, **kwargs)
         self._inv_freq = state.model.get_submodule(self.names.rotary).inv_freq.detach().float()
         for index, block in enumerate(self._blocks):
             observer = self._observers[index] = Observer(self.names, self.dimensions, self.samples)
@@ -135,10 +124,6 @@ def _require_finite(seen: Iterable[torch.Tensor], place: str) -> None:
             f"{place}: the model computes NaN or infinity there on the calibration text; run it in "
             "bfloat16 (dtype in config.json), or check that it is sound in its own"
         )
-
-
-def _first_token(module: Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return (args[0][..., :1, :], *args[1:])
 
 
 def _output_hook(see: Callable[[torch.Tensor], None]) -> Callable[..., None]:
@@ -179,21 +164,29 @@ class QuantizePass(_BlockPass):
     done: Done
 
     _hessians: dict[tuple[int, str], HessianSum] = PrivateAttr(default_factory=dict)
+    _input_hooks: list[Any] = PrivateAttr(default_factory=list)
     _writer: PieceWriter = PrivateAttr()
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Round the inputs of every block where a set does, and gather their Hessians."""
-        super().on_calibration_start(state, event, **kwargs)
         has_int8_inputs = any(kind.has_int8_activations for kind in self.sets)
         rounded = RoundedInputs()
         for index, block in enumerate(self._blocks):
             for group in self.names.inputs:
                 for name in group if has_int8_inputs else ():
+                    # This is an ordinary hook: unlike the modifier's own, it also acts while the
+                    # pipeline makes the inputs of the next block.
                     layer = block.get_submodule(name)
-                    self._plain_hooks.append(layer.register_forward_pre_hook(rounded))
+                    self._input_hooks.append(layer.register_forward_pre_hook(rounded))
                 if not self.work.has(piece(index)):
                     first = block.get_submodule(group[0])
                     self.register_hook(first, self._hessian_hook(index, group[0]), "forward_pre")
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Remove all hooks."""
+        super().on_calibration_end(state, event, **kwargs)
+        for hook in self._input_hooks:
+            hook.remove()
 
     def model_post_init(self, context: Any, /) -> None:
         """Make the writer, which `close` ends."""
