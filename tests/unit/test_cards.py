@@ -49,6 +49,8 @@ def test_what_is_no_gpu_of_ours_is_refused(asked):
     [
         ({"VLLM_QOQ_CUDA_ARCHS": "8.0", "TORCH_CUDA_ARCH_LIST": "9.0"}, [(12, 0)], ALL, "8.0"),
         ({"TORCH_CUDA_ARCH_LIST": "7.5 8.0 9.0+PTX"}, [(12, 0)], ALL, "8.0;9.0+PTX"),
+        ({"TORCH_CUDA_ARCH_LIST": "Turing;Ampere Hopper"}, [], ALL, "8.0;8.6+PTX;9.0+PTX"),
+        ({"TORCH_CUDA_ARCH_LIST": "native"}, [(8, 6)], ALL, "8.6"),
         ({}, [(9, 0), (8, 9), (9, 0), (7, 5)], ALL, "8.9;9.0"),
         ({"VLLM_QOQ_CUDA_ARCHS": "all"}, [(9, 0)], ALL, "8.0+PTX;9.0;10.0;12.0+PTX"),
         ({}, [(7, 5)], ALL, "8.0+PTX;9.0;10.0;12.0+PTX"),
