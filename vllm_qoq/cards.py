@@ -101,8 +101,8 @@ def build_for(asked: str, is_portable: bool = False) -> Build:
         one = found and family((int(found[1]), int(found[2])))
         if not found or not one:
             raise ValueError(
-                f"{wanted!r} is no compute capability that the kernels are for: {needed()}; correct "
-                "VLLM_QOQ_CUDA_ARCHS or, where that is not set, TORCH_CUDA_ARCH_LIST"
+                f"{wanted!r} is no compute capability that the kernels are for: {needed()}; "
+                "correct VLLM_QOQ_CUDA_ARCHS or, where that is not set, TORCH_CUDA_ARCH_LIST"
             )
         with_ptx[one.code] = with_ptx.get(one.code, False) or bool(found[3])
     if not with_ptx:
@@ -132,7 +132,7 @@ TORCH_NAMES = {
     "Hopper": "9.0+PTX",
     "Blackwell": "10.0;10.3;12.0;12.1+PTX",
 }
-"""Generation, as TORCH_CUDA_ARCH_LIST may name it -> those of its capabilities that we build for."""
+"""Generation, as TORCH_CUDA_ARCH_LIST may name it -> its capabilities that we build for."""
 
 
 def asked_for(
