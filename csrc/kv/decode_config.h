@@ -63,7 +63,7 @@ struct Attention : Page<kHeadSizeValue, kBitsValue> {
 
   // Once it is done, a warp's ring holds what it has of its last segment.
   static_assert(kWarpRingBytes >= kMaxGroup * kPartial * 4);
-  static constexpr int kSharesBytes = (kWarps + 2) * 40 + 32;
+  static constexpr int kSharesBytes = kWarps * 44 + 64;
 
   static constexpr int shared_bytes(int group) {
     return 128 + kRingBytes + kBarrierBytes + kSharesBytes + kWarps * group * kPartial * 4;

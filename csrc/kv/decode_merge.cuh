@@ -111,14 +111,15 @@ __device__ inline Vector<A> add_parts(const float* parts, int count, int slot) {
 template <class A>
 struct Shares {
   // A segment of which several warps, or other blocks, may have parts too.
-  struct Share {
+  struct alignas(16) Share {
     Segment segment;
     int first_warp, last_warp;  // of this block; none where first_warp > last_warp
+    int first_part;             // where the first warp's part is, in bytes of the shared memory
   };
   // Of the first segment of every warp, and of the block's last segment. A segment is here once.
   Share shares[A::kWarps + 1];
   Segment last;
-  BlockRange block;
+  BlockRange blocks[A::kWarps];  // the same for all, each its own until they have met
   int is_last[2];  // whether this block is the last to come, at its first and last segment
 };
 
@@ -133,7 +134,7 @@ class Merger {
       : p_(p), begin_(range.begin), end_(range.end), shared_(shared) {
     const int warp = threadIdx.x / 32;
     if (threadIdx.x % 32 != 0) return;
-    if (warp == 0) shares().block = range.block;
+    shares().blocks[warp] = range.block;
     // The first segment may be that of the warp before, too.
     const bool is_new = warp == 0 || range.first.begin > range.block.begin_of(warp - 1);
     shares().shares[warp] = share_of(range.first, range.begin < range.end && is_new, range.block);
@@ -144,7 +145,8 @@ class Merger {
   __device__ void finish(const Segment& segment, const Query<A>& query, Sums<A>& sums) const {
     const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4, warp = threadIdx.x / 32;
     const bool is_whole = segment.is_in(begin_, end_);
-    float* part = part_of(warp, segment.begin <= begin_);
+    auto* part = reinterpret_cast<float*>(
+        shared_ + (segment.begin <= begin_ ? first_part(warp) : last_part(warp)));
 #pragma unroll
     for (int t = 0; t < A::kHeadTiles; ++t) {
 #pragma unroll
@@ -180,29 +182,29 @@ class Merger {
   // of which other blocks have parts too is left to add_blocks.
   __device__ void add_warps(const Segment& last) const {
     const int warp = threadIdx.x / 32;
-    __syncthreads();
-    const BlockRange block = shares().block;
-    if (threadIdx.x % 32 == 0 && begin_ < end_ && end_ == block.end) {
+    const int lane = threadIdx.x % 32;
+    if (lane == 0 && begin_ < end_ && end_ == shares().blocks[warp].end) {
       shares().last = last;
-      shares().shares[A::kWarps] = share_of(last, last.begin > begin_, block);
+      shares().shares[A::kWarps] = share_of(last, last.begin > begin_, shares().blocks[warp]);
     }
     __syncthreads();
+    const BlockRange block = shares().blocks[0];
+    const bool is_there =
+        lane <= A::kWarps && shares().shares[lane].first_warp <= shares().shares[lane].last_warp;
     // Each warp takes every kWarps-th of the heads of all shares.
-    for (int share = 0, head = warp; share <= A::kWarps; head += A::kWarps) {
-      while (head >= p_.group && share <= A::kWarps) {
-        head -= p_.group;
-        ++share;
+    int head = warp;
+    for (uint32_t left = __ballot_sync(kAllLanes, is_there); left != 0; left &= left - 1) {
+      const Share share = shares().shares[__ffs(left) - 1];
+      for (; head < p_.group; head += A::kWarps) {
+        const Vector<A> v = add_parts_of_warps(share, head);
+        if (share.segment.is_in(block.begin, block.end)) {
+          write_output<A::kVector>(share.segment, head, lane, v.values, v.weights);
+        } else {
+          const int slot = share.segment.begin < block.begin ? 0 : 1;
+          write_partial(partial_of(blockIdx.x, slot) + head * A::kPartial, v);
+        }
       }
-      if (share > A::kWarps) break;
-      const auto [segment, first_warp, last_warp] = shares().shares[share];
-      if (first_warp > last_warp) continue;
-      const Vector<A> v = add_parts_of_warps(segment, head, first_warp, last_warp);
-      if (segment.is_in(block.begin, block.end)) {
-        write_output<A::kVector>(segment, head, threadIdx.x % 32, v.values, v.weights);
-      } else {
-        const int slot = segment.begin < block.begin ? 0 : 1;
-        write_partial(partial_of(blockIdx.x, slot) + head * A::kPartial, v);
-      }
+      head -= p_.group;
     }
   }
 
@@ -255,48 +257,52 @@ class Merger {
   };
 
   __device__ Owners owners_of(const Segment& segment) const {
-    const int length = A::kWarps * shares().block.share;
+    const int length = A::kWarps * shares().blocks[0].share;
     return {segment.begin / length, (segment.end() - 1) / length};
   }
 
   // A segment as one that warps share if `is_declared` and this warp has not all of it.
   __device__ Share share_of(const Segment& segment, bool is_declared,
                             const BlockRange& block) const {
-    if (!is_declared || segment.is_in(begin_, end_)) return {segment, 1, 0};
+    if (!is_declared || segment.is_in(begin_, end_)) return {segment, 1, 0, 0};
     const int begin = max(segment.begin, block.begin), end = min(segment.end(), block.end);
-    return {segment, (begin - block.begin) / block.share, (end - 1 - block.begin) / block.share};
+    const int first = (begin - block.begin) / block.share;
+    return {segment, first, (end - 1 - block.begin) / block.share,
+            segment.begin > block.begin_of(first) ? last_part(first) : first_part(first)};
   }
 
   __device__ float* partial_of(int block, int slot) const {
     return p_.partials + (int64_t{block} * 2 + slot) * p_.group * A::kPartial;
   }
 
-  // What a warp has of a segment: of its first one among the sums, of its last one in its ring.
-  __device__ float* part_of(int warp, bool is_first) const {
-    constexpr int kSums = A::kRingBytes + A::kBarrierBytes + A::kSharesBytes;
-    const int offset =
-        is_first ? kSums + warp * p_.group * (A::kPartial * 4) : warp * A::kWarpRingBytes;
-    return reinterpret_cast<float*>(shared_ + offset);
+  // Where a warp has its part of its first segment, and of its last one, in bytes of the shared
+  // memory.
+  __device__ int first_part(int warp) const {
+    return A::kRingBytes + A::kBarrierBytes + A::kSharesBytes + warp * p_.group * (A::kPartial * 4);
   }
+  __device__ static int last_part(int warp) { return warp * A::kWarpRingBytes; }
 
-  __device__ Vector<A> add_parts_of_warps(const Segment& segment, int head, int first,
-                                          int last) const {
-    const float* parts[A::kWarps];
-    float maxima[A::kWarps];
+  // All that warps may have is loaded at once, whether they have it or not.
+  __device__ Vector<A> add_parts_of_warps(const Share& share, int head) const {
+    const int first = share.first_warp, last = share.last_warp;
+    auto has_part = [&](int warp) { return warp >= first && warp <= last; };
+    float2 numbers[A::kWarps];
+    Channels<A> values[A::kWarps];
     Vector<A> sum;
 #pragma unroll
     for (int warp = 0; warp < A::kWarps; ++warp) {
-      const bool is_first = segment.begin <= shares().block.begin_of(warp);
-      parts[warp] = part_of(warp, is_first) + head * A::kPartial;
-      const bool has_part = warp >= first && warp <= last;
-      maxima[warp] = has_part ? parts[warp][A::kHeadSize] : -INFINITY;
-      sum.maximum = fmaxf(sum.maximum, maxima[warp]);
+      const int offset = warp == first ? share.first_part : first_part(warp);
+      const auto* part = reinterpret_cast<const float*>(shared_ + offset) + head * A::kPartial;
+      numbers[warp] = *reinterpret_cast<const float2*>(part + A::kHeadSize);
+      values[warp] = reinterpret_cast<const Channels<A>*>(part)[threadIdx.x % 32];
     }
 #pragma unroll
     for (int warp = 0; warp < A::kWarps; ++warp)
-      if (warp >= first && warp <= last)
-        sum.add(maxima[warp], parts[warp][A::kHeadSize + 1],
-                parts[warp] + threadIdx.x % 32 * A::kVector);
+      if (has_part(warp)) sum.maximum = fmaxf(sum.maximum, numbers[warp].x);
+#pragma unroll
+    for (int warp = 0; warp < A::kWarps; ++warp)
+      if (has_part(warp))
+        sum.add(numbers[warp].x, numbers[warp].y, reinterpret_cast<const float*>(&values[warp]));
     return sum;
   }
 

@@ -92,7 +92,7 @@ def test_the_workspace_has_room_for_all_blocks_that_a_processor_holds():
 
 def test_the_shared_memory_of_the_decode_attention_is_what_the_model_says():
     """Computed by hand from csrc/kv/decode_config.h."""
-    known = {(128, 4, 4): 43728, (128, 4, 8): 52176, (128, 8, 16): 101840, (64, 8, 4): 74512}
+    known = {(128, 4, 4): 43696, (128, 4, 8): 52144, (128, 8, 16): 101808, (64, 8, 4): 74480}
     for arguments, expected in known.items():
         assert kv_ops.decode_shared_bytes(*arguments) == expected
 

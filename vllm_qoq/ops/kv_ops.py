@@ -50,7 +50,7 @@ def decode_shared_bytes(head_size: int, bits: int, group: int) -> int:
     stages = 4 if head_size == 64 else 2
     ring = stages * (DECODE_TILE * 2 * (head_size * bits // 8 + 4) + 8)
     sums = group * (head_size + WORKSPACE_PADDING) * 4
-    return 128 + DECODE_FEWEST_WARPS * (ring + sums + 40) + 112
+    return 128 + DECODE_FEWEST_WARPS * (ring + sums + 44) + 64
 
 
 def lacking_shared_memory(head_size: int, bits: int, group: int) -> Iterator[str]:
