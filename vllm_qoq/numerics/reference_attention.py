@@ -49,7 +49,7 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
 
 
 def without_mean(key: torch.Tensor, k_mean: torch.Tensor | None) -> torch.Tensor:
-    """Subtract the mean of K, float32 [H, D], from keys [..., H, D]; float32, or `key` without one."""
+    """Subtract a mean, float32 [H, D], from keys [..., H, D]; they stay as they are without one."""
     return key if k_mean is None else key.float() - k_mean
 
 
