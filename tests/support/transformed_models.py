@@ -65,15 +65,14 @@ class Model:
 
     def smooth(self, index=None, **options):
         """Smooth one block or all, with what random tokens show of it."""
-        off = {"attention": False, "outputs": False, "reorder": False}
+        off = dict.fromkeys(("k_mean", "attention", "outputs", "reorder"), False)
         wanted = smooth.SmoothOptions(**off | options, kv_bits=4, weight_bits=4)
         for i, block in enumerate(blocks(self.model, self.names)):
             if index in (None, i):
                 inv_freq = self.model.get_submodule(self.names.rotary).inv_freq
+                rope = smooth.Rope(inv_freq, self.model.config.max_position_embeddings)
                 seen = self.seen(i)
-                found = smooth.transforms(
-                    seen, block, self.names, self.dimensions, inv_freq, wanted
-                )
+                found = smooth.transforms(seen, block, self.names, self.dimensions, rope, wanted)
                 smooth.apply(block, found, self.names, self.dimensions)
 
     def seen(self, index):

@@ -78,6 +78,7 @@ def add_parser(commands: Commands[Parser]) -> None:
 
 _STEPS = {
     "rotate": "Hadamard rotations of the residual stream and of V",
+    "k_mean": "the mean of K, which the KV cache leaves out",
     "smooth_attention": "scales that make K even",
     "smooth_outputs": "scales that make the inputs of o_proj and down_proj even",
     "reorder": "order of down_proj's inputs",

@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 
 from vllm_qoq.checkpoint import hub
 from vllm_qoq.checkpoint.folder import Checkpoint
-from vllm_qoq.checkpoint.format import STREAM
+from vllm_qoq.checkpoint.format import K_MEAN, STREAM
 from vllm_qoq.checkpoint.shards import MAX_SHARD_BYTES, write_checkpoint
 from vllm_qoq.models.config import CONFIG
 from vllm_qoq.models.table import LayerNames
@@ -150,16 +150,14 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
                 work.save(STREAM, rotate.way_back(model, names, dimensions), {})
             rotate.fold_norms(model, names)
             rotate.rotate_stream(model, names, dimensions)
-        _smooth(model, plan, options, work, quiet=job.quiet)
+        k_means = _smooth(model, plan, options, work, quiet=job.quiet)
         if options.rotate:
             rotate.rotate_values(model, names, dimensions)  # after the channels have been smoothed
-        biased = keys.large_biases(
-            model, names, dimensions, bits=options.kv_bits, use_hadamard=options.kv_hadamard
-        )
+        biased = keys.large_biases(model, names, dimensions, options)
         if biased:
             print(f"warning: {keys.warning(biased, options)}", file=sys.stderr, flush=True)
         if not work.has(SHARED):
-            work.save(SHARED, _shared(model, names, options), {})
+            work.save(SHARED, _shared(model, names, options) | _named(k_means or (), names), {})
         if not all(work.has(piece(i)) for i in range(dimensions.layers)):
             _quantize(model, plan, options, work, quiet=job.quiet)
 
@@ -170,7 +168,9 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
         if options.lm_head_bits == 8:
             head.round_weight(model, names)
         after = {
-            kind.name: check.measure_set(model, names, kind, _results(work, dimensions.layers))
+            kind.name: check.measure_set(
+                model, names, kind, _results(work, dimensions.layers), k_means
+            )
             for kind in options.kinds
         }
         report = {
@@ -250,8 +250,10 @@ def _sha256(content: bytes) -> str:
 
 def _smooth(
     model: Module, plan: CheckedJob, options: QuantizeOptions, work: WorkDir, quiet: bool
-) -> None:
+) -> list[torch.Tensor] | None:
+    """Smooth the model; returns the mean of K of each block, float32 [kv_heads, head_dim]."""
     wanted = SmoothOptions(
+        k_mean=options.has_k_mean,
         # A 16-bit cache rounds nothing that a scale could help.
         attention=options.smooth_attention and options.kv_bits < 16,
         outputs=options.smooth_outputs,
@@ -260,12 +262,12 @@ def _smooth(
         weight_bits=min(int(kind.bits) for kind in options.kinds),
         kv_hadamard=options.kv_hadamard,
     )
-    if not (wanted.attention or wanted.outputs or wanted.reorder):
-        return
+    if not (wanted.k_mean or wanted.attention or wanted.outputs or wanted.reorder):
+        return None
     if work.has(_SMOOTHING):
         found, _ = work.load(_SMOOTHING)
         apply_saved(model, found, plan.names, plan.dimensions)
-        return
+        return _k_means(found, plan, wanted)
     step = SmoothPass(
         names=plan.names,
         dimensions=plan.dimensions,
@@ -275,6 +277,23 @@ def _smooth(
     )
     _pipeline(model, step, plan)
     work.save(_SMOOTHING, step.found, {})
+    return _k_means(step.found, plan, wanted)
+
+
+def _k_means(
+    found: Mapping[str, torch.Tensor], plan: CheckedJob, wanted: SmoothOptions
+) -> list[torch.Tensor] | None:
+    if not wanted.k_mean:
+        return None
+    return [found[f"{index}.{K_MEAN}"] for index in range(plan.dimensions.layers)]
+
+
+def _named(k_means: Iterable[torch.Tensor], names: LayerNames) -> dict[str, torch.Tensor]:
+    """Name the means of K of the blocks as the checkpoint does."""
+    return {
+        f"{names.blocks}.{index}.{names.attention}.{K_MEAN}": mean
+        for index, mean in enumerate(k_means)
+    }
 
 
 def _quantize(

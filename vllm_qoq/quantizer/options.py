@@ -33,6 +33,7 @@ class QuantizeOptions(BaseModel):
     nested           store w8a8 as a residual on w4a8
     group_size       128, or -1 for a scale per output channel (w4a8, w4a16)
     kv_bits          the KV cache that K and V are prepared for and the server is told of
+    k_mean           measure the mean of K, which is subtracted before K is quantized
     kv_hadamard      rotate K in the cache before it is quantized
     lm_head_bits     16 leaves the lm_head in the model's dtype
     samples, seqlen  pieces of the calibration text, and tokens in each
@@ -55,6 +56,7 @@ class QuantizeOptions(BaseModel):
     samples: PositiveInt = 128
     seqlen: Annotated[int, Field(ge=2)] = 1024
     rotate: bool = True
+    k_mean: bool = True
     smooth_attention: bool = True
     smooth_outputs: bool = True
     reorder: bool = True
@@ -109,6 +111,11 @@ class QuantizeOptions(BaseModel):
         except UserError as error:
             raise QuantizeError(f"--recipe {recipe}: {error}") from None
         return cls.parse({**values, **given}, f"--recipe {recipe}")
+
+    @property
+    def has_k_mean(self) -> bool:
+        """Whether the checkpoint has means of K; a 16-bit cache would not use them."""
+        return self.k_mean and self.kv_bits < 16
 
     @property
     def kinds(self) -> tuple[SetKind, ...]:
