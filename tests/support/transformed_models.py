@@ -93,6 +93,15 @@ class Model:
             hook.remove()
         return observer.seen()
 
+    def seen_keys(self, index):
+        """All keys of a block before RoPE, [tokens, kv_heads, head_dim]."""
+        block, found = blocks(self.model, self.names)[index], []
+        layer = block.get_submodule(self.names.k_norm or self.names.k)
+        hook = layer.register_forward_hook(lambda module, args, output: found.append(output))
+        self.logits()
+        hook.remove()
+        return found[0].reshape(-1, self.dimensions.kv_heads, self.dimensions.head_dim)
+
     def key_error(self, index):
         """What 4-bit keys cost the products with the queries."""
         seen = self.seen(index)
