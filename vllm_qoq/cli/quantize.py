@@ -45,9 +45,8 @@ def add_parser(commands: Commands[Parser]) -> None:
     )
     parser.add_argument(
         "--kv-hadamard",
-        action="store_true",
-        default=None,
-        help="rotate K in the KV cache: for a model whose K has channels of very different size",
+        action=argparse.BooleanOptionalAction,
+        help="rotate K in the KV cache (default: where heads have a power of two of channels)",
     )
     parser.add_argument(
         "--lm-head-bits", type=int, choices=(8, 16), help="8 for an int8 lm_head (default: 16)"

@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from vllm_qoq.models.config import CONFIG
 from vllm_qoq.models.table import LayerNames
 from vllm_qoq.numerics import MAX_CLIPPED
 from vllm_qoq.progress import Clock, Progress
-from vllm_qoq.quantizer import QuantizeError, head, keys, noise, rotate, workdir
+from vllm_qoq.quantizer import head, keys, noise, rotate, workdir
 from vllm_qoq.quantizer.assemble import SHARED, content
 from vllm_qoq.quantizer.check import PROMPT_TOKENS, SetCheck
 from vllm_qoq.quantizer.inputs import check_inputs, with_local_model
@@ -120,13 +120,8 @@ def prepare(job: Job, options: QuantizeOptions) -> CheckedJob:
     plan = check_job(job, options)
     if options.rotate:
         rotate.require_sizes(plan.dimensions)
-    size = plan.dimensions.head_dim
-    if options.kv_hadamard and size & (size - 1):
-        raise QuantizeError(
-            f"kv_hadamard: heads of {size} channels cannot be rotated, which needs a power of two; "
-            "leave it out"
-        )
-    workdir.check(job.work_dir, fingerprint(job, options, plan), job.resume)
+    plan = replace(plan, options=options.of_heads(plan.dimensions.head_dim))
+    workdir.check(job.work_dir, fingerprint(job, plan.options, plan), job.resume)
     return plan
 
 
@@ -137,7 +132,7 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
     """
     started = time.monotonic()
     plan = prepare(job, options)
-    names, dimensions = plan.names, plan.dimensions
+    names, dimensions, options = plan.names, plan.dimensions, plan.options
     check = _check(job, options, plan)
     if not (job.quiet or torch.cuda.is_available()):
         print("no GPU here: quantizing on the CPU", file=sys.stderr, flush=True)
@@ -203,7 +198,7 @@ def _check(job: Job, options: QuantizeOptions, plan: CheckedJob) -> SetCheck:
         windows=plan.windows,
         prompts=prompts,
         kv_bits=kv_bits,
-        kv_hadamard=options.kv_hadamard,
+        kv_hadamard=bool(options.kv_hadamard),
         has_int8_head=options.lm_head_bits == 8,
         quiet=job.quiet,
     )
@@ -260,7 +255,7 @@ def _smooth(
         reorder=options.reorder,
         kv_bits=options.kv_bits,
         weight_bits=min(int(kind.bits) for kind in options.kinds),
-        kv_hadamard=options.kv_hadamard,
+        kv_hadamard=bool(options.kv_hadamard),
     )
     if not (wanted.k_mean or wanted.attention or wanted.outputs or wanted.reorder):
         return None

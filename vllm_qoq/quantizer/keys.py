@@ -39,7 +39,7 @@ def large_biases(
             (x @ weight.t()).view(-1, dimensions.kv_heads, dimensions.head_dim),
             _left_of(bias, model, names) if options.k_mean else key_bias.turned(bias),
             bits=options.kv_bits,
-            use_hadamard=options.kv_hadamard,
+            use_hadamard=bool(options.kv_hadamard),
         ):
             found.append(f"{names.blocks}.{index}.{names.k}")
     return found
