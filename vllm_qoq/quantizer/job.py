@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,8 +120,7 @@ def prepare(job: Job, options: QuantizeOptions) -> CheckedJob:
     plan = check_job(job, options)
     if options.rotate:
         rotate.require_sizes(plan.dimensions)
-    plan = replace(plan, options=options.of_heads(plan.dimensions.head_dim))
-    workdir.check(job.work_dir, fingerprint(job, plan.options, plan), job.resume)
+    workdir.check(job.work_dir, fingerprint(job, plan), job.resume)
     return plan
 
 
@@ -137,7 +136,7 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
     if not (job.quiet or torch.cuda.is_available()):
         print("no GPU here: quantizing on the CPU", file=sys.stderr, flush=True)
 
-    with WorkDir.open(job.work_dir, fingerprint(job, options, plan), job.resume) as work:
+    with WorkDir.open(job.work_dir, fingerprint(job, plan), job.resume) as work:
         model = _load(job.model, names)
         before = check.measure(model, "the model")
         if options.rotate:
@@ -215,7 +214,7 @@ def _load(folder: Path, names: LayerNames) -> Module:
     return model
 
 
-def fingerprint(job: Job, options: QuantizeOptions, plan: CheckedJob) -> dict[str, Any]:
+def fingerprint(job: Job, plan: CheckedJob) -> dict[str, Any]:
     """Describe all that the pieces in a work folder depend on."""
     checkpoint = Checkpoint.open(job.model)
     weights = {}
@@ -233,7 +232,7 @@ def fingerprint(job: Job, options: QuantizeOptions, plan: CheckedJob) -> dict[st
         "the tokenizer": tokenizer,
         "the text": _sha256(job.text.read_bytes()),
         "the text's tokens": _sha256(json.dumps(plan.samples).encode()),
-        **options.model_dump(mode="json"),
+        **plan.options.model_dump(mode="json"),
         "the version of vllm-qoq": __version__,
         **{f"the version of {name}": version(name) for name in _LIBRARIES},
     }

@@ -195,7 +195,5 @@ def describe(kv_cache: KVCache | None, vllm_config: VllmConfig) -> str:
     in_force = kv_cache_in_force(kv_cache, Options.of(vllm_config))
     if in_force.bits == UNQUANTIZED:
         return str(vllm_config.cache_config.cache_dtype)
-    return (
-        f"{in_force.bits} bits{' of rotated K' if in_force.hadamard else ''}"
-        f"{' without its mean' if in_force.k_mean else ''}"
-    )
+    keys = f"{'rotated ' if in_force.hadamard else ''}K{' without its mean' * in_force.k_mean}"
+    return f"{in_force.bits} bits" + (f" of {keys}" if keys != "K" else "")
