@@ -177,7 +177,7 @@ def test_quantize_warns_where_mean_and_smooth_attention_are_left_out(models, tmp
 def with_means(models, tmp_path_factory):
     """The model with the large bias, in W4A8, whose keys nothing evens out but their means."""
     folder = tmp_path_factory.mktemp("with-means")
-    quantize(models["large"], folder, smooth_attention=False, rotate=False)
+    quantize(models["large"], folder, smooth_attention=False, kv_hadamard=False)
     return folder / "out"
 
 
