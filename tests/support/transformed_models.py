@@ -59,6 +59,19 @@ class Model:
         rotate.untie(self.model, self.names)
 
     @torch.no_grad()
+    def give_large_pair(self):
+        """Make a pair of K thirty times as large, and that of Q smaller: SmoothAttention's work."""
+        for block in blocks(self.model, self.names):
+            for name, factor in (
+                (self.names.k_norm or self.names.k, 30),
+                (self.names.q_norm or self.names.q, 1 / 30),
+            ):
+                layer = block.get_submodule(name)
+                for parameter in layer.parameters():
+                    for channel in (3, 3 + 16):  # of every head
+                        parameter[channel::32] *= factor
+
+    @torch.no_grad()
     def logits(self):
         tokens = torch.randint(64, (2, 40), generator=torch.Generator().manual_seed(1))
         return self.model(tokens).logits
