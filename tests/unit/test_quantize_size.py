@@ -181,8 +181,7 @@ def test_another_version_is_another_run(prepare, tiny_model, tmp_path, monkeypat
 def begin(prepare, model, folder):
     """A finished piece of the run that `prepare` checks."""
     plan = prepare(model=model)
-    options = QuantizeOptions(samples=2, seqlen=64)
     wanted = Job(model, folder / "out", DATA / "calibration.txt", folder / "work")
-    with job.WorkDir.open(folder / "work", job.fingerprint(wanted, options, plan), "auto") as work:
+    with job.WorkDir.open(folder / "work", job.fingerprint(wanted, plan), "auto") as work:
         work.save("shared", {"x": torch.zeros(1)}, [])
     prepare(model=model)  # the same goes on

@@ -45,9 +45,8 @@ def add_parser(commands: Commands[Parser]) -> None:
     )
     parser.add_argument(
         "--kv-hadamard",
-        action="store_true",
-        default=None,
-        help="rotate K in the KV cache: for a model whose K has channels of very different size",
+        action=argparse.BooleanOptionalAction,
+        help="rotate K in the KV cache (default: where heads have a power of two of channels)",
     )
     parser.add_argument(
         "--lm-head-bits", type=int, choices=(8, 16), help="8 for an int8 lm_head (default: 16)"
@@ -78,6 +77,7 @@ def add_parser(commands: Commands[Parser]) -> None:
 
 _STEPS = {
     "rotate": "Hadamard rotations of the residual stream and of V",
+    "k_mean": "the mean of K, which the KV cache leaves out",
     "smooth_attention": "scales that make K even",
     "smooth_outputs": "scales that make the inputs of o_proj and down_proj even",
     "reorder": "order of down_proj's inputs",

@@ -16,6 +16,7 @@ Transforming, which preserves the function of the float model:
     rotate     folds the norms, rotates the residual stream (R1), V and O (R2)
     observe    gathers samples and magnitudes of a block
     strength   finds the scales for which rounding costs least
+    k_mean     the mean of K after RoPE, which the cache leaves out
     smooth     SmoothAttention on K, scales and order of the inputs of o_proj and down_proj
     keys       finds biases of K that a quantized cache cannot hold
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,13 +15,13 @@ import torch
 
 from vllm_qoq.checkpoint import hub
 from vllm_qoq.checkpoint.folder import Checkpoint
-from vllm_qoq.checkpoint.format import STREAM
+from vllm_qoq.checkpoint.format import K_MEAN, STREAM
 from vllm_qoq.checkpoint.shards import MAX_SHARD_BYTES, write_checkpoint
 from vllm_qoq.models.config import CONFIG
 from vllm_qoq.models.table import LayerNames
 from vllm_qoq.numerics import MAX_CLIPPED
 from vllm_qoq.progress import Clock, Progress
-from vllm_qoq.quantizer import QuantizeError, head, keys, noise, rotate, workdir
+from vllm_qoq.quantizer import head, keys, noise, rotate, workdir
 from vllm_qoq.quantizer.assemble import SHARED, content
 from vllm_qoq.quantizer.check import PROMPT_TOKENS, SetCheck
 from vllm_qoq.quantizer.inputs import check_inputs, with_local_model
@@ -120,13 +120,7 @@ def prepare(job: Job, options: QuantizeOptions) -> CheckedJob:
     plan = check_job(job, options)
     if options.rotate:
         rotate.require_sizes(plan.dimensions)
-    size = plan.dimensions.head_dim
-    if options.kv_hadamard and size & (size - 1):
-        raise QuantizeError(
-            f"kv_hadamard: heads of {size} channels cannot be rotated, which needs a power of two; "
-            "leave it out"
-        )
-    workdir.check(job.work_dir, fingerprint(job, options, plan), job.resume)
+    workdir.check(job.work_dir, fingerprint(job, plan), job.resume)
     return plan
 
 
@@ -138,13 +132,13 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
     steps = Steps()
     plan = prepare(job, options)
     steps.done("checks")
-    names, dimensions = plan.names, plan.dimensions
+    names, dimensions, options = plan.names, plan.dimensions, plan.options
     check = _check(job, options, plan)
     if not (job.quiet or torch.cuda.is_available()):
         print("no GPU here: quantizing on the CPU", file=sys.stderr, flush=True)
 
     with (
-        WorkDir.open(job.work_dir, fingerprint(job, options, plan), job.resume) as work,
+        WorkDir.open(job.work_dir, fingerprint(job, plan), job.resume) as work,
         fast_products(),
     ):
         model = _load(job.model, names)
@@ -157,17 +151,15 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
             rotate.fold_norms(model, names)
             rotate.rotate_stream(model, names, dimensions)
         steps.done("rotating")
-        _smooth(model, plan, options, work, quiet=job.quiet)
+        k_means = _smooth(model, plan, options, work, quiet=job.quiet)
         steps.done("smoothing")
         if options.rotate:
             rotate.rotate_values(model, names, dimensions)  # after the channels have been smoothed
-        biased = keys.large_biases(
-            model, names, dimensions, bits=options.kv_bits, use_hadamard=options.kv_hadamard
-        )
+        biased = keys.large_biases(model, names, dimensions, options)
         if biased:
             print(f"warning: {keys.warning(biased, options)}", file=sys.stderr, flush=True)
         if not work.has(SHARED):
-            work.save(SHARED, _shared(model, names, options), {})
+            work.save(SHARED, _shared(model, names, options) | _named(k_means or (), names), {})
         if not all(work.has(piece(i)) for i in range(dimensions.layers)):
             _quantize(model, plan, options, work, quiet=job.quiet)
         steps.done("rounding")
@@ -179,7 +171,9 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
         if options.lm_head_bits == 8:
             head.round_weight(model, names)
         after = {
-            kind.name: check.measure_set(model, names, kind, _results(work, dimensions.layers))
+            kind.name: check.measure_set(
+                model, names, kind, _results(work, dimensions.layers), k_means
+            )
             for kind in options.kinds
         }
         steps.done("measuring the sets")
@@ -213,7 +207,7 @@ def _check(job: Job, options: QuantizeOptions, plan: CheckedJob) -> SetCheck:
         windows=plan.windows,
         prompts=prompts,
         kv_bits=kv_bits,
-        kv_hadamard=options.kv_hadamard,
+        kv_hadamard=bool(options.kv_hadamard),
         has_int8_head=options.lm_head_bits == 8,
         quiet=job.quiet,
     )
@@ -230,7 +224,7 @@ def _load(folder: Path, names: LayerNames) -> Module:
     return model
 
 
-def fingerprint(job: Job, options: QuantizeOptions, plan: CheckedJob) -> dict[str, Any]:
+def fingerprint(job: Job, plan: CheckedJob) -> dict[str, Any]:
     """Describe all that the pieces in a work folder depend on."""
     checkpoint = Checkpoint.open(job.model)
     weights = {}
@@ -248,7 +242,7 @@ def fingerprint(job: Job, options: QuantizeOptions, plan: CheckedJob) -> dict[st
         "the tokenizer": tokenizer,
         "the text": _sha256(job.text.read_bytes()),
         "the text's tokens": _sha256(json.dumps(plan.samples).encode()),
-        **options.model_dump(mode="json"),
+        **plan.options.model_dump(mode="json"),
         "the version of vllm-qoq": __version__,
         **{f"the version of {name}": version(name) for name in _LIBRARIES},
     }
@@ -260,21 +254,24 @@ def _sha256(content: bytes) -> str:
 
 def _smooth(
     model: Module, plan: CheckedJob, options: QuantizeOptions, work: WorkDir, quiet: bool
-) -> None:
+) -> list[torch.Tensor] | None:
+    """Smooth the model; returns the mean of K of each block, float32 [kv_heads, head_dim]."""
     wanted = SmoothOptions(
+        k_mean=options.has_k_mean,
         # A 16-bit cache rounds nothing that a scale could help.
         attention=options.smooth_attention and options.kv_bits < 16,
         outputs=options.smooth_outputs,
         reorder=options.reorder,
         kv_bits=options.kv_bits,
         weight_bits=min(int(kind.bits) for kind in options.kinds),
-        kv_hadamard=options.kv_hadamard,
+        kv_hadamard=bool(options.kv_hadamard),
     )
-    if not (wanted.attention or wanted.outputs or wanted.reorder):
-        return
+    if not (wanted.k_mean or wanted.attention or wanted.outputs or wanted.reorder):
+        return None
     if work.has(_SMOOTHING):
-        apply_saved(model, work.load(_SMOOTHING), plan.names, plan.dimensions)
-        return
+        found = work.load(_SMOOTHING)
+        apply_saved(model, found, plan.names, plan.dimensions)
+        return _k_means(found, plan, wanted)
     step = SmoothPass(
         names=plan.names,
         dimensions=plan.dimensions,
@@ -285,6 +282,23 @@ def _smooth(
     # Smoothing keeps the function of a block, so its outputs from before serve the next one.
     _pipeline(model, step, plan, propagate=False)
     work.save(_SMOOTHING, step.found, {})
+    return _k_means(step.found, plan, wanted)
+
+
+def _k_means(
+    found: Mapping[str, torch.Tensor], plan: CheckedJob, wanted: SmoothOptions
+) -> list[torch.Tensor] | None:
+    if not wanted.k_mean:
+        return None
+    return [found[f"{index}.{K_MEAN}"] for index in range(plan.dimensions.layers)]
+
+
+def _named(k_means: Iterable[torch.Tensor], names: LayerNames) -> dict[str, torch.Tensor]:
+    """Name the means of K of the blocks as the checkpoint does."""
+    return {
+        f"{names.blocks}.{index}.{names.attention}.{K_MEAN}": mean
+        for index, mean in enumerate(k_means)
+    }
 
 
 def _quantize(

@@ -82,7 +82,7 @@ class SmoothPass(_BlockPass):
 
     _observers: dict[int, Observer] = PrivateAttr(default_factory=dict)
     _found: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
-    _inv_freq: torch.Tensor = PrivateAttr()
+    _rope: smooth.Rope = PrivateAttr()
 
     @property
     def found(self) -> dict[str, torch.Tensor]:
@@ -91,7 +91,12 @@ class SmoothPass(_BlockPass):
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Watch the layers of every block."""
-        self._inv_freq = state.model.get_submodule(self.names.rotary).inv_freq.detach().float()
+        rotary = state.model.get_submodule(self.names.rotary)
+        self._rope = smooth.Rope(
+            rotary.inv_freq.detach().float(),
+            state.model.config.max_position_embeddings,
+            rotary.attention_scaling,
+        )
         for index, block in enumerate(self._blocks):
             observer = self._observers[index] = Observer(self.names, self.dimensions, self.samples)
             for name, see in observer.outputs.items():
@@ -108,7 +113,7 @@ class SmoothPass(_BlockPass):
             block,
             self.names,
             self.dimensions,
-            inv_freq=self._inv_freq,
+            rope=self._rope,
             options=self.options,
         )
         # A resumed run has them on the CPU, so this one takes them from there, too.

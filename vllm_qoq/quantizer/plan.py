@@ -51,6 +51,7 @@ class Job:
 class CheckedJob:
     """A job that can be done, with all that was found out for it.
 
+    options  with what depends on the model decided
     linears  (outputs, inputs) of every layer to quantize
     samples  token ids of the calibration text
     windows  token ids of the evaluation text, none without one
@@ -87,6 +88,7 @@ def check_job(job: Job, options: QuantizeOptions) -> CheckedJob:
     """
     inputs = check_inputs(job)
     _check_divisible(inputs)
+    options = options.of_heads(inputs.dimensions.head_dim)
 
     import torch
 

@@ -72,6 +72,8 @@ def sizes(
         shared += head  # the final norm is folded into a copy
     if options.rotate:
         shared += hidden * hidden + item * hidden  # the tensors that turn hidden states back
+    if options.has_k_mean:
+        shared += _FLOAT32 * dimensions.layers * dimensions.kv_heads * dimensions.head_dim
     sets = sum(
         layer_bytes(kind, n, k, item) + item * n * has_bias
         for kind in options.kinds
