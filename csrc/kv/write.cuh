@@ -11,8 +11,8 @@ namespace qoq::kv {
 
 constexpr int kWriteThreads = 256;
 constexpr int kWriteChannels = 4;  // of a thread
-// vllm_qoq/numerics/kv_layout.py has the same numbers. A smaller scale would not be a normal fp16. A
-// smaller range, relative to the largest magnitude, would make the zero larger than 2^15.
+// vllm_qoq/numerics/kv_layout.py has the same numbers. A smaller scale would not be a normal fp16.
+// A smaller range, relative to the largest magnitude, would make the zero larger than 2^15.
 constexpr float kLargest = 65504;  // of fp16
 constexpr double kSmallestScale = 6.2e-5;
 template <class P>
