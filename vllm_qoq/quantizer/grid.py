@@ -13,8 +13,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
+from torch.nn.functional import pad
 
-from vllm_qoq.numerics import GROUP_SIZE
+from vllm_qoq.numerics import GROUP_SIZE, group_count
 from vllm_qoq.numerics.packing import pack_nibbles
 
 # Level 1 of QoQ. With codes 0..15 and scales up to 16, a group whose weights lie within
@@ -72,15 +73,17 @@ class TwoLevel(Grid):
         largest = (weight.abs().amax(dim=1) / PROTECTED).clamp_min(_MIN_SCALE)
         self.channel_scale = largest.clone()
         if self.clip:
-            groups = weight.view(n, -1, GROUP_SIZE)
-            cost = importance.view(1, -1, GROUP_SIZE)
+            # What fills up the last group widens no range and costs nothing.
+            missing = (0, -k % GROUP_SIZE)
+            groups = pad(weight, missing, mode="replicate").view(n, -1, GROUP_SIZE)
+            cost = pad(importance, missing).view(1, -1, GROUP_SIZE)
             best = torch.full_like(largest, torch.inf)
             for share in _ROW_SHARES:
                 scale = largest * share
                 level1 = groups / scale[:, None, None]
                 _, _, error = _search(level1, cost, scales_below=2, shifts=False)
                 _keep_better(best, error.sum(dim=1) * scale.square(), self.channel_scale, scale)
-        shape = (n, k // GROUP_SIZE)
+        shape = (n, group_count(k))
         self.group_scale = torch.empty(shape, device=weight.device)
         self.group_offset = torch.empty(shape, device=weight.device)
 
@@ -120,8 +123,9 @@ class TwoLevel(Grid):
 
     def level1(self) -> torch.Tensor:
         """Compute W8, the integers of the first level, in float32 [N, K]."""
-        scale = self.group_scale.repeat_interleave(GROUP_SIZE, dim=1)
-        offset = self.group_offset.repeat_interleave(GROUP_SIZE, dim=1)
+        k = self.codes.shape[1]
+        scale = self.group_scale.repeat_interleave(GROUP_SIZE, dim=1)[:, :k]
+        offset = self.group_offset.repeat_interleave(GROUP_SIZE, dim=1)[:, :k]
         return self.codes * scale + offset
 
 

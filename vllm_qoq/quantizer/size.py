@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from vllm_qoq.checkpoint.folder import ITEM_BYTES, Checkpoint
 from vllm_qoq.models.linears import CONSTANT
 from vllm_qoq.models.table import LayerNames
-from vllm_qoq.numerics import GROUP_SIZE
+from vllm_qoq.numerics import group_count
 from vllm_qoq.progress import human_bytes
 from vllm_qoq.quantizer import QuantizeError
 from vllm_qoq.quantizer.inputs import DTYPES, dtype_name
@@ -103,7 +103,7 @@ def layer_bytes(kind: SetKind, n: int, k: int, item: int) -> int:
         return n * k // 2
     if kind.name == "w8a8":
         return n * k + item * n
-    groups = 1 if kind.group_size == -1 else k // GROUP_SIZE
+    groups = 1 if kind.group_size == -1 else group_count(k)
     if kind.name == "w4a16":
         return n * k // 2 + item * n * groups + 2 * _INT64
     scales = 2 * _FLOAT32 * n if kind.group_size == -1 else (_FLOAT32 + 2 * groups) * n
