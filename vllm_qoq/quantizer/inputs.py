@@ -21,6 +21,7 @@ from vllm_qoq.models.names import split_decoder
 from vllm_qoq.models.table import LayerNames
 from vllm_qoq.models.tensors import HEAD
 from vllm_qoq.quantizer import QuantizeError
+from vllm_qoq.quantizer.gguf_source import convert
 from vllm_qoq.quantizer.model import Dimensions, layer_names
 from vllm_qoq.text_file import check_text
 
@@ -52,14 +53,23 @@ class Inputs:
 
 
 def with_local_model(job: Job, model: str | Path) -> Job:
-    """Give a job the folder of `model`, which may be an id of the Hugging Face Hub.
+    """Give a job the folder of `model`, which may be an id of the Hugging Face Hub, or GGUF.
 
-    The rest of the job is checked before a download: it takes minutes, and a mistyped name of a
-    text should not.
+    A model in GGUF is converted beside the output, into OUT with .float behind. The rest of the job
+    is checked before a download or a conversion: it takes minutes, and a mistyped name of a text
+    should not.
     """
     if hub.is_to_download(model):
         _check_others(job, [])
-    return replace(job, model=hub.local_folder(model, quiet=job.quiet))
+    folder = hub.local_folder(model, quiet=job.quiet)
+    file = convert.gguf_file(folder)
+    if file is None:
+        return replace(job, model=folder)
+    _check_others(job, [file.parent])
+    resolved = job.out.resolve()
+    converted = resolved.parent / f"{resolved.name}.float"
+    convert.convert(file, converted, quiet=job.quiet)
+    return replace(job, model=converted)
 
 
 def check_inputs(job: Job) -> Inputs:

@@ -25,6 +25,7 @@ from vllm_qoq.progress import Clock, Progress
 from vllm_qoq.quantizer import QuantizeError, head, keys, noise, rotate, workdir
 from vllm_qoq.quantizer.assemble import SHARED, content
 from vllm_qoq.quantizer.check import PROMPT_TOKENS, SetCheck
+from vllm_qoq.quantizer.gguf_source.convert import source_of
 from vllm_qoq.quantizer.inputs import check_inputs, with_local_model
 from vllm_qoq.quantizer.load import load_model
 from vllm_qoq.quantizer.model import Module, blocks
@@ -175,6 +176,7 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
         }
         report = {
             "model": hub.name_of(job.model),
+            **({"source": source} if (source := source_of(job.model)) is not None else {}),
             "options": options.model_dump(mode="json"),
             **summary(errors, time.monotonic() - started),
             **({"large_key_biases": biased} if biased else {}),

@@ -10,6 +10,7 @@ from typing_extensions import NotRequired
 
 from vllm_qoq.progress import duration, human_bytes
 from vllm_qoq.quantizer import QuantizeError
+from vllm_qoq.quantizer.gguf_source.convert import note
 
 
 class LayerError(TypedDict):
@@ -69,6 +70,8 @@ def table(report: dict[str, Any]) -> str:
         lines.append(_row(f"  {kind}", cells))
     lines += _clipped(errors, sets)
     lines += _perplexities(report, sets) + _texts(report)
+    if "source" in report:
+        lines.append(note(report["source"]))
     gpu = report["peak_gpu_memory_bytes"]
     lines.append(
         f"{duration(report['seconds'])}, peak memory {human_bytes(report['peak_memory_bytes'])}"
