@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_qoq.checkpoint import hub
-from vllm_qoq.checkpoint.folder import Checkpoint
+from vllm_qoq.checkpoint.folder import Checkpoint, read_config
 from vllm_qoq.checkpoint.format import STREAM
 from vllm_qoq.checkpoint.shards import MAX_SHARD_BYTES, write_checkpoint
 from vllm_qoq.models.config import CONFIG
@@ -26,7 +26,7 @@ from vllm_qoq.quantizer import QuantizeError, head, keys, noise, rotate, workdir
 from vllm_qoq.quantizer.assemble import SHARED, content
 from vllm_qoq.quantizer.check import PROMPT_TOKENS, SetCheck
 from vllm_qoq.quantizer.gguf_source.convert import source_of
-from vllm_qoq.quantizer.inputs import check_inputs, with_local_model
+from vllm_qoq.quantizer.inputs import check_inputs, is_tied, stays_tied, with_local_model
 from vllm_qoq.quantizer.load import load_model
 from vllm_qoq.quantizer.model import Module, blocks
 from vllm_qoq.quantizer.modifiers import QuantizePass, SmoothPass, apply_saved, piece
@@ -160,7 +160,8 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
         if biased:
             print(f"warning: {keys.warning(biased, options)}", file=sys.stderr, flush=True)
         if not work.has(SHARED):
-            work.save(SHARED, _shared(model, names, options), {})
+            is_one = stays_tied(is_tied(read_config(job.model)), options)
+            work.save(SHARED, _shared(model, names, options, is_one), {})
         if not all(work.has(piece(i)) for i in range(dimensions.layers)):
             _quantize(model, plan, options, work, quiet=job.quiet)
 
@@ -309,8 +310,10 @@ def _pipeline(model: Module, step: Modifier, plan: CheckedJob) -> None:
     )
 
 
-def _shared(model: Module, names: LayerNames, options: QuantizeOptions) -> dict[str, torch.Tensor]:
-    """The tensors that all sets share, by name."""
+def _shared(
+    model: Module, names: LayerNames, options: QuantizeOptions, is_tied: bool
+) -> dict[str, torch.Tensor]:
+    """The tensors that all sets share, by name; without lm_head where the embedding `is_tied`."""
     mine = {
         f"{names.blocks}.{i}.{name}."
         for i in range(len(blocks(model, names)))
@@ -318,4 +321,6 @@ def _shared(model: Module, names: LayerNames, options: QuantizeOptions) -> dict[
     }
     state = model.state_dict()
     shared = {k: v for k, v in state.items() if k.rpartition(".")[0] + "." not in mine}
+    if is_tied:
+        del shared[f"{names.head}.weight"]
     return shared | (head.int8_tensors(model, names) if options.lm_head_bits == 8 else {})

@@ -1,7 +1,7 @@
 """A folder of Hugging Face in bf16 made of a GGUF file, once: what `quantize` reads then.
 
-transformers reads the tensors. What it would lose is looked for: RoPE scaling (`rope`), tensors that
-its model does not have, and the tokenizer (`tokenizer`).
+transformers reads the tensors. What it would lose is looked for: RoPE scaling (`rope`), tensors
+that its model does not have, and the tokenizer (`tokenizer`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vllm_qoq.quantizer.gguf_source.header import Header
 
 SOURCE = ".gguf_source.json"
-"""The file of a converted folder that says what it was made of; it is hidden, so it is not copied."""
+"""The file of a converted folder that says what it was made of; hidden ones are not copied."""
 
 _SUFFIX = ".gguf"
 _UNUSED_KEYS = (SECTION, "_name_or_path", "_model_name_or_path")
@@ -77,8 +77,7 @@ def convert(file: Path, folder: Path, quiet: bool) -> None:
     """
     if find_spec("gguf") is None:
         raise QuantizeError(
-            f"{file}: reading GGUF needs the package gguf; install it: pip install "
-            "'vllm-qoq[gguf]'"
+            f"{file}: reading GGUF needs the package gguf; install it: pip install 'vllm-qoq[gguf]'"
         )
     from vllm_qoq.quantizer.gguf_source.header import read_header
     from vllm_qoq.quantizer.gguf_source.tokenizer import check_tokenizer
@@ -182,7 +181,7 @@ def _load(header: Header) -> Any:
     from vllm_qoq.quantizer.gguf_source.rope import FREQUENCIES
 
     file = header.path
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         file.parent,
         gguf_file=file.name,
         dtype=torch.bfloat16,
@@ -190,6 +189,7 @@ def _load(header: Header) -> Any:
         local_files_only=True,
         output_loading_info=True,
     )
+    model, info = loaded
     for what, names in info.items():
         if names:
             raise QuantizeError(

@@ -1,7 +1,7 @@
 """The inputs of a layer that one rank has, which may begin and end within a group.
 
-A group of 128 inputs shares a scale. Where the inputs of a layer, or of a rank's slice of it, are no
-multiple of 128, the rank loads every group that it has inputs of. The GEMM on CUDA reads whole
+A group of 128 inputs shares a scale. Where the inputs of a layer, or of a rank's slice of it, are
+no multiple of 128, the rank loads every group that it has inputs of. The GEMM on CUDA reads whole
 groups, so codes are padded to them with zeros, of weights once and of activations in every call.
 """
 
