@@ -84,7 +84,7 @@ def test_the_loss_in_vllm_is_ordered_as_the_bits_are(quantized, model, text):
     assert found.scored_tokens == 6 * 31
     loss = {name: row.score.divergence.value for name, row in rows.items()}
     assert loss[FLOAT] < loss["w8a8"] < loss["w4a8"]
-    assert loss["w8a8"] < 0.2 * loss["w4a8"]
+    assert loss["w8a8"] < 0.5 * loss["w4a8"]
     assert rows["w8a8"].weight_bytes > rows["w4a8"].weight_bytes
     scores = [row.score for row in found.rows]
     assert len({score.float_perplexity for score in scores}) == 1, "one float model for all"
