@@ -101,7 +101,8 @@ def build_for(asked: str, is_portable: bool = False) -> Build:
         one = found and family((int(found[1]), int(found[2])))
         if not found or not one:
             raise ValueError(
-                f"{wanted!r} is no compute capability that the kernels are for: {needed()}"
+                f"{wanted!r} is no compute capability that the kernels are for: {needed()}; "
+                "correct VLLM_QOQ_CUDA_ARCHS or, where that is not set, TORCH_CUDA_ARCH_LIST"
             )
         with_ptx[one.code] = with_ptx.get(one.code, False) or bool(found[3])
     if not with_ptx:
@@ -122,13 +123,26 @@ def build_for(asked: str, is_portable: bool = False) -> Build:
     )
 
 
+TORCH_NAMES = {
+    **dict.fromkeys(("Kepler", "Maxwell", "Pascal", "Volta", "Turing"), ""),
+    **dict.fromkeys(("Kepler+Tesla", "Maxwell+Tegra", "Volta+Tegra"), ""),
+    "Ampere": "8.0;8.6+PTX",
+    "Ampere+Tegra": "8.7",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+}
+"""Generation, as TORCH_CUDA_ARCH_LIST may name it -> its capabilities that we build for."""
+
+
 def asked_for(
     environment: Mapping[str, str], present: Iterable[Capability], known_to_nvcc: str
 ) -> str:
     """Say what a build is for: what is asked for, or else the GPUs that are present, or else all.
 
     VLLM_QOQ_CUDA_ARCHS asks, where "all" is a name, too, or TORCH_CUDA_ARCH_LIST for everything
-    that is built with torch; of the latter, what is older than our kernels is left out.
+    that is built with torch, with torch's names of generations; of the latter, what is older than
+    our kernels is left out.
     `known_to_nvcc` is what `nvcc --list-gpu-arch` prints: an older nvcc does not know the latest
     GPUs. A build for all has PTX of the oldest code, for GPUs between the families, as of compute
     capability 11.0, and of the newest, for GPUs after them.
@@ -137,9 +151,9 @@ def asked_for(
     if ours and ours != "all":
         return ours
     everyones = environment.get("TORCH_CUDA_ARCH_LIST")
-    if everyones and not ours:
-        names = filter(None, re.split(r"[;, ]+", everyones))
-        return ";".join(n for n in names if not re.match(r"[1-7]\.", n))
+    if everyones and everyones != "native" and not ours:
+        names = [TORCH_NAMES.get(n, n) for n in re.split(r"[;, ]+", everyones)]
+        return ";".join(n for n in names if n and not re.match(r"[1-7]\.", n))
     usable = sorted({capability for capability in present if family(capability)})
     if usable and not ours:
         return ";".join(map(name, usable))

@@ -27,7 +27,9 @@ void launch_decode(Params& p, const Tensor& workspace, int device, cudaStream_t 
   STD_TORCH_CHECK(shared_bytes <= card.shared_bytes, kOp, ": these heads need ", shared_bytes,
                   " bytes of shared memory, and a block on this GPU has at most ",
                   card.shared_bytes);
-  const int resident = blocks_of_processor<A>(p, processors);
+  constexpr int kReserved = 1024;  // bytes of each block
+  const int room = card.multiprocessor_shared_bytes / (shared_bytes + kReserved);
+  const int resident = std::clamp(room, 1, blocks_of_processor<A>(p, processors));
   const int blocks = std::min(kMaxBlocks, processors * resident);
   const int64_t ints = kMaxBlocks + int64_t{blocks} * 2 * p.group * A::kPartial;
   STD_TORCH_CHECK(workspace.numel() >= ints, kOp, ": the workspace has ", workspace.numel(),
@@ -39,15 +41,25 @@ void launch_decode(Params& p, const Tensor& workspace, int device, cudaStream_t 
                                     std::min(A::shared_bytes(kMaxGroup), card.shared_bytes)));
   });
   lay_out<A>(p, blocks, resident);
-  launch_early<kv_decode_kernel<A>>(blocks, kThreads, shared_bytes, stream, p);
+  launch_early<kv_decode_kernel<A>>(blocks, A::kThreads, shared_bytes, stream, p);
+}
+
+template <int kHeadSize, int kBits, int kHeadTiles>
+void dispatch_warps(Params& p, const Tensor& workspace, int device, cudaStream_t stream) {
+  using Most = Attention<kHeadSize, kBits, kHeadTiles, kMostWarps>;
+  using Fewest = Attention<kHeadSize, kBits, kHeadTiles, kFewestWarps>;
+  if (Most::shared_bytes(p.group) <= card_of(device).shared_bytes)
+    launch_decode<Most>(p, workspace, device, stream);
+  else
+    launch_decode<Fewest>(p, workspace, device, stream);
 }
 
 template <int kHeadSize, int kBits>
 void dispatch_group(Params& p, const Tensor& workspace, int device, cudaStream_t stream) {
   if (p.group <= kHeadsOfTile)
-    launch_decode<Attention<kHeadSize, kBits, 1>>(p, workspace, device, stream);
+    dispatch_warps<kHeadSize, kBits, 1>(p, workspace, device, stream);
   else
-    launch_decode<Attention<kHeadSize, kBits, 2>>(p, workspace, device, stream);
+    dispatch_warps<kHeadSize, kBits, 2>(p, workspace, device, stream);
 }
 
 }  // namespace

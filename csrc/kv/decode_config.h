@@ -13,8 +13,9 @@ constexpr int kTileTokens = 32;  // a warp's step: two m16 tiles of K
 constexpr int kTileSteps = kTileTokens / 16;
 constexpr int kMostCopies = 8;   // copies that bring a tile: four parts of two pages
 constexpr int kHeadsOfTile = 8;  // query heads: the n of the mma
-constexpr int kWarps = 8;
-constexpr int kThreads = kWarps * 32;
+// Warps of a block: as many as its shared memory has room for.
+constexpr int kMostWarps = 8;
+constexpr int kFewestWarps = 4;
 // A small block table is fetched into the L2 beforehand; rows of a large one are mostly unused.
 constexpr int kLineInts = 32;
 constexpr int kMostLines = 1024;
@@ -25,15 +26,19 @@ constexpr int kMaxBlocks = 1024;  // and as many counters at the beginning of th
 // Partial sums carry their two numbers, the maximum and the sum of weights, behind the channels.
 constexpr int kPartialPadding = 4;
 
-// The numbers that follow from a head size, bits and how many query heads share a KV head.
-template <int kHeadSizeValue, int kBitsValue, int kHeadTilesValue>
+// The numbers that follow from a head size, bits, how many query heads share a KV head, and the
+// warps of a block.
+template <int kHeadSizeValue, int kBitsValue, int kHeadTilesValue, int kWarpsValue = kMostWarps>
 struct Attention : Page<kHeadSizeValue, kBitsValue> {
   using Base = Page<kHeadSizeValue, kBitsValue>;
   static constexpr int kHeadTiles = kHeadTilesValue;  // of kHeadsOfTile query heads each
+  static constexpr int kWarps = kWarpsValue;
+  static constexpr int kThreads = kWarps * 32;
   static constexpr int kResident = Base::kBits == 4 && kHeadTiles == 1 ? 2 : 1;
   static constexpr int kStages = Base::kHeadSize == 64 ? 4 : 2;  // of a warp's ring
   static constexpr int kStageBytes = kTileTokens * Base::kTokenBytes;
-  static constexpr int kRingBytes = kWarps * kStages * kStageBytes;
+  static constexpr int kWarpRingBytes = kStages * kStageBytes;
+  static constexpr int kRingBytes = kWarps * kWarpRingBytes;
   static constexpr int kBarrierBytes = kWarps * kStages * 8;
 
   // A thread's share of a row of K, and of a pair's row of V, in 32-bit words.
@@ -56,11 +61,12 @@ struct Attention : Page<kHeadSizeValue, kBitsValue> {
   // levels, it stays below 65504, and small weights keep more bits.
   static constexpr int kWeightExponent = Base::kBits == 4 ? 2 : 6;
 
-  static constexpr int kEndsBytes = 64;
+  // Once it is done, a warp's ring holds what it has of its last segment.
+  static_assert(kWarpRingBytes >= kMaxGroup * kPartial * 4);
+  static constexpr int kSharesBytes = kWarps * 44 + 64;
 
   static constexpr int shared_bytes(int group) {
-    const int heads = group < kHeadsOfTile ? group : kHeadsOfTile;
-    return 128 + kRingBytes + kBarrierBytes + kEndsBytes + kWarps * heads * kPartial * 4;
+    return 128 + kRingBytes + kBarrierBytes + kSharesBytes + kWarps * group * kPartial * 4;
   }
 };
 
@@ -107,7 +113,7 @@ template <class A>
 int blocks_of_processor(const Params& p, int processors) {
   constexpr int kFewTiles = 4;
   const int64_t tiles = int64_t{p.sequences} * p.kv_heads * divide_up(p.max_tokens, kTileTokens);
-  return tiles <= kFewTiles * kWarps * processors ? 1 : A::kResident;
+  return tiles <= kFewTiles * A::kWarps * processors ? 1 : A::kResident;
 }
 
 // Fills in what follows from `page_tokens`, `max_tokens` and the blocks of the launch.

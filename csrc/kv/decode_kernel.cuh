@@ -1,8 +1,9 @@
 // Attention of one query token of each sequence over the sequence's quantized pages.
 //
-// The tiles of all sequences and KV heads are cut into as many equal ranges as there are blocks,
-// from the lengths on the device, so a graph stays right when they change. Of a block's range, warp
-// w computes every kWarps-th tile from the w-th on, and loads these tiles for itself.
+// The tiles of all sequences and KV heads are cut into as many equal ranges as there are warps,
+// from the lengths on the device, so a graph stays right when they change. A warp loads its tiles
+// for itself, and no warp waits for another before the end, when what several have of one KV head
+// of a sequence is added up.
 #pragma once
 
 #include "kv/decode_load.cuh"
@@ -17,7 +18,7 @@ __device__ inline void write_zeros(const Params& p) {
   for (int i = blockIdx.x; i < p.sequences; i += gridDim.x) {
     if (p.seq_lens[i] > 0) continue;
     auto* out = static_cast<uint16_t*>(p.out) + i * p.out_stride;
-    for (int j = threadIdx.x; j < elements; j += kThreads)
+    for (int j = threadIdx.x; j < elements; j += A::kThreads)
       out[j / A::kHeadSize * p.out_head_stride + j % A::kHeadSize] = 0;
   }
 }
@@ -25,8 +26,9 @@ __device__ inline void write_zeros(const Params& p) {
 // Fetches the tables of a step into the L2. The first layer reads them first, and the weights of
 // any layer may drive them out. This happens while the kernel before still runs; if that one writes
 // them, the L2 has what it wrote.
+template <class A>
 __device__ inline void prefetch(const Params& p) {
-  const int thread = blockIdx.x * kThreads + threadIdx.x;
+  const int thread = blockIdx.x * A::kThreads + threadIdx.x;
   if (thread < p.sequences * p.row_lines)
     ptx::prefetch_l2(p.block_table + thread / p.row_lines * p.table_stride +
                      thread % p.row_lines * kLineInts);
@@ -34,59 +36,55 @@ __device__ inline void prefetch(const Params& p) {
 }
 
 template <class A>
-__global__ void __launch_bounds__(kThreads, A::kResident)
+__global__ void __launch_bounds__(A::kThreads, A::kResident)
     kv_decode_kernel(const __grid_constant__ Params p) {
   extern __shared__ char unaligned[];
   const int warp = threadIdx.x / 32;
   const uint32_t start = ptx::shared_address(unaligned), ring_of_block = (start + 127) / 128 * 128;
   char* shared = unaligned + (ring_of_block - start);
-  const uint32_t ring = ring_of_block + warp * (A::kStages * A::kStageBytes);
+  const uint32_t ring = ring_of_block + warp * A::kWarpRingBytes;
   const uint32_t barriers = ring_of_block + A::kRingBytes + warp * (A::kStages * 8);
-  Ends* ends = reinterpret_cast<Ends*>(shared + A::kRingBytes + A::kBarrierBytes);
-  float* sums_of_block =
-      reinterpret_cast<float*>(shared + A::kRingBytes + A::kBarrierBytes + A::kEndsBytes);
   Copies<A>::prepare(barriers);
   const int lane = threadIdx.x % 32;
   const Copy copy = lane < p.copy_count ? p.copies[lane] : Copy{};
-  prefetch(p);
+  prefetch<A>(p);
   ptx::griddepcontrol_launch_dependents();
   ptx::griddepcontrol_wait();
 
-  const Range range = range_of_block(p);
-  if (range.begin == range.end) return write_zeros<A>(p);
+  const Range range = range_of_warp<A>(p);
+  if (range.block.begin == range.block.end) return write_zeros<A>(p);
+  const bool has_tiles = range.begin < range.end;
   uint2 raw_query[A::kHeadTiles][Query<A>::kRaw];
-  Query<A>::fetch(p, range.first, raw_query);
+  if (has_tiles) Query<A>::fetch(p, range.first, raw_query);
   Loader<A> loader(p, copy, range, ring, barriers);
   write_zeros<A>(p);
 
-  Merger<A> merger(p, sums_of_block, ends, range.first);
+  Merger<A> merger(p, range, shared);
   Segment segment = range.first;
-  int tile = range.begin + warp, stage = 0;
-  uint32_t parity = 0;
-  while (true) {
+  int tile = range.begin;
+  while (has_tiles) {
     const int end = min(segment.end(), range.end);
     Query<A> query;
     query.set(p, raw_query);
     Sums<A> sums;
     sums.clear();
-    for (; tile < end; tile += kWarps) {
-      Copies<A>::wait(barriers + stage * 8, parity);
-      const int token = (segment.first_tile + tile - segment.begin) * kTileTokens;
-      Tile<A>(p, ring + stage * A::kStageBytes, segment.first_token - token, segment.length - token)
+    for (; tile < end; ++tile) {
+      const int done = tile - range.begin, stage = done % A::kStages;
+      Copies<A>::wait(barriers + stage * 8, done / A::kStages % 2);
+      const int token = segment.token_of(p, tile);
+      Tile<A>(p, ring + stage * A::kStageBytes, segment.first_token(p) - token,
+              segment.length - token)
           .attend(query, sums);
       __syncwarp();
       loader.load_next();
-      if (++stage == A::kStages) {
-        stage = 0;
-        parity ^= 1;
-      }
     }
-    merger.finish(range, segment, query, sums);
+    merger.finish(segment, query, sums);
     if (end == range.end) break;
     segment.next(p);
     Query<A>::fetch(p, segment, raw_query);
   }
-  merger.add_blocks(range, segment);
+  merger.add_warps(segment);
+  merger.add_blocks();
 }
 
 }  // namespace qoq::kv

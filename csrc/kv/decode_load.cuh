@@ -42,7 +42,7 @@ struct EngineCopies {
   }
 };
 
-// Copies by all lanes together, one part after the other. Each tile is a group of copies, and so is
+// Copies by all lanes together, 16 bytes each. Each tile is a group of copies, and so is
 // the nothing behind the last one, so that the oldest of as many groups as stages is the next tile.
 template <class A>
 struct LaneCopies {
@@ -50,14 +50,12 @@ struct LaneCopies {
 
   __device__ static void start(const Params& p, const Copy&, const Place& place, uint32_t stage,
                                uint32_t) {
-    const int lane = threadIdx.x % 32;
-    for (int i = 0; place.units > 0 && i < p.copy_count; ++i) {
-      const int offset = __shfl_sync(0xFFFFFFFF, place.offset, i);
-      const int page = __shfl_sync(0xFFFFFFFF, place.page, i);
-      if (offset < 0) continue;
-      const uint8_t* source = p.cache + int64_t{page} * p.block_stride + offset;
-      for (int at = 16 * lane; at < p.copies[i].bytes; at += 16 * 32)
-        ptx::cp_async_16(stage + p.copies[i].destination + at, source + at);
+    if (place.units > 0) {
+      if (p.copy_count == kParts) {
+        copy_parts(p, place, stage);
+      } else {
+        copy_any(p, place, stage);
+      }
     }
     ptx::cp_async_commit_group();
   }
@@ -66,12 +64,46 @@ struct LaneCopies {
     ptx::cp_async_wait_group<A::kStages - 1>();
     __syncwarp();
   }
+
+ private:
+  // A tile that is a part of one page: K codes, V codes, K scales and V scales (`lay_out`).
+  static constexpr int kParts = 4, kLaneBytes = 16, kWarpBytes = 32 * kLaneBytes;
+
+  __device__ static void copy_parts(const Params& p, const Place& place, uint32_t stage) {
+    constexpr int kCodes = kTileTokens * A::kRow, kScaleLanes = kTileTokens * kScaleBytes / 16;
+    static_assert(kCodes % kWarpBytes == 0);
+    const int lane = threadIdx.x % 32;
+    const uint8_t* page = p.cache + int64_t{__shfl_sync(kAllLanes, place.page, 0)} * p.block_stride;
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      const int from = __shfl_sync(kAllLanes, place.offset, part) + lane * kLaneBytes;
+      const uint32_t to = stage + part * kCodes + lane * kLaneBytes;
+#pragma unroll
+      for (int at = 0; at < kCodes; at += kWarpBytes) ptx::cp_async_16(to + at, page + from + at);
+    }
+    const int part = lane / kScaleLanes % 2, at = lane % kScaleLanes * kLaneBytes;
+    const int from = __shfl_sync(kAllLanes, place.offset, 2 + part) + at;
+    if (lane < 2 * kScaleLanes)
+      ptx::cp_async_16(stage + 2 * kCodes + lane * kLaneBytes, page + from);
+  }
+
+  // One copy after the other.
+  __device__ static void copy_any(const Params& p, const Place& place, uint32_t stage) {
+    for (int i = 0; i < p.copy_count; ++i) {
+      const int offset = __shfl_sync(kAllLanes, place.offset, i);
+      const int page = __shfl_sync(kAllLanes, place.page, i);
+      if (offset < 0) continue;
+      const uint8_t* source = p.cache + int64_t{page} * p.block_stride + offset;
+      for (int at = kLaneBytes * (threadIdx.x % 32); at < p.copies[i].bytes; at += kWarpBytes)
+        ptx::cp_async_16(stage + p.copies[i].destination + at, source + at);
+    }
+  }
 };
 
 template <class A>
 using Copies = std::conditional_t<ptx::kHasCopyEngine, EngineCopies<A>, LaneCopies<A>>;
 
-// Loads every kWarps-th tile of a range. The block table is read one tile ahead, since the copy
+// Loads the tiles of a range. The block table is read one tile ahead, since the copy
 // waits for it; at the beginning it is read for all stages at once.
 template <class A>
 class Loader {
@@ -82,7 +114,7 @@ class Loader {
       : p_(p),
         copy_(copy),
         segment_(range.first),
-        tile_(range.begin + threadIdx.x / 32),
+        tile_(range.begin),
         end_(range.end),
         ring_(ring),
         barriers_(barriers) {
@@ -110,8 +142,8 @@ class Loader {
     Place place{0, 0, -1};
     if (tile_ >= end_) return place;
     while (tile_ >= segment_.end()) segment_.next(p_);
-    const int first = (segment_.first_tile + tile_ - segment_.begin) * kTileTokens;
-    tile_ += kWarps;
+    const int first = segment_.token_of(p_, tile_);
+    ++tile_;
     const bool has_second =
         p_.unit_tokens < kTileTokens && segment_.length - first > kTileTokens / 2;
     place.units = has_second ? 2 : 1;

@@ -1,4 +1,5 @@
-// From the sums of warps to the output: over a block, and over the blocks that share a segment.
+// From the sums of warps to the output: of a warp that has a whole segment, over the warps of a
+// block that share one, and over the blocks.
 #pragma once
 
 #include <type_traits>
@@ -106,140 +107,202 @@ __device__ inline Vector<A> add_parts(const float* parts, int count, int slot) {
   return sum;
 }
 
-// The first and the last segment of a range, in shared memory. Other blocks may have parts of them.
-struct Ends {
-  Segment segments[2];
-  int is_last[2];  // whether this block is the last to come
+// What the warps of a block tell each other, in shared memory.
+template <class A>
+struct Shares {
+  // A segment of which several warps, or other blocks, may have parts too.
+  struct alignas(16) Share {
+    Segment segment;
+    int first_warp, last_warp;  // of this block; none where first_warp > last_warp
+    int first_part;             // where the first warp's part is, in bytes of the shared memory
+  };
+  // Of the first segment of every warp, and of the block's last segment. A segment is here once.
+  Share shares[A::kWarps + 1];
+  Segment last;
+  BlockRange blocks[A::kWarps];  // the same for all, each its own until they have met
+  int is_last[2];  // whether this block is the last to come, at its first and last segment
 };
 
 template <class A>
 class Merger {
  public:
   static_assert(A::kVector * sizeof(float) == sizeof(Channels<A>));
-  static_assert(sizeof(Ends) == A::kEndsBytes);
+  static_assert(sizeof(Shares<A>) <= A::kSharesBytes && A::kSharesBytes % 16 == 0);
 
-  // `shared` holds kWarps * min(group, kHeadsOfTile) * kPartial floats.
-  // `first` is the segment of the range's first tile.
-  __device__ Merger(const Params& p, float* shared, Ends* ends, const Segment& first)
-      : p_(p), shared_(shared), ends_(ends), heads_(min(p.group, kHeadsOfTile)) {
-    if (threadIdx.x == 0) ends->segments[0] = first;
+  // `shared` is the block's shared memory, which begins with the rings of its warps.
+  __device__ Merger(const Params& p, const Range& range, char* shared)
+      : p_(p), begin_(range.begin), end_(range.end), shared_(shared) {
+    const int warp = threadIdx.x / 32;
+    if (threadIdx.x % 32 != 0) return;
+    shares().blocks[warp] = range.block;
+    // The first segment may be that of the warp before, too.
+    const bool is_new = warp == 0 || range.first.begin > range.block.begin_of(warp - 1);
+    shares().shares[warp] = share_of(range.first, range.begin < range.end && is_new, range.block);
   }
 
-  // Called by all threads, when the range's part of a segment is complete with these sums of every
-  // warp. A segment of which other blocks have parts too is left to add_blocks.
-  __device__ void finish(const Range& range, const Segment& segment, const Query<A>& query,
-                         Sums<A>& sums) {
-    const bool is_whole = is_in(range, segment);
-    // Of a block's segments, only the first can have begun before, and only the last go on.
-    const int slot = segment.begin < range.begin ? 0 : 1;
-    float* partial = partial_of(blockIdx.x, slot);
-    const int warp = threadIdx.x / 32;
+  // Called by a warp when its part of a segment is complete. Parts are left to add_warps: of the
+  // warp's segments, only the first can have begun before, and only the last go on.
+  __device__ void finish(const Segment& segment, const Query<A>& query, Sums<A>& sums) const {
+    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4, warp = threadIdx.x / 32;
+    const bool is_whole = segment.is_in(begin_, end_);
+    auto* part = reinterpret_cast<float*>(
+        shared_ + (segment.begin <= begin_ ? first_part(warp) : last_part(warp)));
 #pragma unroll
     for (int t = 0; t < A::kHeadTiles; ++t) {
-      __syncthreads();  // the one before has been read
-      write(t, query, sums);
-      __syncthreads();
-      for (int head = warp; head < heads_ && t * kHeadsOfTile + head < p_.group; head += kWarps) {
-        const Vector<A> v = add_warps(head);
-        const int head_of_group = t * kHeadsOfTile + head;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float weights = sums.weights[t][j];
+#pragma unroll
+        for (int lanes = 4; lanes < 32; lanes *= 2)
+          weights += __shfl_xor_sync(kAllLanes, weights, lanes);
+        const int head = t * kHeadsOfTile + 2 * c + j;
+        if (head >= p_.group) continue;
+        float values[A::kChannels];
+#pragma unroll
+        for (int i = 0; i < A::kChannels; ++i)
+          values[i] = fmaf(sums.values[t][i / 2][i % 2 * 2 + j],
+                           i % 2 == 0 ? 1 / A::kLowUnit : 1 / A::kHighUnit, -sums.zeros[t][j]);
         if (is_whole) {
-          write_output(segment, head_of_group, v);
-        } else {
-          write_partial(partial + head_of_group * A::kPartial, v);
+          write_output<A::kChannels>(segment, head, g, values, weights);
+          continue;
         }
+        float* out = part + head * A::kPartial;
+#pragma unroll
+        for (int i = 0; i < A::kChannels; i += 4)
+          *reinterpret_cast<float4*>(out + g * A::kChannels + i) = {values[i], values[i + 1],
+                                                                    values[i + 2], values[i + 3]};
+        if (g == 0)
+          *reinterpret_cast<float2*>(out + A::kHeadSize) = {
+              sums.maximum[t][j] * query.to_log2[t][j], weights};
       }
     }
   }
 
-  // Called by all threads, once, at the end: only then are registers free for many loads. `last` is
-  // the segment of the range's last tile. The last block to come adds up the parts of a segment, in
-  // the order of the blocks.
-  __device__ void add_blocks(const Range& range, const Segment& last) {
+  // Called by all threads once their warps are done; `last` is the warp's last segment. A segment
+  // of which other blocks have parts too is left to add_blocks.
+  __device__ void add_warps(const Segment& last) const {
+    const int warp = threadIdx.x / 32;
+    const int lane = threadIdx.x % 32;
+    if (lane == 0 && begin_ < end_ && end_ == shares().blocks[warp].end) {
+      shares().last = last;
+      shares().shares[A::kWarps] = share_of(last, last.begin > begin_, shares().blocks[warp]);
+    }
+    __syncthreads();
+    const BlockRange block = shares().blocks[0];
+    const bool is_there =
+        lane <= A::kWarps && shares().shares[lane].first_warp <= shares().shares[lane].last_warp;
+    // Each warp takes every kWarps-th of the heads of all shares.
+    int head = warp;
+    for (uint32_t left = __ballot_sync(kAllLanes, is_there); left != 0; left &= left - 1) {
+      const Share share = shares().shares[__ffs(left) - 1];
+      for (; head < p_.group; head += A::kWarps) {
+        const Vector<A> v = add_parts_of_warps(share, head);
+        if (share.segment.is_in(block.begin, block.end)) {
+          write_output<A::kVector>(share.segment, head, lane, v.values, v.weights);
+        } else {
+          const int slot = share.segment.begin < block.begin ? 0 : 1;
+          write_partial(partial_of(blockIdx.x, slot) + head * A::kPartial, v);
+        }
+      }
+      head -= p_.group;
+    }
+  }
+
+  // Called by all threads, once, at the end: only then are registers free for many loads. The last
+  // block to come adds up the parts of a segment, in the order of the blocks.
+  __device__ void add_blocks() const {
     const int warp = threadIdx.x / 32;
     __syncthreads();  // the partial sums of this block are written
     if (threadIdx.x % 32 == 0 && warp < 2) {
-      if (warp == 1) ends_->segments[1] = last;
-      const Owners owners = owners_of(range, ends_->segments[warp]);
-      const bool is_same = warp == 0 && last.begin == ends_->segments[0].begin;
+      const Owners owners = owners_of(end_of_block(warp));
+      const bool is_same = warp == 0 && end_of_block(0).begin == end_of_block(1).begin;
       bool is_last = false;
       if (owners.first < owners.last && !is_same) {
         int32_t* counter = p_.counters + owners.first;
         is_last = ptx::atomic_add_acq_rel(counter, 1) == owners.last - owners.first;
         if (is_last) *counter = 0;  // for the next launch
       }
-      ends_->is_last[warp] = is_last;
+      shares().is_last[warp] = is_last;
     }
     __syncthreads();
 #pragma unroll 1  // so that the code is there only once
     for (int i = 0; i < 2; ++i) {
-      if (!ends_->is_last[i]) continue;
-      const Segment segment = ends_->segments[i];
-      const Owners owners = owners_of(range, segment);
-      for (int head = warp; head < p_.group; head += kWarps) {
+      if (!shares().is_last[i]) continue;
+      const Segment segment = end_of_block(i);
+      const Owners owners = owners_of(segment);
+      for (int head = warp; head < p_.group; head += A::kWarps) {
         const float* parts = partial_of(owners.first, 0) + head * A::kPartial;
         const int count = owners.last - owners.first + 1;
-        write_output(segment, head, add_parts<A>(parts, count, p_.group * A::kPartial));
+        const Vector<A> v = add_parts<A>(parts, count, p_.group * A::kPartial);
+        write_output<A::kVector>(segment, head, threadIdx.x % 32, v.values, v.weights);
       }
     }
   }
 
  private:
+  using Share = typename Shares<A>::Share;
+
+  __device__ Shares<A>& shares() const {
+    return *reinterpret_cast<Shares<A>*>(shared_ + A::kRingBytes + A::kBarrierBytes);
+  }
+
+  // The first segment of the block, and the last one.
+  __device__ const Segment& end_of_block(int i) const {
+    return i == 0 ? shares().shares[0].segment : shares().last;
+  }
+
   // The blocks with a segment's tiles.
   struct Owners {
     int first, last;
   };
 
-  __device__ static Owners owners_of(const Range& range, const Segment& segment) {
-    return {segment.begin / range.length, (segment.end() - 1) / range.length};
+  __device__ Owners owners_of(const Segment& segment) const {
+    const int length = A::kWarps * shares().blocks[0].share;
+    return {segment.begin / length, (segment.end() - 1) / length};
   }
 
-  __device__ static bool is_in(const Range& range, const Segment& segment) {
-    return segment.begin >= range.begin && segment.end() <= range.end;
+  // A segment as one that warps share if `is_declared` and this warp has not all of it.
+  __device__ Share share_of(const Segment& segment, bool is_declared,
+                            const BlockRange& block) const {
+    if (!is_declared || segment.is_in(begin_, end_)) return {segment, 1, 0, 0};
+    const int begin = max(segment.begin, block.begin), end = min(segment.end(), block.end);
+    const int first = (begin - block.begin) / block.share;
+    return {segment, first, (end - 1 - block.begin) / block.share,
+            segment.begin > block.begin_of(first) ? last_part(first) : first_part(first)};
   }
 
   __device__ float* partial_of(int block, int slot) const {
     return p_.partials + (int64_t{block} * 2 + slot) * p_.group * A::kPartial;
   }
 
-  __device__ void write(int t, const Query<A>& query, Sums<A>& sums) {
-    const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      float weights = sums.weights[t][j];
-#pragma unroll
-      for (int lanes = 4; lanes < 32; lanes *= 2)
-        weights += __shfl_xor_sync(kAllLanes, weights, lanes);
-      const int head = 2 * c + j;
-      if (head >= heads_) continue;
-      float* out = shared_ + (warp * heads_ + head) * A::kPartial;
-      auto* channels = reinterpret_cast<float4*>(out + g * A::kChannels);
-      auto value = [&](int m, int row) {
-        return fmaf(sums.values[t][m][2 * row + j], row == 0 ? 1 / A::kLowUnit : 1 / A::kHighUnit,
-                    -sums.zeros[t][j]);
-      };
-#pragma unroll
-      for (int m = 0; m < A::kMultiplies; m += 2)
-        channels[m / 2] = {value(m, 0), value(m, 1), value(m + 1, 0), value(m + 1, 1)};
-      if (g == 0) {
-        out[A::kHeadSize] = sums.maximum[t][j] * query.to_log2[t][j];
-        out[A::kHeadSize + 1] = weights;
-      }
-    }
+  // Where a warp has its part of its first segment, and of its last one, in bytes of the shared
+  // memory.
+  __device__ int first_part(int warp) const {
+    return A::kRingBytes + A::kBarrierBytes + A::kSharesBytes + warp * p_.group * (A::kPartial * 4);
   }
+  __device__ static int last_part(int warp) { return warp * A::kWarpRingBytes; }
 
-  __device__ Vector<A> add_warps(int head) const {
-    const int channel = threadIdx.x % 32 * A::kVector;
-    const float* from = shared_ + head * A::kPartial;
-    const int stride = heads_ * A::kPartial;
+  // All that warps may have is loaded at once, whether they have it or not.
+  __device__ Vector<A> add_parts_of_warps(const Share& share, int head) const {
+    const int first = share.first_warp, last = share.last_warp;
+    auto has_part = [&](int warp) { return warp >= first && warp <= last; };
+    float2 numbers[A::kWarps];
+    Channels<A> values[A::kWarps];
     Vector<A> sum;
 #pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp)
-      sum.maximum = fmaxf(sum.maximum, from[warp * stride + A::kHeadSize]);
-#pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) {
-      const float* other = from + warp * stride;
-      sum.add(other[A::kHeadSize], other[A::kHeadSize + 1], other + channel);
+    for (int warp = 0; warp < A::kWarps; ++warp) {
+      const int offset = warp == first ? share.first_part : first_part(warp);
+      const auto* part = reinterpret_cast<const float*>(shared_ + offset) + head * A::kPartial;
+      numbers[warp] = *reinterpret_cast<const float2*>(part + A::kHeadSize);
+      values[warp] = reinterpret_cast<const Channels<A>*>(part)[threadIdx.x % 32];
     }
+#pragma unroll
+    for (int warp = 0; warp < A::kWarps; ++warp)
+      if (has_part(warp)) sum.maximum = fmaxf(sum.maximum, numbers[warp].x);
+#pragma unroll
+    for (int warp = 0; warp < A::kWarps; ++warp)
+      if (has_part(warp))
+        sum.add(numbers[warp].x, numbers[warp].y, reinterpret_cast<const float*>(&values[warp]));
     return sum;
   }
 
@@ -249,22 +312,30 @@ class Merger {
     if (lane == 0) *reinterpret_cast<float2*>(out + A::kHeadSize) = {v.maximum, v.weights};
   }
 
-  __device__ void write_output(const Segment& segment, int head_of_group,
-                               const Vector<A>& v) const {
+  // Writes the `part`-th kCount channels of a head.
+  template <int kCount>
+  __device__ void write_output(const Segment& segment, int head_of_group, int part,
+                               const float* values, float weights) const {
     const int head = segment.head * p_.group + head_of_group;
     auto* out = static_cast<uint16_t*>(p_.out) + segment.sequence * p_.out_stride +
-                head * p_.out_head_stride + threadIdx.x % 32 * A::kVector;
+                head * p_.out_head_stride + part * kCount;
+    const float factor = 1 / weights;
+    uint32_t pairs[kCount / 2];
 #pragma unroll
-    for (int i = 0; i < A::kVector; i += 2) {
-      const float first = v.values[i] / v.weights, second = v.values[i + 1] / v.weights;
-      *reinterpret_cast<uint32_t*>(out + i) = to_pair(first, second, p_.is_bfloat16);
+    for (int i = 0; i < kCount / 2; ++i)
+      pairs[i] = to_pair(values[2 * i] * factor, values[2 * i + 1] * factor, p_.is_bfloat16);
+    if constexpr (kCount == 2) {
+      *reinterpret_cast<uint32_t*>(out) = pairs[0];
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount / 2; i += 2)
+        *reinterpret_cast<uint2*>(out + 2 * i) = {pairs[i], pairs[i + 1]};
     }
   }
 
   const Params& p_;
-  float* shared_;
-  Ends* ends_;
-  const int heads_;
+  const int begin_, end_;
+  char* shared_;
 };
 
 }  // namespace qoq::kv

@@ -1,5 +1,5 @@
 // Decides who computes what: the tiles of all sequences and KV heads, in a row, are cut into equal
-// ranges.
+// ranges, one for each warp.
 #pragma once
 
 #include "kv/decode_config.h"
@@ -11,7 +11,7 @@ constexpr uint32_t kAllLanes = 0xFFFFFFFF;
 // The tiles of one KV head of one sequence. `begin` counts the tiles of all segments before it.
 struct Segment {
   int sequence, head, begin, tiles;
-  int first_tile, length, first_token;  // tokens [first_token, length) are seen
+  int length;  // tokens [first_token, length) are seen
 
   // Goes to head 0 of a sequence.
   __device__ void read(const Params& p, int index) {
@@ -22,10 +22,20 @@ struct Segment {
     sequence = index;
     head = 0;
     length = tokens;
-    first_token = p.window > 0 ? max(0, length - p.window) : 0;
-    first_tile = first_token / kTileTokens;
-    tiles = divide_up(length, kTileTokens) - first_tile;
+    tiles = divide_up(length, kTileTokens) - first_token(p) / kTileTokens;
   }
+
+  __device__ int first_token(const Params& p) const {
+    return p.window > 0 ? max(0, length - p.window) : 0;
+  }
+
+  // The first token of a tile, which may lie before that of the segment.
+  __device__ int token_of(const Params& p, int tile) const {
+    return (first_token(p) / kTileTokens + tile - begin) * kTileTokens;
+  }
+
+  // Whether all of its tiles are in [from, to).
+  __device__ bool is_in(int from, int to) const { return begin >= from && end() <= to; }
 
   // Goes to the next segment that has tiles, which there must be.
   __device__ void next(const Params& p) {
@@ -38,10 +48,19 @@ struct Segment {
   __device__ int end() const { return begin + tiles; }
 };
 
-// The tiles [begin, end) of a block, and the segment with the first of them.
+// The tiles [begin, end) of a block, of which every warp has `share`, but for the last that has
+// any.
+struct BlockRange {
+  int begin, end, share;
+
+  __device__ int begin_of(int warp) const { return min(end, begin + warp * share); }
+};
+
+// The tiles [begin, end) of a warp, none for some, and the segment with the first of them.
 struct Range {
-  int begin, end, length;  // `length` is that of every range but the last
+  int begin, end;
   Segment first;
+  BlockRange block;
 };
 
 __device__ inline int inclusive_sum(int v, int lane) {
@@ -53,11 +72,12 @@ __device__ inline int inclusive_sum(int v, int lane) {
   return v;
 }
 
-// The range of this block. It follows from the lengths alone, so that it is the same in every run,
-// and every warp finds it for itself. Every warp of a range gets a tile. Where that leaves a part
-// of the blocks without any, only one of the blocks that a multiprocessor holds works, so that the
-// next kernel finds room to begin early.
-__device__ inline Range range_of_block(const Params& p) {
+// The range of this warp. It follows from the lengths alone, so that it is the same in every run,
+// and every warp finds it for itself. Every warp of a block with tiles gets one, but for the last
+// block. Where that leaves a part of the blocks without any, only one of the blocks that a
+// multiprocessor holds works, so that the next kernel finds room to begin early.
+template <class A>
+__device__ inline Range range_of_warp(const Params& p) {
   const int lane = threadIdx.x % 32;
   // 1. Every lane adds up some sequences.
   int count = divide_up(p.sequences, 32);
@@ -71,11 +91,13 @@ __device__ inline Range range_of_block(const Params& p) {
   int sum = inclusive_sum(tiles, lane);
   const int total = __shfl_sync(kAllLanes, sum, 31) * p.kv_heads;
   Range r;
-  // At least divide_up(total, blocks), and a multiple of kWarps.
+  // At least divide_up(total, blocks) in a block.
   const int length = static_cast<int>(__umulhi(max(total - 1, 0), p.inverse_blocks)) + 1;
-  r.length = divide_up(length <= kWarps ? length * p.resident : length, kWarps) * kWarps;
-  r.begin = min(total, static_cast<int>(blockIdx.x) * r.length);
-  r.end = min(total, r.begin + r.length);
+  const int share = divide_up(length <= A::kWarps ? length * p.resident : length, A::kWarps);
+  const int begin = min(total, static_cast<int>(blockIdx.x) * A::kWarps * share);
+  r.block = {begin, min(total, begin + A::kWarps * share), share};
+  r.begin = r.block.begin_of(threadIdx.x / 32);
+  r.end = r.block.begin_of(threadIdx.x / 32 + 1);
   if (r.begin == r.end) return r;
   // 2. Finds the lane with the range's first tile, then spreads its sequences over the lanes, and
   // so on until it has the sequence.

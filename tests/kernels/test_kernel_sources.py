@@ -39,10 +39,9 @@ def run(*command, **options):
     return done.stdout + done.stderr
 
 
-# Bytes that ptxas may spill on a family: of the GEMM beside the loop over k, of what is needed once
-# for a piece of work, and of the decode attention, of which two blocks share a multiprocessor.
+# Bytes that ptxas may spill of the GEMM on a family: beside the loop over k, of what is needed once
+# for a piece of work.
 MOST_SPILLED = {"100": 64}
-MOST_SPILLED_BY_DECODE = {"120": 12}
 
 
 def compiled(source, architecture, folder, *options):
@@ -115,7 +114,7 @@ def decode_kernel(folder, *shape):
 @pytest.mark.parametrize("code", [one.code for one in cards.FAMILIES[1:]])
 def test_the_decode_attention_with_the_fewest_registers_spills_on_no_family(code, tmp_path):
     said = compiled(decode_kernel(tmp_path, 128, 4, 1), code, tmp_path)
-    assert max(spills(said)) <= MOST_SPILLED_BY_DECODE.get(code, 0)
+    assert max(spills(said)) == 0
 
 
 @needs_nvcc
@@ -235,4 +234,4 @@ def test_kv_kernels_are_right_in_any_order_of_threads(build_for_the_model, progr
 def test_the_decode_attention_is_right_without_the_copy_engine(build_for_the_model):
     binary = build_for_the_model("kv_decode", "-DMODEL_WITHOUT_COPY_ENGINE")
     said = run(binary, 1, timeout=300)
-    assert len(re.findall(r"^D (?:64|128), [48] bits, .* 0 wrong", said, re.M)) == 14
+    assert len(re.findall(r"^D (?:64|128), [48] bits, .* 0 wrong", said, re.M)) == 18

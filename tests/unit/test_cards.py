@@ -49,6 +49,8 @@ def test_what_is_no_gpu_of_ours_is_refused(asked):
     [
         ({"VLLM_QOQ_CUDA_ARCHS": "8.0", "TORCH_CUDA_ARCH_LIST": "9.0"}, [(12, 0)], ALL, "8.0"),
         ({"TORCH_CUDA_ARCH_LIST": "7.5 8.0 9.0+PTX"}, [(12, 0)], ALL, "8.0;9.0+PTX"),
+        ({"TORCH_CUDA_ARCH_LIST": "Turing;Ampere Hopper"}, [], ALL, "8.0;8.6+PTX;9.0+PTX"),
+        ({"TORCH_CUDA_ARCH_LIST": "native"}, [(8, 6)], ALL, "8.6"),
         ({}, [(9, 0), (8, 9), (9, 0), (7, 5)], ALL, "8.9;9.0"),
         ({"VLLM_QOQ_CUDA_ARCHS": "all"}, [(9, 0)], ALL, "8.0+PTX;9.0;10.0;12.0+PTX"),
         ({}, [(7, 5)], ALL, "8.0+PTX;9.0;10.0;12.0+PTX"),
@@ -82,9 +84,9 @@ def test_the_table_has_no_gpu_twice():
 def test_heads_without_room_in_shared_memory_are_named(monkeypatch):
     properties = SimpleNamespace(shared_memory_per_block_optin=99 << 10)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
-    assert not list(kv_ops.lacking_shared_memory(128, 4, 7))
-    for heads in ((128, 4, 8), (128, 8, 4), (64, 8, 1)):
-        (said,) = kv_ops.lacking_shared_memory(*heads)
-        assert "on a GPU whose blocks have 101376" in said
+    for heads in ((128, 4, 16), (128, 8, 15), (64, 8, 16)):
+        assert not list(kv_ops.lacking_shared_memory(*heads))
+    (said,) = kv_ops.lacking_shared_memory(128, 8, 16)
+    assert "on a GPU whose blocks have 101376" in said
     properties.shared_memory_per_block_optin = 163 << 10
-    assert not list(kv_ops.lacking_shared_memory(128, 8, 7))
+    assert not list(kv_ops.lacking_shared_memory(128, 8, 16))

@@ -23,9 +23,8 @@ MAX_GROUP = 16  # query heads of a KV head
 WORKSPACE_COUNTERS = 1024
 WORKSPACE_BLOCKS_OF_PROCESSOR = 2  # blocks of threads that a multiprocessor holds at most
 WORKSPACE_PADDING = 4  # integers of a partial sum beside its channels
-DECODE_WARPS = 8
+DECODE_FEWEST_WARPS = 4  # of a block, where shared memory has no room for more
 DECODE_TILE = 32  # tokens
-DECODE_HEADS = 8  # query heads of a tile
 
 
 @cache
@@ -47,11 +46,11 @@ def workspace(device: torch.device, group: int, head_size: int) -> torch.Tensor:
 
 
 def decode_shared_bytes(head_size: int, bits: int, group: int) -> int:
-    """Compute the shared memory of a block of `kv_decode`: rings, and sums of the warps."""
+    """Compute the least shared memory of a block of `kv_decode`: rings, and sums of the warps."""
     stages = 4 if head_size == 64 else 2
     ring = stages * (DECODE_TILE * 2 * (head_size * bits // 8 + 4) + 8)
-    sums = min(group, DECODE_HEADS) * (head_size + WORKSPACE_PADDING) * 4
-    return 128 + DECODE_WARPS * (ring + sums) + 64
+    sums = group * (head_size + WORKSPACE_PADDING) * 4
+    return 128 + DECODE_FEWEST_WARPS * (ring + sums + 44) + 64
 
 
 def lacking_shared_memory(head_size: int, bits: int, group: int) -> Iterator[str]:

@@ -165,7 +165,7 @@ int count_wrong(const Problem& problem) {
   auto run = [&] {
     std::ranges::fill(out, 0x7FFF);
     model::exchanges.clear();
-    model::launch(blocks, 1, kThreads, A::shared_bytes(group), random_int(1, 4),
+    model::launch(blocks, 1, A::kThreads, A::shared_bytes(group), random_int(1, 4),
                   [&] { kv_decode_kernel<A>(p); });
   };
   run();
@@ -196,6 +196,7 @@ template <int kHeadSize, int kBits>
 int count_wrong_of() {
   using One = Attention<kHeadSize, kBits, 1>;
   using Two = Attention<kHeadSize, kBits, 2>;
+  using Narrow = Attention<kHeadSize, kBits, 1, kFewestWarps>;
   int wrong = 0;
   // Edges of pages and tiles, and rows that a graph has left empty.
   wrong += count_wrong<One>({{0, 1, 0, 16, 17, 31, 32, 33, 64, 0}, 4, 2, 16, 3});
@@ -205,6 +206,9 @@ int count_wrong_of() {
   wrong += count_wrong<One>({random_lengths(70, 40), 7, 1, 48, 4, 0, true, 50});
   wrong += count_wrong<Two>({random_lengths(4, 150), 16, 1, 16, 6});
   wrong += count_wrong<Two>({random_lengths(3, 300), 11, 2, 128, 3, 100, true});
+  // Warps with several whole segments, and segments over two warps or blocks.
+  wrong += count_wrong<One>({random_lengths(60, 90), 3, 2, 64, 2});
+  wrong += count_wrong<Narrow>({random_lengths(30, 200), 5, 2, 32, 2});
   return wrong;
 }
 
