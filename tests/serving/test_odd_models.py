@@ -61,7 +61,7 @@ def options(**changes):
 @pytest.fixture(scope="module")
 def quantized(model, text, tmp_path_factory):
     out = tmp_path_factory.mktemp("odd-out") / "checkpoint"
-    quantize(model, out, text, options(nested=True, lm_head_bits=8))
+    quantize(model, out, text, options(lm_head_bits=8))
     return out
 
 

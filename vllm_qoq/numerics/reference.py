@@ -78,7 +78,7 @@ def level1_int8(
     weight = groups * group_scale.to(torch.int16)[:, :, None] + group_offset[:, :, None]
     if weight.numel() and (int(weight.min()) < -128 or int(weight.max()) > 127):
         raise ValueError("group_offset: q * group_scale + group_offset leaves the range of int8")
-    return weight.view(n, -1)[:, :k].to(torch.int8).contiguous()
+    return weight.flatten(1)[:, :k].to(torch.int8).contiguous()
 
 
 def nested_int8(

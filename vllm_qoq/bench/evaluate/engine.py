@@ -51,7 +51,8 @@ class Engine:
             self._llm = LLM(
                 str(folder),
                 max_model_len=length + 1,
-                max_num_seqs=1,
+                # Sets that no batch reaches are not loaded; there is never more than one request.
+                max_num_seqs=max(1, len(sets)),
                 max_num_batched_tokens=length if kv_bits == 16 else chunk,
                 enforce_eager=True,
                 enable_prefix_caching=False,
