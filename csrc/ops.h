@@ -48,7 +48,7 @@ void kv_decode(const Tensor& q, const Tensor& cache, const Tensor& block_table,
                Tensor out, Tensor workspace);
 
 void kv_write(const Tensor& key, const Tensor& value, const Tensor& slots, int64_t bits,
-              bool hadamard, Tensor cache);
+              bool hadamard, Tensor cache, const std::optional<Tensor>& k_mean);
 
 void kv_dequantize(const Tensor& cache, const Tensor& block_table, const Tensor& first_token,
                    const Tensor& row_start, int64_t bits, bool hadamard, Tensor key, Tensor value);

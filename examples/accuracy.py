@@ -20,7 +20,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-STEPS = ("rotate", "smooth_attention", "smooth_outputs", "reorder", "clip", "gptq")
+STEPS = (
+    *("rotate", "k_mean", "kv_hadamard", "smooth_attention", "smooth_outputs"),
+    *("reorder", "clip", "gptq"),
+)
 PLAIN = dict.fromkeys(STEPS, False)
 # The sets and options of each run. The table has a row per set.
 RUNS: dict[str, dict[str, Any]] = {

@@ -20,10 +20,22 @@ void launch_write(const WriteParams& p, cudaStream_t stream) {
   launch_early<kv_write_kernel<P>>(static_cast<int>(blocks), kWriteThreads, 0, stream, p);
 }
 
+// Refuses all but contiguous float32 [KV heads, head size], which is read 16 bytes at a time.
+const float* checked_mean(const Tensor& mean, int64_t kv_heads, int64_t head_size, int device) {
+  STD_TORCH_CHECK(mean.scalar_type() == ScalarType::Float && mean.dim() == 2 &&
+                      mean.size(0) == kv_heads && mean.size(1) == head_size && mean.is_contiguous(),
+                  kOp, ": k_mean is ", type_text(mean), " ", shape_text(mean),
+                  ", expected contiguous Float [", kv_heads, ", ", head_size, "]");
+  check_device(kOp, "k_mean", mean, device);
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(mean.data_ptr()) % 16 == 0, kOp,
+                  ": k_mean does not begin at a multiple of 16 bytes; clone it");
+  return static_cast<const float*>(mean.data_ptr());
+}
+
 }  // namespace
 
 void kv_write(const Tensor& key, const Tensor& value, const Tensor& slots, int64_t bits,
-              bool hadamard, Tensor cache) {
+              bool hadamard, Tensor cache, const std::optional<Tensor>& k_mean) {
   const int device = device_of(cache);
   check_heads(kOp, "key", key, device);
   check_heads(kOp, "value", value, device);
@@ -41,6 +53,7 @@ void kv_write(const Tensor& key, const Tensor& value, const Tensor& slots, int64
                   kOp, ": slots is ", type_text(slots), " ", shape_text(slots),
                   ", expected contiguous Long of at most ", key.size(0));
   check_device(kOp, "slots", slots, device);
+  const float* mean = k_mean ? checked_mean(*k_mean, kv_heads, head_size, device) : nullptr;
   const int64_t tokens = slots.size(0);
   if (tokens == 0 || cache.size(0) == 0) return;
   STD_TORCH_CHECK(tokens * kv_heads < int64_t{1} << 25, kOp, ": ", tokens, " tokens are too many");
@@ -48,6 +61,7 @@ void kv_write(const Tensor& key, const Tensor& value, const Tensor& slots, int64
       .key = key.data_ptr(),
       .value = value.data_ptr(),
       .slots = static_cast<const int64_t*>(slots.data_ptr()),
+      .k_mean = mean,
       .cache = static_cast<uint8_t*>(cache.data_ptr()),
       .key_stride = key.stride(0),
       .key_head_stride = key.stride(1),

@@ -21,6 +21,7 @@ constexpr float kSmallestRange = P::kBits == 4 ? 1.f / 1024 : 1.f / 128;
 struct WriteParams {
   const void *key, *value;  // [tokens, KV heads, head size]
   const int64_t* slots;     // page * page_tokens + place in it; outside of the cache: not written
+  const float* k_mean;      // [KV heads, head size], subtracted from every key, or null
   uint8_t* cache;
   int64_t key_stride, key_head_stride, value_stride, value_head_stride;  // in elements
   int64_t block_stride, head_stride;                                     // of the cache, in bytes
@@ -78,6 +79,12 @@ __device__ inline void read_channels(float (&x)[kWriteChannels], const void* fro
   x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
 }
 
+__device__ inline void subtract(float (&x)[kWriteChannels], const float* mean) {
+  const float4 m = __ldg(reinterpret_cast<const float4*>(mean));
+  x[0] = __fsub_rn(x[0], m.x), x[1] = __fsub_rn(x[1], m.y);
+  x[2] = __fsub_rn(x[2], m.z), x[3] = __fsub_rn(x[3], m.w);
+}
+
 // kHeadSize / 4 neighbouring threads write one KV head of a token.
 template <class P>
 __global__ void __launch_bounds__(kWriteThreads)
@@ -97,6 +104,7 @@ __global__ void __launch_bounds__(kWriteThreads)
                   p.is_bfloat16);
     read_channels(v, p.value, token * p.value_stride + head * p.value_head_stride + channel,
                   p.is_bfloat16);
+    if (p.k_mean != nullptr) subtract(k, p.k_mean + head * P::kHeadSize + channel);
   }
   if (p.is_rotated) rotate_normalized<kLanes>(k);
   const Quantized key = quantize<P, kLanes>(k), value = quantize<P, kLanes>(v);

@@ -159,7 +159,8 @@ def test_decode_in_a_graph_follows_lengths_and_tables():
 @pytest.mark.parametrize("bits, head_size", BITS_AND_SIZES)
 @pytest.mark.parametrize("hadamard", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_write_equals_the_oracle_to_the_bit(bits, head_size, hadamard, dtype):
+@pytest.mark.parametrize("has_mean", [False, True])
+def test_write_equals_the_oracle_to_the_bit(bits, head_size, hadamard, dtype, has_mean):
     tokens, kv_heads, page_tokens = 100, 3, 32
     size = kv_oracle.page_bytes(page_tokens, head_size, bits)
     pages = torch.randint(0, 256, (6, kv_heads, size), dtype=torch.uint8)
@@ -169,8 +170,12 @@ def test_write_equals_the_oracle_to_the_bit(bits, head_size, hadamard, dtype):
     slots = torch.randperm(6 * page_tokens)[:tokens]
     slots[::7] = -1
     expected, written = pages.clone(), pages.to(DEVICE)
-    kv_oracle.write(expected, slots, key[:tokens], value[:tokens], bits, hadamard)
-    kv_ops.kv_write(key.to(DEVICE), value.to(DEVICE), slots.to(DEVICE), bits, hadamard, written)
+    k_mean = torch.randn(kv_heads, head_size) * 30 if has_mean else None
+    kv_oracle.write(expected, slots, key[:tokens], value[:tokens], bits, hadamard, k_mean)
+    kv_ops.kv_write(
+        *(key.to(DEVICE), value.to(DEVICE), slots.to(DEVICE), bits, hadamard, written),
+        k_mean.to(DEVICE) if has_mean else None,
+    )
     assert torch.equal(written.cpu(), expected)
 
 

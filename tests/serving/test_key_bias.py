@@ -1,13 +1,19 @@
 """Biases of K that a quantized KV cache cannot hold: who is warned, and what helps."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from biased_models import write_llama, write_qwen2
 from conftest import DATA
 from engines import engine
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_qoq.bench.perplexity import text_perplexity
+from vllm_qoq.checkpoint import inspect, verify
 from vllm_qoq.checkpoint.folder import read_config
 from vllm_qoq.checkpoint.kv_config import KVCache
 from vllm_qoq.errors import UserError
@@ -40,11 +46,11 @@ def text(heldout_text):
     return heldout_text.read_text()[:3000]
 
 
-def large_biases(folder, bits, use_hadamard=False):
+def large_biases(folder, bits, use_hadamard=False, k_mean=False):
     model = AutoModelForCausalLM.from_pretrained(folder)
     config = read_config(folder)
-    names, dimensions = layer_names(config), Dimensions.of(config)
-    return keys.large_biases(model, names, dimensions, bits, use_hadamard)
+    options = QuantizeOptions(kv_bits=bits, kv_hadamard=use_hadamard, k_mean=k_mean)
+    return keys.large_biases(model, layer_names(config), Dimensions.of(config), options)
 
 
 @pytest.mark.parametrize("name", ["none", "small", "llama"])
@@ -58,6 +64,18 @@ def test_a_large_bias_is_found_where_it_does_harm(models):
     assert large_biases(models["large"], 8) == large_biases(models["large"], 16) == []
 
 
+def test_a_bias_of_slow_pairs_does_no_harm_beside_the_mean_and_one_of_fast_pairs_does(
+    models, tmp_path
+):
+    assert large_biases(models["large"], 4, k_mean=True) == []
+    fast = Path(shutil.copytree(models["large"], tmp_path / "fast"))
+    tensors = load_file(fast / "model.safetensors")
+    for name in (name for name in tensors if name.endswith("k_proj.bias")):
+        tensors[name] = tensors[name].view(2, 2, 32).roll(1, dims=-1).flatten()
+    save_file(tensors, fast / "model.safetensors", {"format": "pt"})
+    assert len(large_biases(fast, 4)) == len(large_biases(fast, 4, k_mean=True)) == 2
+
+
 @pytest.mark.parametrize("bias", [3.0, 30.0, 300.0])
 def test_what_is_warned_of_is_the_error_of_the_scores(bias):
     """The error of attention scores as a cache makes it, at real positions."""
@@ -67,7 +85,8 @@ def test_what_is_warned_of_is_the_error_of_the_scores(bias):
     queries, content = torch.randn(32, 4, 64), torch.randn(32, 2, 64)
     constant = torch.zeros(2, 64)
     constant[:, 31], constant[1, 10] = bias, bias / 3
-    noise, without = key_bias.score_noise(queries, content, constant, 4, False)
+    turned = key_bias.turned(constant)
+    noise, without = key_bias.score_noise(queries, content, turned, 4, False)
     inv_freq = 10000.0 ** -(torch.arange(32) / 32)
     key = with_rope(content + constant, torch.arange(32) * 37, inv_freq)
     query = with_rope(queries, torch.arange(32) * 41, inv_freq)
@@ -140,16 +159,56 @@ def quantize(model, folder, **options):
     return job.run(Job(model, out, DATA / "calibration.txt", work, overwrite=True), wanted)
 
 
-def test_quantize_warns_where_smooth_attention_is_left_out(models, tmp_path, capsys):
-    report = quantize(models["large"], tmp_path, smooth_attention=False, kv_hadamard=True)
+def test_quantize_warns_where_mean_and_smooth_attention_are_left_out(models, tmp_path, capsys):
+    plain = {"smooth_attention": False, "k_mean": False}
+    report = quantize(models["large"], tmp_path, **plain, kv_hadamard=True)
     err = capsys.readouterr().err
     assert "warning: the bias of K" in err and "model.layers.0.self_attn.k_proj" in err
-    assert "do not leave out SmoothAttention" in err and "--kv-bits 8" in err
+    assert "do not leave out the mean of K, or do not leave out SmoothAttention" in err
+    assert "--kv-bits 8" in err
     assert len(report["large_key_biases"]) == 2
     config = read_config(tmp_path / "out")
     assert config["quantization_config"]["kv_cache"] == {"bits": 4, "hadamard": True}
     report = quantize(models["large"], tmp_path)
     assert "warning" not in capsys.readouterr().err and "large_key_biases" not in report
+
+
+@pytest.fixture(scope="module")
+def with_means(models, tmp_path_factory):
+    """The model with the large bias, in W4A8, whose keys nothing evens out but their means."""
+    folder = tmp_path_factory.mktemp("with-means")
+    quantize(models["large"], folder, smooth_attention=False, kv_hadamard=False)
+    return folder / "out"
+
+
+def without_means(checkpoint, out):
+    """The same checkpoint as one from before there were means."""
+    shutil.copytree(checkpoint, out)
+    config = json.loads((out / "config.json").read_text())
+    assert config["quantization_config"]["kv_cache"].pop("k_mean")
+    (out / "config.json").write_text(json.dumps(config))
+    tensors = {}
+    for file in out.glob("*.safetensors*"):
+        tensors |= load_file(file) if file.suffix == ".safetensors" else {}
+        file.unlink()
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(".k_mean")}
+    assert len(kept) == len(tensors) - 2
+    save_file(kept, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
+def test_the_mean_takes_the_harm_out_of_a_large_bias(with_means, text, tmp_path, warnings_of):
+    assert verify.structure(with_means) == []
+    assert "keys without their mean" in inspect.table(inspect.inspect(with_means))
+    plain = without_means(with_means, tmp_path / "plain")
+    assert verify.structure(plain) == []
+
+    def serve(folder, **qoq):
+        return text_perplexity(engine(folder, qoq, **CHUNKED), text, 256)["perplexity"]
+
+    exact, centred = serve(with_means, kv_bits=16), serve(with_means)
+    assert centred < 1.03 * exact and warnings_of == []
+    assert serve(plain) > 3 * centred and len(warnings_of) == 1
 
 
 def test_a_rotation_of_nothing_is_refused():

@@ -116,10 +116,12 @@ class Kernels:
 @given(
     st.lists(st.tuples(st.integers(0, 70), st.integers(2, 20)), min_size=1, max_size=5),
     st.sampled_from([None, 1, 7, 40]),
+    st.booleans(),
     st.integers(0, 2**31),
 )
-def test_a_step_in_parts_is_the_reference(requests, window, seed):
+def test_a_step_in_parts_is_the_reference(requests, window, has_mean, seed):
     torch.manual_seed(seed)
+    mean = torch.randn(KV_HEADS, HEAD) if has_mean else None
     history, new = ([pair[i] for pair in requests] for i in (0, 1))
     blocks = [-(-(h + n) // BLOCK) for h, n in requests]
     bytes_of_head = BLOCK * kv_layout.slot_bytes(HEAD, BITS)
@@ -134,7 +136,7 @@ def test_a_step_in_parts_is_the_reference(requests, window, seed):
         k, v = (torch.randn(h + n, KV_HEADS, HEAD) for _ in "kv")
         position = torch.arange(h + n)
         slots = mine[position // BLOCK] * BLOCK + position % BLOCK
-        reference_attention.update(pages, k, v, slots, BITS)
+        reference_attention.update(pages, k, v, slots, BITS, k_mean=mean)
         key.append(k[h:])
         value.append(v[h:])
     key, value = torch.cat(key), torch.cat(value)
@@ -146,13 +148,14 @@ def test_a_step_in_parts_is_the_reference(requests, window, seed):
     rows = 33 if window is None else max(33, window - 1 + max(new))
     plan = plan_prefill(starts, history, window, rows, CPU)
     out = torch.full_like(query, math.nan)
-    attend_prefill(query, key, value, out, plan, window, Kernels(pages, block_table, rows))
+    attend_prefill(query, key, value, out, plan, window, mean, Kernels(pages, block_table, rows))
     expected = reference_attention.attention(
         *(query, key, value, pages, block_table),
         *(torch.tensor(history) + torch.tensor(new), torch.tensor(starts)),
         scale=SCALE,
         bits=BITS,
         sliding_window=window,
+        k_mean=mean,
     )
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 

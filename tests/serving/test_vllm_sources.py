@@ -19,6 +19,7 @@ UNITS = (
     "test_load.py",
     "test_key_mapping.py",
     "test_kv_cache.py",
+    "test_k_mean.py",
     "test_hidden_states.py",
     "test_bench_commands.py",
 )

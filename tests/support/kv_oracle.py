@@ -52,11 +52,12 @@ def byte_offsets(page_tokens, head_size, bits):
     return torch.tensor(k), torch.tensor(v), parameters, parameters + 4 * page_tokens
 
 
-def write(pages, slots, key, value, bits, hadamard=False):
+def write(pages, slots, key, value, bits, hadamard=False, k_mean=None):
     """Quantizes key and value [T, H, D] into `pages`, on the CPU."""
     head_size = key.shape[-1]
     tokens = pages.shape[-1] // page_bytes(1, head_size, bits)
     k_at, v_at, k_parameters, v_parameters = byte_offsets(tokens, head_size, bits)
+    key = key if k_mean is None else key.float() - k_mean
     key = rotate(key.cpu()) if hadamard else key
     for x, at, parameters_at in ((key, k_at, k_parameters), (value, v_at, v_parameters)):
         codes, scale, zero = quantize(x, bits)

@@ -72,6 +72,7 @@ def right_arguments(op: str, device: torch.device, weights: str = "grouped") -> 
             "bits": BITS,
             "hadamard": False,
             "pages": _pages(device),
+            "k_mean": torch.zeros(KV_HEADS, HEAD, device=device),
         },
         "kv_decode": lambda: {
             "query": _rows(device, SEQUENCES, GROUP * KV_HEADS, HEAD),
@@ -481,6 +482,22 @@ def _of_kv_write() -> Iterator[Refusal]:
             f"{op}: {text}",
             _CUDA,
         )
+    expected = f"expected contiguous Float [{KV_HEADS}, {HEAD}]"
+    for name, change, text in (
+        ("type", lambda t: t.half(), f"k_mean is Half [{KV_HEADS}, {HEAD}], {expected}"),
+        ("flat", lambda t: t.flatten(), f"k_mean is Float [{KV_HEADS * HEAD}], {expected}"),
+        ("heads", lambda t: t[:-1], f"k_mean is Float [{KV_HEADS - 1}, {HEAD}], {expected}"),
+        ("gaps", with_gaps, f"k_mean is Float [{KV_HEADS}, {HEAD}], {expected}"),
+        ("misaligned", misaligned, "k_mean does not begin at a multiple of 16 bytes; clone it"),
+        ("elsewhere", lambda t: t.cpu(), "k_mean is not on CUDA device 0, where the cache is"),
+    ):
+        yield Refusal(
+            op,
+            f"k_mean {name}",
+            lambda a, change=change: {"k_mean": change(a["k_mean"])},
+            f"{op}: {text}",
+            _CUDA,
+        )
 
     def many(a: Arguments) -> Arguments:
         tokens, heads = 2**15, 2**10
@@ -490,6 +507,7 @@ def _of_kv_write() -> Iterator[Refusal]:
             "value": key,
             "slots": a["slots"].new_zeros(tokens),
             "pages": a["pages"][:1, :1].expand(1, heads, PAGE_BYTES),
+            "k_mean": None,
         }
 
     yield Refusal(op, "tokens", many, f"{op}: 32768 tokens are too many", _CUDA)

@@ -59,21 +59,33 @@ class Model:
         rotate.untie(self.model, self.names)
 
     @torch.no_grad()
+    def give_large_pair(self):
+        """Make a pair of K thirty times as large, and that of Q smaller: SmoothAttention's work."""
+        for block in blocks(self.model, self.names):
+            for name, factor in (
+                (self.names.k_norm or self.names.k, 30),
+                (self.names.q_norm or self.names.q, 1 / 30),
+            ):
+                layer = block.get_submodule(name)
+                for parameter in layer.parameters():
+                    for channel in (3, 3 + 16):  # of every head
+                        parameter[channel::32] *= factor
+
+    @torch.no_grad()
     def logits(self):
         tokens = torch.randint(64, (2, 40), generator=torch.Generator().manual_seed(1))
         return self.model(tokens).logits
 
     def smooth(self, index=None, **options):
         """Smooth one block or all, with what random tokens show of it."""
-        off = {"attention": False, "outputs": False, "reorder": False}
+        off = dict.fromkeys(("k_mean", "attention", "outputs", "reorder"), False)
         wanted = smooth.SmoothOptions(**off | options, kv_bits=4, weight_bits=4)
         for i, block in enumerate(blocks(self.model, self.names)):
             if index in (None, i):
                 inv_freq = self.model.get_submodule(self.names.rotary).inv_freq
+                rope = smooth.Rope(inv_freq, self.model.config.max_position_embeddings)
                 seen = self.seen(i)
-                found = smooth.transforms(
-                    seen, block, self.names, self.dimensions, inv_freq, wanted
-                )
+                found = smooth.transforms(seen, block, self.names, self.dimensions, rope, wanted)
                 smooth.apply(block, found, self.names, self.dimensions)
 
     def seen(self, index):
@@ -93,6 +105,15 @@ class Model:
         for hook in hooks:
             hook.remove()
         return observer.seen()
+
+    def seen_keys(self, index):
+        """All keys of a block before RoPE, [tokens, kv_heads, head_dim]."""
+        block, found = blocks(self.model, self.names)[index], []
+        layer = block.get_submodule(self.names.k_norm or self.names.k)
+        hook = layer.register_forward_hook(lambda module, args, output: found.append(output))
+        self.logits()
+        hook.remove()
+        return found[0].reshape(-1, self.dimensions.kv_heads, self.dimensions.head_dim)
 
     def key_error(self, index):
         """What 4-bit keys cost the products with the queries."""

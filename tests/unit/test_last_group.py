@@ -5,7 +5,7 @@ import torch
 
 from vllm_qoq.numerics import reference
 from vllm_qoq.numerics.packing import pack_nibbles
-from vllm_qoq.quantizer import gptq
+from vllm_qoq.quantizer import gptq, hessian
 from vllm_qoq.quantizer.grid import TwoLevel
 from vllm_qoq.quantizer.strength import _rounded_weight
 
@@ -27,9 +27,8 @@ def test_a_smaller_last_group_means_what_the_first_columns_of_a_whole_one_mean()
 def test_what_is_not_there_neither_widens_the_range_nor_costs(clip):
     """With a group of these weights and zeros, a step would be 9 / 15 in place of 2 / 15."""
     weight = 8 + 2 * torch.rand(N, K, generator=torch.Generator().manual_seed(1)) - 1
-    hessian = torch.eye(K)
     grid = TwoLevel(N, K, torch.device("cpu"), clip=clip)
-    gptq.quantize(weight, hessian, grid, "layer")
+    gptq.quantize(weight, hessian.factored(torch.eye(K), "layer"), grid)
     error = (grid.dequantized() - weight).abs()
     level1 = weight.abs().amax() / 119
     assert error[:, 128:].max() <= 2 / 15 / 2 + level1
@@ -38,7 +37,7 @@ def test_what_is_not_there_neither_widens_the_range_nor_costs(clip):
     assert torch.equal(reference.dequantize(stored), grid.dequantized())
     # The search of a row's scale sees whole groups and the smaller one alike.
     alone = TwoLevel(N, 64, torch.device("cpu"), clip=clip)
-    gptq.quantize(weight[:, 128:], torch.eye(64), alone, "layer")
+    gptq.quantize(weight[:, 128:], hessian.factored(torch.eye(64), "layer"), alone)
     assert error[:, 128:].square().mean() <= 2 * (
         (alone.dequantized() - weight[:, 128:]).square().mean()
     )

@@ -9,6 +9,7 @@ import torch
 from conftest import DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rounded_layers import fill, output_error
 from safetensors.torch import load_file, save_file
 
 from vllm_qoq.checkpoint import inspect, verify
@@ -16,7 +17,7 @@ from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.cli import main as cli
 from vllm_qoq.numerics.packing import unpack_nibbles
 from vllm_qoq.progress import Progress
-from vllm_qoq.quantizer import QuantizeError, gptq
+from vllm_qoq.quantizer import QuantizeError
 from vllm_qoq.quantizer.job import run
 from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.plan import Job
@@ -38,7 +39,7 @@ def layer(n=48, k=256, seed=0):
 
 def filled(kind, weight, hessian, clip=True, base=None):
     grid = kind.grid(weight, torch.bfloat16, clip, base)
-    gptq.quantize(weight, hessian, grid, "layer")
+    fill(weight, hessian, grid)
     return grid
 
 
@@ -87,8 +88,7 @@ def test_the_pass_of_its_own_loses_less_than_clipping_afterwards():
     rounded = filled(NESTED, weight, None, base=base)
     alone = filled(W8, weight, hessian)
     errors = [
-        gptq.output_error(weight, grid.dequantized(), hessian)
-        for grid in (alone, nested, rounded, base)
+        output_error(weight, grid.dequantized(), hessian) for grid in (alone, nested, rounded, base)
     ]
     assert errors[0] < errors[1] < 0.5 * errors[2] and errors[1] < 0.3 * errors[3]
     assert 0 < nested.clipped_share() < rounded.clipped_share()

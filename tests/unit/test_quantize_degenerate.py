@@ -8,13 +8,14 @@ import shutil
 import pytest
 import torch
 from conftest import DATA
+from rounded_layers import KINDS, fill, output_error
 from safetensors.torch import load_file, save_file
 from transformed_models import Model
 from transformers import AutoModelForCausalLM
 
 from vllm_qoq.checkpoint import verify
 from vllm_qoq.progress import Progress
-from vllm_qoq.quantizer import QuantizeError, evaluate, gptq, job, strength
+from vllm_qoq.quantizer import QuantizeError, evaluate, job, strength
 from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.plan import Job
 from vllm_qoq.quantizer.sets import SetKind, dequantize
@@ -90,10 +91,6 @@ def test_scales_of_down_projs_inputs_are_finite(inputs, columns, bits):
     assert found.isfinite().all() and (found > 0).all()
 
 
-KINDS = [SetKind("w8a8", 128), SetKind("w4a8", 128), SetKind("w4a8", -1)]
-KINDS += [SetKind("w4a16", 128), SetKind("w4a16", -1), SetKind("w8a8", 128, "w4a8")]
-
-
 def zero_rows(weight):
     weight[:3] = 0
 
@@ -136,10 +133,10 @@ def test_degenerate_weights_have_finite_scales_above_zero(kind, case, dead):
     base, leaves = None, {}
     if kind.base is not None:
         base = SetKind("w4a8", 128).grid(weight, dtype, clip=True)
-        gptq.quantize(weight, hessian, base, "")
+        fill(weight, hessian, base)
         leaves = base.tensors(dtype)
     grid = kind.grid(weight, dtype, True, base)
-    gptq.quantize(weight, hessian, grid, "")
+    fill(weight, hessian, grid)
     leaves |= grid.tensors(dtype)
     for name, tensor in leaves.items():
         assert tensor.isfinite().all(), name
@@ -149,7 +146,7 @@ def test_degenerate_weights_have_finite_scales_above_zero(kind, case, dead):
     alive = x @ weight.t()
     scale = max(float(alive.abs().max()), 1e-6)
     assert float((x @ found.t() - alive).abs().max()) < 0.35 * scale
-    assert gptq.output_error(weight, grid.dequantized(), hessian) < 2
+    assert output_error(weight, grid.dequantized(), hessian) < 2
 
 
 DEAD = {

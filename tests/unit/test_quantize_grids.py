@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rounded_layers import correlated_inputs, fill, output_error
 
 from vllm_qoq.numerics import reference
 from vllm_qoq.quantizer import QuantizeError, gptq
@@ -19,18 +20,9 @@ def weights(n=16, k=256, seed=0):
     return torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
 
 
-def inputs(k=256, tokens=512, seed=1):
-    """Correlated, with a few large channels: what GPTQ can make use of."""
-    random = torch.Generator().manual_seed(seed)
-    mixed = torch.randn(tokens, k // 4, generator=random) @ torch.randn(k // 4, k, generator=random)
-    x = mixed + 0.3 * torch.randn(tokens, k, generator=random)
-    x[:, ::37] *= 12
-    return x
-
-
 def quantized(kind, weight, hessian=None, clip=True):
     grid = kind.grid(weight, torch.bfloat16, clip)
-    gptq.quantize(weight, hessian, grid, "layer")
+    fill(weight, hessian, grid)
     return grid
 
 
@@ -44,10 +36,10 @@ def test_the_stored_tensors_stand_for_what_the_grid_says(kind, clip):
 
 @EVERY_KIND
 def test_gptq_loses_less_of_the_output_than_rounding(kind):
-    weight, x = weights(), inputs()
+    weight, x = weights(), correlated_inputs()
     hessian = x.t() @ x / len(x)
     errors = [
-        gptq.output_error(weight, quantized(kind, weight, known).dequantized(), hessian)
+        output_error(weight, quantized(kind, weight, known).dequantized(), hessian)
         for known in (None, hessian)
     ]
     assert errors[1] < 0.8 * errors[0]
@@ -150,18 +142,18 @@ def test_the_error_of_a_column_is_passed_on():
 
 @EVERY_KIND
 def test_descent_finds_what_gptq_left(kind, monkeypatch):
-    weight, x = weights(), inputs()
+    weight, x = weights(), correlated_inputs()
     hessian = x.t() @ x / len(x)
     errors = []
     for passes in (0, 1, 3):
         monkeypatch.setattr(gptq, "_PASSES", passes)
         result = quantized(kind, weight, hessian).dequantized()
-        errors.append(gptq.output_error(weight, result, hessian))
+        errors.append(output_error(weight, result, hessian))
     assert errors[2] < errors[1] < 0.99 * errors[0]
 
 
 def test_channels_that_are_never_used_do_not_break_it():
-    weight, x = weights(), inputs()
+    weight, x = weights(), correlated_inputs()
     x[:, 10:40] = 0
     grid = quantized(KINDS[0], weight, x.t() @ x / len(x))
     assert grid.dequantized().isfinite().all()

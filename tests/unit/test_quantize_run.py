@@ -94,7 +94,8 @@ def test_the_report_has_every_layer_and_what_was_asked_for(quantized):
         name: sum(row["output_error"] for row in rows if row["set"] == name) / 14 for name in SETS
     }
     assert means["w8a8"] < 0.01 and means["w4a8"] < means["w4a16"] < 0.08
-    assert report["seconds"] > 0 and report["peak_memory_bytes"] > 10**8
+    assert report["seconds"] == pytest.approx(sum(report["seconds_of_steps"].values()), abs=0.1)
+    assert report["seconds_of_steps"]["rounding"] > 0 and report["peak_memory_bytes"] > 10**8
     assert set(report["after"]) == set(SETS)
     for found in (report["before"], *report["after"].values()):
         assert len(found["generated"]) == 2 and set(found["perplexity"]) == {"kv16", "kv4"}

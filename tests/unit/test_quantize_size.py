@@ -32,9 +32,9 @@ def test_the_bytes_of_a_layer_are_those_of_its_tensors(kind, dtype):
     weight, base = torch.randn(24, 256), None
     if kind.base is not None:
         base = SetKind("w4a8", 128).grid(weight, dtype, clip=False)
-        gptq.quantize(weight, None, base, "")
+        gptq.round_to_nearest(weight, base)
     grid = kind.grid(weight, dtype, False, base)
-    gptq.quantize(weight, None, grid, "")
+    gptq.round_to_nearest(weight, grid)
     stored = sum(tensor.nbytes for tensor in grid.tensors(dtype).values())
     assert size.layer_bytes(kind, 24, 256, dtype.itemsize) == stored
 
@@ -181,8 +181,7 @@ def test_another_version_is_another_run(prepare, tiny_model, tmp_path, monkeypat
 def begin(prepare, model, folder):
     """A finished piece of the run that `prepare` checks."""
     plan = prepare(model=model)
-    options = QuantizeOptions(samples=2, seqlen=64)
     wanted = Job(model, folder / "out", DATA / "calibration.txt", folder / "work")
-    with job.WorkDir.open(folder / "work", job.fingerprint(wanted, options, plan), "auto") as work:
+    with job.WorkDir.open(folder / "work", job.fingerprint(wanted, plan), "auto") as work:
         work.save("shared", {"x": torch.zeros(1)}, [])
     prepare(model=model)  # the same goes on

@@ -37,7 +37,7 @@ def test_sets_may_share_a_tensor_and_its_memory(tmp_path):
     tensors = {"a.bias": bias, "b.bias": bias, "rows": matrix[1:3], "all": matrix, "t": matrix.t()}
     with WorkDir.open(tmp_path / "work", RUN, "auto") as work:
         work.save("piece", tensors, {})
-        loaded, _ = work.load("piece")
+        loaded = work.load("piece")
         assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
         # Not the matrix for a row of it.
         assert work.file("piece").stat().st_size < 4 * (4 + 4 + 8 + 16 + 16) + 800

@@ -20,9 +20,18 @@ BITS = pytest.mark.parametrize("bits", [4, 8])
 class Step:
     """A ragged batch whose history is in the pages, blocks in random order."""
 
-    def __init__(self, bits, heads=(4, 2), head_size=64, requests=RAGGED, use_hadamard=False):
+    def __init__(
+        self,
+        bits,
+        heads=(4, 2),
+        head_size=64,
+        requests=RAGGED,
+        use_hadamard=False,
+        k_mean=None,
+    ):
         random = torch.Generator().manual_seed(len(requests))
         self.bits, self.head_size, self.use_hadamard = bits, head_size, use_hadamard
+        self.k_mean = k_mean
         lengths = [past + new for past, new in requests]
         blocks = [-(-length // BLOCK) for length in lengths]
         order = torch.randperm(sum(blocks) + 2, generator=random).int()
@@ -49,7 +58,7 @@ class Step:
         position = torch.arange(begin, end)
         slots = self.block_table[request][position // BLOCK].long() * BLOCK + position % BLOCK
         key, value = self.keys[request][begin:end], self.values[request][begin:end]
-        update(self.pages, key, value, slots, self.bits, self.use_hadamard)
+        update(self.pages, key, value, slots, self.bits, self.use_hadamard, self.k_mean)
 
     def run(self, only=None, **options):
         """The outputs by request, after the new tokens were written."""
@@ -72,6 +81,7 @@ class Step:
             scale=self.head_size**-0.5,
             bits=self.bits,
             use_hadamard=self.use_hadamard,
+            k_mean=self.k_mean,
             **options,
         )
         return output.split(new)
@@ -192,6 +202,56 @@ def test_rotated_keys_lose_less_to_an_outlier():
         gaps.append(largest_gap(step.run(), step, unquantized))
     plain, rotated = gaps
     assert rotated < plain / 2
+
+
+def large_mean():
+    return torch.randn(2, 64, generator=torch.Generator().manual_seed(5)) * 20
+
+
+class FloatPages:
+    """Pages that keep what is written as it is."""
+
+    def __init__(self, monkeypatch):
+        self.written = {}
+        monkeypatch.setattr(kv_layout, "write", self.write)
+        monkeypatch.setattr(kv_layout, "read", self.read)
+
+    def write(self, pages, slots, key, value, bits):
+        for slot, k, v in zip(slots.tolist(), key.float(), value.float(), strict=True):
+            self.written[slot] = k, v
+
+    def read(self, pages, blocks, length, head_size, bits):
+        slots = [int(blocks[t // BLOCK]) * BLOCK + t % BLOCK for t in range(length)]
+        pairs = [self.written[slot] for slot in slots]
+        shape = (length, pages.shape[1], head_size)
+        return tuple(torch.stack(x) if x else torch.zeros(shape) for x in zip(*pairs, strict=True))
+
+
+@pytest.mark.parametrize("use_hadamard", [False, True])
+def test_a_mean_of_k_leaves_the_softmax_as_it_is(monkeypatch, use_hadamard):
+    FloatPages(monkeypatch)
+    requests = [pair for pair in RAGGED if pair[0]]
+    step = Step(4, requests=requests, use_hadamard=use_hadamard, k_mean=large_mean())
+    assert largest_gap(step.run(), step, unquantized) < 2e-5
+
+
+def test_new_keys_lack_the_mean_like_those_of_the_pages():
+    mean = large_mean()
+    step = Step(4, requests=[(70, 20), (31, 17)], k_mean=mean)
+    outputs = step.run()
+    step.keys = [key.float() - mean for key in step.keys]
+    assert largest_gap(outputs, step, as_stored(4)) < 1e-5
+
+
+def test_keys_around_a_mean_lose_as_little_as_keys_around_zero():
+    gaps = []
+    for mean in (None, large_mean()):
+        step = Step(4, k_mean=mean)
+        step.keys = [key.float() + large_mean() for key in step.keys]
+        for request, (past, _) in enumerate(step.requests):
+            step._write(request, 0, past)
+        gaps.append(largest_gap(step.run(), step, unquantized))
+    assert gaps[1] < 0.25 < 3 * gaps[1] < gaps[0], gaps
 
 
 def test_padded_requests_and_rows_are_left_out():

@@ -50,6 +50,15 @@ def test_a_sound_checkpoint_has_no_findings(damaged, name):
     assert damaged(lambda config, tensors: None, name) == ""
 
 
+def test_means_that_are_announced_are_sound(damaged):
+    def spared(config, tensors):
+        announce(layers=(1,))(config, tensors)
+        rules = [{"match": "model.layers.0.*", "bits": 16}]
+        config["quantization_config"]["kv_cache"]["layers"] = rules
+
+    assert damaged(announce(), "nested") == damaged(spared, "single") == ""
+
+
 def cut(name, rows=-1):
     return lambda config, tensors: tensors.update({name: tensors[name][:rows].clone()})
 
@@ -83,7 +92,38 @@ def fewer_rows_in_all_leaves(config, tensors):
     tensors[f"w8a8.{UP}.qresidual"] = tensors[f"w8a8.{UP}.qresidual"][:-8].clone()
 
 
+KV_MEAN = "model.layers.1.self_attn.k_mean"
+
+
+def announce(heads=2, size=64, layers=(0, 1), dtype=torch.float32):
+    def change(config, tensors):
+        config["quantization_config"]["kv_cache"] = {"bits": 4, "k_mean": True}
+        for layer in layers:
+            name = f"model.layers.{layer}.self_attn.k_mean"
+            tensors[name] = torch.zeros(heads, size, dtype=dtype)
+
+    return change
+
+
+def with_infinity(config, tensors):
+    announce()(config, tensors)
+    tensors[KV_MEAN][0, 0] = float("inf")
+
+
 DAMAGE = {
+    "a mean that is not announced": (
+        add(KV_MEAN, torch.zeros(2, 64)),
+        (KV_MEAN, "is not announced", "kv_cache"),
+    ),
+    "a lost mean": (announce(layers=(0,)), (f"{KV_MEAN}: config.json announces it",)),
+    "a mean of other heads": (announce(heads=4), (KV_MEAN, "is F32 [4, 64], expected F32 [2, 64]")),
+    "a mean of half a head": (announce(size=32), (KV_MEAN, "[2, 32], expected F32 [2, 64]")),
+    "a mean in bf16": (announce(dtype=torch.bfloat16), (KV_MEAN, "is BF16 [2, 64], expected F32")),
+    "a mean beyond the layers": (
+        announce(layers=(0, 1, 2)),
+        ("model.layers.2.self_attn.k_mean: the model has no such layer",),
+    ),
+    "an infinite mean": (with_infinity, (KV_MEAN, "NaN or infinity")),
     "embedding, rows": (cut(EMBEDDING), ("is [1023, 256]", "[1024, 256] (vocab_size, hidden_")),
     "embedding, columns": (widen(EMBEDDING), (EMBEDDING, "is [1024, 512]")),
     "lm_head": (cut(HEAD), (HEAD, "is [1023, 256]")),

@@ -45,6 +45,13 @@ turned back, by
 
 and with `"rotation": "unknown"` they cannot: the final norm was folded by another tool.
 
+`kv_cache`. With `"k_mean": true` every attention layer whose cache is quantized has
+
+    model.layers.0.self_attn.k_mean   float32 [num_key_value_heads, head_dim]
+
+the mean of its keys after RoPE, which is subtracted from every key. Any finite numbers leave the
+function of the model as it is. All sets share it, as they share the cache.
+
 QoQ. A set with `{"quant_method": "qoq_linear", "group_size": 128}` (`QoQSet`) holds,
 for a layer with N outputs and K inputs,
 
@@ -99,6 +106,7 @@ from vllm_qoq.routing.table import MOST_RULES, Routing, RoutingError
 QUANT_METHOD = "qoq"
 SECTION = "quantization_config"
 INPUT_RATIO = "input_ratio"
+K_MEAN = "k_mean"
 QOQ_LINEAR = "qoq_linear"
 QOQ_RESIDUAL = "qoq_residual"
 

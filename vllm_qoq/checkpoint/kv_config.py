@@ -4,11 +4,13 @@ The `kv_cache` object of a checkpoint (`vllm_qoq.checkpoint.format`) reads
 
     {"bits": 4,
      "layers": [{"match": "model.layers.0.*", "bits": 16}],
-     "hadamard": false}
+     "hadamard": false,
+     "k_mean": false}
 
 `bits` is 4, 8 or 16; 16 is vLLM's own cache, in the type that `--kv-cache-dtype` names. The first
 rule of `layers` whose glob matches an attention layer's name overrides it. `hadamard` rotates K,
-and Q to match, before K is quantized (`vllm_qoq.numerics.reference_attention`).
+and Q to match, before K is quantized, and `k_mean` says that the checkpoint has a mean of K for
+each layer, which is subtracted before that (`vllm_qoq.numerics.reference_attention`).
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ class KVCache(BaseModel):
     bits: Bits
     layers: tuple[KVLayerRule, ...] = Field(default=(), max_length=MOST_RULES)
     hadamard: bool = False
+    k_mean: bool = False
 
     def bits_of(self, layer: str) -> Bits:
         """The bits of one attention layer, named like `model.layers.0.self_attn.attn`."""

@@ -10,7 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from vllm_qoq.checkpoint.folder import TensorInfo
-from vllm_qoq.checkpoint.format import INT8_HEAD_TENSORS, STREAM, split_layer
+from vllm_qoq.checkpoint.format import (
+    INT8_HEAD_TENSORS,
+    K_MEAN,
+    QUANT_METHOD,
+    SECTION,
+    STREAM,
+    split_layer,
+)
 from vllm_qoq.checkpoint.layout import FLOATS, QUANTIZED_LEAVES
 from vllm_qoq.checkpoint.stored_set import StoredSet
 from vllm_qoq.errors import FormatError
@@ -149,7 +156,8 @@ def _surplus(weights: StoredSet, tensors: ExpectedTensors) -> Iterator[str]:
         layer, leaf = split_layer(name)
         if name in tensors or name.endswith(_CONSTANTS) or _is_surplus_bias(name, tensors):
             continue
-        if layer == STREAM:  # `stream` checks them
+        # The modules `stream` and `k_mean` check these.
+        if layer == STREAM or (leaf == K_MEAN and _is_ours(weights)):
             continue
         if name in tensors.optional:
             yield from _tied_head(weights, tensors, info, name)
@@ -181,6 +189,11 @@ def _tied_head(
         )
     else:
         yield from _plain(weights, tensors, info, name=name, shape=tensors.optional[name])
+
+
+def _is_ours(weights: StoredSet) -> bool:
+    section = weights.checkpoint.config.get(SECTION)
+    return isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD
 
 
 def _is_surplus_bias(name: str, tensors: ExpectedTensors) -> bool:

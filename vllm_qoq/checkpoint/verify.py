@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from vllm_qoq.checkpoint import complete, hub, stream, values
+from vllm_qoq.checkpoint import complete, hub, k_mean, stream, values
 from vllm_qoq.checkpoint import layer_rules as rules
 from vllm_qoq.checkpoint.folder import Checkpoint, TensorInfo
 from vllm_qoq.checkpoint.format import (
@@ -98,9 +98,15 @@ def structure(folder: Path) -> list[str]:
     """Find what is wrong with names, dtypes and shapes. Reads headers only."""
     checkpoint, section, sets = open_merged(folder)
     if isinstance(section, KVSection):
-        return [f for weights in sets for f in complete.findings(weights)]
+        found = [f for weights in sets for f in complete.findings(weights)]
+        return [*found, *k_mean.structure(checkpoint, section)]
     head = _int8_head(checkpoint) if section.lm_head is not None else ()
-    return [*head, *stream.structure(checkpoint, section), *_structure(section, sets)]
+    return [
+        *head,
+        *stream.structure(checkpoint, section),
+        *k_mean.structure(checkpoint, section),
+        *_structure(section, sets),
+    ]
 
 
 def contents(folder: Path, progress: Progress) -> list[str]:

@@ -45,9 +45,8 @@ def add_parser(commands: Commands[Parser]) -> None:
     )
     parser.add_argument(
         "--kv-hadamard",
-        action="store_true",
-        default=None,
-        help="rotate K in the KV cache: for a model whose K has channels of very different size",
+        action=argparse.BooleanOptionalAction,
+        help="rotate K in the KV cache (default: where heads have a power of two of channels)",
     )
     parser.add_argument(
         "--lm-head-bits", type=int, choices=(8, 16), help="8 for an int8 lm_head (default: 16)"
@@ -78,6 +77,7 @@ def add_parser(commands: Commands[Parser]) -> None:
 
 _STEPS = {
     "rotate": "Hadamard rotations of the residual stream and of V",
+    "k_mean": "the mean of K, which the KV cache leaves out",
     "smooth_attention": "scales that make K even",
     "smooth_outputs": "scales that make the inputs of o_proj and down_proj even",
     "reorder": "order of down_proj's inputs",
@@ -173,7 +173,7 @@ def _plan_document(plan: CheckedJob) -> str:
             "disk_bytes": sizes.output + sizes.work,
             "memory_bytes": sum(sizes.memory.values()),
             "memory": sizes.memory,
-            "seconds": round(estimate.seconds(plan.linears, plan.options, len(plan.samples))),
+            "seconds": round(estimate.seconds(plan.stacks, plan.options, len(plan.samples))),
         }
     )
 
@@ -184,7 +184,7 @@ def _plan_text(plan: CheckedJob) -> str:
     from vllm_qoq.progress import duration, human_bytes
     from vllm_qoq.quantizer import estimate
 
-    seconds = estimate.seconds(plan.linears, plan.options, len(plan.samples))
+    seconds = estimate.seconds(plan.stacks, plan.options, len(plan.samples))
     out, memory = plan.job.out, plan.sizes.memory
     parts = ", ".join(f"{name} {human_bytes(count)}" for name, count in memory.items())
     head = "the embedding"

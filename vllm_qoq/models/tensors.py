@@ -35,14 +35,16 @@ class ExpectedTensors(Mapping[str, Shape]):
     """The shape of every tensor of the model that a `config.json` describes, by the tensor's name.
 
     Shapes are computed when asked for. `outside` are those of no decoder layer. `optional` are
-    those that a checkpoint may have besides: the lm_head, where it is the embedding. FormatError
-    names a key that is missing or impossible.
+    those that a checkpoint may have besides: the lm_head, where it is the embedding. `key_heads` is
+    the number of heads of K, and their size. FormatError names a key that is missing or
+    impossible.
     """
 
     def __init__(self, model: Architecture, config: Mapping[str, Any]) -> None:
         sizes = _Sizes(model, config)
         self.layers = sizes.key("num_hidden_layers", most=MOST_LAYERS)
         self.is_tied = _is_tied(model, config)
+        self.key_heads = (sizes["key"] // sizes["head"], sizes["head"])
         vocabulary = (sizes["vocabulary"], sizes["hidden"])
         self.outside: Mapping[str, Shape] = {
             EMBEDDING: vocabulary,

@@ -31,34 +31,39 @@ def random_inputs(size: int, like: torch.Tensor) -> torch.Tensor:
 
 
 def is_too_large(
-    queries: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor, bits: int, use_hadamard: bool
+    queries: torch.Tensor, keys: torch.Tensor, turned: torch.Tensor, bits: int, use_hadamard: bool
 ) -> bool:
     """Whether the bias spoils the scores in a cache of `bits`.
 
     queries  float [TOKENS, heads, D] of random inputs, with their bias
     keys     float [TOKENS, kv_heads, D] of the same inputs, without it
-    bias     float [kv_heads, D], which the keys lack
+    turned   float [TOKENS, kv_heads, D], what the cache gets of the bias, which the keys lack
     """
-    noise, without = score_noise(queries, keys, bias, bits, use_hadamard)
+    noise, without = score_noise(queries, keys, turned, bits, use_hadamard)
     return bool(((noise > _LIMIT) & (noise > _SHARE * without)).any())
 
 
+def turned(bias: torch.Tensor) -> torch.Tensor:
+    """Turn a bias, float [kv_heads, D], as RoPE may at TOKENS positions: [TOKENS, kv_heads, D].
+
+    RoPE turns it by another angle at every position; random angles stand for those here.
+    """
+    low, high = bias.float().chunk(2, dim=-1)
+    magnitude = torch.hypot(low, high)
+    generator = torch.Generator().manual_seed(1)
+    angles = torch.rand(TOKENS, 1, low.shape[-1], generator=generator).to(bias.device) * math.tau
+    return torch.cat((magnitude * angles.cos(), magnitude * angles.sin()), dim=-1)
+
+
 def score_noise(
-    queries: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor, bits: int, use_hadamard: bool
+    queries: torch.Tensor, keys: torch.Tensor, turned: torch.Tensor, bits: int, use_hadamard: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Estimate the root mean square error of a score, with and without the bias.
 
-    Returns two tensors, float32 [kv_heads].
-
-    RoPE turns the bias by another angle at every position; random angles stand for those here.
+    The arguments are those of `is_too_large`. Returns two tensors, float32 [kv_heads].
     """
-    keys, bias = keys.float(), bias.float()
-    kv_heads, size = bias.shape
-    low, high = bias.chunk(2, dim=-1)
-    magnitude = torch.hypot(low, high)
-    generator = torch.Generator().manual_seed(1)
-    angles = torch.rand(len(keys), 1, size // 2, generator=generator).to(bias.device) * math.tau
-    turned = torch.cat((magnitude * angles.cos(), magnitude * angles.sin()), dim=-1)
+    keys = keys.float()
+    kv_heads, size = keys.shape[1:]
     per_query = queries.float().square().sum(dim=-1)  # [TOKENS, heads]
     queried = per_query.view(len(queries), kv_heads, -1).mean(dim=(0, 2)).sqrt()
 

@@ -9,6 +9,10 @@ tokens into the pages (`update`), then attends (`attention`):
   So a prompt that runs in one piece sees no quantization at all, and one that runs in chunks, or
   hits the prefix cache, sees its history quantized.
 
+With a mean of K, it is subtracted from every key, quantized or not, before anything else. That adds
+the same to all scores of a query, which softmax does not see, and leaves what differs between keys
+to the codes.
+
 With a Hadamard rotation, K is rotated before it is quantized and Q to match, so that scores stay
 the same and outliers in single channels are spread over all.
 
@@ -44,6 +48,11 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
     return x / size**0.5
 
 
+def without_mean(key: torch.Tensor, k_mean: torch.Tensor | None) -> torch.Tensor:
+    """Subtract a mean, float32 [H, D], from keys [..., H, D]; they stay as they are without one."""
+    return key if k_mean is None else key.float() - k_mean
+
+
 def update(
     pages: torch.Tensor,
     key: torch.Tensor,
@@ -51,17 +60,20 @@ def update(
     slot_mapping: torch.Tensor,
     bits: int,
     use_hadamard: bool = False,
+    k_mean: torch.Tensor | None = None,
 ) -> None:
     """Write the new tokens of a step into the pages.
 
     pages         uint8 [num_blocks, H, head_bytes]    vllm_qoq.numerics.kv_layout
     key, value    float [>= T, H, D]                   key after RoPE
     slot_mapping  int [T]                              block * N + position in it
+    k_mean        float32 [H, D]                       of keys after RoPE, subtracted from them
 
     Tokens with a negative slot are skipped.
     """
     num_tokens = slot_mapping.shape[0]
-    key = hadamard(key[:num_tokens]) if use_hadamard else key[:num_tokens]
+    key = without_mean(key[:num_tokens], k_mean)
+    key = hadamard(key) if use_hadamard else key
     kv_layout.write(pages, slot_mapping, key, value[:num_tokens], bits)
 
 
@@ -78,6 +90,7 @@ def attention(
     bits: int,
     sliding_window: int | None = None,
     use_hadamard: bool = False,
+    k_mean: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute the causal attention of a step whose tokens are in the pages already.
 
@@ -89,9 +102,11 @@ def attention(
     query_start_loc  int [R + 1]           request r has the rows from [r] to [r + 1]
     scale            factor of the scores, usually 1 / sqrt(D)
     sliding_window   a token sees itself and the sliding_window - 1 before it; None means all
+    k_mean           float32 [H, D], which the keys in the pages lack
 
     Returns float32 [T, Hq, D]; rows of no request are zero.
     """
+    key = without_mean(key, k_mean)
     if use_hadamard:
         query, key = hadamard(query), hadamard(key)
     output = torch.zeros(query.shape, dtype=torch.float32)

@@ -73,13 +73,15 @@ def kv_write(
     bits: int,
     hadamard: bool,
     pages: torch.Tensor,
+    k_mean: torch.Tensor | None = None,
 ) -> None:
     """Quantize new tokens into their pages, as `reference_attention.update` does.
 
     key, value  bfloat16 or float16 [>= T, H, D]   K after RoPE
     slots       int64 [T]   block * N + position in it; what is not in `pages` is skipped
+    k_mean      float32 [H, D]   is subtracted from every key before it is rotated
     """
-    torch.ops.qoq.kv_write(key, value, slots, bits, hadamard, pages)
+    torch.ops.qoq.kv_write(key, value, slots, bits, hadamard, pages, k_mean)
 
 
 def kv_decode(
@@ -156,7 +158,8 @@ def _fake(*_: object) -> None:
 
 define(
     "kv_write",
-    "(Tensor key, Tensor value, Tensor slots, int bits, bool hadamard, Tensor(a!) pages) -> ()",
+    "(Tensor key, Tensor value, Tensor slots, int bits, bool hadamard, Tensor(a!) pages, "
+    "Tensor? k_mean) -> ()",
     fake=_fake,
 )
 define(

@@ -16,22 +16,29 @@ Transforming, which preserves the function of the float model:
     rotate     folds the norms, rotates the residual stream (R1), V and O (R2)
     observe    gathers samples and magnitudes of a block
     strength   finds the scales for which rounding costs least
+    k_mean     the mean of K after RoPE, which the cache leaves out
     smooth     SmoothAttention on K, scales and order of the inputs of o_proj and down_proj
     keys       finds biases of K that a quantized cache cannot hold
 
 Rounding:
 
+    hessian    what calibration shows of the inputs of layers, and its factors
     grid       the grids that weights are rounded to
     nested     the grid of an 8-bit set that is a residual on a 4-bit one
-    gptq       rounds column by column, with what is known of the inputs
+    gptq       rounds block of columns by block, with what is known of the inputs
+    rounding   the loops inside a block, in PyTorch (`rounding_plain`) and in Triton
+               (`rounding_triton`)
+    layers     rounds the layers with one input in every set
     sets       the grid of each set, and its entry in config.json
     head       the int8 lm_head
 
 The run:
 
     modifiers  the two passes over the calibration text, in llmcompressor's pipeline
+    products   products of 16-bit floats on CPUs that have no instructions for them
     weights    changes a parameter, wherever the pipeline keeps it
     workdir    keeps the results of each block on the disk, so that a stopped run goes on
+    writer     writes the results of a block while the next one is computed
     job        does all of this, from start to end
     assemble   the contents of the checkpoint
     evaluate   measures perplexity in transformers

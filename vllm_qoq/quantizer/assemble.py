@@ -81,7 +81,9 @@ def section(options: QuantizeOptions) -> Section:
     return Section(
         sets={kind.name: kind.config() for kind in options.kinds},
         routing=Routing(prefill=options.sets[0], decode=(DecodeRow(set_name=options.sets[-1]),)),
-        kv_cache=KVCache(bits=options.kv_bits, hadamard=options.kv_hadamard),
+        kv_cache=KVCache(
+            bits=options.kv_bits, hadamard=bool(options.kv_hadamard), k_mean=options.has_k_mean
+        ),
         lm_head=LMHead(bits=8) if options.lm_head_bits == 8 else None,
         stream=Stream(rotation="stored") if options.rotate else None,
     )

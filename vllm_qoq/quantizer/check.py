@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,12 +42,14 @@ class SetCheck:
     has_int8_head: bool
     quiet: bool
 
-    def measure(self, model: Module, label: str) -> dict[str, Any]:
+    def measure(
+        self, model: Module, label: str, k_means: Sequence[torch.Tensor] | None = None
+    ) -> dict[str, Any]:
         """Measure `perplexity` by KV precision ("kv16", "kv4") and make `generated` texts."""
         found: dict[str, Any] = {}
         if self.windows:
             found["perplexity"] = {
-                f"kv{bits}": self._perplexity(model, bits, label) for bits in self.kv_bits
+                f"kv{bits}": self._perplexity(model, bits, label, k_means) for bits in self.kv_bits
             }
         if self.prompts:
             found["generated"] = [self._continue(model, prompt, label) for prompt in self.prompts]
@@ -59,10 +61,12 @@ class SetCheck:
         names: LayerNames,
         kind: SetKind,
         layers: Iterable[Mapping[str, torch.Tensor]],
+        k_means: Sequence[torch.Tensor] | None,
     ) -> dict[str, Any]:
         """Measure one set, like `measure`. The transformed `model` gets the weights of the set.
 
-        layers  the tensors of each block, named SET.LAYER.LEAF
+        layers   the tensors of each block, named SET.LAYER.LEAF
+        k_means  float32 [kv_heads, head_dim] of each block, which the cache leaves out
         """
         if not (self.windows or self.prompts):
             return {}
@@ -77,12 +81,19 @@ class SetCheck:
         if self.has_int8_head:
             rounded.append(model.get_submodule(names.head))
         with evaluate.int8_inputs(rounded):
-            return self.measure(model, kind.name)
+            return self.measure(model, kind.name, k_means)
 
-    def _perplexity(self, model: Module, bits: int, label: str) -> float:
+    def _perplexity(
+        self, model: Module, bits: int, label: str, k_means: Sequence[torch.Tensor] | None
+    ) -> float:
         clock = Clock(f"perplexity of {label}, KV{bits}", len(self.windows), self.quiet)
         found = evaluate.perplexity(
-            model, self.windows, kv_bits=bits, done=clock, kv_hadamard=self.kv_hadamard
+            model,
+            self.windows,
+            kv_bits=bits,
+            done=clock,
+            kv_hadamard=self.kv_hadamard,
+            k_means=k_means,
         )
         if not math.isfinite(found):
             raise QuantizeError(f"{label}: perplexity {found}; {_REMEDY}")

@@ -1,8 +1,8 @@
 """An estimate of how long a quantization takes, from a second of the same work here.
 
-Two parts are timed: a matrix product, for the passes over the calibration text and the
-Hessians, and `gptq.quantize` on two small layers, whose time is a constant per column
-(launches, on a GPU) plus one per weight.
+Timed are a matrix product, for the passes over the calibration text and all that is a product in
+rounding; the factors of a Hessian; and `gptq.quantize` on two small layers, whose time is a
+constant per column (launches, on a GPU) plus one per weight.
 """
 
 from __future__ import annotations
@@ -14,43 +14,67 @@ import torch
 
 from vllm_qoq.quantizer import gptq
 from vllm_qoq.quantizer.grid import Grid
+from vllm_qoq.quantizer.hessian import Inputs, factored
 from vllm_qoq.quantizer.options import QuantizeOptions
+from vllm_qoq.quantizer.products import fast_products
 from vllm_qoq.quantizer.sets import SetKind
 
 _COLUMNS = 512
 _FEW_ROWS, _MANY_ROWS = 64, 512
-# The pipeline runs every block twice in each pass, to measure and with its new weights. There
-# are two passes with smoothing and one without.
-_RUNS = {True: 4, False: 2}
+# Products of a weight [N, K] with a Hessian in `gptq`: half of one while errors are passed on, one
+# for the first gradient, and one for each pass.
+_PRODUCTS = 4.5
+# The pipeline runs every block to smooth it, where that is wanted, to measure its inputs, and with
+# its new weights.
+_RUNS = {True: 3, False: 2}
 
 
 def seconds(
-    linears: Iterable[tuple[int, int]],
+    stacks: Iterable[tuple[int, int]],
     options: QuantizeOptions,
     samples: int,
     dtype: torch.dtype = torch.bfloat16,
 ) -> float:
-    """Estimate the seconds for layers of the sizes (N, K), with `samples` pieces of text."""
+    """Estimate the seconds of a run.
+
+    stacks   (N, K) of the layers that read one input, of all blocks, as `size.stacks` has them
+    samples  pieces of text
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sizes = list(linears)
+    sizes = list(stacks)
     tokens = samples * options.seqlen
     has_smoothing = bool(options.smooth_attention or options.smooth_outputs or options.reorder)
     forward = 2 * tokens * _RUNS[has_smoothing] * sum(n * k for n, k in sizes)
-    hessians = 2 * tokens * sum(k * k for _, k in sizes)
-    total = forward * _seconds_per_flop(device, dtype)
-    total += hessians * _seconds_per_flop(device, torch.float32)
+    # A CPU leaves out what is below the diagonal.
+    hessians = (2 if device.type == "cuda" else 1) * tokens * sum(k * k for _, k in sizes)
+    with fast_products():
+        per_flop = _seconds_per_flop(device, dtype)
+    per_float32_flop = _seconds_per_flop(device, torch.float32)
+    total = forward * per_flop
+    total += hessians * (per_flop if device.type == "cuda" else per_float32_flop)
+    if options.gptq:
+        total += _factoring(device) * sum(k**3 for _, k in sizes)
     kinds = {kind.name: kind for kind in options.kinds}
     for kind in options.kinds:
         base = kinds[kind.base] if kind.base is not None else None
         per_column, per_weight = _rounding(kind, base, options.clip, device)
         total += sum(per_column * k + per_weight * n * k for n, k in sizes)
+        total += 2 * _PRODUCTS * per_float32_flop * sum(n * k * k for n, k in sizes)
     return total
 
 
 def _seconds_per_flop(device: torch.device, dtype: torch.dtype) -> float:
     size = 4096 if device.type == "cuda" else 512
     x = torch.randn(size, size, device=device).to(dtype)
-    return min(_timed(lambda: x @ x, device) for _ in range(3)) / (2 * size**3)
+    product = torch.nn.functional.linear
+    return min(_timed(lambda: product(x, x), device) for _ in range(3)) / (2 * size**3)
+
+
+def _factoring(device: torch.device) -> float:
+    """Measure the seconds of factoring a Hessian [K, K], over K^3."""
+    size = 4096 if device.type == "cuda" else 512
+    hessian = torch.eye(size, device=device)
+    return min(_timed(lambda: factored(hessian.clone(), ""), device) for _ in range(2)) / size**3
 
 
 def _rounding(
@@ -60,19 +84,19 @@ def _rounding(
     found = []
     for rows in (_FEW_ROWS, _MANY_ROWS):
         weight = torch.randn(rows, _COLUMNS, device=device)
-        hessian = torch.eye(_COLUMNS, device=device)
+        inputs = factored(torch.eye(_COLUMNS, device=device), "")
         filled = None
         if base is not None:
             filled = base.grid(weight, torch.bfloat16, clip)
-            gptq.quantize(weight, None, filled, "")
+            gptq.round_to_nearest(weight, filled)
 
         def run(
             weight: torch.Tensor = weight,
-            hessian: torch.Tensor = hessian,
+            inputs: Inputs = inputs,
             filled: Grid | None = filled,
         ) -> None:
             grid = kind.grid(weight, torch.bfloat16, clip, filled)
-            gptq.quantize(weight, hessian, grid, "")
+            gptq.quantize(weight, inputs, grid)
 
         found.append(min(_timed(run, device) for _ in range(2)))
     few, many = found

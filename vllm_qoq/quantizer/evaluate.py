@@ -9,7 +9,7 @@ are rounded to 4 or 8 bits per token and head. The protocol is that of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,16 +33,18 @@ def perplexity(
     kv_bits: int = 16,
     done: Callable[[], object] = lambda: None,
     kv_hadamard: bool = False,
+    k_means: Sequence[torch.Tensor] | None = None,
 ) -> float:
     """Measure the perplexity of a model on windows of token ids.
 
     This is exp of the mean negative log-likelihood of every token but the first of each window.
-    `kv_hadamard` rotates keys before they are rounded to `kv_bits`; `done` is called after each
+    `kv_hadamard` rotates keys before they are rounded to `kv_bits`, and `k_means`, float32
+    [kv_heads, head_dim] of each layer, are subtracted before that; `done` is called after each
     window.
     """
     device = device_of(model)
     total, count = 0.0, 0
-    with _simulated_cache(model, kv_bits, kv_hadamard):
+    with _simulated_cache(model, kv_bits, kv_hadamard, k_means):
         for window in windows:
             tokens = torch.tensor([window], device=device)
             logits = model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
@@ -68,7 +70,8 @@ def linears(model: Module, names: LayerNames) -> Iterator[Module]:
 @contextmanager
 def int8_inputs(layers: Iterable[Module]) -> Iterator[None]:
     """Round the inputs of `layers` to int8 per token while the block runs."""
-    hooks = [layer.register_forward_pre_hook(to_int8) for layer in layers]
+    rounded = RoundedInputs()
+    hooks = [layer.register_forward_pre_hook(rounded) for layer in layers]
     try:
         yield
     finally:
@@ -76,11 +79,27 @@ def int8_inputs(layers: Iterable[Module]) -> Iterator[None]:
             hook.remove()
 
 
-def to_int8(module: Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Round the input [..., K] of a layer to int8 per token and back, as a forward pre-hook."""
-    x = args[0]
+class RoundedInputs:
+    """A forward pre-hook that rounds the inputs of layers to int8 per token and back.
+
+    Layers that get one tensor in turn, such as q, k and v, share the result: one of these objects
+    serves all layers of a model, and holds no more than the last input.
+    """
+
+    def __init__(self) -> None:
+        self._given, self._rounded = torch.empty(0), torch.empty(0)
+
+    def __call__(self, module: Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Replace the input float [..., K] of `module`."""
+        if args[0] is not self._given:
+            self._given, self._rounded = args[0], to_int8(args[0])
+        return (self._rounded, *args[1:])
+
+
+def to_int8(x: torch.Tensor) -> torch.Tensor:
+    """Round the input [..., K] of a layer to int8 per token and back, in its dtype."""
     codes, scale, _ = quantize_per_token(x.flatten(0, -2))
-    return ((codes * scale[:, None]).to(x.dtype).view_as(x), *args[1:])
+    return (codes * scale[:, None]).to(x.dtype).view_as(x)
 
 
 def round_cache(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -98,19 +117,27 @@ def round_keys(keys: torch.Tensor, bits: int, use_hadamard: bool) -> torch.Tenso
 class _simulated_cache:
     """A context in which the attention of `model` rounds keys and values."""
 
-    def __init__(self, model: Module, bits: int, use_hadamard: bool) -> None:
+    def __init__(
+        self,
+        model: Module,
+        bits: int,
+        use_hadamard: bool,
+        k_means: Sequence[torch.Tensor] | None,
+    ) -> None:
         self.model, self.bits, self.use_hadamard = model, bits, use_hadamard
+        self.k_means = k_means
 
     def __enter__(self) -> None:
         self.before = self.model.config._attn_implementation
         if self.bits < 16:
-            self.model.set_attn_implementation(_register(self.bits, self.use_hadamard))
+            name = _register(self.bits, self.use_hadamard, self.k_means)
+            self.model.set_attn_implementation(name)
 
     def __exit__(self, *error: object) -> None:
         self.model.set_attn_implementation(self.before)
 
 
-def _register(bits: int, use_hadamard: bool) -> str:
+def _register(bits: int, use_hadamard: bool, k_means: Sequence[torch.Tensor] | None) -> str:
     """Make an attention that rounds keys and values known to transformers; returns its name."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -124,7 +151,10 @@ def _register(bits: int, use_hadamard: bool) -> str:
         mask: torch.Tensor | None,
         **options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        keys, values = round_keys(key, bits, use_hadamard), round_cache(value, bits)
+        keys, values = key, round_cache(value, bits)
+        if k_means is not None:  # [kv_heads, 1, head_dim], for keys [1, kv_heads, tokens, head_dim]
+            keys = key.float() - k_means[module.layer_idx].to(key.device)[:, None]
+        keys = round_keys(keys, bits, use_hadamard).to(key.dtype)
         return sdpa_attention_forward(module, query, keys, values, mask, **options)
 
     name = f"{_ATTENTION}{bits}{'_hadamard' if use_hadamard else ''}"

@@ -7,95 +7,111 @@ and a pass looks at each again given all others. On layers of a 16 M Llama three
 llmcompressor's GPTQ rounds to one scale per group. Here the grid decides, and it may
 choose a group's parameters when the group is reached, from weights that already carry
 the errors of the columns before: that is what the integer grid of QoQ needs.
+
+Layers with one input are rounded as one, row below row. `rounding` has the loops over columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
-from vllm_qoq.quantizer import QuantizeError
+from vllm_qoq.numerics import GROUP_SIZE
+from vllm_qoq.quantizer import rounding
 from vllm_qoq.quantizer.grid import Grid
+from vllm_qoq.quantizer.hessian import Inputs
 
-_DAMPINGS = (0.01, 0.1, 1.0)
 _PASSES = 3
 
 
 @torch.no_grad()
-def quantize(weight: torch.Tensor, hessian: torch.Tensor | None, grid: Grid, layer: str) -> None:
+def round_to_nearest(weight: torch.Tensor, grid: Grid) -> None:
+    """Fill `grid` with the nearest codes of `weight` float [N, K]."""
+    weight = weight.float()
+    importance = torch.ones(weight.shape[1], device=weight.device)
+    grid.prepare(weight, importance)
+    for columns in _blocks(weight):
+        grid.start(weight[:, columns], importance[columns], columns.start)
+        codes = grid.scaled(weight[:, columns], columns.start).round_()
+        low, high = (torch.as_tensor(x).to(codes) for x in grid.bounds(columns.start))
+        grid.store(codes.clamp_(low, high), columns.start)
+    grid.settle(weight)
+
+
+@torch.no_grad()
+def quantize(weight: torch.Tensor, inputs: Inputs, grid: Grid) -> torch.Tensor:
     """Fill `grid` with the codes of `weight` float [N, K].
 
-    hessian  float32 [K, K], the mean of x x^T over the inputs; None to round to nearest
-    layer    the name of the layer, for the QuantizeError when the Hessian cannot be factored
+    Returns |W x - W' x|^2 of each row, the mean over the calibration inputs: float32 [N].
     """
-    weight = weight.float().clone()
-    k = weight.shape[1]
-    if hessian is None:
-        factor = torch.eye(k, device=weight.device)
-    else:
-        dead = hessian.diagonal() == 0
-        weight[:, dead] = 0
-        hessian, factor = _damped(hessian, dead, layer)
-    target = weight.clone()
-    importance = factor.diagonal().square().reciprocal()
+    target = weight.masked_fill(inputs.dead, 0)
+    _pass_errors_on(target.to(torch.float32, copy=True), inputs, grid)
+    # The gradient of half the loss is kept up to date from here on.
+    gradient = grid.dequantized().sub_(target) @ inputs.hessian
+    for _ in range(_PASSES):
+        _descend(gradient, inputs.hessian, grid)
+    difference = grid.dequantized().sub_(target)
+    # The loss is that of the Hessian without damping.
+    gradient.addcmul_(difference, inputs.added, value=-1)
+    lost = _row_products(difference, gradient).clamp_min_(0)
+    gradient.addcmul_(difference, inputs.added)
+    # Each weight as it would be if it were not rounded, given all others.
+    ideal = gradient.div_(-inputs.hessian.diagonal()).add_(difference).add_(target)
+    del difference
+    grid.settle(ideal)
+    return lost
+
+
+@torch.no_grad()
+def row_losses(difference: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """Compute |d x|^2, the mean over inputs, of each row d of `difference` [N, K]: float32 [N]."""
+    return _row_products(difference @ hessian, difference)
+
+
+def _row_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Compute the dot products of rows [N, K], without another matrix of their size."""
+    return torch.bmm(left[:, None], right[:, :, None]).flatten()
+
+
+def output_error(lost: torch.Tensor, whole: torch.Tensor) -> float:
+    """Compute |W x - W' x| / |W x| from the squares of the rows of a layer, float32 [N]."""
+    return float((lost.sum() / whole.sum().clamp_min(1e-30)).clamp_min(0).sqrt())
+
+
+def _pass_errors_on(weight: torch.Tensor, inputs: Inputs, grid: Grid) -> None:
+    """Round from left to right; `weight` float32 [N, K] is used up."""
+    importance = inputs.importance
     grid.prepare(weight, importance)
-    for first in range(0, k, grid.block):
-        last = min(first + grid.block, k)
-        block = weight[:, first:last]
-        grid.start(block, importance[first:last], first)
-        errors = torch.zeros_like(block)
-        for i in range(last - first):
-            column = block[:, i]
-            error = (column - grid.round(column, first + i)) / factor[first + i, first + i]
-            block[:, i + 1 :] -= error[:, None] * factor[first + i, first + i + 1 : last]
-            errors[:, i] = error
-        weight[:, last:] -= errors @ factor[first:last, last:]
-    if hessian is not None:
-        for _ in range(_PASSES):
-            _descend(target, hessian, grid)
+    for columns in _blocks(weight):
+        first = columns.start
+        block = weight[:, columns]
+        form = rounding.on(weight.device, block.shape[1])
+        grid.start(block, importance[columns], first)
+        lower = inputs.lower[columns, columns].contiguous()
+        ideal = grid.scaled(block, first)
+        codes, errors = form.round_columns(ideal, lower, *grid.bounds(first))
+        grid.store(codes, first)
+        rest = slice(columns.stop, None)
+        weight[:, rest].addmm_(errors * grid.step(first), inputs.lower[rest, columns].t(), alpha=-1)
 
 
-def _descend(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> None:
-    """Round each column to what is best given all others, block by block."""
-    values = grid.dequantized()
-    gradient = (values - weight) @ hessian
-    diagonal = hessian.diagonal()
-    k = weight.shape[1]
-    for first in range(0, k, grid.block):
-        last = min(first + grid.block, k)
-        block, before = values[:, first:last], values[:, first:last].clone()
-        local, within = gradient[:, first:last].clone(), hessian[first:last, first:last]
-        for i in range(last - first):
-            best = block[:, i] - local[:, i] / diagonal[first + i]
-            change = grid.round(best, first + i) - block[:, i]
-            block[:, i] += change
-            local += change[:, None] * within[i]
-        gradient += (block - before) @ hessian[first:last]
+def _descend(gradient: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> None:
+    """Round each column to what is best given all others, block by block.
+
+    gradient  float32 [N, K], (W' - W) H, which is kept up to date
+    """
+    for columns in _blocks(gradient):
+        first = columns.start
+        step, codes = grid.step(first), grid.codes[:, columns].float()
+        form = rounding.on(gradient.device, codes.shape[1])
+        slope = gradient[:, columns] / step
+        within = hessian[columns, columns].contiguous()
+        new = form.descend(codes, slope, within, *grid.bounds(first))
+        grid.store(new, first)
+        gradient.addmm_((new - codes) * step, hessian[columns])
 
 
-def output_error(weight: torch.Tensor, quantized: torch.Tensor, hessian: torch.Tensor) -> float:
-    """Compute |W x - W' x| / |W x|, root mean square over the calibration inputs."""
-    difference = weight.float() - quantized
-    lost = ((difference @ hessian) * difference).sum()
-    whole = ((weight.float() @ hessian) * weight.float()).sum()
-    return float((lost / whole.clamp_min(1e-30)).clamp_min(0).sqrt())
-
-
-def _damped(
-    hessian: torch.Tensor, dead: torch.Tensor, layer: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Damp the Hessian; returns it and the upper Cholesky factor of its inverse."""
-    mean = hessian.diagonal().mean()
-    for damping in _DAMPINGS:
-        damped = hessian.clone()
-        damped.diagonal().add_(damping * mean)
-        damped.diagonal()[dead] = mean.clamp_min(1e-8)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if failed:
-            continue
-        factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed and factor.isfinite().all():
-            return damped, factor
-    raise QuantizeError(
-        f"{layer}: the inputs seen in calibration do not determine its weights; give more text "
-        "(--samples, --seqlen)"
-    )
+def _blocks(weight: torch.Tensor) -> Iterator[slice]:
+    for first in range(0, weight.shape[1], GROUP_SIZE):
+        yield slice(first, first + GROUP_SIZE)

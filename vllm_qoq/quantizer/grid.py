@@ -1,8 +1,8 @@
-"""The grids of the sets: how a column of weights becomes codes and what they stand for.
+"""The grids of the sets: how weights become codes, and what codes stand for.
 
-A grid is filled by `gptq.quantize`: `prepare` sees the whole weight, `start` the next
-columns as they are after the errors of earlier ones were passed on, `round` one column,
-and again when a later pass looks at it anew.
+A grid is filled by `gptq`: `prepare` sees the whole weight, `start` the next columns as they are
+after the errors of earlier ones were passed on. `scaled` then gives them in units of codes, in
+which `rounding` works, and `store` keeps the codes that it finds.
 
 `importance` float32 [K] is what an error in a column costs, 1 / d^2 with d the diagonal
 of the Cholesky factor of the inverse Hessian: the loss that GPTQ itself adds up.
@@ -11,18 +11,21 @@ of the Cholesky factor of the inverse Hessian: the loss that GPTQ itself adds up
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from copy import copy
 
 import torch
 from torch.nn.functional import pad
+from typing_extensions import Self
 
 from vllm_qoq.numerics import GROUP_SIZE, group_count
 from vllm_qoq.numerics.packing import pack_nibbles
+from vllm_qoq.quantizer import rounding
+from vllm_qoq.quantizer.rounding_plain import Bound, weighted_errors
 
 # Level 1 of QoQ. With codes 0..15 and scales up to 16, a group whose weights lie within
 # +-119 has a scale and an offset with which every code stands for an int8 (QServe's
 # protective range).
 PROTECTED = 119
-_MAX_GROUP_SCALE = 16
 _MIN_SCALE = 1e-10
 # These scales are tried, as shares of the one that clips nothing.
 _ROW_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
@@ -31,16 +34,22 @@ _SCALES_BELOW = 4
 
 
 class Grid(ABC):
-    """The codes of one layer, int16 [N, K] while the grid is filled.
+    """The codes of the layers with one input, int8 [N, K], one row for each output.
 
     clip  whether scales smaller than the largest weight asks for are tried
     """
 
-    block = GROUP_SIZE
-
     def __init__(self, n: int, k: int, device: torch.device, clip: bool) -> None:
-        self.codes = torch.empty(n, k, dtype=torch.int16, device=device)
+        self.codes = torch.empty(n, k, dtype=torch.int8, device=device)
         self.clip = clip
+
+    def rows(self, first: int, last: int) -> Self:
+        """Take the part of a layer, whose rows begin at `first` and end before `last`."""
+        part = copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(part, name, value[first:last])
+        return part
 
     @abstractmethod
     def prepare(self, weight: torch.Tensor, importance: torch.Tensor) -> None:
@@ -49,11 +58,26 @@ class Grid(ABC):
     def start(  # noqa: B027 - grids without groups have nothing to choose
         self, weight: torch.Tensor, importance: torch.Tensor, first: int
     ) -> None:
-        """Choose what belongs to the columns from `first`: weight float32 [N, up to `block`]."""
+        """Choose what belongs to the columns from `first`: weight float32 [N, 128]."""
 
     @abstractmethod
-    def round(self, column: torch.Tensor, k: int) -> torch.Tensor:
-        """Store the codes of column `k`, float32 [N], and return what they stand for."""
+    def scaled(self, weight: torch.Tensor, first: int) -> torch.Tensor:
+        """Bring the columns from `first` into units of codes: float32 [N, 128]."""
+
+    @abstractmethod
+    def step(self, first: int) -> torch.Tensor:
+        """What one code more stands for in the columns from `first`: float32 [N, 1]."""
+
+    @abstractmethod
+    def bounds(self, first: int) -> tuple[Bound, Bound]:
+        """The lowest and the highest code of the columns from `first`."""
+
+    def store(self, codes: torch.Tensor, first: int) -> None:
+        """Keep the codes of the columns from `first`, integers in float32 [N, 128]."""
+        self.codes[:, first : first + codes.shape[1]] = codes
+
+    def settle(self, ideal: torch.Tensor) -> None:  # noqa: B027 - most grids need nothing of it
+        """See, when all codes are stored, what the weights float [N, K] would be unrounded."""
 
     @abstractmethod
     def tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -75,14 +99,15 @@ class TwoLevel(Grid):
         if self.clip:
             # What fills up the last group widens no range and costs nothing.
             missing = (0, -k % GROUP_SIZE)
-            groups = pad(weight, missing, mode="replicate").view(n, -1, GROUP_SIZE)
-            cost = pad(importance, missing).view(1, -1, GROUP_SIZE)
+            filled = pad(weight, missing, mode="replicate") if missing[1] else weight
+            cost = pad(importance, missing).view(-1, GROUP_SIZE)
             best = torch.full_like(largest, torch.inf)
             for share in _ROW_SHARES:
                 scale = largest * share
-                level1 = groups / scale[:, None, None]
-                _, _, error = _search(level1, cost, scales_below=2, shifts=False)
-                _keep_better(best, error.sum(dim=1) * scale.square(), self.channel_scale, scale)
+                level1 = (filled / scale[:, None]).view(n, -1, GROUP_SIZE)
+                _, _, error = self._search(level1, cost, scales_below=2, shifts=False)
+                lost = error.sum(dim=1) * scale.square()
+                best, self.channel_scale = _better(lost, scale, best, self.channel_scale)
         shape = (n, group_count(k))
         self.group_scale = torch.empty(shape, device=weight.device)
         self.group_offset = torch.empty(shape, device=weight.device)
@@ -90,21 +115,28 @@ class TwoLevel(Grid):
     def start(self, weight: torch.Tensor, importance: torch.Tensor, first: int) -> None:
         """Search the group's scale and offset over the integers."""
         level1 = weight / self.channel_scale[:, None]
-        scale, offset, _ = _search(
+        scale, offset, _ = self._search(
             level1[:, None],
-            importance.view(1, 1, -1),
+            importance[None],
             scales_below=_SCALES_BELOW if self.clip else 0,
             shifts=self.clip,
         )
         group = first // GROUP_SIZE
         self.group_scale[:, group], self.group_offset[:, group] = scale[:, 0], offset[:, 0]
 
-    def round(self, column: torch.Tensor, k: int) -> torch.Tensor:
-        """Take the nearest code of the group."""
-        scale, offset = self.group_scale[:, k // GROUP_SIZE], self.group_offset[:, k // GROUP_SIZE]
-        codes = ((column / self.channel_scale - offset) / scale).round().clamp(0, 15)
-        self.codes[:, k] = codes
-        return (codes * scale + offset) * self.channel_scale
+    def scaled(self, weight: torch.Tensor, first: int) -> torch.Tensor:
+        """Bring the columns from `first` into units of codes: float32 [N, 128]."""
+        group = first // GROUP_SIZE
+        level1 = weight / self.channel_scale[:, None]
+        return (level1 - self.group_offset[:, group, None]) / self.group_scale[:, group, None]
+
+    def step(self, first: int) -> torch.Tensor:
+        """What one code more stands for in the columns from `first`: float32 [N, 1]."""
+        return (self.group_scale[:, first // GROUP_SIZE] * self.channel_scale)[:, None]
+
+    def bounds(self, first: int) -> tuple[Bound, Bound]:
+        """The lowest and the highest code."""
+        return 0, 15
 
     def tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Make the tensors of `vllm_qoq.checkpoint.format`; asserts the protective range."""
@@ -119,7 +151,7 @@ class TwoLevel(Grid):
 
     def dequantized(self) -> torch.Tensor:
         """Compute the weight that the codes stand for: float32 [N, K]."""
-        return self.level1() * self.channel_scale[:, None]
+        return self.level1().mul_(self.channel_scale[:, None])
 
     def level1(self) -> torch.Tensor:
         """Compute W8, the integers of the first level, in float32 [N, K]."""
@@ -127,6 +159,13 @@ class TwoLevel(Grid):
         scale = self.group_scale.repeat_interleave(GROUP_SIZE, dim=1)[:, :k]
         offset = self.group_offset.repeat_interleave(GROUP_SIZE, dim=1)[:, :k]
         return self.codes * scale + offset
+
+    def _search(
+        self, level1: torch.Tensor, cost: torch.Tensor, scales_below: int, shifts: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return rounding.on(level1.device, level1.shape[2]).search(
+            level1, cost, scales_below, shifts
+        )
 
 
 class PerChannel(Grid):
@@ -137,24 +176,26 @@ class PerChannel(Grid):
         low, high = weight.amin(dim=1), weight.amax(dim=1)
         self.channel_scale = ((high - low) / 15).clamp_min(_MIN_SCALE)
         self.channel_zero = -low
-        if not self.clip:
-            return
         best = torch.full_like(low, torch.inf)
-        for share in (1.0 - 0.02 * i for i in range(31)):
+        for share in (1.0 - 0.02 * i for i in range(31)) if self.clip else ():
             scale = ((high - low) * share / 15).clamp_min(_MIN_SCALE)
             zero = -low * share
-            codes = ((weight + zero[:, None]) / scale[:, None]).round().clamp(0, 15)
-            error = codes * scale[:, None] - zero[:, None] - weight
-            is_better = _keep_better(
-                best, (error.square() * importance).sum(dim=1), self.channel_scale, scale
-            )
-            self.channel_zero[is_better] = zero[is_better]
+            error = weighted_errors(weight, scale, -zero, (0, 15), importance)
+            is_better = error < best
+            self.channel_zero = torch.where(is_better, zero, self.channel_zero)
+            best, self.channel_scale = _better(error, scale, best, self.channel_scale)
 
-    def round(self, column: torch.Tensor, k: int) -> torch.Tensor:
-        """Take the nearest code of the row."""
-        codes = ((column + self.channel_zero) / self.channel_scale).round().clamp(0, 15)
-        self.codes[:, k] = codes
-        return codes * self.channel_scale - self.channel_zero
+    def scaled(self, weight: torch.Tensor, first: int) -> torch.Tensor:
+        """Bring the columns from `first` into units of codes: float32 [N, 128]."""
+        return (weight + self.channel_zero[:, None]) / self.channel_scale[:, None]
+
+    def step(self, first: int) -> torch.Tensor:
+        """What one code more stands for in the columns from `first`: float32 [N, 1]."""
+        return self.channel_scale[:, None]
+
+    def bounds(self, first: int) -> tuple[Bound, Bound]:
+        """The lowest and the highest code."""
+        return 0, 15
 
     def tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Make the tensors of `vllm_qoq.checkpoint.format`."""
@@ -166,7 +207,7 @@ class PerChannel(Grid):
 
     def dequantized(self) -> torch.Tensor:
         """Compute the weight that the codes stand for: float32 [N, K]."""
-        return self.codes * self.channel_scale[:, None] - self.channel_zero[:, None]
+        return (self.codes * self.channel_scale[:, None]).sub_(self.channel_zero[:, None])
 
 
 class Symmetric(Grid):
@@ -183,7 +224,7 @@ class Symmetric(Grid):
         scale_dtype: torch.dtype,
     ) -> None:
         super().__init__(n, k, device, clip)
-        self.lowest, self.highest = -(1 << bits - 1), (1 << bits - 1) - 1
+        self.low, self.high = -(1 << bits - 1), (1 << bits - 1) - 1
         self.group, self.scale_dtype = group, scale_dtype
         columns = 1 if group is None else k // group
         self.scale = torch.empty(n, columns, device=device)
@@ -198,18 +239,23 @@ class Symmetric(Grid):
         if self.group is not None:
             self.scale[:, first // self.group] = self._best_scale(weight, importance)
 
-    def round(self, column: torch.Tensor, k: int) -> torch.Tensor:
-        """Take the nearest code."""
-        scale = self.scale[:, 0 if self.group is None else k // self.group]
-        codes = (column / scale).round().clamp(self.lowest, self.highest)
-        self.codes[:, k] = codes
-        return codes * scale
+    def scaled(self, weight: torch.Tensor, first: int) -> torch.Tensor:
+        """Bring the columns from `first` into units of codes: float32 [N, 128]."""
+        return weight / self.step(first)
+
+    def step(self, first: int) -> torch.Tensor:
+        """What one code more stands for in the columns from `first`: float32 [N, 1]."""
+        return self.scale[:, 0 if self.group is None else first // self.group, None]
+
+    def bounds(self, first: int) -> tuple[Bound, Bound]:
+        """The lowest and the highest code."""
+        return self.low, self.high
 
     def tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Make the tensors of compressed-tensors: int8 codes, or eight 4-bit codes in an int32."""
         scale = self.scale.to(self.scale_dtype)
-        if self.highest > 7:
-            return {"weight": self.codes.to(torch.int8), "weight_scale": scale}
+        if self.high > 7:
+            return {"weight": self.codes, "weight_scale": scale}
         n, k = self.codes.shape
         words = (self.codes.to(torch.int32) + 8).view(n, k // 8, 8)
         packed = torch.zeros(n, k // 8, dtype=torch.int32, device=words.device)
@@ -220,19 +266,18 @@ class Symmetric(Grid):
 
     def dequantized(self) -> torch.Tensor:
         """Compute the weight that the codes stand for: float32 [N, K]."""
-        repeats = self.codes.shape[1] // self.scale.shape[1]
-        return self.codes * self.scale.repeat_interleave(repeats, dim=1)
+        groups = self.codes.unflatten(1, (self.scale.shape[1], -1))
+        return (groups * self.scale[:, :, None]).flatten(1)
 
     def _best_scale(self, weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
         # For 4 bits the step is chosen so that -8 and 7 miss the largest weight by half of it.
-        largest = weight.abs().amax(dim=1) / (self.highest + (0.5 if self.highest == 7 else 0))
+        largest = weight.abs().amax(dim=1) / (self.high + (0.5 if self.high == 7 else 0))
         found = self._rounded(largest)
         best = torch.full_like(found, torch.inf)
         for share in _GROUP_SHARES if self.clip else ():
             scale = self._rounded(largest * share)
-            codes = (weight / scale[:, None]).round().clamp(self.lowest, self.highest)
-            error = ((codes * scale[:, None] - weight).square() * importance).sum(dim=1)
-            _keep_better(best, error, found, scale)
+            error = weighted_errors(weight, scale, None, (self.low, self.high), importance)
+            best, found = _better(error, scale, best, found)
         return found
 
     def _rounded(self, scale: torch.Tensor) -> torch.Tensor:
@@ -241,38 +286,8 @@ class Symmetric(Grid):
         return scale.clamp_min(max(_MIN_SCALE, smallest)).to(self.scale_dtype).float()
 
 
-def _search(
-    level1: torch.Tensor, cost: torch.Tensor, scales_below: int, shifts: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Search the integers (scale, offset) of least error for each group; returns that error, too.
-
-    level1 is float32 [N, groups, 128] and cost [1, groups, 128]; the results are [N, groups].
-    Tried are the scale that covers the group's range and the next smaller ones, each with the
-    range centred; with `shifts`, also every offset within half a step of there.
-    """
-    low, high = level1.amin(dim=2), level1.amax(dim=2)
-    cover = ((high - low) / 15).ceil().clamp(1, _MAX_GROUP_SCALE)
-    best_scale, best_offset = cover.clone(), torch.zeros_like(cover)
-    best = torch.full_like(cover, torch.inf)
-    for below in range(scales_below + 1):
-        scale = (cover - below).clamp_min(1)
-        centre = (low + high) / 2 - 7.5 * scale
-        reach = int(scale.max()) // 2 if shifts else 0
-        for shift in range(-reach, reach + 1):
-            offset = (centre + shift).round().clamp_min(-128).minimum(127 - 15 * scale)
-            codes = ((level1 - offset[:, :, None]) / scale[:, :, None]).round_().clamp_(0, 15)
-            values = codes.mul_(scale[:, :, None]).add_(offset[:, :, None])
-            error = values.sub_(level1).square_().mul_(cost).sum(dim=2)
-            is_better = _keep_better(best, error, best_scale, scale)
-            best_offset[is_better] = offset[is_better]
-    return best_scale, best_offset, best
-
-
-def _keep_better(
-    best: torch.Tensor, error: torch.Tensor, kept: torch.Tensor, candidate: torch.Tensor
-) -> torch.Tensor:
-    """Take over `candidate` where its `error` is below `best`; returns a mask of these places."""
-    is_better = error < best
-    best[is_better] = error[is_better]
-    kept[is_better] = candidate[is_better]
-    return is_better
+def _better(
+    error: torch.Tensor, candidate: torch.Tensor, best: torch.Tensor, kept: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take over `candidate` where its `error` is below `best`; returns the new best and kept."""
+    return torch.minimum(best, error), torch.where(error < best, candidate, kept)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,13 +15,13 @@ import torch
 
 from vllm_qoq.checkpoint import hub
 from vllm_qoq.checkpoint.folder import Checkpoint, read_config
-from vllm_qoq.checkpoint.format import STREAM
+from vllm_qoq.checkpoint.format import K_MEAN, STREAM
 from vllm_qoq.checkpoint.shards import MAX_SHARD_BYTES, write_checkpoint
 from vllm_qoq.models.config import CONFIG
 from vllm_qoq.models.table import LayerNames
 from vllm_qoq.numerics import MAX_CLIPPED
 from vllm_qoq.progress import Clock, Progress
-from vllm_qoq.quantizer import QuantizeError, head, keys, noise, rotate, workdir
+from vllm_qoq.quantizer import head, keys, noise, rotate, workdir
 from vllm_qoq.quantizer.assemble import SHARED, content
 from vllm_qoq.quantizer.check import PROMPT_TOKENS, SetCheck
 from vllm_qoq.quantizer.gguf_source.convert import source_of
@@ -32,7 +31,8 @@ from vllm_qoq.quantizer.model import Module, blocks
 from vllm_qoq.quantizer.modifiers import QuantizePass, SmoothPass, apply_saved, piece
 from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.plan import CheckedJob, Job, check_job, default_work_dir
-from vllm_qoq.quantizer.report import LayerError, refuse_clipped, summary
+from vllm_qoq.quantizer.products import fast_products
+from vllm_qoq.quantizer.report import LayerError, Steps, refuse_clipped, summary
 from vllm_qoq.quantizer.smooth import SmoothOptions
 from vllm_qoq.quantizer.workdir import Resume, WorkDir
 from vllm_qoq.version import __version__
@@ -121,13 +121,7 @@ def prepare(job: Job, options: QuantizeOptions) -> CheckedJob:
     plan = check_job(job, options)
     if options.rotate:
         rotate.require_sizes(plan.dimensions)
-    size = plan.dimensions.head_dim
-    if options.kv_hadamard and size & (size - 1):
-        raise QuantizeError(
-            f"kv_hadamard: heads of {size} channels cannot be rotated, which needs a power of two; "
-            "leave it out"
-        )
-    workdir.check(job.work_dir, fingerprint(job, options, plan), job.resume)
+    workdir.check(job.work_dir, fingerprint(job, plan), job.resume)
     return plan
 
 
@@ -136,50 +130,61 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
 
     A stopped run leaves only its work folder.
     """
-    started = time.monotonic()
+    steps = Steps()
     plan = prepare(job, options)
-    names, dimensions = plan.names, plan.dimensions
+    steps.done("checks")
+    names, dimensions, options = plan.names, plan.dimensions, plan.options
     check = _check(job, options, plan)
     if not (job.quiet or torch.cuda.is_available()):
         print("no GPU here: quantizing on the CPU", file=sys.stderr, flush=True)
 
-    with WorkDir.open(job.work_dir, fingerprint(job, options, plan), job.resume) as work:
+    with (
+        WorkDir.open(job.work_dir, fingerprint(job, plan), job.resume) as work,
+        fast_products(),
+    ):
         model = _load(job.model, names)
+        steps.done("loading")
         before = check.measure(model, "the model")
+        steps.done("measuring the model")
         if options.rotate:
             if not work.has(STREAM):
                 work.save(STREAM, rotate.way_back(model, names, dimensions), {})
             rotate.fold_norms(model, names)
             rotate.rotate_stream(model, names, dimensions)
-        _smooth(model, plan, options, work, quiet=job.quiet)
+        steps.done("rotating")
+        k_means = _smooth(model, plan, options, work, quiet=job.quiet)
+        steps.done("smoothing")
         if options.rotate:
             rotate.rotate_values(model, names, dimensions)  # after the channels have been smoothed
-        biased = keys.large_biases(
-            model, names, dimensions, bits=options.kv_bits, use_hadamard=options.kv_hadamard
-        )
+        biased = keys.large_biases(model, names, dimensions, options)
         if biased:
             print(f"warning: {keys.warning(biased, options)}", file=sys.stderr, flush=True)
         if not work.has(SHARED):
             is_one = stays_tied(is_tied(read_config(job.model)), options)
-            work.save(SHARED, _shared(model, names, options, is_one), {})
+            shared = _shared(model, names, options, is_one) | _named(k_means or (), names)
+            work.save(SHARED, shared, {})
         if not all(work.has(piece(i)) for i in range(dimensions.layers)):
             _quantize(model, plan, options, work, quiet=job.quiet)
+        steps.done("rounding")
 
         errors: list[LayerError] = [
-            row for index in range(dimensions.layers) for row in work.load(piece(index))[1]
+            row for index in range(dimensions.layers) for row in work.facts(piece(index))
         ]
         refuse_clipped(errors, job.max_clipped)
         if options.lm_head_bits == 8:
             head.round_weight(model, names)
         after = {
-            kind.name: check.measure_set(model, names, kind, _results(work, dimensions.layers))
+            kind.name: check.measure_set(
+                model, names, kind, _results(work, dimensions.layers), k_means
+            )
             for kind in options.kinds
         }
+        steps.done("measuring the sets")
         report = {
             "model": hub.name_of(job.model),
             **({"source": source} if (source := source_of(job.model)) is not None else {}),
             "options": options.model_dump(mode="json"),
-            **summary(errors, time.monotonic() - started),
+            **summary(errors, steps.seconds),
             **({"large_key_biases": biased} if biased else {}),
             **({"before": before, "after": after} if before else {}),
         }
@@ -194,7 +199,7 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
 
 
 def _results(work: WorkDir, layers: int) -> Iterator[dict[str, torch.Tensor]]:
-    return (work.load(piece(index))[0] for index in range(layers))
+    return (work.load(piece(index)) for index in range(layers))
 
 
 def _check(job: Job, options: QuantizeOptions, plan: CheckedJob) -> SetCheck:
@@ -206,7 +211,7 @@ def _check(job: Job, options: QuantizeOptions, plan: CheckedJob) -> SetCheck:
         windows=plan.windows,
         prompts=prompts,
         kv_bits=kv_bits,
-        kv_hadamard=options.kv_hadamard,
+        kv_hadamard=bool(options.kv_hadamard),
         has_int8_head=options.lm_head_bits == 8,
         quiet=job.quiet,
     )
@@ -223,7 +228,7 @@ def _load(folder: Path, names: LayerNames) -> Module:
     return model
 
 
-def fingerprint(job: Job, options: QuantizeOptions, plan: CheckedJob) -> dict[str, Any]:
+def fingerprint(job: Job, plan: CheckedJob) -> dict[str, Any]:
     """Describe all that the pieces in a work folder depend on."""
     checkpoint = Checkpoint.open(job.model)
     weights = {}
@@ -241,7 +246,7 @@ def fingerprint(job: Job, options: QuantizeOptions, plan: CheckedJob) -> dict[st
         "the tokenizer": tokenizer,
         "the text": _sha256(job.text.read_bytes()),
         "the text's tokens": _sha256(json.dumps(plan.samples).encode()),
-        **options.model_dump(mode="json"),
+        **plan.options.model_dump(mode="json"),
         "the version of vllm-qoq": __version__,
         **{f"the version of {name}": version(name) for name in _LIBRARIES},
     }
@@ -253,22 +258,24 @@ def _sha256(content: bytes) -> str:
 
 def _smooth(
     model: Module, plan: CheckedJob, options: QuantizeOptions, work: WorkDir, quiet: bool
-) -> None:
+) -> list[torch.Tensor] | None:
+    """Smooth the model; returns the mean of K of each block, float32 [kv_heads, head_dim]."""
     wanted = SmoothOptions(
+        k_mean=options.has_k_mean,
         # A 16-bit cache rounds nothing that a scale could help.
         attention=options.smooth_attention and options.kv_bits < 16,
         outputs=options.smooth_outputs,
         reorder=options.reorder,
         kv_bits=options.kv_bits,
         weight_bits=min(int(kind.bits) for kind in options.kinds),
-        kv_hadamard=options.kv_hadamard,
+        kv_hadamard=bool(options.kv_hadamard),
     )
-    if not (wanted.attention or wanted.outputs or wanted.reorder):
-        return
+    if not (wanted.k_mean or wanted.attention or wanted.outputs or wanted.reorder):
+        return None
     if work.has(_SMOOTHING):
-        found, _ = work.load(_SMOOTHING)
+        found = work.load(_SMOOTHING)
         apply_saved(model, found, plan.names, plan.dimensions)
-        return
+        return _k_means(found, plan, wanted)
     step = SmoothPass(
         names=plan.names,
         dimensions=plan.dimensions,
@@ -276,8 +283,26 @@ def _smooth(
         samples=len(plan.samples),
         done=Clock("smoothing, block", plan.dimensions.layers, quiet),
     )
-    _pipeline(model, step, plan)
+    # Smoothing keeps the function of a block, so its outputs from before serve the next one.
+    _pipeline(model, step, plan, propagate=False)
     work.save(_SMOOTHING, step.found, {})
+    return _k_means(step.found, plan, wanted)
+
+
+def _k_means(
+    found: Mapping[str, torch.Tensor], plan: CheckedJob, wanted: SmoothOptions
+) -> list[torch.Tensor] | None:
+    if not wanted.k_mean:
+        return None
+    return [found[f"{index}.{K_MEAN}"] for index in range(plan.dimensions.layers)]
+
+
+def _named(k_means: Iterable[torch.Tensor], names: LayerNames) -> dict[str, torch.Tensor]:
+    """Name the means of K of the blocks as the checkpoint does."""
+    return {
+        f"{names.blocks}.{index}.{names.attention}.{K_MEAN}": mean
+        for index, mean in enumerate(k_means)
+    }
 
 
 def _quantize(
@@ -292,10 +317,18 @@ def _quantize(
         work=work,
         done=Clock("quantizing, block", plan.dimensions.layers, quiet),
     )
-    _pipeline(model, step, plan)
+    try:
+        _pipeline(model, step, plan, propagate=True)
+    finally:
+        step.close()
 
 
-def _pipeline(model: Module, step: Modifier, plan: CheckedJob) -> None:
+def _pipeline(model: Module, step: Modifier, plan: CheckedJob, propagate: bool) -> None:
+    """Run the calibration text through the model block by block.
+
+    propagate  whether every block runs a second time, as `step` leaves it, for the next one's
+               inputs
+    """
     from llmcompressor import oneshot
 
     batches: Any = [
@@ -306,7 +339,14 @@ def _pipeline(model: Module, step: Modifier, plan: CheckedJob) -> None:
     data: Any = torch.utils.data.DataLoader(batches, batch_size=None, shuffle=False)
     # With a tokenizer given, oneshot loads no processor from the folder, nor code of one.
     oneshot(
-        model=model, recipe=[step], dataset=data, pipeline="sequential", tokenizer=plan.tokenizer
+        model=model,
+        recipe=[step],
+        dataset=data,
+        pipeline="sequential",
+        tokenizer=plan.tokenizer,
+        propagate_error=propagate,
+        # What goes from block to block stays where the blocks run.
+        sequential_offload_device="cuda" if torch.cuda.is_available() else "cpu",
     )
 
 

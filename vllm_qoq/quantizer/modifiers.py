@@ -11,7 +11,6 @@ one measures, rounded to int8 per token, depend on the smoothing.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -20,16 +19,17 @@ from llmcompressor.modifiers import Modifier
 from pydantic import ConfigDict, PrivateAttr
 
 from vllm_qoq.models.table import LayerNames
-from vllm_qoq.quantizer import QuantizeError, gptq, smooth
-from vllm_qoq.quantizer.evaluate import to_int8
-from vllm_qoq.quantizer.grid import Grid
+from vllm_qoq.quantizer import QuantizeError, smooth
+from vllm_qoq.quantizer.evaluate import RoundedInputs
+from vllm_qoq.quantizer.hessian import HessianSum
+from vllm_qoq.quantizer.layers import round_layers
 from vllm_qoq.quantizer.model import Dimensions, Module, blocks
-from vllm_qoq.quantizer.nested import Nested
 from vllm_qoq.quantizer.observe import Observer
 from vllm_qoq.quantizer.report import LayerError
 from vllm_qoq.quantizer.sets import SetKind
 from vllm_qoq.quantizer.weights import assign
 from vllm_qoq.quantizer.workdir import WorkDir
+from vllm_qoq.quantizer.writer import PieceWriter
 
 if TYPE_CHECKING:
     from llmcompressor.core import Event, State
@@ -60,7 +60,9 @@ class _BlockPass(Modifier):
         seen = set(map(id, modules))
         for index, block in enumerate(self._blocks):
             if id(block.get_submodule(self.names.q)) in seen:
-                self.finish(index, block)
+                # Rounding computes in float32, in loops that `products` would slow down.
+                with torch._C.DisableTorchFunction():
+                    self.finish(index, block)
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Remove the hooks of the modifier."""
@@ -80,7 +82,7 @@ class SmoothPass(_BlockPass):
 
     _observers: dict[int, Observer] = PrivateAttr(default_factory=dict)
     _found: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
-    _inv_freq: torch.Tensor = PrivateAttr()
+    _rope: smooth.Rope = PrivateAttr()
 
     @property
     def found(self) -> dict[str, torch.Tensor]:
@@ -89,7 +91,12 @@ class SmoothPass(_BlockPass):
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Watch the layers of every block."""
-        self._inv_freq = state.model.get_submodule(self.names.rotary).inv_freq.detach().float()
+        rotary = state.model.get_submodule(self.names.rotary)
+        self._rope = smooth.Rope(
+            rotary.inv_freq.detach().float(),
+            state.model.config.max_position_embeddings,
+            rotary.attention_scaling,
+        )
         for index, block in enumerate(self._blocks):
             observer = self._observers[index] = Observer(self.names, self.dimensions, self.samples)
             for name, see in observer.outputs.items():
@@ -106,7 +113,7 @@ class SmoothPass(_BlockPass):
             block,
             self.names,
             self.dimensions,
-            inv_freq=self._inv_freq,
+            rope=self._rope,
             options=self.options,
         )
         # A resumed run has them on the CPU, so this one takes them from there, too.
@@ -161,20 +168,21 @@ class QuantizePass(_BlockPass):
     work: WorkDir
     done: Done
 
-    _hessians: dict[tuple[int, str], torch.Tensor] = PrivateAttr(default_factory=dict)
-    _counts: dict[tuple[int, str], int] = PrivateAttr(default_factory=dict)
+    _hessians: dict[tuple[int, str], HessianSum] = PrivateAttr(default_factory=dict)
     _input_hooks: list[Any] = PrivateAttr(default_factory=list)
+    _writer: PieceWriter = PrivateAttr()
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Round the inputs of every block where a set does, and gather their Hessians."""
         has_int8_inputs = any(kind.has_int8_activations for kind in self.sets)
+        rounded = RoundedInputs()
         for index, block in enumerate(self._blocks):
             for group in self.names.inputs:
                 for name in group if has_int8_inputs else ():
                     # This is an ordinary hook: unlike the modifier's own, it also acts while the
                     # pipeline makes the inputs of the next block.
                     layer = block.get_submodule(name)
-                    self._input_hooks.append(layer.register_forward_pre_hook(to_int8))
+                    self._input_hooks.append(layer.register_forward_pre_hook(rounded))
                 if not self.work.has(piece(index)):
                     first = block.get_submodule(group[0])
                     self.register_hook(first, self._hessian_hook(index, group[0]), "forward_pre")
@@ -185,14 +193,24 @@ class QuantizePass(_BlockPass):
         for hook in self._input_hooks:
             hook.remove()
 
+    def model_post_init(self, context: Any, /) -> None:
+        """Make the writer, which `close` ends."""
+        super().model_post_init(context)
+        self._writer = PieceWriter(self.work)
+
+    def close(self) -> None:
+        """Wait until all pieces are stored."""
+        self._writer.close()
+
     def finish(self, index: int, block: Module) -> None:
         """Quantize a block, unless that is done already, and give it the last set's weights."""
         name = piece(index)
-        if not self.work.has(name):
-            self.work.save(name, *self._quantize(index, block))
-        tensors, _ = self.work.load(name)
+        if self.work.has(name):
+            tensors = self.work.load(name)
+        else:
+            tensors, errors = self._quantize(index, block)
+            self._writer.save(name, tensors, errors)
         for layer in self.names.linears:
-            # A fresh run takes what was stored, too, so that a resumed one has the same.
             kept = tensors[f"propagated.{layer}"]
             target = block.get_submodule(layer)
             assign(target, "weight", kept.to(target.weight.device))
@@ -203,56 +221,29 @@ class QuantizePass(_BlockPass):
     ) -> tuple[dict[str, torch.Tensor], list[LayerError]]:
         tensors: dict[str, torch.Tensor] = {}
         errors: list[LayerError] = []
-        prefix = f"{self.names.blocks}.{index}"
+        prefix = f"{self.names.blocks}.{index}."
         for group in self.names.inputs:
-            key = (index, group[0])
-            hessian = self._hessians.pop(key) / self._counts.pop(key)
-            _require_finite([hessian], f"{prefix}.{group[0]}")
+            hessian = self._hessians.pop((index, group[0])).take_mean()
+            _require_finite([hessian], prefix + group[0])
+            weights = {prefix + name: block.get_submodule(name).weight.data for name in group}
+            rounded = round_layers(weights, hessian, self.sets, self.use_gptq, self.clip)
             for name in group:
-                layer = block.get_submodule(name)
-                weight = layer.weight.data
-                for kind, grid, row in self._round(weight, hessian, f"{prefix}.{name}"):
-                    stored = grid.tensors(weight.dtype)
-                    if layer.bias is not None:
-                        stored["bias"] = layer.bias.data
-                    tensors |= {f"{kind.name}.{name}.{leaf}": t for leaf, t in stored.items()}
-                    errors.append(row)
-                tensors[f"propagated.{name}"] = grid.dequantized().to(weight.dtype)
+                dtype, bias = weights[prefix + name].dtype, block.get_submodule(name).bias
+                for one in rounded[prefix + name]:
+                    stored = one.grid.tensors(dtype)
+                    if bias is not None:
+                        stored["bias"] = bias.data
+                    tensors |= {f"{one.kind.name}.{name}.{leaf}": t for leaf, t in stored.items()}
+                    errors.append(one.row)
+                tensors[f"propagated.{name}"] = one.grid.dequantized().to(dtype)
         return tensors, errors
 
-    def _round(
-        self, weight: torch.Tensor, hessian: torch.Tensor, layer: str
-    ) -> list[tuple[SetKind, Grid, LayerError]]:
-        """Round a layer in every set, in the order of `sets`; each with its row of the report."""
-        grids: dict[str, Grid] = {}
-        rows: dict[str, LayerError] = {}
-        # A base comes before what is a residual on it.
-        for kind in sorted(self.sets, key=lambda kind: kind.base is not None):
-            started = time.monotonic()
-            base = grids[kind.base] if kind.base is not None else None
-            grid = grids[kind.name] = kind.grid(weight, weight.dtype, self.clip, base)
-            gptq.quantize(weight, hessian if self.use_gptq else None, grid, layer)
-            rows[kind.name] = {
-                "layer": layer,
-                "set": kind.name,
-                "output_error": gptq.output_error(weight, grid.dequantized(), hessian),
-                "seconds": round(time.monotonic() - started, 3),
-            }
-            if isinstance(grid, Nested):
-                rows[kind.name]["clipped_share"] = grid.clipped_share()
-        return [(kind, grids[kind.name], rows[kind.name]) for kind in self.sets]
-
     def _hessian_hook(self, index: int, name: str) -> Callable[..., None]:
-        key = (index, name)
-
         def hook(module: Module, args: tuple[torch.Tensor, ...]) -> None:
-            x = args[0].detach().float().flatten(0, -2)
-            if key not in self._hessians:
-                k = x.shape[1]
-                self._hessians[key] = torch.zeros(k, k, device=x.device)
-                self._counts[key] = 0
-            self._hessians[key].addmm_(x.t(), x)
-            self._counts[key] += len(x)
+            x = args[0]
+            if (index, name) not in self._hessians:
+                self._hessians[index, name] = HessianSum(x.shape[-1], x.device)
+            self._hessians[index, name].add(x)
 
         return hook
 

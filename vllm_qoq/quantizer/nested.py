@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from vllm_qoq.numerics import GROUP_SIZE
 from vllm_qoq.numerics.packing import pack_nibbles
 from vllm_qoq.numerics.reference import RESIDUAL_ZERO
 from vllm_qoq.quantizer.grid import Grid, TwoLevel
+from vllm_qoq.quantizer.rounding_plain import Bound
 
 
 class Nested(Grid):
@@ -19,30 +21,45 @@ class Nested(Grid):
         n, k = base.codes.shape
         super().__init__(n, k, base.codes.device, clip=False)
         self.channel_scale = base.channel_scale
-        self.base = base.level1().to(torch.int16)
-        self.low = (self.base - RESIDUAL_ZERO).clamp_min(-128)
-        self.high = (self.base + (15 - RESIDUAL_ZERO)).clamp_max(127)
-        self.is_clipped = torch.zeros_like(self.base, dtype=torch.bool)
+        self.base = base.level1().to(torch.int8)
 
     def prepare(self, weight: torch.Tensor, importance: torch.Tensor) -> None:
         """Do nothing: the scales are the base's."""
 
-    def round(self, column: torch.Tensor, k: int) -> torch.Tensor:
-        """Take the nearest int8 that a residual reaches."""
-        nearest = (column / self.channel_scale).round()
-        codes = nearest.maximum(self.low[:, k]).minimum(self.high[:, k])
-        self.is_clipped[:, k] = codes != nearest
-        self.codes[:, k] = codes
-        return codes * self.channel_scale
+    def scaled(self, weight: torch.Tensor, first: int) -> torch.Tensor:
+        """Bring the columns from `first` into units of codes: float32 [N, 128]."""
+        return weight / self.channel_scale[:, None]
+
+    def step(self, first: int) -> torch.Tensor:
+        """What one code more stands for in the columns from `first`: float32 [N, 1]."""
+        return self.channel_scale[:, None]
+
+    def bounds(self, first: int) -> tuple[Bound, Bound]:
+        """The codes that a residual reaches in the columns from `first`: float32 [N, 128] each."""
+        low, high = _reached(self.base[:, first : first + GROUP_SIZE])
+        return low.float(), high.float()
 
     def tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Make the tensors of `vllm_qoq.checkpoint.format.ResidualSet`."""
-        return {"qresidual": pack_nibbles(self.codes - self.base + RESIDUAL_ZERO)}
+        return {"qresidual": pack_nibbles(self.codes.short() - self.base + RESIDUAL_ZERO)}
 
     def dequantized(self) -> torch.Tensor:
         """Compute the weight that the codes stand for: float32 [N, K]."""
         return self.codes * self.channel_scale[:, None]
 
+    def settle(self, ideal: torch.Tensor) -> None:
+        """Note which weights a residual does not reach."""
+        nearest = (ideal / self.channel_scale[:, None]).round_()
+        low, high = _reached(self.base)
+        is_below = (nearest < low).logical_and_(self.codes == low)
+        self.is_clipped = is_below.logical_or_((nearest > high).logical_and_(self.codes == high))
+
     def clipped_share(self) -> float:
         """The share of weights whose nearest int8 is out of reach."""
         return float(self.is_clipped.float().mean())
+
+
+def _reached(base: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The lowest and the highest int8 that a residual on `base` int8 reaches, in int16."""
+    base = base.short()
+    return (base - RESIDUAL_ZERO).clamp_min(-128), (base + (15 - RESIDUAL_ZERO)).clamp_max(127)

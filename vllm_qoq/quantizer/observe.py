@@ -27,6 +27,7 @@ class Observer:
         self._positions: list[torch.Tensor] = []
         self._sampled: dict[str, list[torch.Tensor]] = {}
         self._largest: dict[str, torch.Tensor] = {}
+        self._sums: dict[str, torch.Tensor] = {}
         self._squares: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
         self.outputs: dict[str, Callable[[torch.Tensor], None]] = {
@@ -44,6 +45,7 @@ class Observer:
         return Seen(
             keys=torch.cat(self._sampled["keys"]),
             positions=torch.cat(self._positions),
+            mean_key=self._sums["keys"] / self._counts["keys"],
             query_pairs=queries.mean(dim=1).sqrt(),
             values=self._mean_square("values").sqrt(),
             down_inputs=torch.cat(self._sampled["down"]),
@@ -57,6 +59,8 @@ class Observer:
         keys = self._heads(x, self._dimensions.kv_heads)
         rows = self._sample("keys", keys)
         self._positions.append(rows)
+        self._sums["keys"] = self._sums.get("keys", 0) + keys.double().sum(dim=0)
+        self._counts["keys"] = self._counts.get("keys", 0) + len(keys)
 
     def _values(self, x: torch.Tensor) -> None:
         self._add_squares("values", self._heads(x, self._dimensions.kv_heads))

@@ -33,7 +33,8 @@ class QuantizeOptions(BaseModel):
     nested           store w8a8 as a residual on w4a8
     group_size       128, or -1 for a scale per output channel (w4a8, w4a16)
     kv_bits          the KV cache that K and V are prepared for and the server is told of
-    kv_hadamard      rotate K in the cache before it is quantized
+    k_mean           measure the mean of K, which is subtracted before K is quantized
+    kv_hadamard      rotate K in the cache before it is quantized; None decides it by the heads
     lm_head_bits     16 leaves the lm_head in the model's dtype
     samples, seqlen  pieces of the calibration text, and tokens in each
     rotate           fold the norms, R1 on the residual stream, R2 on the values
@@ -50,11 +51,12 @@ class QuantizeOptions(BaseModel):
     nested: bool = False
     group_size: Literal[128, -1] = 128
     kv_bits: Literal[4, 8, 16] = 4
-    kv_hadamard: bool = False
+    kv_hadamard: bool | None = None
     lm_head_bits: Literal[8, 16] = 16
     samples: PositiveInt = 128
     seqlen: Annotated[int, Field(ge=2)] = 1024
     rotate: bool = True
+    k_mean: bool = True
     smooth_attention: bool = True
     smooth_outputs: bool = True
     reorder: bool = True
@@ -89,6 +91,21 @@ class QuantizeOptions(BaseModel):
             raise ValueError("nested w8a8 cannot be the last set; give w8a8,w4a8")
         return self
 
+    def of_heads(self, size: int) -> QuantizeOptions:
+        """Decide whether K is rotated, for heads of `size` channels: wherever it can be.
+
+        Raises QuantizeError where it is asked for and cannot be.
+        """
+        is_possible = size & (size - 1) == 0
+        if self.kv_hadamard is None:
+            return self.model_copy(update={"kv_hadamard": is_possible and self.kv_bits < 16})
+        if self.kv_hadamard and not is_possible:
+            raise QuantizeError(
+                f"kv_hadamard: heads of {size} channels cannot be rotated, which needs a power of "
+                "two; leave it out"
+            )
+        return self
+
     @classmethod
     def parse(cls, values: dict[str, Any], where: str) -> QuantizeOptions:
         """Validate options; a QuantizeError begins with `where`."""
@@ -109,6 +126,11 @@ class QuantizeOptions(BaseModel):
         except UserError as error:
             raise QuantizeError(f"--recipe {recipe}: {error}") from None
         return cls.parse({**values, **given}, f"--recipe {recipe}")
+
+    @property
+    def has_k_mean(self) -> bool:
+        """Whether the checkpoint has means of K; a 16-bit cache would not use them."""
+        return self.k_mean and self.kv_bits < 16
 
     @property
     def kinds(self) -> tuple[SetKind, ...]:

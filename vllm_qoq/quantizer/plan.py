@@ -54,6 +54,7 @@ class Job:
 class CheckedJob:
     """A job that can be done, with all that was found out for it.
 
+    options  with what depends on the model decided
     linears  (outputs, inputs) of every layer to quantize
     samples  token ids of the calibration text
     windows  token ids of the evaluation text, none without one
@@ -70,6 +71,12 @@ class CheckedJob:
     parameters: int
     sizes: size.Sizes
 
+    @property
+    def stacks(self) -> list[tuple[int, int]]:
+        """(outputs, inputs) of the layers that read one input, taken together, in all blocks."""
+        block = self.linears[: len(self.names.linears)]
+        return list(size.stacks(self.names, block)) * self.dimensions.layers
+
 
 def default_work_dir(out: Path) -> Path:
     """The folder for finished layers, unless the user says otherwise: OUT with .work behind."""
@@ -84,8 +91,11 @@ def check_job(job: Job, options: QuantizeOptions) -> CheckedJob:
     """
     inputs = check_inputs(job)
     _check_divisible(inputs, options)
+    options = options.of_heads(inputs.dimensions.head_dim)
 
-    from vllm_qoq.quantizer import load
+    import torch
+
+    from vllm_qoq.quantizer import load, rounding
     from vllm_qoq.quantizer.workdir import stored_bytes
 
     checkpoint, names, dimensions = inputs.checkpoint, inputs.names, inputs.dimensions
@@ -111,6 +121,8 @@ def check_job(job: Job, options: QuantizeOptions) -> CheckedJob:
                 f"{path}: has {shown(tokenizer.decode([last]))}, which is token {last}, but the "
                 f"embedding has {rows} rows; take it out of the text"
             )
+    if torch.cuda.is_available():
+        rounding.require(torch.device("cuda"))
     load.check_values(checkpoint, Progress(job.quiet))
     return CheckedJob(
         job=job,

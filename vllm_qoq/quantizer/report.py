@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
 
 from typing_extensions import NotRequired
@@ -39,13 +40,31 @@ def refuse_clipped(errors: Iterable[LayerError], limit: float) -> None:
         )
 
 
-def summary(errors: list[LayerError], seconds: float) -> dict[str, Any]:
-    """Make the content of quantization_report.json, without what `job` knows."""
+class Steps:
+    """A stopwatch for the steps of a run, which follow each other."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def done(self, step: str) -> None:
+        """Note that a step ends here."""
+        now = time.monotonic()
+        self.seconds[step] = round(now - self._last, 1)
+        self._last = now
+
+
+def summary(errors: list[LayerError], steps: Mapping[str, float]) -> dict[str, Any]:
+    """Make the content of quantization_report.json, without what `job` knows.
+
+    steps  seconds by step
+    """
     import torch
 
     peak_gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return {
-        "seconds": round(seconds, 1),
+        "seconds": round(sum(steps.values()), 1),
+        "seconds_of_steps": dict(steps),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "peak_gpu_memory_bytes": peak_gpu,
         "layers": errors,
@@ -73,8 +92,11 @@ def table(report: dict[str, Any]) -> str:
     if "source" in report:
         lines.append(note(report["source"]))
     gpu = report["peak_gpu_memory_bytes"]
+    long = {k: v for k, v in report["seconds_of_steps"].items() if v >= 1}
+    steps = ", ".join(f"{step} {duration(seconds)}" for step, seconds in long.items())
     lines.append(
-        f"{duration(report['seconds'])}, peak memory {human_bytes(report['peak_memory_bytes'])}"
+        f"{duration(report['seconds'])} ({steps}), "
+        f"peak memory {human_bytes(report['peak_memory_bytes'])}"
         + (f", on the GPU {human_bytes(gpu)}" if gpu else "")
     )
     return "\n".join(lines)

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 _FLOAT32, _FLOAT64, _INT64 = 4, 8, 8
 # Bytes of Python, torch, transformers and llmcompressor after work on a small model.
 _LIBRARIES = 7 * 10**8
-# While scales are searched, so many float32 copies of a layer's weights and of [K, K] matrices
-# are held.
-_WEIGHT_COPIES, _MATRIX_COPIES = 12, 5
+# Beside a Hessian, three matrices [K, K] are held while it is factored; later one, and so many
+# float32 copies of the weights that read the input.
+_FACTORING_COPIES, _WEIGHT_COPIES = 3, 5
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Sizes:
     work: int
     memory: dict[str, int]
     head: int
-    gpu: frozenset[str] = frozenset(("hessians", "rounding"))
+    gpu: frozenset[str] = frozenset(("calibration", "hessians", "rounding", "block"))
 
 
 def sizes(
@@ -75,6 +75,8 @@ def sizes(
     shared += written_head - stored_head
     if options.rotate:
         shared += hidden * hidden + item * hidden  # the tensors that turn hidden states back
+    if options.has_k_mean:
+        shared += _FLOAT32 * dimensions.layers * dimensions.kv_heads * dimensions.head_dim
     sets = sum(
         layer_bytes(kind, n, k, item) + item * n * has_bias
         for kind in options.kinds
@@ -84,16 +86,18 @@ def sizes(
     propagated = sum(item * n * k for n, k in linears)
     output, work = shared + sets, shared + sets + propagated
     block = linears[: len(names.linears)]
-    inputs = {group[0]: k for group, k in _inputs(names, block)}
-    largest_k, largest = max(k for _, k in block), max(n * k for n, k in block)
+    inputs, results = list(stacks(names, block)), (sets + propagated) // dimensions.layers
     memory = {
         "libraries": _LIBRARIES,
         "weights": item * sum(math.prod(i.shape) for i in checkpoint.tensors.values())
         + (head - stored_head),
         "calibration": 2 * item * options.samples * options.seqlen * hidden,
-        "hessians": _FLOAT32 * sum(k * k for k in inputs.values()),
-        "rounding": _FLOAT32 * (_MATRIX_COPIES * largest_k**2 + _WEIGHT_COPIES * largest),
-        "results of a block": 2 * (sets + propagated) // dimensions.layers,
+        "hessians": _FLOAT32 * sum(k * k for _, k in inputs),
+        "rounding": _FLOAT32
+        * max(max(_FACTORING_COPIES * k * k, k * k + _WEIGHT_COPIES * n * k) for n, k in inputs),
+        # Where it is rounded, with its results; those of the one before are written from a copy.
+        "block": item * sum(n * k for n, k in block) + results,
+        "results of a block": 2 * results,
         # Two float64 matrices of its size are held while it turns, or later what is to be written.
         "embedding": 2 * _FLOAT64 * vocabulary * hidden,
     }
@@ -178,9 +182,8 @@ def _names_in_sets(
     return {f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias")}, biased
 
 
-def _inputs(
-    names: LayerNames, block: Sequence[tuple[int, int]]
-) -> Iterable[tuple[tuple[str, ...], int]]:
-    """List the groups of layers that read one input, and its size."""
+def stacks(names: LayerNames, block: Sequence[tuple[int, int]]) -> Iterable[tuple[int, int]]:
+    """List (N, K) of the layers of a block that read one input, all their outputs together."""
     sizes_of = dict(zip(names.linears, block, strict=True))
-    return ((group, sizes_of[group[0]][1]) for group in names.inputs)
+    for group in names.inputs:
+        yield sum(sizes_of[name][0] for name in group), sizes_of[group[0]][1]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_qoq.models.table import LayerNames
-from vllm_qoq.quantizer import strength
+from vllm_qoq.quantizer import k_mean, strength
 from vllm_qoq.quantizer.model import Dimensions, Module
 from vllm_qoq.quantizer.weights import assign
 
@@ -27,11 +27,13 @@ from vllm_qoq.quantizer.weights import assign
 class SmoothOptions:
     """The options of smoothing, with the precisions that the scales are chosen for.
 
+    k_mean     whether the cache leaves out the mean of K
     attention  whether K gets SmoothAttention
     outputs    whether the inputs of o_proj and down_proj are smoothed
     reorder    whether the inputs of down_proj are sorted
     """
 
+    k_mean: bool
     attention: bool
     outputs: bool
     reorder: bool
@@ -46,6 +48,7 @@ class Seen:
 
     keys         float [tokens, kv_heads, head_dim] before RoPE, a sample
     positions    int64 [tokens] of these keys in their pieces of text
+    mean_key     float64 [kv_heads, head_dim]: mean of all keys before RoPE
     query_pairs  float32 [kv_heads, head_dim / 2]: root mean square of the queries' pairs
     values       float32 [kv_heads, head_dim]: root mean square
     down_inputs  float [tokens, intermediate], a sample
@@ -54,10 +57,25 @@ class Seen:
 
     keys: torch.Tensor
     positions: torch.Tensor
+    mean_key: torch.Tensor
     query_pairs: torch.Tensor
     values: torch.Tensor
     down_inputs: torch.Tensor
     down: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Rope:
+    """The rotary embedding of a model.
+
+    inv_freq  float32 [head_dim / 2], the angle by which each pair turns from token to token
+    longest   the most tokens of a text
+    scaling   the factor of the turned keys, which is 1 but for some kinds of long context
+    """
+
+    inv_freq: torch.Tensor
+    longest: int
+    scaling: float = 1.0
 
 
 @torch.no_grad()
@@ -66,27 +84,38 @@ def transforms(
     block: Module,
     names: LayerNames,
     dimensions: Dimensions,
-    inv_freq: torch.Tensor,
+    rope: Rope,
     options: SmoothOptions,
 ) -> dict[str, torch.Tensor]:
     """Find the tensors that `apply` needs for one block, those that `options` ask for.
 
-    inv_freq is RoPE's, float32 [head_dim / 2]. The results are
+    The results are
 
+    k_mean       float32 [kv_heads, head_dim], of the keys after RoPE that `apply` leaves; it needs
+                 nothing of this one, which is for the checkpoint
     key_scale    float32 [kv_heads, head_dim / 2]
     value_scale  float32 [kv_heads, head_dim]
     down_scale   float32 [intermediate]
     down_order   int64 [intermediate]
     """
     found = {}
+    if options.k_mean:
+        inv_freq = rope.inv_freq.to(seen.mean_key.device)
+        found["k_mean"] = k_mean.after_rope(seen.mean_key, inv_freq, rope.longest)
     if options.attention:
-        keys = strength.with_rope(seen.keys, seen.positions, inv_freq.to(seen.keys.device))
+        keys = strength.with_rope(
+            seen.keys, seen.positions, rope.inv_freq.to(seen.keys.device)
+        ) - found.get("k_mean", 0)
         queries = seen.query_pairs
         if names.k_norm is not None:  # one weight for all heads
             keys = keys.flatten(0, 1)[:, None]
             queries = queries.square().mean(dim=0, keepdim=True).sqrt()
         scale = strength.key_scale(keys, queries, options.kv_bits, options.kv_hadamard)
         found["key_scale"] = scale.expand(dimensions.kv_heads, -1).contiguous()
+    if options.k_mean:
+        found["k_mean"] = found["k_mean"] * rope.scaling
+        if options.attention:
+            found["k_mean"] /= found["key_scale"].repeat(1, 2)
     if options.outputs:
         readers = block.get_submodule(names.o).weight.detach().float().square().sum(dim=0)
         readers = readers.view(dimensions.kv_heads, dimensions.queries_per_kv, -1).sum(dim=1).sqrt()

@@ -23,6 +23,9 @@ _SMALLEST = 1e-30
 _DOWN_EXPONENTS = ((0.0, 0.0), *((x / 10, 1 - x / 10) for x in range(1, 10)))
 _KEY_EXPONENTS = ((0.0, 0.0), (0.5, 0.0), (0.5, 0.5), (1.0, 0.0))
 _STEPS, _RATE = 200, 0.02
+# The error of the sampled keys counts all of them alike, and a model does not: scales that made it
+# a little smaller made one worse.
+_WORTH = 0.5
 
 
 def scale(
@@ -79,7 +82,8 @@ def key_scale(
     use_hadamard  whether the cache rotates the keys
 
     A key's error is about its range over the head, whatever the channel, and a query
-    weights it. The product of both is minimized from the best of a few starts.
+    weights it. The product of both is minimized from the best of a few starts. A head whose error
+    does not become much smaller keeps its keys as they are, with scales of 1.
     """
     keys = keys.float()
 
@@ -93,7 +97,10 @@ def key_scale(
     magnitude = pairs(keys).square().mean(dim=0).sqrt()
     starts = [scale(magnitude, x, query_pairs, y) for x, y in _KEY_EXPONENTS]
     start = _best_of_each_head(starts, lost)
-    return _best_of_each_head([start, _descend(keys, query_pairs, start, use_hadamard)], lost)
+    best = _best_of_each_head([start, _descend(keys, query_pairs, start, use_hadamard)], lost)
+    plain = torch.ones_like(best)
+    is_worth_it = lost(best) < _WORTH * lost(plain)
+    return torch.where(is_worth_it[:, None], best, plain)
 
 
 def pairs(x: torch.Tensor) -> torch.Tensor:

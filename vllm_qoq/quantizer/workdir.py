@@ -99,10 +99,13 @@ class WorkDir:
         }
         self._write(self.file(name).name, save(alone, metadata))
 
-    def load(self, name: str) -> tuple[dict[str, torch.Tensor], Any]:
-        """Read the tensors and facts of a finished piece."""
-        tensors, metadata = _read(self.file(name))
-        return tensors, json.loads(metadata["facts"])
+    def facts(self, name: str) -> Any:
+        """Read the facts of a finished piece, and none of its tensors."""
+        return json.loads(_metadata(self.file(name))["facts"])
+
+    def load(self, name: str) -> dict[str, torch.Tensor]:
+        """Read the tensors of a finished piece."""
+        return _read(self.file(name))[0]
 
     def remove(self) -> None:
         """Delete the pieces, and the folder if a run made it and it holds nothing else."""

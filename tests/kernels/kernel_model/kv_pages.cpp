@@ -62,7 +62,7 @@ struct Vector {
 };
 
 template <class P>
-int count_wrong(int page_tokens, int heads, bool is_rotated) {
+int count_wrong(int page_tokens, int heads, bool is_rotated, bool has_mean) {
   const int pages = 4, d = P::kHeadSize, slots = pages * page_tokens, tokens = slots - 9;
   const int page_bytes = page_tokens * (2 * P::kRow + 8);
   std::vector<uint8_t> cache(pages * heads * page_bytes);
@@ -72,6 +72,9 @@ int count_wrong(int page_tokens, int heads, bool is_rotated) {
   for (int i = 0; i < slots; ++i) slot[i] = i;
   std::shuffle(slot.begin(), slot.end(), values);
   for (int i = 0; i < tokens; i += 5) slot[i] = i % 2 == 0 ? -1 : slots + i;
+
+  std::vector<float> mean(heads * d);
+  for (float& m : mean) m = random_int(-999, 1000) / 7.f;
 
   std::vector<uint16_t> in[2];
   std::map<std::pair<int, int>, Vector<P>> written[2];  // by slot and head
@@ -87,6 +90,8 @@ int count_wrong(int page_tokens, int heads, bool is_rotated) {
           v.x.push_back(model::half_of(in[is_value].back(), 0));
         }
         if (slot[t] < 0 || slot[t] >= slots) continue;
+        if (has_mean && is_value == 0)
+          for (int i = 0; i < d; ++i) v.x[i] -= mean[h * d + i];
         if (is_rotated && is_value == 0) v.rotate();
         v.quantize();
         const int page = slot[t] / page_tokens;
@@ -99,6 +104,7 @@ int count_wrong(int page_tokens, int heads, bool is_rotated) {
       .key = in[0].data(),
       .value = in[1].data(),
       .slots = slot.data(),
+      .k_mean = has_mean ? mean.data() : nullptr,
       .cache = cache.data(),
       .key_stride = heads * d,
       .key_head_stride = d,
@@ -163,15 +169,17 @@ int count_wrong(int page_tokens, int heads, bool is_rotated) {
           const auto at = written[is_value].find({page * page_tokens + token % page_tokens, h});
           if (at != written[is_value].end()) wrong += got != half_bits(at->second.x[i]);
         }
-  std::printf("D %d, %d bits, %d heads, pages of %d%s: %d wrong\n", d, P::kBits, heads, page_tokens,
-              is_rotated ? ", rotated" : "", wrong);
+  std::printf("D %d, %d bits, %d heads, pages of %d%s%s: %d wrong\n", d, P::kBits, heads,
+              page_tokens, has_mean ? ", without a mean" : "", is_rotated ? ", rotated" : "",
+              wrong);
   std::fflush(stdout);
   return wrong;
 }
 
 template <class P>
 int count_wrong_of() {
-  return count_wrong<P>(16, 3, false) + count_wrong<P>(48, 1, true) + count_wrong<P>(32, 2, false);
+  return count_wrong<P>(16, 3, false, false) + count_wrong<P>(48, 1, true, false) +
+         count_wrong<P>(32, 2, false, true) + count_wrong<P>(16, 2, true, true);
 }
 
 }  // namespace

@@ -23,6 +23,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_qoq.numerics.kv_layout import BLOCK_MULTIPLE, HEAD_SIZES, slot_bytes
+from vllm_qoq.serving.kv.k_mean import mean_of
 from vllm_qoq.serving.kv.spec import packed
 from vllm_qoq.serving.vllm_versions import kv_cache_layouts
 
@@ -130,7 +131,8 @@ class QuantizedKVImpl(AttentionImpl[M], Generic[M]):
                 "the quantized KV cache does not quantize the attention's output; leave "
                 "fuse_attn_quant out of --compilation-config"
             )
-        return self.attend(query, key, value, kv_cache, attn_metadata, output)
+        k_mean = mean_of(layer)
+        return self.attend(query, key, value, kv_cache, attn_metadata, output, k_mean)
 
     @abstractmethod
     def attend(
@@ -141,8 +143,12 @@ class QuantizedKVImpl(AttentionImpl[M], Generic[M]):
         kv_cache: torch.Tensor,
         attn_metadata: M | None,
         output: torch.Tensor,
+        k_mean: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Compute `forward`; without metadata it is a profiling run, which has no cache yet."""
+        """Compute `forward`; without metadata it is a profiling run, which has no cache yet.
+
+        k_mean  float32 [H, D], which the keys in the cache lack; None where they lack nothing
+        """
 
 
 class QuantizedKVBackend(AttentionBackend):

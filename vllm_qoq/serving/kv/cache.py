@@ -8,6 +8,7 @@ preemption, KV connectors) sees an ordinary cache. vLLM asks again once the weig
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from vllm_qoq.errors import UserError
 from vllm_qoq.serving.kv import refusals as kv_refusals
 from vllm_qoq.serving.kv.backend import QuantizedKVBackend
 from vllm_qoq.serving.kv.cpu import CPUKV4Backend, CPUKV8Backend
+from vllm_qoq.serving.kv.k_mean import add_mean, check_mean, loading_rules
 from vllm_qoq.serving.kv.key_bias import KeyBiasWatch
 from vllm_qoq.serving.kv.spec import spec_of_layer
 from vllm_qoq.serving.options import NAMESPACE, Options
@@ -97,11 +99,13 @@ class QuantizedKVCache:
     def attach(self, layer: nn.Module, prefix: str) -> None:
         """Give `layer` the backend of its bits, at the first call.
 
-        vLLM calls a second time when weights are loaded, which is when biases of K are looked at.
+        vLLM calls a second time when weights are loaded, which is when biases and means of K are
+        looked at.
         """
         bits = self.kv_cache.bits_of(prefix)
         if prefix in self._layers:
             self._key_biases.warn(self._layers, self.kv_cache.hadamard)
+            check_mean(layer, prefix)
             return
         self._layers[prefix] = bits
         if bits == UNQUANTIZED:
@@ -112,11 +116,21 @@ class QuantizedKVCache:
         if layer.sliding_window is not None:
             kv_refusals.check_mixed_windows(self.kv_cache, self._vllm_config)
         self._swap(layer, bits)
+        if self.kv_cache.k_mean:
+            add_mean(layer, prefix)
 
     def watch(self, layer: nn.Module, prefix: str) -> None:
         """Look at `layer` when its weights are loaded, if it makes keys."""
-        if self.kv_cache.is_quantized():
+        # Who measured the means has looked at the biases.
+        if self.kv_cache.is_quantized() and not self.kv_cache.k_mean:
             self._key_biases.add(layer, prefix)
+
+    def loading_rules(self) -> dict[re.Pattern[str], str | None]:
+        """Say how the checkpoint's means of K are renamed for vLLM's loader; call as below."""
+        if not self.kv_cache.k_mean:
+            return {}
+        quantized = [name for name, bits in self._layers.items() if bits != UNQUANTIZED]
+        return loading_rules(quantized, self._layers.keys() - quantized)
 
     def check_layers(self) -> None:
         """Refuse layers that were never asked about, and rules without a layer.
@@ -181,4 +195,5 @@ def describe(kv_cache: KVCache | None, vllm_config: VllmConfig) -> str:
     in_force = kv_cache_in_force(kv_cache, Options.of(vllm_config))
     if in_force.bits == UNQUANTIZED:
         return str(vllm_config.cache_config.cache_dtype)
-    return f"{in_force.bits} bits{' of rotated K' if in_force.hadamard else ''}"
+    keys = f"{'rotated ' if in_force.hadamard else ''}K{' without its mean' * in_force.k_mean}"
+    return f"{in_force.bits} bits" + (f" of {keys}" if keys != "K" else "")

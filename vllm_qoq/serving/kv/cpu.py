@@ -11,6 +11,7 @@ from vllm_qoq.serving.kv.backend import (
     QuantizedKVImpl,
     head_pages,
 )
+from vllm_qoq.serving.kv.k_mean import mean_of
 
 
 class CPUQuantizedKVImpl(QuantizedKVImpl[KVMetadata]):
@@ -25,8 +26,15 @@ class CPUQuantizedKVImpl(QuantizedKVImpl[KVMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Quantize the new tokens into their pages; vLLM calls it before `forward`."""
-        pages = head_pages(kv_cache)
-        reference_attention.update(pages, key, value, slot_mapping, self.bits, self.use_hadamard)
+        reference_attention.update(
+            head_pages(kv_cache),
+            key,
+            value,
+            slot_mapping,
+            self.bits,
+            self.use_hadamard,
+            k_mean=mean_of(layer),
+        )
 
     def attend(
         self,
@@ -36,6 +44,7 @@ class CPUQuantizedKVImpl(QuantizedKVImpl[KVMetadata]):
         kv_cache: torch.Tensor,
         attn_metadata: KVMetadata | None,
         output: torch.Tensor,
+        k_mean: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attend as `forward` says."""
         if attn_metadata is None:  # a profiling run has no cache yet
@@ -53,6 +62,7 @@ class CPUQuantizedKVImpl(QuantizedKVImpl[KVMetadata]):
             bits=self.bits,
             sliding_window=self.sliding_window,
             use_hadamard=self.use_hadamard,
+            k_mean=k_mean,
         )
         output[:num_tokens] = attended.view(output[:num_tokens].shape)
         return output

@@ -29,6 +29,7 @@ from vllm_qoq.serving.kv.backend import (
     QuantizedKVImpl,
     head_pages,
 )
+from vllm_qoq.serving.kv.k_mean import mean_of
 from vllm_qoq.serving.kv.prefill import (
     Piece,
     Prefill,
@@ -125,8 +126,15 @@ class CUDAQuantizedKVImpl(QuantizedKVImpl[CUDAKVMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Quantize the new tokens into their pages; vLLM calls it before `forward`."""
-        pages = head_pages(kv_cache)
-        kv_ops.kv_write(key, value, slot_mapping, self.bits, self.use_hadamard, pages)
+        kv_ops.kv_write(
+            key,
+            value,
+            slot_mapping,
+            self.bits,
+            self.use_hadamard,
+            head_pages(kv_cache),
+            mean_of(layer),
+        )
 
     def attend(
         self,
@@ -136,6 +144,7 @@ class CUDAQuantizedKVImpl(QuantizedKVImpl[CUDAKVMetadata]):
         kv_cache: torch.Tensor,
         attn_metadata: CUDAKVMetadata | None,
         output: torch.Tensor,
+        k_mean: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attend as `forward` says."""
         out = output.view(-1, self.num_heads, self.head_size)
@@ -168,6 +177,7 @@ class CUDAQuantizedKVImpl(QuantizedKVImpl[CUDAKVMetadata]):
                 out=out[rows],
                 plan=attn_metadata.prefill,
                 window=self.sliding_window,
+                k_mean=k_mean,
                 kernels=_Kernels(self, pages, block_table, self._buffers(query)),
             )
         return output

@@ -64,7 +64,7 @@ def _is_too_large(layer: QKVParallelLinear, bits: int, use_hadamard: bool) -> bo
     return key_bias.is_too_large(
         (rows[:, :q] + bias[:q]).view(-1, heads, size),
         rows[:, q : q + k].view(-1, kv_heads, size),
-        bias[q : q + k].view(kv_heads, size),
+        key_bias.turned(bias[q : q + k].view(kv_heads, size)),
         bits,
         use_hadamard,
     )

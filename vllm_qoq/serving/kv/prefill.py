@@ -204,13 +204,18 @@ def attend_prefill(
     out: torch.Tensor,
     plan: Prefill,
     window: int | None,
+    k_mean: torch.Tensor | None,
     kernels: Kernels,
 ) -> None:
     """Compute the attention of the prompt tokens of one step into `out`.
 
     query, out  [T, Hq, D]
     key, value  [T, H, D], of this step, unquantized
+    k_mean      float32 [H, D], which the keys in the pages lack; None where they lack nothing
     """
+    if k_mean is not None and plan.pieces:
+        # One softmax sees these keys and those of the pages. Subtracted in float32, rounded once.
+        key = torch.sub(key, k_mean, out=torch.empty_like(key))
     if window is not None and plan.pieces:
         for piece in plan.pieces:
             assert piece.new_rows is not None

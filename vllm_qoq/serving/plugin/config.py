@@ -130,7 +130,7 @@ class QoQConfig(QuantizationConfig):
         """Rename tensors for vLLM's loader: `w8a8.LAYER.weight` to `LAYER.w8a8.weight`.
 
         vLLM asks the instance for this mapper before any other renaming. Sets
-        that the routing cannot reach are dropped.
+        that the routing cannot reach are dropped. `LAYER.k_mean` goes to the attention layer.
         """
         from vllm.model_executor.models.utils import WeightsMapper
 
@@ -149,6 +149,7 @@ class QoQConfig(QuantizationConfig):
         is_turned = self.section is not None and self.section.stream is not None
         if is_turned and not (self._way_back is not None and self._way_back.keeps_tensors()):
             rules[re.compile(rf"^{STREAM}\.")] = None  # generation does without
+        rules |= self.kv_cache().loading_rules()
         inherited = QuantizationConfig.get_cache_scale_mapper().orig_to_new_regex
         return WeightsMapper(orig_to_new_regex={**rules, **inherited})
 

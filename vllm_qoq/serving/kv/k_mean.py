@@ -1,0 +1,104 @@
+"""The mean of K that a checkpoint has for an attention layer: where vLLM loads it, and its shard.
+
+vLLM renames tensors before it looks for their parameters (`get_cache_scale_mapper` of the
+quantization config), and fills the parameter of the attention layer by its `weight_loader`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.distributed import parallel_state
+
+from vllm_qoq.checkpoint.format import K_MEAN
+from vllm_qoq.errors import FormatError
+from vllm_qoq.serving.methods.weight_set import REMEDY
+
+
+def add_mean(layer: nn.Module, prefix: str) -> None:
+    """Give an attention layer the parameter `k_mean`: float32 [KV heads of the rank, head size]."""
+    sized: Any = layer
+    # NaN until it is loaded, so that `check_mean` sees what no file has.
+    unfilled = torch.full((sized.num_kv_heads, sized.head_size), torch.nan, dtype=torch.float32)
+    parameter = nn.Parameter(unfilled, requires_grad=False)
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    ranks = parallel_state.get_tensor_model_parallel_world_size()
+    loader = partial(_load, name=f"{_beside(prefix)}.{K_MEAN}", rank=rank, ranks=ranks)
+    parameter.weight_loader = loader  # type: ignore[attr-defined]
+    layer.register_parameter(K_MEAN, parameter)
+
+
+def mean_of(layer: nn.Module) -> torch.Tensor | None:
+    """Look up the mean of K of an attention layer, float32 [H, D]; None without one.
+
+    Ask in every step: where weights are offloaded, a step has another tensor than the next.
+    """
+    mean: torch.Tensor | None = getattr(layer, K_MEAN, None)
+    return mean
+
+
+def check_mean(layer: nn.Module, prefix: str) -> None:
+    """Raise FormatError unless the mean of a loaded layer, if it has one, was filled."""
+    mean = mean_of(layer)
+    if mean is not None and not mean.isfinite().all():
+        raise FormatError(
+            f"{_beside(prefix)}.{K_MEAN}: the checkpoint announces it in kv_cache, but has no such "
+            f"tensor, or NaN or infinity in it; {REMEDY}"
+        )
+
+
+def loading_rules(
+    attached: Iterable[str], without: Iterable[str]
+) -> dict[re.Pattern[str], str | None]:
+    """Say how tensors are renamed for vLLM's loader: `LAYER.k_mean` to `LAYER.attn.k_mean`.
+
+    attached  the attention layers that have a mean
+    without   those that have none, whose tensors are left out, because their cache has 16 bits
+    """
+    rules: dict[re.Pattern[str], str | None] = {}
+    for name in without:
+        rules[re.compile(rf"^{re.escape(_beside(name))}\.{K_MEAN}$")] = None
+    leaves = {name.rpartition(".")[2] for name in attached}
+    if not leaves:
+        return {re.compile(rf"\.{K_MEAN}$"): None}
+    # Layers of other pipeline ranks are not attached here, and vLLM skips their tensors. It applies
+    # the rules a second time to what the model hands to its decoder.
+    (leaf,) = leaves
+    return rules | {re.compile(rf"(?<!\.{leaf})\.{K_MEAN}$"): f".{leaf}.{K_MEAN}"}
+
+
+def shard(mean: torch.Tensor, kv_heads: int, rank: int, ranks: int) -> torch.Tensor | None:
+    """Take the rows of a tensor-parallel rank, as vLLM shares out the heads of K.
+
+    Where there are fewer heads than ranks, neighbouring ranks have the same one. None where the
+    rows of `mean` [H, D] are not those of a model with `kv_heads` on each rank.
+    """
+    total = len(mean)
+    if total == kv_heads * ranks:
+        return mean[rank * kv_heads : (rank + 1) * kv_heads]
+    if kv_heads == 1 and total and ranks % total == 0:
+        return mean[rank // (ranks // total)][None]
+    return None
+
+
+def _load(
+    parameter: nn.Parameter, loaded: torch.Tensor, *, name: str, rank: int, ranks: int
+) -> None:
+    kv_heads, head_size = parameter.shape
+    mine = shard(loaded, kv_heads, rank, ranks) if loaded.ndim == 2 else None
+    if mine is None or mine.shape != parameter.shape or loaded.dtype != torch.float32:
+        raise FormatError(
+            f"{name}: is {loaded.dtype} {list(loaded.shape)}, expected float32 [KV heads, "
+            f"{head_size}] with {kv_heads} KV heads for each of {ranks} ranks; {REMEDY}"
+        )
+    parameter.data.copy_(mine)
+
+
+def _beside(prefix: str) -> str:
+    """Name the module that has the attention layer `prefix` and the projections."""
+    return prefix.rpartition(".")[0]
