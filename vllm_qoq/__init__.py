@@ -4,8 +4,8 @@ Importing this package touches neither torch nor vLLM. vLLM calls `register`
 through the entry point `vllm.general_plugins` in every process that it starts.
 
 Each command is a function of this package, imported when it is asked for: `quantize`, `merge`,
-`import_checkpoint`, `inspect`, `verify`, `tune` and `perplexity`. They return what they found, and
-raise `UserError` with what is wrong and what to do.
+`import_checkpoint`, `inspect`, `verify`, `tune`, `perplexity` and `evaluate`. They return what
+they found, and raise `UserError` with what is wrong and what to do.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vllm import LLM
 
     from merge_tools.job import merge as merge
+    from vllm_qoq.bench.evaluate.job import evaluate as evaluate
     from vllm_qoq.bench.perplexity import perplexity as perplexity
     from vllm_qoq.checkpoint.inspect import inspect as inspect
     from vllm_qoq.checkpoint.verify import verify as verify
@@ -37,6 +38,7 @@ _COMMANDS = {
     "verify": "vllm_qoq.checkpoint.verify",
     "tune": "vllm_qoq.tuner.job",
     "perplexity": "vllm_qoq.bench.perplexity",
+    "evaluate": "vllm_qoq.bench.evaluate.job",
 }
 # Package that a function may need -> the extra of ours that brings it.
 _EXTRAS = {"llmcompressor": "quantize", "compressed_tensors": "quantize", "vllm": "vllm"}

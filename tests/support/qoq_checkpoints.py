@@ -88,13 +88,14 @@ def write_dequantized(model: Path, out: Path) -> Path:
 def _two_levels(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     n, k = weight.shape
     channel_scale = weight.abs().amax(1) / LEVEL1_MAX
-    level1 = (weight / channel_scale[:, None]).round().view(n, k // GROUP, GROUP)
+    level1 = (weight / channel_scale[:, None]).round()
+    level1 = torch.nn.functional.pad(level1, (0, -k % GROUP), mode="replicate").view(n, -1, GROUP)
     low, high = level1.amin(2), level1.amax(2)
     # 15 steps reach 7 below or above `high`, at most 126.
     group_scale = ((high - low) / 15).round().clamp(1, 16)
     codes = ((level1 - low[:, :, None]) / group_scale[:, :, None]).round().clamp(0, 15)
     return {
-        "qweight": pack_nibbles(codes.view(n, k).to(torch.uint8)),
+        "qweight": pack_nibbles(codes.view(n, -1)[:, :k].to(torch.uint8)),
         "channel_scale": channel_scale,
         "group_scale": group_scale.to(torch.uint8),
         "group_offset": low.to(torch.int8),

@@ -12,7 +12,16 @@ from conftest import DATA
 import vllm_qoq
 from vllm_qoq.quantizer.options import QuantizeOptions
 
-COMMANDS = ("quantize", "merge", "import_checkpoint", "inspect", "verify", "tune", "perplexity")
+COMMANDS = (
+    "quantize",
+    "merge",
+    "import_checkpoint",
+    "inspect",
+    "verify",
+    "tune",
+    "perplexity",
+    "evaluate",
+)
 
 
 def test_importing_the_package_imports_nothing_heavy():

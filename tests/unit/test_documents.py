@@ -128,6 +128,7 @@ def test_every_command_is_documented():
         "inspect",
         "verify",
         "perplexity",
+        "evaluate",
         "tune",
         "doctor",
     }

@@ -53,6 +53,14 @@ def test_a_group_must_not_be_cut():
     )
 
 
+@pytest.mark.parametrize("method", ["qoq", "residual"])
+def test_ranks_may_share_a_group_of_ours_but_not_a_byte(method):
+    qoq = {"w4a8": layers(lambda n, k: packed(n, k, method=method), intermediate=9856)}
+    assert sizes(LLAMA, **qoq) == [1, 2, 4, 8, 16]
+    odd = {"w4a8": layers(lambda n, k: packed(n, k, method=method), intermediate=9872)}
+    assert sizes(LLAMA, **odd) == [1, 2, 4, 8]  # 617 inputs each for 16
+
+
 def test_a_scale_for_all_inputs_may_be_cut():
     whole = layers(lambda n, k: packed(n, k, k), intermediate=9856)
     assert sizes(LLAMA, w4a16=whole) == [1, 2, 4, 8, 16]

@@ -18,6 +18,7 @@ PACKAGES = ("vllm_qoq/", "merge_tools/")
 VLLM_AT = (
     *("vllm_qoq/serving/", "vllm_qoq/tuner/vllm_engine.py"),
     *("vllm_qoq/bench/perplexity.py", "vllm_qoq/bench/serving/engine.py"),
+    "vllm_qoq/bench/evaluate/engine.py",
 )
 # The benchmark times vLLM's kernels, and imports them when it runs.
 VLLM_PEERS = "vllm_qoq/bench/peers.py"
@@ -67,7 +68,7 @@ ARROWS = {
     ),
     "bench": (
         *(*_COMMANDS, "measuring", "ops", "plots", "cards", "kernel_library"),
-        *("serving.options", "serving.kv", "serving.plugin"),
+        *("serving.options", "serving.methods", "serving.kv", "serving.plugin"),
     ),
     "tuner": (
         *(*_COMMANDS, "measuring", "ops", "plots"),

@@ -16,10 +16,10 @@ The command `vllm-qoq bench attention` has modules of its own: attention_cases,
 attention_kernels, attention_measure, attention_result, attention_report and attention_plot.
 
 The commands `vllm-qoq bench serving` and `bench table` are the package serving, and
-`vllm-qoq perplexity` is in perplexity.
+`vllm-qoq perplexity` is in perplexity. `vllm-qoq evaluate` is the package evaluate.
 
-`vllm_qoq.measuring` times the calls. Only `peers`, inside functions, `serving.engine` and
-`perplexity` import vLLM.
+`vllm_qoq.measuring` times the calls. Only `peers`, inside functions, `serving.engine`,
+`evaluate.engine` and `perplexity` import vLLM.
 """
 
 from vllm_qoq.errors import UserError

@@ -57,8 +57,8 @@ for a layer with N outputs and K inputs,
 
     qweight        uint8   [N, K / 2]    codes 0..15, two a byte, the even k in the low nibble
     channel_scale  float32 [N]           finite, positive
-    group_scale    uint8   [N, K / 128]  1..16
-    group_offset   int8    [N, K / 128]
+    group_scale    uint8   [N, ceil(K / 128)]  1..16
+    group_offset   int8    [N, ceil(K / 128)]
 
     W8 = q * group_scale + group_offset    an int8 for every code that occurs
     W  = W8 * channel_scale
@@ -100,6 +100,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from vllm_qoq.checkpoint.kv_config import KVCache
 from vllm_qoq.errors import FormatError, one_line, shown
+from vllm_qoq.numerics import group_count
 from vllm_qoq.routing.table import MOST_RULES, Routing, RoutingError
 
 QUANT_METHOD = "qoq"
@@ -157,15 +158,13 @@ class QoQSet(BaseModel):
         Raises FormatError for a size that cannot be.
         """
         n, k, group = out_features, in_features, self.group_size
-        if k % (2 if group == -1 else group):
-            raise FormatError(f"{k} inputs are not a multiple of the group size {group}")
+        if k % 2:
+            raise FormatError(f"{k} inputs are odd, but a byte holds the codes of two")
         shapes = {"qweight": ("U8", [n, k // 2]), "channel_scale": ("F32", [n])}
         if group == -1:
             return shapes | {"channel_zero": ("F32", [n])}
-        return shapes | {
-            "group_scale": ("U8", [n, k // group]),
-            "group_offset": ("I8", [n, k // group]),
-        }
+        groups = group_count(k)
+        return shapes | {"group_scale": ("U8", [n, groups]), "group_offset": ("I8", [n, groups])}
 
 
 class ResidualSet(BaseModel):

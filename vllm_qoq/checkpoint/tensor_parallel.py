@@ -92,7 +92,12 @@ def _cut(length: int, parts: int, unit: int, what: str) -> str | None:
 
 
 def _column_unit(layout: Layout) -> int:
-    """Count the inputs that have to stay together: a group, and the codes of one word."""
+    """Count the inputs that have to stay together: a group, and the codes of one word.
+
+    Ranks with a QoQ set may share a group, but not a byte.
+    """
+    if layout.method in ("qoq", "residual"):
+        return 2
     group = layout.group_size or 1
     is_packed = layout.method in ("packed", "gptq")
     return math.lcm(group, _WORD_BITS // layout.bits) if is_packed else group

@@ -8,6 +8,7 @@ import sys
 from vllm_qoq.cli import (
     bench,
     doctor,
+    evaluate,
     import_checkpoint,
     inspect,
     merge,
@@ -21,7 +22,10 @@ from vllm_qoq.cli.parser import Parser, kebab_case
 from vllm_qoq.cli.run import run
 from vllm_qoq.version import __version__
 
-_COMMANDS = (quantize, merge, inspect, verify, import_checkpoint, perplexity, tune, bench, doctor)
+_COMMANDS = (
+    *(quantize, merge, inspect, verify, import_checkpoint, perplexity, evaluate, tune, bench),
+    doctor,
+)
 
 
 def main() -> int:

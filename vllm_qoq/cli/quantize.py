@@ -168,6 +168,7 @@ def _plan_document(plan: CheckedJob) -> str:
             "quantized_layers": len(plan.linears),
             "samples": len(plan.samples),
             "output_bytes": sizes.output,
+            "lm_head_bytes": sizes.head,
             "work_bytes": sizes.work,
             "disk_bytes": sizes.output + sizes.work,
             "memory_bytes": sum(sizes.memory.values()),
@@ -186,11 +187,16 @@ def _plan_text(plan: CheckedJob) -> str:
     seconds = estimate.seconds(plan.stacks, plan.options, len(plan.samples))
     out, memory = plan.job.out, plan.sizes.memory
     parts = ", ".join(f"{name} {human_bytes(count)}" for name, count in memory.items())
+    head = "the embedding"
+    if plan.sizes.head:
+        kind = "int8" if plan.options.lm_head_bits == 8 else "the model's dtype"
+        head = f"{human_bytes(plan.sizes.head)} of it, in {kind}"
     on_gpu = sum(memory[name] for name in plan.sizes.gpu)
     gpu = f", {human_bytes(on_gpu)} of it on the GPU" if torch.cuda.is_available() else ""
     return (
         f"would write {out}: {human_bytes(plan.sizes.output)}, sets "
         f"{', '.join(plan.options.sets)} of {len(plan.linears)} layers\n"
+        f"lm_head: {head}\n"
         f"calibration: {len(plan.samples)} pieces of {plan.options.seqlen} tokens\n"
         f"disk: {human_bytes(plan.sizes.output)} for {out} and, until it is complete, "
         f"{human_bytes(plan.sizes.work)} in {plan.job.work_dir}\n"

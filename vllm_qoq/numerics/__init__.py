@@ -11,5 +11,11 @@ rotation             the basis of a rotated residual stream
 GROUP_SIZE = 128
 """Inputs that share a group_scale of a QoQ set."""
 
+
+def group_count(inputs: int) -> int:
+    """Count the groups of a layer's inputs, of which the last may be smaller."""
+    return -(-inputs // GROUP_SIZE)
+
+
 MAX_CLIPPED = 0.1
 """Share of a layer's weights that a nested set may clip, unless the user says otherwise."""

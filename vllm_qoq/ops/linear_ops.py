@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-from vllm_qoq.numerics import GROUP_SIZE, reference
+from vllm_qoq.numerics import group_count, reference
 from vllm_qoq.numerics.packing import unpack_nibbles
 from vllm_qoq.ops import w4a8_layout
 from vllm_qoq.ops.checks import HALVES, check_rows, check_tensor, type_text
@@ -101,8 +101,8 @@ def w4a8_gemm(
                    uint8 [ceil(N / 64), K / 128, bytes]  w4a8_layout.pack of it with its groups
     channel_scale  float32 [N]
     channel_zero   float32 [N]             without groups
-    group_scale    uint8 [N, K / 128]      with groups, and only with a stored weight
-    group_offset   int8 [N, K / 128]
+    group_scale    uint8 [N, ceil(K / 128)]  with groups, and only with a stored weight
+    group_offset   int8 [N, ceil(K / 128)]
     bias           float [N]               float32, bfloat16 or float16
     out_dtype                              bfloat16 or float16
     workspace      int32 [...]             the buffer that `workspace` makes, for CUDA
@@ -221,9 +221,7 @@ def _check_stored(
         raise ValueError(
             f"{_GEMM}: a stored weight has either channel_zero or group_scale and group_offset"
         )
-    if k % GROUP_SIZE:
-        raise ValueError(f"{_GEMM}: {k} inputs are not a multiple of {GROUP_SIZE}")
-    groups = k // GROUP_SIZE
+    groups = group_count(k)
     check_tensor(_GEMM, "group_scale", group_scale, torch.uint8, n, groups)
     check_tensor(_GEMM, "group_offset", group_offset, torch.int8, n, groups)
 

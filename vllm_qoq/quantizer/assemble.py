@@ -26,6 +26,7 @@ from vllm_qoq.checkpoint.output_config import output_config
 from vllm_qoq.checkpoint.shards import Content, cut
 from vllm_qoq.checkpoint.writer import json_bytes
 from vllm_qoq.models.table import LayerNames
+from vllm_qoq.quantizer.inputs import is_tied, stays_tied
 from vllm_qoq.quantizer.modifiers import piece
 from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.plan import Job
@@ -63,12 +64,13 @@ def content(
     # The shared tensors of each module, and each set, begin a new file.
     groups = groupby((one.info for one in stored.values()), key=lambda i: i.name.partition(".")[0])
     shards = cut((list(group) for _, group in groups), job.max_shard_bytes)
+    config = read_config(job.model)
     text = _card(job.out.name, options, job.model, stored.values())
     return Content(
         shards=shards,
         read=lambda info: stored[info.name].read(),
-        config=output_config(read_config(job.model), section(options))
-        | {"tie_word_embeddings": False},
+        config=output_config(config, section(options))
+        | {"tie_word_embeddings": stays_tied(is_tied(config), options)},
         copied={file: job.model / file for file in side_files(job.model) if str(file) != REPORT},
         others={REPORT: json_bytes(report), card.README: text.encode()},
     )

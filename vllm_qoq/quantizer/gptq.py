@@ -82,11 +82,11 @@ def output_error(lost: torch.Tensor, whole: torch.Tensor) -> float:
 def _pass_errors_on(weight: torch.Tensor, inputs: Inputs, grid: Grid) -> None:
     """Round from left to right; `weight` float32 [N, K] is used up."""
     importance = inputs.importance
-    form = rounding.on(weight.device)
     grid.prepare(weight, importance)
     for columns in _blocks(weight):
         first = columns.start
         block = weight[:, columns]
+        form = rounding.on(weight.device, block.shape[1])
         grid.start(block, importance[columns], first)
         lower = inputs.lower[columns, columns].contiguous()
         ideal = grid.scaled(block, first)
@@ -101,10 +101,10 @@ def _descend(gradient: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> None:
 
     gradient  float32 [N, K], (W' - W) H, which is kept up to date
     """
-    form = rounding.on(gradient.device)
     for columns in _blocks(gradient):
         first = columns.start
         step, codes = grid.step(first), grid.codes[:, columns].float()
+        form = rounding.on(gradient.device, codes.shape[1])
         slope = gradient[:, columns] / step
         within = hessian[columns, columns].contiguous()
         new = form.descend(codes, slope, within, *grid.bounds(first))

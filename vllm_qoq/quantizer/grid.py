@@ -14,9 +14,10 @@ from abc import ABC, abstractmethod
 from copy import copy
 
 import torch
+from torch.nn.functional import pad
 from typing_extensions import Self
 
-from vllm_qoq.numerics import GROUP_SIZE
+from vllm_qoq.numerics import GROUP_SIZE, group_count
 from vllm_qoq.numerics.packing import pack_nibbles
 from vllm_qoq.quantizer import rounding
 from vllm_qoq.quantizer.rounding_plain import Bound, weighted_errors
@@ -96,15 +97,18 @@ class TwoLevel(Grid):
         largest = (weight.abs().amax(dim=1) / PROTECTED).clamp_min(_MIN_SCALE)
         self.channel_scale = largest.clone()
         if self.clip:
-            cost = importance.view(-1, GROUP_SIZE)
+            # What fills up the last group widens no range and costs nothing.
+            missing = (0, -k % GROUP_SIZE)
+            filled = pad(weight, missing, mode="replicate") if missing[1] else weight
+            cost = pad(importance, missing).view(-1, GROUP_SIZE)
             best = torch.full_like(largest, torch.inf)
             for share in _ROW_SHARES:
                 scale = largest * share
-                level1 = (weight / scale[:, None]).view(n, -1, GROUP_SIZE)
+                level1 = (filled / scale[:, None]).view(n, -1, GROUP_SIZE)
                 _, _, error = self._search(level1, cost, scales_below=2, shifts=False)
                 lost = error.sum(dim=1) * scale.square()
                 best, self.channel_scale = _better(lost, scale, best, self.channel_scale)
-        shape = (n, k // GROUP_SIZE)
+        shape = (n, group_count(k))
         self.group_scale = torch.empty(shape, device=weight.device)
         self.group_offset = torch.empty(shape, device=weight.device)
 
@@ -151,14 +155,17 @@ class TwoLevel(Grid):
 
     def level1(self) -> torch.Tensor:
         """Compute W8, the integers of the first level, in float32 [N, K]."""
-        groups = self.codes.unflatten(1, (-1, GROUP_SIZE))
-        level1 = groups * self.group_scale[:, :, None] + self.group_offset[:, :, None]
-        return level1.flatten(1)
+        k = self.codes.shape[1]
+        scale = self.group_scale.repeat_interleave(GROUP_SIZE, dim=1)[:, :k]
+        offset = self.group_offset.repeat_interleave(GROUP_SIZE, dim=1)[:, :k]
+        return self.codes * scale + offset
 
     def _search(
         self, level1: torch.Tensor, cost: torch.Tensor, scales_below: int, shifts: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return rounding.on(level1.device).search(level1, cost, scales_below, shifts)
+        return rounding.on(level1.device, level1.shape[2]).search(
+            level1, cost, scales_below, shifts
+        )
 
 
 class PerChannel(Grid):

@@ -21,10 +21,12 @@ from vllm_qoq.models.names import split_decoder
 from vllm_qoq.models.table import LayerNames
 from vllm_qoq.models.tensors import HEAD
 from vllm_qoq.quantizer import QuantizeError
+from vllm_qoq.quantizer.gguf_source import convert
 from vllm_qoq.quantizer.model import Dimensions, layer_names
 from vllm_qoq.text_file import check_text
 
 if TYPE_CHECKING:
+    from vllm_qoq.quantizer.options import QuantizeOptions
     from vllm_qoq.quantizer.plan import Job
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -52,14 +54,23 @@ class Inputs:
 
 
 def with_local_model(job: Job, model: str | Path) -> Job:
-    """Give a job the folder of `model`, which may be an id of the Hugging Face Hub.
+    """Give a job the folder of `model`, which may be an id of the Hugging Face Hub, or GGUF.
 
-    The rest of the job is checked before a download: it takes minutes, and a mistyped name of a
-    text should not.
+    A model in GGUF is converted beside the output, into OUT with .float behind. The rest of the job
+    is checked before a download or a conversion: it takes minutes, and a mistyped name of a text
+    should not.
     """
     if hub.is_to_download(model):
         _check_others(job, [])
-    return replace(job, model=hub.local_folder(model, quiet=job.quiet))
+    folder = hub.local_folder(model, quiet=job.quiet)
+    file = convert.gguf_file(folder)
+    if file is None:
+        return replace(job, model=folder)
+    _check_others(job, [folder] if folder.is_dir() else [])
+    resolved = job.out.resolve()
+    converted = resolved.parent / f"{resolved.name}.float"
+    convert.convert(file, converted, quiet=job.quiet)
+    return replace(job, model=converted)
 
 
 def check_inputs(job: Job) -> Inputs:
@@ -100,6 +111,19 @@ def dtype_name(config: Mapping[str, Any]) -> str | None:
     """The dtype in which config.json runs the model, by torch's name; None where it is silent."""
     value = config.get("dtype") or config.get("torch_dtype")
     return value if isinstance(value, str) else None
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether the embedding of the model serves as its lm_head."""
+    return bool(config.get("tie_word_embeddings", False))
+
+
+def stays_tied(is_tied: bool, options: QuantizeOptions) -> bool:
+    """Whether the embedding of a model that `is_tied` serves as lm_head in the output, too.
+
+    The rotation makes two matrices E R and E diag(norm) R of it, and int8 one of codes.
+    """
+    return is_tied and not options.rotate and options.lm_head_bits == 16
 
 
 def _check_dtype(config: Mapping[str, Any]) -> None:

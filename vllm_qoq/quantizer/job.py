@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_qoq.checkpoint import hub
-from vllm_qoq.checkpoint.folder import Checkpoint
+from vllm_qoq.checkpoint.folder import Checkpoint, read_config
 from vllm_qoq.checkpoint.format import K_MEAN, STREAM
 from vllm_qoq.checkpoint.shards import MAX_SHARD_BYTES, write_checkpoint
 from vllm_qoq.models.config import CONFIG
@@ -24,7 +24,8 @@ from vllm_qoq.progress import Clock, Progress
 from vllm_qoq.quantizer import head, keys, noise, rotate, workdir
 from vllm_qoq.quantizer.assemble import SHARED, content
 from vllm_qoq.quantizer.check import PROMPT_TOKENS, SetCheck
-from vllm_qoq.quantizer.inputs import check_inputs, with_local_model
+from vllm_qoq.quantizer.gguf_source.convert import source_of
+from vllm_qoq.quantizer.inputs import check_inputs, is_tied, stays_tied, with_local_model
 from vllm_qoq.quantizer.load import load_model
 from vllm_qoq.quantizer.model import Module, blocks
 from vllm_qoq.quantizer.modifiers import QuantizePass, SmoothPass, apply_saved, piece
@@ -159,7 +160,9 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
         if biased:
             print(f"warning: {keys.warning(biased, options)}", file=sys.stderr, flush=True)
         if not work.has(SHARED):
-            work.save(SHARED, _shared(model, names, options) | _named(k_means or (), names), {})
+            is_one = stays_tied(is_tied(read_config(job.model)), options)
+            shared = _shared(model, names, options, is_one) | _named(k_means or (), names)
+            work.save(SHARED, shared, {})
         if not all(work.has(piece(i)) for i in range(dimensions.layers)):
             _quantize(model, plan, options, work, quiet=job.quiet)
         steps.done("rounding")
@@ -179,6 +182,7 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
         steps.done("measuring the sets")
         report = {
             "model": hub.name_of(job.model),
+            **({"source": source} if (source := source_of(job.model)) is not None else {}),
             "options": options.model_dump(mode="json"),
             **summary(errors, steps.seconds),
             **({"large_key_biases": biased} if biased else {}),
@@ -346,8 +350,10 @@ def _pipeline(model: Module, step: Modifier, plan: CheckedJob, propagate: bool) 
     )
 
 
-def _shared(model: Module, names: LayerNames, options: QuantizeOptions) -> dict[str, torch.Tensor]:
-    """The tensors that all sets share, by name."""
+def _shared(
+    model: Module, names: LayerNames, options: QuantizeOptions, is_tied: bool
+) -> dict[str, torch.Tensor]:
+    """The tensors that all sets share, by name; without lm_head where the embedding `is_tied`."""
     mine = {
         f"{names.blocks}.{i}.{name}."
         for i in range(len(blocks(model, names)))
@@ -355,4 +361,6 @@ def _shared(model: Module, names: LayerNames, options: QuantizeOptions) -> dict[
     }
     state = model.state_dict()
     shared = {k: v for k, v in state.items() if k.rpartition(".")[0] + "." not in mine}
+    if is_tied:
+        del shared[f"{names.head}.weight"]
     return shared | (head.int8_tensors(model, names) if options.lm_head_bits == 8 else {})

@@ -21,7 +21,7 @@ from vllm_qoq.models.linears import CONSTANT
 from vllm_qoq.models.tensors import EMBEDDING, HEAD
 from vllm_qoq.progress import Progress
 from vllm_qoq.quantizer import QuantizeError
-from vllm_qoq.quantizer.inputs import DTYPES, dtype_name
+from vllm_qoq.quantizer.inputs import DTYPES, dtype_name, is_tied
 from vllm_qoq.quantizer.model import Module
 
 if TYPE_CHECKING:
@@ -98,8 +98,7 @@ def check_values(checkpoint: Checkpoint, progress: Progress) -> None:
                         "model; write bfloat16 there"
                     )
             advance(info.nbytes)
-    is_tied = bool(checkpoint.config.get("tie_word_embeddings", False))
-    if not is_tied or HEAD not in checkpoint.tensors:
+    if not is_tied(checkpoint.config) or HEAD not in checkpoint.tensors:
         return
     if not torch.equal(checkpoint.get(HEAD), checkpoint.get(EMBEDDING)):
         raise QuantizeError(

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
     from vllm_qoq.quantizer.workdir import Resume
 
+# vLLM's int8 GEMM on GPUs reads 16 inputs at a time, ours writes 8 outputs.
+_INPUTS_MULTIPLE, _OUTPUTS_MULTIPLE = 16, 8
+
 
 @dataclass(frozen=True)
 class Job:
@@ -87,7 +90,7 @@ def check_job(job: Job, options: QuantizeOptions) -> CheckedJob:
     Raises QuantizeError, FormatError, TextError or OutputError with what is wrong and the remedy.
     """
     inputs = check_inputs(job)
-    _check_divisible(inputs)
+    _check_divisible(inputs, options)
     options = options.of_heads(inputs.dimensions.head_dim)
 
     import torch
@@ -135,11 +138,19 @@ def check_job(job: Job, options: QuantizeOptions) -> CheckedJob:
     )
 
 
-def _check_divisible(inputs: Inputs) -> None:
+def _check_divisible(inputs: Inputs, options: QuantizeOptions) -> None:
+    has_whole_groups = "w4a16" in options.sets and options.group_size != -1
     for name, (n, k) in zip(inputs.names.linears, inputs.linears, strict=False):  # all blocks alike
-        if k % GROUP_SIZE or n % 8:
+        place = f"{inputs.names.blocks}.0.{name}.weight: [{n}, {k}]"
+        if k % _INPUTS_MULTIPLE or n % _OUTPUTS_MULTIPLE:
             raise QuantizeError(
-                f"{inputs.names.blocks}.0.{name}.weight: [{n}, {k}] cannot be quantized: the "
-                f"kernels need inputs that are a multiple of {GROUP_SIZE} and outputs that are "
-                "one of 8"
+                f"{place} cannot be quantized: the kernels need inputs that are a multiple of "
+                f"{_INPUTS_MULTIPLE} and outputs that are one of {_OUTPUTS_MULTIPLE}; give another "
+                "model"
+            )
+        if has_whole_groups and k % GROUP_SIZE:
+            raise QuantizeError(
+                f"{place} cannot be quantized to w4a16 in groups: vLLM's kernels for it need "
+                f"inputs that are a multiple of {GROUP_SIZE}; give --group-size -1, or --sets "
+                "w8a8,w4a8, whose last group may be smaller"
             )

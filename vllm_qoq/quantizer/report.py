@@ -11,6 +11,7 @@ from typing_extensions import NotRequired
 
 from vllm_qoq.progress import duration, human_bytes
 from vllm_qoq.quantizer import QuantizeError
+from vllm_qoq.quantizer.gguf_source.convert import note
 
 
 class LayerError(TypedDict):
@@ -88,6 +89,8 @@ def table(report: dict[str, Any]) -> str:
         lines.append(_row(f"  {kind}", cells))
     lines += _clipped(errors, sets)
     lines += _perplexities(report, sets) + _texts(report)
+    if "source" in report:
+        lines.append(note(report["source"]))
     gpu = report["peak_gpu_memory_bytes"]
     long = {k: v for k, v in report["seconds_of_steps"].items() if v >= 1}
     steps = ", ".join(f"{step} {duration(seconds)}" for step, seconds in long.items())

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from vllm_qoq.errors import reason
+from vllm_qoq.numerics import GROUP_SIZE
 from vllm_qoq.quantizer import QuantizeError, rounding_plain
 from vllm_qoq.quantizer.rounding_plain import Bound
 
@@ -39,9 +40,12 @@ class Rounding(Protocol):
         """See `descend` of `rounding_plain`."""
 
 
-def on(device: torch.device) -> Rounding:
-    """Choose the form for a device: Triton on CUDA, PyTorch elsewhere."""
-    if device.type == "cuda":
+def on(device: torch.device, columns: int = GROUP_SIZE) -> Rounding:
+    """Choose the form for a device: Triton on CUDA, PyTorch elsewhere.
+
+    columns  those of a block; PyTorch rounds the last one of a layer where it has fewer than 128
+    """
+    if device.type == "cuda" and columns == GROUP_SIZE:
         from vllm_qoq.quantizer import rounding_triton
 
         return rounding_triton

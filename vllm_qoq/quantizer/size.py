@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 from vllm_qoq.checkpoint.folder import ITEM_BYTES, Checkpoint
 from vllm_qoq.models.linears import CONSTANT
 from vllm_qoq.models.table import LayerNames
-from vllm_qoq.numerics import GROUP_SIZE
+from vllm_qoq.numerics import group_count
 from vllm_qoq.progress import human_bytes
 from vllm_qoq.quantizer import QuantizeError
-from vllm_qoq.quantizer.inputs import DTYPES, dtype_name
+from vllm_qoq.quantizer.inputs import DTYPES, dtype_name, is_tied, stays_tied
 from vllm_qoq.quantizer.model import Dimensions
 from vllm_qoq.quantizer.options import QuantizeOptions
 
@@ -39,12 +39,14 @@ class Sizes:
     output  the tensors of the checkpoint
     work    the pieces in the work folder, which exist until the output is complete
     memory  what is in memory at once, by its purpose
+    head    the lm_head among `output`, 0 where it is the embedding
     gpu     the part of it that is on the GPU where there is one
     """
 
     output: int
     work: int
     memory: dict[str, int]
+    head: int
     gpu: frozenset[str] = frozenset(("calibration", "hessians", "rounding", "block"))
 
 
@@ -64,12 +66,13 @@ def sizes(
         if name not in in_sets and not name.endswith(CONSTANT)
     )
     vocabulary, hidden = _embedding(checkpoint, names)
-    is_tied = f"{names.head}.weight" not in checkpoint.tensors
     head = item * vocabulary * hidden
+    stored_head = head if f"{names.head}.weight" in checkpoint.tensors else 0
     if options.lm_head_bits == 8:
-        shared += vocabulary * (hidden + _FLOAT32) - (0 if is_tied else head)
-    elif is_tied:
-        shared += head  # the final norm is folded into a copy
+        written_head = vocabulary * (hidden + _FLOAT32)
+    else:
+        written_head = 0 if stays_tied(is_tied(checkpoint.config), options) else head
+    shared += written_head - stored_head
     if options.rotate:
         shared += hidden * hidden + item * hidden  # the tensors that turn hidden states back
     if options.has_k_mean:
@@ -87,7 +90,7 @@ def sizes(
     memory = {
         "libraries": _LIBRARIES,
         "weights": item * sum(math.prod(i.shape) for i in checkpoint.tensors.values())
-        + (head if is_tied else 0),
+        + (head - stored_head),
         "calibration": 2 * item * options.samples * options.seqlen * hidden,
         "hessians": _FLOAT32 * sum(k * k for _, k in inputs),
         "rounding": _FLOAT32
@@ -98,7 +101,7 @@ def sizes(
         # Two float64 matrices of its size are held while it turns, or later what is to be written.
         "embedding": 2 * _FLOAT64 * vocabulary * hidden,
     }
-    return Sizes(output, work, memory)
+    return Sizes(output, work, memory, written_head)
 
 
 def layer_bytes(kind: SetKind, n: int, k: int, item: int) -> int:
@@ -107,7 +110,7 @@ def layer_bytes(kind: SetKind, n: int, k: int, item: int) -> int:
         return n * k // 2
     if kind.name == "w8a8":
         return n * k + item * n
-    groups = 1 if kind.group_size == -1 else k // GROUP_SIZE
+    groups = 1 if kind.group_size == -1 else group_count(k)
     if kind.name == "w4a16":
         return n * k // 2 + item * n * groups + 2 * _INT64
     scales = 2 * _FLOAT32 * n if kind.group_size == -1 else (_FLOAT32 + 2 * groups) * n

@@ -169,7 +169,10 @@ def _best(
 def _rounded_weight(weight: torch.Tensor, bits: int) -> torch.Tensor:
     """Round a weight to the nearest codes, in groups of 128 for 4 bits and per row for 8."""
     n, k = weight.shape
-    groups = weight.view(n, -1, GROUP_SIZE if bits == 4 else k)
+    size = GROUP_SIZE if bits == 4 else k
+    # What fills up the last group widens no range.
+    filled = torch.nn.functional.pad(weight, (0, -k % size), mode="replicate")
+    groups = filled.view(n, -1, size)
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     step = ((high - low) / ((1 << bits) - 1)).clamp_min(1e-10)
-    return (((groups - low) / step).round() * step + low).view(n, k)
+    return (((groups - low) / step).round() * step + low).view(n, -1)[:, :k]

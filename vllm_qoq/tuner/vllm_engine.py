@@ -25,6 +25,7 @@ from vllm_qoq.measuring.host import host_seconds
 from vllm_qoq.models.names import LM_HEAD
 from vllm_qoq.routing.table import Phase, Routing
 from vllm_qoq.serving.methods.routed_linear import FlexLinearMethod
+from vllm_qoq.serving.methods.steering import Steering, reaching
 from vllm_qoq.serving.methods.weight_set import WeightSet
 from vllm_qoq.serving.options import NAMESPACE
 from vllm_qoq.serving.routing.policy import Policy
@@ -57,7 +58,7 @@ def open_engine(folder: Path, sets: tuple[str, ...], max_batch: int) -> TuneEngi
         trust_remote_code=False,
         gpu_memory_utilization=_MEMORY_SHARE,
         kv_cache_memory_bytes=_KV_BYTES["cuda" if torch.cuda.is_available() else "cpu"],
-        additional_config={NAMESPACE: {"routing": _reaching(sets)}},
+        additional_config={NAMESPACE: {"routing": reaching(sets)}},
         disable_log_stats=True,
     )
     (engine,) = llm.apply_model(lambda model: TuneEngine(llm, model))
@@ -70,8 +71,8 @@ class TuneEngine:
     def __init__(self, llm: LLM, model: nn.Module) -> None:
         self._llm, self._model = llm, model
         self._vllm_config = llm.llm_engine.vllm_config
-        methods = (getattr(module, "quant_method", None) for module in model.modules())
-        self._methods = [method for method in methods if isinstance(method, FlexLinearMethod)]
+        self._steering = Steering(model)
+        self._methods = self._steering.methods
         if not self._methods:
             raise FormatError("no linear layer is quantized in any set, so none can be measured")
         self._groups = _by_shape(self._methods)
@@ -121,7 +122,7 @@ class TuneEngine:
         """Measure decode steps of `batch` requests with `routing`; the result is their median."""
         if batch >= self._vllm_config.cache_config.num_gpu_blocks:  # one block is vLLM's own
             return None
-        self._route(routing)
+        self._steering.follow(routing)
         timer = _ForwardTimer(self._methods[0].policy, batch)
         hooks = (
             self._model.register_forward_pre_hook(timer.before),
@@ -137,12 +138,6 @@ class TuneEngine:
             for hook in hooks:
                 hook.remove()
         return timer.seconds()
-
-    def _route(self, routing: Routing) -> None:
-        """Let every layer follow `routing` from the next eager step on."""
-        self._methods[0].policy.use(routing)
-        for method in self._methods:
-            method.follow_policy()
 
     def _input(self, tokens: int, features: int) -> torch.Tensor:
         key = tokens, features
@@ -212,13 +207,6 @@ class _Instant:
             return self._seconds - earlier._seconds
         self._event.synchronize()
         return float(earlier._event.elapsed_time(self._event)) / 1e3
-
-
-def _reaching(sets: Sequence[str]) -> dict[str, Any]:
-    """Make a routing with a row for every set, so that every set is loaded."""
-    *others, last = sets
-    rows = [{"max_batch": batch, "set": name} for batch, name in enumerate(others, 1)]
-    return {"prefill": sets[0], "decode": [*rows, {"set": last}]}
 
 
 def _by_shape(methods: Sequence[FlexLinearMethod]) -> dict[LayerGroup, list[FlexLinearMethod]]:

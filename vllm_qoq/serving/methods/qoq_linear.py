@@ -1,9 +1,9 @@
 """The method of a set with `"quant_method": "qoq_linear"`: 4-bit weights, int8 activations.
 
 The tensors are those of `vllm_qoq.checkpoint.format.QoQSet`. Nothing in them is permuted, so
-vLLM's own parameter classes slice them for tensor parallelism; where a row-parallel
-layer is per channel, every rank has the whole channel_scale and channel_zero and its
-own row sum, and the products add up over the ranks.
+vLLM's own parameter classes slice them for tensor parallelism, but for groups that two ranks
+share (`input_slice`); where a row-parallel layer is per channel, every rank has the whole
+channel_scale and channel_zero and its own row sum, and the products add up over the ranks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.parameter import (
     ChannelQuantScaleParameter,
-    GroupQuantScaleParameter,
     PackedvLLMParameter,
 )
 
@@ -33,6 +32,7 @@ from vllm_qoq.checkpoint.format import QOQ_LINEAR, QoQSet
 from vllm_qoq.errors import FormatError
 from vllm_qoq.numerics import reference
 from vllm_qoq.ops import linear_ops, w4a8_layout
+from vllm_qoq.serving.methods.input_slice import GroupsOfSlice, InputSlice
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -135,10 +135,13 @@ class QoQLinearMethod(LinearMethodBase):
         """Create this rank's slice of every tensor; FormatError for a size that cannot be."""
         n, k, group = sum(output_partition_sizes), input_size_per_partition, self.qoq_set.group_size
         self._check_size(k, input_size)
+        # Without groups the place of a slice does not matter.
+        is_cut = group != -1 and k < input_size
+        self.inputs = InputSlice(layer.tp_rank * k if is_cut else 0, k)
         self.output_partition_sizes = output_partition_sizes
         load = {"weight_loader": extra_weight_attrs["weight_loader"]}
         self.is_dummy = get_current_vllm_config().load_config.load_format == "dummy"
-        both = {"input_dim": 1, "output_dim": 0, **load}
+        both: dict[str, Any] = {"input_dim": 1, "output_dim": 0, **load}
         for name in _TENSORS:
             layer.register_parameter(name, None)
         layer.qweight = PackedvLLMParameter(
@@ -148,12 +151,12 @@ class QoQLinearMethod(LinearMethodBase):
         if group == -1:
             layer.channel_zero = _per_channel(n, load)
             return
-        shape = (n, k // group)
-        layer.group_scale = GroupQuantScaleParameter(
-            data=torch.empty(shape, dtype=torch.uint8), **both
+        shape, both = (n, self.inputs.groups), both | {"inputs": self.inputs}
+        layer.group_scale = GroupsOfSlice(
+            data=torch.empty(shape, dtype=torch.uint8), input_size=input_size, **both
         )
-        layer.group_offset = GroupQuantScaleParameter(
-            data=torch.empty(shape, dtype=torch.int8), **both
+        layer.group_offset = GroupsOfSlice(
+            data=torch.empty(shape, dtype=torch.int8), input_size=input_size, **both
         )
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
@@ -170,10 +173,10 @@ class QoQLinearMethod(LinearMethodBase):
         n, half_k = layer.qweight.shape
         is_packed = device.type == "cuda"
         if is_packed:
-            self._check_size_of_kernel(n, 2 * half_k)
+            self._check_size_of_kernel(n)
         weight = torch.empty(0 if is_packed else n, 2 * half_k, dtype=torch.int8, device=device)
         for part, rows in self._rows():
-            checked = checked_int8(part, layer, rows)
+            checked = checked_int8(part, layer, rows, self.inputs)
             if not is_packed:
                 weight[rows] = checked
         # The workspace is a buffer, because its counters have to be zero: sleeping at level 2, vLLM
@@ -182,7 +185,8 @@ class QoQLinearMethod(LinearMethodBase):
             "workspace", linear_ops.workspace(device) if is_packed else None, persistent=False
         )
         if is_packed:
-            weight = w4a8_layout.pack(layer.qweight, layer.group_scale, layer.group_offset)
+            codes = self.inputs.whole_groups(layer.qweight)
+            weight = w4a8_layout.pack(codes, layer.group_scale, layer.group_offset)
             # The kernel fetches weights before the kernel ahead of it has ended.
             torch.cuda.synchronize(device)
         layer.weight = Parameter(weight, requires_grad=False)
@@ -207,8 +211,12 @@ class QoQLinearMethod(LinearMethodBase):
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         """Compute y [M, N] in `out_dtype` from inputs that are quantized already."""
+        codes, *of_tokens = quantized
+        if layer.weight.dtype == torch.uint8:  # packed
+            codes = self.inputs.whole_groups_of_tokens(codes)
         return torch.ops.qoq.w4a8_gemm(
-            *quantized,
+            codes,
+            *of_tokens,
             layer.weight,
             layer.channel_scale,
             layer.channel_zero,
@@ -220,22 +228,17 @@ class QoQLinearMethod(LinearMethodBase):
         )
 
     def _check_size(self, k: int, input_size: int) -> None:
-        multiple = 2 if self.qoq_set.group_size == -1 else self.qoq_set.group_size
-        if k % multiple == 0:
+        if k % 2 == 0:
             return
         # The layer that owns this one adds the remedy for a split.
         remedy = "; quantize again with this layer in `ignore`" if k == input_size else ""
-        raise FormatError(
-            f"{k} inputs are not a multiple of {multiple}, as {QOQ_LINEAR} with group_size "
-            f"{self.qoq_set.group_size} needs{remedy}"
-        )
+        raise FormatError(f"{k} inputs are odd, but a byte of {QOQ_LINEAR} has two codes{remedy}")
 
-    def _check_size_of_kernel(self, n: int, k: int) -> None:
-        if n % 8 or k % w4a8_layout.BLOCK_K:
+    def _check_size_of_kernel(self, n: int) -> None:
+        if n % 8:
             raise FormatError(
-                f"{self.prefix}: the CUDA kernel for {QOQ_LINEAR} needs a multiple of 8 outputs "
-                f"and of {w4a8_layout.BLOCK_K} inputs, this rank has {n} and {k}; use fewer ranks, "
-                "or quantize again with this layer in `ignore`"
+                f"{self.prefix}: the CUDA kernel for {QOQ_LINEAR} needs a multiple of 8 outputs, "
+                f"this rank has {n}; use fewer ranks, or quantize again with this layer in `ignore`"
             )
 
     def _rows(self) -> Iterator[tuple[str, slice]]:
@@ -255,8 +258,13 @@ def _per_channel(size: int, load: dict[str, Any]) -> ChannelQuantScaleParameter:
     return ChannelQuantScaleParameter(data=data, output_dim=0, **load)
 
 
-def checked_int8(part: str, layer: LinearBase, rows: slice, **more: torch.Tensor) -> torch.Tensor:
-    """Compute `reference.int8_weight` of rows of a layer as loaded; FormatError names `part`."""
+def checked_int8(
+    part: str, layer: LinearBase, rows: slice, inputs: InputSlice, **more: torch.Tensor
+) -> torch.Tensor:
+    """Compute `reference.int8_weight` of rows of a layer as loaded; FormatError names `part`.
+
+    Codes among `more` are of whole groups.
+    """
     tensors = more | {
         name: parameter.data[rows]
         for name in _TENSORS
@@ -264,7 +272,8 @@ def checked_int8(part: str, layer: LinearBase, rows: slice, **more: torch.Tensor
     }
     try:
         _check_floats(tensors)
-        return reference.int8_weight(tensors)
+        tensors["qweight"] = inputs.whole_groups(tensors["qweight"])
+        return reference.int8_weight(tensors)[:, inputs.columns]
     except ValueError as error:
         raise FormatError(
             f"{part}.{error}; run `vllm-qoq verify` on the checkpoint, download or quantize it "

@@ -25,6 +25,7 @@ from vllm_qoq.errors import FormatError
 from vllm_qoq.numerics import reference
 from vllm_qoq.numerics.packing import unpack_nibbles
 from vllm_qoq.ops import w4a8_layout
+from vllm_qoq.serving.methods.input_slice import InputSlice
 from vllm_qoq.serving.methods.qoq_linear import (
     QoQLinearConfig,
     QoQLinearMethod,
@@ -36,6 +37,8 @@ from vllm_qoq.serving.methods.qoq_linear import (
 
 if TYPE_CHECKING:
     from vllm_qoq.serving.methods.weight_set import WeightSet
+
+_NO_RESIDUALS = reference.RESIDUAL_ZERO | reference.RESIDUAL_ZERO << 4  # two in a byte
 
 
 class QoQResidualConfig(QoQSetConfig):
@@ -90,11 +93,11 @@ class QoQResidualMethod(QoQLinearMethod):
         **extra_weight_attrs: Any,
     ) -> None:
         """Create this rank's slice of qresidual; the base's method has checked the sizes."""
+        k = input_size_per_partition
+        self.inputs = InputSlice(layer.tp_rank * k if k < input_size else 0, k)
         self.output_partition_sizes = output_partition_sizes
         layer.qresidual = PackedvLLMParameter(
-            data=torch.empty(
-                sum(output_partition_sizes), input_size_per_partition // 2, dtype=torch.uint8
-            ),
+            data=torch.empty(sum(output_partition_sizes), k // 2, dtype=torch.uint8),
             input_dim=1,
             output_dim=0,
             packed_dim=1,
@@ -118,12 +121,13 @@ class QoQResidualMethod(QoQLinearMethod):
         n, half_k = layer.qresidual.shape
         is_packed = device.type == "cuda"
         weight = torch.empty(0 if is_packed else n, 2 * half_k, dtype=torch.int8, device=device)
+        residual = self._whole_groups(layer)
         for part, rows in self._rows():
-            checked = checked_int8(part, stored, rows, qresidual=layer.qresidual.data[rows])
+            checked = checked_int8(part, stored, rows, self.inputs, qresidual=residual[rows])
             if not is_packed:
                 weight[rows] = checked
         if is_packed:
-            weight = w4a8_layout.pack(layer.qresidual)
+            weight = w4a8_layout.pack(residual)
             # The kernel fetches weights before the kernel ahead of it has ended.
             torch.cuda.synchronize(device)
         layer.weight = Parameter(weight, requires_grad=False)
@@ -154,7 +158,7 @@ class QoQResidualMethod(QoQLinearMethod):
     def _process_alone(self, layer: LinearBase) -> None:
         """Process what was loaded anew: the base's weights are in their last form, or to come."""
         if layer.qresidual.device.type == "cuda":
-            weight = w4a8_layout.pack(layer.qresidual)
+            weight = w4a8_layout.pack(self._whole_groups(layer))
         else:
             weight = unpack_nibbles(layer.qresidual).to(torch.int8) - reference.RESIDUAL_ZERO
         layer.weight = Parameter(weight, requires_grad=False)
@@ -192,8 +196,12 @@ class QoQResidualMethod(QoQLinearMethod):
             self.complete(layer)
         base: Any = self.base
         is_packed = layer.weight.dtype == torch.uint8
+        codes, *of_tokens = quantized
+        if is_packed:
+            codes = self.inputs.whole_groups_of_tokens(codes)
         return torch.ops.qoq.w4a8_gemm(
-            *quantized,
+            codes,
+            *of_tokens,
             base.weight if is_packed else layer.weight,
             base.channel_scale,
             None,  # channel_zero
@@ -205,6 +213,10 @@ class QoQResidualMethod(QoQLinearMethod):
             layer.weight if is_packed else None,
             use_residual,
         )
+
+    def _whole_groups(self, layer: LinearBase) -> torch.Tensor:
+        """The layer's residuals, uint8, padded to whole groups with such as add nothing."""
+        return self.inputs.whole_groups(layer.qresidual.data, _NO_RESIDUALS)
 
     @property
     def base_method(self) -> QoQLinearMethod:

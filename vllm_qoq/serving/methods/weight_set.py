@@ -247,7 +247,7 @@ class WeightSet(nn.Module):
                 raise ValueError(f"{rows} outputs are needed")
         dim = getattr(param, "input_dim", None)
         if dim is not None and tensor.ndim > dim:
-            columns = param.shape[dim] * self._ranks_of_input
+            columns = getattr(param, "stored_columns", param.shape[dim] * self._ranks_of_input)
             if tensor.shape[dim] != columns:
                 raise ValueError(f"dimension {dim} has to be {columns}")
 

@@ -1,0 +1,161 @@
+"""A model in GGUF as the input of `quantize`."""
+
+import json
+import struct
+
+import pytest
+import torch
+from gguf_files import TEMPLATE, llama3_frequencies, write_gguf
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from vllm_qoq.quantizer import QuantizeError
+from vllm_qoq.quantizer.gguf_source.convert import convert, gguf_file, note, source_of
+from vllm_qoq.quantizer.gguf_source.header import read_header
+from vllm_qoq.quantizer.inputs import check_inputs, with_local_model
+from vllm_qoq.quantizer.plan import Job
+
+TEXT = "In 1984, 12345 words;  def f(x):\n    return x ** 2 # it's <s> done\n\n\tüber"
+
+
+@pytest.fixture(scope="module")
+def file(tiny_model, tmp_path_factory):
+    return write_gguf(tiny_model, tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+@pytest.fixture(scope="module")
+def converted(file):
+    folder = file.parent / "converted"
+    convert(file, folder, quiet=True)
+    return folder
+
+
+def test_weights_config_and_generation_config_are_those_of_the_model(tiny_model, converted):
+    stored = load_file(tiny_model / "model.safetensors")
+    found = load_file(converted / "model.safetensors")
+    assert found.keys() == stored.keys()
+    assert all(torch.equal(found[name], stored[name].bfloat16()) for name in stored)
+    ours, theirs = (
+        json.loads((folder / "config.json").read_text()) for folder in (converted, tiny_model)
+    )
+    for key in (*("architectures", "head_dim", "rope_parameters", "vocab_size"), "eos_token_id"):
+        assert ours[key] == theirs[key], key
+    assert ours["tie_word_embeddings"] is False and ours["dtype"] == "bfloat16"
+    generation = json.loads((converted / "generation_config.json").read_text())
+    assert (generation["bos_token_id"], generation["eos_token_id"]) == (0, 1)
+
+
+def test_the_tokenizer_makes_the_same_tokens_and_has_the_template(tiny_model, converted):
+    ours, theirs = map(AutoTokenizer.from_pretrained, (converted, tiny_model))
+    for special in (True, False):
+        assert ours(TEXT, add_special_tokens=special) == theirs(TEXT, add_special_tokens=special)
+    assert ours.decode(ours(TEXT).input_ids) == TEXT
+    assert (ours.bos_token, ours.eos_token) == ("<s>", "</s>")
+    assert ours.chat_template == TEMPLATE
+
+
+def test_quantize_reads_the_converted_folder_beside_the_output(tiny_model, tmp_path, heldout_text):
+    file = write_gguf(tiny_model, tmp_path / "model.gguf", tied=True, quantized=True)
+    job = Job(file, tmp_path / "OUT", heldout_text, tmp_path / "work", quiet=True)
+    job = with_local_model(job, file)
+    assert job.model == tmp_path / "OUT.float"
+    assert "lm_head.weight" not in check_inputs(job).checkpoint.tensors
+    source = source_of(job.model)
+    assert source["types"] == {"Q8_0": 14, "F32": 6} and source["license"] == "apache-2.0"
+    assert "14 Q8_0, 6 F32" in note(source)
+    before = (job.model / "model.safetensors").stat()
+    with_local_model(job, file)  # once
+    assert (job.model / "model.safetensors").stat() == before
+    file.touch()
+    with pytest.raises(QuantizeError, match=r"OUT\.float: is there already and was not made of"):
+        with_local_model(job, file)
+
+
+def test_a_folder_is_searched_for_one_file(file, tmp_path, tiny_model):
+    assert gguf_file(file.parent) == file
+    assert gguf_file(tiny_model) is None
+    for name in ("a-00001-of-00002.gguf", "a-00002-of-00002.gguf"):
+        (tmp_path / name).touch()
+    with pytest.raises(QuantizeError, match=r"has 2 GGUF files, a-00001.*llama-gguf-split"):
+        gguf_file(tmp_path)
+
+
+def test_the_scaling_of_llama_3_1_is_restored_and_no_other(tiny_model, tmp_path):
+    frequencies = llama3_frequencies(64, 10000.0, factor=8.0)
+    tensors = {"rope_freqs.weight": frequencies}
+    file = write_gguf(tiny_model, tmp_path / "a.gguf", tensors=tensors)
+    convert(file, tmp_path / "a", quiet=True)
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["rope_parameters"] == {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    frequencies[10] *= 1.01
+    other = write_gguf(tiny_model, tmp_path / "b.gguf", tensors=tensors)
+    with pytest.raises(QuantizeError, match=r"rope_freqs\.weight: is not the scaling of Llama 3"):
+        convert(other, tmp_path / "b", quiet=True)
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keys": {"llama.rope.scaling.type": "yarn"}}, r"llama\.rope\.scaling\.type: 'yarn'"),
+        ({"keys": {"llama.expert_count": 8.0}}, r"llama\.expert_count: 8\.0 would be lost"),
+        ({"pre": "new"}, r"tokenizer\.ggml\.pre: 'new' is not known.*tokenizer\.json"),
+        (
+            {"tensors": {"blk.0.attn_q.bias": torch.zeros(256)}},
+            r"has 22 tensors, of which the model that transformers makes has 21.*attn_q\.bias",
+        ),
+    ],
+)
+def test_what_would_be_lost_is_refused_by_name(tiny_model, tmp_path, change, message):
+    file = write_gguf(tiny_model, tmp_path / "model.gguf", **change)
+    with pytest.raises(QuantizeError, match=message):
+        convert(file, tmp_path / "out", quiet=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+def test_a_tokenizer_beside_the_file_is_taken(tiny_model, tmp_path):
+    file = write_gguf(tiny_model, tmp_path / "model.gguf", pre="new")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((tiny_model / name).read_bytes())
+    convert(file, tmp_path / "out", quiet=True)
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
+        tiny_model / "tokenizer.json"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda data: b"", "not a GGUF file"),
+        (lambda data: b"PK" + data[2:], "does not begin with GGUF"),
+        (lambda data: data[:4] + struct.pack("<I", 1) + data[8:], "version 1, not one of"),
+        (lambda data: data[:8] + struct.pack("<Q", 1 << 60) + data[16:], "tensors: 1152921504606"),
+        (lambda data: data[:16] + struct.pack("<Q", 1 << 60) + data[24:], "keys: 1152921504606"),
+        (lambda data: data[:24] + struct.pack("<Q", 1 << 60) + data[32:], "a text of 1152921504"),
+        (lambda data: data[:1000], "cut off|buffer"),
+        (lambda data: data[:-100000], "leaves the file"),
+        # An array of 2^60 numbers, for which other readers would work for ever.
+        (
+            lambda data: data[:24]
+            + struct.pack("<Q1sIIQ", 1, b"k", 9, 4, 1 << 60)[:25],
+            "'k': 1152921504606",
+        ),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_refused_before_anything_is_read(file, tmp_path, content, message):
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(content(file.read_bytes()))
+    with pytest.raises(QuantizeError, match=message):
+        read_header(damaged)
+
+
+def test_without_the_package_the_message_says_how_to_get_it(file, tmp_path, monkeypatch):
+    monkeypatch.setattr("vllm_qoq.quantizer.gguf_source.convert.find_spec", lambda name: None)
+    with pytest.raises(QuantizeError, match=r"pip install 'vllm-qoq\[gguf\]'"):
+        convert(file, tmp_path / "out", quiet=True)

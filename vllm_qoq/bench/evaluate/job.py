@@ -1,0 +1,222 @@
+"""A run of `vllm-qoq evaluate`: an engine a precision of the KV cache, all sets in each.
+
+Every engine is a process of its own, which ends before the next one starts, and has the float model
+beside it. The float model is also served by vLLM: its rows say what vLLM's own rounding costs, and
+the KV cache alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_qoq.bench import BenchError
+from vllm_qoq.bench.evaluate import windows as pieces
+from vllm_qoq.bench.evaluate.scores import Score, WindowScore, combine, score_window
+from vllm_qoq.bench.evaluate.windows import Windows
+from vllm_qoq.checkpoint.folder import Checkpoint
+from vllm_qoq.checkpoint.format import SECTION, split_name
+from vllm_qoq.models.config import CONFIG
+from vllm_qoq.progress import Clock
+from vllm_qoq.text_file import check_text
+
+if TYPE_CHECKING:
+    from vllm_qoq.checkpoint.format import Section
+
+FLOAT = "float model"
+"""The name of the rows of the float model in vLLM."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One set with one precision of the KV cache; `weight_bytes` are all that the set needs."""
+
+    set_name: str
+    kv_bits: int
+    weight_bytes: int
+    score: Score
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of a run.
+
+    seqlen, windows, scored_tokens  tokens of a window, their number, and scored tokens in all
+    chunk                           tokens a step of the engines whose KV cache is quantized
+    """
+
+    checkpoint: str
+    against: str
+    text: str
+    seqlen: int
+    windows: int
+    scored_tokens: int
+    chunk: int
+    rows: tuple[Row, ...]
+
+    def document(self) -> dict[str, Any]:
+        """Make the JSON document."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What one process does: an engine of a folder, and all of its sets."""
+
+    folder: Path
+    sets: tuple[str, ...]
+    against: Path
+    windows: Windows
+    kv_bits: int
+    chunk: int
+    label: str
+    quiet: bool
+
+
+def evaluate(
+    checkpoint: str | Path,
+    against: str | Path,
+    text: str | Path,
+    *,
+    seqlen: int = 512,
+    windows: int | None = None,
+    kv_bits: Sequence[int] = (16, 8, 4),
+    chunk: int = 16,
+    quiet: bool = True,
+) -> Evaluation:
+    """Compare the next token of every set of a checkpoint with that of the float model.
+
+    checkpoint  folder of a checkpoint of ours, or of any other that vLLM serves
+    against     folder of the model that was quantized
+    text        file to score, in UTF-8
+    seqlen      tokens of a window, of which the second half is scored
+    windows     at most so many, taken from all over the text; None for all
+    kv_bits     precisions of the KV cache: 16, 8 and 4
+    chunk       tokens a step where the cache is quantized, so that all others are read from it
+    quiet       print no progress
+
+    Raises UserError for what does not fit together, and where vLLM does not start.
+    """
+    folder, model = Path(checkpoint), Path(against)
+    check(folder, model, Path(text), seqlen)
+    cut = _windows(folder, model, Path(text), seqlen, windows)
+    sizes = {FLOAT: Checkpoint.open(model).total_bytes}
+    sets, own = _sets(folder)
+    sizes |= own
+    rows = []
+    for bits in kv_bits:
+        for label, place, names in ((FLOAT, model, ()), ("sets", folder, sets)):
+            task = _Task(place, names, model, cut, bits, chunk, f"{label}, KV{bits}", quiet)
+            for name, scores in _in_process(task).items():
+                shown = FLOAT if label == FLOAT else name or next(iter(own))
+                rows.append(Row(shown, bits, sizes[shown], combine(scores)))
+    return Evaluation(
+        checkpoint=folder.name,
+        against=model.name,
+        text=Path(text).name,
+        seqlen=seqlen,
+        windows=len(cut.tokens),
+        scored_tokens=len(cut.tokens) * cut.scored,
+        chunk=chunk,
+        rows=tuple(rows),
+    )
+
+
+def check(folder: Path, model: Path, text: Path, seqlen: int) -> None:
+    """Raise UserError for what can be refused before a model is loaded."""
+    check_text("--text", text)
+    size = text.stat().st_size
+    if size < 2 * seqlen - 1:  # no token is shorter than a byte; some have a space before it
+        raise BenchError(
+            f"--text {text}: {size} bytes, fewer than two windows of {seqlen} tokens; give a "
+            "longer text or a smaller --seqlen"
+        )
+    configs = [Checkpoint.open(place).config for place in (folder, model)]
+    if configs[1].get(SECTION) is not None:
+        raise BenchError(
+            f"--against {model}: {CONFIG} has a {SECTION}; give the model in bf16 or fp16 that was "
+            "quantized"
+        )
+    for key in ("vocab_size", "architectures"):
+        ours, theirs = (config.get(key) for config in configs)
+        if ours != theirs:
+            raise BenchError(
+                f"--against {model}: {CONFIG}: {key} is {theirs}, but {ours} in {folder}; give the "
+                "model that was quantized"
+            )
+
+
+def _windows(folder: Path, model: Path, text: Path, length: int, most: int | None) -> Windows:
+    """Cut the text, which both tokenizers have to see alike."""
+    from vllm_qoq.bench.evaluate.float_model import load_tokenizer
+
+    content = text.read_text(encoding="utf-8")
+    tokenizers = [load_tokenizer(place) for place in (folder, model)]
+    ids = [tokenizer(content, add_special_tokens=False).input_ids for tokenizer in tokenizers]
+    if ids[0] != ids[1]:
+        raise BenchError(
+            f"--against {model}: its tokenizer makes other tokens of the text than that of "
+            f"{folder}; give the model that was quantized"
+        )
+    return pieces.cut(ids[0], pieces.begins_with(tokenizers[1]), length, most)
+
+
+def _sets(folder: Path) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Name the sets of a checkpoint, and count the bytes of the weights that each needs.
+
+    A checkpoint that is not ours has no sets, and one entry of the second by its method.
+    """
+    checkpoint = Checkpoint.open(folder)
+    section = checkpoint.section
+    if section is None:
+        method = checkpoint.config.get(SECTION) or {}
+        return (), {str(method.get("quant_method", folder.name)): checkpoint.total_bytes}
+    sizes: dict[str | None, int] = dict.fromkeys((None, *section.sets), 0)
+    for name, info in checkpoint.tensors.items():
+        sizes[split_name(name, section.sets)[0]] += info.nbytes
+    return tuple(section.sets), {name: _bytes_of(section, sizes, name) for name in section.sets}
+
+
+def _bytes_of(section: Section, sizes: dict[str | None, int], name: str) -> int:
+    base = section.base_of(name)
+    return sizes[None] + sizes[name] + (sizes[base] if base is not None else 0)
+
+
+def _in_process(task: _Task) -> dict[str | None, list[WindowScore]]:
+    """Run a task in a process of its own, which gives all memory back."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        try:
+            return pool.submit(_measure, task).result()
+        except BrokenProcessPool as error:
+            raise BenchError(
+                f"{task.folder}: the process with its engine and the float model died, as it does "
+                "for want of memory; its log above may say more. Use a smaller --seqlen, or a "
+                "machine with more memory"
+            ) from error
+
+
+def _measure(task: _Task) -> dict[str | None, list[WindowScore]]:
+    """Score every window in every set; the set is None for a checkpoint without."""
+    from vllm_qoq.bench.evaluate.engine import Engine
+    from vllm_qoq.bench.evaluate.float_model import FloatModel
+
+    cut = task.windows
+    engine = Engine(
+        task.folder, task.sets, length=cut.length, kv_bits=task.kv_bits, chunk=task.chunk
+    )
+    reference = FloatModel(task.against)
+    names: tuple[str | None, ...] = task.sets or (None,)
+    scores: dict[str | None, list[WindowScore]] = {name: [] for name in names}
+    done = Clock(task.label, len(cut.tokens), task.quiet)
+    for index, window in enumerate(cut.tokens):
+        expected = reference.logits(window, cut.first)
+        for name in names:
+            logits = engine.logits(window, cut.first, name)
+            scores[name].append(score_window(expected, logits, cut.targets(index)))
+        done()
+    return scores

@@ -1,0 +1,95 @@
+"""The command `evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from vllm_qoq.cli import measurement
+from vllm_qoq.cli.arguments import at_least_two, positive
+from vllm_qoq.cli.parser import Commands, Parser
+
+_KV_BITS = (16, 8, 4)
+
+
+def add_parser(commands: Commands[Parser]) -> None:
+    """Add the command to those of the program."""
+    parser = commands.add_parser(
+        "evaluate", help="what quantization changes in the next token, by set and KV cache"
+    )
+    parser.add_argument(
+        "checkpoint", type=Path, help="folder of a checkpoint that vLLM serves, ours or another"
+    )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        required=True,
+        metavar="MODEL",
+        help="folder of the model that was quantized",
+    )
+    parser.add_argument("--text", type=Path, required=True, help="text to score, UTF-8")
+    parser.add_argument(
+        "--seqlen",
+        type=_at_least_four,
+        default=512,
+        help="tokens a window, whose second half is scored (default: 512)",
+    )
+    parser.add_argument(
+        "--windows", type=at_least_two, metavar="N", help="at most so many windows (default: all)"
+    )
+    parser.add_argument(
+        "--kv-bits",
+        type=_kv_bits,
+        default=_KV_BITS,
+        metavar="BITS,...",
+        help="KV caches, of 16, 8 and 4 (default: 16,8,4)",
+    )
+    parser.add_argument(
+        "--chunk",
+        type=positive,
+        default=16,
+        metavar="N",
+        help="tokens a step where the KV cache is quantized (default: 16)",
+    )
+    measurement.add_output_options(parser, "evaluate", _evaluate)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from vllm_qoq.bench.evaluate import job
+
+    def check() -> None:
+        measurement.check_vllm()
+        job.check(args.checkpoint, args.against, args.text, args.seqlen)
+
+    def work() -> measurement.Finished:
+        from vllm_qoq.bench.evaluate import plot, report
+
+        found = job.evaluate(
+            args.checkpoint,
+            args.against,
+            args.text,
+            seqlen=args.seqlen,
+            windows=args.windows,
+            kv_bits=args.kv_bits,
+            chunk=args.chunk,
+            quiet=args.quiet or args.json,
+        )
+        return measurement.Finished(
+            found.document(), report.text(found), lambda path: plot.save(found, path)
+        )
+
+    return measurement.run(args, "evaluate", check, work)
+
+
+def _at_least_four(text: str) -> int:
+    if (found := positive(text)) < 4:
+        raise argparse.ArgumentTypeError(f"{text!r}: half of a window has to hold two tokens")
+    return found
+
+
+def _kv_bits(text: str) -> tuple[int, ...]:
+    asked = text.split(",")
+    for bits in asked:
+        if bits not in map(str, _KV_BITS):
+            raise argparse.ArgumentTypeError(f"{bits!r} is not one of 16, 8 and 4")
+    return tuple(bits for bits in _KV_BITS if str(bits) in asked)

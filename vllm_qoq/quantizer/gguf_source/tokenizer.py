@@ -1,0 +1,100 @@
+"""The tokenizer of a GGUF file, mended where transformers makes another one of it.
+
+transformers splits the text of every BPE tokenizer of architecture llama as GPT-2 does, and gives
+the end of a text the token that begins one. `tokenizer.ggml.pre` names how text is split, and the
+file has the numbers of the special tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_qoq.errors import shown
+from vllm_qoq.quantizer import QuantizeError
+from vllm_qoq.quantizer.gguf_source.header import Header
+
+if TYPE_CHECKING:
+    from tokenizers.pre_tokenizers import PreTokenizer
+    from transformers import PreTrainedTokenizerBase
+
+_MODEL, _PRE = "tokenizer.ggml.model", "tokenizer.ggml.pre"
+_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
+# Llama 3 and Qwen differ in the number of digits that stay together.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def check_tokenizer(header: Header) -> None:
+    """Raise QuantizeError for a way to split text that is not known."""
+    pre = header.keys.get(_PRE)
+    if header.keys.get(_MODEL) == "gpt2" and pre not in _PRE_TOKENIZERS:
+        raise QuantizeError(
+            f"{header.path}: {_PRE}: {shown(pre)} is not known, so text would be split otherwise "
+            f"than the model has learnt; known are {', '.join(_PRE_TOKENIZERS)}. Put the original "
+            "model's tokenizer.json and tokenizer_config.json beside the file, and they are taken"
+        )
+
+
+def load_tokenizer(header: Header, file: Path) -> PreTrainedTokenizerBase:
+    """Make the tokenizer that `header` describes, from its `file`."""
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        file.parent, gguf_file=file.name, trust_remote_code=False, local_files_only=True
+    )
+    pre = _PRE_TOKENIZERS.get(str(header.keys.get(_PRE)))
+    if header.keys.get(_MODEL) == "gpt2" and pre is not None:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre()
+    for name, key in _SPECIAL.items():
+        number = header.keys.get(f"tokenizer.ggml.{key}_token_id")
+        token = None if number is None else tokenizer.convert_ids_to_tokens(int(number))
+        setattr(tokenizer, name, token)
+    if header.keys.get(_MODEL) == "gpt2" and header.keys.get("tokenizer.ggml.add_bos_token"):
+        _begin_with(tokenizer)
+    return tokenizer
+
+
+def _begin_with(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let every text begin with the token for that."""
+    from tokenizers.processors import TemplateProcessing
+
+    bos, number = tokenizer.bos_token, tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, number)]
+    )
+
+
+def _gpt2() -> PreTokenizer:
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    return ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+def _single_digits() -> PreTokenizer:
+    from tokenizers.pre_tokenizers import Digits, Sequence
+
+    return Sequence([Digits(individual_digits=True), _gpt2()])
+
+
+def _split(digits: str) -> Callable[[], PreTokenizer]:
+    def make() -> PreTokenizer:
+        from tokenizers import Regex
+        from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+
+        bytes_alone = ByteLevel(add_prefix_space=False, use_regex=False)
+        return Sequence([Split(Regex(_SPLIT % digits), "isolated"), bytes_alone])
+
+    return make
+
+
+_PRE_TOKENIZERS: dict[str, Callable[[], PreTokenizer]] = {
+    "gpt-2": _gpt2,
+    "smollm": _single_digits,
+    "llama-bpe": _split("{1,3}"),
+    "qwen2": _split(""),
+}
+"""The way to split text by its name in llama.cpp."""
