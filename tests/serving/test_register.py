@@ -41,7 +41,10 @@ def test_registering_brings_names_and_nothing_else(seen):
         "modules": [
             *("vllm_qoq", "vllm_qoq.cards"),
             *(f"vllm_qoq.checkpoint{name}" for name in ("", ".format", ".kv_config")),
-            *(f"vllm_qoq.{name}" for name in ("environment", "errors", "kernel_library")),
+            *(
+                f"vllm_qoq.{name}"
+                for name in ("environment", "errors", "kernel_library", "numerics")
+            ),
             *(f"vllm_qoq.routing{name}" for name in ("", ".table")),
             *(f"vllm_qoq.serving{name}" for name in ("", ".plugin")),
             *(f"vllm_qoq.serving.plugin.{name}" for name in ("flex_models", "register")),

@@ -706,9 +706,9 @@ def test_a_model_without_routed_layers_is_refused():
 
 @pytest.mark.parametrize("sets", [("a", "b"), ("a", "b", "c", "d")])
 def test_the_engine_loads_every_set(sets):
-    from vllm_qoq.tuner.vllm_engine import _reaching
+    from vllm_qoq.serving.methods.steering import reaching
 
-    routing = Routing.parse(_reaching(sets), sets)
+    routing = Routing.parse(reaching(sets), sets)
     assert routing.route([]).reachable(len(sets)) == set(sets)
 
 
@@ -768,7 +768,7 @@ def test_a_checkpoint_is_tuned_in_vllm_and_serves_with_the_routing(
         ("w8a8", Routing.forced("w8a8")),
         ("w4a8", Routing.forced("w4a8")),
     ]:
-        tuned._route(table)
+        tuned._steering.follow(table)
         switched[name] = generate(tuned._llm)
     served = engine(folder)
     assert generate(served) == switched["routing"]
