@@ -1,8 +1,13 @@
 """The quantized KV cache in vLLM on a GPU: graphs, both model runners, prompts in pieces."""
 
+import json
+import shutil
+
 import pytest
+import torch
 from engine_process import EAGER, GRAPHS, run_engines
 from engines import largest_gap
+from safetensors.torch import load_file, save_file
 
 from vllm_qoq import ops
 from vllm_qoq.numerics.kv_layout import slot_bytes
@@ -64,3 +69,32 @@ def test_perplexity_over_quantized_history(tiny_model, heldout_text, tmp_path):
     for result, bits in ((eight, 8), (four, 4)):
         bytes_per_token = LAYERS * KV_HEADS * slot_bytes(HEAD, bits)
         assert result["cache_tokens"] == pytest.approx((64 << 20) / bytes_per_token, rel=0.01)
+
+
+def test_a_mean_of_k_is_left_out_of_all_keys_that_a_softmax_sees(
+    tiny_model, heldout_text, tmp_path
+):
+    """Those of the pages and those of the piece that runs; any numbers will do for a mean."""
+    folder = tmp_path / "with_means"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "qoq",
+        "kv_cache": {"bits": 8, "k_mean": True},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    random = torch.Generator().manual_seed(0)
+    for layer in range(LAYERS):
+        mean = 2 * torch.randn(KV_HEADS, HEAD, generator=random)
+        weights[f"model.layers.{layer}.self_attn.k_mean"] = mean
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+    text = heldout_text.read_text()[:8000]
+    specs = [
+        spec(model, 8, EAGER | CHUNKED, text=text, max_tokens=40) for model in (tiny_model, folder)
+    ]
+    without, subtracted = run_engines(tmp_path, specs)
+    assert subtracted["perplexity"] == pytest.approx(without["perplexity"], rel=0.01)
+    # It was subtracted: the codes are of other numbers.
+    assert subtracted["perplexity"] != without["perplexity"]
