@@ -31,6 +31,9 @@ def write_gguf(
     tied: bool = False,
     quantized: bool = False,
     pre: str = "gpt-2",
+    kind: str = "gpt2",
+    without: str | None = None,
+    sizes: dict[str, int] | None = None,
     keys: dict | None = None,
     tensors: dict | None = None,
 ) -> Path:
@@ -39,6 +42,9 @@ def write_gguf(
     tied       leave the lm_head out, as llama.cpp does where it is the embedding
     quantized  the linear layers in Q8_0
     pre        the name of the way to split text
+    kind       the name of the kind of tokenizer
+    without    a key to leave out
+    sizes      numbers in the place of the model's, by their keys without the architecture
     keys       more keys, name -> text or number
     tensors    more tensors
     """
@@ -56,7 +62,12 @@ def write_gguf(
     writer.add_rope_dimension_count(config["head_dim"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    _add_tokenizer(writer, model, config, pre)
+    _add_tokenizer(writer, model, config, pre, kind)
+    written = writer.kv_data[0]
+    for key, value in (sizes or {}).items():
+        written[f"llama.{key}"].value = value
+    if without is not None:
+        del written[without]
     for key, value in (keys or {}).items():
         (writer.add_string if isinstance(value, str) else writer.add_float32)(key, value)
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
@@ -86,11 +97,11 @@ def write_gguf(
     return file
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, model: Path, config: dict, pre: str) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, model: Path, config: dict, pre: str, kind: str) -> None:
     stored = json.loads((model / "tokenizer.json").read_text())
     vocabulary = stored["model"]["vocab"]
     special = {token["id"] for token in stored["added_tokens"]}
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model(kind)
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(sorted(vocabulary, key=vocabulary.__getitem__))
     writer.add_token_types([3 if i in special else 1 for i in range(len(vocabulary))])

@@ -134,3 +134,8 @@ def test_models_that_do_not_belong_together_are_refused_before_one_is_loaded(
     (other / "model.safetensors").write_bytes((tiny_model / "model.safetensors").read_bytes())
     with pytest.raises(BenchError, match="vocab_size is 99, but 1024 in"):
         check(w4a8_dir, other, heldout_text, 256)
+    (other / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 9}))
+    with pytest.raises(BenchError, match="num_hidden_layers is 9, but 2 in"):
+        check(w4a8_dir, other, heldout_text, 256)
+    with pytest.raises(BenchError, match=r"model\.gguf: is GGUF; give the folder .* OUT\.float"):
+        check(w4a8_dir, tmp_path / "model.gguf", heldout_text, 256)

@@ -10,7 +10,13 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from vllm_qoq.quantizer import QuantizeError
-from vllm_qoq.quantizer.gguf_source.convert import convert, gguf_file, note, source_of
+from vllm_qoq.quantizer.gguf_source.convert import (
+    _part_of,
+    convert,
+    gguf_file,
+    note,
+    source_of,
+)
 from vllm_qoq.quantizer.gguf_source.header import read_header
 from vllm_qoq.quantizer.inputs import check_inputs, with_local_model
 from vllm_qoq.quantizer.plan import Job
@@ -49,7 +55,8 @@ def test_the_tokenizer_makes_the_same_tokens_and_has_the_template(tiny_model, co
     ours, theirs = map(AutoTokenizer.from_pretrained, (converted, tiny_model))
     for special in (True, False):
         assert ours(TEXT, add_special_tokens=special) == theirs(TEXT, add_special_tokens=special)
-    assert ours.decode(ours(TEXT).input_ids) == TEXT
+    for text in (TEXT, "    indented"):
+        assert ours.decode(ours(text).input_ids) == text
     assert (ours.bos_token, ours.eos_token) == ("<s>", "</s>")
     assert ours.chat_template == TEMPLATE
 
@@ -105,6 +112,13 @@ def test_the_scaling_of_llama_3_1_is_restored_and_no_other(tiny_model, tmp_path)
     [
         ({"keys": {"llama.rope.scaling.type": "yarn"}}, r"llama\.rope\.scaling\.type: 'yarn'"),
         ({"keys": {"llama.expert_count": 8.0}}, r"llama\.expert_count: 8\.0 would be lost"),
+        ({"keys": {"llama.rope.scale_linear": 4.0}}, r"llama\.rope\.scale_linear: 4\.0"),
+        ({"keys": {"llama.rope.scaling.factor": 4.0}}, r"llama\.rope\.scaling\.factor: 4\.0"),
+        ({"without": "llama.attention.layer_norm_rms_epsilon"}, r"rms_epsilon: missing"),
+        ({"without": "llama.context_length"}, r"llama\.context_length: missing"),
+        ({"sizes": {"block_count": 99}}, r"llama\.block_count: 99, but there are tensors of 2"),
+        ({"sizes": {"feed_forward_length": 11}}, r"feed_forward_length: with .*ffn_gate"),
+        ({"kind": "rwkv"}, r"tokenizer\.ggml\.model: 'rwkv' is not known.*tokenizer\.json"),
         ({"pre": "new"}, r"tokenizer\.ggml\.pre: 'new' is not known.*tokenizer\.json"),
         (
             {"tensors": {"blk.0.attn_q.bias": torch.zeros(256)}},
@@ -153,6 +167,45 @@ def test_a_damaged_file_is_refused_before_anything_is_read(file, tmp_path, conte
     damaged.write_bytes(content(file.read_bytes()))
     with pytest.raises(QuantizeError, match=message):
         read_header(damaged)
+
+
+def test_a_folder_of_somebody_else_is_left_alone(file, tmp_path):
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / "thesis.txt").write_text("precious")
+    with pytest.raises(QuantizeError, match=r"out\.part: is there already and is not ours"):
+        convert(file, tmp_path / "out", quiet=True)
+    assert (tmp_path / "out.part" / "thesis.txt").read_text() == "precious"
+
+
+def test_what_a_killed_run_left_is_replaced_and_not_what_another_works_in(file, tmp_path):
+    part = tmp_path / "out.part"
+    with (
+        _part_of(tmp_path / "out"),
+        pytest.raises(QuantizeError, match="another run converts the model there"),
+    ):
+        convert(file, tmp_path / "out", quiet=True)
+    assert not part.exists()
+    part.mkdir()
+    for name in (".gguf_conversion.lock", "model.safetensors"):
+        (part / name).write_bytes(b"of a killed run")
+    convert(file, tmp_path / "out", quiet=True)
+    assert not part.exists() and source_of(tmp_path / "out")["file"] == "tiny.gguf"
+    (tmp_path / "out" / ".gguf_source.json").write_text("{")
+    with pytest.raises(QuantizeError, match=r"gguf_source\.json: damaged; remove .*out"):
+        convert(file, tmp_path / "out", quiet=True)
+
+
+def test_half_a_tokenizer_beside_the_file_is_refused(tiny_model, tmp_path):
+    file = write_gguf(tiny_model, tmp_path / "model.gguf")
+    (tmp_path / "tokenizer.json").write_bytes((tiny_model / "tokenizer.json").read_bytes())
+    with pytest.raises(QuantizeError, match=r"model\.gguf without tokenizer_config\.json"):
+        convert(file, tmp_path / "out", quiet=True)
+
+
+def test_a_path_without_a_file_is_no_id_of_the_hub(tmp_path, heldout_text):
+    job = Job(tmp_path, tmp_path / "OUT", heldout_text, tmp_path / "work", quiet=True)
+    with pytest.raises(QuantizeError, match=r"nothere\.gguf: no such file"):
+        with_local_model(job, "models/nothere.gguf")
 
 
 def test_without_the_package_the_message_says_how_to_get_it(file, tmp_path, monkeypatch):

@@ -44,7 +44,7 @@ class KVCache(BaseModel):
     bits: Bits
     layers: tuple[KVLayerRule, ...] = Field(default=(), max_length=MOST_RULES)
     hadamard: bool = False
-    k_mean: bool = False
+    k_mean: bool = Field(default=False, strict=True)
 
     def bits_of(self, layer: str) -> Bits:
         """The bits of one attention layer, named like `model.layers.0.self_attn.attn`."""

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from vllm_qoq.cli import measurement
-from vllm_qoq.cli.arguments import at_least_two, positive
+from vllm_qoq.cli.arguments import positive
 from vllm_qoq.cli.parser import Commands, Parser
 
 _KV_BITS = (16, 8, 4)
@@ -35,7 +35,7 @@ def add_parser(commands: Commands[Parser]) -> None:
         help="tokens a window, whose second half is scored (default: 512)",
     )
     parser.add_argument(
-        "--windows", type=at_least_two, metavar="N", help="at most so many windows (default: all)"
+        "--windows", type=_windows, metavar="N", help="at most so many windows (default: all)"
     )
     parser.add_argument(
         "--kv-bits",
@@ -79,6 +79,12 @@ def _evaluate(args: argparse.Namespace) -> int:
         )
 
     return measurement.run(args, "evaluate", check, work)
+
+
+def _windows(text: str) -> int:
+    if (found := positive(text)) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r}: one window tells nothing of the error")
+    return found
 
 
 def _at_least_four(text: str) -> int:

@@ -23,7 +23,8 @@ def add_parser(commands: Commands[Parser]) -> None:
     Options that a recipe may set have no default here, so that what is not given is the recipe's.
     """
     parser = commands.add_parser("quantize", help="make all sets from a Hugging Face model")
-    arguments.add_checkpoint(parser, "model", "MODEL", "folder of a model in bf16 or fp16")
+    what = "folder of a model in bf16, fp16 or fp32, or GGUF"
+    arguments.add_checkpoint(parser, "model", "MODEL", what)
     arguments.add_output(parser)
     parser.add_argument("--text", type=Path, required=True, help="calibration text, UTF-8")
     parser.add_argument(

@@ -60,6 +60,8 @@ def with_local_model(job: Job, model: str | Path) -> Job:
     is checked before a download or a conversion: it takes minutes, and a mistyped name of a text
     should not.
     """
+    if convert.is_gguf(Path(model)) and not Path(model).exists():
+        raise QuantizeError(f"{model}: no such file; correct the path of the GGUF file")
     if hub.is_to_download(model):
         _check_others(job, [])
     folder = hub.local_folder(model, quiet=job.quiet)

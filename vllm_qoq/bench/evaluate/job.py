@@ -28,6 +28,11 @@ from vllm_qoq.text_file import check_text
 if TYPE_CHECKING:
     from vllm_qoq.checkpoint.format import Section
 
+# What a checkpoint has of the model that was quantized.
+_SAME = (
+    *("vocab_size", "architectures", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads"),
+)
 FLOAT = "float model"
 """The name of the rows of the float model in vLLM."""
 
@@ -136,13 +141,17 @@ def check(folder: Path, model: Path, text: Path, seqlen: int) -> None:
             f"--text {text}: {size} bytes, fewer than two windows of {seqlen} tokens; give a "
             "longer text or a smaller --seqlen"
         )
+    if model.suffix.lower() == ".gguf":
+        raise BenchError(
+            f"--against {model}: is GGUF; give the folder that quantize made of it, OUT.float"
+        )
     configs = [Checkpoint.open(place).config for place in (folder, model)]
     if configs[1].get(SECTION) is not None:
         raise BenchError(
             f"--against {model}: {CONFIG} has a {SECTION}; give the model in bf16 or fp16 that was "
             "quantized"
         )
-    for key in ("vocab_size", "architectures"):
+    for key in _SAME:
         ours, theirs = (config.get(key) for config in configs)
         if ours != theirs:
             raise BenchError(

@@ -6,17 +6,20 @@ that its model does not have, and the tokenizer (`tokenizer`).
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
-from collections.abc import Mapping
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from sys import stderr
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from safetensors import SafetensorError
 
 from vllm_qoq.checkpoint.format import SECTION
-from vllm_qoq.errors import reason
+from vllm_qoq.errors import reason, shown
 from vllm_qoq.models.config import CONFIG
 from vllm_qoq.models.tensors import HEAD
 from vllm_qoq.progress import human_bytes
@@ -34,7 +37,18 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _BYTES = 2  # of a weight in bf16
 # Keys of the file that change what a layer computes, and what the models here do without them.
-_UNSUPPORTED = ("expert_count", "attention.sliding_window", "logit_scale", "attn_logit_softcapping")
+_UNSUPPORTED = (
+    *("expert_count", "attention.sliding_window", "attention.clamp_kqv", "attention.scale"),
+    *("logit_scale", "attn_logit_softcapping", "final_logit_softcapping"),
+    *("embedding_scale", "residual_scale"),
+)
+# Keys for which transformers would take its own defaults.
+_COUNTS = (
+    *("block_count", "context_length", "embedding_length", "feed_forward_length"),
+    "attention.head_count",
+)
+_EPSILON = "attention.layer_norm_rms_epsilon"
+_PART, _LOCK = ".part", ".gguf_conversion.lock"
 
 
 def gguf_file(model: Path) -> Path | None:
@@ -42,11 +56,11 @@ def gguf_file(model: Path) -> Path | None:
 
     Raises QuantizeError for a folder with several.
     """
-    if model.is_file() and model.suffix == _SUFFIX:
+    if model.is_file() and is_gguf(model):
         return model
     if not model.is_dir() or any(model.glob("*.safetensors")):
         return None
-    found = sorted(model.glob(f"*{_SUFFIX}"))
+    found = sorted(path for path in model.iterdir() if is_gguf(path))
     if len(found) > 1:
         raise QuantizeError(
             f"{model}: has {len(found)} GGUF files, {found[0].name} and others; give one of them "
@@ -55,10 +69,26 @@ def gguf_file(model: Path) -> Path | None:
     return found[0] if found else None
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a path has the name of a GGUF file."""
+    return path.suffix.lower() == _SUFFIX
+
+
 def source_of(folder: Path) -> dict[str, Any] | None:
     """Read what a converted folder was made of; None for any other folder."""
     file = folder / SOURCE
-    return json.loads(file.read_text()) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        found = error
+    if not (isinstance(found, dict) and isinstance(found.get("types"), dict)):
+        raise QuantizeError(
+            f"{file}: damaged; remove {folder}, which is converted again, or choose another "
+            "--output"
+        )
+    return found
 
 
 def note(source: Mapping[str, Any]) -> str:
@@ -83,34 +113,77 @@ def convert(file: Path, folder: Path, quiet: bool) -> None:
     from vllm_qoq.quantizer.gguf_source.tokenizer import check_tokenizer
 
     stat = file.stat()
-    identity = {"file": file.name, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    beside = _tokenizer_beside(file)
+    identity = {
+        "file": file.name,
+        "bytes": stat.st_size,
+        "mtime_ns": stat.st_mtime_ns,
+        "tokenizer": {path.name: path.stat().st_mtime_ns for path in beside},
+    }
     present = source_of(folder)
     if present is not None and identity.items() <= present.items():
         return
     if folder.exists():
         raise QuantizeError(
-            f"{folder}: is there already and was not made of {file}; move it, or choose another "
-            "--output"
+            f"{folder}: is there already and was not made of {file} and the tokenizer beside it as "
+            "they are now; move it, or choose another --output"
         )
     noise.hide_bars()
     header = read_header(file)
     _check(header)
-    has_tokenizer = all((file.parent / name).is_file() for name in _TOKENIZER_FILES)
-    if not has_tokenizer:
+    if not beside:
         check_tokenizer(header)
     if not quiet:
         size = human_bytes(header.parameters * _BYTES)
         print(f"converting {file.name} into {folder} ({size} in bf16)", file=stderr, flush=True)
     source = identity | {"types": header.types, "license": header.keys.get("general.license")}
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    with _part_of(folder) as part:
         with redirect_stdout(stderr):
-            _write(header, part, has_tokenizer)
+            _write(header, part, beside)
         (part / SOURCE).write_text(json.dumps(source, indent=2) + "\n")
+        (part / _LOCK).unlink()
         part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+
+
+def _tokenizer_beside(file: Path) -> list[Path]:
+    """Find the tokenizer of the original model beside a GGUF file: both of its files, or none."""
+    found = [path for name in _TOKENIZER_FILES if (path := file.parent / name).is_file()]
+    if len(found) == 1:
+        (missing,) = {*_TOKENIZER_FILES} - {found[0].name}
+        raise QuantizeError(
+            f"{found[0]}: is beside {file.name} without {missing}; put both there, or none"
+        )
+    return found
+
+
+@contextmanager
+def _part_of(folder: Path) -> Iterator[Path]:
+    """Make the folder in which `folder` is made, which is gone in the end.
+
+    Raises QuantizeError where somebody else has one of that name, or another run works in it.
+    """
+    part = folder.with_name(folder.name + _PART)
+    lock = part / _LOCK
+    if part.exists() and not lock.is_file():
+        raise QuantizeError(
+            f"{part}: is there already and is not ours; move it, or choose another --output"
+        )
+    part.mkdir(exist_ok=True)
+    with lock.open("a") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise QuantizeError(
+                f"{part}: another run converts the model there; wait for it, or choose another "
+                "--output"
+            ) from error
+        for path in part.iterdir():  # what a run has left that was killed
+            if path.name != _LOCK:
+                path.unlink()
+        try:
+            yield part
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def _check(header: Header) -> None:
@@ -126,9 +199,52 @@ def _check(header: Header) -> None:
                 f"{header.path}: {header.architecture}.{key}: {header.of_model(key)} would be "
                 "lost; give the model in the format of Hugging Face"
             )
+    _check_sizes(header)
 
 
-def _write(header: Header, folder: Path, has_tokenizer: bool) -> None:
+def _check_sizes(header: Header) -> None:
+    """Raise QuantizeError where the keys lack a size, or have one that the tensors do not."""
+
+    def refuse(key: str, what: str) -> NoReturn:
+        raise QuantizeError(
+            f"{header.path}: {header.architecture}.{key}: {what}; download the file again, or give "
+            "the model in the format of Hugging Face"
+        )
+
+    if header.of_model(_EPSILON) is None:
+        refuse(_EPSILON, "missing")
+    sizes: dict[str, int] = {}
+    for key in _COUNTS:
+        value = header.of_model(key)
+        if value is None:
+            refuse(key, "missing")
+        if not isinstance(value, int) or value <= 0:
+            refuse(key, f"{shown(value)} is no positive number")
+        sizes[key] = value
+    blocks = {name.split(".")[1] for name in header.tensors if name.startswith("blk.")}
+    if len(blocks) != sizes["block_count"]:
+        refuse("block_count", f"{sizes['block_count']}, but there are tensors of {len(blocks)}")
+    hidden, heads = sizes["embedding_length"], sizes["attention.head_count"]
+    kv_heads = header.of_model("attention.head_count_kv") or heads
+    head_dim = header.of_model("attention.key_length") or hidden // heads
+    turned = header.of_model("rope.dimension_count")
+    if turned not in (None, head_dim):
+        refuse("rope.dimension_count", f"{shown(turned)}, but heads have {shown(head_dim)}")
+    for key, leaf, rows in (
+        ("feed_forward_length", "ffn_gate", sizes["feed_forward_length"]),
+        ("attention.head_count", "attn_q", heads * head_dim),
+        ("attention.head_count_kv", "attn_k", kv_heads * head_dim),
+    ):
+        tensor = header.tensors.get(f"blk.0.{leaf}.weight")
+        if tensor is not None and tensor.shape != (rows, hidden):
+            refuse(
+                key,
+                f"with an embedding_length of {hidden}, blk.0.{leaf}.weight would be "
+                f"{[rows, hidden]}, but is {list(tensor.shape)}",
+            )
+
+
+def _write(header: Header, folder: Path, beside: list[Path]) -> None:
     """Write config, weights, tokenizer and generation config."""
     from vllm_qoq.quantizer.gguf_source.rope import scaling
     from vllm_qoq.quantizer.gguf_source.tokenizer import load_tokenizer
@@ -143,12 +259,7 @@ def _write(header: Header, folder: Path, has_tokenizer: bool) -> None:
         bos = header.keys.get("tokenizer.ggml.bos_token_id")
         for config in (model.config, model.generation_config):
             config.bos_token_id, config.eos_token_id = bos, eos
-        _save(model, folder)
-        if has_tokenizer:
-            for name in _TOKENIZER_FILES:
-                shutil.copyfile(file.parent / name, folder / name)
-        else:
-            load_tokenizer(header, file).save_pretrained(folder)
+        tokenizer = None if beside else load_tokenizer(header, file)
     except (KeyboardInterrupt, SystemExit, MemoryError, QuantizeError):
         raise
     except Exception as error:  # whatever transformers raises at a stranger's file
@@ -156,13 +267,20 @@ def _write(header: Header, folder: Path, has_tokenizer: bool) -> None:
             f"{file}: transformers cannot read it: {reason(error)}; give the model in the format "
             "of Hugging Face"
         ) from error
+    try:
+        _save(model, folder)
+        for path in beside:
+            shutil.copyfile(path, folder / path.name)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    except (OSError, SafetensorError) as error:
+        raise QuantizeError(f"{folder}: cannot be written: {reason(error)}") from error
 
 
 def _save(model: Any, folder: Path) -> None:
     """Write the model as `save_pretrained` would, which refuses one that came from GGUF."""
     from huggingface_hub import save_torch_state_dict
 
-    folder.mkdir()
     tensors = model.state_dict()
     if model.config.tie_word_embeddings:
         del tensors[HEAD]

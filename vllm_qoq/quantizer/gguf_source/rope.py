@@ -38,6 +38,12 @@ def scaling(header: Header) -> dict[str, Any] | None:
             f"{header.path}: {header.architecture}.rope.scaling.type: {shown(kind)} is not "
             f"restored from GGUF; {_REMEDY}"
         )
+    for key in ("rope.scaling.factor", "rope.scale_linear"):
+        if header.of_model(key) not in (None, 0, 1):
+            raise QuantizeError(
+                f"{header.path}: {header.architecture}.{key}: {shown(header.of_model(key))} is not "
+                f"restored from GGUF; {_REMEDY}"
+            )
     if FREQUENCIES not in header.tensors:
         return None
     stored, theta = _stored(header), float(header.of_model("rope.freq_base") or 10000.0)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MODEL, _PRE = "tokenizer.ggml.model", "tokenizer.ggml.pre"
+_KINDS = ("gpt2", "llama")  # BPE of bytes, SentencePiece
 _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
 # Llama 3 and Qwen differ in the number of digits that stay together.
 _SPLIT = (
@@ -29,8 +30,14 @@ _SPLIT = (
 
 
 def check_tokenizer(header: Header) -> None:
-    """Raise QuantizeError for a way to split text that is not known."""
-    pre = header.keys.get(_PRE)
+    """Raise QuantizeError for a kind of tokenizer, or a way to split text, that is not known."""
+    pre, kind = header.keys.get(_PRE), header.keys.get(_MODEL)
+    if kind not in _KINDS:
+        raise QuantizeError(
+            f"{header.path}: {_MODEL}: {shown(kind)} is not known; known are {', '.join(_KINDS)}. "
+            "Put the original model's tokenizer.json and tokenizer_config.json beside the file, "
+            "and they are taken"
+        )
     if header.keys.get(_MODEL) == "gpt2" and pre not in _PRE_TOKENIZERS:
         raise QuantizeError(
             f"{header.path}: {_PRE}: {shown(pre)} is not known, so text would be split otherwise "
@@ -48,7 +55,11 @@ def load_tokenizer(header: Header, file: Path) -> PreTrainedTokenizerBase:
     )
     pre = _PRE_TOKENIZERS.get(str(header.keys.get(_PRE)))
     if header.keys.get(_MODEL) == "gpt2" and pre is not None:
+        from tokenizers.decoders import ByteLevel
+
         tokenizer.backend_tokenizer.pre_tokenizer = pre()
+        # That of transformers leaves out a space where a text begins with one.
+        tokenizer.backend_tokenizer.decoder = ByteLevel()
     for name, key in _SPECIAL.items():
         number = header.keys.get(f"tokenizer.ggml.{key}_token_id")
         token = None if number is None else tokenizer.convert_ids_to_tokens(int(number))
