@@ -46,8 +46,8 @@ def test_weights_are_the_cpus_where_no_input_tells_of_another(kind):
     grids = [round_one(kind, weight.to(d), torch.eye(K, device=d))[0] for d in ("cpu", "cuda")]
     plain, found = (grid.dequantized().cpu() for grid in grids)
     # The scale of a row is not the same to the last bit, since a GPU divides by a constant as it
-    # multiplies by the inverse.
-    is_equal = torch.isclose(found, plain, rtol=1e-5, atol=0).unflatten(1, (-1, 128)).all(dim=2)
+    # multiplies by the inverse; a row's zero may take away nearly all of a small weight.
+    is_equal = torch.isclose(found, plain, rtol=1e-5, atol=1e-5).unflatten(1, (-1, 128)).all(dim=2)
     # A search may choose the other of two grids that lose the same.
     assert is_equal.float().mean() > 0.98
     assert (plain - weight).norm() == pytest.approx(float((found - weight).norm()), rel=1e-5)
