@@ -4,7 +4,8 @@
 
 Run it once per scheme and join the results with `vllm-qoq merge`. W8A8 smooths
 activation outliers into the weights (SmoothQuant), W4A16 quantizes weights in
-groups of 128; both round with GPTQ, and leave the embeddings and lm_head alone.
+groups; both round with GPTQ, and leave the embeddings and lm_head alone.
+`w4a16-awq` scales the inputs by AWQ and rounds to the nearest.
 """
 
 from __future__ import annotations
@@ -18,15 +19,24 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
     from transformers import PreTrainedTokenizerBase
 
-SCHEMES = ("w8a8", "w4a16")
+SCHEMES = ("w8a8", "w4a16", "w4a16-awq")
 
 
-def recipe(scheme: str) -> list[Modifier]:
+def recipe(scheme: str, group_size: int) -> list[Modifier]:
     """List the modifiers that llmcompressor applies in turn."""
+    from compressed_tensors.quantization import preset_name_to_scheme
     from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
-    gptq = GPTQModifier(targets="Linear", scheme=scheme.upper(), ignore=["lm_head"])
+    preset = preset_name_to_scheme(scheme.removesuffix("-awq").upper(), ["Linear"])
+    if scheme != "w8a8":
+        preset.weights.group_size = group_size
+    what = {"config_groups": {"group_0": preset}, "ignore": ["lm_head"]}
+    if scheme == "w4a16-awq":
+        return [AWQModifier(), QuantizationModifier(**what)]
+    gptq = GPTQModifier(**what)
     return [SmoothQuantModifier(smoothing_strength=0.8), gptq] if scheme == "w8a8" else [gptq]
 
 
@@ -53,6 +63,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="new folder for the quantized checkpoint")
     parser.add_argument("--scheme", choices=SCHEMES, required=True)
     parser.add_argument("--text", type=Path, required=True, help="calibration text, UTF-8")
+    parser.add_argument("--group-size", type=int, default=128, help="of w4a16 (default: 128)")
     parser.add_argument("--samples", type=int, default=128, help="pieces of text (default: 128)")
     parser.add_argument("--seqlen", type=int, default=512, help="tokens a piece (default: 512)")
     args = parser.parse_args()
@@ -63,7 +74,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     calibration = calibration_set(args.text, tokenizer, args.samples, args.seqlen)
-    oneshot(model=model, recipe=recipe(args.scheme), dataset=calibration)
+    oneshot(model=model, recipe=recipe(args.scheme, args.group_size), dataset=calibration)
     model.save_pretrained(args.out)  # This writes the generation config, too.
     tokenizer.save_pretrained(args.out)
     print(f"saved {args.scheme} to {args.out}")
