@@ -27,7 +27,7 @@ _WIDE_RANGE = 20
 GREY = "#6e6e6e"
 INK = "#222222"
 _BLUE, _GREEN, _PURPLE = "#1f5fbf", "#0b8a5f", "#8e5bbf"
-_RED, _DARK_RED, _ORANGE, _TEAL = "#d62f1f", "#8f1d14", "#cc7700", "#1199b0"
+_RED, _DARK_RED, _ORANGE = "#d62f1f", "#8f1d14", "#cc7700"
 _PINK, _LIGHT_PINK, _OLIVE, _BROWN = "#9c0f5f", "#e0559f", "#7d8a1c", "#8a5a44"
 
 
@@ -46,10 +46,7 @@ METHODS = {
     "w8a8": Method("W8A8", _GREEN),
     "w4a16": Method("W4A16", _PURPLE),
     "w4a8": Method("W4A8, ours", _RED, True),
-    "w4a8-head8": Method("W4A8, ours,\nint8 lm_head", _DARK_RED, True),
     "nested": Method("nested, ours", _ORANGE, True),
-    "two-sets": Method("two sets, ours", _TEAL, True),
-    "merged": Method("two sets, ours", _TEAL, True),
     # Kernels of GEMMs.
     "cublas-bf16": Method("bf16, cuBLAS", GREY),
     "cutlass-fp8": Method("fp8, CUTLASS", _BLUE),
@@ -248,9 +245,8 @@ def end_labels(axes: Axes, ends: Sequence[tuple[float, float, Method]], gap: flo
         if y == y
     )  # fmt: skip
     heights: list[float] = []
-    for y, label, _ in places:
-        step = gap * (1 + label.count("\n") / 2)
-        heights.append(max(y, heights[-1] + step) if heights else y)
+    for y, *_ in places:
+        heights.append(max(y, heights[-1] + gap) if heights else y)
     limit = 1.02
     for i in reversed(range(len(heights))):
         heights[i] = min(heights[i], limit)
@@ -258,67 +254,9 @@ def end_labels(axes: Axes, ends: Sequence[tuple[float, float, Method]], gap: flo
     for height, (_, label, drawn) in zip(heights, places, strict=True):
         axes.text(
             1.02, height, label, transform=axes.transAxes, va="center", color=drawn.colour,
-            size=SMALL, weight="bold" if drawn.is_ours else "normal", linespacing=1,
+            size=SMALL, weight="bold" if drawn.is_ours else "normal",
             parse_math=False,
         )  # fmt: skip
-
-
-class Column(NamedTuple):
-    """One number of every method, which is a panel of `bars`.
-
-    values  method -> value
-    form    how a value is written, as `format` takes it
-    notes   method -> text after the bar
-    """
-
-    title: str
-    unit: str
-    values: Mapping[str, float]
-    form: str = ".2f"
-    notes: Mapping[str, str] = {}
-
-
-def bars(drawn: Figure, columns: Sequence[Column], per_row: int = 5) -> None:
-    """Draw panels of horizontal bars from 0, each with its own scale, and a number on every bar."""
-    names = list(columns[0].values)
-    rows = -(-len(columns) // per_row)
-    panels = list(drawn.subplots(rows, per_row, squeeze=False).flat)
-    for place, axes in enumerate(panels):
-        if place < len(columns):
-            _bar_panel(axes, columns[place], names, has_names=place % per_row == 0)
-        else:
-            axes.set_axis_off()
-
-
-def _bar_panel(axes: Axes, column: Column, names: Sequence[str], has_names: bool) -> None:
-    known = {name: value for name, value in column.values.items() if value == value}
-    # Room for the notes, which stand behind their bars.
-    width = max(v / (0.66 if n in column.notes else 1) for n, v in known.items())
-    for y, name in enumerate(names):
-        if name not in known:
-            continue
-        value, colour = known[name], method(name, names).colour
-        axes.barh(y, value, color=colour, height=0.74)
-        is_inside = value > 0.38 * width
-        text = format(value, column.form)
-        note = column.notes.get(name, "")
-        style: dict[str, Any] = {"va": "center", "size": SMALL, "clip_on": False}
-        if is_inside:
-            axes.text(0.03 * width, y, text, color="white", weight="bold", **style)
-        else:
-            note = f"{text} {note}".rstrip()
-        axes.text(value + 0.03 * width, y, note, color=colour, weight="bold", **style)
-    axes.set(xlim=(0, width), ylim=(len(names) - 0.5, -0.5), xticks=[])
-    panel_title(axes, column.title)
-    axes.set_xlabel(column.unit, loc="left")
-    tidy(axes)
-    axes.spines["bottom"].set_visible(False)
-    labels = [method(name, names).label for name in names] if has_names else []
-    axes.set_yticks(range(len(names)) if has_names else [], labels)
-    axes.tick_params(axis="y", length=0)
-    for name, label in zip(names, axes.get_yticklabels(), strict=False):
-        label.set_color(method(name, names).colour)
-        label.set_fontweight("bold" if method(name, names).is_ours else "normal")
 
 
 class Bar(NamedTuple):
@@ -359,10 +297,7 @@ def colour_names(drawn: Figure, names: Sequence[str]) -> None:
     """Say below the picture which colour is what."""
     from matplotlib.patches import Patch
 
-    handles = [
-        Patch(color=METHODS[name].colour, label=METHODS[name].label.replace("\n", " "))
-        for name in names
-    ]
+    handles = [Patch(color=METHODS[name].colour, label=METHODS[name].label) for name in names]
     drawn.legend(
         handles=handles, loc="outside lower center", ncols=4, fontsize=SMALL, frameon=False
     )

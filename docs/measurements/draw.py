@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_qoq import plots
 from vllm_qoq.bench import attention_plot
@@ -22,18 +23,27 @@ from vllm_qoq.bench.attention_result import AttentionResult
 from vllm_qoq.bench.cases import Case
 from vllm_qoq.bench.result import Result
 from vllm_qoq.bench.roofline import WGMMA
-from vllm_qoq.bench.serving import table, table_plot
-from vllm_qoq.plots import Bar, Column
+from vllm_qoq.bench.serving import formats, table, table_plot
+from vllm_qoq.bench.serving import plot as serving_plot
+from vllm_qoq.plots import Bar
 
 HERE = Path(__file__).resolve().parent
 CARD, COPY_RATE = "NVIDIA H200", 4.29e12
-LLAMA_8B = f"Llama-3-8B (dummy weights), one {CARD}, vLLM 0.26.0"
 MODELS = (
     *("llama-3-8b", "mistral-7b", "qwen2.5-7b", "llama-2-7b", "llama-2-13b", "llama-30b"),
     *("yi-34b", "qwen3-32b", "llama-2-70b", "llama-3.1-70b", "qwen1.5-72b"),
 )
-STEPS = ("step 1", "step 16", "step 64", "step 256")
+# Measured with random codes; the others' weights were zeros, or nearly.
+RANDOM_CODES = ("llama-3-8b", "llama-3.1-70b")
 Row = dict[str, str]
+
+
+class Line(NamedTuple):
+    """A format that `bench serving` measured, as its pictures take it."""
+
+    name: str
+    is_ours: bool
+    format: formats.Format
 
 
 def read(name: str) -> list[Row]:
@@ -47,115 +57,51 @@ def numbers(row: Row, *but: str) -> dict[str, float]:
     return {key: float(value) for key, value in row.items() if key not in but}
 
 
-def batch(step: str) -> str:
-    """ "step 1" in words."""
-    size = step.removeprefix("step ")
-    return "1 request" if size == "1" else f"{size} requests"
-
-
-def at(step: str) -> str:
-    """ "step 1" as a place in a title."""
-    return f"at batch {step.removeprefix('step ')}"
-
-
 def throughput_h200() -> Any:
     """Tokens a second of every model, ours beside the best of vLLM's formats."""
     runs = [HERE / "data" / "throughput_h200" / f"{model}.json" for model in MODELS]
-    return table_plot.figure(table.read(runs, "1024/512"))
+    found = table.read(runs, "1024/512")
+    rows = [
+        replace(row, model=f"{row.model}\n(random codes)") if row.model in RANDOM_CODES else row
+        for row in found.rows
+    ]
+    return table_plot.figure(replace(found, rows=tuple(rows)))
 
 
-def steps_8b() -> Any:
-    """Steps and prefill in all formats."""
-    rows = read("steps_8b")
-    ours = ("w4a8", "w4a8-head8")
-    columns, ratios = [], {}
-    for row in rows:
-        key, values = row["number"], numbers(row, "number", "unit")
-        best = min(value for name, value in values.items() if name not in ours)
-        notes = {name: plots.times(best / values[name]) for name in ours}
-        ratios[at(key) if key in STEPS else "in prefill"] = best / values["w4a8"]
-        columns.append(_column(key, row["unit"], values, notes))
+def llama_3_8b() -> Any:
+    """Tokens a second and the time of a step in every format, over the batch."""
+    path = HERE / "data" / "throughput_h200" / "llama-3-8b.json"
+    run = json.loads(path.read_text(encoding="utf-8"))
+    ratio = run["speed_against_the_best_peer"]["1024/512"]
     drawn = plots.figure(
-        f"A W4A8 step is {plots.speed_range(ratios, 'the best other format')}",
-        f"{LLAMA_8B}, bf16 KV cache. Prompts: 256 of 1024 tokens.\n"
-        "Behind ours: time of the best other format / time of ours.",
-        height=2.5,
+        "With W4A8, a 4-bit KV cache and an int8 lm_head Llama-3-8B generates "
+        f"{plots.times(ratio)} the tokens a second of vLLM's best format",
+        f"Shape of Llama-3-8B, random codes, one {CARD}; 1024 tokens in, 512 out, all requests "
+        "together.\nThe ratio is of each at its best batch. A step is a token for every request.",
+        height=3.6,
     )
-    plots.bars(drawn, columns)
-    return drawn
-
-
-def _column(key: str, unit: str, values: Mapping[str, float], notes: Mapping[str, str]) -> Column:
-    if key in STEPS:
-        return Column(batch(key), f"{unit} a step", values, ".3f", notes)
-    return Column("prompts", f"{unit}, all prompts", values, ".3f", notes)
-
-
-def nested_8b() -> Any:
-    """The nested checkpoint beside W8A8 alone."""
-    columns, ratios = [], {}
-    for row in read("nested_8b"):
-        key, values = row["number"], numbers(row, "number", "unit")
-        ratio = values["w8a8"] / values["nested"]
-        columns.append(_column(key, row["unit"], values, {"nested": plots.times(ratio)}))
-        ratios[at(key) if key in STEPS else "in prefill"] = ratio
-    drawn = plots.figure(
-        f"One nested checkpoint is {plots.speed_range(ratios, 'W8A8')}",
-        f"{LLAMA_8B}, bf16 KV cache. Prompts: 256 of 1024 tokens.\n"
-        "W8A8 nested on W4A8 reads prompts in 8 bits and generates in 4. Behind ours: time of W8A8 "
-        "/ time of nested.",
-        height=1.5,
-    )
-    plots.bars(drawn, columns)
-    return drawn
-
-
-def kv_8b() -> Any:
-    """Steps and room with the KV cache in 4 bits."""
-    columns, ratios = [], {}
-    titles = {
-        "prompts": ("prompts", "s, all prompts", ".3f"),
-        "step": ("256 requests", "ms a step", ".3f"),
-        "tokens in 8 GiB": ("room in 8 GiB", "tokens", ".0f"),
-        "requests of 4096": ("room in 8 GiB", "requests of 4096 tokens", ".3f"),
-    }
-    for row in read("kv_8b"):
-        key, values = row["number"], numbers(row, "number", "unit")
-        is_time = bool(row["unit"])
-        ratio = values["fp8"] / values["kv4"]
-        ratios[key] = ratio if is_time else 1 / ratio
-        columns.append(
-            Column(*titles[key][:2], values, titles[key][2], {"kv4": plots.times(ratios[key])})
-        )
-    drawn = plots.figure(
-        f"With a 4-bit KV cache a step of 256 requests is {plots.speed(ratios['step'], 'with fp8')}"
-        f", and {plots.times(ratios['tokens in 8 GiB'])} as many tokens fit",
-        f"{LLAMA_8B}, bf16 weights.\n256 prompts of 1024 tokens, 512 new ones each. "
-        "Behind ours: speed or room over that with fp8.",
-        height=1.8,
-    )
-    plots.bars(drawn, columns, per_row=4)
-    return drawn
-
-
-def serving_8b() -> Any:
-    """A merged checkpoint beside each of its sets."""
-    columns, slower = [], {}
-    for row in read("serving_8b"):
-        values = numbers(row, "number", "uses")
-        slower[row["number"]] = 100 * (values["merged"] / values[row["uses"]] - 1)
-        note = {"merged": f"{slower[row['number']]:+.1f} %"}
-        columns.append(Column(row["number"], "ms", values, ".3f", note))
-    worst = max(slower, key=slower.__getitem__)
-    drawn = plots.figure(
-        f"Two sets in one checkpoint cost at most {slower[worst]:.1f} % over the set in use "
-        f"({worst})",
-        f"{LLAMA_8B.replace('dummy', 'random')}.\nTime to the first token (TTFT) of prompts of so "
-        "many tokens, and per further token (TPOT). Behind ours: time over that of the set in use, "
-        "W8A8 for prompts and batch 64, W4A16 for batches 1 and 16.",
-        height=4.6,
-    )
-    plots.bars(drawn, columns, per_row=3)
+    rates, steps = drawn.subplots(1, 2)
+    names = [engine["name"] for engine in run["engines"]]
+    for engine in run["engines"]:
+        sizes = [case["batch"] for case in engine["cases"]]
+        one = Line(engine["name"], engine["is_ours"], formats.parse(engine["name"]))
+        values = [case["tokens_per_second"] for case in engine["cases"]]
+        serving_plot.line(rates, sizes, values, one, names)
+        values = [1e3 * case["step_seconds"] for case in engine["cases"]]
+        serving_plot.line(steps, sizes, values, one, names)
+    every = [case for engine in run["engines"] for case in engine["cases"]]
+    for axes, title in ((rates, "Throughput"), (steps, "A step")):
+        plots.sizes_axis(axes, sorted({case["batch"] for case in every}), "requests of a batch")
+        plots.panel_title(axes, title)
+    rates.set(ylim=(0, None), ylabel="new tokens a second")
+    rates.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    plots.values_axis(steps, [1e3 * case["step_seconds"] for case in every], "ms")
+    for axes in (rates, steps):
+        plots.tidy(axes)
+    drawn.legend(
+        *rates.get_legend_handles_labels(), loc="outside lower center", ncols=3,
+        fontsize=plots.SMALL, frameon=False,
+    )  # fmt: skip
     return drawn
 
 
@@ -305,10 +251,7 @@ def kv_accuracy_16m() -> Any:
 
 PICTURES: dict[str, Callable[[], Any]] = {
     "throughput_h200": throughput_h200,
-    "steps_8b": steps_8b,
-    "nested_8b": nested_8b,
-    "kv_8b": kv_8b,
-    "serving_8b": serving_8b,
+    "llama_3_8b": llama_3_8b,
     "gemm_h200": gemm_h200,
     "portable_h200": portable_h200,
     "attention_h200": attention_h200,

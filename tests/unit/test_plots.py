@@ -192,8 +192,8 @@ def test_the_script_makes_every_picture_that_is_there(pictures):
 
 def test_the_same_numbers_make_the_same_picture(draw, pictures, monkeypatch, tmp_path):
     monkeypatch.setattr(plots, "DPI", 40)
-    plots.save(draw.nested_8b(), tmp_path / "again.png")
-    assert (tmp_path / "again.png").read_bytes() == (pictures[0] / "nested_8b.png").read_bytes()
+    plots.save(draw.llama_3_8b(), tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes() == (pictures[0] / "llama_3_8b.png").read_bytes()
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.stem)
@@ -225,7 +225,13 @@ def test_every_picture_states_a_number_in_its_title(pictures):
         assert re.search(r"\d", plots.title_of(drawn)), name
 
 
-def test_the_page_of_the_portable_path_has_what_its_script_predicts():
-    command = [sys.executable, MEASUREMENTS / "predict_portable.py"]
+@pytest.mark.parametrize(
+    "script, page, tables",
+    [("predict_portable", "portable_h200", 1), ("compare_llama_3_8b", "llama_3_8b", 8)],
+)
+def test_a_page_has_the_tables_that_its_script_prints(script, page, tables):
+    command = [sys.executable, MEASUREMENTS / f"{script}.py"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    assert printed.strip() in (MEASUREMENTS / "portable_h200.md").read_text()
+    found = [part for part in printed.strip().split("\n\n") if part.startswith("|")]
+    text = (MEASUREMENTS / f"{page}.md").read_text()
+    assert len(found) == tables and not [table for table in found if table not in text]
