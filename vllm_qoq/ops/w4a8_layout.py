@@ -49,12 +49,13 @@ def pack(
     packed = pack_nibbles(ordered.reshape(rows // BLOCK_N, k // BLOCK_K, BLOCK_N * BLOCK_K))
     if group_scale is None or group_offset is None:
         return packed
-    if group_size_of(k, group_scale.shape[1]) is None:
-        raise ValueError(f"{group_scale.shape[1]} groups of {k} inputs are of no size that there is")
+    groups = group_scale.shape[1]
+    if group_size_of(k, groups) is None:
+        raise ValueError(f"{groups} groups of {k} inputs are of no size that there is")
     offset = (group_offset.to(torch.int16) + 128).to(torch.uint8)
     params = torch.stack((_padded(group_scale, rows), _padded(offset, rows)), dim=-1)
     # The dimensions are blocks, warp, + 8, r; and blocks of k, group, which parameter.
-    params = params.view(-1, 4, 2, 8, k // BLOCK_K, group_scale.shape[1] * BLOCK_K // k, 2)
+    params = params.view(-1, 4, 2, 8, k // BLOCK_K, groups * BLOCK_K // k, 2)
     params = params.permute(0, 4, 1, 3, 5, 2, 6)
     return torch.cat((packed, params.reshape(*packed.shape[:2], -1)), dim=-1)
 
