@@ -30,7 +30,7 @@ def pair(sources: Sequence[StoredSet]) -> tuple[StoredSet, StoredSet]:
     others = [source for source in sources if not _is_base(source)]
     if len(bases) != 1 or len(others) != 1:
         raise MergeError(
-            f"--nest: takes one {QOQ_LINEAR} set with groups of 128 and one set of 8 bits or the "
+            f"--nest: takes one {QOQ_LINEAR} set with groups and one set of 8 bits or the "
             f"float model, but {', '.join(f'{s.name} is {_kind(s)}' for s in sources)}; {_REMEDY}"
         )
     (base,), (source,) = bases, others

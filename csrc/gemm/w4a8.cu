@@ -64,6 +64,25 @@ void run(const Params& p, int device, const Caps* caps) {
   run_portable<kWeights>(p, card, device, stream);
 }
 
+template <Weights kPlane, Weights kNested>
+void run_grouped(bool is_nested, const Params& p, int device, const Caps* caps) {
+  static_assert(kFirstPlane<kNested> == kPlane);
+  if (is_nested) {
+    run<kNested>(p, device, caps);
+  } else {
+    run<kPlane>(p, device, caps);
+  }
+}
+
+// The groups of a k_block that a weight with groups has by its last size: 1 where no number of them
+// has it.
+int groups_of_k_block_in(const Tensor& weight) {
+  const int64_t bytes = weight.dim() > 0 ? weight.size(weight.dim() - 1) : 0;
+  for (const int groups : {2, 4})
+    if (bytes == kCodeBytes + groups * kParamBytes) return groups;
+  return 1;
+}
+
 Tensor compute(const Arguments& arguments, const Caps* caps) {
   const auto& [x, x_scale, x_row_sum, weight, channel_scale, channel_zero, group_scale,
                group_offset, bias, out_dtype, workspace, residual, use_residual] = arguments;
@@ -74,6 +93,7 @@ Tensor compute(const Arguments& arguments, const Caps* caps) {
                   torch::headeronly::toString(out_dtype));
   const int64_t m = x.size(0), k = x.size(1), n = channel_scale.size(0);
   const bool is_grouped = !channel_zero.has_value();
+  const int k_groups = is_grouped ? groups_of_k_block_in(weight) : 0;
   STD_TORCH_CHECK(n % 8 == 0 && n > 0, kOp, ": N=", n, " must be a multiple of 8");
   STD_TORCH_CHECK(k % kBlockK == 0 && k > 0, kOp, ": K=", k, " must be a multiple of ", kBlockK);
   STD_TORCH_CHECK(k <= kMaxK, kOp, ": K=", k, " overflows int32; split the layer");
@@ -90,8 +110,7 @@ Tensor compute(const Arguments& arguments, const Caps* caps) {
   check_tensor(kOp, "x_scale", x_scale, device, ScalarType::Float, {m});
   check_tensor(kOp, "x_row_sum", x_row_sum, device, ScalarType::Int, {m});
   check_tensor(kOp, "weight", weight, device, ScalarType::Byte,
-               {weight_blocks, k / kBlockK,
-                is_grouped ? kBlockBytes<Weights::kGrouped> : kBlockBytes<Weights::kChannel>});
+               {weight_blocks, k / kBlockK, kCodeBytes + k_groups * kParamBytes});
   STD_TORCH_CHECK(is_grouped || !residual.has_value(), kOp,
                   ": a residual belongs to a weight with groups");
   if (residual.has_value())
@@ -135,12 +154,19 @@ Tensor compute(const Arguments& arguments, const Caps* caps) {
       .x = static_cast<const int8_t*>(x.data_ptr()),
   };
   const torch::stable::accelerator::DeviceGuard guard(device);
-  if (residual.has_value()) {
-    run<Weights::kNested>(params, device, caps);
-  } else if (is_grouped) {
-    run<Weights::kGrouped>(params, device, caps);
-  } else {
-    run<Weights::kChannel>(params, device, caps);
+  const bool is_nested = residual.has_value();
+  switch (k_groups) {
+    case 0:
+      run<Weights::kChannel>(params, device, caps);
+      break;
+    case 1:
+      run_grouped<Weights::kG128, Weights::kNestedG128>(is_nested, params, device, caps);
+      break;
+    case 2:
+      run_grouped<Weights::kG64, Weights::kNestedG64>(is_nested, params, device, caps);
+      break;
+    default:
+      run_grouped<Weights::kG32, Weights::kNestedG32>(is_nested, params, device, caps);
   }
   return out;
 }

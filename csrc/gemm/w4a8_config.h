@@ -7,7 +7,7 @@
 namespace qoq::w4a8 {
 
 // 64 output channels are a block: one wgmma multiplies them, or four warps by mma. 128 inputs are a
-// k_block: a group of the weights, and a row of 128 bytes of x in its swizzle.
+// k_block: one, two or four groups of the weights, and a row of 128 bytes of x in its swizzle.
 inline constexpr int kBlockN = 64;
 inline constexpr int kBlockK = 128;
 
@@ -17,19 +17,57 @@ inline constexpr int kMaxRows = 1 << 24;
 
 // A packed block is 64 channels x 128 inputs (`vllm_qoq.ops.w4a8_layout` makes it):
 //   codes   [2 halves of k][128 threads][16 bytes]   what one thread's registers hold
-//   params  [32 pairs of rows][scale, offset + 128 of row r, the same of row r + 8]
+//   params  [32 pairs of rows][group][scale, offset + 128 of row r, the same of row r + 8]
 // `params` is there only with groups. A nested weight has a second plane of blocks, which are
 // `codes` alone: what the weight's 8 bits have more than its 4, plus kResidualZero.
 inline constexpr int kCodeBytes = kBlockN * kBlockK / 2;
-inline constexpr int kParamBytes = kBlockN * 2;
-enum class Weights { kChannel, kGrouped, kNested };
+inline constexpr int kParamBytes = kBlockN * 2;  // of one group
+enum class Weights { kChannel, kG128, kG64, kG32, kNestedG128, kNestedG64, kNestedG32 };
 inline constexpr int kResidualZero = 8;
+
+// The groups of a k_block, 0 without groups.
+constexpr int groups_of_k_block(Weights weights) {
+  switch (weights) {
+    case Weights::kG128:
+    case Weights::kNestedG128:
+      return 1;
+    case Weights::kG64:
+    case Weights::kNestedG64:
+      return 2;
+    case Weights::kG32:
+    case Weights::kNestedG32:
+      return 4;
+    default:
+      return 0;
+  }
+}
+
+// What a weight is without its second plane.
+constexpr Weights first_plane(Weights weights) {
+  switch (weights) {
+    case Weights::kNestedG128:
+      return Weights::kG128;
+    case Weights::kNestedG64:
+      return Weights::kG64;
+    case Weights::kNestedG32:
+      return Weights::kG32;
+    default:
+      return weights;
+  }
+}
+
 template <Weights kWeights>
-inline constexpr bool kHasGroups = kWeights != Weights::kChannel;
+inline constexpr int kKGroups = groups_of_k_block(kWeights);
 template <Weights kWeights>
-inline constexpr int kBlockBytes = kCodeBytes + (kHasGroups<kWeights> ? kParamBytes : 0);
+inline constexpr bool kHasGroups = kKGroups<kWeights> > 0;
 template <Weights kWeights>
-inline constexpr int kResidualBytes = kWeights == Weights::kNested ? kCodeBytes : 0;
+inline constexpr Weights kFirstPlane = first_plane(kWeights);
+template <Weights kWeights>
+inline constexpr bool kIsNested = kFirstPlane<kWeights> != kWeights;
+template <Weights kWeights>
+inline constexpr int kBlockBytes = kCodeBytes + kKGroups<kWeights> * kParamBytes;
+template <Weights kWeights>
+inline constexpr int kResidualBytes = kIsNested<kWeights> ? kCodeBytes : 0;
 
 // The workspace is int32: counters, then sums of the tiles that several blocks share. The kernel
 // finds it zero and leaves it zero. At most as many tiles are shared as blocks run at a time.

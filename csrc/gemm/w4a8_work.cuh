@@ -88,7 +88,7 @@ __device__ inline uint64_t weight_policy(const Params& p) {
 // this one began, so that nothing has to be waited for.
 template <Weights kWeights>
 __device__ inline bool uses_residual(const Params& p) {
-  if constexpr (kWeights != Weights::kNested) return false;
+  if constexpr (!kIsNested<kWeights>) return false;
   const volatile int32_t* flag = p.use_residual;
   return flag == nullptr || *flag != 0;
 }

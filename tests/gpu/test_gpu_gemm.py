@@ -38,7 +38,7 @@ def test_channels_need_only_be_a_multiple_of_eight(n, k, weights):
 @pytest.mark.parametrize(
     "codes, weights",
     [(codes, weights) for weights in WEIGHTS for codes in ("min", "max")]
-    + [("unused", "g128"), ("unused", "nested")],
+    + [("unused", weights) for weights in WEIGHTS[1:]],
 )
 def test_extreme_values_are_exact(codes, weights, fill):
     layer = Layer(512, 14336, weights, codes)
@@ -68,9 +68,10 @@ def test_cupy_agrees_with_the_oracle():
     assert torch.equal(layer(x, x_scale, row_sum), expected)
 
 
+@pytest.mark.parametrize("weights", ["nested g128", "nested g64", "nested g32"])
 @pytest.mark.parametrize("m", [1, 16, 64, 128, 200, 512])
-def test_one_graph_serves_both_precisions_of_a_nested_weight(m):
-    layer = Layer(4096, 512, "nested")
+def test_one_graph_serves_both_precisions_of_a_nested_weight(m, weights):
+    layer = Layer(4096, 512, weights)
     batch = tokens(m, layer.k)
     both = layer.expected(*batch)
     layer.int8 = layer.base_int8
@@ -92,7 +93,7 @@ def test_one_graph_serves_both_precisions_of_a_nested_weight(m):
 
 
 def test_a_flag_needs_a_residual_and_one_int32():
-    layer, batch = Layer(64, 128, "nested"), tokens(4, 128)
+    layer, batch = Layer(64, 128, "nested g128"), tokens(4, 128)
     for flag in (torch.ones(1, device=DEVICE), torch.ones(2, dtype=torch.int32, device=DEVICE)):
         layer.use_residual = flag
         with pytest.raises(RuntimeError, match="use_residual"):
@@ -102,7 +103,7 @@ def test_a_flag_needs_a_residual_and_one_int32():
         layer(*batch)
 
 
-@pytest.mark.parametrize("weights", ["g128", "nested"])
+@pytest.mark.parametrize("weights", ["g128", "g64", "g32", "nested g128", "nested g32"])
 @pytest.mark.parametrize("m", [1, 16, 64, 257, 1024])
 def test_another_stream_and_graph_replay_with_changed_inputs(m, weights):
     layer = Layer(6144, 4096, weights)

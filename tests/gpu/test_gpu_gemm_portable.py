@@ -77,7 +77,7 @@ def test_a_gpu_without_room_for_a_ring_is_refused():
 @pytest.mark.parametrize("m", [1, 16, 64, 257, 1024])
 def test_a_graph_behind_a_quantization_serves_both_precisions_and_new_inputs(m, size):
     """The kernel ahead of each GEMM may still run when it begins."""
-    layer = Layer(6144, 4096, "nested")
+    layer = Layer(6144, 4096, "nested g128")
     layer.use_residual = torch.ones(1, dtype=torch.int32, device=DEVICE)
     floats = torch.randn(m, 4096, device=DEVICE, dtype=torch.bfloat16)
     w4a8_gemm_portable(*layer.arguments(*torch.ops.qoq.quantize_per_token(floats)))

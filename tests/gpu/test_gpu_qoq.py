@@ -4,9 +4,10 @@ import pytest
 import torch
 from engine_process import DEFAULT, EAGER, GRAPHS, run_engines
 from engines import engine
-from qoq_checkpoints import write_dequantized
+from qoq_checkpoints import write_checkpoint, write_dequantized
 
 from vllm_qoq import ops
+from vllm_qoq.numerics import GROUP_SIZES
 from vllm_qoq.routing.table import RoutingError
 
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -30,10 +31,12 @@ def test_graphs_equal_eager(runner, w4a8_dir, w4a8_per_channel_dir, tmp_path):
     assert graphs_per_channel["generation"] == eager_per_channel["generation"]
 
 
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
 def test_perplexity_is_that_of_the_dequantized_weights(
-    tiny_model, w4a8_dir, heldout_text, tmp_path
+    tiny_model, heldout_text, tmp_path, group_size
 ):
-    dequantized = write_dequantized(tiny_model, tmp_path / "dequantized")
+    w4a8_dir = write_checkpoint(tiny_model, tmp_path / "w4a8", group_size)
+    dequantized = write_dequantized(tiny_model, tmp_path / "dequantized", group_size)
     text = heldout_text.read_text()[:20_000]
     specs = [
         {"checkpoint": str(folder), "options": DEFAULT, "text": text}

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 from vllm_qoq.bench import attention_cases
-from vllm_qoq.numerics import GROUP_SIZE, kv_layout, reference
+from vllm_qoq.numerics import kv_layout, reference
 from vllm_qoq.ops import kv_ops, linear_ops, w4a8_layout
 
 CSRC = ROOT / "csrc"
@@ -15,7 +15,6 @@ CSRC = ROOT / "csrc"
 CONSTANTS = [
     ("gemm/w4a8_config.h", "kBlockN", w4a8_layout.BLOCK_N),
     ("gemm/w4a8_config.h", "kBlockK", w4a8_layout.BLOCK_K),
-    ("gemm/w4a8_config.h", "kBlockK", GROUP_SIZE),
     ("gemm/w4a8_config.h", "kCodeBytes", w4a8_layout.CODE_BYTES),
     ("gemm/w4a8_config.h", "kParamBytes", w4a8_layout.PARAM_BYTES),
     ("gemm/w4a8_config.h", "kResidualZero", reference.RESIDUAL_ZERO),

@@ -23,6 +23,9 @@ KINDS = {
     "Channels": {"one cluster a tile", "split", "rounds", "rounds and a cut one", "cut"},
     "Inputs": {"one cluster a tile", "split", "part of a step"},
 }
+FLAT = ("per channel", "g128", "g64", "g32")
+NESTED = ("nested g128", "nested g64", "nested g32")
+FINE = {"g64", "g32", "nested g64", "nested g32"}  # which only some tiles are run for
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="there is no nvcc here")
 
 
@@ -94,7 +97,7 @@ def portable_kernels(folder, *kernels):
 @needs_nvcc
 @pytest.mark.parametrize("code", [one.code for one in cards.FAMILIES[1:]])
 def test_the_portable_tiles_with_the_fewest_registers_to_spare_spill_on_no_family(code, tmp_path):
-    tightest = (("Tile256", "kGrouped"), ("Tile128", "kNested"), ("Tile64", "kNested"))
+    tightest = (("Tile256", "kG128"), ("Tile128", "kNestedG64"), ("Tile64", "kNestedG32"))
     source = portable_kernels(tmp_path, *tightest)
     assert max(spills(compiled(source, code, tmp_path))) <= MOST_SPILLED.get(code, 0)
 
@@ -119,7 +122,7 @@ def test_the_decode_attention_with_the_fewest_registers_spills_on_no_family(code
 
 @needs_nvcc
 def test_every_gpu_has_the_instructions_of_the_portable_path(tmp_path):
-    source = portable_kernels(tmp_path, ("Tile8", "kGrouped"))
+    source = portable_kernels(tmp_path, ("Tile8", "kG128"))
     others = [f"-gencode=arch=compute_{cc},code=sm_{cc}" for cc in (86, 87, 89, 103, 121)]
     run(NVCC, *others, "-std=c++20", "-I", CSRC, "-fatbin", source, "-o", tmp_path / "all.fatbin")
 
@@ -187,7 +190,7 @@ def kinds_reached(said):
     """The kinds of schedules that a program of a GEMM has run, by tile and weights."""
     reached = defaultdict(set)
     for tile, weights, kinds in re.findall(
-        r"^(\w+) (g128|per channel|nested): (.*): M", said, re.M
+        rf"^(\w+) ({'|'.join((*FLAT, *NESTED))}): (.*): M", said, re.M
     ):
         reached[tile, weights] |= set(kinds.split(", "))
     return reached
@@ -202,7 +205,8 @@ def test_every_tile_and_schedule_is_exact_in_any_order_of_threads(gemm_on_the_mo
         # The only tile whose clusters divide k.
         (tile, weights): KINDS[divide] | ({"idle rank"} if tile == "Inputs128Pair" else set())
         for tile, divide in re.findall(r"^using (\w+) += Tile<Divide::k(\w+),", tiles, re.M)
-        for weights in (("nested",) if tile.startswith("Nested") else ("g128", "per channel"))
+        for weights in (NESTED if tile.startswith("Nested") else FLAT)
+        if weights not in FINE or tile in ("Tile16", "Tile128Wide", "Inputs64", "Nested16")
     }
     assert kinds_reached(said) == wanted
 
@@ -214,8 +218,8 @@ def test_every_portable_tile_and_schedule_is_exact_in_any_order_of_threads(build
     wanted = {
         (tile, weights): KINDS["Channels"] | ({"part of a step"} if step == "2" else set())
         for tile, step in re.findall(r"^using (\w+) += Tile<.*, (\d), \d>", tiles, re.M)
-        for weights in ("g128", "per channel", "nested")
-        if (tile, weights) != ("Tile256", "nested")
+        for weights in (FLAT if tile == "Tile256" else FLAT + NESTED)
+        if weights not in FINE or tile in ("Tile8", "Tile64", "Tile256")
     }
     assert kinds_reached(run(program, 1, timeout=300)) == wanted
 

@@ -9,13 +9,14 @@ from vllm_qoq.numerics.packing import pack_nibbles
 from vllm_qoq.ops import linear_ops, w4a8_layout
 
 DEVICE = torch.device("cuda")
-WEIGHTS = ("channel", "g128", "nested")
+# Weights in groups have their size at the end, and two planes where they are nested.
+WEIGHTS = ("channel", "g128", "g64", "g32", "nested g128", "nested g64", "nested g32")
 
 
 class Layer:
     """A random layer on the GPU: stored tensors, packed weight and the int8 it stands for.
 
-    weights  "channel", "g128" or "nested"
+    weights  one of WEIGHTS
     codes    "random", "min", "max", or "unused": group offsets for which codes above 1, which do
              not occur, would leave int8
     """
@@ -32,19 +33,20 @@ class Layer:
             self.int8 = q.to(torch.int8)
             self.packed = w4a8_layout.pack(pack_nibbles(q))
             return
-        scale = torch.randint(1, 17, (n, k // 128), device=DEVICE)
+        group_size = int(weights.rpartition("g")[2])
+        scale = torch.randint(1, 17, (n, k // group_size), device=DEVICE)
         offset = -128 + (torch.rand(scale.shape, device=DEVICE) * (256 - 15 * scale)).long()
         if codes != "random":
             scale.fill_(16)
             offset.fill_({"min": -128, "max": -113, "unused": 100}[codes])
-        w8 = (q.view(n, -1, 128) * scale[..., None] + offset[..., None]).view(n, k)
+        w8 = (q.view(n, -1, group_size) * scale[..., None] + offset[..., None]).view(n, k)
         assert -128 <= int(w8.min()) <= int(w8.max()) <= 127
         self.int8 = w8.to(torch.int8)
         self.packed = w4a8_layout.pack(
             pack_nibbles(q), scale.to(torch.uint8), offset.to(torch.int8)
         )
         self.base_int8 = self.int8
-        if weights == "nested":
+        if weights.startswith("nested"):
             nested = (w8 + torch.randint(-8, 8, w8.shape, device=DEVICE)).clamp(-128, 127)
             self.int8 = nested.to(torch.int8)
             self.residual = w4a8_layout.pack(pack_nibbles(nested - w8 + 8))

@@ -253,6 +253,17 @@ def _of_gemm() -> Iterator[Refusal]:
         weights="channel",
     )
     yield gemm(
+        "weight in groups of another size",
+        lambda a: {"weight": a["weight"].new_zeros(blocks, K // 128, 4096 + 3 * 128)},
+        f"weight is Byte [{blocks}, {K // 128}, 4480], expected Byte [{blocks}, {K // 128}, 4224]",
+    )
+    yield gemm(
+        "weight in small groups of other inputs",
+        lambda a: {"weight": a["weight"].new_zeros(blocks, K // 128 + 1, 4352)},
+        f"weight is Byte [{blocks}, {K // 128 + 1}, 4352], "
+        f"expected Byte [{blocks}, {K // 128}, 4352]",
+    )
+    yield gemm(
         "residual of a channel",
         lambda a: {"residual": a["weight"]},
         "a residual belongs to a weight with groups",

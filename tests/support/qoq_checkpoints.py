@@ -22,7 +22,9 @@ PER_CHANNEL = -1
 def round_to_nearest(weight: torch.Tensor, group_size: int = GROUP) -> dict[str, torch.Tensor]:
     """Leaf -> tensor of a layer with this weight, float [N, K]."""
     weight = weight.float()
-    return _per_channel(weight) if group_size == PER_CHANNEL else _two_levels(weight)
+    if group_size == PER_CHANNEL:
+        return _per_channel(weight)
+    return _two_levels(weight, group_size)
 
 
 def write_plain(model: Path, out: Path, group_size: int = GROUP) -> Path:
@@ -42,9 +44,11 @@ def write_checkpoint(model: Path, out: Path, group_size: int = GROUP) -> Path:
     return _write(model, out, "w4a8", group_size, config)
 
 
-def nested(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def nested(
+    weight: torch.Tensor, group_size: int = GROUP
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Leaves of the base and of the residual of a layer; ties of codes may be one off in int8."""
-    base = round_to_nearest(weight)
+    base = round_to_nearest(weight, group_size)
     exact = (weight.float() / base["channel_scale"][:, None]).round()
     residual = (exact - int8_weight(base) + RESIDUAL_ZERO).clamp(0, 15)
     return base, {"qresidual": pack_nibbles(residual.to(torch.uint8))}
@@ -75,21 +79,22 @@ def write_nested(model: Path, out: Path) -> Path:
     return out
 
 
-def write_dequantized(model: Path, out: Path) -> Path:
+def write_dequantized(model: Path, out: Path, group_size: int = GROUP) -> Path:
     """The model with every weight replaced by what its QoQ tensors stand for, in bf16."""
 
     def tensors_of(layer: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {f"{layer}.weight": dequantize(round_to_nearest(weight)).bfloat16()}
+        return {f"{layer}.weight": dequantize(round_to_nearest(weight, group_size)).bfloat16()}
 
     _copy(model, out, tensors_of)
     return out
 
 
-def _two_levels(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+def _two_levels(weight: torch.Tensor, group_size: int) -> dict[str, torch.Tensor]:
     n, k = weight.shape
     channel_scale = weight.abs().amax(1) / LEVEL1_MAX
     level1 = (weight / channel_scale[:, None]).round()
-    level1 = torch.nn.functional.pad(level1, (0, -k % GROUP), mode="replicate").view(n, -1, GROUP)
+    level1 = torch.nn.functional.pad(level1, (0, -k % group_size), mode="replicate")
+    level1 = level1.view(n, -1, group_size)
     low, high = level1.amin(2), level1.amax(2)
     # 15 steps reach 7 below or above `high`, at most 126.
     group_scale = ((high - low) / 15).round().clamp(1, 16)

@@ -44,7 +44,7 @@ def packed_codes(codes: torch.Tensor) -> torch.Tensor:
 
 
 def permuted(values: torch.Tensor, order: str) -> torch.Tensor:
-    """[N, K / 128] as QServe or deepcompressor stores it."""
+    """[N, groups] as QServe or deepcompressor stores it."""
     places = {
         "qserve": lambda r: r % 8 * 4 + r // 8,
         "deepcompressor": lambda r: r // 16 * 16 + r % 8 * 2 + r // 8 % 2,
@@ -59,13 +59,15 @@ def random_scale(n: int) -> torch.Tensor:
     return (torch.rand(n) * 0.01 + 0.002).half()
 
 
-def two_levels(n: int, k: int, is_ambiguous: bool = False) -> dict[str, torch.Tensor]:
+def two_levels(
+    n: int, k: int, is_ambiguous: bool = False, group_size: int = 128
+) -> dict[str, torch.Tensor]:
     """Codes, scales and integer zero points of which many make `s2_zeros` wrap."""
-    scale = torch.randint(1, 17, (n, k // 128))
+    scale = torch.randint(1, 17, (n, k // group_size))
     zero = torch.full_like(scale, 8) if is_ambiguous else torch.randint(0, 16, scale.shape)
     low = (-128 / scale + zero).ceil().clamp(0, 15)[:, :, None]
     high = (127 / scale + zero).floor().clamp(0, 15)[:, :, None]
-    codes = (low + torch.rand(n, k // 128, 128) * (high - low)).round().long()
+    codes = (low + torch.rand(n, k // group_size, group_size) * (high - low)).round().long()
     channel = random_scale(n)
     level1 = ((codes - zero[:, :, None]) * scale[:, :, None]).view(n, k)
     assert level1.min() >= -128 and level1.max() <= 127
@@ -78,8 +80,8 @@ def two_levels(n: int, k: int, is_ambiguous: bool = False) -> dict[str, torch.Te
     }
 
 
-def g128(n: int, k: int, order: str = "qserve", is_ambiguous: bool = False):
-    parts = two_levels(n, k, is_ambiguous)
+def g128(n: int, k: int, order: str = "qserve", is_ambiguous: bool = False, group_size: int = 128):
+    parts = two_levels(n, k, is_ambiguous, group_size)
     offset = -parts["zero"] * parts["scale"]
     wrapped = (offset + 128) % 256 - 128
     leaves = {

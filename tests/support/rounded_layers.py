@@ -6,10 +6,10 @@ from vllm_qoq.quantizer import gptq
 from vllm_qoq.quantizer.hessian import factored
 from vllm_qoq.quantizer.sets import SetKind
 
-W4A8 = SetKind("w4a8", 128)
 KINDS = [
-    *(SetKind("w8a8", 128), W4A8, SetKind("w4a8", -1)),
+    *(SetKind("w8a8", 128), SetKind("w4a8", 128), SetKind("w4a8", -1)),
     *(SetKind("w4a16", 128), SetKind("w4a16", -1), SetKind("w8a8", 128, "w4a8")),
+    *(SetKind("w4a8", 64), SetKind("w4a8", 32), SetKind("w8a8", 32, "w4a8")),
 ]
 
 
@@ -24,7 +24,7 @@ def round_one(kind, weight, hessian):
     """Round a layer in a set, after the one that it is nested on; returns grid and row losses."""
     base = None
     if kind.base is not None:
-        base = W4A8.grid(weight, torch.bfloat16, clip=True)
+        base = SetKind("w4a8", kind.group_size).grid(weight, torch.bfloat16, clip=True)
         fill(weight, hessian, base)
     grid = kind.grid(weight, torch.bfloat16, True, base)
     return grid, fill(weight, hessian, grid)

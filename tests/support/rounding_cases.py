@@ -9,33 +9,43 @@ import sys
 
 import torch
 
-ROWS, WIDTH = 19, 128  # one more tile than is full
+ROWS = 19  # one more tile than is full
+WIDTHS = (128, 32)
 
 
 def cases(rows=ROWS, device="cpu"):
     """Name -> (function, arguments), the same ones every time."""
+    return {
+        name if width == 128 else f"{name}, {width} columns": case
+        for width in WIDTHS
+        for name, case in _cases(rows, device, width).items()
+        if width == 128 or name in ("search", "round", "descend within reach")
+    }
+
+
+def _cases(rows, device, width):
     random = torch.Generator().manual_seed(0)
 
     def normal(*shape):
         return torch.randn(*shape, generator=random)
 
     spread = torch.tensor([[1.0], [9.0], [60.0]])[torch.arange(rows) % 3]
-    level1 = (normal(rows, 2 * WIDTH) * spread).clamp(-119, 119).view(rows, 2, WIDTH)
+    level1 = (normal(rows, 2 * width) * spread).clamp(-119, 119).view(rows, 2, width)
     level1[5, 1] = 0
     level1[6, 0] = 7.25
-    cost = torch.rand(2, WIDTH, generator=random) + 0.1
-    mixed = normal(WIDTH, WIDTH)
-    hessian = mixed @ mixed.t() / WIDTH + 0.3 * torch.eye(WIDTH)
+    cost = torch.rand(2, width, generator=random) + 0.1
+    mixed = normal(width, width)
+    hessian = mixed @ mixed.t() / width + 0.3 * torch.eye(width)
     lower = torch.linalg.cholesky(hessian).contiguous()
-    ideal = normal(rows, WIDTH) * 4 + 7.5
+    ideal = normal(rows, width) * 4 + 7.5
     ideal[:, 3] = ideal[:, 3].round() + 0.5  # ties
-    base = (normal(rows, WIDTH) * 5 + 7).round()
-    codes, gradient = ideal.round().clamp(0, 15), normal(rows, WIDTH)
+    base = (normal(rows, width) * 5 + 7).round()
+    codes, gradient = ideal.round().clamp(0, 15), normal(rows, width)
     within = codes.maximum(base - 8).minimum(base + 7)
     found = {
         "search": ("search", (level1, cost, 4, True)),
         "search of the row scale": ("search", (level1, cost, 2, False)),
-        "round alone": ("round_columns", (ideal, torch.eye(WIDTH), 0.0, 15.0)),
+        "round alone": ("round_columns", (ideal, torch.eye(width), 0.0, 15.0)),
         "round": ("round_columns", (ideal, lower, 0.0, 15.0)),
         "round within reach": ("round_columns", (ideal, lower, base - 8, base + 7)),
         "descend": ("descend", (codes, gradient, hessian, 0.0, 15.0)),

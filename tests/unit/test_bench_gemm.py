@@ -252,7 +252,8 @@ def test_help_imports_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(name in done.stdout for name in KERNELS)
+    said = "".join(done.stdout.split())  # lines may break within a name
+    assert all(name in said for name in KERNELS)
 
 
 # Measuring

@@ -26,7 +26,7 @@ def test_json_round_trip():
         ({"sets": {"q_proj": {"quant_method": "x"}}}, "'q_proj'.*lower-case"),
         ({"sets": {"model": {"quant_method": "x"}}}, "'model' is reserved"),
         ({"sets": {"w8a8": {}}}, "'w8a8' has no quant_method"),
-        ({"sets": {"w4": {"quant_method": "qoq_linear", "group_size": 64}}}, "w4.group_size: .*64"),
+        ({"sets": {"w4": {"quant_method": "qoq_linear", "group_size": 16}}}, "w4.group_size: .*16"),
         (
             {"sets": {"w8a8": {"quant_method": "qoq_residual", "base": 5}}},
             "w8a8.base: .*string.* 5",

@@ -265,11 +265,12 @@ def raw(kind: str, n: int, k: int):
         leaves, weight = w8a8(n, k)
         return weight, {"scale.0": leaves["dequant_scale"].view(n, 1, 1, 1), "zero": None}
     domain = "scaled_zero" if "post" in kind else "zero"
-    if "g128" in kind:
-        parts = two_levels(n, k)
+    if kind.startswith("g"):
+        group_size = int(kind.split()[0][1:])
+        parts = two_levels(n, k, group_size=group_size)
         zero = parts["zero"] * parts["scale"] if domain == "scaled_zero" else parts["zero"]
         zero = zero - (8 * parts["scale"] if "signed post" in kind else 8 * ("signed" in kind))
-        shape = (n, 1, k // 128, 1)
+        shape = (n, 1, k // group_size, 1)
         return parts["weight"], {
             "scale.0": parts["channel"].view(n, 1, 1, 1),
             "scale.1": parts["scale"].view(shape).half(),
@@ -287,7 +288,7 @@ def raw(kind: str, n: int, k: int):
     return weight, {"scale.0": scale.view(n, 1, 1, 1), domain: zero.view(n, 1, 1, 1)}
 
 
-RAW = ["g128", "g128 post", "g128 signed", "g128 signed post"]
+RAW = ["g128", "g128 post", "g128 signed", "g128 signed post", "g64 post", "g32 signed"]
 RAW += ["channel", "channel post", "channel signed"]
 
 
@@ -307,9 +308,35 @@ def write_raw(place, kind: str) -> dict[str, torch.Tensor]:
 def test_raw_output_of_deepcompressor(place, run, monkeypatch, kind):
     weights = write_raw(place, kind)
     code, report = run()
-    assert code == 0 and report["format"] == ("QoQ g128" if "g128" in kind else "QoQ per channel")
+    assert code == 0 and report["format"] == (
+        f"QoQ {kind.split()[0]}" if kind.startswith("g") else "QoQ per channel"
+    )
     assert verifies(place, monkeypatch)
     assert_weights(place, weights)
+
+
+@pytest.mark.parametrize("size", [64, 32])
+def test_packed_groups_of_another_size_are_read(place, run, monkeypatch, size):
+    tensors, weights = model(lambda n, k: g128(n, k, group_size=size))
+    save_file(tensors, place / "src" / "model.safetensors")
+    code, report = run()
+    assert code == 0 and report["format"] == f"QoQ g{size}"
+    assert report["quantization_config"]["sets"]["w4a8"]["group_size"] == size
+    assert verifies(place, monkeypatch)
+    assert_weights(place, weights)
+
+
+def test_layers_in_groups_of_different_sizes_are_refused(place, run):
+    tensors, _ = model(g128)
+    leaves, _ = g128(*LINEARS[LAYER], group_size=64)
+    tensors |= {f"{LAYER}.{leaf}": value for leaf, value in leaves.items()}
+    save_file(tensors, place / "src" / "model.safetensors")
+    assert_refused(place, run(), f"{LAYER}.s2_", "expected I8")
+
+
+def test_raw_groups_of_a_size_that_there_is_not_are_refused(place, run):
+    write_raw(place, "g16")
+    assert_refused(place, run(), "groups of 16 inputs", "only groups of 128, 64, 32")
 
 
 def test_raw_w8a8_output_of_deepcompressor(place, run, monkeypatch):

@@ -35,6 +35,7 @@ QOQ = {"quant_method": "qoq_linear", "ignore": ["lm_head"]}
 METHODS = {
     "w8a8": SetKind("w8a8", 128).config(),
     "w4a8": QOQ | {"group_size": 128},
+    "w4a8fine": QOQ | {"group_size": 32},
     "w4a8channel": QOQ | {"group_size": PER_CHANNEL},
 }
 

@@ -24,6 +24,7 @@ from vllm_qoq.quantizer.plan import Job
 from vllm_qoq.quantizer.report import refuse_clipped, table
 from vllm_qoq.quantizer.sets import SetKind, dequantize
 
+FINE = SetKind("w4a8", 32), SetKind("w8a8", 32, "w4a8")
 W4, NESTED, W8 = SetKind("w4a8", 128), SetKind("w8a8", 128, "w4a8"), SetKind("w8a8", 128)
 FEW = {"samples": 4, "seqlen": 64, "kv_bits": 16}
 UP = "model.layers.0.mlp.up_proj"
@@ -50,8 +51,9 @@ def filled(kind, weight, hessian, clip=True, base=None):
     kind=st.sampled_from(["normal", "one outlier", "zeros", "two values"]),
     clip=st.booleans(),
     use_gptq=st.booleans(),
+    is_fine=st.booleans(),
 )
-def test_every_residual_fits_and_gives_an_int8(seed, spread, kind, clip, use_gptq):
+def test_every_residual_fits_and_gives_an_int8(seed, spread, kind, clip, use_gptq, is_fine):
     weight, hessian = layer(4, 128, seed)
     if kind == "one outlier":
         weight[0, 5] = 1000
@@ -61,9 +63,10 @@ def test_every_residual_fits_and_gives_an_int8(seed, spread, kind, clip, use_gpt
         weight = weight.sign()
     weight *= spread
     hessian = hessian if use_gptq else None
-    base = filled(W4, weight, hessian, clip)
+    w4, w8 = FINE if is_fine else (W4, NESTED)
+    base = filled(w4, weight, hessian, clip)
     before = base.tensors(torch.bfloat16)
-    nested = filled(NESTED, weight, hessian, clip, base)
+    nested = filled(w8, weight, hessian, clip, base)
     stored = nested.tensors(torch.bfloat16)
     assert stored.keys() == {"qresidual"}
     # dequantize refuses what is no int8
@@ -99,7 +102,7 @@ def test_the_pass_of_its_own_loses_less_than_clipping_afterwards():
     [
         ({"sets": ["w8a8"]}, "give both in sets"),
         ({"sets": ["w4a16", "w4a8"]}, "give both in sets"),
-        ({"group_size": -1}, "give group_size 128"),
+        ({"group_size": -1}, "give group_size 128, 64 or 32"),
         ({"sets": ["w4a8", "w8a8"]}, "give w8a8,w4a8"),
     ],
 )

@@ -11,13 +11,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vllm_qoq import cards, kernel_library, ops
-from vllm_qoq.numerics import GROUP_SIZE, reference
+from vllm_qoq.numerics import GROUP_SIZES, group_count, group_size_of, reference
 from vllm_qoq.numerics.packing import pack_nibbles, unpack_nibbles
 from vllm_qoq.ops import w4a8_layout
 
 settings.register_profile("tensors", deadline=None, max_examples=60)
 settings.load_profile("tensors")
-GROUP = GROUP_SIZE
+GROUP = 128
 LIMITS = st.sampled_from([-128, -127, -1, 0, 1, 127])
 
 
@@ -26,9 +26,9 @@ def integers(seed, low, high, shape, dtype):
     return torch.randint(low, high + 1, shape, generator=generator, dtype=dtype)
 
 
-def grouped_layer(seed, n, groups):
+def grouped_layer(seed, n, groups, group_size=GROUP):
     """Random tensors of a layer in which no weight leaves int8."""
-    codes = integers(seed, 0, 15, (n, groups * GROUP), torch.uint8)
+    codes = integers(seed, 0, 15, (n, groups * group_size), torch.uint8)
     group_scale = integers(seed + 1, 1, 16, (n, groups), torch.int64)
     offset = integers(seed + 2, 0, 1 << 20, (n, groups), torch.int64)
     group_offset = -128 + offset % (256 - 15 * group_scale)
@@ -85,16 +85,18 @@ def test_only_bytes_are_unpacked():
 
 
 @settings(max_examples=10)
-@given(seeds, st.integers(0, 3), st.integers(1, 2))
-def test_both_levels_equal_a_loop_over_the_weights(seed, n, groups):
-    tensors = grouped_layer(seed, n, groups)
+@given(seeds, st.integers(0, 3), st.integers(1, 2), st.sampled_from(GROUP_SIZES))
+@example(seed=1, n=2, groups=3, size=32)
+@example(seed=1, n=2, groups=3, size=64)
+def test_both_levels_equal_a_loop_over_the_weights(seed, n, groups, size):
+    tensors = grouped_layer(seed, n, groups, size)
     level1 = reference.int8_weight(tensors)
     whole = reference.dequantize(tensors)
-    assert level1.shape == whole.shape == (n, groups * GROUP)
+    assert level1.shape == whole.shape == (n, groups * size)
     for row in range(n):
-        for column in range(groups * GROUP):
-            scale = int(tensors["group_scale"][row, column // GROUP])
-            offset = int(tensors["group_offset"][row, column // GROUP])
+        for column in range(groups * size):
+            scale = int(tensors["group_scale"][row, column // size])
+            offset = int(tensors["group_offset"][row, column // size])
             expected = code(tensors, row, column) * scale + offset
             assert int(level1[row, column]) == expected
             product = np.float32(expected) * tensors["channel_scale"][row].numpy()
@@ -115,6 +117,22 @@ def test_a_channel_without_groups_equals_a_loop_over_the_weights(seed, n, pairs)
         for column in range(2 * pairs):
             product = np.float32(code(tensors, row, column)) * tensors["channel_scale"][row].numpy()
             assert whole[row, column].numpy() == product - tensors["channel_zero"][row].numpy()
+
+
+def test_the_group_size_follows_from_the_numbers_of_inputs_and_groups():
+    for inputs in range(2, 1025, 2):
+        for size in GROUP_SIZES:
+            groups = group_count(inputs, size)
+            assert groups == 1 or group_size_of(inputs, groups) == size
+            assert group_size_of(inputs, groups) is not None
+    assert group_size_of(256, 3) is None
+
+
+def test_a_number_of_groups_that_no_size_gives_is_refused():
+    tensors = grouped_layer(0, 3, 3, 64)
+    tensors["qweight"] = tensors["qweight"][:, :64]
+    with pytest.raises(ValueError, match="group_scale: 3 groups of 128 inputs"):
+        reference.int8_weight(tensors)
 
 
 @given(st.integers(0, 15), st.integers(1, 16), st.integers(-128, 127))
@@ -220,9 +238,9 @@ def test_ops_are_registered_as_pytorch_expects(is_grouped):
     torch.library.opcheck(torch.ops.qoq.w4a8_gemm.default, tuple(arguments))
 
 
-def nested_arguments(seed, m, use_residual):
+def nested_arguments(seed, m, use_residual, group_size=GROUP):
     """Arguments of a weight with groups and a residual, and the two int8 weights they mean."""
-    tensors = grouped_layer(seed, 8, 2)
+    tensors = grouped_layer(seed, 8, 256 // group_size, group_size)
     # So that 8 more or less is an int8 as well.
     tensors["group_offset"].clamp_(-100, 0)
     tensors["group_scale"].clamp_(max=6)
@@ -237,9 +255,10 @@ def nested_arguments(seed, m, use_residual):
     "flag, meant", [(0, "base"), (1, "nested"), (7, "nested"), (None, "nested")]
 )
 @pytest.mark.parametrize("is_packed", [False, True])
-def test_a_flag_leaves_the_residual_out(flag, meant, is_packed):
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_a_flag_leaves_the_residual_out(flag, meant, is_packed, group_size):
     use_residual = None if flag is None else torch.tensor([flag], dtype=torch.int32)
-    arguments, base, nested = nested_arguments(11, 5, use_residual)
+    arguments, base, nested = nested_arguments(11, 5, use_residual, group_size)
     alone = arguments[:11]
     alone[3], alone[6], alone[7] = base if flag == 0 else nested, None, None
     if is_packed:
@@ -249,7 +268,8 @@ def test_a_flag_leaves_the_residual_out(flag, meant, is_packed):
     got = torch.ops.qoq.w4a8_gemm(*arguments)
     assert torch.equal(got, torch.ops.qoq.w4a8_gemm(*alone))
     assert not torch.equal(base, nested)
-    torch.library.opcheck(torch.ops.qoq.w4a8_gemm.default, tuple(arguments))
+    if group_size == GROUP:
+        torch.library.opcheck(torch.ops.qoq.w4a8_gemm.default, tuple(arguments))
 
 
 @pytest.mark.parametrize(
@@ -291,6 +311,7 @@ def test_a_weight_unpacked_at_load_gives_the_same(m):
         (5, torch.zeros(4), "either channel_zero or group_scale"),
         (6, None, "either channel_zero or group_scale"),
         (6, torch.ones(4, 1, dtype=torch.uint8), r"group_scale is Byte \[4, 1\]"),
+        (6, torch.ones(4, 4, dtype=torch.uint8), r"group_offset is Char \[4, 2\], .* \[4, 4\]"),
         (7, torch.ones(4, 2), "group_offset is Float"),
         (8, torch.zeros(5), r"bias is Float \[5\]"),
         (9, torch.float32, "bfloat16 or float16"),

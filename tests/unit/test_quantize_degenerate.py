@@ -87,7 +87,7 @@ def test_scales_of_down_projs_inputs_are_finite(inputs, columns, bits):
     x, weight = torch.randn(TOKENS, 256), torch.randn(16, 256)
     x[:, {"none": [], "some": range(100), "all": range(256)}[inputs]] = 0
     weight[:, {"none": [], "some": range(60, 140), "all": range(256)}[columns]] = 0
-    found = strength.down_scale(x, x.abs().amax(0), weight, bits)
+    found = strength.down_scale(x, x.abs().amax(0), weight, bits, 128)
     assert found.isfinite().all() and (found > 0).all()
 
 

@@ -6,14 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounded_layers import correlated_inputs, fill, output_error
 
-from vllm_qoq.numerics import reference
+from vllm_qoq.numerics import GROUP_SIZES, reference
 from vllm_qoq.quantizer import QuantizeError, gptq
 from vllm_qoq.quantizer.grid import PROTECTED
 from vllm_qoq.quantizer.sets import SetKind, dequantize
 
 KINDS = [SetKind("w4a8", 128), SetKind("w4a8", -1), SetKind("w4a16", 128), SetKind("w8a8", 128)]
-KINDS += [SetKind("w4a16", -1)]
-EVERY_KIND = pytest.mark.parametrize("kind", KINDS, ids=lambda k: f"{k.name} g{k.group_size}")
+KINDS += [SetKind("w4a16", -1), SetKind("w4a16", 32)]
+FINE = [SetKind("w4a8", 64), SetKind("w4a8", 32)]
+EVERY_KIND = pytest.mark.parametrize(
+    "kind", [*KINDS, *FINE], ids=lambda k: f"{k.name} g{k.group_size}"
+)
 
 
 def weights(n=16, k=256, seed=0):
@@ -84,10 +87,11 @@ def test_compressed_tensors_reads_what_we_pack(kind):
     spread=st.sampled_from([1e-6, 1.0, 1e4]),
     kind=st.sampled_from(["normal", "one outlier", "all equal", "zeros", "positive", "two values"]),
     clip=st.booleans(),
+    size=st.sampled_from(GROUP_SIZES),
 )
-def test_every_group_keeps_the_protective_range(rows, groups, seed, spread, kind, clip):
+def test_every_group_keeps_the_protective_range(rows, groups, seed, spread, kind, clip, size):
     random = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, 128 * groups, generator=random)
+    weight = torch.randn(rows, size * groups, generator=random)
     if kind == "one outlier":
         weight[0, 5] = 1000
     elif kind == "all equal":
@@ -99,7 +103,7 @@ def test_every_group_keeps_the_protective_range(rows, groups, seed, spread, kind
     elif kind == "two values":
         weight = weight.sign()
     weight *= spread
-    grid = quantized(SetKind("w4a8", 128), weight, clip=clip)
+    grid = quantized(SetKind("w4a8", size), weight, clip=clip)
     stored = grid.tensors(torch.bfloat16)
     scale, offset = stored["group_scale"].int(), stored["group_offset"].int()
     assert scale.min() >= 1 and scale.max() <= 16
@@ -113,11 +117,12 @@ def test_every_group_keeps_the_protective_range(rows, groups, seed, spread, kind
         assert (result - weight).abs().max() <= step * 0.51 + stored["channel_scale"].max() * 0.51
 
 
-def test_brute_force_finds_the_best_group():
+@pytest.mark.parametrize("size", GROUP_SIZES)
+def test_brute_force_finds_the_best_group(size):
     """Against every scale and offset there is, for one group with level 1 as it was chosen."""
-    weight = weights(1, 128, seed=3)
+    weight = weights(1, size, seed=3)
     weight[0, 9] = 5
-    grid = quantized(SetKind("w4a8", 128), weight)
+    grid = quantized(SetKind("w4a8", size), weight)
     level1 = weight / grid.channel_scale[:, None]
     best = min(
         float(((((level1 - o) / s).round().clamp(0, 15) * s + o) - level1).square().sum())
@@ -126,6 +131,30 @@ def test_brute_force_finds_the_best_group():
     )
     found = float((grid.dequantized() / grid.channel_scale[:, None] - level1).square().sum())
     assert found <= best * 1.02
+
+
+def test_smaller_groups_lose_less():
+    weight, x = weights(64), correlated_inputs()
+    hessian = x.t() @ x / len(x)
+    errors = [
+        output_error(weight, quantized(kind, weight, hessian).dequantized(), hessian)
+        for kind in (KINDS[0], *FINE)
+    ]
+    assert errors[2] < 0.95 * errors[1] < 0.9 * errors[0]
+
+
+def test_a_group_is_chosen_from_weights_that_carry_the_errors_before_it():
+    """A grid that is chosen for a whole block of 128 columns at once would not see them."""
+    weight, x = weights(64, 128), correlated_inputs(128)
+    grid = SetKind("w4a8", 32).grid(weight, torch.bfloat16, True)
+    seen, start = [], grid.start
+    grid.start = lambda part, cost, first: seen.append(part.clone()) or start(part, cost, first)
+    fill(weight, x.t() @ x / len(x), grid)
+    assert [part.shape for part in seen] == [(64, 32)] * 4
+    assert torch.equal(seen[0], weight[:, :32])
+    assert not any(
+        torch.equal(part, weight[:, 32 * i :][:, :32]) for i, part in enumerate(seen) if i
+    )
 
 
 def test_the_error_of_a_column_is_passed_on():

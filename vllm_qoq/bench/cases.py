@@ -19,7 +19,13 @@ TIMED_TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024, 4096)
 
 # Our kernels, and the bits of a weight with its group's scale and offset. The nested one is W8A8
 # and reads the planes of both sets.
-OURS = {"qoq-g128": 4.125, "qoq-channel": 4.0, "qoq-nested": 8.125}
+OURS = {
+    "qoq-g128": 4.125,
+    "qoq-g64": 4.25,
+    "qoq-g32": 4.5,
+    "qoq-channel": 4.0,
+    "qoq-nested": 8.125,
+}
 # The kernels they are compared with, and the bits of an input.
 PEERS = {
     "cublas-bf16": 16,

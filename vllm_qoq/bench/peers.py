@@ -46,17 +46,21 @@ def copies(weight_bytes: float) -> int:
     return max(_FEWEST_COPIES, min(_MOST_COPIES, math.ceil(_BYTES / weight_bytes)))
 
 
-def qoq(n: int, k: int, is_grouped: bool, is_nested: bool = False) -> Calls:
-    """Prepare our kernel, qoq::w4a8_gemm, with groups or without, or with a second plane."""
+def qoq(n: int, k: int, group_size: int, is_nested: bool = False) -> Calls:
+    """Prepare our kernel, qoq::w4a8_gemm.
+
+    group_size  0 for a scale per channel
+    is_nested   whether the weight has a second plane
+    """
     blocks = -(-n // w4a8_layout.BLOCK_N), k // w4a8_layout.BLOCK_K
-    sizes = [w4a8_layout.packed_bytes(is_grouped)]
+    sizes = [w4a8_layout.block_bytes(group_size)]
     if is_nested:
-        sizes.append(w4a8_layout.packed_bytes(is_grouped=False))
+        sizes.append(w4a8_layout.block_bytes(0))
     weights = [
         [torch.randint(0, 256, (*blocks, size), dtype=torch.uint8, device="cuda") for size in sizes]
         for _ in range(copies(math.prod(blocks) * sum(sizes)))
     ]
-    scale, zero = _scale(n), None if is_grouped else _scale(n)
+    scale, zero = _scale(n), None if group_size else _scale(n)
 
     def calls(m: int) -> list[Call]:
         x = _int8(m, k)
@@ -424,9 +428,11 @@ def _int4(rows: int, columns: int, count: int) -> list[torch.Tensor]:
 
 # The order is that of cases.KERNELS.
 PREPARE: dict[str, Callable[[int, int], Calls]] = {
-    "qoq-g128": partial(qoq, is_grouped=True),
-    "qoq-channel": partial(qoq, is_grouped=False),
-    "qoq-nested": partial(qoq, is_grouped=True, is_nested=True),
+    "qoq-g128": partial(qoq, group_size=128),
+    "qoq-g64": partial(qoq, group_size=64),
+    "qoq-g32": partial(qoq, group_size=32),
+    "qoq-channel": partial(qoq, group_size=0),
+    "qoq-nested": partial(qoq, group_size=128, is_nested=True),
     "cublas-bf16": cublas_bf16,
     "cutlass-int8": partial(cutlass_w8a8, random=_int8),
     "cutlass-fp8": partial(cutlass_w8a8, random=_fp8),

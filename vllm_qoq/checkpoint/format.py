@@ -53,12 +53,12 @@ the mean of its keys after RoPE, which is subtracted from every key. Any finite 
 function of the model as it is. All sets share it, as they share the cache.
 
 QoQ. A set with `{"quant_method": "qoq_linear", "group_size": 128}` (`QoQSet`) holds,
-for a layer with N outputs and K inputs,
+for a layer with N outputs and K inputs in groups of G = 128, 64 or 32,
 
     qweight        uint8   [N, K / 2]    codes 0..15, two a byte, the even k in the low nibble
     channel_scale  float32 [N]           finite, positive
-    group_scale    uint8   [N, ceil(K / 128)]  1..16
-    group_offset   int8    [N, ceil(K / 128)]
+    group_scale    uint8   [N, ceil(K / G)]  1..16
+    group_offset   int8    [N, ceil(K / G)]
 
     W8 = q * group_scale + group_offset    an int8 for every code that occurs
     W  = W8 * channel_scale
@@ -137,7 +137,7 @@ class QoQSet(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     quant_method: Literal["qoq_linear"] = "qoq_linear"
-    group_size: Literal[128, -1] = 128
+    group_size: Literal[128, 64, 32, -1] = 128
     ignore: tuple[str, ...] = Field(default=("lm_head",), max_length=MOST_RULES)
 
     @classmethod
@@ -163,14 +163,14 @@ class QoQSet(BaseModel):
         shapes = {"qweight": ("U8", [n, k // 2]), "channel_scale": ("F32", [n])}
         if group == -1:
             return shapes | {"channel_zero": ("F32", [n])}
-        groups = group_count(k)
+        groups = group_count(k, group)
         return shapes | {"group_scale": ("U8", [n, groups]), "group_offset": ("I8", [n, groups])}
 
 
 class ResidualSet(BaseModel):
     """An 8-bit set that is stored as what it adds to a QoQ set.
 
-    base  the qoq_linear set with groups of 128, which says what is quantized
+    base  the qoq_linear set with groups, which says what is quantized
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -33,7 +33,6 @@ from vllm_qoq.checkpoint.format import (
     split_layer,
 )
 from vllm_qoq.errors import FormatError, shown
-from vllm_qoq.numerics import GROUP_SIZE
 
 StorageMethod = Literal["plain", "dense", "packed", "gptq", "awq", "qoq", "residual"]
 Leaves = Mapping[str, TensorInfo]
@@ -247,7 +246,7 @@ def _qoq(leaves: Leaves, config: Mapping[str, Any]) -> Layout:
 def _residual(leaves: Leaves) -> Layout:
     n, k = _nibbles(leaves, "qresidual")
     _only(leaves, ResidualSet.tensors(n, k), QOQ_RESIDUAL)
-    return Layout("residual", n, k, bits=4, block=(1, GROUP_SIZE))
+    return Layout("residual", n, k, bits=4, block=(1, k))  # the groups are the base's
 
 
 def _nibbles(leaves: Leaves, leaf: str) -> tuple[int, int]:

@@ -12,7 +12,11 @@ from vllm_qoq.cli.parser import Commands, Parser
 if TYPE_CHECKING:
     from vllm_qoq.importer.job import Imported
 
-_FORMATS = {"g128": "QoQ g128", "channel": "QoQ per channel", "w8a8": "W8A8"}
+_FORMATS = {
+    **{kind: f"QoQ {kind}" for kind in ("g128", "g64", "g32")},
+    "channel": "QoQ per channel",
+    "w8a8": "W8A8",
+}
 
 
 def add_parser(commands: Commands[Parser]) -> None:
@@ -38,7 +42,8 @@ def add_parser(commands: Commands[Parser]) -> None:
     parser.add_argument(
         "--s2-order",
         choices=("qserve", "deepcompressor"),
-        help="who packed a g128 checkpoint, where the numbers do not show it (default: qserve)",
+        help="who packed a checkpoint with groups, where its numbers do not show it "
+        "(default: qserve)",
     )
     arguments.add_dry_run(parser)
     arguments.add_reporting(parser, _import)

@@ -40,7 +40,7 @@ def add_parser(commands: Commands[Parser]) -> None:
         help="store w8a8 as 4 bits on top of w4a8's, which stay the same",
     )
     arguments.add_max_clipped(parser)
-    parser.add_argument("--group-size", type=int, choices=(128, -1), help="default: 128")
+    parser.add_argument("--group-size", type=int, choices=(128, 64, 32, -1), help="default: 128")
     parser.add_argument(
         "--kv-bits", type=int, choices=(4, 8, 16), help="KV cache to prepare for (default: 4)"
     )

@@ -3,11 +3,11 @@
 `model.pt` has the rounded weights as float16 under Hugging Face names, `scale.pt`
 
     L.weight.scale.0      [N, 1, ...]              s1, per output channel
-    L.weight.scale.1      [N, 1, K / 128, ...]     s2, per group; g128 only
+    L.weight.scale.1      [N, 1, K / G, ...]       s2, per group of G inputs
     L.weight.zero         like the last scale      an integer z:         W = (q - z) * scale
     L.weight.scaled_zero  like the last scale      z * scale in effect:  W = q * scale - it
 
-with W / s1 and s2 in place of W and scale for g128. Codes come from rounding, and are
+with W / s1 and s2 in place of W and scale where there are groups. Codes come from rounding, and are
 accepted only if they give the weights back.
 """
 
@@ -18,10 +18,9 @@ import torch
 from vllm_qoq.checkpoint.folder import TensorInfo
 from vllm_qoq.errors import FormatError
 from vllm_qoq.importer import level2
-from vllm_qoq.importer.detect import VECTORS, Kind
+from vllm_qoq.importer.detect import GROUP_SIZE_OF, VECTORS, Kind
 from vllm_qoq.importer.source import RAW_SCALES, Source
 from vllm_qoq.importer.values import check_finite, check_scale, damaged
-from vllm_qoq.numerics import GROUP_SIZE
 from vllm_qoq.numerics.packing import pack_nibbles
 
 # The relative step and the smallest number of float16.
@@ -54,8 +53,9 @@ class RawLayers:
     def _convert(self, layer: str) -> dict[str, torch.Tensor]:
         info = self._model.tensors[f"{layer}.weight"]
         weight = check_finite(info, self._model.get(info.name)).float().contiguous()
-        convert = {"g128": self._g128, "channel": self._channel, "w8a8": self._w8a8}
-        return convert[self._kind](info, weight)
+        if self._kind in GROUP_SIZE_OF:
+            return self._grouped(info, weight, weight.shape[1] // GROUP_SIZE_OF[self._kind])
+        return self._channel(info, weight) if self._kind == "channel" else self._w8a8(info, weight)
 
     def _w8a8(self, info: TensorInfo, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         scale = self._numbers(info, "scale.0", weight.shape[0], 1)
@@ -78,19 +78,21 @@ class RawLayers:
             "channel_zero": zero.flatten(),
         }
 
-    def _g128(self, info: TensorInfo, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _grouped(
+        self, info: TensorInfo, weight: torch.Tensor, groups: int
+    ) -> dict[str, torch.Tensor]:
         n, k = weight.shape
         channel_scale = self._numbers(info, "scale.0", n, 1)
-        scale = self._numbers(info, "scale.1", n, k // GROUP_SIZE)
-        zero = self._zero(info, scale, n, k // GROUP_SIZE)
+        scale = self._numbers(info, "scale.1", n, groups)
+        zero = self._zero(info, scale, n, groups)
         if not ((scale >= 1) & (scale <= level2.MAX_SCALE) & (scale == scale.round())).all():
             raise damaged(
                 self._scale_info(info, "scale.1"), f"holds more than integers 1..{level2.MAX_SCALE}"
             )
         if not (zero == zero.round()).all():
             raise damaged(info, f"has a zero point in {RAW_SCALES} that is not an integer")
-        groups = (weight / channel_scale).view(n, -1, GROUP_SIZE)
-        codes = ((groups + zero[:, :, None]) / scale[:, :, None]).round()
+        level1 = (weight / channel_scale).view(n, groups, -1)
+        codes = ((level1 + zero[:, :, None]) / scale[:, :, None]).round()
         if codes.amin() < 0:
             codes, zero = codes + _SIGNED, zero + _SIGNED * scale
         _check_codes(info, codes, 0, 15)
@@ -143,7 +145,7 @@ def _grouped(
 ) -> dict[str, torch.Tensor]:
     codes, scale = codes.to(torch.uint8), scale.to(torch.int16)
     offset = (-zero).to(torch.int16)
-    low, high = level2.extent(codes)
+    low, high = level2.extent(codes, scale.shape[1])
     if not level2.fits(low, high, scale, offset).all():
         raise damaged(info, "has weights beyond int8 on the first level")
     codes, group_offset = level2.canonical(codes, low, scale, offset)

@@ -111,13 +111,13 @@ def open_source(folder: Path, base: Path, order: S2Order | None) -> Opened:
     model = linear_layers(read_config(base), "imported")
     if is_raw:
         weights, scales = source.open_raw(folder)
-        kind = detect.raw_kind(scales.tensors)
+        kind = detect.raw_kind(scales.tensors, model)
         dropped = detect.check_raw(weights.tensors, kind, model)
         detect.check_scales(scales.tensors, kind, model)
         raw = RawLayers(weights, scales, kind)
         return Opened(kind, model, tensors=weights, layers=raw, dropped=tuple(dropped))
     weights = source.open_packed(folder)
-    kind = detect.packed_kind(weights.tensors)
+    kind = detect.packed_kind(weights.tensors, model)
     dropped = detect.check_packed(weights.tensors, kind, model)
     packed = PackedLayers(weights, kind, order)
     return Opened(kind, model, tensors=weights, layers=packed, dropped=tuple(dropped))
@@ -164,7 +164,7 @@ def _check_values(opened: Opened, progress: Progress) -> dict[str, torch.Tensor]
 def _set_config(kind: Kind) -> Mapping[str, Any]:
     if kind == "w8a8":
         return _W8A8
-    return QoQSet(group_size=128 if kind == "g128" else -1).model_dump(mode="json")
+    return _qoq_set(kind).model_dump(mode="json")
 
 
 def _plain(opened: Opened) -> list[str]:
@@ -197,4 +197,8 @@ def _infos(opened: Opened, is_tied: bool) -> dict[str, TensorInfo]:
 def _leaves(kind: Kind, n: int, k: int) -> dict[str, tuple[str, list[int]]]:
     if kind == "w8a8":
         return {"weight": ("I8", [n, k]), "weight_scale": ("F32", [n, 1])}
-    return QoQSet(group_size=128 if kind == "g128" else -1).tensors(n, k)
+    return _qoq_set(kind).tensors(n, k)
+
+
+def _qoq_set(kind: Kind) -> QoQSet:
+    return QoQSet.model_validate({"group_size": detect.GROUP_SIZE_OF.get(kind, -1)})

@@ -78,7 +78,7 @@ def import_checkpoint(
     base      folder with config.json and tokenizer of the model that was quantized, or its id
     output    the folder to make
     kv_bits   what K and V were prepared for; by default 4 for QoQ, 16 for W8A8
-    s2_order  who packed a g128 checkpoint, where the numbers do not show it; by default QServe
+    s2_order  who packed one with groups, where the numbers do not show it; by default QServe
     dry_run   check everything and write nothing
     overwrite replace an older output, if it is ours
     quiet     print no progress

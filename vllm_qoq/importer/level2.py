@@ -1,4 +1,4 @@
-"""Conversion of the second level of QoQ g128, `W8 = q * group_scale + offset`, from QServe's.
+"""Conversion of QoQ's second level, `W8 = q * group_scale + offset`, from QServe's.
 
 QServe's kernel adds a byte, so its `s2_zeros` is the offset modulo 256: an offset of
 -240 (codes 8..15 of scale 16) is stored as 16. Ours must not wrap for a code that occurs.
@@ -8,31 +8,28 @@ from __future__ import annotations
 
 import torch
 
-from vllm_qoq.numerics import GROUP_SIZE
-
 CLEAN, UNUSUAL, BROKEN = 0, 1, 2
 MAX_SCALE = 16
 _LOW, _HIGH = -128, 127
 
 
-def extent(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the smallest and the largest code of each group: uint8 [N, K] to int16 [N, K / 128]."""
-    groups = codes.view(codes.shape[0], -1, GROUP_SIZE)
-    low, high = groups.aminmax(dim=-1)
+def extent(codes: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the smallest and the largest code of each group: uint8 [N, K] to int16 [N, groups]."""
+    low, high = codes.view(codes.shape[0], groups, -1).aminmax(dim=-1)
     return low.to(torch.int16), high.to(torch.int16)
 
 
 def fits(
     low: torch.Tensor, high: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor
 ) -> torch.Tensor:
-    """Find the groups whose weights int8 holds: bool [N, K / 128]. All arguments are int16."""
+    """Find the groups whose weights int8 holds: bool [N, groups]. All arguments are int16."""
     return (low * scale + offset >= _LOW) & (high * scale + offset <= _HIGH)
 
 
 def unwrap(
     low: torch.Tensor, high: torch.Tensor, scale: torch.Tensor, zeros: torch.Tensor
 ) -> tuple[torch.Tensor, int]:
-    """Find the offsets, int16, that `s2_zeros` (int8 [N, K / 128]) mean, and how sound they are.
+    """Find the offsets, int16, that `s2_zeros` (int8 [N, groups]) mean, and how sound they are.
 
     CLEAN     all are in -255..0, as both converters write them
     UNUSUAL   some are positive; the weights are still those of QServe's kernel
@@ -50,11 +47,11 @@ def unwrap(
 def canonical(
     codes: torch.Tensor, low: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rewrite codes uint8 [N, K] and offsets int8 [N, K / 128] so that they never wrap.
+    """Rewrite codes uint8 [N, K] and offsets int8 [N, groups] so that they never wrap.
 
     `offset` int16 must fit (`fits`). Where it is below int8, the group's codes begin
     above 0 and can be moved down: q * s + o == (q - low) * s + (o + low * s).
     """
     shift = torch.where(offset < _LOW, low, 0)
-    groups = codes.view(codes.shape[0], -1, GROUP_SIZE) - shift.to(torch.uint8)[:, :, None]
+    groups = codes.view(*offset.shape, -1) - shift.to(torch.uint8)[:, :, None]
     return groups.view_as(codes), (offset + shift * scale).to(torch.int8)

@@ -9,7 +9,7 @@ import torch
 
 from vllm_qoq.errors import FormatError
 from vllm_qoq.importer import level2, tiles
-from vllm_qoq.importer.detect import Kind
+from vllm_qoq.importer.detect import GROUP_SIZE_OF, Kind
 from vllm_qoq.importer.source import Source
 from vllm_qoq.importer.tiles import S2_ORDERS, S2Order
 from vllm_qoq.importer.values import check_finite, check_scale, damaged
@@ -50,7 +50,7 @@ class PackedLayers:
 
     def settle(self) -> None:
         """Decide on the order of `s2_scales`, which one converter wrote and so is one for all."""
-        if self._kind != "g128":
+        if self._kind not in GROUP_SIZE_OF:
             return
         proofs = {layer: order for layer in self._ranks if (order := self._proof(layer))}
         by_order = {order: layer for layer, order in proofs.items()}
@@ -78,7 +78,7 @@ class PackedLayers:
         codes = tiles.unpack_tiles(self._get(layer, "qweight"))
         if self._kind == "channel":
             return {"qweight": pack_nibbles(codes)}
-        low, high = level2.extent(codes)
+        low, high = level2.extent(codes, self._groups(layer))
         scale, offset, _ = self._level2(layer, self._order, low, high)
         codes, group_offset = level2.canonical(codes, low, scale, offset)
         return {
@@ -96,7 +96,8 @@ class PackedLayers:
                 f"holds scales from {int(scales.min())} to {int(scales.max())}, "
                 f"expected 1 to {level2.MAX_SCALE}",
             )
-        low, high = level2.extent(tiles.unpack_tiles(self._get(layer, "qweight")))
+        codes = tiles.unpack_tiles(self._get(layer, "qweight"))
+        low, high = level2.extent(codes, self._groups(layer))
         ranks = {order: self._level2(layer, order, low, high)[2] for order in S2_ORDERS}
         if min(ranks.values()) == level2.BROKEN:
             raise damaged(
@@ -108,7 +109,7 @@ class PackedLayers:
     def _level2(
         self, layer: str, order: S2Order, low: torch.Tensor, high: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Scale and offset int16 [N, K / 128] if `order` is right, and how sound they are."""
+        """Scale and offset int16 [N, groups] if `order` is right, and how sound they are."""
         scale = tiles.channels_first(self._get(layer, "s2_scales"), order).to(torch.int16)
         zeros = tiles.channels_first(self._get(layer, "s2_zeros"), order)
         offset, rank = level2.unwrap(low, high, scale, zeros)
@@ -120,6 +121,10 @@ class PackedLayers:
         if ranks["qserve"] == ranks["deepcompressor"]:
             return None
         return min(S2_ORDERS, key=lambda order: ranks[order])
+
+    def _groups(self, layer: str) -> int:
+        """The groups of a row."""
+        return self._source.tensors[f"{layer}.s2_scales"].shape[0]
 
     def _get(self, layer: str, leaf: str) -> torch.Tensor:
         return self._source.get(f"{layer}.{leaf}")

@@ -6,7 +6,7 @@
     byte    r % 8 * 64  +  c / 4 % 4 * 16  +  c / 16 * 8  +  r / 8 % 2 * 4  +  c % 4
     nibble  r / 16      0 is the low one
 
-`s2_scales` and `s2_zeros` int8 [K / 128, N] permute the channels of each 32:
+`s2_scales` and `s2_zeros` int8 [groups, N] permute the channels of each 32:
 
     qserve          channel r is at  r % 8 * 4  +  r / 8             0 8 16 24 1 9 17 25 ...
     deepcompressor  channel r is at  r / 16 * 16  +  r % 8 * 2  +  r / 8 % 2   0 8 1 9 2 10 ...
@@ -39,7 +39,7 @@ def unpack_tiles(qweight: torch.Tensor) -> torch.Tensor:
 
 
 def channels_first(stored: torch.Tensor, order: S2Order) -> torch.Tensor:
-    """Reorder `s2_scales` or `s2_zeros` [K / 128, N] to [N, K / 128] with channel n in row n."""
+    """Reorder `s2_scales` or `s2_zeros` [groups, N] to [N, groups] with channel n in row n."""
     groups, n = stored.shape
     if order == "qserve":
         channels = stored.reshape(groups, n // TILE, 8, 4).transpose(2, 3)

@@ -8,13 +8,21 @@ key_bias             whether a bias of K spoils a quantized cache
 rotation             the basis of a rotated residual stream
 """
 
-GROUP_SIZE = 128
-"""Inputs that share a group_scale of a QoQ set."""
+GROUP_SIZES = (128, 64, 32)
+"""The numbers of inputs that may share a group_scale of a QoQ set."""
 
 
-def group_count(inputs: int) -> int:
+def group_count(inputs: int, group_size: int) -> int:
     """Count the groups of a layer's inputs, of which the last may be smaller."""
-    return -(-inputs // GROUP_SIZE)
+    return -(-inputs // group_size)
+
+
+def group_size_of(inputs: int, groups: int) -> int | None:
+    """Find the group size with which so many inputs have so many groups; None if there is none.
+
+    There is one at most, but where a single group holds all inputs, whose size does not matter.
+    """
+    return next((size for size in GROUP_SIZES if group_count(inputs, size) == groups), None)
 
 
 MAX_CLIPPED = 0.1

@@ -11,7 +11,7 @@ from functools import cache
 
 import torch
 
-from vllm_qoq.numerics import GROUP_SIZE, group_count
+from vllm_qoq.numerics import group_size_of
 from vllm_qoq.numerics.packing import unpack_nibbles
 
 INT8_MAX = 127
@@ -62,9 +62,11 @@ def level1_int8(
 ) -> torch.Tensor:
     """Compute W8 = q * group_scale + group_offset, int8 [N, K].
 
-    qweight uint8 [N, K / 2], group_scale uint8 and group_offset int8 [N, ceil(K / 128)].
-    Raises ValueError, beginning with the tensor's name, for a group_scale outside 1..16
-    and where a weight leaves int8, which no valid checkpoint does.
+    qweight uint8 [N, K / 2], group_scale uint8 and group_offset int8 [N, ceil(K / G)], with
+    G a group size, which follows from these shapes.
+    Raises ValueError, beginning with the tensor's name, for a number of groups that no group size
+    gives, for a group_scale outside 1..16 and where a weight leaves int8, which no valid
+    checkpoint does.
     """
     if group_scale.numel():
         low, high = int(group_scale.min()), int(group_scale.max())
@@ -72,9 +74,12 @@ def level1_int8(
             raise ValueError(f"group_scale: from {low} to {high}, outside 1..{GROUP_SCALE_MAX}")
     codes = unpack_nibbles(qweight).to(torch.int16)
     n, k = codes.shape
-    if k % GROUP_SIZE:  # a code of 0 stands for the offset, so what pads the last group is an int8
-        codes = torch.nn.functional.pad(codes, (0, -k % GROUP_SIZE))
-    groups = codes.view(n, group_count(k), GROUP_SIZE)
+    group_size = group_size_of(k, group_scale.shape[1])
+    if group_size is None:
+        raise ValueError(f"group_scale: {group_scale.shape[1]} groups of {k} inputs")
+    if k % group_size:  # a code of 0 stands for the offset, so what pads the last group is an int8
+        codes = torch.nn.functional.pad(codes, (0, -k % group_size))
+    groups = codes.view(n, group_scale.shape[1], group_size)
     weight = groups * group_scale.to(torch.int16)[:, :, None] + group_offset[:, :, None]
     if weight.numel() and (int(weight.min()) < -128 or int(weight.max()) > 127):
         raise ValueError("group_offset: q * group_scale + group_offset leaves the range of int8")

@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-from vllm_qoq.numerics import group_count, reference
+from vllm_qoq.numerics import GROUP_SIZES, group_count, group_size_of, reference
 from vllm_qoq.numerics.packing import unpack_nibbles
 from vllm_qoq.ops import w4a8_layout
 from vllm_qoq.ops.checks import HALVES, check_rows, check_tensor, type_text
@@ -101,8 +101,8 @@ def w4a8_gemm(
                    uint8 [ceil(N / 64), K / 128, bytes]  w4a8_layout.pack of it with its groups
     channel_scale  float32 [N]
     channel_zero   float32 [N]             without groups
-    group_scale    uint8 [N, ceil(K / 128)]  with groups, and only with a stored weight
-    group_offset   int8 [N, ceil(K / 128)]
+    group_scale    uint8 [N, ceil(K / G)]  with groups of G inputs, and only with a stored weight
+    group_offset   int8 [N, ceil(K / G)]
     bias           float [N]               float32, bfloat16 or float16
     out_dtype                              bfloat16 or float16
     workspace      int32 [...]             the buffer that `workspace` makes, for CUDA
@@ -156,7 +156,7 @@ def w4a8_gemm(
     if weight.dtype == torch.int8:
         unpacked = _already_int8(weight, group_scale, group_offset, n, k)
     elif _is_packed(weight):
-        shape = _packed_shape(channel_zero is None, n, k)
+        shape = _packed_shape(n, k, _group_size(weight) if channel_zero is None else 0)
         check_tensor(_GEMM, "weight", weight, torch.uint8, *shape)
         stored = w4a8_layout.unpack(weight, n)
         residual = residual if residual is None else w4a8_layout.unpack(residual, n)[0]
@@ -199,7 +199,7 @@ def _check_residual(
         raise ValueError(f"{_GEMM}: a residual belongs to a weight with groups")
     if weight.dtype == torch.int8:
         raise ValueError(f"{_GEMM}: an int8 weight has its residual in it already")
-    shape = _packed_shape(is_grouped=False, n=n, k=k) if _is_packed(weight) else (n, k // 2)
+    shape = _packed_shape(n, k, group_size=0) if _is_packed(weight) else (n, k // 2)
     check_tensor(_GEMM, "residual", residual, torch.uint8, *shape)
 
 
@@ -221,7 +221,8 @@ def _check_stored(
         raise ValueError(
             f"{_GEMM}: a stored weight has either channel_zero or group_scale and group_offset"
         )
-    groups = group_count(k)
+    found = group_size_of(k, group_scale.shape[-1]) if group_scale.ndim else None
+    groups = group_count(k, found or GROUP_SIZES[0])
     check_tensor(_GEMM, "group_scale", group_scale, torch.uint8, n, groups)
     check_tensor(_GEMM, "group_offset", group_offset, torch.int8, n, groups)
 
@@ -253,9 +254,14 @@ def _unpacked(
     return reference.nested_int8(weight, group_scale, group_offset, residual)
 
 
-def _packed_shape(is_grouped: bool, n: int, k: int) -> tuple[int, int, int]:
+def _group_size(packed: torch.Tensor) -> int:
+    """The group size of a packed weight with groups, or the largest where none is like it."""
+    return w4a8_layout.group_size_of_block(packed.shape[-1] if packed.ndim else 0) or GROUP_SIZES[0]
+
+
+def _packed_shape(n: int, k: int, group_size: int) -> tuple[int, int, int]:
     blocks = -(-n // w4a8_layout.BLOCK_N)
-    return blocks, k // w4a8_layout.BLOCK_K, w4a8_layout.packed_bytes(is_grouped)
+    return blocks, k // w4a8_layout.BLOCK_K, w4a8_layout.block_bytes(group_size)
 
 
 def _quantized_fake(

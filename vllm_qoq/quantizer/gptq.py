@@ -17,7 +17,6 @@ from collections.abc import Iterator
 
 import torch
 
-from vllm_qoq.numerics import GROUP_SIZE
 from vllm_qoq.quantizer import rounding
 from vllm_qoq.quantizer.grid import Grid
 from vllm_qoq.quantizer.hessian import Inputs
@@ -31,7 +30,7 @@ def round_to_nearest(weight: torch.Tensor, grid: Grid) -> None:
     weight = weight.float()
     importance = torch.ones(weight.shape[1], device=weight.device)
     grid.prepare(weight, importance)
-    for columns in _blocks(weight):
+    for columns in _blocks(weight, grid):
         grid.start(weight[:, columns], importance[columns], columns.start)
         codes = grid.scaled(weight[:, columns], columns.start).round_()
         low, high = (torch.as_tensor(x).to(codes) for x in grid.bounds(columns.start))
@@ -83,7 +82,7 @@ def _pass_errors_on(weight: torch.Tensor, inputs: Inputs, grid: Grid) -> None:
     """Round from left to right; `weight` float32 [N, K] is used up."""
     importance = inputs.importance
     grid.prepare(weight, importance)
-    for columns in _blocks(weight):
+    for columns in _blocks(weight, grid):
         first = columns.start
         block = weight[:, columns]
         form = rounding.on(weight.device, block.shape[1])
@@ -101,7 +100,7 @@ def _descend(gradient: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> None:
 
     gradient  float32 [N, K], (W' - W) H, which is kept up to date
     """
-    for columns in _blocks(gradient):
+    for columns in _blocks(gradient, grid):
         first = columns.start
         step, codes = grid.step(first), grid.codes[:, columns].float()
         form = rounding.on(gradient.device, codes.shape[1])
@@ -112,6 +111,6 @@ def _descend(gradient: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> None:
         gradient.addmm_((new - codes) * step, hessian[columns])
 
 
-def _blocks(weight: torch.Tensor) -> Iterator[slice]:
-    for first in range(0, weight.shape[1], GROUP_SIZE):
-        yield slice(first, first + GROUP_SIZE)
+def _blocks(weight: torch.Tensor, grid: Grid) -> Iterator[slice]:
+    for first in range(0, weight.shape[1], grid.width):
+        yield slice(first, first + grid.width)

@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import pad
 from typing_extensions import Self
 
-from vllm_qoq.numerics import GROUP_SIZE, group_count
+from vllm_qoq.numerics import group_count
 from vllm_qoq.numerics.packing import pack_nibbles
 from vllm_qoq.quantizer import rounding
 from vllm_qoq.quantizer.rounding_plain import Bound, weighted_errors
@@ -36,12 +36,16 @@ _SCALES_BELOW = 4
 class Grid(ABC):
     """The codes of the layers with one input, int8 [N, K], one row for each output.
 
-    clip  whether scales smaller than the largest weight asks for are tried
+    clip   whether scales smaller than the largest weight asks for are tried
+    width  columns that are rounded at a time, W below: a group, where there are groups. The last
+           ones may be fewer.
     """
 
-    def __init__(self, n: int, k: int, device: torch.device, clip: bool) -> None:
+    def __init__(
+        self, n: int, k: int, device: torch.device, clip: bool, width: int = rounding.WIDTH
+    ) -> None:
         self.codes = torch.empty(n, k, dtype=torch.int8, device=device)
-        self.clip = clip
+        self.clip, self.width = clip, width
 
     def rows(self, first: int, last: int) -> Self:
         """Take the part of a layer, whose rows begin at `first` and end before `last`."""
@@ -58,11 +62,11 @@ class Grid(ABC):
     def start(  # noqa: B027 - grids without groups have nothing to choose
         self, weight: torch.Tensor, importance: torch.Tensor, first: int
     ) -> None:
-        """Choose what belongs to the columns from `first`: weight float32 [N, 128]."""
+        """Choose what belongs to the columns from `first`: weight float32 [N, W]."""
 
     @abstractmethod
     def scaled(self, weight: torch.Tensor, first: int) -> torch.Tensor:
-        """Bring the columns from `first` into units of codes: float32 [N, 128]."""
+        """Bring the columns from `first` into units of codes: float32 [N, W]."""
 
     @abstractmethod
     def step(self, first: int) -> torch.Tensor:
@@ -73,7 +77,7 @@ class Grid(ABC):
         """The lowest and the highest code of the columns from `first`."""
 
     def store(self, codes: torch.Tensor, first: int) -> None:
-        """Keep the codes of the columns from `first`, integers in float32 [N, 128]."""
+        """Keep the codes of the columns from `first`, integers in float32 [N, W]."""
         self.codes[:, first : first + codes.shape[1]] = codes
 
     def settle(self, ideal: torch.Tensor) -> None:  # noqa: B027 - most grids need nothing of it
@@ -89,7 +93,7 @@ class Grid(ABC):
 
 
 class TwoLevel(Grid):
-    """The grid of QoQ in groups of 128: W = (q * group_scale + group_offset) * channel_scale."""
+    """The grid of QoQ in groups: W = (q * group_scale + group_offset) * channel_scale."""
 
     def prepare(self, weight: torch.Tensor, importance: torch.Tensor) -> None:
         """Choose channel_scale; a smaller one clips the row's outliers, but resolves the rest."""
@@ -98,17 +102,17 @@ class TwoLevel(Grid):
         self.channel_scale = largest.clone()
         if self.clip:
             # What fills up the last group widens no range and costs nothing.
-            missing = (0, -k % GROUP_SIZE)
+            missing = (0, -k % self.width)
             filled = pad(weight, missing, mode="replicate") if missing[1] else weight
-            cost = pad(importance, missing).view(-1, GROUP_SIZE)
+            cost = pad(importance, missing).view(-1, self.width)
             best = torch.full_like(largest, torch.inf)
             for share in _ROW_SHARES:
                 scale = largest * share
-                level1 = (filled / scale[:, None]).view(n, -1, GROUP_SIZE)
+                level1 = (filled / scale[:, None]).view(n, -1, self.width)
                 _, _, error = self._search(level1, cost, scales_below=2, shifts=False)
                 lost = error.sum(dim=1) * scale.square()
                 best, self.channel_scale = _better(lost, scale, best, self.channel_scale)
-        shape = (n, group_count(k))
+        shape = (n, group_count(k, self.width))
         self.group_scale = torch.empty(shape, device=weight.device)
         self.group_offset = torch.empty(shape, device=weight.device)
 
@@ -121,18 +125,18 @@ class TwoLevel(Grid):
             scales_below=_SCALES_BELOW if self.clip else 0,
             shifts=self.clip,
         )
-        group = first // GROUP_SIZE
+        group = first // self.width
         self.group_scale[:, group], self.group_offset[:, group] = scale[:, 0], offset[:, 0]
 
     def scaled(self, weight: torch.Tensor, first: int) -> torch.Tensor:
-        """Bring the columns from `first` into units of codes: float32 [N, 128]."""
-        group = first // GROUP_SIZE
+        """Bring the columns from `first` into units of codes: float32 [N, W]."""
+        group = first // self.width
         level1 = weight / self.channel_scale[:, None]
         return (level1 - self.group_offset[:, group, None]) / self.group_scale[:, group, None]
 
     def step(self, first: int) -> torch.Tensor:
         """What one code more stands for in the columns from `first`: float32 [N, 1]."""
-        return (self.group_scale[:, first // GROUP_SIZE] * self.channel_scale)[:, None]
+        return (self.group_scale[:, first // self.width] * self.channel_scale)[:, None]
 
     def bounds(self, first: int) -> tuple[Bound, Bound]:
         """The lowest and the highest code."""
@@ -156,8 +160,8 @@ class TwoLevel(Grid):
     def level1(self) -> torch.Tensor:
         """Compute W8, the integers of the first level, in float32 [N, K]."""
         k = self.codes.shape[1]
-        scale = self.group_scale.repeat_interleave(GROUP_SIZE, dim=1)[:, :k]
-        offset = self.group_offset.repeat_interleave(GROUP_SIZE, dim=1)[:, :k]
+        scale = self.group_scale.repeat_interleave(self.width, dim=1)[:, :k]
+        offset = self.group_offset.repeat_interleave(self.width, dim=1)[:, :k]
         return self.codes * scale + offset
 
     def _search(
@@ -186,7 +190,7 @@ class PerChannel(Grid):
             best, self.channel_scale = _better(error, scale, best, self.channel_scale)
 
     def scaled(self, weight: torch.Tensor, first: int) -> torch.Tensor:
-        """Bring the columns from `first` into units of codes: float32 [N, 128]."""
+        """Bring the columns from `first` into units of codes: float32 [N, W]."""
         return (weight + self.channel_zero[:, None]) / self.channel_scale[:, None]
 
     def step(self, first: int) -> torch.Tensor:
@@ -223,7 +227,7 @@ class Symmetric(Grid):
         group: int | None,
         scale_dtype: torch.dtype,
     ) -> None:
-        super().__init__(n, k, device, clip)
+        super().__init__(n, k, device, clip, width=rounding.WIDTH if group is None else group)
         self.low, self.high = -(1 << bits - 1), (1 << bits - 1) - 1
         self.group, self.scale_dtype = group, scale_dtype
         columns = 1 if group is None else k // group
@@ -240,7 +244,7 @@ class Symmetric(Grid):
             self.scale[:, first // self.group] = self._best_scale(weight, importance)
 
     def scaled(self, weight: torch.Tensor, first: int) -> torch.Tensor:
-        """Bring the columns from `first` into units of codes: float32 [N, 128]."""
+        """Bring the columns from `first` into units of codes: float32 [N, W]."""
         return weight / self.step(first)
 
     def step(self, first: int) -> torch.Tensor:

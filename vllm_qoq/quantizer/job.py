@@ -19,7 +19,7 @@ from vllm_qoq.checkpoint.format import K_MEAN, STREAM
 from vllm_qoq.checkpoint.shards import MAX_SHARD_BYTES, write_checkpoint
 from vllm_qoq.models.config import CONFIG
 from vllm_qoq.models.table import LayerNames
-from vllm_qoq.numerics import MAX_CLIPPED
+from vllm_qoq.numerics import GROUP_SIZES, MAX_CLIPPED
 from vllm_qoq.progress import Clock, Progress
 from vllm_qoq.quantizer import head, keys, noise, rotate, workdir
 from vllm_qoq.quantizer.assemble import SHARED, content
@@ -268,6 +268,8 @@ def _smooth(
         reorder=options.reorder,
         kv_bits=options.kv_bits,
         weight_bits=min(int(kind.bits) for kind in options.kinds),
+        # Rows whose scale is one are smoothed as if they had the largest groups.
+        group_size=GROUP_SIZES[0] if options.group_size == -1 else options.group_size,
         kv_hadamard=bool(options.kv_hadamard),
     )
     if not (wanted.k_mean or wanted.attention or wanted.outputs or wanted.reorder):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from vllm_qoq.numerics import GROUP_SIZE
 from vllm_qoq.numerics.packing import pack_nibbles
 from vllm_qoq.numerics.reference import RESIDUAL_ZERO
 from vllm_qoq.quantizer.grid import Grid, TwoLevel
@@ -27,7 +26,7 @@ class Nested(Grid):
         """Do nothing: the scales are the base's."""
 
     def scaled(self, weight: torch.Tensor, first: int) -> torch.Tensor:
-        """Bring the columns from `first` into units of codes: float32 [N, 128]."""
+        """Bring the columns from `first` into units of codes: float32 [N, W]."""
         return weight / self.channel_scale[:, None]
 
     def step(self, first: int) -> torch.Tensor:
@@ -35,8 +34,8 @@ class Nested(Grid):
         return self.channel_scale[:, None]
 
     def bounds(self, first: int) -> tuple[Bound, Bound]:
-        """The codes that a residual reaches in the columns from `first`: float32 [N, 128] each."""
-        low, high = _reached(self.base[:, first : first + GROUP_SIZE])
+        """The codes that a residual reaches in the columns from `first`: float32 [N, W] each."""
+        low, high = _reached(self.base[:, first : first + self.width])
         return low.float(), high.float()
 
     def tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -31,7 +31,7 @@ class QuantizeOptions(BaseModel):
 
     sets             which sets, the first for prompts and the last for generation
     nested           store w8a8 as a residual on w4a8
-    group_size       128, or -1 for a scale per output channel (w4a8, w4a16)
+    group_size       128, 64, 32, or -1 for a scale per output channel (w4a8, w4a16)
     kv_bits          the KV cache that K and V are prepared for and the server is told of
     k_mean           measure the mean of K, which is subtracted before K is quantized
     kv_hadamard      rotate K in the cache before it is quantized; None decides it by the heads
@@ -49,7 +49,7 @@ class QuantizeOptions(BaseModel):
 
     sets: tuple[SetName, ...] = ("w8a8", "w4a8")
     nested: bool = False
-    group_size: Literal[128, -1] = 128
+    group_size: Literal[128, 64, 32, -1] = 128
     kv_bits: Literal[4, 8, 16] = 4
     kv_hadamard: bool | None = None
     lm_head_bits: Literal[8, 16] = 16
@@ -84,7 +84,7 @@ class QuantizeOptions(BaseModel):
         if not {"w8a8", "w4a8"} <= set(self.sets):
             raise ValueError("nested stores w8a8 as a residual on w4a8; give both in sets")
         if self.group_size == -1:
-            raise ValueError("nested needs a w4a8 with groups; give group_size 128")
+            raise ValueError("nested needs a w4a8 with groups; give group_size 128, 64 or 32")
         if self.sets[-1] == "w8a8":
             # The last set's weights make the inputs of the next block, so w4a8 would depend on
             # what is nested on it.

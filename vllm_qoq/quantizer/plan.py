@@ -11,7 +11,6 @@ from vllm_qoq.checkpoint.shards import MAX_SHARD_BYTES
 from vllm_qoq.errors import shown
 from vllm_qoq.models.table import LayerNames
 from vllm_qoq.models.tensors import EMBEDDING
-from vllm_qoq.numerics import GROUP_SIZE
 from vllm_qoq.progress import Progress
 from vllm_qoq.quantizer import QuantizeError, size
 from vllm_qoq.quantizer.inputs import Inputs, check_inputs
@@ -148,9 +147,9 @@ def _check_divisible(inputs: Inputs, options: QuantizeOptions) -> None:
                 f"{_INPUTS_MULTIPLE} and outputs that are one of {_OUTPUTS_MULTIPLE}; give another "
                 "model"
             )
-        if has_whole_groups and k % GROUP_SIZE:
+        if has_whole_groups and k % options.group_size:
             raise QuantizeError(
                 f"{place} cannot be quantized to w4a16 in groups: vLLM's kernels for it need "
-                f"inputs that are a multiple of {GROUP_SIZE}; give --group-size -1, or --sets "
-                "w8a8,w4a8, whose last group may be smaller"
+                f"inputs that are a multiple of {options.group_size}; give --group-size -1, or "
+                "--sets w8a8,w4a8, whose last group may be smaller"
             )

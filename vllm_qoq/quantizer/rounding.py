@@ -1,7 +1,7 @@
 """The inner loops of rounding, in the form for each device.
 
 All of them work in units of codes, in which rounding takes the nearest integer between two
-bounds, and on 128 columns at a time. Rows need nothing of each other.
+bounds, and on a block of columns at a time. Rows need nothing of each other.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from typing import Protocol
 import torch
 
 from vllm_qoq.errors import reason
-from vllm_qoq.numerics import GROUP_SIZE
+from vllm_qoq.numerics import GROUP_SIZES
 from vllm_qoq.quantizer import QuantizeError, rounding_plain
 from vllm_qoq.quantizer.rounding_plain import Bound
+
+WIDTH = 128
+"""Columns of a block where nothing else decides it."""
 
 
 class Rounding(Protocol):
@@ -40,12 +43,13 @@ class Rounding(Protocol):
         """See `descend` of `rounding_plain`."""
 
 
-def on(device: torch.device, columns: int = GROUP_SIZE) -> Rounding:
+def on(device: torch.device, columns: int = WIDTH) -> Rounding:
     """Choose the form for a device: Triton on CUDA, PyTorch elsewhere.
 
-    columns  those of a block; PyTorch rounds the last one of a layer where it has fewer than 128
+    columns  those of a block; PyTorch rounds the last one of a layer where it has another number
+             than a group may have
     """
-    if device.type == "cuda" and columns == GROUP_SIZE:
+    if device.type == "cuda" and columns in GROUP_SIZES:
         from vllm_qoq.quantizer import rounding_triton
 
         return rounding_triton

@@ -45,7 +45,7 @@ def search(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Search the integers (scale, offset) of least error for each group; returns that error, too.
 
-    level1 is float32 [N, groups, 128] and cost [groups, 128]; the results are [N, groups].
+    level1 is float32 [N, groups, W] and cost [groups, W]; the results are [N, groups].
     Tried are the scale that covers the group's range and the next smaller ones, each with the
     range centred; with `shifts`, also the offsets within `reach` of there.
     """
@@ -64,7 +64,7 @@ def search(
 def _search(
     level1: torch.Tensor, cost: torch.Tensor, scales_below: int, shifts: bool
 ) -> torch.Tensor:
-    """Search one group of all rows: level1 [N, 128], cost [128]; scale, offset, error [3, N]."""
+    """Search one group of all rows: level1 [N, W], cost [W]; scale, offset, error [3, N]."""
     low, high = level1.amin(dim=1), level1.amax(dim=1)
     cover = ((high - low) / 15).ceil().clamp(1, MAX_GROUP_SCALE)
     best = torch.stack((cover, torch.zeros_like(cover), torch.full_like(cover, torch.inf)))

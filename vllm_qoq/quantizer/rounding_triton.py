@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_qoq.numerics import GROUP_SIZE
+from vllm_qoq.numerics import GROUP_SIZES
 from vllm_qoq.quantizer.rounding_plain import MAX_GROUP_SCALE, Bound
 
 _ROWS = 16
@@ -45,7 +45,7 @@ def _search_kernel(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Search one group of a tile of rows: level1 [N, groups, 128], results [N, groups]."""
+    """Search one group of a tile of rows: level1 [N, groups, W], results [N, groups]."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     group = tl.program_id(1)
     column = tl.arange(0, WIDTH)
@@ -166,7 +166,7 @@ def search(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `rounding_plain.search`."""
     rows, groups, width = level1.shape
-    assert width == GROUP_SIZE
+    assert width in GROUP_SIZES
     scale, offset, error = torch.empty(3, rows, groups, device=level1.device)
     _search_kernel[(triton.cdiv(rows, _ROWS), groups)](
         level1.contiguous(),
@@ -179,7 +179,7 @@ def search(
         SCALES_BELOW=scales_below,
         SHIFTS=shifts,
         ROWS=_ROWS,
-        WIDTH=GROUP_SIZE,
+        WIDTH=width,
         **_OPTIONS,
     )
     return scale, offset, error
@@ -212,9 +212,9 @@ def _launch(
     high: Bound,
     written: tuple[torch.Tensor, ...],
 ) -> None:
-    """Run a kernel over all rows of [N, 128]; bounds are one for all codes or one for each."""
+    """Run a kernel over all rows of [N, W]; bounds are one for all codes or one for each."""
     rows, width = read[0].shape
-    assert width == GROUP_SIZE and all(tensor.is_contiguous() for tensor in read)
+    assert width in GROUP_SIZES and all(tensor.is_contiguous() for tensor in read)
     bounds: tuple[Any, ...]
     if isinstance(low, torch.Tensor) and isinstance(high, torch.Tensor):
         bounds, has_bounds = (low.contiguous(), high.contiguous()), True
@@ -230,6 +230,6 @@ def _launch(
         *limits,
         BOUNDS=has_bounds,
         ROWS=_ROWS,
-        WIDTH=GROUP_SIZE,
+        WIDTH=width,
         **_OPTIONS,
     )

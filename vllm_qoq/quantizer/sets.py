@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vllm_qoq.checkpoint.format import QoQSet, ResidualSet
-from vllm_qoq.numerics import GROUP_SIZE, reference
+from vllm_qoq.numerics import reference
 from vllm_qoq.quantizer.grid import Grid, PerChannel, Symmetric, TwoLevel
 from vllm_qoq.quantizer.nested import Nested
 
@@ -18,7 +18,7 @@ from vllm_qoq.quantizer.nested import Nested
 class SetKind:
     """A kind of set: `w8a8`, `w4a8` or `w4a16`.
 
-    group_size  128 or -1 (w4a8: no groups; w4a16: a scale per output channel)
+    group_size  128, 64, 32 or -1 (w4a8: no groups; w4a16: a scale per output channel)
     base        the set that a nested w8a8 is stored as a residual on; None for any other
     """
 
@@ -38,8 +38,7 @@ class SetKind:
             return 4.0
         if self.name == "w8a8":
             return 8.0
-        per_group = 0 if self.group_size == -1 else 16
-        return 4.0 + per_group / GROUP_SIZE
+        return 4.0 if self.group_size == -1 else 4.0 + 16 / self.group_size
 
     def grid(
         self, weight: torch.Tensor, dtype: torch.dtype, clip: bool, base: Grid | None = None
@@ -53,10 +52,11 @@ class SetKind:
             return Nested(base)
         n, k = weight.shape
         if self.name == "w4a8":
-            kind = PerChannel if self.group_size == -1 else TwoLevel
-            return kind(n, k, weight.device, clip=clip)
+            if self.group_size == -1:
+                return PerChannel(n, k, weight.device, clip=clip)
+            return TwoLevel(n, k, weight.device, clip=clip, width=self.group_size)
         bits = 8 if self.name == "w8a8" else 4
-        group = GROUP_SIZE if bits == 4 and self.group_size != -1 else None
+        group = self.group_size if bits == 4 and self.group_size != -1 else None
         return Symmetric(n, k, weight.device, clip=clip, bits=bits, group=group, scale_dtype=dtype)
 
     def config(self) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class SetKind:
             "num_bits": 8 if is_w8 else 4,
             **integer,
             "strategy": "group" if has_groups else "channel",
-            "group_size": GROUP_SIZE if has_groups else None,
+            "group_size": self.group_size if has_groups else None,
             "dynamic": False,
         }
         activations = {"num_bits": 8, **integer, "strategy": "token", "dynamic": True}

@@ -110,7 +110,7 @@ def layer_bytes(kind: SetKind, n: int, k: int, item: int) -> int:
         return n * k // 2
     if kind.name == "w8a8":
         return n * k + item * n
-    groups = 1 if kind.group_size == -1 else group_count(k)
+    groups = 1 if kind.group_size == -1 else group_count(k, kind.group_size)
     if kind.name == "w4a16":
         return n * k // 2 + item * n * groups + 2 * _INT64
     scales = 2 * _FLOAT32 * n if kind.group_size == -1 else (_FLOAT32 + 2 * groups) * n

@@ -7,8 +7,8 @@ for all heads alike.
 
 Outputs of a block are smoothed in its last products: v_proj's rows are divided by a
 scale and o_proj's columns multiplied, and up_proj's and down_proj's likewise. `order`
-sorts the inputs of down_proj by magnitude, so that a group of 128 holds channels of
-one size. These are QServe's steps (arXiv 2405.04532); `strength` chooses the scales.
+sorts the inputs of down_proj by magnitude, so that a group holds channels of one
+size. These are QServe's steps (arXiv 2405.04532); `strength` chooses the scales.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class SmoothOptions:
     reorder: bool
     kv_bits: int
     weight_bits: int
+    group_size: int
     kv_hadamard: bool = False
 
 
@@ -125,6 +126,7 @@ def transforms(
             seen.down,
             block.get_submodule(names.down).weight.detach(),
             options.weight_bits,
+            options.group_size,
         )
     if options.reorder:
         found["down_order"] = (seen.down / found.get("down_scale", 1)).argsort(descending=True)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from vllm_qoq.numerics import GROUP_SIZE
 from vllm_qoq.numerics.reference import quantize_per_token
 from vllm_qoq.numerics.reference_attention import hadamard
 from vllm_qoq.quantizer.evaluate import round_keys
@@ -51,12 +50,17 @@ def _logarithm(magnitudes: torch.Tensor) -> torch.Tensor:
 
 
 def down_scale(
-    inputs: torch.Tensor, largest: torch.Tensor, weight: torch.Tensor, weight_bits: int
+    inputs: torch.Tensor,
+    largest: torch.Tensor,
+    weight: torch.Tensor,
+    weight_bits: int,
+    group_size: int,
 ) -> torch.Tensor:
     """Find scales float32 [K] for a layer [N, K] whose inputs are rounded to int8 per token.
 
-    inputs   float [tokens, K], a sample
-    largest  float32 [K], the largest magnitudes of all inputs
+    inputs       float [tokens, K], a sample
+    largest      float32 [K], the largest magnitudes of all inputs
+    weight_bits  4, in groups of `group_size`, or 8 with a scale per row
     """
     weight = weight.float()
     columns = weight.abs().amax(dim=0)
@@ -64,7 +68,7 @@ def down_scale(
 
     def error(candidate: torch.Tensor) -> float:
         codes, token_scale, _ = quantize_per_token(inputs.float() / candidate)
-        rounded = _rounded_weight(weight * candidate, weight_bits)
+        rounded = _rounded_weight(weight * candidate, weight_bits, group_size)
         y = (codes.float() @ rounded.t()) * token_scale[:, None]
         return float((y - exact).square().sum())
 
@@ -166,10 +170,10 @@ def _best(
     return min(candidates, key=error)
 
 
-def _rounded_weight(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """Round a weight to the nearest codes, in groups of 128 for 4 bits and per row for 8."""
+def _rounded_weight(weight: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
+    """Round a weight to the nearest codes, in groups for 4 bits and per row for 8."""
     n, k = weight.shape
-    size = GROUP_SIZE if bits == 4 else k
+    size = group_size if bits == 4 else k
     # What fills up the last group widens no range.
     filled = torch.nn.functional.pad(weight, (0, -k % size), mode="replicate")
     groups = filled.view(n, -1, size)

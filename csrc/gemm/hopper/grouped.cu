@@ -1,11 +1,11 @@
-// The Hopper kernels for weights with groups.
+// The Hopper kernels for weights in groups of 128.
 #include "gemm/hopper/launch.cuh"
 
 namespace qoq::w4a8 {
 
 template <>
-void run_hopper<Weights::kGrouped>(const Params& p, int device, cudaStream_t stream) {
-  run_plane_on_hopper<Weights::kGrouped>(p, device, stream);
+void run_hopper<Weights::kG128>(const Params& p, int device, cudaStream_t stream) {
+  run_plane_on_hopper<Weights::kG128>(p, device, stream);
 }
 
 }  // namespace qoq::w4a8

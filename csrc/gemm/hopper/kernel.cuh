@@ -13,7 +13,7 @@
 // always the same: over shared memory among the warpgroups of a block and the blocks of a cluster,
 // in the L2 among blocks that know nothing of each other.
 //
-// The pipeline carries blocks of bytes that `unpack_half` alone understands. A nested weight has a
+// The pipeline carries blocks of bytes that `Fragment` alone understands. A nested weight has a
 // second plane of them, which it adds: W8 + 128 = q group_scale + (group_offset + 128 - 8) + plane,
 // where four bytes at once are right as soon as the sums fit, whatever borrows in between.
 #pragma once
@@ -113,7 +113,7 @@ class MainLoop {
  private:
   const SharedMemory<Tile, kWeights>& shared_;
   const Release<Tile, kWeights> release_;
-  RingPosition<Tile::kStages> ring_;
+  RingPosition<Tile::template kStages<kWeights>> ring_;
 };
 
 template <class Tile, Weights kWeights, Weights kUsed>
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
                      const __grid_constant__ CUtensorMap out_map,
                      const __grid_constant__ Params p) {
   static_assert(Tile::template kFits<kWeights>);
-  static_assert(!Tile::kByInputs || kWeights != Weights::kNested);
+  static_assert(!Tile::kByInputs || !kIsNested<kWeights>);
   extern __shared__ char unaligned[];
   const uint32_t offset = -ptx::shared_address(unaligned) & 1023;
   char* shared_base = unaligned + offset;
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
 
   ptx::griddepcontrol_launch_dependents();
   if (threadIdx.x == 0) {
-    for (int i = 0; i < Tile::kStages; ++i) {
+    for (int i = 0; i < Tile::template kStages<kWeights>; ++i) {
       ptx::mbarrier_init(shared.full(i), 1 + Tile::kWeightLoaders);
       ptx::mbarrier_init(shared.empty(i), Tile::kClusterTiles * Tile::kConsumers / 32);
     }
@@ -194,11 +194,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
     }
   } else {
     ptx::setmaxnreg_increase<Tile::kMultiplyRegisters>();
-    if constexpr (kWeights == Weights::kNested) {
+    if constexpr (kIsNested<kWeights>) {
       if (uses_residual<kWeights>(p)) {
-        multiply<Tile, kWeights, Weights::kNested>(out_map, p, shared, shared_base);
+        multiply<Tile, kWeights, kWeights>(out_map, p, shared, shared_base);
       } else {
-        multiply<Tile, kWeights, Weights::kGrouped>(out_map, p, shared, shared_base);
+        multiply<Tile, kWeights, kFirstPlane<kWeights>>(out_map, p, shared, shared_base);
       }
     } else {
       multiply<Tile, kWeights, kWeights>(out_map, p, shared, shared_base);

@@ -92,4 +92,18 @@ void run_plane_on_hopper(const Params& p, int device, cudaStream_t stream) {
   }
 }
 
+// Weights in two planes.
+template <Weights kWeights>
+void run_nested_on_hopper(const Params& p, int device, cudaStream_t stream) {
+  if (p.m <= 16) {
+    launch_fastest_on_hopper<kWeights, Nested16>(p, device, stream);
+  } else if (p.m <= 64) {
+    launch_fastest_on_hopper<kWeights, Nested64>(p, device, stream);
+  } else if (p.m <= 128) {
+    launch_fastest_on_hopper<kWeights, Nested128>(p, device, stream);
+  } else {
+    launch_fastest_on_hopper<kWeights, Nested128, Nested192, Nested256>(p, device, stream);
+  }
+}
+
 }  // namespace qoq::w4a8

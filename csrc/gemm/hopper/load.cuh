@@ -15,7 +15,7 @@ __device__ void load_x(const CUtensorMap& x_map, const CUtensorMap& x_tail_map, 
   ptx::griddepcontrol_wait();
   WorkList<Tile> list(p);
   Work work;
-  RingPosition<Tile::kStages> ring;
+  RingPosition<Tile::template kStages<kWeights>> ring;
   while (list.next(work)) {
     const TilePosition at = position<Tile>(work.tile, p);
     const int tokens = tokens_of_copy<Tile>(at, p);
@@ -52,7 +52,7 @@ __device__ void load_weights(const Params& p, const SharedMemory<Tile, kWeights>
   const int block_bytes = kBytes + (has_residual ? kResidualBytes<kWeights> : 0);
   WorkList<Tile> list(p);
   Work work;
-  RingPosition<Tile::kStages> ring;
+  RingPosition<Tile::template kStages<kWeights>> ring;
   while (list.next(work)) {
     const int tile_n = position<Tile>(work.tile, p).n;
     const auto [begin, end] = steps_of_block<Tile>(work);

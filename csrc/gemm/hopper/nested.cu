@@ -1,19 +1,11 @@
-// The Hopper kernels for nested weights.
+// The Hopper kernels for nested weights in groups of 128.
 #include "gemm/hopper/launch.cuh"
 
 namespace qoq::w4a8 {
 
 template <>
-void run_hopper<Weights::kNested>(const Params& p, int device, cudaStream_t stream) {
-  if (p.m <= 16) {
-    launch_fastest_on_hopper<Weights::kNested, Nested16>(p, device, stream);
-  } else if (p.m <= 64) {
-    launch_fastest_on_hopper<Weights::kNested, Nested64>(p, device, stream);
-  } else if (p.m <= 128) {
-    launch_fastest_on_hopper<Weights::kNested, Nested128>(p, device, stream);
-  } else {
-    launch_fastest_on_hopper<Weights::kNested, Nested128, Nested192, Nested256>(p, device, stream);
-  }
+void run_hopper<Weights::kNestedG128>(const Params& p, int device, cudaStream_t stream) {
+  run_nested_on_hopper<Weights::kNestedG128>(p, device, stream);
 }
 
 }  // namespace qoq::w4a8

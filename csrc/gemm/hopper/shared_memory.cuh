@@ -16,6 +16,8 @@ __device__ inline int tokens_of_copy(TilePosition at, const Params& p) {
 // Addresses of one stage and its barriers.
 template <class Tile, Weights kWeights>
 struct SharedMemory {
+  static constexpr int kStages = Tile::template kStages<kWeights>;
+
   uint32_t base;
 
   __device__ uint32_t x(int stage) const { return base + stage * Tile::kXBytes; }
@@ -31,13 +33,13 @@ struct SharedMemory {
   __device__ uint32_t residual(int stage, int block) const {
     return weight(stage, block) + kBlockBytes<kWeights>;
   }
-  __device__ uint32_t output() const { return base + Tile::kStages * Tile::kXBytes; }
-  __device__ uint32_t constants() const { return weight(Tile::kStages, 0); }
+  __device__ uint32_t output() const { return base + kStages * Tile::kXBytes; }
+  __device__ uint32_t constants() const { return weight(kStages, 0); }
   __device__ uint32_t full(int stage) const {
     return constants() + Tile::kConstantBytes + 8 * stage;
   }
-  __device__ uint32_t empty(int stage) const { return full(Tile::kStages + stage); }
-  __device__ uint32_t flag() const { return full(2 * Tile::kStages); }
+  __device__ uint32_t empty(int stage) const { return full(kStages + stage); }
+  __device__ uint32_t flag() const { return full(2 * kStages); }
 };
 
 template <int kStages>

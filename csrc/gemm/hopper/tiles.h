@@ -17,7 +17,7 @@ enum class Divide { kChannels, kInputs };
 // kGroups        warpgroups that multiply; one more loads
 // kWeightBlocks  blocks of 64 channels that a warpgroup has
 // kTokens        tokens of a tile: the n of wgmma
-// kStages        stages in flight
+// kStages        stages in flight; one less of weights that have no room for so many
 // kResident      blocks of threads that an SM holds at once. Two let the next kernel of the stream
 //                fetch its weights while this one ends.
 // kCluster       blocks of a cluster. By channels, they have the same tokens, of which each fetches
@@ -30,7 +30,6 @@ struct Tile {
   static constexpr int kGroups = kGroups_;
   static constexpr int kWeightBlocks = kWeightBlocks_;
   static constexpr int kTokens = kTokens_;
-  static constexpr int kStages = kStages_;
   static constexpr int kResident = kResident_;
   static constexpr int kCluster = kCluster_;
   static constexpr int kBand = 16;  // tiles along tokens whose x stays in the L2
@@ -74,24 +73,33 @@ struct Tile {
   static constexpr int kUnitBytes = kUnitTokens * kBlockN * 2;
   static constexpr int kOutputBytes = kGroups * kOutputBuffers * kUnitBytes;
   static constexpr int kConstantBytes = kChannels * 12 + kTokens * 8;
-  static constexpr int kBarrierBytes = 2 * kStages * 8 + 16;
+  static constexpr int kBarrierBytes = 2 * kStages_ * 8 + 16;
   template <Weights kWeights>
   static constexpr int kWeightBytes = kBlocks * (kBlockBytes<kWeights> + kResidualBytes<kWeights>);
   template <Weights kWeights>
   static constexpr int kStageBytes = kXBytes + kWeightBytes<kWeights>;
   template <Weights kWeights>
-  static constexpr int kSharedBytes =
-      1024 + kStages * kStageBytes<kWeights> + kOutputBytes + kConstantBytes + kBarrierBytes;
+  static constexpr int shared_bytes(int stages) {
+    return 1024 + stages * kStageBytes<kWeights> + kOutputBytes + kConstantBytes + kBarrierBytes;
+  }
   // An SM has 228 KiB, of which the system takes 1 KiB for each block.
   template <Weights kWeights>
-  static constexpr bool kFits = kResident * (kSharedBytes<kWeights> + 1024) <= 228 * 1024;
+  static constexpr bool fits(int stages) {
+    return kResident * (shared_bytes<kWeights>(stages) + 1024) <= 228 * 1024;
+  }
+  template <Weights kWeights>
+  static constexpr int kStages = fits<kWeights>(kStages_) ? kStages_ : kStages_ - 1;
+  template <Weights kWeights>
+  static constexpr bool kFits = fits<kWeights>(kStages<kWeights>);
+  template <Weights kWeights>
+  static constexpr int kSharedBytes = shared_bytes<kWeights>(kStages<kWeights>);
 
   static_assert(kTokens % 8 == 0 && kTokens <= 256 && kTokens <= kConsumers);
   static_assert(kXBlockBytes / kClusterTiles % 1024 == 0);
   static_assert(kOutTokens % kUnitTokens == 0 && kUnitBytes % 1024 == 0);
   // Sums that warpgroups add up lie where the ring was.
   static_assert(!kByInputs ||
-                kConsumers * kAccumulators * 4 <= kStages * kStageBytes<Weights::kChannel>);
+                kConsumers * kAccumulators * 4 <= kStages_ * kStageBytes<Weights::kChannel>);
 };
 
 // clang-format off

@@ -37,7 +37,8 @@ class Multiplier {
         Tile::kStepBlocks == 2 ? place.inputs * Tile::template kPartBytes<kWeights> : 0;
     const int first_half = kHalves == 1 ? place.inputs : 0;
     codes_at_ = block + part + first_half * kHalfBytes + slab % 4 * 512 + lane * 16;
-    params_at_ = block + part + kCodeBytes + slab % 4 * 32 + lane / 4 * 4;
+    params_at_ = block + part + kCodeBytes + slab % 4 * (8 * kRowBytes) + lane / 4 * kRowBytes;
+    if constexpr (kKGroups > 1) params_at_ += first_half * (kRowBytes / 2);
     // Lane l has the address of token l % 8 + 8 (l / 16), piece l / 8 % 2 of a k32 step.
     const int token = place.tokens * Tile::kWarpTokens + lane % 8 + lane / 16 * 8;
     const int piece = 4 * first_half + lane / 8 % 2;
@@ -80,6 +81,9 @@ class Multiplier {
 
  private:
   static constexpr int kHalfBytes = kCodeBytes / 2;
+  static constexpr int kKGroups = w4a8::kKGroups<kWeights>;
+  static constexpr int kRowBytes = 4 * kKGroups;            // the parameters of two rows
+  static constexpr int kHalfGroups = kKGroups > 2 ? 2 : 1;  // groups that a half has its own of
   static constexpr int kHalves = 2 * Tile::kStepBlocks / Tile::kInputWarps;  // of a warp
   static constexpr int kSteps = 2 * kHalves;
 
@@ -99,27 +103,29 @@ class Multiplier {
     }
   }
 
-  // Reads the codes of 64 inputs of a slab, and with the first of a stage the group's parameters.
+  // Reads the codes of 64 inputs of a slab, and where a group begins with them its parameters.
   __device__ void load_codes(int s, uint32_t stage_offset, int half) {
     const uint32_t at = codes_at_ + stage_offset + half * kHalfBytes + 512 * s;
     codes_[s] = ptx::load_shared_16(at);
-    if constexpr (kUsed == Weights::kNested)
-      residual_[s] = ptx::load_shared_16(at + kBlockBytes<kWeights>);
-    if (kHasGroups<kWeights> && half == 0)
-      params_[s] = ptx::load_shared_4(params_at_ + stage_offset + 32 * s);
+    if constexpr (kIsNested<kUsed>) residual_[s] = ptx::load_shared_16(at + kBlockBytes<kWeights>);
+    if constexpr (kKGroups > 1)
+      load_params(params_at_ + stage_offset + half * (kRowBytes / 2) + 8 * kRowBytes * s,
+                  params_[s]);
+    else if (kKGroups == 1 && half == 0)
+      load_params(params_at_ + stage_offset + 8 * kRowBytes * s, params_[s]);
   }
 
   // Unpacks one of the two k32 steps that are in the codes of a slab.
   __device__ void unpack(int step, int s) {
     const uint4 &c = codes_[s], &r = residual_[s];
     if (step == 0)
-      unpack_step<kUsed>({c.x, c.y}, {r.x, r.y}, params_[s], a_);
+      unpack_step<kUsed>({c.x, c.y}, {r.x, r.y}, params_[s][0], a_);
     else
-      unpack_step<kUsed>({c.z, c.w}, {r.z, r.w}, params_[s], a_);
+      unpack_step<kUsed>({c.z, c.w}, {r.z, r.w}, params_[s][kHalfGroups - 1], a_);
   }
 
   uint32_t codes_at_, params_at_, x_at_;
-  uint32_t b_[2][Tile::kOctets][2], a_[4], params_[Tile::kSlabs] = {};
+  uint32_t b_[2][Tile::kOctets][2], a_[4], params_[Tile::kSlabs][kHalfGroups] = {};
   uint4 codes_[Tile::kSlabs], residual_[Tile::kSlabs] = {};
 };
 
@@ -226,11 +232,11 @@ __global__ void __launch_bounds__(Tile::kBlockThreads, Tile::kResident)
   extern __shared__ char unaligned[];
   char* shared = unaligned + (-ptx::shared_address(unaligned) & 127);
   ptx::griddepcontrol_launch_dependents();
-  if constexpr (kWeights == Weights::kNested) {
+  if constexpr (kIsNested<kWeights>) {
     if (uses_residual<kWeights>(p)) {
-      multiply<Tile, kWeights, Weights::kNested>(p, shared);
+      multiply<Tile, kWeights, kWeights>(p, shared);
     } else {
-      multiply<Tile, kWeights, Weights::kGrouped>(p, shared);
+      multiply<Tile, kWeights, kFirstPlane<kWeights>>(p, shared);
     }
   } else {
     multiply<Tile, kWeights, kWeights>(p, shared);

@@ -50,12 +50,17 @@ void run(const Params& p, const Card& card, int device, cudaStream_t stream) {
   if (p.m <= 8) {
     launch_fastest_of<kWeights, Tile8>(p, card, device, stream);
   } else if (p.m <= 16) {
-    launch_fastest_of<kWeights, Tile16>(p, card, device, stream);
+    // Where Tile16 has no room for the longest stages, Tile64 has.
+    if constexpr (kIsNested<kWeights> && kKGroups<kWeights> > 1) {
+      launch_fastest_of<kWeights, Tile16, Tile64>(p, card, device, stream);
+    } else {
+      launch_fastest_of<kWeights, Tile16>(p, card, device, stream);
+    }
   } else if (p.m <= 32) {
     launch_fastest_of<kWeights, Tile32, Tile64>(p, card, device, stream);
   } else if (p.m <= 64) {
     launch_fastest_of<kWeights, Tile64>(p, card, device, stream);
-  } else if constexpr (kWeights == Weights::kNested) {
+  } else if constexpr (kIsNested<kWeights>) {
     launch_fastest_of<kWeights, Tile64, Tile128>(p, card, device, stream);
   } else {
     launch_fastest_of<kWeights, Tile64, Tile128, Tile256>(p, card, device, stream);

@@ -56,7 +56,7 @@ class Loader {
     const int block = at.n * Tile::kBlocks;
     blocks_left_ = p_.weight_blocks - block;
     weight_ = p_.weight + int64_t{block} * p_.k_blocks * kBytes + thread_ * kPiece;
-    if constexpr (kUsed == Weights::kNested)
+    if constexpr (kIsNested<kUsed>)
       residual_ = p_.residual + int64_t{block} * p_.k_blocks * kCodeBytes + thread_ * kPiece;
     const int token = at.m * Tile::kTokens + thread_ / kRowPieces;
     tokens_left_ = p_.m - token;
@@ -96,7 +96,7 @@ class Loader {
   static constexpr int kPassBytes = Tile::kLoadThreads * kPiece;  // that all threads copy at a time
   static constexpr int kRowPieces = kBlockK / kPiece;             // of a token's row
   static constexpr int kPassRows = Tile::kLoadThreads / kRowPieces;
-  static constexpr int kParamPieces = kParamBytes / kPiece;
+  static constexpr int kParamPieces = kKGroups<kWeights> * kParamBytes / kPiece;
   static_assert(kCodeBytes % kPassBytes == 0 && Tile::kTokens % kPassRows == 0);
   static_assert(kParamPieces * Tile::kBlocks <= Tile::kLoadThreads && kPassRows % 4 == 0);
 
@@ -126,7 +126,7 @@ class Loader {
                                     b < blocks);
         }
       }
-      if constexpr (kUsed == Weights::kNested) {
+      if constexpr (kIsNested<kUsed>) {
         const uint8_t* residual = residual_ + k_block * kCodeBytes;
 #pragma unroll
         for (int b = 0; b < Tile::kBlocks; ++b, residual += p_.k_blocks * kCodeBytes)

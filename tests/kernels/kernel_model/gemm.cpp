@@ -46,7 +46,7 @@ template <class Tile, Weights kWeights>
 int count_wrong_of_kinds(const char* name) {
   constexpr int kTokens = Tile::kTokens, kChannels = Tile::kChannels * Tile::kClusterTiles;
   constexpr int kStepBlocks = Tile::kStepBlocks;
-  constexpr int kRing = Tile::kStages * Tile::kCluster / Tile::kClusterTiles;  // in steps
+  constexpr int kRing = Tile::template kStages<kWeights> * Tile::kCluster / Tile::kClusterTiles;  // in steps
   std::vector<Problem> problems;
   if (Tile::kByInputs) {
     problems = {
@@ -59,9 +59,9 @@ int count_wrong_of_kinds(const char* name) {
     // Four tiles, of which three are not full: whole ones, and a last one over three clusters.
     const int m = kTokens + 3, n = kChannels + 72;
     problems = {
-        {kTokens - 3, n, Tile::kStages + 3, {2, 1}, Bias::kFloat32},
+        {kTokens - 3, n, Tile::template kStages<kWeights> + 3, {2, 1}, Bias::kFloat32},
         {3, kChannels, 7, {3, 3}, Bias::kFloat16},
-        {m, n, Tile::kStages, {3, 0, 4}, Bias::kBfloat16, Output::kFloat16},
+        {m, n, Tile::template kStages<kWeights>, {3, 0, 4}, Bias::kBfloat16, Output::kFloat16},
         {m, n, 5, {3, 0, 3, 2}},
         // Two tiles of four steps: the second cluster works on both, the last on none.
         {m, kChannels, 4, {4, 0, 0, 3}, Bias::kFloat32},
@@ -81,8 +81,15 @@ int count_wrong_of_tile(const char* name) {
 
 }  // namespace
 
-#define COUNT_WRONG(tile) count_wrong_of_tile<tile, Weights::kGrouped, Weights::kChannel>(#tile)
-#define COUNT_WRONG_NESTED(tile) count_wrong_of_tile<tile, Weights::kNested>(#tile)
+#define COUNT_WRONG(tile) count_wrong_of_tile<tile, Weights::kG128, Weights::kChannel>(#tile)
+#define COUNT_WRONG_NESTED(tile) count_wrong_of_tile<tile, Weights::kNestedG128>(#tile)
+// Smaller groups change what a thread reads of a stage and how many stages there are, which a few
+// tiles show.
+#define COUNT_WRONG_FINE(tile) \
+  (count_wrong_of_kinds<tile, Weights::kG64>(#tile) + count_wrong_of_kinds<tile, Weights::kG32>(#tile))
+#define COUNT_WRONG_NESTED_FINE(tile)                    \
+  (count_wrong_of_kinds<tile, Weights::kNestedG64>(#tile) + \
+   count_wrong_of_kinds<tile, Weights::kNestedG32>(#tile))
 
 int main(int, char** arguments) {
   const int seed = std::atoi(arguments[1]);
@@ -94,6 +101,8 @@ int main(int, char** arguments) {
                     COUNT_WRONG(Inputs64Deep) + COUNT_WRONG(Inputs128) +
                     COUNT_WRONG(Inputs128Pair) + COUNT_WRONG_NESTED(Nested16) +
                     COUNT_WRONG_NESTED(Nested64) + COUNT_WRONG_NESTED(Nested128) +
-                    COUNT_WRONG_NESTED(Nested192) + COUNT_WRONG_NESTED(Nested256);
+                    COUNT_WRONG_NESTED(Nested192) + COUNT_WRONG_NESTED(Nested256) +
+                    COUNT_WRONG_FINE(Tile16) + COUNT_WRONG_FINE(Tile128Wide) +
+                    COUNT_WRONG_FINE(Inputs64) + COUNT_WRONG_NESTED_FINE(Nested16);
   return wrong != 0;
 }

@@ -16,10 +16,11 @@ namespace {
 std::mt19937 values;
 int random_int(int low, int high) { return low + static_cast<int>(values() % (high - low)); }
 
-// The layout of vllm_qoq/ops/w4a8_layout.py, written a second time; of codes alone without `scale`.
+// The layout of vllm_qoq/ops/w4a8_layout.py, written a second time; of codes alone with no `groups`
+// in a k_block.
 std::vector<uint8_t> pack(const std::vector<int>& q, const std::vector<int>& scale,
-                          const std::vector<int>& offset, int blocks, int k) {
-  const int k_blocks = k / kBlockK, bytes = kCodeBytes + (scale.empty() ? 0 : kParamBytes);
+                          const std::vector<int>& offset, int groups, int blocks, int k) {
+  const int k_blocks = k / kBlockK, bytes = kCodeBytes + groups * kParamBytes;
   std::vector<uint8_t> packed(static_cast<size_t>(blocks) * k_blocks * bytes);
   uint8_t* out = packed.data();
   for (int block = 0; block < blocks; ++block)
@@ -31,10 +32,12 @@ std::vector<uint8_t> pack(const std::vector<int>& q, const std::vector<int>& sca
         const int at = row * k + kb * 128 + 64 * half + 32 * step + 4 * (lane % 4) + i % 4;
         out[i] = q[at] | q[at + 16] << 4;
       }
-      for (int i = 0; !scale.empty() && i < kBlockN; ++i) {
-        const int row = block * 64 + i / 16 * 16 + i / 2 % 8 + 8 * (i % 2);
-        out[kCodeBytes + 2 * i] = scale[row * k_blocks + kb];
-        out[kCodeBytes + 2 * i + 1] = offset[row * k_blocks + kb] + 128;
+      for (int i = 0; i < kBlockN * groups; ++i) {
+        const int pair = i / 2 / groups, group = i / 2 % groups;
+        const int row = block * 64 + pair / 8 * 16 + pair % 8 + 8 * (i % 2);
+        const int at = (row * k_blocks + kb) * groups + group;
+        out[kCodeBytes + 2 * i] = scale[at];
+        out[kCodeBytes + 2 * i + 1] = offset[at] + 128;
       }
     }
   return packed;
@@ -109,7 +112,8 @@ struct Case {
         out(static_cast<size_t>(m) * n, 0x7FFF),  // NaN
         use_residual(planes == Planes::kBothByFlag) {
     constexpr bool kGrouped = kHasGroups<kWeights>;
-    std::vector<int> q(blocks * kBlockN * k), scale(blocks * kBlockN * k_blocks);
+    constexpr int kGroups = kKGroups<kWeights>;
+    std::vector<int> q(blocks * kBlockN * k), scale(blocks * kBlockN * k_blocks * kGroups);
     std::vector<int> offset(scale.size());
     for (auto& v : q) v = random_int(0, 16);
     for (auto& v : x) v = random_int(-127, 128);
@@ -127,22 +131,21 @@ struct Case {
       bias[i] = random_int(-100, 100) / 8.f;  // 16 bits hold it
       bias_16[i] = to_16_bits(problem.bias == Bias::kBfloat16, bias[i]);
     }
-    if (!kGrouped) scale.clear();
     // The weights, and in a nested one what the second plane adds, as far as int8 has room.
     w = q;
     std::vector<int> residual(q.size(), kResidualZero);
     for (size_t i = 0; i < q.size() && kGrouped; ++i) {
-      const size_t group = i / k * k_blocks + i % k / kBlockK;
+      const size_t group = i * kGroups / kBlockK;
       w[i] = q[i] * scale[group] + offset[group];
-      if (kWeights != Weights::kNested) continue;
+      if (!kIsNested<kWeights>) continue;
       const int sum = std::clamp(w[i] + random_int(-8, 8), -128, 127);
       residual[i] = sum - w[i] + kResidualZero;
       if (planes != Planes::kFirstByFlag) w[i] = sum;
     }
-    packed = pack(q, scale, offset, blocks, k);
+    packed = pack(q, scale, offset, kGroups, blocks, k);
     const size_t first_plane = packed.size();
-    if (kWeights == Weights::kNested)
-      std::ranges::copy(pack(residual, {}, {}, blocks, k), std::back_inserter(packed));
+    if (kIsNested<kWeights>)
+      std::ranges::copy(pack(residual, {}, {}, 0, blocks, k), std::back_inserter(packed));
     p = {
         .weight = packed.data(),
         .residual = packed.data() + first_plane,
@@ -197,7 +200,8 @@ struct Case {
       }
     }
     for (const int v : workspace) wrong += v != 0;
-    constexpr const char* kNames[] = {"per channel", "g128", "nested"};
+    constexpr const char* kNames[] = {"per channel", "g128",       "g64",       "g32",
+                                      "nested g128", "nested g64", "nested g32"};
     std::printf("%s %s: %s: M %d N %d K %d, %d wrong\n", name,
                 kNames[static_cast<int>(kWeights)], kind.c_str(), m, n, k, wrong);
     std::fflush(stdout);

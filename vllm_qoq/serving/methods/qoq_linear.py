@@ -135,9 +135,9 @@ class QoQLinearMethod(LinearMethodBase):
         """Create this rank's slice of every tensor; FormatError for a size that cannot be."""
         n, k, group = sum(output_partition_sizes), input_size_per_partition, self.qoq_set.group_size
         self._check_size(k, input_size)
-        # Without groups the place of a slice does not matter.
-        is_cut = group != -1 and k < input_size
-        self.inputs = InputSlice(layer.tp_rank * k if is_cut else 0, k)
+        self.inputs = InputSlice(
+            layer.tp_rank * k if k < input_size else 0, k, None if group == -1 else group
+        )
         self.output_partition_sizes = output_partition_sizes
         load = {"weight_loader": extra_weight_attrs["weight_loader"]}
         self.is_dummy = get_current_vllm_config().load_config.load_format == "dummy"
@@ -185,8 +185,7 @@ class QoQLinearMethod(LinearMethodBase):
             "workspace", linear_ops.workspace(device) if is_packed else None, persistent=False
         )
         if is_packed:
-            codes = self.inputs.whole_groups(layer.qweight)
-            weight = w4a8_layout.pack(codes, layer.group_scale, layer.group_offset)
+            weight = self._packed(layer)
             # The kernel fetches weights before the kernel ahead of it has ended.
             torch.cuda.synchronize(device)
         layer.weight = Parameter(weight, requires_grad=False)
@@ -213,7 +212,7 @@ class QoQLinearMethod(LinearMethodBase):
         """Compute y [M, N] in `out_dtype` from inputs that are quantized already."""
         codes, *of_tokens = quantized
         if layer.weight.dtype == torch.uint8:  # packed
-            codes = self.inputs.whole_groups_of_tokens(codes)
+            codes = self.inputs.whole_blocks_of_tokens(codes)
         return torch.ops.qoq.w4a8_gemm(
             codes,
             *of_tokens,
@@ -226,6 +225,12 @@ class QoQLinearMethod(LinearMethodBase):
             out_dtype,
             layer.workspace,
         )
+
+    def _packed(self, layer: LinearBase) -> torch.Tensor:
+        """Bring a layer as loaded into the order of the kernels."""
+        tensors = _whole_blocks(_loaded(layer, slice(None)), self.inputs)
+        groups = tensors.get("group_scale"), tensors.get("group_offset")
+        return w4a8_layout.pack(tensors["qweight"], *groups)
 
     def _check_size(self, k: int, input_size: int) -> None:
         if k % 2 == 0:
@@ -263,22 +268,35 @@ def checked_int8(
 ) -> torch.Tensor:
     """Compute `reference.int8_weight` of rows of a layer as loaded; FormatError names `part`.
 
-    Codes among `more` are of whole groups.
+    Codes among `more` are of whole blocks.
     """
-    tensors = more | {
-        name: parameter.data[rows]
-        for name in _TENSORS
-        if (parameter := getattr(layer, name)) is not None
-    }
+    tensors = more | _loaded(layer, rows)
     try:
         _check_floats(tensors)
-        tensors["qweight"] = inputs.whole_groups(tensors["qweight"])
-        return reference.int8_weight(tensors)[:, inputs.columns]
+        return reference.int8_weight(_whole_blocks(tensors, inputs))[:, inputs.columns]
     except ValueError as error:
         raise FormatError(
             f"{part}.{error}; run `vllm-qoq verify` on the checkpoint, download or quantize it "
             "again"
         ) from None
+
+
+def _loaded(layer: LinearBase, rows: slice) -> dict[str, torch.Tensor]:
+    """Take rows of the tensors that a layer has as loaded, by leaf."""
+    return {
+        name: parameter.data[rows]
+        for name in _TENSORS
+        if (parameter := getattr(layer, name)) is not None
+    }
+
+
+def _whole_blocks(tensors: dict[str, torch.Tensor], inputs: InputSlice) -> dict[str, torch.Tensor]:
+    """Pad the tensors of a layer to whole blocks, with weights of 0 in groups of their own."""
+    padded = tensors | {"qweight": inputs.whole_blocks(tensors["qweight"])}
+    for name, filler in (("group_scale", 1), ("group_offset", 0)):
+        if name in tensors:
+            padded[name] = inputs.groups_of_blocks(tensors[name], filler)
+    return padded
 
 
 def make_valid(layer: LinearBase) -> None:

@@ -94,7 +94,8 @@ class QoQResidualMethod(QoQLinearMethod):
     ) -> None:
         """Create this rank's slice of qresidual; the base's method has checked the sizes."""
         k = input_size_per_partition
-        self.inputs = InputSlice(layer.tp_rank * k if k < input_size else 0, k)
+        group_size = self.qoq_set.group_size
+        self.inputs = InputSlice(layer.tp_rank * k if k < input_size else 0, k, group_size)
         self.output_partition_sizes = output_partition_sizes
         layer.qresidual = PackedvLLMParameter(
             data=torch.empty(sum(output_partition_sizes), k // 2, dtype=torch.uint8),
@@ -121,7 +122,7 @@ class QoQResidualMethod(QoQLinearMethod):
         n, half_k = layer.qresidual.shape
         is_packed = device.type == "cuda"
         weight = torch.empty(0 if is_packed else n, 2 * half_k, dtype=torch.int8, device=device)
-        residual = self._whole_groups(layer)
+        residual = self._whole_blocks(layer)
         for part, rows in self._rows():
             checked = checked_int8(part, stored, rows, self.inputs, qresidual=residual[rows])
             if not is_packed:
@@ -158,7 +159,7 @@ class QoQResidualMethod(QoQLinearMethod):
     def _process_alone(self, layer: LinearBase) -> None:
         """Process what was loaded anew: the base's weights are in their last form, or to come."""
         if layer.qresidual.device.type == "cuda":
-            weight = w4a8_layout.pack(self._whole_groups(layer))
+            weight = w4a8_layout.pack(self._whole_blocks(layer))
         else:
             weight = unpack_nibbles(layer.qresidual).to(torch.int8) - reference.RESIDUAL_ZERO
         layer.weight = Parameter(weight, requires_grad=False)
@@ -198,7 +199,7 @@ class QoQResidualMethod(QoQLinearMethod):
         is_packed = layer.weight.dtype == torch.uint8
         codes, *of_tokens = quantized
         if is_packed:
-            codes = self.inputs.whole_groups_of_tokens(codes)
+            codes = self.inputs.whole_blocks_of_tokens(codes)
         return torch.ops.qoq.w4a8_gemm(
             codes,
             *of_tokens,
@@ -214,9 +215,9 @@ class QoQResidualMethod(QoQLinearMethod):
             use_residual,
         )
 
-    def _whole_groups(self, layer: LinearBase) -> torch.Tensor:
-        """The layer's residuals, uint8, padded to whole groups with such as add nothing."""
-        return self.inputs.whole_groups(layer.qresidual.data, _NO_RESIDUALS)
+    def _whole_blocks(self, layer: LinearBase) -> torch.Tensor:
+        """The layer's residuals, uint8, padded to whole blocks with such as add nothing."""
+        return self.inputs.whole_blocks(layer.qresidual.data, _NO_RESIDUALS)
 
     @property
     def base_method(self) -> QoQLinearMethod:
