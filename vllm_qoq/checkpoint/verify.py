@@ -99,12 +99,12 @@ def structure(folder: Path) -> list[str]:
     checkpoint, section, sets = open_merged(folder)
     if isinstance(section, KVSection):
         found = [f for weights in sets for f in complete.findings(weights)]
-        return [*found, *k_mean.structure(checkpoint, section)]
+        return [*found, *k_mean.structure(checkpoint, section.kv_cache)]
     head = _int8_head(checkpoint) if section.lm_head is not None else ()
     return [
         *head,
         *stream.structure(checkpoint, section),
-        *k_mean.structure(checkpoint, section),
+        *k_mean.structure(checkpoint, section.kv_cache),
         *_structure(section, sets),
     ]
 
