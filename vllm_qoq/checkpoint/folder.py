@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from vllm_qoq.checkpoint.format import QUANT_METHOD, SECTION, Section
+from vllm_qoq.checkpoint.format import QUANT_METHOD, SECTION, KVSection, Section
 from vllm_qoq.errors import FormatError, shown
 from vllm_qoq.models.config import CONFIG
 
@@ -130,13 +130,14 @@ class Checkpoint:
         return cls(path, config, tensors)
 
     @property
-    def section(self) -> Section | None:
+    def section(self) -> Section | KVSection | None:
         """The vllm-qoq section of the config, or None for any other checkpoint."""
         section = self.config.get(SECTION)
         if not isinstance(section, dict) or section.get("quant_method") != QUANT_METHOD:
             return None
+        has_sets = "sets" in section or "kv_cache" not in section
         try:
-            return Section.parse(section)
+            return Section.parse(section) if has_sets else KVSection.parse(section)
         except FormatError as error:
             raise FormatError(f"{CONFIG}: {error}") from None
 

@@ -13,7 +13,7 @@ from vllm_qoq.checkpoint.stored_set import StoredSet
 from vllm_qoq.errors import FormatError
 from vllm_qoq.models.config import CONFIG
 from vllm_qoq.models.tensors import EMBEDDING, HEAD
-from vllm_qoq.numerics.kv_layout import FP16_MAX
+from vllm_qoq.numerics import FP16_MAX
 
 if TYPE_CHECKING:
     import torch

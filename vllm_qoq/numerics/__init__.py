@@ -17,5 +17,8 @@ def group_count(inputs: int) -> int:
     return -(-inputs // GROUP_SIZE)
 
 
+FP16_MAX = 65504.0
+"""The largest number of fp16, in which scales and zeros of the KV cache are, and often keys."""
+
 MAX_CLIPPED = 0.1
 """Share of a layer's weights that a nested set may clip, unless the user says otherwise."""

@@ -13,20 +13,17 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_qoq.bench import BenchError
 from vllm_qoq.bench.evaluate import windows as pieces
 from vllm_qoq.bench.evaluate.scores import Score, WindowScore, combine, score_window
 from vllm_qoq.bench.evaluate.windows import Windows
 from vllm_qoq.checkpoint.folder import Checkpoint
-from vllm_qoq.checkpoint.format import SECTION, split_name
+from vllm_qoq.checkpoint.format import SECTION, Section, split_name
 from vllm_qoq.models.config import CONFIG
 from vllm_qoq.progress import Clock
 from vllm_qoq.text_file import check_text
-
-if TYPE_CHECKING:
-    from vllm_qoq.checkpoint.format import Section
 
 # What a checkpoint has of the model that was quantized.
 _SAME = (
@@ -178,12 +175,13 @@ def _windows(folder: Path, model: Path, text: Path, length: int, most: int | Non
 def _sets(folder: Path) -> tuple[tuple[str, ...], dict[str, int]]:
     """Name the sets of a checkpoint, and count the bytes of the weights that each needs.
 
-    A checkpoint that is not ours has no sets, and one entry of the second by its method.
+    A checkpoint that is not ours has no sets, and one entry of the second by its method; so has a
+    model of which only the KV cache is quantized, by the folder's name.
     """
     checkpoint = Checkpoint.open(folder)
     section = checkpoint.section
-    if section is None:
-        method = checkpoint.config.get(SECTION) or {}
+    if not isinstance(section, Section):
+        method = (checkpoint.config.get(SECTION) or {}) if section is None else {}
         return (), {str(method.get("quant_method", folder.name)): checkpoint.total_bytes}
     sizes: dict[str | None, int] = dict.fromkeys((None, *section.sets), 0)
     for name, info in checkpoint.tensors.items():

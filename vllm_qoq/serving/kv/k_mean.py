@@ -18,7 +18,7 @@ from vllm.distributed import parallel_state
 
 from vllm_qoq.checkpoint.format import K_MEAN
 from vllm_qoq.errors import FormatError
-from vllm_qoq.numerics.kv_layout import FP16_MAX
+from vllm_qoq.numerics import FP16_MAX
 from vllm_qoq.serving.methods.weight_set import REMEDY
 
 
