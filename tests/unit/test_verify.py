@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from merge_tools.__main__ import main
 from vllm_qoq.checkpoint import inspect, verify
 from vllm_qoq.checkpoint.folder import INDEX
+from vllm_qoq.errors import FormatError
 from vllm_qoq.progress import Progress
 
 UP, K = "model.layers.1.mlp.up_proj", "model.layers.0.self_attn.k_proj"
@@ -232,6 +233,15 @@ def test_inspect_says_which_means_there_are_and_whether_they_are_used(
     assert len(found) == len(said)
     for line, expected in zip(found, said, strict=True):
         assert re.fullmatch(rf"(KV cache: )?.*{expected}.*", line), line
+
+
+@pytest.mark.parametrize("look", [inspect.inspect, verify.verify])
+def test_gguf_is_refused_with_what_to_do(tmp_path, look):
+    file = tmp_path / "model.GGUF"
+    file.write_bytes(b"GGUF")
+    for given in (file, tmp_path):
+        with pytest.raises(FormatError, match=r"model\.GGUF: is GGUF.*`vllm-qoq quantize .* -o OUT"):
+            look(given)
 
 
 @pytest.fixture

@@ -61,6 +61,9 @@ NO_SIDE_FILES = (
 )
 """Ends of the names of weights, of pickles, and of what only describes either."""
 
+GGUF = ".gguf"
+"""The end of the name of a file in GGUF, in small letters."""
+
 _CONFIG_BYTES = 16 << 20
 _INDEX_BYTES = 32 << 20
 _JSON_DEPTH = 64
@@ -183,7 +186,12 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def require_folder(path: Path) -> None:
-    """Raise FormatError unless `path` is a folder."""
+    """Raise FormatError unless `path` is a folder, of a model that is not in GGUF alone."""
+    if (gguf := _gguf_in(path)) is not None:
+        raise FormatError(
+            f"{gguf}: is GGUF, of which `vllm-qoq quantize {path} -o OUT` makes a checkpoint; give "
+            "that"
+        )
     if path.is_dir():
         return
     if path.exists():
@@ -196,6 +204,15 @@ def require_folder(path: Path) -> None:
     raise FormatError(
         f"{path}: not a folder, nothing is there; give the folder of a Hugging Face checkpoint"
     )
+
+
+def _gguf_in(path: Path) -> Path | None:
+    """Find the GGUF file that `path` is, or that a folder has in the place of a config.json."""
+    if path.is_file():
+        return path if path.suffix.lower() == GGUF else None
+    if not path.is_dir() or (path / CONFIG).exists():
+        return None
+    return min((item for item in path.iterdir() if item.suffix.lower() == GGUF), default=None)
 
 
 def weights_entry(path: Path) -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from safetensors import SafetensorError
 
+from vllm_qoq.checkpoint.folder import GGUF
 from vllm_qoq.checkpoint.format import SECTION
 from vllm_qoq.errors import reason, shown
 from vllm_qoq.models.config import CONFIG
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 SOURCE = ".gguf_source.json"
 """The file of a converted folder that says what it was made of; hidden ones are not copied."""
 
-_SUFFIX = ".gguf"
 _UNUSED_KEYS = (SECTION, "_name_or_path", "_model_name_or_path")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -71,7 +71,7 @@ def gguf_file(model: Path) -> Path | None:
 
 def is_gguf(path: Path) -> bool:
     """Whether a path has the name of a GGUF file."""
-    return path.suffix.lower() == _SUFFIX
+    return path.suffix.lower() == GGUF
 
 
 def source_of(folder: Path) -> dict[str, Any] | None:
