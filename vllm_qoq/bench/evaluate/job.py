@@ -7,12 +7,16 @@ the KV cache alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 from vllm_qoq.bench import BenchError
@@ -195,8 +199,11 @@ def _bytes_of(section: Section, sizes: dict[str | None, int], name: str) -> int:
 
 
 def _in_process(task: _Task) -> dict[str | None, list[WindowScore]]:
-    """Run a task in a process of its own, which gives all memory back."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+    """Run a task in a process of its own, which gives all memory back.
+
+    What vLLM logs there is shown, if the task is quiet only where it fails.
+    """
+    with _log(task.quiet) as settings, ProcessPoolExecutor(1, **settings) as pool:
         try:
             return pool.submit(_measure, task).result()
         except BrokenProcessPool as error:
@@ -205,6 +212,32 @@ def _in_process(task: _Task) -> dict[str | None, list[WindowScore]]:
                 "for want of memory; its log above may say more. Use a smaller --seqlen, or a "
                 "machine with more memory"
             ) from error
+
+
+@contextmanager
+def _log(is_quiet: bool) -> Iterator[dict[str, Any]]:
+    """Give the settings of a pool of processes whose output is held back if `is_quiet`.
+
+    It goes to stderr where the body fails.
+    """
+    settings: dict[str, Any] = {"mp_context": get_context("spawn")}
+    if not is_quiet:
+        yield settings
+        return
+    with NamedTemporaryFile(prefix="vllm-qoq-") as log:
+        try:
+            yield settings | {"initializer": _print_into, "initargs": (log.name,)}
+        except BaseException:
+            print(log.read().decode(errors="replace"), file=sys.stderr, flush=True)
+            raise
+
+
+def _print_into(name: str) -> None:
+    """Send all that this process and its children print into the file `name`."""
+    file = os.open(name, os.O_WRONLY | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(file, descriptor)
+    os.close(file)
 
 
 def _measure(task: _Task) -> dict[str | None, list[WindowScore]]:
