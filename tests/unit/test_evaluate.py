@@ -11,7 +11,8 @@ import torch
 
 from vllm_qoq.bench import BenchError
 from vllm_qoq.bench.evaluate import plot, report
-from vllm_qoq.bench.evaluate.job import FLOAT, Evaluation, Row, _log, check
+from vllm_qoq.bench.evaluate.job import FLOAT, Evaluation, Row, check
+from vllm_qoq.bench.evaluate.log import pool_settings
 from vllm_qoq.bench.evaluate.scores import Estimate, Score, combine, score_window
 from vllm_qoq.bench.evaluate.windows import begins_with, cut
 from vllm_qoq.plots import title_of
@@ -125,7 +126,7 @@ def test_the_picture_says_the_best_and_the_worst_set_and_leaves_the_float_model_
 @pytest.mark.parametrize("is_quiet", [True, False])
 def test_quiet_shows_what_the_engine_prints_only_where_it_fails(is_quiet, capfd):
     def run(function, argument):
-        with _log(is_quiet) as settings, ProcessPoolExecutor(1, **settings) as pool:
+        with pool_settings(is_quiet) as settings, ProcessPoolExecutor(1, **settings) as pool:
             assert pool.submit(os.system, "echo a log; echo a bar >&2").result() == 0
             return pool.submit(function, argument).result()
 

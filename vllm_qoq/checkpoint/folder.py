@@ -71,7 +71,7 @@ _JSON_REMEDY = "mend the file, or download or write it again"
 _MOST_TENSORS = 1 << 19
 _LONGEST_NAME = 512
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./+-]+))?")
 _OTHER_WEIGHTS = ("consolidated", "adapter_")
 _SHARD = re.compile(r".*-\d+-of-(\d+)\.safetensors")
 _ABOUT_WEIGHTS = frozenset(
@@ -196,10 +196,13 @@ def require_folder(path: Path) -> None:
         return
     if path.exists():
         raise FormatError(f"{path}: not a folder; give the folder that has {CONFIG} in it")
-    if _HUB_NAME.fullmatch(str(path)) and not path.parent.exists():
+    if (named := _HUB_NAME.fullmatch(str(path))) and not path.parent.exists():
+        repository, revision = named.groups()
+        folder = repository.partition("/")[2]
+        of_revision = f" --revision {revision}" if revision is not None else ""
         raise FormatError(
             f"{path}: not a folder; if you mean the model of that name on the Hugging Face Hub, "
-            f"run `hf download {path} --local-dir {path.name}` and give {path.name}"
+            f"run `hf download {repository}{of_revision} --local-dir {folder}` and give {folder}"
         )
     raise FormatError(
         f"{path}: not a folder, nothing is there; give the folder of a Hugging Face checkpoint"

@@ -7,22 +7,19 @@ the KV cache alone.
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 from vllm_qoq.bench import BenchError
 from vllm_qoq.bench.evaluate import windows as pieces
+from vllm_qoq.bench.evaluate.log import pool_settings
 from vllm_qoq.bench.evaluate.scores import Score, WindowScore, combine, score_window
 from vllm_qoq.bench.evaluate.windows import Windows
+from vllm_qoq.checkpoint import hub
 from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.checkpoint.format import SECTION, Section, split_name
 from vllm_qoq.models.config import CONFIG
@@ -97,8 +94,9 @@ def evaluate(
 ) -> Evaluation:
     """Compare the next token of every set of a checkpoint with that of the float model.
 
-    checkpoint  folder of a checkpoint of ours, or of any other that vLLM serves
-    against     folder of the model that was quantized
+    checkpoint  folder of a checkpoint of ours, or of any other that vLLM serves, or its id on the
+                Hugging Face Hub, which is downloaded first
+    against     folder of the model that was quantized, or its id
     text        file to score, in UTF-8
     seqlen      tokens of a window, of which the second half is scored
     windows     at most so many, taken from all over the text; None for all
@@ -108,7 +106,7 @@ def evaluate(
 
     Raises UserError for what does not fit together, and where vLLM does not start.
     """
-    folder, model = Path(checkpoint), Path(against)
+    folder, model = local_folders(checkpoint, against, Path(text), quiet=quiet)
     check(folder, model, Path(text), seqlen)
     cut = _windows(folder, model, Path(text), seqlen, windows)
     sizes = {FLOAT: Checkpoint.open(model).total_bytes}
@@ -122,8 +120,8 @@ def evaluate(
                 shown = FLOAT if label == FLOAT else name or next(iter(own))
                 rows.append(Row(shown, bits, sizes[shown], combine(scores)))
     return Evaluation(
-        checkpoint=folder.name,
-        against=model.name,
+        checkpoint=hub.name_of(folder),
+        against=hub.name_of(model),
         text=Path(text).name,
         seqlen=seqlen,
         windows=len(cut.tokens),
@@ -131,6 +129,14 @@ def evaluate(
         chunk=chunk,
         rows=tuple(rows),
     )
+
+
+def local_folders(
+    checkpoint: str | Path, against: str | Path, text: Path, *, quiet: bool
+) -> tuple[Path, Path]:
+    """Find the folders of the two models, either of which may be an id of the Hub."""
+    check_text("--text", text)  # before a download
+    return hub.local_folder(checkpoint, quiet=quiet), hub.local_folder(against, quiet=quiet)
 
 
 def check(folder: Path, model: Path, text: Path, seqlen: int) -> None:
@@ -186,7 +192,7 @@ def _sets(folder: Path) -> tuple[tuple[str, ...], dict[str, int]]:
     section = checkpoint.section
     if not isinstance(section, Section):
         method = (checkpoint.config.get(SECTION) or {}) if section is None else {}
-        return (), {str(method.get("quant_method", folder.name)): checkpoint.total_bytes}
+        return (), {str(method.get("quant_method", hub.name_of(folder))): checkpoint.total_bytes}
     sizes: dict[str | None, int] = dict.fromkeys((None, *section.sets), 0)
     for name, info in checkpoint.tensors.items():
         sizes[split_name(name, section.sets)[0]] += info.nbytes
@@ -203,7 +209,7 @@ def _in_process(task: _Task) -> dict[str | None, list[WindowScore]]:
 
     What vLLM logs there is shown, if the task is quiet only where it fails.
     """
-    with _log(task.quiet) as settings, ProcessPoolExecutor(1, **settings) as pool:
+    with pool_settings(task.quiet) as settings, ProcessPoolExecutor(1, **settings) as pool:
         try:
             return pool.submit(_measure, task).result()
         except BrokenProcessPool as error:
@@ -212,32 +218,6 @@ def _in_process(task: _Task) -> dict[str | None, list[WindowScore]]:
                 "for want of memory; its log above may say more. Use a smaller --seqlen, or a "
                 "machine with more memory"
             ) from error
-
-
-@contextmanager
-def _log(is_quiet: bool) -> Iterator[dict[str, Any]]:
-    """Give the settings of a pool of processes whose output is held back if `is_quiet`.
-
-    It goes to stderr where the body fails.
-    """
-    settings: dict[str, Any] = {"mp_context": get_context("spawn")}
-    if not is_quiet:
-        yield settings
-        return
-    with NamedTemporaryFile(prefix="vllm-qoq-") as log:
-        try:
-            yield settings | {"initializer": _print_into, "initargs": (log.name,)}
-        except BaseException:
-            print(log.read().decode(errors="replace"), file=sys.stderr, flush=True)
-            raise
-
-
-def _print_into(name: str) -> None:
-    """Send all that this process and its children print into the file `name`."""
-    file = os.open(name, os.O_WRONLY | os.O_APPEND)
-    for descriptor in (1, 2):
-        os.dup2(file, descriptor)
-    os.close(file)
 
 
 def _measure(task: _Task) -> dict[str | None, list[WindowScore]]:
