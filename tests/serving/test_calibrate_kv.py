@@ -92,6 +92,11 @@ def test_again_in_its_place_with_other_bits_and_no_other_folder_is_replaced(bias
     again = vllm_qoq.calibrate_kv(second, first, TEXT, dry_run=True, overwrite=True, **FEW)
     assert again.kv_cache == found.kv_cache  # what the checkpoint says
     config = json.loads((first / "config.json").read_text())
+    cache = config["quantization_config"]["kv_cache"]
+    cache |= {"bits": 16, "layers": [{"match": "model.layers.1.*", "bits": 8}]}
+    (first / "config.json").write_text(json.dumps(config))
+    again = vllm_qoq.calibrate_kv(first, tmp_path / "third", TEXT, dry_run=True, **FEW)
+    assert again.kv_cache.to_json() == cache
     del config["quantization_config"]
     (first / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"no checkpoint of ours.*deletes only what is ours"):

@@ -23,6 +23,7 @@ from vllm_qoq.checkpoint import hub
 from vllm_qoq.checkpoint.folder import Checkpoint, side_files
 from vllm_qoq.cli.main import main
 from vllm_qoq.quantizer import inputs
+from vllm_qoq.quantizer.calibrate_kv import local_model, open_source
 from vllm_qoq.quantizer.plan import Job
 
 TINY = DATA / "tiny-llama"
@@ -328,6 +329,16 @@ def test_evaluate_takes_ids_and_names_the_models_by_them(server, w4a8_dir, heldo
     server.files = files_of(w4a8_dir)
     folders = evaluate_job.local_folders(f"{REPOSITORY}@main", REPOSITORY, heldout_text, quiet=True)
     assert [hub.name_of(folder) for folder in folders] == [REPOSITORY] * 2
+
+
+def test_calibrate_kv_takes_an_id(server, tiny_model, heldout_text, tmp_path):
+    server.files = files_of(tiny_model)
+    given = (f"{REPOSITORY}@main", tmp_path / "out", heldout_text)
+    folder = local_model(*given, overwrite=False, quiet=True)
+    assert open_source(folder).inputs.dimensions.layers == 2
+    server.files = {}
+    with pytest.raises(vllm_qoq.UserError, match="overlaps the input"):
+        local_model(folder, folder / "out", heldout_text, overwrite=False, quiet=True)
 
 
 def test_perplexity_hands_an_id_and_its_revision_to_vllm(monkeypatch, heldout_text):

@@ -56,18 +56,19 @@ def _evaluate(args: argparse.Namespace) -> int:
     from vllm_qoq.bench.evaluate import job
 
     quiet = args.quiet or args.json
-    folders: list[Path] = []
 
     def check() -> None:
         measurement.check_vllm()
-        folders.extend(job.local_folders(args.checkpoint, args.against, args.text, quiet=quiet))
-        job.check(*folders, args.text, args.seqlen)
+        found = job.local_folders(args.checkpoint, args.against, args.text, quiet=quiet)
+        args.checkpoint, args.against = found
+        job.check(*found, args.text, args.seqlen)
 
     def work() -> measurement.Finished:
         from vllm_qoq.bench.evaluate import plot, report
 
         found = job.evaluate(
-            *folders,
+            args.checkpoint,
+            args.against,
             args.text,
             seqlen=args.seqlen,
             windows=args.windows,

@@ -122,7 +122,7 @@ def calibrate_kv(
     source = open_source(folder)
     options = _options(source, kv_bits, kv_hadamard, samples, seqlen)
     names, dimensions = source.inputs.names, source.inputs.dimensions
-    cache = _cache(source, options)
+    cache = _cache(source, options, kv_bits)
     size = (dimensions.kv_heads, dimensions.head_dim)
     infos = [
         TensorInfo(f"{names.blocks}.{i}.{names.attention}.{K_MEAN}", "F32", size, "")
@@ -217,18 +217,23 @@ def _options(
     if before is not None and before.is_quantized():
         kv_hadamard = before.hadamard if kv_hadamard is None else kv_hadamard
         kv_bits = kv_bits or (4 if before.bits == 16 else before.bits)
-    given = {"kv_bits": kv_bits or 4, "kv_hadamard": kv_hadamard}
-    given |= {"samples": samples, "seqlen": seqlen}
+    given = {
+        "kv_bits": kv_bits or 4,
+        "kv_hadamard": kv_hadamard,
+        "samples": samples,
+        "seqlen": seqlen,
+    }
     options = QuantizeOptions.parse(given, "options")
     return options.of_heads(source.inputs.dimensions.head_dim)
 
 
-def _cache(source: Source, options: QuantizeOptions) -> KVCache:
+def _cache(source: Source, options: QuantizeOptions, kv_bits: KVBits | None) -> KVCache:
+    """Make the cache of the copy; rules for single layers stay."""
     before = source.section.kv_cache if source.section is not None else None
-    rules = before.layers if before is not None else ()
-    return KVCache(
-        bits=options.kv_bits, layers=rules, hadamard=bool(options.kv_hadamard), k_mean=True
-    )
+    changed = {"hadamard": bool(options.kv_hadamard), "k_mean": True}
+    if before is None or not before.is_quantized():
+        return KVCache(bits=options.kv_bits, **changed)
+    return before.model_copy(update=changed if kv_bits is None else {**changed, "bits": kv_bits})
 
 
 def _groups(infos: list[TensorInfo], section: Section | KVSection | None) -> list[list[TensorInfo]]:

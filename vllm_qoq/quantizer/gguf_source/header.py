@@ -35,7 +35,7 @@ _ALIGNMENT = 32  # where the file does not say
 class Array(NamedTuple):
     """An array among the keys, which is not read: how many elements, and whether they are texts."""
 
-    count: int
+    length: int
     has_texts: bool
 
 

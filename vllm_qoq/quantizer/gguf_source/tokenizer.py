@@ -68,9 +68,9 @@ def _check_vocabulary(header: Header) -> None:
         found = header.keys.get(_PREFIX + key)
         if found is None:
             refuse(key, "missing")
-        if not isinstance(found, Array) or found.has_texts != is_text or not found.count:
+        if not isinstance(found, Array) or found.has_texts != is_text or not found.length:
             refuse(key, f"is no array of {'texts' if is_text else 'numbers'}")
-        counts[key] = found.count
+        counts[key] = found.length
     tokens, rows = counts["tokens"], header.tensors[EMBEDDING].shape[0]
     if tokens > rows:
         refuse("tokens", f"{tokens}, but {EMBEDDING} has {rows} rows")
