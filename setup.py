@@ -74,7 +74,7 @@ def flags_of_cards(cards: Any) -> Any:
     try:
         return cards.build_for(asked, choice_of("VLLM_QOQ_PORTABLE", "0", "1") == "1")
     except ValueError as error:
-        raise SystemExit(f"vllm-qoq: {error}") from error
+        raise SystemExit(f"vllm-qoq: {cards.refusal(error, os.environ)}") from error
 
 
 def kernels() -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from merge_tools import MergeError
 from vllm_qoq.checkpoint.folder import Checkpoint, read_json
-from vllm_qoq.checkpoint.format import SECTION, check_set_name, split_layer
+from vllm_qoq.checkpoint.format import SECTION, KVSection, check_set_name, split_layer
 from vllm_qoq.checkpoint.layout import KV_CACHE_LEAVES
 from vllm_qoq.checkpoint.methods import parse
 from vllm_qoq.checkpoint.stored_set import StoredSet
@@ -81,6 +81,11 @@ def _set_config(checkpoint: Checkpoint, takes_floats: bool) -> dict[str, Any]:
     config = _quantization(checkpoint)
     if config is None and takes_floats:
         return {}
+    if isinstance(checkpoint.section, KVSection):
+        raise FormatError(
+            f"{CONFIG}: {SECTION}: quantizes the KV cache alone; merge the model without it, then "
+            "run `vllm-qoq calibrate-kv` on what was merged"
+        )
     if checkpoint.section is not None:
         raise FormatError(
             f"{CONFIG}: {SECTION}: is a merged checkpoint already; merge the folders it was made of"

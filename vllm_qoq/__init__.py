@@ -4,8 +4,8 @@ Importing this package touches neither torch nor vLLM. vLLM calls `register`
 through the entry point `vllm.general_plugins` in every process that it starts.
 
 Each command is a function of this package, imported when it is asked for: `quantize`, `merge`,
-`import_checkpoint`, `inspect`, `verify`, `tune`, `perplexity` and `evaluate`. They return what
-they found, and raise `UserError` with what is wrong and what to do.
+`calibrate_kv`, `import_checkpoint`, `inspect`, `verify`, `tune`, `perplexity` and `evaluate`. They
+return what they found, and raise `UserError` with what is wrong and what to do.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from vllm_qoq.checkpoint.inspect import inspect as inspect
     from vllm_qoq.checkpoint.verify import verify as verify
     from vllm_qoq.importer.job import import_checkpoint as import_checkpoint
+    from vllm_qoq.quantizer.calibrate_kv import calibrate_kv as calibrate_kv
     from vllm_qoq.quantizer.job import quantize as quantize
     from vllm_qoq.tuner.job import tune as tune
 
 
 _COMMANDS = {
     "quantize": "vllm_qoq.quantizer.job",
+    "calibrate_kv": "vllm_qoq.quantizer.calibrate_kv",
     "merge": "merge_tools.job",
     "import_checkpoint": "vllm_qoq.importer.job",
     "inspect": "vllm_qoq.checkpoint.inspect",

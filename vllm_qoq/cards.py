@@ -101,12 +101,11 @@ def build_for(asked: str, is_portable: bool = False) -> Build:
         one = found and family((int(found[1]), int(found[2])))
         if not found or not one:
             raise ValueError(
-                f"{wanted!r} is no compute capability that the kernels are for: {needed()}; "
-                "correct VLLM_QOQ_CUDA_ARCHS or, where that is not set, TORCH_CUDA_ARCH_LIST"
+                f"{wanted!r} is no compute capability that the kernels are for: {needed()}"
             )
         with_ptx[one.code] = with_ptx.get(one.code, False) or bool(found[3])
     if not with_ptx:
-        raise ValueError(f"no compute capability is named; the kernels are for {needed()}")
+        raise ValueError(f"no compute capability that the kernels are for: {needed()}")
     flags, codes = [], []
     for number, has_ptx in with_ptx.items():
         for code in [f"sm_{number}", *([f"compute_{number}"] if has_ptx else [])]:
@@ -135,6 +134,26 @@ TORCH_NAMES = {
 """Generation, as TORCH_CUDA_ARCH_LIST may name it -> its capabilities that we build for."""
 
 
+_OURS, _EVERYONES = "VLLM_QOQ_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"
+
+
+def _variable_in_force(environment: Mapping[str, str]) -> str | None:
+    """Name the variable whose capabilities a build is for; None where it looks for itself."""
+    if ours := environment.get(_OURS):
+        return None if ours == "all" else _OURS
+    return None if environment.get(_EVERYONES, "native") in ("", "native") else _EVERYONES
+
+
+def refusal(error: ValueError, environment: Mapping[str, str]) -> str:
+    """Say what `build_for` refuses, which variable asked for it, and what to do."""
+    variable = _variable_in_force(environment)
+    without = "or set VLLM_QOQ_CUDA=0 for an installation without kernels"
+    if variable is None:
+        return f"nvcc knows {error}; install a newer CUDA toolkit, {without}"
+    instead = "" if variable == _OURS else f", or set {_OURS}, which it gives way to"
+    return f"{variable}={environment[variable]}: {error}; correct it{instead}, {without}"
+
+
 def asked_for(
     environment: Mapping[str, str], present: Iterable[Capability], known_to_nvcc: str
 ) -> str:
@@ -147,12 +166,11 @@ def asked_for(
     GPUs. A build for all has PTX of the oldest code, for GPUs between the families, as of compute
     capability 11.0, and of the newest, for GPUs after them.
     """
-    ours = environment.get("VLLM_QOQ_CUDA_ARCHS")
-    if ours and ours != "all":
-        return ours
-    everyones = environment.get("TORCH_CUDA_ARCH_LIST")
-    if everyones and everyones != "native" and not ours:
-        names = [TORCH_NAMES.get(n, n) for n in re.split(r"[;, ]+", everyones)]
+    ours, variable = environment.get(_OURS), _variable_in_force(environment)
+    if variable == _OURS:
+        return environment[_OURS]
+    if variable is not None:
+        names = [TORCH_NAMES.get(n, n) for n in re.split(r"[;, ]+", environment[variable])]
         return ";".join(n for n in names if n and not re.match(r"[1-7]\.", n))
     usable = sorted({capability for capability in present if family(capability)})
     if usable and not ours:

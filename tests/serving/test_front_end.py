@@ -6,9 +6,12 @@ Through vLLM's own making of an engine's configuration, which is all that happen
 import json
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.v1.metrics.loggers import load_stat_logger_plugin_factories
 
@@ -94,6 +97,47 @@ def test_what_cannot_be_served_is_refused_before_an_engine_starts(
 def test_so_is_what_a_model_without_sets_cannot_do(tiny_model, qoq, message):
     with pytest.raises(EngineError, match=message):
         configure(tiny_model, qoq, quantization="qoq")
+
+
+@pytest.fixture
+def with_means(tiny_model, tmp_path):
+    """`with_means(KV_CACHE, LAYERS)`: a copy that announces KV_CACHE and has means of LAYERS."""
+
+    def make(kv_cache, layers):
+        folder = Path(shutil.copytree(tiny_model, tmp_path / "means"))
+        tensors = load_file(folder / "model.safetensors")
+        tensors |= {MEAN.format(layer): torch.zeros(2, 64) for layer in layers}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        config = json.loads((folder / "config.json").read_text())
+        if kv_cache is not None:
+            config["quantization_config"] = {"quant_method": "qoq", "kv_cache": kv_cache}
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return make
+
+
+MEAN = "model.layers.{}.self_attn.k_mean"
+
+
+@pytest.mark.parametrize("kv_cache", [None, {"bits": 4}, {"bits": 16}])
+def test_a_mean_that_is_not_announced_is_refused_with_its_file(with_means, kv_cache):
+    folder, qoq = with_means(kv_cache, [1]), {"kv_bits": 4} if kv_cache is None else None
+    message = r'model\.safetensors: .*layers\.1.*k_mean: is not announced.*write "k_mean": true'
+    with pytest.raises(EngineError, match=message):
+        configure(folder, qoq, quantization="qoq")
+
+
+def test_a_mean_that_is_announced_and_missing_is_refused_where_it_would_be_used(with_means):
+    folder = with_means({"bits": 4, "k_mean": True}, [0])
+    with pytest.raises(EngineError, match=r"layers\.1\.self_attn\.k_mean: .*but it is missing"):
+        configure(folder)
+    configure(folder, load_format="dummy")
+    configure(folder, {"kv_bits": 16})
+
+
+def test_means_as_announced_are_served(with_means):
+    configure(with_means({"bits": 4, "k_mean": True}, [0, 1]))
 
 
 def test_a_command_says_it_in_one_line(nested_dir, heldout_text, monkeypatch, capfd):

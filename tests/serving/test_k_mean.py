@@ -108,6 +108,9 @@ def test_a_mean_that_no_file_has_is_named(layer):
             load(layer.k_mean, mean)
         with pytest.raises(FormatError, match=r"layers\.0\.self_attn\.k_mean: .* announces it"):
             layer.process_weights_after_loading(torch.bfloat16)
+    load(layer.k_mean, torch.full((2, HEAD), -3e38))
+    with pytest.raises(FormatError, match=r"self_attn\.k_mean: holds 3e\+38, beyond the 65504"):
+        layer.process_weights_after_loading(torch.bfloat16)
     load(layer.k_mean, torch.randn(2, HEAD))
     layer.process_weights_after_loading(torch.bfloat16)
 

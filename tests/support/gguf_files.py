@@ -34,6 +34,7 @@ def write_gguf(
     kind: str = "gpt2",
     without: str | None = None,
     sizes: dict[str, int] | None = None,
+    token: dict | None = None,
     keys: dict | None = None,
     tensors: dict | None = None,
 ) -> Path:
@@ -45,6 +46,7 @@ def write_gguf(
     kind       the name of the kind of tokenizer
     without    a key to leave out
     sizes      numbers in the place of the model's, by their keys without the architecture
+    token      values of keys of the tokenizer, by their names without "tokenizer.ggml."
     keys       more keys, name -> text or number
     tensors    more tensors
     """
@@ -66,8 +68,11 @@ def write_gguf(
     written = writer.kv_data[0]
     for key, value in (sizes or {}).items():
         written[f"llama.{key}"].value = value
+    for key, value in (token or {}).items():
+        kind = gguf.GGUFValueType.BOOL if isinstance(value, bool) else gguf.GGUFValueType.UINT32
+        written[f"tokenizer.ggml.{key}"] = gguf.GGUFValue(value, kind)
     if without is not None:
-        del written[without]
+        written.pop(without, None)
     for key, value in (keys or {}).items():
         (writer.add_string if isinstance(value, str) else writer.add_float32)(key, value)
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}

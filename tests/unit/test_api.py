@@ -14,6 +14,7 @@ from vllm_qoq.quantizer.options import QuantizeOptions
 
 COMMANDS = (
     "quantize",
+    "calibrate_kv",
     "merge",
     "import_checkpoint",
     "inspect",

@@ -65,8 +65,35 @@ def test_a_build_is_for_what_is_asked_or_present_or_for_all(environment, present
 
 
 def test_an_nvcc_that_knows_none_of_our_gpus_is_refused():
-    with pytest.raises(ValueError, match="no compute capability is named"):
-        cards.build_for(cards.asked_for({}, [], "compute_75"))
+    assert refused({}) == (
+        f"nvcc knows no compute capability that the kernels are for: {cards.needed()}; install a "
+        "newer CUDA toolkit, or set VLLM_QOQ_CUDA=0 for an installation without kernels"
+    )
+
+
+def refused(environment):
+    with pytest.raises(ValueError) as error:
+        cards.build_for(cards.asked_for(environment, [], "compute_75"))
+    return cards.refusal(error.value, environment)
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"TORCH_CUDA_ARCH_LIST": "Turing"}, "TORCH_CUDA_ARCH_LIST=Turing: no compute capability"),
+        ({"TORCH_CUDA_ARCH_LIST": "8.0;11.0"}, "TORCH_CUDA_ARCH_LIST=8.0;11.0: '11.0' is no"),
+        ({"TORCH_CUDA_ARCH_LIST": "ampere"}, "TORCH_CUDA_ARCH_LIST=ampere: 'ampere' is no compute"),
+        (
+            {"VLLM_QOQ_CUDA_ARCHS": "Ada", "TORCH_CUDA_ARCH_LIST": "Turing"},
+            "VLLM_QOQ_CUDA_ARCHS=Ada: 'Ada' is no compute capability",
+        ),
+    ],
+)
+def test_the_variable_at_fault_is_named_with_its_value(environment, said):
+    message = refused(environment)
+    assert message.startswith(said) and "VLLM_QOQ_CUDA=0 for" in message
+    assert message.count("TORCH_CUDA_ARCH_LIST") == said.count("TORCH_CUDA_ARCH_LIST")
+    assert "VLLM_QOQ_CUDA_ARCHS" in message or "correct it, or set VLLM" in message
 
 
 @pytest.mark.parametrize(

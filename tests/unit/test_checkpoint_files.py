@@ -145,6 +145,7 @@ def test_a_null_quantization_config_is_none(tmp_path):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
+        ("org/L@v1", "run `hf download org/L --revision v1 --local-dir L` and give L"),
         ("org/Llama-3.1-8B", "run `hf download org/Llama-3.1-8B --local-dir Llama-3.1-8B` and"),
         ("/typo/model", "not a folder, nothing is there; give"),
         (str(DATA / "heldout.txt"), "not a folder; give the folder that has config.json"),

@@ -29,7 +29,7 @@ TROUBLESHOOTING = "docs/troubleshooting.md"
 
 # A message of the page above, whole; not code.
 MESSAGE = re.compile(r"\*\*`([^`]+)`\*\*")
-COMMAND = re.compile(r"(?:vllm-qoq|python -m merge_tools) ([a-z]\w*)")
+COMMAND = re.compile(r"(?:vllm-qoq|python -m merge_tools) ([a-z][\w-]*)")
 LINK = re.compile(r"\]\((?!\w+:)([^)\s]+)\)")
 # Shorter pieces of a message would be found anywhere.
 SHORTEST_PIECE = 8
@@ -123,6 +123,7 @@ def test_every_command_is_documented():
     named = {COMMAND.match(command)[1] for _, command in commands_in(blocks_of)}
     assert named >= {
         "quantize",
+        "calibrate-kv",
         "merge",
         "import",
         "inspect",

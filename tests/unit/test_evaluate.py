@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from vllm_qoq.bench import BenchError
 from vllm_qoq.bench.evaluate import plot, report
 from vllm_qoq.bench.evaluate.job import FLOAT, Evaluation, Row, check
+from vllm_qoq.bench.evaluate.log import pool_settings
 from vllm_qoq.bench.evaluate.scores import Estimate, Score, combine, score_window
 from vllm_qoq.bench.evaluate.windows import begins_with, cut
 from vllm_qoq.plots import title_of
@@ -118,6 +121,22 @@ def test_the_picture_says_the_best_and_the_worst_set_and_leaves_the_float_model_
     drawn.canvas.draw()
     lines = [line for line in drawn.axes[0].get_lines() if len(line.get_xdata()) > 1]
     assert list(lines[0].get_xdata()) == [150, 200, 269]
+
+
+@pytest.mark.parametrize("is_quiet", [True, False])
+def test_quiet_shows_what_the_engine_prints_only_where_it_fails(is_quiet, capfd):
+    def run(function, argument):
+        with pool_settings(is_quiet) as settings, ProcessPoolExecutor(1, **settings) as pool:
+            assert pool.submit(os.system, "echo a log; echo a bar >&2").result() == 0
+            return pool.submit(function, argument).result()
+
+    assert run(int, "7") == 7
+    shown = ("", "") if is_quiet else ("a log\n", "a bar\n")
+    assert tuple(capfd.readouterr()) == shown
+    with pytest.raises(ValueError, match="invalid literal"):
+        run(int, "seven")
+    out, err = capfd.readouterr()
+    assert "a log" in (err if is_quiet else out) and "a bar" in err
 
 
 def test_models_that_do_not_belong_together_are_refused_before_one_is_loaded(

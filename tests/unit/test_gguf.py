@@ -1,6 +1,8 @@
 """A model in GGUF as the input of `quantize`."""
 
 import json
+import os
+import random
 import struct
 
 import pytest
@@ -11,6 +13,7 @@ from transformers import AutoTokenizer
 
 from vllm_qoq.quantizer import QuantizeError
 from vllm_qoq.quantizer.gguf_source.convert import (
+    _check,
     _part_of,
     convert,
     gguf_file,
@@ -18,6 +21,8 @@ from vllm_qoq.quantizer.gguf_source.convert import (
     source_of,
 )
 from vllm_qoq.quantizer.gguf_source.header import read_header
+from vllm_qoq.quantizer.gguf_source.rope import scaling
+from vllm_qoq.quantizer.gguf_source.tokenizer import check_tokenizer
 from vllm_qoq.quantizer.inputs import check_inputs, with_local_model
 from vllm_qoq.quantizer.plan import Job
 
@@ -107,6 +112,9 @@ def test_the_scaling_of_llama_3_1_is_restored_and_no_other(tiny_model, tmp_path)
     assert not (tmp_path / "b").exists()
 
 
+HALF = {"embedding_length": 128, "rope.dimension_count": 32}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -116,6 +124,24 @@ def test_the_scaling_of_llama_3_1_is_restored_and_no_other(tiny_model, tmp_path)
         ({"keys": {"llama.rope.scaling.factor": 4.0}}, r"llama\.rope\.scaling\.factor: 4\.0"),
         ({"without": "llama.attention.layer_norm_rms_epsilon"}, r"rms_epsilon: missing"),
         ({"without": "llama.context_length"}, r"llama\.context_length: missing"),
+        ({"sizes": {"attention.head_count": 0}}, r"attention\.head_count: 0 is no positive number"),
+        ({"sizes": {"attention.head_count_kv": 0}}, r"attention\.head_count_kv: 0 is no positive"),
+        ({"sizes": {"attention.head_count_kv": 3}}, r"head_count_kv: 3 do not divide 4 heads"),
+        ({"sizes": {"context_length": 1 << 30}}, r"llama\.context_length: 1073741824, more than"),
+        ({"sizes": {"rope.freq_base": 0.0}}, r"llama\.rope\.freq_base: 0\.0 is no positive number"),
+        (
+            {"sizes": HALF},
+            r"embedding_length: with .*token_embd.*\[1024, 256",
+        ),
+        ({"without": "tokenizer.ggml.tokens"}, r"ggml\.tokens: missing; .*tokenizer\.json"),
+        ({"without": "tokenizer.ggml.merges"}, r"ggml\.merges: missing"),
+        ({"without": "tokenizer.ggml.scores", "kind": "llama"}, r"ggml\.scores: missing"),
+        ({"token": {"bos_token_id": 5000}}, r"ggml\.bos_token_id: 5000 is none of 1024 tokens"),
+        ({"token": {"merges": 7}}, r"ggml\.merges: is no array of texts"),
+        (
+            {"without": "tokenizer.ggml.bos_token_id", "token": {"add_bos_token": True}},
+            r"ggml\.bos_token_id: missing, but texts begin with it",
+        ),
         ({"sizes": {"block_count": 99}}, r"llama\.block_count: 99, but there are tensors of 2"),
         ({"sizes": {"feed_forward_length": 11}}, r"feed_forward_length: with .*ffn_gate"),
         ({"kind": "rwkv"}, r"tokenizer\.ggml\.model: 'rwkv' is not known.*tokenizer\.json"),
@@ -146,7 +172,8 @@ def test_a_tokenizer_beside_the_file_is_taken(tiny_model, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda data: b"", "not a GGUF file"),
+        (lambda data: b"", "it is empty"),
+        *((lambda data, n=n: data[:n], f"cut off: it has {n} bytes") for n in (4, 8, 12, 20)),
         (lambda data: b"PK" + data[2:], "does not begin with GGUF"),
         (lambda data: data[:4] + struct.pack("<I", 1) + data[8:], "version 1, not one of"),
         (lambda data: data[:8] + struct.pack("<Q", 1 << 60) + data[16:], "tensors: 1152921504606"),
@@ -167,6 +194,38 @@ def test_a_damaged_file_is_refused_before_anything_is_read(file, tmp_path, conte
     damaged.write_bytes(content(file.read_bytes()))
     with pytest.raises(QuantizeError, match=message):
         read_header(damaged)
+
+
+def test_whatever_the_damage_it_is_refused_in_one_line_or_does_not_matter(file, tmp_path):
+    """Bytes that are flipped, numbers that are huge, and ends that are missing, in the header."""
+    sound, chance = file.read_bytes(), random.Random(0)
+    end = min(tensor.start for tensor in read_header(file).tensors.values())
+    damaged, refused = tmp_path / "damaged.gguf", 0
+    for _ in range(150):
+        # The counts and the keys of the model come before the vocabulary, its tensors after it.
+        place = chance.choice((chance.randrange(1000), chance.randrange(end)))
+        wrong = chance.choice(
+            (
+                bytes([sound[place] ^ 1 << chance.randrange(8)]),
+                struct.pack("<Q", chance.choice((0, 1 << 31, (1 << 63) - 1, (1 << 64) - 1))),
+                None,
+            )
+        )
+        kept = sound[:place] + (wrong or b"")
+        damaged.write_bytes(kept if wrong is None else kept + sound[len(kept) : end])
+        if wrong is not None:
+            os.truncate(damaged, len(sound))  # nobody reads the weights
+        try:
+            header = read_header(damaged)
+            _check(header)
+            check_tokenizer(header)
+            scaling(header)
+        except QuantizeError as error:
+            refused += 1
+            text = str(error)
+            assert text.startswith(f"{damaged}: ") and text.isprintable() and len(text) < 600
+            assert ";" in text or "known are" in text or "supported are" in text, text
+    assert 60 < refused < 150
 
 
 def test_a_folder_of_somebody_else_is_left_alone(file, tmp_path):

@@ -17,10 +17,13 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from qoq_checkpoints import write_plain
 
 import vllm_qoq
+from vllm_qoq.bench import perplexity
+from vllm_qoq.bench.evaluate import job as evaluate_job
 from vllm_qoq.checkpoint import hub
 from vllm_qoq.checkpoint.folder import Checkpoint, side_files
 from vllm_qoq.cli.main import main
 from vllm_qoq.quantizer import inputs
+from vllm_qoq.quantizer.calibrate_kv import local_model, open_source
 from vllm_qoq.quantizer.plan import Job
 
 TINY = DATA / "tiny-llama"
@@ -320,6 +323,46 @@ def test_inspect_and_verify_take_an_id(server, monkeypatch, capsys, w4a8_dir):
     assert (code, said.out) == (0, f"{REPOSITORY}@main: verified\n")
     assert vllm_qoq.inspect(REPOSITORY)["sets"].keys() == {"w4a8"}
     assert vllm_qoq.verify(REPOSITORY).findings == ()
+
+
+def test_evaluate_takes_ids_and_names_the_models_by_them(server, w4a8_dir, heldout_text):
+    server.files = files_of(w4a8_dir)
+    folders = evaluate_job.local_folders(f"{REPOSITORY}@main", REPOSITORY, heldout_text, quiet=True)
+    assert [hub.name_of(folder) for folder in folders] == [REPOSITORY] * 2
+
+
+def test_calibrate_kv_takes_an_id(server, tiny_model, heldout_text, tmp_path):
+    server.files = files_of(tiny_model)
+    given = (f"{REPOSITORY}@main", tmp_path / "out", heldout_text)
+    folder = local_model(*given, overwrite=False, quiet=True)
+    assert open_source(folder).inputs.dimensions.layers == 2
+    server.files = {}
+    with pytest.raises(vllm_qoq.UserError, match="overlaps the input"):
+        local_model(folder, folder / "out", heldout_text, overwrite=False, quiet=True)
+
+
+def test_perplexity_hands_an_id_and_its_revision_to_vllm(monkeypatch, heldout_text):
+    asked = []
+
+    def engine(model, **options):
+        asked.append((model, options.get("revision"), options.get("tokenizer_revision")))
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(perplexity, "LLM", engine)
+    for given in (REPOSITORY, f"{REPOSITORY}@v1", TINY):
+        with pytest.raises(vllm_qoq.UserError, match="vLLM did not start: enough"):
+            perplexity.perplexity(given, heldout_text)
+    assert asked == [(REPOSITORY, None, None), (REPOSITORY, "v1", "v1"), (str(TINY), None, None)]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("tune", "org/name@v1"), ("bench", "serving", "org/name@v1", "-o", "OUT")],
+    ids=lambda arguments: arguments[0],
+)
+def test_what_takes_folders_only_says_how_to_download_a_revision(arguments, monkeypatch, capsys):
+    code, said = run(monkeypatch, capsys, *arguments)
+    assert code == 2 and "`hf download org/name --revision v1 --local-dir name`" in said.err
 
 
 def test_merge_takes_an_id(server, monkeypatch, capsys, tiny_model, tmp_path):

@@ -346,7 +346,7 @@ def test_what_is_harmless_is_taken(model, job, change):
     change(model)
     plan = check_job(job, QuantizeOptions(samples=1, seqlen=16))
     assert len(plan.linears) == 14 and len(plan.samples) == 1
-    loaded, stored = load_model(model), load_file(model / "model.safetensors")
+    loaded, stored = load_model(Checkpoint.open(model)), load_file(model / "model.safetensors")
     head = stored.get(HEAD, stored[EMBEDDING])
     assert loaded.lm_head.weight.dtype == head.dtype and torch.equal(loaded.lm_head.weight, head)
 
@@ -361,7 +361,7 @@ def test_transformers_gets_the_weights_that_were_checked_and_no_others(model):
     save_file(expected, model / "model.safetensors")
     save_file({"x": torch.zeros(1)}, model / "consolidated.safetensors")
     write("adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "x"})(model)
-    loaded = load_model(model)
+    loaded = load_model(Checkpoint.open(model))
     assert float(loaded.model.norm.weight[-1].detach()) == 7.0
     assert torch.equal(loaded.lm_head.weight, expected[HEAD])
     assert {info.file for info in Checkpoint.open(model).tensors.values()} == {"shard.safetensors"}

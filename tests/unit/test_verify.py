@@ -1,6 +1,7 @@
 """`verify` holds every tensor against config.json, and its output is short and fit to print."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from merge_tools.__main__ import main
 from vllm_qoq.checkpoint import inspect, verify
 from vllm_qoq.checkpoint.folder import INDEX
+from vllm_qoq.errors import FormatError
 from vllm_qoq.progress import Progress
 
 UP, K = "model.layers.1.mlp.up_proj", "model.layers.0.self_attn.k_proj"
@@ -110,10 +112,16 @@ def with_infinity(config, tensors):
     tensors[KV_MEAN][0, 0] = float("inf")
 
 
+def with_a_huge_mean(config, tensors):
+    announce()(config, tensors)
+    tensors[KV_MEAN][0, 0] = -3e38
+
+
 DAMAGE = {
+    "a mean beyond 16-bit floats": (with_a_huge_mean, (KV_MEAN, "holds 3e+38, beyond the 65504")),
     "a mean that is not announced": (
         add(KV_MEAN, torch.zeros(2, 64)),
-        (KV_MEAN, "is not announced", "kv_cache"),
+        (KV_MEAN, "is not announced", '"k_mean": true', "kv_cache"),
     ),
     "a lost mean": (announce(layers=(0,)), (f"{KV_MEAN}: config.json announces it",)),
     "a mean of other heads": (announce(heads=4), (KV_MEAN, "is F32 [4, 64], expected F32 [2, 64]")),
@@ -196,6 +204,44 @@ def test_a_model_of_which_only_the_kv_cache_is_quantized_is_verified_and_shown(
     assert "KV cache: 4 bits" in inspect.table(inspect.inspect(folder))
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 7}))
     assert len(verify.structure(folder)) == 2
+
+
+@pytest.mark.parametrize(
+    ("kv_cache", "layers", "said"),
+    [
+        ({"bits": 4, "k_mean": True}, (0, 1), ["4 bits, keys without their mean"]),
+        ({"bits": 16, "k_mean": True}, (0, 1), ["16 bits", "2 means .* kv_bits 4 or 8 uses them"]),
+        (None, (0, 1), ["16 bits, none is asked for", "2 means .* not announced in config.json"]),
+        ({"bits": 4}, (1,), ["4 bits", "1 means .* no server takes .* `vllm-qoq verify`"]),
+        ({"bits": 4, "k_mean": True}, (), ["4 bits, .*", "announces means .* files have none"]),
+    ],
+)
+def test_inspect_says_which_means_there_are_and_whether_they_are_used(
+    sound, tmp_path, kv_cache, layers, said
+):
+    folder = Path(shutil.copytree(sound / "single", tmp_path / "single"))
+    config, tensors = json.loads((folder / "config.json").read_text()), {}
+    announce(layers=layers)(config, tensors)
+    config["quantization_config"]["kv_cache"] = kv_cache
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(load_file(folder / "model.safetensors") | tensors, folder / "model.safetensors")
+    report = inspect.inspect(folder)
+    assert report["k_means"] == len(layers)
+    lines = inspect.table(report).splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("KV cache"))
+    found = [lines[at], *(line for line in lines[at + 1 :] if "means of K" in line)]
+    assert len(found) == len(said)
+    for line, expected in zip(found, said, strict=True):
+        assert re.fullmatch(rf"(KV cache: )?.*{expected}.*", line), line
+
+
+@pytest.mark.parametrize("look", [inspect.inspect, verify.verify])
+def test_gguf_is_refused_with_what_to_do(tmp_path, look):
+    file = tmp_path / "model.GGUF"
+    file.write_bytes(b"GGUF")
+    for given in (file, tmp_path):
+        with pytest.raises(FormatError, match=r"model\.GGUF: is GGUF.*quantize .* -o OUT`"):
+            look(given)
 
 
 @pytest.fixture

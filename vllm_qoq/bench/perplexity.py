@@ -27,6 +27,7 @@ from vllm import LLM, SamplingParams
 from vllm.config import VllmConfig
 from vllm.config.model import ModelDType
 
+from vllm_qoq.checkpoint import hub
 from vllm_qoq.checkpoint.format import QUANT_METHOD
 from vllm_qoq.errors import FormatError, UserError, reason
 from vllm_qoq.serving.kv.cache import describe
@@ -47,7 +48,8 @@ def perplexity(
 ) -> dict[str, Any]:
     """Measure the perplexity of a checkpoint on a text, through vLLM in this process.
 
-    checkpoint     folder or Hub name of any checkpoint that vLLM serves
+    checkpoint     folder of any checkpoint that vLLM serves, or its id on the Hub, which vLLM
+                   downloads: ORG/NAME or ORG/NAME@REVISION
     text           file to score, in UTF-8
     force_set      run everything in one set
     seqlen         tokens of a window
@@ -62,14 +64,18 @@ def perplexity(
     if force_set is None:
         options["force_load"] = "calm"
     options = {key: value for key, value in options.items() if value is not None}
-    engine: dict[str, Any] = {}
+    model, engine = str(checkpoint), dict[str, Any]()
+    wanted = hub.HubId.parse(checkpoint) if hub.is_to_download(checkpoint) else None
+    if wanted is not None and wanted.revision is not None:
+        model, revision = wanted.repository, wanted.revision
+        engine = {"revision": revision, "tokenizer_revision": revision}
     if chunk is not None:
-        engine = {"max_num_batched_tokens": chunk, "max_num_seqs": 1}
+        engine |= {"max_num_batched_tokens": chunk, "max_num_seqs": 1}
     if kv_bits is not None:
         engine["quantization"] = QUANT_METHOD  # also where the model has no section of ours
     try:
         llm = LLM(
-            str(checkpoint),
+            model,
             max_model_len=seqlen + 1,
             additional_config={NAMESPACE: options},
             enable_prefix_caching=False,

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from vllm_qoq.checkpoint.format import QUANT_METHOD, SECTION, Section
+from vllm_qoq.checkpoint.format import QUANT_METHOD, SECTION, KVSection, Section
 from vllm_qoq.errors import FormatError, shown
 from vllm_qoq.models.config import CONFIG
 
@@ -61,6 +61,9 @@ NO_SIDE_FILES = (
 )
 """Ends of the names of weights, of pickles, and of what only describes either."""
 
+GGUF = ".gguf"
+"""The end of the name of a file in GGUF, in small letters."""
+
 _CONFIG_BYTES = 16 << 20
 _INDEX_BYTES = 32 << 20
 _JSON_DEPTH = 64
@@ -68,7 +71,7 @@ _JSON_REMEDY = "mend the file, or download or write it again"
 _MOST_TENSORS = 1 << 19
 _LONGEST_NAME = 512
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./+-]+))?")
 _OTHER_WEIGHTS = ("consolidated", "adapter_")
 _SHARD = re.compile(r".*-\d+-of-(\d+)\.safetensors")
 _ABOUT_WEIGHTS = frozenset(
@@ -130,13 +133,14 @@ class Checkpoint:
         return cls(path, config, tensors)
 
     @property
-    def section(self) -> Section | None:
+    def section(self) -> Section | KVSection | None:
         """The vllm-qoq section of the config, or None for any other checkpoint."""
         section = self.config.get(SECTION)
         if not isinstance(section, dict) or section.get("quant_method") != QUANT_METHOD:
             return None
+        has_sets = "sets" in section or "kv_cache" not in section
         try:
-            return Section.parse(section)
+            return Section.parse(section) if has_sets else KVSection.parse(section)
         except FormatError as error:
             raise FormatError(f"{CONFIG}: {error}") from None
 
@@ -182,19 +186,36 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def require_folder(path: Path) -> None:
-    """Raise FormatError unless `path` is a folder."""
+    """Raise FormatError unless `path` is a folder, of a model that is not in GGUF alone."""
+    if (gguf := _gguf_in(path)) is not None:
+        raise FormatError(
+            f"{gguf}: is GGUF, of which `vllm-qoq quantize {path} -o OUT` makes a checkpoint; give "
+            "that"
+        )
     if path.is_dir():
         return
     if path.exists():
         raise FormatError(f"{path}: not a folder; give the folder that has {CONFIG} in it")
-    if _HUB_NAME.fullmatch(str(path)) and not path.parent.exists():
+    if (named := _HUB_NAME.fullmatch(str(path))) and not path.parent.exists():
+        repository, revision = named.groups()
+        folder = repository.partition("/")[2]
+        of_revision = f" --revision {revision}" if revision is not None else ""
         raise FormatError(
             f"{path}: not a folder; if you mean the model of that name on the Hugging Face Hub, "
-            f"run `hf download {path} --local-dir {path.name}` and give {path.name}"
+            f"run `hf download {repository}{of_revision} --local-dir {folder}` and give {folder}"
         )
     raise FormatError(
         f"{path}: not a folder, nothing is there; give the folder of a Hugging Face checkpoint"
     )
+
+
+def _gguf_in(path: Path) -> Path | None:
+    """Find the GGUF file that `path` is, or that a folder has in the place of a config.json."""
+    if path.is_file():
+        return path if path.suffix.lower() == GGUF else None
+    if not path.is_dir() or (path / CONFIG).exists():
+        return None
+    return min((item for item in path.iterdir() if item.suffix.lower() == GGUF), default=None)
 
 
 def weights_entry(path: Path) -> str:

@@ -209,6 +209,14 @@ class KVSection(BaseModel):
         except ValidationError as error:
             raise FormatError(one_line(error, SECTION)) from None
 
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object that `parse` reads."""
+        return {
+            "quant_method": self.quant_method,
+            "format_version": self.format_version,
+            "kv_cache": self.kv_cache.to_json(),
+        }
+
 
 class LMHead(BaseModel):
     """The lm_head of all sets, where it is not in the model's dtype."""

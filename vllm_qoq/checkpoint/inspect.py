@@ -6,13 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_qoq.checkpoint import hub
+from vllm_qoq.checkpoint import hub, k_mean
 from vllm_qoq.checkpoint.folder import ITEM_BYTES, Checkpoint
-from vllm_qoq.checkpoint.format import INPUT_RATIO, K_MEAN, KVSection, Section, split_layer
+from vllm_qoq.checkpoint.format import INPUT_RATIO, KVSection, Section, split_layer
+from vllm_qoq.checkpoint.kv_config import UNQUANTIZED, KVCache
 from vllm_qoq.checkpoint.stored_set import StoredSet
 from vllm_qoq.checkpoint.tensor_parallel import obstacles
 from vllm_qoq.checkpoint.verify import open_merged
 from vllm_qoq.errors import printable
+from vllm_qoq.models.config import CONFIG
 from vllm_qoq.models.tensors import HEAD
 from vllm_qoq.progress import human_bytes
 
@@ -41,6 +43,7 @@ def inspect(folder: str | Path, quiet: bool = True) -> dict[str, Any]:
         "total_bytes": checkpoint.total_bytes,
         "routing": section.routing.to_json() if isinstance(section, Section) else None,
         "kv_cache": section.kv_cache.to_json() if section.kv_cache is not None else None,
+        "k_means": len(k_mean.stored(checkpoint)),
         "lm_head": {"bits": _head_bits(checkpoint, section)},
         **({"stream": stream.model_dump()} if stream is not None else {}),
         "tensor_parallel": _tensor_parallel(checkpoint.config, sets),
@@ -66,7 +69,7 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
     if report["sets"]:
         yield f"  {'shared':31} {human_bytes(report['shared_bytes']):>10}"
     yield f"  {'total':31} {human_bytes(report['total_bytes']):>10}"
-    yield from _kv_cache(report["kv_cache"])
+    yield from _kv_cache(report["kv_cache"], report["k_means"])
     if "stream" in report:
         yield f"residual stream: rotated, rotation {report['stream']['rotation']}"
     if (bits := report["lm_head"]["bits"]) is not None:
@@ -86,16 +89,31 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
         yield f"  not {size}: {reason}"
 
 
-def _kv_cache(cache: Mapping[str, Any] | None) -> Iterator[str]:
-    if cache is None:
-        yield "KV cache: 16 bits, none is asked for"
-        return
-    rotated = ", keys rotated" if cache.get("hadamard") else ""
-    centred = ", keys without their mean" if cache.get(K_MEAN) else ""
-    yield f"KV cache: {cache['bits']} bits{rotated}{centred}"
-    rules = cache.get("layers", [])
-    yield from (f"  layers {rule['match']}: {rule['bits']} bits" for rule in rules[:_SHOWN])
-    yield from _more(rules)
+def _kv_cache(raw: Mapping[str, Any] | None, means: int) -> Iterator[str]:
+    cache = KVCache.model_validate(raw) if raw is not None else KVCache(bits=UNQUANTIZED)
+    is_quantized = cache.is_quantized()
+    rotated = ", keys rotated" if cache.hadamard and is_quantized else ""
+    centred = ", keys without their mean" if cache.k_mean and is_quantized else ""
+    asked = ", none is asked for" if raw is None else ""
+    yield f"KV cache: {cache.bits} bits{rotated}{centred}{asked}"
+    for rule in cache.layers[:_SHOWN]:
+        yield f"  layers {rule.match}: {rule.bits} bits"
+    yield from _more(cache.layers)
+    if means and not cache.k_mean:
+        yield (
+            f"  {means} means of K are in the files and not announced in {CONFIG}, so no server "
+            "takes the checkpoint; `vllm-qoq verify` says what to do"
+        )
+    elif means and not is_quantized:
+        yield (
+            f"  {means} means of K are in the files; 16 bits need none, and a server that is told "
+            "kv_bits 4 or 8 uses them"
+        )
+    elif cache.k_mean and not means:
+        yield (
+            f"  {CONFIG} announces means of K and the files have none; `vllm-qoq verify` says what "
+            "to do"
+        )
 
 
 def _more(rules: Sequence[object]) -> Iterator[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vllm_qoq.checkpoint.folder import Checkpoint, TensorInfo
-from vllm_qoq.checkpoint.format import K_MEAN, SECTION, KVSection, Section, split_layer
-from vllm_qoq.checkpoint.kv_config import UNQUANTIZED
+from vllm_qoq.checkpoint.format import K_MEAN, SECTION, split_layer
+from vllm_qoq.checkpoint.kv_config import UNQUANTIZED, KVCache
 from vllm_qoq.errors import FormatError, shown
 from vllm_qoq.models.config import CONFIG
 from vllm_qoq.models.tensors import LAYERS, expected_tensors
@@ -20,15 +20,23 @@ def name_of(layer: int) -> str:
     return f"{LAYERS}{layer}.{_ATTENTION}.{K_MEAN}"
 
 
-def structure(checkpoint: Checkpoint, section: Section | KVSection) -> Iterator[str]:
-    """Find what is wrong with names, dtypes and shapes of the means of K. Reads no tensor."""
-    found = {n: i for n, i in checkpoint.tensors.items() if split_layer(n)[1] == K_MEAN}
-    cache = section.kv_cache
+def stored(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    """List the means of K that the files hold, announced or not, by name."""
+    return {n: info for n, info in checkpoint.tensors.items() if split_layer(n)[1] == K_MEAN}
+
+
+def structure(checkpoint: Checkpoint, cache: KVCache | None) -> Iterator[str]:
+    """Find what is wrong with names, dtypes and shapes of the means of K. Reads no tensor.
+
+    cache  the KV cache that announces them; None without one
+    """
+    found = stored(checkpoint)
     if cache is None or not cache.k_mean:
         for info in found.values():
             yield (
-                f"{info.file}: {info.name}: is not announced in {CONFIG}: {SECTION}.kv_cache; "
-                f"{_REMEDY}"
+                f"{info.file}: {info.name}: is not announced in {CONFIG}, so nothing would load "
+                f'it; write "{K_MEAN}": true into {SECTION}.kv_cache there if it is a mean of '
+                f"this model's keys, else {_REMEDY}"
             )
         return
     try:

@@ -47,7 +47,7 @@ def foreign(folder: Path) -> str | None:
         listed = _listed(folder)
     except (FormatError, OSError) as error:
         return f"is no checkpoint of ours: {error}"
-    if not _is_ours(section):
+    if not _is_ours(section, is_written=COPIED in _metadata(folder)):
         return f"is no checkpoint of ours: {CONFIG} has no {SECTION} with our sets"
     for name in names:
         if name not in listed and not _NAMES.fullmatch(name):
@@ -55,12 +55,12 @@ def foreign(folder: Path) -> str | None:
     return None
 
 
-def _is_ours(section: object) -> bool:
-    # A section without sets is in somebody's own model, of which we quantize the KV cache.
+def _is_ours(section: object, is_written: bool) -> bool:
+    # A section without sets may be in somebody's own model, of which we quantize the KV cache.
     return (
         isinstance(section, dict)
         and section.get("quant_method") == QUANT_METHOD
-        and isinstance(section.get("sets"), dict)
+        and (isinstance(section.get("sets"), dict) or is_written)
     )
 
 
@@ -68,14 +68,21 @@ def _listed(folder: Path) -> frozenset[str]:
     """List the files that the index names: weights, and what was copied from a model."""
     if not (folder / INDEX).exists():
         return frozenset({"model.safetensors"})
-    index = read_json(folder / INDEX, _INDEX_BYTES)
-    weight_map, metadata = index.get("weight_map"), index.get("metadata")
+    weight_map = read_json(folder / INDEX, _INDEX_BYTES).get("weight_map")
     weights = weight_map.values() if isinstance(weight_map, dict) else ()
-    copied = metadata.get(COPIED) if isinstance(metadata, dict) else None
+    copied = _metadata(folder).get(COPIED)
     return frozenset(
         [name for name in weights if isinstance(name, str) and name.endswith(".safetensors")]
         + [name for name in (copied if isinstance(copied, list) else ()) if isinstance(name, str)]
     )
+
+
+def _metadata(folder: Path) -> Mapping[str, object]:
+    """Read what the index says of the checkpoint; nothing without an index."""
+    if not (folder / INDEX).exists():
+        return {}
+    metadata = read_json(folder / INDEX, _INDEX_BYTES).get("metadata")
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def index(

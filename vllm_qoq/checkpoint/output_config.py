@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_qoq.checkpoint.folder import CODE_KEYS
-from vllm_qoq.checkpoint.format import SECTION, Section
+from vllm_qoq.checkpoint.format import SECTION, KVSection, Section
 
 
 def output_config(
-    config: Mapping[str, Any], section: Section, dtype: str | None = None
+    config: Mapping[str, Any], section: Section | KVSection, dtype: str | None = None
 ) -> dict[str, Any]:
     """Make the `config.json` of an output: the model's with our section.
 

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 from vllm_qoq.checkpoint import sizes
 from vllm_qoq.checkpoint.folder import Checkpoint, TensorInfo
-from vllm_qoq.checkpoint.format import QOQ_LINEAR, QOQ_RESIDUAL, split_layer
+from vllm_qoq.checkpoint.format import K_MEAN, QOQ_LINEAR, QOQ_RESIDUAL, split_layer
 from vllm_qoq.checkpoint.layout import FLOATS, FP8
 from vllm_qoq.checkpoint.stored_set import StoredSet
 from vllm_qoq.errors import FormatError
 from vllm_qoq.models.config import CONFIG
 from vllm_qoq.models.tensors import EMBEDDING, HEAD
+from vllm_qoq.numerics import FP16_MAX
 
 if TYPE_CHECKING:
     import torch
@@ -32,12 +33,17 @@ def finding(checkpoint: Checkpoint, info: TensorInfo) -> str | None:
     """Find what is wrong with the values of a tensor, or None. Reads it in chunks."""
     if info.dtype not in _NUMBERS:
         return None
-    must_be_positive = split_layer(info.name)[1] in _SCALES
+    leaf = split_layer(info.name)[1]
     for values in _chunks(checkpoint.get(info.name)):
         if not values.isfinite().all():
             return f"{info.file}: {info.name}: holds NaN or infinity; {_REMEDY}"
-        if must_be_positive and not (values > 0).all():
+        if leaf in _SCALES and not (values > 0).all():
             return f"{info.file}: {info.name}: holds a scale that is not positive; {_REMEDY}"
+        if leaf == K_MEAN and (values.abs() > FP16_MAX).any():
+            return (
+                f"{info.file}: {info.name}: holds {float(values.abs().max()):g}, beyond the "
+                f"{FP16_MAX:g} of 16-bit floats, in which keys are served; {_REMEDY}"
+            )
     return None
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from vllm_qoq.checkpoint import complete, hub, k_mean, stream, values
 from vllm_qoq.checkpoint import layer_rules as rules
@@ -65,11 +64,11 @@ def open_merged(folder: Path) -> tuple[Checkpoint, Section | KVSection, list[Sto
     A model of which only the KV cache is quantized is one set without a name.
     """
     checkpoint = Checkpoint.open(folder)
-    raw = checkpoint.config.get(SECTION)
-    if isinstance(raw, dict) and raw.get("quant_method") == QUANT_METHOD and "sets" not in raw:
-        return checkpoint, _kv_section(raw), [StoredSet("", checkpoint, {}, checkpoint.tensors)]
     section = checkpoint.section
+    if isinstance(section, KVSection):
+        return checkpoint, section, [StoredSet("", checkpoint, {}, checkpoint.tensors)]
     if section is None:
+        raw = checkpoint.config.get(SECTION)
         method = raw.get("quant_method") if isinstance(raw, dict) else raw
         raise FormatError(
             f"{folder}: {CONFIG}: {SECTION}: quant_method is {shown(method)}, not "
@@ -99,12 +98,12 @@ def structure(folder: Path) -> list[str]:
     checkpoint, section, sets = open_merged(folder)
     if isinstance(section, KVSection):
         found = [f for weights in sets for f in complete.findings(weights)]
-        return [*found, *k_mean.structure(checkpoint, section)]
+        return [*found, *k_mean.structure(checkpoint, section.kv_cache)]
     head = _int8_head(checkpoint) if section.lm_head is not None else ()
     return [
         *head,
         *stream.structure(checkpoint, section),
-        *k_mean.structure(checkpoint, section),
+        *k_mean.structure(checkpoint, section.kv_cache),
         *_structure(section, sets),
     ]
 
@@ -134,13 +133,6 @@ def notes(folder: Path) -> list[str]:
         "whose every tensor is known; sizes that its config does not tell were checked for "
         "consistency between layers and sets only"
     ]
-
-
-def _kv_section(raw: dict[str, Any]) -> KVSection:
-    try:
-        return KVSection.parse(raw)
-    except FormatError as error:
-        raise FormatError(f"{CONFIG}: {error}") from None
 
 
 def limits(folder: Path) -> dict[str, float]:

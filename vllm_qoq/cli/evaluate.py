@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vllm_qoq.cli import measurement
+from vllm_qoq.cli import arguments, measurement
 from vllm_qoq.cli.arguments import positive
 from vllm_qoq.cli.parser import Commands, Parser
 
@@ -17,15 +17,13 @@ def add_parser(commands: Commands[Parser]) -> None:
     parser = commands.add_parser(
         "evaluate", help="what quantization changes in the next token, by set and KV cache"
     )
-    parser.add_argument(
-        "checkpoint", type=Path, help="folder of a checkpoint that vLLM serves, ours or another"
-    )
+    what = "folder of a checkpoint that vLLM serves, ours or another"
+    arguments.add_checkpoint(parser, "checkpoint", what=what)
     parser.add_argument(
         "--against",
-        type=Path,
         required=True,
         metavar="MODEL",
-        help="folder of the model that was quantized",
+        help="folder of the model that was quantized, or ORG/NAME or ORG/NAME@REVISION on the Hub",
     )
     parser.add_argument("--text", type=Path, required=True, help="text to score, UTF-8")
     parser.add_argument(
@@ -57,9 +55,13 @@ def add_parser(commands: Commands[Parser]) -> None:
 def _evaluate(args: argparse.Namespace) -> int:
     from vllm_qoq.bench.evaluate import job
 
+    quiet = args.quiet or args.json
+
     def check() -> None:
         measurement.check_vllm()
-        job.check(args.checkpoint, args.against, args.text, args.seqlen)
+        found = job.local_folders(args.checkpoint, args.against, args.text, quiet=quiet)
+        args.checkpoint, args.against = found
+        job.check(*found, args.text, args.seqlen)
 
     def work() -> measurement.Finished:
         from vllm_qoq.bench.evaluate import plot, report
@@ -72,7 +74,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             windows=args.windows,
             kv_bits=args.kv_bits,
             chunk=args.chunk,
-            quiet=args.quiet or args.json,
+            quiet=quiet,
         )
         return measurement.Finished(
             found.document(), report.text(found), lambda path: plot.save(found, path)

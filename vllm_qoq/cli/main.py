@@ -7,6 +7,7 @@ import sys
 
 from vllm_qoq.cli import (
     bench,
+    calibrate_kv,
     doctor,
     evaluate,
     import_checkpoint,
@@ -23,8 +24,8 @@ from vllm_qoq.cli.run import run
 from vllm_qoq.version import __version__
 
 _COMMANDS = (
-    *(quantize, merge, inspect, verify, import_checkpoint, perplexity, evaluate, tune, bench),
-    doctor,
+    *(quantize, calibrate_kv, merge, inspect, verify, import_checkpoint, perplexity, evaluate),
+    *(tune, bench, doctor),
 )
 
 

@@ -20,7 +20,8 @@ _DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 def add_parser(commands: Commands[Parser]) -> None:
     """Add the command to those of the program."""
     parser = commands.add_parser("perplexity", help="perplexity of a checkpoint through vLLM")
-    parser.add_argument("checkpoint", help="folder or Hub name; any checkpoint that vLLM serves")
+    what = "folder of any checkpoint that vLLM serves"
+    arguments.add_checkpoint(parser, "checkpoint", what=what)
     parser.add_argument("--text", type=Path, required=True, help="text to score, UTF-8")
     parser.add_argument("--force-set", metavar="NAME", help="run everything in one set")
     parser.add_argument(
@@ -78,6 +79,7 @@ def _text(result: dict[str, Any]) -> str:
 
 def _check(args: argparse.Namespace) -> None:
     """Raise UserError for what can be refused before vLLM is imported and an engine started."""
+    from vllm_qoq.checkpoint import hub
     from vllm_qoq.checkpoint.folder import read_config, require_folder
     from vllm_qoq.checkpoint.format import QUANT_METHOD, SECTION, KVSection, Section
     from vllm_qoq.errors import FormatError
@@ -93,8 +95,8 @@ def _check(args: argparse.Namespace) -> None:
         )
     folder = Path(args.checkpoint)
     if not folder.is_dir():
-        if args.checkpoint.count("/") != 1 or folder.exists() or folder.parent.exists():
-            require_folder(folder)  # else the name of a model on the Hub
+        if not hub.is_to_download(args.checkpoint) or folder.parent.exists():
+            require_folder(folder)
         return
     section = read_config(folder).get(SECTION)
     if not isinstance(section, dict) or section.get("quant_method") != QUANT_METHOD:

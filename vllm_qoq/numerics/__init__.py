@@ -25,5 +25,8 @@ def group_size_of(inputs: int, groups: int) -> int | None:
     return next((size for size in GROUP_SIZES if group_count(inputs, size) == groups), None)
 
 
+FP16_MAX = 65504.0
+"""The largest number of fp16, in which scales and zeros of the KV cache are, and often keys."""
+
 MAX_CLIPPED = 0.1
 """Share of a layer's weights that a nested set may clip, unless the user says otherwise."""

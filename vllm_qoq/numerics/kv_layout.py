@@ -36,13 +36,13 @@ from functools import cache
 
 import torch
 
+from vllm_qoq.numerics import FP16_MAX
 from vllm_qoq.numerics.packing import pack_nibbles, unpack_nibbles
 
 HEAD_SIZES = (64, 96, 128, 256)
 QUANTIZED_BITS = (4, 8)
 BLOCK_MULTIPLE = 16  # tokens in a block
 
-FP16_MAX = 65504.0
 SMALLEST_SCALE = 6.2e-5  # a little above the smallest normal fp16
 # max|x| / range stays below this, so that |zero| <= levels * this is 15360 or 32640.
 LARGEST_OFFSET = {4: 1024.0, 8: 128.0}

@@ -39,14 +39,16 @@ The run:
     weights    changes a parameter, wherever the pipeline keeps it
     workdir    keeps the results of each block on the disk, so that a stopped run goes on
     writer     writes the results of a block while the next one is computed
+    pipeline   llmcompressor's pipeline itself
     job        does all of this, from start to end
+    calibrate_kv  measures the mean of K alone, for a model that stays as it is
     assemble   the contents of the checkpoint
     evaluate   measures perplexity in transformers
     check      measures the float model and every set
     report     the report
     noise      silences what libraries print
 
-llmcompressor is imported by `modifiers`, `job` and `noise` only; vLLM never.
+llmcompressor is imported by `modifiers`, `pipeline` and `noise` only; vLLM never.
 """
 
 from vllm_qoq.errors import UserError

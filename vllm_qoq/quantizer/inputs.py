@@ -77,21 +77,29 @@ def with_local_model(job: Job, model: str | Path) -> Job:
 
 def check_inputs(job: Job) -> Inputs:
     """Open the model; a UserError names what cannot be quantized or would be lost."""
-    checkpoint = Checkpoint.open(job.model)
-    config = checkpoint.config
-    names, model = layer_names(config), linear_layers(config, "quantized")
+    inputs = check_model(Checkpoint.open(job.model), "quantized")
+    _check_others(job, [job.model])
+    return inputs
+
+
+def check_model(checkpoint: Checkpoint, task: str) -> Inputs:
+    """Hold a model in floating point against its config.json; a UserError names what is wrong.
+
+    task  what is to be done to the model, "quantized": a participle for the messages
+    """
+    config, folder = checkpoint.config, checkpoint.path
+    names, model = layer_names(config), linear_layers(config, task)
     _check_dtype(config)
     _check_rope(config)
     _check_constants(config)
     _check_tensors(checkpoint, model)
     checkpoint.check_links()
-    files = {str(file) for file in side_files(job.model)}
+    files = {str(file) for file in side_files(folder)}
     if not files.intersection(_TOKENIZERS):
         raise QuantizeError(
-            f"{job.model}: has no tokenizer ({', '.join(_TOKENIZERS)}); copy the model's "
+            f"{folder}: has no tokenizer ({', '.join(_TOKENIZERS)}); copy the model's "
             "tokenizer.json and tokenizer_config.json there"
         )
-    _check_others(job, [job.model])
     dimensions = Dimensions.of(config)
     linears = [
         model.linears[f"{names.blocks}.{i}.{name}"]

@@ -5,23 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from vllm_qoq.checkpoint import hub
 from vllm_qoq.checkpoint.folder import Checkpoint, read_config
-from vllm_qoq.checkpoint.format import K_MEAN, STREAM
+from vllm_qoq.checkpoint.format import STREAM
 from vllm_qoq.checkpoint.shards import MAX_SHARD_BYTES, write_checkpoint
 from vllm_qoq.models.config import CONFIG
 from vllm_qoq.models.table import LayerNames
 from vllm_qoq.numerics import GROUP_SIZES, MAX_CLIPPED
 from vllm_qoq.progress import Clock, Progress
-from vllm_qoq.quantizer import head, keys, noise, rotate, workdir
+from vllm_qoq.quantizer import head, keys, noise, pipeline, rotate, smooth, workdir
 from vllm_qoq.quantizer.assemble import SHARED, content
 from vllm_qoq.quantizer.check import PROMPT_TOKENS, SetCheck
 from vllm_qoq.quantizer.gguf_source.convert import source_of
@@ -36,9 +36,6 @@ from vllm_qoq.quantizer.report import LayerError, Steps, refuse_clipped, summary
 from vllm_qoq.quantizer.smooth import SmoothOptions
 from vllm_qoq.quantizer.workdir import Resume, WorkDir
 from vllm_qoq.version import __version__
-
-if TYPE_CHECKING:
-    from llmcompressor.modifiers import Modifier
 
 _SMOOTHING = "smoothing"
 _PROMPTS = 2
@@ -161,8 +158,8 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
             print(f"warning: {keys.warning(biased, options)}", file=sys.stderr, flush=True)
         if not work.has(SHARED):
             is_one = stays_tied(is_tied(read_config(job.model)), options)
-            shared = _shared(model, names, options, is_one) | _named(k_means or (), names)
-            work.save(SHARED, shared, {})
+            shared = _shared(model, names, options, is_one)
+            work.save(SHARED, shared | smooth.named_means(k_means or (), names), {})
         if not all(work.has(piece(i)) for i in range(dimensions.layers)):
             _quantize(model, plan, options, work, quiet=job.quiet)
         steps.done("rounding")
@@ -219,12 +216,9 @@ def _check(job: Job, options: QuantizeOptions, plan: CheckedJob) -> SetCheck:
 
 def _load(folder: Path, names: LayerNames) -> Module:
     """Load the model into the CPU's memory; layers are brought to a GPU when they are used."""
-    from compressed_tensors.offload import set_onload_device
-
-    model = load_model(folder)
+    model = load_model(Checkpoint.open(folder))
     rotate.untie(model, names)
-    if torch.cuda.is_available():
-        set_onload_device(model, torch.device("cuda"))
+    pipeline.bring_to_gpu_when_used(model)
     return model
 
 
@@ -286,7 +280,7 @@ def _smooth(
         done=Clock("smoothing, block", plan.dimensions.layers, quiet),
     )
     # Smoothing keeps the function of a block, so its outputs from before serve the next one.
-    _pipeline(model, step, plan, propagate=False)
+    pipeline.run(model, step, plan.samples, plan.tokenizer, propagate=False)
     work.save(_SMOOTHING, step.found, {})
     return _k_means(step.found, plan, wanted)
 
@@ -296,15 +290,7 @@ def _k_means(
 ) -> list[torch.Tensor] | None:
     if not wanted.k_mean:
         return None
-    return [found[f"{index}.{K_MEAN}"] for index in range(plan.dimensions.layers)]
-
-
-def _named(k_means: Iterable[torch.Tensor], names: LayerNames) -> dict[str, torch.Tensor]:
-    """Name the means of K of the blocks as the checkpoint does."""
-    return {
-        f"{names.blocks}.{index}.{names.attention}.{K_MEAN}": mean
-        for index, mean in enumerate(k_means)
-    }
+    return smooth.k_means(found, plan.dimensions)
 
 
 def _quantize(
@@ -320,36 +306,9 @@ def _quantize(
         done=Clock("quantizing, block", plan.dimensions.layers, quiet),
     )
     try:
-        _pipeline(model, step, plan, propagate=True)
+        pipeline.run(model, step, plan.samples, plan.tokenizer, propagate=True)
     finally:
         step.close()
-
-
-def _pipeline(model: Module, step: Modifier, plan: CheckedJob, propagate: bool) -> None:
-    """Run the calibration text through the model block by block.
-
-    propagate  whether every block runs a second time, as `step` leaves it, for the next one's
-               inputs
-    """
-    from llmcompressor import oneshot
-
-    batches: Any = [
-        {"input_ids": torch.tensor([tokens]), "attention_mask": torch.ones(1, len(tokens)).long()}
-        for tokens in plan.samples
-    ]
-    # The order is always this one: a resumed run must see the same.
-    data: Any = torch.utils.data.DataLoader(batches, batch_size=None, shuffle=False)
-    # With a tokenizer given, oneshot loads no processor from the folder, nor code of one.
-    oneshot(
-        model=model,
-        recipe=[step],
-        dataset=data,
-        pipeline="sequential",
-        tokenizer=plan.tokenizer,
-        propagate_error=propagate,
-        # What goes from block to block stays where the blocks run.
-        sequential_offload_device="cuda" if torch.cuda.is_available() else "cpu",
-    )
 
 
 def _shared(

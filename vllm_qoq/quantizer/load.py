@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -108,9 +107,9 @@ def check_values(checkpoint: Checkpoint, progress: Progress) -> None:
         )
 
 
-def load_model(folder: Path) -> Module:
+def load_model(checkpoint: Checkpoint) -> Module:
     """Load the model into the CPU's memory, mapped from its files, in its config.json's dtype."""
-    checkpoint = Checkpoint.open(folder)
+    folder = checkpoint.path
     config, dtype = _config(checkpoint), _dtype(checkpoint)
     with _building(checkpoint):
         model, info = _class(config).from_pretrained(
@@ -130,7 +129,6 @@ def load_model(folder: Path) -> Module:
                 f"{folder}: {what.replace('_', ' ')}: {sorted(map(str, names))[0]}; download the "
                 "model again"
             )
-    model.config.name_or_path = str(folder)  # where llmcompressor looks at config.json
     return model.eval()
 
 

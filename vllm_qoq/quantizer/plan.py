@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_qoq.checkpoint.shards import MAX_SHARD_BYTES
-from vllm_qoq.errors import shown
 from vllm_qoq.models.table import LayerNames
 from vllm_qoq.models.tensors import EMBEDDING
 from vllm_qoq.progress import Progress
@@ -16,7 +15,7 @@ from vllm_qoq.quantizer import QuantizeError, size
 from vllm_qoq.quantizer.inputs import Inputs, check_inputs
 from vllm_qoq.quantizer.model import Dimensions
 from vllm_qoq.quantizer.options import QuantizeOptions
-from vllm_qoq.quantizer.text import pieces
+from vllm_qoq.quantizer.text import check_tokens, pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,17 +108,13 @@ def check_job(job: Job, options: QuantizeOptions) -> CheckedJob:
 
     load.check_model(checkpoint)
     tokenizer = load.load_tokenizer(checkpoint)
+    rows, _ = checkpoint.tensors[EMBEDDING].shape
     windows = []
     if job.eval_text is not None:
         windows = pieces(job.eval_text, tokenizer, options.seqlen, None)
+        check_tokens(job.eval_text, windows, tokenizer, rows)
     samples = pieces(job.text, tokenizer, options.seqlen, options.samples)
-    rows, _ = checkpoint.tensors[EMBEDDING].shape
-    for path, texts in ((job.eval_text, windows), (job.text, samples)):
-        if (last := max(map(max, texts), default=0)) >= rows:
-            raise QuantizeError(
-                f"{path}: has {shown(tokenizer.decode([last]))}, which is token {last}, but the "
-                f"embedding has {rows} rows; take it out of the text"
-            )
+    check_tokens(job.text, samples, tokenizer, rows)
     if torch.cuda.is_available():
         rounding.require(torch.device("cuda"))
     load.check_values(checkpoint, Progress(job.quiet))

@@ -13,10 +13,12 @@ size. These are QServe's steps (arXiv 2405.04532); `strength` chooses the scales
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from vllm_qoq.checkpoint.format import K_MEAN
 from vllm_qoq.models.table import LayerNames
 from vllm_qoq.quantizer import k_mean, strength
 from vllm_qoq.quantizer.model import Dimensions, Module
@@ -131,6 +133,19 @@ def transforms(
     if options.reorder:
         found["down_order"] = (seen.down / found.get("down_scale", 1)).argsort(descending=True)
     return found
+
+
+def k_means(found: Mapping[str, torch.Tensor], dimensions: Dimensions) -> list[torch.Tensor]:
+    """Take the mean of K of each block from the transforms of all blocks, named INDEX.NAME."""
+    return [found[f"{index}.{K_MEAN}"] for index in range(dimensions.layers)]
+
+
+def named_means(means: Iterable[torch.Tensor], names: LayerNames) -> dict[str, torch.Tensor]:
+    """Name the means of K of the blocks as the checkpoint does."""
+    return {
+        f"{names.blocks}.{index}.{names.attention}.{K_MEAN}": mean
+        for index, mean in enumerate(means)
+    }
 
 
 @torch.no_grad()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_qoq.errors import shown
 from vllm_qoq.quantizer import QuantizeError
 
 if TYPE_CHECKING:
@@ -29,3 +31,14 @@ def pieces(
     if samples is not None and samples < len(starts):
         starts = [starts[i * len(starts) // samples] for i in range(samples)]
     return [tokens[start : start + seqlen] for start in starts]
+
+
+def check_tokens(
+    path: Path, found: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, rows: int
+) -> None:
+    """Raise QuantizeError for a token in the pieces of `path` beyond the embedding's `rows`."""
+    if (last := max(map(max, found), default=0)) >= rows:
+        raise QuantizeError(
+            f"{path}: has {shown(tokenizer.decode([last]))}, which is token {last}, but the "
+            f"embedding has {rows} rows; take it out of the text"
+        )

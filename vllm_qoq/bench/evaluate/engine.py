@@ -17,6 +17,7 @@ from torch import nn
 from vllm import LLM, SamplingParams
 from vllm.config import set_current_vllm_config
 
+from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.checkpoint.format import QUANT_METHOD
 from vllm_qoq.errors import UserError, reason
 from vllm_qoq.routing.table import DecodeRow, Routing
@@ -44,7 +45,8 @@ class Engine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         options: dict[str, Any] = {"routing": reaching(sets)} if sets else {}
         engine: dict[str, Any] = {}
-        if kv_bits < 16 or sets:
+        # What the section of a checkpoint of ours says of its cache is not to be measured here.
+        if kv_bits < 16 or Checkpoint.open(folder).section is not None:
             options["kv_bits"] = kv_bits
             engine["quantization"] = QUANT_METHOD  # also where the model has no section of ours
         try:

@@ -11,22 +11,20 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_qoq.bench import BenchError
 from vllm_qoq.bench.evaluate import windows as pieces
+from vllm_qoq.bench.evaluate.log import pool_settings
 from vllm_qoq.bench.evaluate.scores import Score, WindowScore, combine, score_window
 from vllm_qoq.bench.evaluate.windows import Windows
+from vllm_qoq.checkpoint import hub
 from vllm_qoq.checkpoint.folder import Checkpoint
-from vllm_qoq.checkpoint.format import SECTION, split_name
+from vllm_qoq.checkpoint.format import SECTION, Section, split_name
 from vllm_qoq.models.config import CONFIG
 from vllm_qoq.progress import Clock
 from vllm_qoq.text_file import check_text
-
-if TYPE_CHECKING:
-    from vllm_qoq.checkpoint.format import Section
 
 # What a checkpoint has of the model that was quantized.
 _SAME = (
@@ -96,8 +94,9 @@ def evaluate(
 ) -> Evaluation:
     """Compare the next token of every set of a checkpoint with that of the float model.
 
-    checkpoint  folder of a checkpoint of ours, or of any other that vLLM serves
-    against     folder of the model that was quantized
+    checkpoint  folder of a checkpoint of ours, or of any other that vLLM serves, or its id on the
+                Hugging Face Hub, which is downloaded first
+    against     folder of the model that was quantized, or its id
     text        file to score, in UTF-8
     seqlen      tokens of a window, of which the second half is scored
     windows     at most so many, taken from all over the text; None for all
@@ -107,7 +106,7 @@ def evaluate(
 
     Raises UserError for what does not fit together, and where vLLM does not start.
     """
-    folder, model = Path(checkpoint), Path(against)
+    folder, model = local_folders(checkpoint, against, Path(text), quiet=quiet)
     check(folder, model, Path(text), seqlen)
     cut = _windows(folder, model, Path(text), seqlen, windows)
     sizes = {FLOAT: Checkpoint.open(model).total_bytes}
@@ -121,8 +120,8 @@ def evaluate(
                 shown = FLOAT if label == FLOAT else name or next(iter(own))
                 rows.append(Row(shown, bits, sizes[shown], combine(scores)))
     return Evaluation(
-        checkpoint=folder.name,
-        against=model.name,
+        checkpoint=hub.name_of(folder),
+        against=hub.name_of(model),
         text=Path(text).name,
         seqlen=seqlen,
         windows=len(cut.tokens),
@@ -130,6 +129,14 @@ def evaluate(
         chunk=chunk,
         rows=tuple(rows),
     )
+
+
+def local_folders(
+    checkpoint: str | Path, against: str | Path, text: Path, *, quiet: bool
+) -> tuple[Path, Path]:
+    """Find the folders of the two models, either of which may be an id of the Hub."""
+    check_text("--text", text)  # before a download
+    return hub.local_folder(checkpoint, quiet=quiet), hub.local_folder(against, quiet=quiet)
 
 
 def check(folder: Path, model: Path, text: Path, seqlen: int) -> None:
@@ -178,13 +185,14 @@ def _windows(folder: Path, model: Path, text: Path, length: int, most: int | Non
 def _sets(folder: Path) -> tuple[tuple[str, ...], dict[str, int]]:
     """Name the sets of a checkpoint, and count the bytes of the weights that each needs.
 
-    A checkpoint that is not ours has no sets, and one entry of the second by its method.
+    A checkpoint that is not ours has no sets, and one entry of the second by its method; so has a
+    model of which only the KV cache is quantized, by the folder's name.
     """
     checkpoint = Checkpoint.open(folder)
     section = checkpoint.section
-    if section is None:
-        method = checkpoint.config.get(SECTION) or {}
-        return (), {str(method.get("quant_method", folder.name)): checkpoint.total_bytes}
+    if not isinstance(section, Section):
+        method = (checkpoint.config.get(SECTION) or {}) if section is None else {}
+        return (), {str(method.get("quant_method", hub.name_of(folder))): checkpoint.total_bytes}
     sizes: dict[str | None, int] = dict.fromkeys((None, *section.sets), 0)
     for name, info in checkpoint.tensors.items():
         sizes[split_name(name, section.sets)[0]] += info.nbytes
@@ -197,8 +205,11 @@ def _bytes_of(section: Section, sizes: dict[str | None, int], name: str) -> int:
 
 
 def _in_process(task: _Task) -> dict[str | None, list[WindowScore]]:
-    """Run a task in a process of its own, which gives all memory back."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+    """Run a task in a process of its own, which gives all memory back.
+
+    What vLLM logs there is shown, if the task is quiet only where it fails.
+    """
+    with pool_settings(task.quiet) as settings, ProcessPoolExecutor(1, **settings) as pool:
         try:
             return pool.submit(_measure, task).result()
         except BrokenProcessPool as error:

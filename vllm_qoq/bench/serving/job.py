@@ -12,6 +12,7 @@ from vllm_qoq.bench.serving import formats
 from vllm_qoq.bench.serving.cases import BATCHES, LENGTHS, MOST, Lengths, captured, check_batches
 from vllm_qoq.bench.serving.records import Request
 from vllm_qoq.bench.serving.shapes import SHAPES
+from vllm_qoq.checkpoint import hub
 from vllm_qoq.checkpoint.folder import read_config, require_folder
 from vllm_qoq.checkpoint.format import QUANT_METHOD, SECTION
 from vllm_qoq.errors import shown
@@ -124,6 +125,8 @@ def _model_config(model: str) -> Mapping[str, Any]:
     if model in SHAPES:
         return SHAPES[model].config()
     folder = Path(model)
+    if hub.is_to_download(model):
+        require_folder(folder)  # which says how to get it
     if not folder.is_dir():
         raise BenchError(
             f"{model}: is neither a folder nor a shape; shapes are {', '.join(SHAPES)}"

@@ -14,10 +14,11 @@ from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from sys import stderr
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from vllm_qoq.checkpoint.folder import GGUF
 from vllm_qoq.checkpoint.format import SECTION
 from vllm_qoq.errors import reason, shown
 from vllm_qoq.models.config import CONFIG
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 SOURCE = ".gguf_source.json"
 """The file of a converted folder that says what it was made of; hidden ones are not copied."""
 
-_SUFFIX = ".gguf"
 _UNUSED_KEYS = (SECTION, "_name_or_path", "_model_name_or_path")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -42,12 +42,6 @@ _UNSUPPORTED = (
     *("logit_scale", "attn_logit_softcapping", "final_logit_softcapping"),
     *("embedding_scale", "residual_scale"),
 )
-# Keys for which transformers would take its own defaults.
-_COUNTS = (
-    *("block_count", "context_length", "embedding_length", "feed_forward_length"),
-    "attention.head_count",
-)
-_EPSILON = "attention.layer_norm_rms_epsilon"
 _PART, _LOCK = ".part", ".gguf_conversion.lock"
 
 
@@ -71,7 +65,7 @@ def gguf_file(model: Path) -> Path | None:
 
 def is_gguf(path: Path) -> bool:
     """Whether a path has the name of a GGUF file."""
-    return path.suffix.lower() == _SUFFIX
+    return path.suffix.lower() == GGUF
 
 
 def source_of(folder: Path) -> dict[str, Any] | None:
@@ -136,7 +130,7 @@ def convert(file: Path, folder: Path, quiet: bool) -> None:
     if not quiet:
         size = human_bytes(header.parameters * _BYTES)
         print(f"converting {file.name} into {folder} ({size} in bf16)", file=stderr, flush=True)
-    source = identity | {"types": header.types, "license": header.keys.get("general.license")}
+    source = identity | {"types": header.types, "license": header.text_of("general.license")}
     with _part_of(folder) as part:
         with redirect_stdout(stderr):
             _write(header, part, beside)
@@ -188,60 +182,20 @@ def _part_of(folder: Path) -> Iterator[Path]:
 
 def _check(header: Header) -> None:
     """Raise QuantizeError for a model that is not converted as it is."""
+    from vllm_qoq.quantizer.gguf_source.sizes import check_sizes
+
     if header.architecture not in _ARCHITECTURES:
         raise QuantizeError(
-            f"{header.path}: general.architecture: {header.architecture!r} is not supported; "
+            f"{header.path}: general.architecture: {shown(header.architecture)} is not supported; "
             f"supported are {', '.join(_ARCHITECTURES)}"
         )
     for key in _UNSUPPORTED:
         if header.of_model(key):
             raise QuantizeError(
-                f"{header.path}: {header.architecture}.{key}: {header.of_model(key)} would be "
-                "lost; give the model in the format of Hugging Face"
+                f"{header.path}: {header.architecture}.{key}: {shown(header.of_model(key))} would "
+                "be lost; give the model in the format of Hugging Face"
             )
-    _check_sizes(header)
-
-
-def _check_sizes(header: Header) -> None:
-    """Raise QuantizeError where the keys lack a size, or have one that the tensors do not."""
-
-    def refuse(key: str, what: str) -> NoReturn:
-        raise QuantizeError(
-            f"{header.path}: {header.architecture}.{key}: {what}; download the file again, or give "
-            "the model in the format of Hugging Face"
-        )
-
-    if header.of_model(_EPSILON) is None:
-        refuse(_EPSILON, "missing")
-    sizes: dict[str, int] = {}
-    for key in _COUNTS:
-        value = header.of_model(key)
-        if value is None:
-            refuse(key, "missing")
-        if not isinstance(value, int) or value <= 0:
-            refuse(key, f"{shown(value)} is no positive number")
-        sizes[key] = value
-    blocks = {name.split(".")[1] for name in header.tensors if name.startswith("blk.")}
-    if len(blocks) != sizes["block_count"]:
-        refuse("block_count", f"{sizes['block_count']}, but there are tensors of {len(blocks)}")
-    hidden, heads = sizes["embedding_length"], sizes["attention.head_count"]
-    kv_heads = header.of_model("attention.head_count_kv") or heads
-    head_dim = header.of_model("attention.key_length") or hidden // heads
-    turned = header.of_model("rope.dimension_count")
-    if turned not in (None, head_dim):
-        refuse("rope.dimension_count", f"{shown(turned)}, but heads have {shown(head_dim)}")
-    for key, leaf, rows in (
-        ("feed_forward_length", "ffn_gate", sizes["feed_forward_length"]),
-        ("attention.head_count", "attn_q", heads * head_dim),
-        ("attention.head_count_kv", "attn_k", kv_heads * head_dim),
-    ):
-        tensor = header.tensors.get(f"blk.0.{leaf}.weight")
-        if tensor is not None and tensor.shape != (rows, hidden):
-            refuse(
-                key,
-                f"with an embedding_length of {hidden}, blk.0.{leaf}.weight would be "
-                f"{[rows, hidden]}, but is {list(tensor.shape)}",
-            )
+    check_sizes(header)
 
 
 def _write(header: Header, folder: Path, beside: list[Path]) -> None:

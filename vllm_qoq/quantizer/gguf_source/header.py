@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_qoq.errors import shown
 from vllm_qoq.quantizer import QuantizeError
@@ -30,6 +30,13 @@ _SCALARS = {
 _MOST_KEYS, _MOST_TENSORS, _MOST_ELEMENTS = 1 << 16, 1 << 16, 1 << 22
 _LONGEST_NAME, _LONGEST_TEXT, _MOST_DIMENSIONS = 256, 1 << 20, 4
 _ALIGNMENT = 32  # where the file does not say
+
+
+class Array(NamedTuple):
+    """An array among the keys, which is not read: how many elements, and whether they are texts."""
+
+    length: int
+    has_texts: bool
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF file says of itself; of `keys` that are arrays only the length."""
+    """What a GGUF file says of itself; `keys` that are arrays are an `Array`."""
 
     path: Path
     keys: Mapping[str, Any]
@@ -62,6 +69,11 @@ class Header:
     def of_model(self, key: str) -> Any:
         """The value of a key of the architecture, such as "rope.freq_base"; None without it."""
         return self.keys.get(f"{self.architecture}.{key}")
+
+    def text_of(self, key: str) -> str | None:
+        """The value of a key that is a text; None without it."""
+        value = self.keys.get(key)
+        return value if isinstance(value, str) else None
 
     @property
     def types(self) -> dict[str, int]:
@@ -80,9 +92,11 @@ def read_header(path: Path) -> Header:
     Needs the package gguf for the sizes of ggml's types.
     """
     try:
+        if not path.stat().st_size:
+            raise ValueError("it is empty")
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Reader(path, data).header()
-    except (ValueError, OSError, struct.error) as error:  # an empty or an unreadable file, too
+    except (ValueError, OSError) as error:  # an unreadable file, too
         raise QuantizeError(
             f"{path}: not a GGUF file that can be read: {error}; download it again"
         ) from None
@@ -105,7 +119,11 @@ class _Reader:
         keys = dict(self._key() for _ in range(self._count("keys", _MOST_KEYS)))
         entries = [self._tensor() for _ in range(tensors)]
         alignment = keys.get("general.alignment", _ALIGNMENT)
-        if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 16:
+        if (
+            not isinstance(alignment, int)
+            or isinstance(alignment, bool)
+            or not 1 <= alignment <= 1 << 16
+        ):
             raise ValueError(f"general.alignment: {shown(alignment)} cannot be")
         start = -(-self._place // alignment) * alignment
         return Header(self._path, keys, self._placed(entries, start))
@@ -125,7 +143,11 @@ class _Reader:
                 raise ValueError(f"{shown(name)}: type {number} is not known") from None
             block, size = GGML_QUANT_SIZES[kind]
             count = math.prod(shape)
-            if count % block or start + offset + count // block * size > len(self._data):
+            if (
+                not count
+                or shape[-1] % block
+                or start + offset + count // block * size > len(self._data)
+            ):
                 raise ValueError(f"{shown(name)}: {kind.name} {list(shape)} leaves the file")
             tensors[name] = StoredTensor(kind.name, shape, start + offset)
         return tensors
@@ -144,7 +166,7 @@ class _Reader:
                 self._skip(self._number("<Q"))
         else:
             self._skip(count * struct.calcsize(self._format(key, element)))
-        return key, count
+        return key, Array(count, element == _STRING)
 
     def _tensor(self) -> tuple[str, int, tuple[int, ...], int]:
         name = self._text(_LONGEST_NAME)
@@ -161,8 +183,9 @@ class _Reader:
         return _SCALARS[kind]
 
     def _number(self, form: str) -> Any:
-        (value,) = struct.unpack_from(form, self._data, self._place)
-        self._place += struct.calcsize(form)
+        begin = self._place
+        self._skip(struct.calcsize(form))
+        (value,) = struct.unpack_from(form, self._data, begin)
         return value
 
     def _count(self, what: str, most: int) -> int:
@@ -177,9 +200,12 @@ class _Reader:
             raise ValueError(f"a text of {length} bytes at byte {self._place}, more than {most}")
         begin = self._place
         self._skip(length)
-        return bytes(self._data[begin : self._place]).decode()
+        try:
+            return bytes(self._data[begin : self._place]).decode()
+        except UnicodeDecodeError:
+            raise ValueError(f"a text at byte {begin} is not UTF-8") from None
 
     def _skip(self, length: int) -> None:
         self._place += length
         if self._place > len(self._data):
-            raise ValueError("it is cut off")
+            raise ValueError(f"it is cut off: it has {len(self._data)} bytes, and its header more")

@@ -9,18 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from vllm_qoq.errors import shown
 from vllm_qoq.quantizer import QuantizeError
-from vllm_qoq.quantizer.gguf_source.header import Header
+from vllm_qoq.quantizer.gguf_source.header import Array, Header
+from vllm_qoq.quantizer.gguf_source.sizes import EMBEDDING
 
 if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedTokenizerBase
 
 _MODEL, _PRE = "tokenizer.ggml.model", "tokenizer.ggml.pre"
-_KINDS = ("gpt2", "llama")  # BPE of bytes, SentencePiece
+_PREFIX, _ADD_BOS = "tokenizer.ggml.", "tokenizer.ggml.add_bos_token"
+# Kind, BPE of bytes or SentencePiece -> the arrays that it needs, and whether they hold texts.
+_ARRAYS = {
+    "gpt2": {"tokens": True, "merges": True},
+    "llama": {"tokens": True, "scores": False, "token_type": False},
+}
 _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
 # Llama 3 and Qwen differ in the number of digits that stay together.
 _SPLIT = (
@@ -32,9 +38,9 @@ _SPLIT = (
 def check_tokenizer(header: Header) -> None:
     """Raise QuantizeError for a kind of tokenizer, or a way to split text, that is not known."""
     pre, kind = header.keys.get(_PRE), header.keys.get(_MODEL)
-    if kind not in _KINDS:
+    if kind not in _ARRAYS:
         raise QuantizeError(
-            f"{header.path}: {_MODEL}: {shown(kind)} is not known; known are {', '.join(_KINDS)}. "
+            f"{header.path}: {_MODEL}: {shown(kind)} is not known; known are {', '.join(_ARRAYS)}. "
             "Put the original model's tokenizer.json and tokenizer_config.json beside the file, "
             "and they are taken"
         )
@@ -44,6 +50,43 @@ def check_tokenizer(header: Header) -> None:
             f"than the model has learnt; known are {', '.join(_PRE_TOKENIZERS)}. Put the original "
             "model's tokenizer.json and tokenizer_config.json beside the file, and they are taken"
         )
+
+    _check_vocabulary(header)
+
+
+def _check_vocabulary(header: Header) -> None:
+    """Raise QuantizeError where the tokenizer lacks a part, or is of another model."""
+
+    def refuse(key: str, what: str) -> NoReturn:
+        raise QuantizeError(
+            f"{header.path}: {_PREFIX}{key}: {what}; download the file again, or put the original "
+            "model's tokenizer.json and tokenizer_config.json beside it, and they are taken"
+        )
+
+    kind, counts = str(header.keys.get(_MODEL)), {}
+    for key, is_text in _ARRAYS[kind].items():
+        found = header.keys.get(_PREFIX + key)
+        if found is None:
+            refuse(key, "missing")
+        if not isinstance(found, Array) or found.has_texts != is_text or not found.length:
+            refuse(key, f"is no array of {'texts' if is_text else 'numbers'}")
+        counts[key] = found.length
+    tokens, rows = counts["tokens"], header.tensors[EMBEDDING].shape[0]
+    if tokens > rows:
+        refuse("tokens", f"{tokens}, but {EMBEDDING} has {rows} rows")
+    for key in ("scores", "token_type"):
+        if counts.get(key, tokens) != tokens:
+            refuse(key, f"{counts[key]}, but there are {tokens} tokens")
+    for name in _SPECIAL.values():
+        key = f"{name}_token_id"
+        number = header.keys.get(_PREFIX + key)
+        if number is None:
+            continue
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < tokens:
+            refuse(key, f"{shown(number)} is none of {tokens} tokens")
+    needs_bos = kind == "gpt2" and header.keys.get(_ADD_BOS)
+    if needs_bos and header.keys.get(f"{_PREFIX}bos_token_id") is None:
+        refuse("bos_token_id", "missing, but texts begin with it (add_bos_token)")
 
 
 def load_tokenizer(header: Header, file: Path) -> PreTrainedTokenizerBase:
@@ -61,10 +104,10 @@ def load_tokenizer(header: Header, file: Path) -> PreTrainedTokenizerBase:
         # That of transformers leaves out a space where a text begins with one.
         tokenizer.backend_tokenizer.decoder = ByteLevel()
     for name, key in _SPECIAL.items():
-        number = header.keys.get(f"tokenizer.ggml.{key}_token_id")
+        number = header.keys.get(f"{_PREFIX}{key}_token_id")
         token = None if number is None else tokenizer.convert_ids_to_tokens(int(number))
         setattr(tokenizer, name, token)
-    if header.keys.get(_MODEL) == "gpt2" and header.keys.get("tokenizer.ggml.add_bos_token"):
+    if header.keys.get(_MODEL) == "gpt2" and header.keys.get(_ADD_BOS):
         _begin_with(tokenizer)
     return tokenizer
 

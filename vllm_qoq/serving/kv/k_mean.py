@@ -6,6 +6,7 @@ quantization config), and fills the parameter of the attention layer by its `wei
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from functools import partial
@@ -17,6 +18,7 @@ from vllm.distributed import parallel_state
 
 from vllm_qoq.checkpoint.format import K_MEAN
 from vllm_qoq.errors import FormatError
+from vllm_qoq.numerics import FP16_MAX
 from vllm_qoq.serving.methods.weight_set import REMEDY
 
 
@@ -43,12 +45,23 @@ def mean_of(layer: nn.Module) -> torch.Tensor | None:
 
 
 def check_mean(layer: nn.Module, prefix: str) -> None:
-    """Raise FormatError unless the mean of a loaded layer, if it has one, was filled."""
+    """Raise FormatError unless the mean of a loaded layer, if it has one, was filled.
+
+    Keys of 16 bits lose it by a subtraction, which numbers beyond them would make infinite.
+    """
     mean = mean_of(layer)
-    if mean is not None and not mean.isfinite().all():
+    if mean is None:
+        return
+    largest = float(mean.abs().max())  # NaN if there is one
+    if not math.isfinite(largest):
         raise FormatError(
             f"{_beside(prefix)}.{K_MEAN}: the checkpoint announces it in kv_cache, but has no such "
             f"tensor, or NaN or infinity in it; {REMEDY}"
+        )
+    if largest > FP16_MAX:
+        raise FormatError(
+            f"{_beside(prefix)}.{K_MEAN}: holds {largest:g}, beyond the {FP16_MAX:g} of 16-bit "
+            f"floats, in which keys are served; {REMEDY}"
         )
 
 

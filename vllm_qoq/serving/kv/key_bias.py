@@ -43,7 +43,7 @@ class KeyBiasWatch:
                 found.setdefault(bits, []).append(prefix)
         self._layers.clear()
         for bits, names in found.items():
-            ways = ["quantize the model with `vllm-qoq quantize`, which evens the keys out"]
+            ways = ["measure the mean of K with `vllm-qoq calibrate-kv`, or quantize the model"]
             ways += [] if use_hadamard else [f"rotate them with {_SWITCH}"]
             ways += ["use kv_bits 8" if bits == 4 else "use kv_bits 16"]
             logger.warning("%s", key_bias.warning(names, bits, ", or ".join(ways)))

@@ -7,6 +7,7 @@ the log. So whatever can be known from the configuration alone is refused here.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm.config import VllmConfig
@@ -14,9 +15,14 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_qoq import cards, kernel_library, ops
+from vllm_qoq.checkpoint import k_mean
+from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.checkpoint.format import QOQ_LINEAR, QOQ_RESIDUAL, Section
+from vllm_qoq.checkpoint.kv_config import KVCache
+from vllm_qoq.errors import FormatError
 from vllm_qoq.routing.table import Routing, RoutingError
 from vllm_qoq.serving.kv.cache import check_kv_cache, check_without_sets, kv_cache_in_force
+from vllm_qoq.serving.methods.weight_set import UNTRACKED_LOADERS
 from vllm_qoq.serving.options import Options
 from vllm_qoq.serving.plugin import stat_logger_plugin
 from vllm_qoq.serving.routing.policy import check_lora, routing_in_force
@@ -76,10 +82,30 @@ def check(config: QoQConfig, front_end: FrontEnd) -> Routing | None:
             will_tell = front_end.is_server and api_process_rank(vllm_config.parallel_config) >= 0
             queue.check_engine(vllm_config, will_tell or queue.is_writer_here())
         _check_kernels(config.section, routing, vllm_config.device_config.device_type)
-    check_kv_cache(kv_cache_in_force(config.checkpoint_kv_cache, options), vllm_config)
+    in_force = kv_cache_in_force(config.checkpoint_kv_cache, options)
+    check_kv_cache(in_force, vllm_config)
+    _check_means(in_force, vllm_config)
     if options.trace is not None:
         Trace(options.trace, engine=0).close()
     return routing
+
+
+def _check_means(in_force: KVCache, vllm_config: VllmConfig) -> None:
+    """Raise FormatError unless the means of K in the files are those that config.json announces.
+
+    Reads headers, of folders only: a model of the Hub may not be there yet.
+    """
+    folder = Path(vllm_config.model_config.model)
+    if not folder.is_dir() or vllm_config.load_config.load_format in UNTRACKED_LOADERS:
+        return
+    try:
+        checkpoint = Checkpoint.open(folder)
+    except FormatError:  # vLLM may load it in other ways, or says why not
+        return
+    if in_force.k_mean and not in_force.is_quantized():
+        return  # they are left out
+    for finding in k_mean.structure(checkpoint, in_force):
+        raise FormatError(f"{folder}: {finding}")
 
 
 def is_shown(vllm_config: VllmConfig) -> bool:
