@@ -35,6 +35,7 @@ Rounding:
 The run:
 
     modifiers  the two passes over the calibration text, in llmcompressor's pipeline
+    attention  attention of the passes on a CPU, in one operation
     products   products of 16-bit floats on CPUs that have no instructions for them
     weights    changes a parameter, wherever the pipeline keeps it
     workdir    keeps the results of each block on the disk, so that a stopped run goes on

@@ -15,6 +15,7 @@ import torch
 from vllm_qoq.quantizer import gptq
 from vllm_qoq.quantizer.grid import Grid
 from vllm_qoq.quantizer.hessian import Inputs, factored
+from vllm_qoq.quantizer.observe import SMOOTHING_TOKENS
 from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.products import fast_products
 from vllm_qoq.quantizer.sets import SetKind
@@ -24,9 +25,8 @@ _FEW_ROWS, _MANY_ROWS = 64, 512
 # Products of a weight [N, K] with a Hessian in `gptq`: half of one while errors are passed on, one
 # for the first gradient, and one for each pass.
 _PRODUCTS = 4.5
-# The pipeline runs every block to smooth it, where that is wanted, to measure its inputs, and with
-# its new weights.
-_RUNS = {True: 3, False: 2}
+# The pipeline runs every block to measure its inputs, and with its new weights.
+_RUNS = 2
 
 
 def seconds(
@@ -44,7 +44,8 @@ def seconds(
     sizes = list(stacks)
     tokens = samples * options.seqlen
     has_smoothing = bool(options.smooth_attention or options.smooth_outputs or options.reorder)
-    forward = 2 * tokens * _RUNS[has_smoothing] * sum(n * k for n, k in sizes)
+    smoothed = min(tokens, SMOOTHING_TOKENS) if has_smoothing else 0
+    forward = 2 * (tokens * _RUNS + smoothed) * sum(n * k for n, k in sizes)
     # A CPU leaves out what is below the diagonal.
     hessians = (2 if device.type == "cuda" else 1) * tokens * sum(k * k for _, k in sizes)
     with fast_products():

@@ -23,17 +23,20 @@ from vllm_qoq.numerics import MAX_CLIPPED
 from vllm_qoq.progress import Clock, Progress
 from vllm_qoq.quantizer import head, keys, noise, rotate, workdir
 from vllm_qoq.quantizer.assemble import SHARED, content
+from vllm_qoq.quantizer.attention import fused_attention
 from vllm_qoq.quantizer.check import PROMPT_TOKENS, SetCheck
 from vllm_qoq.quantizer.gguf_source.convert import source_of
 from vllm_qoq.quantizer.inputs import check_inputs, is_tied, stays_tied, with_local_model
 from vllm_qoq.quantizer.load import load_model
 from vllm_qoq.quantizer.model import Module, blocks
 from vllm_qoq.quantizer.modifiers import QuantizePass, SmoothPass, apply_saved, piece
+from vllm_qoq.quantizer.observe import SMOOTHING_TOKENS
 from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.plan import CheckedJob, Job, check_job, default_work_dir
 from vllm_qoq.quantizer.products import fast_products
 from vllm_qoq.quantizer.report import LayerError, Steps, refuse_clipped, summary
 from vllm_qoq.quantizer.smooth import SmoothOptions
+from vllm_qoq.quantizer.text import spread
 from vllm_qoq.quantizer.workdir import Resume, WorkDir
 from vllm_qoq.version import __version__
 
@@ -141,6 +144,7 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
     with (
         WorkDir.open(job.work_dir, fingerprint(job, plan), job.resume) as work,
         fast_products(),
+        fused_attention(),
     ):
         model = _load(job.model, names)
         steps.done("loading")
@@ -276,15 +280,16 @@ def _smooth(
         found = work.load(_SMOOTHING)
         apply_saved(model, found, plan.names, plan.dimensions)
         return _k_means(found, plan, wanted)
+    samples = spread(plan.samples, -(-SMOOTHING_TOKENS // options.seqlen))
     step = SmoothPass(
         names=plan.names,
         dimensions=plan.dimensions,
         options=wanted,
-        samples=len(plan.samples),
+        samples=len(samples),
         done=Clock("smoothing, block", plan.dimensions.layers, quiet),
     )
     # Smoothing keeps the function of a block, so its outputs from before serve the next one.
-    _pipeline(model, step, plan, propagate=False)
+    _pipeline(model, step, plan, samples, propagate=False)
     work.save(_SMOOTHING, step.found, {})
     return _k_means(step.found, plan, wanted)
 
@@ -318,13 +323,19 @@ def _quantize(
         done=Clock("quantizing, block", plan.dimensions.layers, quiet),
     )
     try:
-        _pipeline(model, step, plan, propagate=True)
+        _pipeline(model, step, plan, plan.samples, propagate=True)
     finally:
         step.close()
 
 
-def _pipeline(model: Module, step: Modifier, plan: CheckedJob, propagate: bool) -> None:
-    """Run the calibration text through the model block by block.
+def _pipeline(
+    model: Module,
+    step: Modifier,
+    plan: CheckedJob,
+    samples: Iterable[list[int]],
+    propagate: bool,
+) -> None:
+    """Run pieces of the calibration text through the model block by block.
 
     propagate  whether every block runs a second time, as `step` leaves it, for the next one's
                inputs
@@ -333,7 +344,7 @@ def _pipeline(model: Module, step: Modifier, plan: CheckedJob, propagate: bool) 
 
     batches: Any = [
         {"input_ids": torch.tensor([tokens]), "attention_mask": torch.ones(1, len(tokens)).long()}
-        for tokens in plan.samples
+        for tokens in samples
     ]
     # The order is always this one: a resumed run must see the same.
     data: Any = torch.utils.data.DataLoader(batches, batch_size=None, shuffle=False)

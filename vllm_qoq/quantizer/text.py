@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from vllm_qoq.quantizer import QuantizeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 
 def pieces(
@@ -26,6 +28,13 @@ def pieces(
             f"{path}: {len(tokens)} tokens, fewer than one piece of {seqlen}; give a longer text "
             "or a smaller --seqlen"
         )
-    if samples is not None and samples < len(starts):
-        starts = [starts[i * len(starts) // samples] for i in range(samples)]
+    if samples is not None:
+        starts = spread(starts, samples)
     return [tokens[start : start + seqlen] for start in starts]
+
+
+def spread(values: list[T], count: int) -> list[T]:
+    """Take `count` of `values` from all over the list, or all where there are no more."""
+    if len(values) <= count:
+        return values
+    return [values[i * len(values) // count] for i in range(count)]
