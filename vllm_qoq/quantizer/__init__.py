@@ -3,6 +3,7 @@
 Before the work:
 
     options    the options of a quantization
+    effort     names for several of them, by the time that a run may take
     inputs     checks of config, headers and texts that need no slow import
     model      layer names, dimensions and blocks of the model
     load       loads model and tokenizer, from checked files alone
@@ -45,6 +46,7 @@ The run:
     evaluate   measures perplexity in transformers
     check      measures the float model and every set
     report     the report
+    worst      the decoder layers that lose most, and what keeps them accurate
     noise      silences what libraries print
 
 llmcompressor is imported by `modifiers`, `job` and `noise` only; vLLM never.

@@ -160,11 +160,13 @@ class QuantizePass(_BlockPass):
     sets       the sets; the weights of the last one make the inputs of the next block
     use_gptq   whether rounding errors are passed on, or else weights rounded to the nearest
     clip       whether scales that clip are tried
+    passes     of descent after the rounding errors have been passed on
     """
 
     sets: tuple[SetKind, ...]
     use_gptq: bool
     clip: bool
+    passes: int
     work: WorkDir
     done: Done
 
@@ -226,7 +228,9 @@ class QuantizePass(_BlockPass):
             hessian = self._hessians.pop((index, group[0])).take_mean()
             _require_finite([hessian], prefix + group[0])
             weights = {prefix + name: block.get_submodule(name).weight.data for name in group}
-            rounded = round_layers(weights, hessian, self.sets, self.use_gptq, self.clip)
+            rounded = round_layers(
+                weights, hessian, self.sets, self.use_gptq, self.clip, self.passes
+            )
             for name in group:
                 dtype, bias = weights[prefix + name].dtype, block.get_submodule(name).bias
                 for one in rounded[prefix + name]:
