@@ -8,7 +8,7 @@ from typing import Any, Literal
 Effort = Literal["fast", "default", "best"]
 
 EFFORTS: dict[str, dict[str, Any]] = {
-    "fast": {"samples": 16, "passes": 0},
+    "fast": {"samples": 16, "passes": 1},
     "default": {"samples": 128, "passes": 3},
     "best": {"samples": 512, "passes": 6},
 }

@@ -242,12 +242,17 @@ class QuantizePass(_BlockPass):
                 tensors[f"propagated.{name}"] = one.grid.dequantized().to(dtype)
         return tensors, errors
 
-    def _hessian_hook(self, index: int, name: str) -> Callable[..., None]:
-        def hook(module: Module, args: tuple[torch.Tensor, ...]) -> None:
+    def _hessian_hook(self, index: int, name: str) -> Callable[..., object]:
+        is_last = name == self.names.down
+
+        def hook(module: Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor] | None:
             x = args[0]
             if (index, name) not in self._hessians:
                 self._hessians[index, name] = HessianSum(x.shape[-1], x.device)
             self._hessians[index, name].add(x)
+            # Nobody reads what the block makes of this run, so its last layer computes one token,
+            # which stands for all.
+            return (x[..., :1, :],) if is_last else None
 
         return hook
 
