@@ -10,7 +10,7 @@ Effort = Literal["fast", "default", "best"]
 EFFORTS: dict[str, dict[str, Any]] = {
     "fast": {"samples": 16, "passes": 1},
     "default": {"samples": 128, "passes": 3},
-    "best": {"samples": 512, "passes": 6},
+    "best": {"samples": 512, "passes": 3},
 }
 """Effort -> options; what is not in it is the default of the option. Explicit options win."""
 
