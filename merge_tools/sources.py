@@ -88,7 +88,9 @@ def _set_config(checkpoint: Checkpoint, takes_floats: bool) -> dict[str, Any]:
         )
     if checkpoint.section is not None:
         raise FormatError(
-            f"{CONFIG}: {SECTION}: is a merged checkpoint already; merge the folders it was made of"
+            f"{CONFIG}: {SECTION}: made by vllm-qoq already, with all its sets in it, and served "
+            f"as it is: vllm serve {checkpoint.path} --quantization qoq; for other sets, merge the "
+            "folders that it was made of, or quantize the model with other --sets"
         )
     for name in _BESIDE if config is None else ():
         if (checkpoint.path / name).exists():

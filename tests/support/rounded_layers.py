@@ -13,11 +13,11 @@ KINDS = [
 ]
 
 
-def fill(weight, hessian, grid):
+def fill(weight, hessian, grid, passes=gptq.PASSES):
     """Round to the nearest, or with GPTQ where there is a Hessian; returns the loss of each row."""
     if hessian is None:
         return gptq.round_to_nearest(weight, grid)
-    return gptq.quantize(weight, factored(hessian.clone(), "layer"), grid)
+    return gptq.quantize(weight, factored(hessian.clone(), "layer"), grid, passes)
 
 
 def round_one(kind, weight, hessian):

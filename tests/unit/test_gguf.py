@@ -78,7 +78,12 @@ def test_quantize_reads_the_converted_folder_beside_the_output(tiny_model, tmp_p
     before = (job.model / "model.safetensors").stat()
     with_local_model(job, file)  # once
     assert (job.model / "model.safetensors").stat() == before
-    file.touch()
+    os.utime(file, (1, 1))
+    with_local_model(job, file)  # the same content
+    assert (job.model / "model.safetensors").stat() == before
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
     with pytest.raises(QuantizeError, match=r"OUT\.float: is there already and was not made of"):
         with_local_model(job, file)
 

@@ -171,6 +171,13 @@ def test_another_model_is_refused(monkeypatch, pair, capsys, file, key, value, n
     assert leftovers(pair) == []
 
 
+def test_a_checkpoint_of_ours_is_not_merged_again(monkeypatch, pair, merged_dir, capsys):
+    sets = (f"w8a8={merged_dir}", f"w4a16={pair / 'w4a16'}")
+    assert command(monkeypatch, "merge", *sets, "-o", pair / "out") == 2
+    assert f"vllm serve {merged_dir} --quantization qoq" in capsys.readouterr().err
+    assert leftovers(pair) == []
+
+
 @pytest.mark.parametrize("entry", ["../w8a8/model.safetensors", "/etc/passwd", "a\\b.safetensors"])
 def test_an_index_that_leaves_the_folder_is_refused(monkeypatch, pair, capsys, entry):
     index = {"weight_map": dict.fromkeys(tensors(pair / "w8a8"), entry)}

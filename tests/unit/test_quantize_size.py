@@ -167,6 +167,25 @@ def test_another_tokenizer_is_another_run(prepare, tiny_model, tmp_path, change,
         prepare(model=model)
 
 
+def test_a_copy_of_the_model_is_the_same_run_and_other_weights_are_not(
+    prepare, tiny_model, tmp_path
+):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    begin(prepare, model, tmp_path)
+    (file,) = model.glob("*.safetensors")
+    os.utime(file, (1, 1))
+    prepare(model=model)
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight"):
+        tensors = load_file(file)
+        tensors[name] = tensors[name] * 1.5
+        before = file.read_bytes()
+        save_file(tensors, file, {"format": "pt"})
+        with pytest.raises(QuantizeError, match=r"the model's weights was .*--resume never"):
+            prepare(model=model)
+        file.write_bytes(before)
+
+
 @pytest.mark.parametrize("package", ["vllm-qoq", "torch", "transformers", "compressed-tensors"])
 def test_another_version_is_another_run(prepare, tiny_model, tmp_path, monkeypatch, package):
     begin(prepare, tiny_model, tmp_path)

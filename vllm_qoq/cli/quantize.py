@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from vllm_qoq.cli import arguments
 from vllm_qoq.cli.output import stdout_for
 from vllm_qoq.cli.parser import Commands, Parser
+from vllm_qoq.quantizer.effort import EFFORTS
 
 if TYPE_CHECKING:
     from vllm_qoq.quantizer.options import QuantizeOptions
@@ -52,9 +53,18 @@ def add_parser(commands: Commands[Parser]) -> None:
     parser.add_argument(
         "--lm-head-bits", type=int, choices=(8, 16), help="8 for an int8 lm_head (default: 16)"
     )
+    parser.add_argument(
+        "--effort",
+        choices=tuple(EFFORTS),
+        help="how much time it may take: a name for several options, of which those that are given "
+        "win (default: default)",
+    )
     parser.add_argument("--samples", type=int, help="pieces of text (default: 128)")
     parser.add_argument("--seqlen", type=int, help="tokens a piece (default: 1024)")
     parser.add_argument("--recipe", type=Path, metavar="FILE", help="JSON object of these options")
+    parser.add_argument(
+        "--passes", type=int, metavar="N", help="of descent after GPTQ (default: 3)"
+    )
     _add_steps(parser.add_argument_group("steps to leave out, for ablations"))
     parser.add_argument("--eval-text", type=Path, help="measure perplexity before and after")
     parser.add_argument(
@@ -94,8 +104,8 @@ def _add_steps(group: argparse._ArgumentGroup) -> None:
 
 
 _OPTIONS = (
-    *("nested", "group_size", "kv_bits", "kv_hadamard", "lm_head_bits", "samples", "seqlen"),
-    *_STEPS,
+    *("nested", "group_size", "kv_bits", "kv_hadamard", "lm_head_bits", "effort"),
+    *("samples", "seqlen", "passes", *_STEPS),
 )
 
 
@@ -212,5 +222,7 @@ def _document(out: Path, report: dict[str, Any]) -> str:
 
 def _text(out: Path, report: dict[str, Any]) -> str:
     from vllm_qoq.quantizer.report import table
+    from vllm_qoq.quantizer.worst import advice
 
-    return f"{table(report)}\nwrote {out}"
+    parts = [table(report), advice(report, out), f"wrote {out}"]
+    return "\n".join(filter(None, parts))

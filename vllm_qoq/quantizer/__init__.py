@@ -3,6 +3,7 @@
 Before the work:
 
     options    the options of a quantization
+    effort     names for several of them, by the time that a run may take
     inputs     checks of config, headers and texts that need no slow import
     model      layer names, dimensions and blocks of the model
     load       loads model and tokenizer, from checked files alone
@@ -35,6 +36,7 @@ Rounding:
 The run:
 
     modifiers  the two passes over the calibration text, in llmcompressor's pipeline
+    attention  attention of the passes on a CPU, in one operation
     products   products of 16-bit floats on CPUs that have no instructions for them
     weights    changes a parameter, wherever the pipeline keeps it
     workdir    keeps the results of each block on the disk, so that a stopped run goes on
@@ -46,6 +48,7 @@ The run:
     evaluate   measures perplexity in transformers
     check      measures the float model and every set
     report     the report
+    worst      the decoder layers that lose most, and what keeps them accurate
     noise      silences what libraries print
 
 llmcompressor is imported by `modifiers`, `pipeline` and `noise` only; vLLM never.

@@ -15,18 +15,18 @@ import torch
 from vllm_qoq.quantizer import gptq
 from vllm_qoq.quantizer.grid import Grid
 from vllm_qoq.quantizer.hessian import Inputs, factored
+from vllm_qoq.quantizer.observe import SMOOTHING_TOKENS
 from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.products import fast_products
 from vllm_qoq.quantizer.sets import SetKind
 
 _COLUMNS = 512
 _FEW_ROWS, _MANY_ROWS = 64, 512
-# Products of a weight [N, K] with a Hessian in `gptq`: half of one while errors are passed on, one
-# for the first gradient, and one for each pass.
-_PRODUCTS = 4.5
-# The pipeline runs every block to smooth it, where that is wanted, to measure its inputs, and with
-# its new weights.
-_RUNS = {True: 3, False: 2}
+# Products of a weight [N, K] with a Hessian in `gptq`: half of one while errors are passed on, and
+# one for the first gradient. Each pass of descent is one more.
+_PRODUCTS = 1.5
+# The pipeline runs every block to measure its inputs, and with its new weights.
+_RUNS = 2
 
 
 def seconds(
@@ -44,7 +44,8 @@ def seconds(
     sizes = list(stacks)
     tokens = samples * options.seqlen
     has_smoothing = bool(options.smooth_attention or options.smooth_outputs or options.reorder)
-    forward = 2 * tokens * _RUNS[has_smoothing] * sum(n * k for n, k in sizes)
+    smoothed = min(tokens, SMOOTHING_TOKENS) if has_smoothing else 0
+    forward = 2 * (tokens * _RUNS + smoothed) * sum(n * k for n, k in sizes)
     # A CPU leaves out what is below the diagonal.
     hessians = (2 if device.type == "cuda" else 1) * tokens * sum(k * k for _, k in sizes)
     with fast_products():
@@ -57,9 +58,10 @@ def seconds(
     kinds = {kind.name: kind for kind in options.kinds}
     for kind in options.kinds:
         base = kinds[kind.base] if kind.base is not None else None
-        per_column, per_weight = _rounding(kind, base, options.clip, device)
+        per_column, per_weight = _rounding(kind, base, options, device)
         total += sum(per_column * k + per_weight * n * k for n, k in sizes)
-        total += 2 * _PRODUCTS * per_float32_flop * sum(n * k * k for n, k in sizes)
+        products = _PRODUCTS + options.passes if options.gptq else 0
+        total += 2 * products * per_float32_flop * sum(n * k * k for n, k in sizes)
     return total
 
 
@@ -78,7 +80,7 @@ def _factoring(device: torch.device) -> float:
 
 
 def _rounding(
-    kind: SetKind, base: SetKind | None, clip: bool, device: torch.device
+    kind: SetKind, base: SetKind | None, options: QuantizeOptions, device: torch.device
 ) -> tuple[float, float]:
     """Measure seconds per column and per weight of rounding, without those of `base`."""
     found = []
@@ -87,7 +89,7 @@ def _rounding(
         inputs = factored(torch.eye(_COLUMNS, device=device), "")
         filled = None
         if base is not None:
-            filled = base.grid(weight, torch.bfloat16, clip)
+            filled = base.grid(weight, torch.bfloat16, options.clip)
             gptq.round_to_nearest(weight, filled)
 
         def run(
@@ -95,8 +97,11 @@ def _rounding(
             inputs: Inputs = inputs,
             filled: Grid | None = filled,
         ) -> None:
-            grid = kind.grid(weight, torch.bfloat16, clip, filled)
-            gptq.quantize(weight, inputs, grid)
+            grid = kind.grid(weight, torch.bfloat16, options.clip, filled)
+            if options.gptq:
+                gptq.quantize(weight, inputs, grid, options.passes)
+            else:
+                gptq.round_to_nearest(weight, grid)
 
         found.append(min(_timed(run, device) for _ in range(2)))
     few, many = found

@@ -18,12 +18,14 @@ from torch import nn
 
 from vllm_qoq.models.table import LayerNames
 from vllm_qoq.numerics import kv_layout
-from vllm_qoq.numerics.reference import quantize_per_token
+from vllm_qoq.numerics.reference import INT8_MAX, MIN_SCALE
 from vllm_qoq.numerics.reference_attention import hadamard
 from vllm_qoq.quantizer.model import Module, blocks
+from vllm_qoq.quantizer.rounding_plain import one_thread
 
 _ATTENTION = "qoq_simulated_kv"
 _LARGEST_EXPONENT = 700  # beyond which exp overflows
+_CACHED_VALUES = 1 << 16  # float32 values that stay in a core's cache
 
 
 @torch.no_grad()
@@ -96,10 +98,21 @@ class RoundedInputs:
         return (self._rounded, *args[1:])
 
 
+@one_thread()
 def to_int8(x: torch.Tensor) -> torch.Tensor:
-    """Round the input [..., K] of a layer to int8 per token and back, in its dtype."""
-    codes, scale, _ = quantize_per_token(x.flatten(0, -2))
-    return (codes * scale[:, None]).to(x.dtype).view_as(x)
+    """Round the input [..., K] of a layer to int8 per token and back, in its dtype.
+
+    This is `quantize_per_token` without its codes, which a CPU makes several times as fast.
+    """
+    tokens = x.flatten(0, -2)
+    rounded = torch.empty(tokens.shape, dtype=x.dtype, device=x.device)
+    rows = max(1, len(tokens) if x.is_cuda else _CACHED_VALUES // x.shape[-1])
+    for part, out in zip(tokens.split(rows), rounded.split(rows), strict=True):
+        values = part.to(torch.float32, copy=True)
+        largest = values.abs().amax(dim=-1, keepdim=True)
+        scale = (largest / INT8_MAX).clamp_min(MIN_SCALE)
+        out.copy_(values.div_(scale).round_().mul_(scale))
+    return rounded.view(x.shape)
 
 
 def round_cache(x: torch.Tensor, bits: int) -> torch.Tensor:

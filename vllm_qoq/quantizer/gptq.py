@@ -21,7 +21,8 @@ from vllm_qoq.quantizer import rounding
 from vllm_qoq.quantizer.grid import Grid
 from vllm_qoq.quantizer.hessian import Inputs
 
-_PASSES = 3
+PASSES = 3
+"""So many passes of descent, unless the options say otherwise; after these, little is gained."""
 
 
 @torch.no_grad()
@@ -39,8 +40,10 @@ def round_to_nearest(weight: torch.Tensor, grid: Grid) -> None:
 
 
 @torch.no_grad()
-def quantize(weight: torch.Tensor, inputs: Inputs, grid: Grid) -> torch.Tensor:
-    """Fill `grid` with the codes of `weight` float [N, K].
+def quantize(
+    weight: torch.Tensor, inputs: Inputs, grid: Grid, passes: int = PASSES
+) -> torch.Tensor:
+    """Fill `grid` with the codes of `weight` float [N, K], by GPTQ and `passes` of descent.
 
     Returns |W x - W' x|^2 of each row, the mean over the calibration inputs: float32 [N].
     """
@@ -48,7 +51,7 @@ def quantize(weight: torch.Tensor, inputs: Inputs, grid: Grid) -> torch.Tensor:
     _pass_errors_on(target.to(torch.float32, copy=True), inputs, grid)
     # The gradient of half the loss is kept up to date from here on.
     gradient = grid.dequantized().sub_(target) @ inputs.hessian
-    for _ in range(_PASSES):
+    for _ in range(passes):
         _descend(gradient, inputs.hessian, grid)
     difference = grid.dequantized().sub_(target)
     # The loss is that of the Hessian without damping.

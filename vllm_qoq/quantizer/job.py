@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from vllm_qoq.checkpoint import hub
 from vllm_qoq.checkpoint.folder import Checkpoint, read_config
@@ -23,18 +24,28 @@ from vllm_qoq.numerics import GROUP_SIZES, MAX_CLIPPED
 from vllm_qoq.progress import Clock, Progress
 from vllm_qoq.quantizer import head, keys, noise, pipeline, rotate, smooth, workdir
 from vllm_qoq.quantizer.assemble import SHARED, content
+from vllm_qoq.quantizer.attention import fused_attention
 from vllm_qoq.quantizer.check import PROMPT_TOKENS, SetCheck
 from vllm_qoq.quantizer.gguf_source.convert import source_of
 from vllm_qoq.quantizer.inputs import check_inputs, is_tied, stays_tied, with_local_model
 from vllm_qoq.quantizer.load import load_model
 from vllm_qoq.quantizer.model import Module, blocks
 from vllm_qoq.quantizer.modifiers import QuantizePass, SmoothPass, apply_saved, piece
+from vllm_qoq.quantizer.observe import SMOOTHING_TOKENS
 from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.plan import CheckedJob, Job, check_job, default_work_dir
 from vllm_qoq.quantizer.products import fast_products
-from vllm_qoq.quantizer.report import LayerError, Steps, refuse_clipped, summary
+from vllm_qoq.quantizer.report import (
+    LayerError,
+    Steps,
+    refuse_clipped,
+    steps_that_ran,
+    summary,
+)
 from vllm_qoq.quantizer.smooth import SmoothOptions
+from vllm_qoq.quantizer.text import spread
 from vllm_qoq.quantizer.workdir import Resume, WorkDir
+from vllm_qoq.quantizer.worst import worst_layers
 from vllm_qoq.version import __version__
 
 _SMOOTHING = "smoothing"
@@ -138,6 +149,7 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
     with (
         WorkDir.open(job.work_dir, fingerprint(job, plan), job.resume) as work,
         fast_products(),
+        fused_attention(),
     ):
         model = _load(job.model, names)
         steps.done("loading")
@@ -181,6 +193,9 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
             "model": hub.name_of(job.model),
             **({"source": source} if (source := source_of(job.model)) is not None else {}),
             "options": options.model_dump(mode="json"),
+            "effort": options.effort,
+            "steps": steps_that_ran(options, len(plan.samples)),
+            **worst_layers(errors, options.sets),
             **summary(errors, steps.seconds),
             **({"large_key_biases": biased} if biased else {}),
             **({"before": before, "after": after} if before else {}),
@@ -225,10 +240,10 @@ def _load(folder: Path, names: LayerNames) -> Module:
 def fingerprint(job: Job, plan: CheckedJob) -> dict[str, Any]:
     """Describe all that the pieces in a work folder depend on."""
     checkpoint = Checkpoint.open(job.model)
-    weights = {}
-    for file in sorted({info.file for info in checkpoint.tensors.values()}):
-        stat = (checkpoint.path / file).stat()
-        weights[file] = f"{stat.st_size} bytes of {stat.st_mtime_ns}"
+    weights = {
+        file: f"{(checkpoint.path / file).stat().st_size} bytes, {_sampled(checkpoint, file)}"
+        for file in sorted({info.file for info in checkpoint.tensors.values()})
+    }
     tokenizer = {
         file.name: _sha256(file.read_bytes())
         for file in sorted(checkpoint.path.iterdir())
@@ -244,6 +259,20 @@ def fingerprint(job: Job, plan: CheckedJob) -> dict[str, Any]:
         "the version of vllm-qoq": __version__,
         **{f"the version of {name}": version(name) for name in _LIBRARIES},
     }
+
+
+def _sampled(checkpoint: Checkpoint, file: str) -> str:
+    """Digest a few rows of every tensor of a file: a copy is the same, and little is read."""
+    digest = hashlib.sha256()
+    with safe_open(checkpoint.path / file, "pt") as opened:
+        for name in sorted(opened.keys()):
+            rows = opened.get_slice(name)
+            shape = rows.get_shape()
+            digest.update(f"{name} {rows.get_dtype()} {shape}".encode())
+            for row in sorted({0, shape[0] // 2, shape[0] - 1}) if shape and all(shape) else ():
+                value = rows[row : row + 1].contiguous()
+                digest.update(value.view(-1).view(torch.uint8).numpy().data)
+    return f"sha256 {digest.hexdigest()[:16]} of some rows"
 
 
 def _sha256(content: bytes) -> str:
@@ -272,15 +301,16 @@ def _smooth(
         found = work.load(_SMOOTHING)
         apply_saved(model, found, plan.names, plan.dimensions)
         return _k_means(found, plan, wanted)
+    samples = spread(plan.samples, -(-SMOOTHING_TOKENS // options.seqlen))
     step = SmoothPass(
         names=plan.names,
         dimensions=plan.dimensions,
         options=wanted,
-        samples=len(plan.samples),
+        samples=len(samples),
         done=Clock("smoothing, block", plan.dimensions.layers, quiet),
     )
     # Smoothing keeps the function of a block, so its outputs from before serve the next one.
-    pipeline.run(model, step, plan.samples, plan.tokenizer, propagate=False)
+    pipeline.run(model, step, samples, plan.tokenizer, propagate=False)
     work.save(_SMOOTHING, step.found, {})
     return _k_means(step.found, plan, wanted)
 
@@ -302,6 +332,7 @@ def _quantize(
         sets=options.kinds,
         use_gptq=options.gptq,
         clip=options.clip,
+        passes=options.passes,
         work=work,
         done=Clock("quantizing, block", plan.dimensions.layers, quiet),
     )

@@ -32,6 +32,7 @@ def round_layers(
     sets: Iterable[SetKind],
     use_gptq: bool,
     clip: bool,
+    passes: int = gptq.PASSES,
 ) -> dict[str, list[RoundedLayer]]:
     """Round the layers with one input in every set; results are in the order of `sets`.
 
@@ -39,6 +40,7 @@ def round_layers(
     hessian   float32 [K, K], the mean of x x^T over the inputs, which is changed
     use_gptq  whether rounding errors are passed on, or else weights rounded to the nearest
     clip      whether scales that clip are tried
+    passes    of descent after the rounding errors have been passed on
 
     Raises QuantizeError with the name of the first layer if the Hessian cannot be factored.
     """
@@ -54,7 +56,7 @@ def round_layers(
         base = grids[kind.base] if kind.base is not None else None
         grid = grids[kind.name] = kind.grid(stacked, stacked.dtype, clip, base)
         if inputs is not None:
-            lost = gptq.quantize(stacked, inputs, grid)
+            lost = gptq.quantize(stacked, inputs, grid, passes)
         else:
             gptq.round_to_nearest(stacked, grid)
             lost = gptq.row_losses(grid.dequantized().sub_(stacked), hessian)

@@ -160,11 +160,13 @@ class QuantizePass(_BlockPass):
     sets       the sets; the weights of the last one make the inputs of the next block
     use_gptq   whether rounding errors are passed on, or else weights rounded to the nearest
     clip       whether scales that clip are tried
+    passes     of descent after the rounding errors have been passed on
     """
 
     sets: tuple[SetKind, ...]
     use_gptq: bool
     clip: bool
+    passes: int
     work: WorkDir
     done: Done
 
@@ -226,7 +228,9 @@ class QuantizePass(_BlockPass):
             hessian = self._hessians.pop((index, group[0])).take_mean()
             _require_finite([hessian], prefix + group[0])
             weights = {prefix + name: block.get_submodule(name).weight.data for name in group}
-            rounded = round_layers(weights, hessian, self.sets, self.use_gptq, self.clip)
+            rounded = round_layers(
+                weights, hessian, self.sets, self.use_gptq, self.clip, self.passes
+            )
             for name in group:
                 dtype, bias = weights[prefix + name].dtype, block.get_submodule(name).bias
                 for one in rounded[prefix + name]:
@@ -238,12 +242,17 @@ class QuantizePass(_BlockPass):
                 tensors[f"propagated.{name}"] = one.grid.dequantized().to(dtype)
         return tensors, errors
 
-    def _hessian_hook(self, index: int, name: str) -> Callable[..., None]:
-        def hook(module: Module, args: tuple[torch.Tensor, ...]) -> None:
+    def _hessian_hook(self, index: int, name: str) -> Callable[..., object]:
+        is_last = name == self.names.down
+
+        def hook(module: Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor] | None:
             x = args[0]
             if (index, name) not in self._hessians:
                 self._hessians[index, name] = HessianSum(x.shape[-1], x.device)
             self._hessians[index, name].add(x)
+            # Nobody reads what the block makes of this run, so its last layer computes one token,
+            # which stands for all.
+            return (x[..., :1, :],) if is_last else None
 
         return hook
 

@@ -9,7 +9,9 @@ import torch
 from vllm_qoq.models.table import LayerNames
 from vllm_qoq.quantizer.model import Dimensions
 from vllm_qoq.quantizer.smooth import Seen
-from vllm_qoq.quantizer.strength import pairs
+
+SMOOTHING_TOKENS = 16384
+"""So much of the calibration text is observed: means and magnitudes do not need more."""
 
 _SAMPLE_TOKENS = 1024
 
@@ -39,9 +41,8 @@ class Observer:
 
     def seen(self) -> Seen:
         """Put together what was gathered."""
-        queries = self._mean_square("queries").view(
-            self._dimensions.kv_heads, self._dimensions.queries_per_kv, -1
-        )
+        low, high = self._mean_square("queries").chunk(2, dim=-1)  # the halves of RoPE's pairs
+        queries = (low + high).view(self._dimensions.kv_heads, self._dimensions.queries_per_kv, -1)
         return Seen(
             keys=torch.cat(self._sampled["keys"]),
             positions=torch.cat(self._positions),
@@ -53,7 +54,7 @@ class Observer:
         )
 
     def _queries(self, x: torch.Tensor) -> None:
-        self._add_squares("queries", pairs(self._heads(x, self._dimensions.heads)))
+        self._add_squares("queries", self._heads(x, self._dimensions.heads))
 
     def _keys(self, x: torch.Tensor) -> None:
         keys = self._heads(x, self._dimensions.kv_heads)
@@ -82,7 +83,7 @@ class Observer:
         return rows
 
     def _add_largest(self, name: str, x: torch.Tensor) -> None:
-        largest = x.float().abs().amax(dim=0)
+        largest = x.abs().amax(dim=0).float()
         known = self._largest.get(name)
         self._largest[name] = largest if known is None else torch.maximum(known, largest)
 

@@ -18,12 +18,17 @@ from pydantic import (
 from vllm_qoq.checkpoint.folder import read_json
 from vllm_qoq.errors import UserError, one_line, shown
 from vllm_qoq.quantizer import QuantizeError
+from vllm_qoq.quantizer.effort import EFFORTS, of_options
 
 if TYPE_CHECKING:
     from vllm_qoq.quantizer.sets import SetKind
 
 SetName = Literal["w8a8", "w4a8", "w4a16"]
+STEPS = ("rotate", "k_mean", "smooth_attention", "smooth_outputs", "reorder", "clip", "gptq")
+"""The options that switch a step on or off, in the order of the steps."""
+
 _RECIPE_BYTES = 1 << 20
+_MOST_PASSES = 100
 
 
 class QuantizeOptions(BaseModel):
@@ -43,6 +48,9 @@ class QuantizeOptions(BaseModel):
     reorder          sort the inputs of down_proj by magnitude
     clip             try scales that clip
     gptq             pass rounding errors on, or else round to the nearest
+    passes           of descent over all columns after GPTQ
+
+    `effort`, of `effort.EFFORTS`, may stand for several of them; those that are given win.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -53,7 +61,7 @@ class QuantizeOptions(BaseModel):
     kv_bits: Literal[4, 8, 16] = 4
     kv_hadamard: bool | None = None
     lm_head_bits: Literal[8, 16] = 16
-    samples: PositiveInt = 128
+    samples: PositiveInt = EFFORTS["default"]["samples"]
     seqlen: Annotated[int, Field(ge=2)] = 1024
     rotate: bool = True
     k_mean: bool = True
@@ -62,6 +70,18 @@ class QuantizeOptions(BaseModel):
     reorder: bool = True
     clip: bool = True
     gptq: bool = True
+    passes: Annotated[int, Field(ge=0, le=_MOST_PASSES)] = EFFORTS["default"]["passes"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_effort(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "effort" not in values:
+            return values
+        given = dict(values)
+        effort = given.pop("effort")
+        if not isinstance(effort, str) or effort not in EFFORTS:
+            raise ValueError(f"effort must be one of {', '.join(EFFORTS)}, not {shown(effort)}")
+        return {**EFFORTS[effort], **given}
 
     @field_validator("sets")
     @classmethod
@@ -125,7 +145,14 @@ class QuantizeOptions(BaseModel):
             values = read_json(recipe, _RECIPE_BYTES)
         except UserError as error:
             raise QuantizeError(f"--recipe {recipe}: {error}") from None
-        return cls.parse({**values, **given}, f"--recipe {recipe}")
+        where = f"--recipe {recipe}"
+        _check_keys(values, where)
+        return cls.parse({**values, **given}, where)
+
+    @property
+    def effort(self) -> str | None:
+        """The name of the effort that these options are; None where some differ from each."""
+        return of_options(self.model_dump())
 
     @property
     def has_k_mean(self) -> bool:
@@ -140,4 +167,21 @@ class QuantizeOptions(BaseModel):
         return tuple(
             SetKind(name, self.group_size, "w4a8" if self.nested and name == "w8a8" else None)
             for name in self.sets
+        )
+
+
+def _check_keys(recipe: dict[str, Any], where: str) -> None:
+    """Raise QuantizeError for keys that are written as on the command line, with the right form."""
+    fields = QuantizeOptions.model_fields
+    for key, value in recipe.items():
+        name = key.removeprefix("--").replace("-", "_")
+        positive = name.removeprefix("no_")
+        if key in fields or positive not in fields:
+            continue
+        if name == positive:
+            raise QuantizeError(f"{where}.{key}: write {name!r} in a recipe")
+        meant = "" if value is True else f" ({key}: {shown(value)} was given)"
+        raise QuantizeError(
+            f'{where}.{key}: a recipe names the step itself; write "{positive}": false to leave '
+            f'it out, or "{positive}": true to have it{meant}'
         )

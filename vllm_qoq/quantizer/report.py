@@ -12,6 +12,7 @@ from typing_extensions import NotRequired
 from vllm_qoq.progress import duration, human_bytes
 from vllm_qoq.quantizer import QuantizeError
 from vllm_qoq.quantizer.gguf_source.convert import note
+from vllm_qoq.quantizer.options import STEPS, QuantizeOptions
 
 
 class LayerError(TypedDict):
@@ -67,8 +68,33 @@ def summary(errors: list[LayerError], steps: Mapping[str, float]) -> dict[str, A
         "seconds_of_steps": dict(steps),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "peak_gpu_memory_bytes": peak_gpu,
+        "sets": {name: _total(errors, name) for name in dict.fromkeys(r["set"] for r in errors)},
         "layers": errors,
     }
+
+
+def _total(errors: Iterable[LayerError], set_name: str) -> dict[str, Any]:
+    mine = [row for row in errors if row["set"] == set_name]
+    worst = max(mine, key=lambda row: row["output_error"])
+    return {
+        "output_error": sum(row["output_error"] for row in mine) / len(mine),
+        "worst_layer": worst["layer"],
+        "worst_output_error": worst["output_error"],
+    }
+
+
+def steps_that_ran(options: QuantizeOptions, samples: int) -> str:
+    """Say what a run did: its effort, its steps, and how much text it saw."""
+    steps = [name for name in STEPS if getattr(options, name)]
+    if options.gptq:
+        steps[steps.index("gptq")] = f"gptq with {options.passes} passes of descent"
+    if options.kv_bits == 16:  # A 16-bit cache rounds nothing that these would help.
+        steps = [step for step in steps if step not in ("k_mean", "smooth_attention")]
+    effort = f"effort {options.effort}" if options.effort else "steps"
+    return (
+        f"{effort}: {', '.join(steps) or 'rounding to the nearest alone'}; "
+        f"{samples} pieces of {options.seqlen} tokens"
+    )
 
 
 def table(report: dict[str, Any]) -> str:
@@ -76,7 +102,7 @@ def table(report: dict[str, Any]) -> str:
     errors: list[LayerError] = report["layers"]
     sets = list(dict.fromkeys(row["set"] for row in errors))
     kinds = list(dict.fromkeys(row["layer"].rpartition(".")[2] for row in errors))
-    lines = [_row("output error, mean (worst)", sets)]
+    lines = [report["steps"], _row("output error, mean (worst)", sets)]
     for kind in kinds:
         cells = []
         for name in sets:
@@ -87,6 +113,10 @@ def table(report: dict[str, Any]) -> str:
             ]
             cells.append(f"{sum(mine) / len(mine):.4f} ({max(mine):.4f})")
         lines.append(_row(f"  {kind}", cells))
+    totals = [report["sets"][name] for name in sets]
+    cells = [f"{one['output_error']:.4f} ({one['worst_output_error']:.4f})" for one in totals]
+    lines.append(_row("  all layers", cells))
+    lines.append(_row("  worst layer", [_short(one["worst_layer"]) for one in totals]))
     lines += _clipped(errors, sets)
     lines += _perplexities(report, sets) + _texts(report)
     if "source" in report:
@@ -100,6 +130,12 @@ def table(report: dict[str, Any]) -> str:
         + (f", on the GPU {human_bytes(gpu)}" if gpu else "")
     )
     return "\n".join(lines)
+
+
+def _short(layer: str) -> str:
+    """Shorten model.layers.12.mlp.down_proj to 12.down_proj."""
+    block, _, leaf = layer.rpartition(".")
+    return f"{next(filter(str.isdigit, reversed(block.split('.'))), '')}.{leaf}"
 
 
 def _clipped(errors: list[LayerError], sets: list[str]) -> list[str]:

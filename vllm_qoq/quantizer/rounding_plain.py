@@ -21,7 +21,7 @@ Bound = float | torch.Tensor
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Keep the many short operations of a loop in one thread: two wait longer than they work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -39,7 +39,7 @@ def reach(below: int) -> int:
     return (MAX_GROUP_SCALE - below) // 2
 
 
-@_one_thread()
+@one_thread()
 def search(
     level1: torch.Tensor, cost: torch.Tensor, scales_below: int, shifts: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -84,7 +84,7 @@ def _search(
     return best
 
 
-@_one_thread()
+@one_thread()
 def weighted_errors(
     weight: torch.Tensor,
     step: torch.Tensor,
@@ -111,7 +111,7 @@ def _chunk_rows(device: torch.device, columns: int) -> int:
     return max(1, _CHUNK_VALUES[device.type] // columns)
 
 
-@_one_thread()
+@one_thread()
 def round_columns(
     ideal: torch.Tensor, lower: torch.Tensor, low: Bound, high: Bound
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,7 +132,7 @@ def round_columns(
     return codes.t(), errors.t()
 
 
-@_one_thread()
+@one_thread()
 def descend(
     codes: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor, low: Bound, high: Bound
 ) -> torch.Tensor:

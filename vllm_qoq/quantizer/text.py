@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from vllm_qoq.errors import shown
 from vllm_qoq.quantizer import QuantizeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 
 def pieces(
@@ -28,8 +30,8 @@ def pieces(
             f"{path}: {len(tokens)} tokens, fewer than one piece of {seqlen}; give a longer text "
             "or a smaller --seqlen"
         )
-    if samples is not None and samples < len(starts):
-        starts = [starts[i * len(starts) // samples] for i in range(samples)]
+    if samples is not None:
+        starts = spread(starts, samples)
     return [tokens[start : start + seqlen] for start in starts]
 
 
@@ -42,3 +44,10 @@ def check_tokens(
             f"{path}: has {shown(tokenizer.decode([last]))}, which is token {last}, but the "
             f"embedding has {rows} rows; take it out of the text"
         )
+
+
+def spread(values: list[T], count: int) -> list[T]:
+    """Take `count` of `values` from all over the list, or all where there are no more."""
+    if len(values) <= count:
+        return values
+    return [values[i * len(values) // count] for i in range(count)]

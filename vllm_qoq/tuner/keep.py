@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from collections.abc import Iterable
-from glob import escape
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
@@ -13,12 +10,12 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 from vllm_qoq.checkpoint.folder import Checkpoint, read_json
 from vllm_qoq.checkpoint.format import Section, split_layer, split_name
 from vllm_qoq.errors import one_line
-from vllm_qoq.routing.table import DecodeRow, LayerRule
+from vllm_qoq.routing.sensitive import block_of, losses, rule
+from vllm_qoq.routing.table import LayerRule
 from vllm_qoq.tuner import TuneError
 
 REPORT = "quantization_report.json"
 _REPORT_BYTES = 64 << 20
-_BLOCK = re.compile(r"(.+?\.\d+)\.")
 
 
 class _Row(BaseModel):
@@ -64,29 +61,22 @@ def sensitive(folder: Path, order: tuple[str, ...], count: int) -> list[str]:
         report = _Report.model_validate(read_json(folder / REPORT, _REPORT_BYTES))
     except ValidationError as error:
         raise TuneError(f"{option}: {one_line(error, str(folder / REPORT))}") from None
-    lost: dict[str, list[float]] = defaultdict(list)
-    for row in report.layers:
-        sign = {order[-1]: 1, order[0]: -1}.get(row.set, 0)
-        if (block := _BLOCK.match(row.layer)) and sign:
-            lost[block[1]].append(sign * row.output_error**2)
+    errors = ((row.layer, row.set, row.output_error) for row in report.layers)
+    lost = losses(errors, order[-1], order[0])
     if not lost:
         raise TuneError(f"{option}: {folder / REPORT} has no errors of {order[-1]} or {order[0]}")
-    ranked = sorted(lost, key=lambda block: (-sum(lost[block]) / len(lost[block]), block))
-    return sorted(_counted(option, ranked, count), key=_by_number)
+    return sorted(_counted(option, list(lost), count), key=_by_number)
 
 
 def rules(blocks: Iterable[str], set_name: str, others: Iterable[LayerRule]) -> list[LayerRule]:
     """Make rules by which the decoder layers `blocks` generate in `set_name`, before `others`."""
-    kept = [
-        LayerRule(match=f"{escape(block)}.*", decode=(DecodeRow(set_name=set_name),))
-        for block in blocks
-    ]
-    matches = {rule.match for rule in kept}
-    return kept + [rule for rule in others if rule.match not in matches]
+    kept = [rule(block, set_name) for block in blocks]
+    matches = {one.match for one in kept}
+    return kept + [other for other in others if other.match not in matches]
 
 
 def _blocks(layers: Iterable[str]) -> set[str]:
-    return {block[1] for layer in layers if (block := _BLOCK.match(layer))}
+    return {block for layer in layers if (block := block_of(layer)) is not None}
 
 
 def _by_number(block: str) -> tuple[str, int]:

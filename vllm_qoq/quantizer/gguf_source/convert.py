@@ -7,6 +7,7 @@ that its model does not have, and the tokenizer (`tokenizer`).
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -36,6 +37,7 @@ _UNUSED_KEYS = (SECTION, "_name_or_path", "_model_name_or_path")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _BYTES = 2  # of a weight in bf16
+_PART_BYTES = 1 << 20
 # Keys of the file that change what a layer computes, and what the models here do without them.
 _UNSUPPORTED = (
     *("expert_count", "attention.sliding_window", "attention.clamp_kqv", "attention.scale"),
@@ -106,16 +108,9 @@ def convert(file: Path, folder: Path, quiet: bool) -> None:
     from vllm_qoq.quantizer.gguf_source.header import read_header
     from vllm_qoq.quantizer.gguf_source.tokenizer import check_tokenizer
 
-    stat = file.stat()
     beside = _tokenizer_beside(file)
-    identity = {
-        "file": file.name,
-        "bytes": stat.st_size,
-        "mtime_ns": stat.st_mtime_ns,
-        "tokenizer": {path.name: path.stat().st_mtime_ns for path in beside},
-    }
     present = source_of(folder)
-    if present is not None and identity.items() <= present.items():
+    if present is not None and _is_made_of(present, file, beside):
         return
     if folder.exists():
         raise QuantizeError(
@@ -130,13 +125,47 @@ def convert(file: Path, folder: Path, quiet: bool) -> None:
     if not quiet:
         size = human_bytes(header.parameters * _BYTES)
         print(f"converting {file.name} into {folder} ({size} in bf16)", file=stderr, flush=True)
-    source = identity | {"types": header.types, "license": header.text_of("general.license")}
+    source = _identity(file, beside) | {
+        "types": header.types,
+        "license": header.text_of("general.license"),
+    }
     with _part_of(folder) as part:
         with redirect_stdout(stderr):
             _write(header, part, beside)
         (part / SOURCE).write_text(json.dumps(source, indent=2) + "\n")
         (part / _LOCK).unlink()
         part.rename(folder)
+
+
+def _identity(file: Path, beside: list[Path]) -> dict[str, Any]:
+    """Describe the content of a GGUF file, which is read as a whole, and of a tokenizer."""
+    stat = file.stat()
+    return {
+        "file": file.name,
+        "bytes": stat.st_size,
+        "mtime_ns": stat.st_mtime_ns,
+        "sha256": _sha256(file),
+        "tokenizer": {path.name: _sha256(path) for path in beside},
+    }
+
+
+def _is_made_of(present: Mapping[str, Any], file: Path, beside: list[Path]) -> bool:
+    """Whether a folder was made of these files; time alone makes no file another one."""
+    stat = file.stat()
+    if (present.get("file"), present.get("bytes")) != (file.name, stat.st_size):
+        return False
+    if present.get("tokenizer") != {path.name: _sha256(path) for path in beside}:
+        return False
+    # The time spares reading the file again where it is as it was.
+    return present.get("mtime_ns") == stat.st_mtime_ns or present.get("sha256") == _sha256(file)
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while part := opened.read(_PART_BYTES):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _tokenizer_beside(file: Path) -> list[Path]:
