@@ -9,6 +9,7 @@ from typing import Any
 from vllm_qoq.checkpoint import hub
 from vllm_qoq.checkpoint.folder import ITEM_BYTES, Checkpoint
 from vllm_qoq.checkpoint.format import INPUT_RATIO, K_MEAN, KVSection, Section, split_layer
+from vllm_qoq.checkpoint.kv_config import described
 from vllm_qoq.checkpoint.stored_set import StoredSet
 from vllm_qoq.checkpoint.tensor_parallel import obstacles
 from vllm_qoq.checkpoint.verify import open_merged
@@ -92,9 +93,9 @@ def _kv_cache(cache: Mapping[str, Any] | None) -> Iterator[str]:
         return
     rotated = ", keys rotated" if cache.get("hadamard") else ""
     centred = ", keys without their mean" if cache.get(K_MEAN) else ""
-    yield f"KV cache: {cache['bits']} bits{rotated}{centred}"
+    yield f"KV cache: {described(cache['bits'])}{rotated}{centred}"
     rules = cache.get("layers", [])
-    yield from (f"  layers {rule['match']}: {rule['bits']} bits" for rule in rules[:_SHOWN])
+    yield from (f"  layers {rule['match']}: {described(rule['bits'])}" for rule in rules[:_SHOWN])
     yield from _more(rules)
 
 

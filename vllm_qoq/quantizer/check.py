@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_qoq.checkpoint.kv_config import Bits
 from vllm_qoq.models.table import LayerNames
 from vllm_qoq.progress import Clock
 from vllm_qoq.quantizer import QuantizeError, evaluate
@@ -37,7 +38,7 @@ class SetCheck:
     tokenizer: PreTrainedTokenizerBase
     windows: list[list[int]]
     prompts: list[list[int]]
-    kv_bits: tuple[int, ...]
+    kv_bits: tuple[Bits, ...]
     kv_hadamard: bool
     has_int8_head: bool
     quiet: bool
@@ -84,7 +85,7 @@ class SetCheck:
             return self.measure(model, kind.name, k_means)
 
     def _perplexity(
-        self, model: Module, bits: int, label: str, k_means: Sequence[torch.Tensor] | None
+        self, model: Module, bits: Bits, label: str, k_means: Sequence[torch.Tensor] | None
     ) -> float:
         clock = Clock(f"perplexity of {label}, KV{bits}", len(self.windows), self.quiet)
         found = evaluate.perplexity(
