@@ -1,6 +1,7 @@
 """Numbers that the CUDA sources and Python both have: they are the same."""
 
 import re
+
 import pytest
 from conftest import ROOT
 
