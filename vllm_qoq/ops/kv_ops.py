@@ -61,8 +61,9 @@ def lacking_shared_memory(head_size: int, bits: QuantizedBits, group: int) -> It
     there = int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
     needed = decode_shared_bytes(head_size, bits, group)
     if needed > there:
+        numbers = f"{bits} bits" if isinstance(bits, int) else bits
         yield (
-            f"{bits} bits, head size {head_size} and {group} query heads for a KV head, which need "
+            f"{numbers}, head size {head_size} and {group} query heads for a KV head, which need "
             f"{needed} bytes of shared memory, on a GPU whose blocks have {there} (fewer bits need "
             "less)"
         )

@@ -19,7 +19,8 @@ CACHES = {"16": 16, "fp8": 8, "8": 8, "k8v4": 6, "4": 4}
 """Cache -> bits of a number in it, on average of K and V."""
 OUR_CACHES: dict[str, int | str] = {"8": 8, "k8v4": "k8v4", "4": 4}
 """Cache of ours, with scales and zeros beside -> `kv_bits`."""
-_SUFFIXES = {"-k8v4": "k8v4", **{f"-kv{cache}": cache for cache in CACHES if cache != "k8v4"}}
+SUFFIXES = {f"-{'' if cache == 'k8v4' else 'kv'}{cache}": cache for cache in CACHES}
+"""The end of a format's name -> its cache."""
 SCALES_BYTES = 4
 """The bytes of the scale and zero of a token's key, or value, in one head of our caches."""
 
@@ -141,12 +142,12 @@ class Measurable(Protocol):
 
 def parse(name: str) -> Format:
     """Parse the name of a format; BenchError for one that does not exist."""
-    suffix = next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), "")
-    found = Format(name.removesuffix(suffix), _SUFFIXES.get(suffix, "16"))
+    suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
+    found = Format(name.removesuffix(suffix), SUFFIXES.get(suffix, "16"))
     if found.weights_name not in WEIGHTS:
         raise BenchError(
             f"{name!r} is not a format; a format is WEIGHTS or WEIGHTS with a cache behind, with "
-            f"WEIGHTS one of {', '.join(WEIGHTS)} and caches {', '.join(_SUFFIXES)}"
+            f"WEIGHTS one of {', '.join(WEIGHTS)} and caches {', '.join(SUFFIXES)}"
         )
     if found.weights.is_ours and found.cache == "fp8":
         raise BenchError(
