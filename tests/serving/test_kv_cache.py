@@ -238,7 +238,7 @@ def test_options_replace_the_bits_of_every_layer(engine_config):
     assert layer.impl.bits == 8 and layer.impl.use_hadamard
     plain = attention(kv_config(KV4), engine_config({"kv_bits": 8}, cache_dtype="auto"))
     assert plain.impl.bits == 8 and not plain.impl.use_hadamard
-    mixed = attention(quant_config, engine_config({"kv_bits": "k8v4"}), index=1)
+    mixed = attention(kv_config(RULED), engine_config({"kv_bits": "k8v4"}))
     assert mixed.impl.bits == "k8v4" and mixed.impl.use_hadamard
     untouched = attention(kv_config({"bits": 16}), engine_config())
     assert untouched.attn_backend.get_name() == "CPU_ATTN"
