@@ -67,7 +67,7 @@ METHODS = {
     # KV caches.
     "kv16": Method("16-bit KV cache", GREY),
     "kv8": Method("8-bit KV cache", _LIGHT_PINK, True),
-    "kvk8v4": Method("k8v4 KV cache", _MIDDLE_PINK, True),
+    "k8v4": Method("k8v4 KV cache", _MIDDLE_PINK, True),
     "kv4": Method("4-bit KV cache", _PINK, True),
     "qoq-kv4": Method("4 bits, ours", _PINK, True),
     "qoq-kv8": Method("8 bits, ours", _LIGHT_PINK, True),

@@ -35,6 +35,11 @@ def described(bits: Bits) -> str:
     return f"{bits} bits" if isinstance(bits, int) else bits
 
 
+def short_name(bits: Bits) -> str:
+    """Name a cache in a word: `kv4`, or `k8v4`."""
+    return f"kv{bits}" if isinstance(bits, int) else bits
+
+
 class KVLayerRule(BaseModel):
     """A rule that sets the bits of the layers whose name matches the glob `match`."""
 

@@ -21,7 +21,7 @@ from vllm_qoq.bench.evaluate.scores import Score, WindowScore, combine, score_wi
 from vllm_qoq.bench.evaluate.windows import Windows
 from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.checkpoint.format import SECTION, split_name
-from vllm_qoq.checkpoint.kv_config import Bits
+from vllm_qoq.checkpoint.kv_config import Bits, short_name
 from vllm_qoq.models.config import CONFIG
 from vllm_qoq.progress import Clock
 from vllm_qoq.text_file import check_text
@@ -117,10 +117,11 @@ def evaluate(
     rows = []
     for bits in kv_bits:
         for label, place, names in ((FLOAT, model, ()), ("sets", folder, sets)):
-            task = _Task(place, names, model, cut, bits, chunk, f"{label}, KV{bits}", quiet)
+            shown = f"{label}, {short_name(bits).upper()}"
+            task = _Task(place, names, model, cut, bits, chunk, shown, quiet)
             for name, scores in _in_process(task).items():
-                shown = FLOAT if label == FLOAT else name or next(iter(own))
-                rows.append(Row(shown, bits, sizes[shown], combine(scores)))
+                row = FLOAT if label == FLOAT else name or next(iter(own))
+                rows.append(Row(row, bits, sizes[row], combine(scores)))
     return Evaluation(
         checkpoint=folder.name,
         against=model.name,
