@@ -44,13 +44,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_rms_norm_quantize(const Tensor& x
                                                                  double epsilon);
 
 void kv_decode(const Tensor& q, const Tensor& cache, const Tensor& block_table,
-               const Tensor& seq_lens, double scale, int64_t bits, int64_t window, bool hadamard,
-               Tensor out, Tensor workspace);
+               const Tensor& seq_lens, double scale, int64_t k_bits, int64_t v_bits, int64_t window,
+               bool hadamard, Tensor out, Tensor workspace);
 
-void kv_write(const Tensor& key, const Tensor& value, const Tensor& slots, int64_t bits,
-              bool hadamard, Tensor cache, const std::optional<Tensor>& k_mean);
+void kv_write(const Tensor& key, const Tensor& value, const Tensor& slots, int64_t k_bits,
+              int64_t v_bits, bool hadamard, Tensor cache, const std::optional<Tensor>& k_mean);
 
 void kv_dequantize(const Tensor& cache, const Tensor& block_table, const Tensor& first_token,
-                   const Tensor& row_start, int64_t bits, bool hadamard, Tensor key, Tensor value);
+                   const Tensor& row_start, int64_t k_bits, int64_t v_bits, bool hadamard,
+                   Tensor key, Tensor value);
 
 }  // namespace qoq

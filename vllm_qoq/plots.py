@@ -29,6 +29,7 @@ INK = "#222222"
 _BLUE, _GREEN, _PURPLE = "#1f5fbf", "#0b8a5f", "#8e5bbf"
 _RED, _DARK_RED, _ORANGE = "#d62f1f", "#8f1d14", "#cc7700"
 _PINK, _LIGHT_PINK, _OLIVE, _BROWN = "#9c0f5f", "#e0559f", "#7d8a1c", "#8a5a44"
+_MIDDLE_PINK = "#c2327f"
 
 
 class Method(NamedTuple):
@@ -63,9 +64,11 @@ METHODS = {
     # KV caches.
     "kv16": Method("16-bit KV cache", GREY),
     "kv8": Method("8-bit KV cache", _LIGHT_PINK, True),
+    "k8v4": Method("k8v4 KV cache", _MIDDLE_PINK, True),
     "kv4": Method("4-bit KV cache", _PINK, True),
     "qoq-kv4": Method("4 bits, ours", _PINK, True),
     "qoq-kv8": Method("8 bits, ours", _LIGHT_PINK, True),
+    "qoq-k8v4": Method("k8v4, ours", _MIDDLE_PINK, True),
     "fa3-bf16": Method("bf16, FA3", GREY),
     "fa3-fp8": Method("fp8, FA3", _BLUE),
     "triton-int4": Method("int4, Triton", _OLIVE),

@@ -44,34 +44,34 @@ void launch_decode(Params& p, const Tensor& workspace, int device, cudaStream_t 
   launch_early<kv_decode_kernel<A>>(blocks, A::kThreads, shared_bytes, stream, p);
 }
 
-template <int kHeadSize, int kBits, int kHeadTiles>
+template <class P, int kHeadTiles>
 void dispatch_warps(Params& p, const Tensor& workspace, int device, cudaStream_t stream) {
-  using Most = Attention<kHeadSize, kBits, kHeadTiles, kMostWarps>;
-  using Fewest = Attention<kHeadSize, kBits, kHeadTiles, kFewestWarps>;
+  using Most = Attention<P, kHeadTiles, kMostWarps>;
+  using Fewest = Attention<P, kHeadTiles, kFewestWarps>;
   if (Most::shared_bytes(p.group) <= card_of(device).shared_bytes)
     launch_decode<Most>(p, workspace, device, stream);
   else
     launch_decode<Fewest>(p, workspace, device, stream);
 }
 
-template <int kHeadSize, int kBits>
+template <class P>
 void dispatch_group(Params& p, const Tensor& workspace, int device, cudaStream_t stream) {
   if (p.group <= kHeadsOfTile)
-    dispatch_warps<kHeadSize, kBits, 1>(p, workspace, device, stream);
+    dispatch_warps<P, 1>(p, workspace, device, stream);
   else
-    dispatch_warps<kHeadSize, kBits, 2>(p, workspace, device, stream);
+    dispatch_warps<P, 2>(p, workspace, device, stream);
 }
 
 }  // namespace
 
 void kv_decode(const Tensor& q, const Tensor& cache, const Tensor& block_table,
-               const Tensor& seq_lens, double scale, int64_t bits, int64_t window, bool hadamard,
-               Tensor out, Tensor workspace) {
+               const Tensor& seq_lens, double scale, int64_t k_bits, int64_t v_bits, int64_t window,
+               bool hadamard, Tensor out, Tensor workspace) {
   const int device = device_of(cache);
   check_heads(kOp, "q", q, device);
   check_heads(kOp, "out", out, device);
   const int64_t sequences = q.size(0), heads = q.size(1), head_size = q.size(2);
-  const int page_tokens = check_cache(kOp, cache, head_size, bits);
+  const int page_tokens = check_cache(kOp, cache, head_size, k_bits, v_bits);
   STD_TORCH_CHECK(out.scalar_type() == q.scalar_type() && out.size(0) == sequences &&
                       out.size(1) == heads && out.size(2) == head_size,
                   kOp, ": out is ", type_text(out), " ", shape_text(out), ", but q is ",
@@ -128,9 +128,8 @@ void kv_decode(const Tensor& q, const Tensor& cache, const Tensor& block_table,
   if (hadamard) params.scale_log2 /= std::sqrt(static_cast<float>(head_size));
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
-  dispatch_page(head_size, bits, [&]<class P>() {
-    dispatch_group<P::kHeadSize, P::kBits>(params, workspace, device, stream);
-  });
+  dispatch_page(head_size, k_bits, v_bits,
+                [&]<class P>() { dispatch_group<P>(params, workspace, device, stream); });
 }
 
 }  // namespace qoq

@@ -26,40 +26,48 @@ constexpr int kMaxBlocks = 1024;  // and as many counters at the beginning of th
 // Partial sums carry their two numbers, the maximum and the sum of weights, behind the channels.
 constexpr int kPartialPadding = 4;
 
-// The numbers that follow from a head size, bits, how many query heads share a KV head, and the
-// warps of a block.
-template <int kHeadSizeValue, int kBitsValue, int kHeadTilesValue, int kWarpsValue = kMostWarps>
-struct Attention : Page<kHeadSizeValue, kBitsValue> {
-  using Base = Page<kHeadSizeValue, kBitsValue>;
+// A thread's share of a row of K, or of a pair's row of V.
+//
+// Codes are given to the mma as they are: v in the lowest bits of an fp16 is the subnormal number
+// v * 2^-24, which the matrix units know, and a nibble four bits higher is v * 2^-20.
+template <int kHeadSize, int kBits>
+struct Operand : Codes<kHeadSize, kBits> {
+  using Base = Codes<kHeadSize, kBits>;
+  static constexpr int kWords = Base::kRow / 16;                    // of 32 bits
+  static constexpr int kWordMultiplies = kHeadSize / 16 / kWords;   // m16n8k16 of a word
+  static constexpr int kPieceBytes = kWords < 4 ? 4 * kWords : 16;  // of one load
+  static constexpr float kLowUnit = 1.f / (1 << 24);
+  static constexpr float kHighUnit = kBits == 4 ? 16 * kLowUnit : kLowUnit;
+};
+
+// The numbers that follow from a page, how many query heads share a KV head, and the warps of a
+// block.
+template <class PageValue, int kHeadTilesValue, int kWarpsValue = kMostWarps>
+struct Attention : PageValue {
+  using Base = PageValue;
+  using K = Operand<Base::kHeadSize, Base::K::kBits>;
+  using V = Operand<Base::kHeadSize, Base::V::kBits>;
   static constexpr int kHeadTiles = kHeadTilesValue;  // of kHeadsOfTile query heads each
   static constexpr int kWarps = kWarpsValue;
   static constexpr int kThreads = kWarps * 32;
-  static constexpr int kResident = Base::kBits == 4 && kHeadTiles == 1 ? 2 : 1;
+  static constexpr int kResident = K::kBits == 4 && kHeadTiles == 1 ? 2 : 1;
   static constexpr int kStages = Base::kHeadSize == 64 ? 4 : 2;  // of a warp's ring
   static constexpr int kStageBytes = kTileTokens * Base::kTokenBytes;
   static constexpr int kWarpRingBytes = kStages * kStageBytes;
   static constexpr int kRingBytes = kWarps * kWarpRingBytes;
   static constexpr int kBarrierBytes = kWarps * kStages * 8;
 
-  // A thread's share of a row of K, and of a pair's row of V, in 32-bit words.
-  static constexpr int kWords = Base::kRow / 16;
-  static constexpr int kPieceBytes = kWords < 4 ? 4 * kWords : 16;  // of one load
-  static constexpr int kMultiplies = Base::kHeadSize / 16;          // m16n8k16 over all channels
-  static constexpr int kWordMultiplies = kMultiplies / kWords;
-  static constexpr int kChannels = Base::kHeadSize / 8;  // of a thread, in the output
-  static constexpr int kVector = Base::kHeadSize / 32;   // channels of a thread when adding up
+  static constexpr int kMultiplies = Base::kHeadSize / 16;  // m16n8k16 over all channels
+  static constexpr int kChannels = Base::kHeadSize / 8;     // of a thread, in the output
+  static constexpr int kVector = Base::kHeadSize / 32;      // channels of a thread when adding up
   static constexpr int kPartial = Base::kHeadSize + kPartialPadding;  // floats of a query head
 
-  // Codes are given to the mma as they are: v in the lowest bits of an fp16 is the subnormal number
-  // v * 2^-24, which the matrix units know, and a nibble four bits higher is v * 2^-20.
-  static constexpr float kLowUnit = 1.f / (1 << 24);
-  static constexpr float kHighUnit = Base::kBits == 4 ? 16 * kLowUnit : kLowUnit;
   // The largest |q| becomes 2^kQueryExponent or up to twice as much, and 16 times that in channels
   // that meet low nibbles. Everything stays below 2^16.
-  static constexpr int kQueryExponent = Base::kBits == 4 ? 10 : 14;
+  static constexpr int kQueryExponent = K::kBits == 4 ? 10 : 14;
   // exp2(score - maximum) is at most 2^kWeightExponent. Times the largest scale, 2 * 65504 /
   // levels, it stays below 65504, and small weights keep more bits.
-  static constexpr int kWeightExponent = Base::kBits == 4 ? 2 : 6;
+  static constexpr int kWeightExponent = V::kBits == 4 ? 2 : 6;
 
   // Once it is done, a warp's ring holds what it has of its last segment.
   static_assert(kWarpRingBytes >= kMaxGroup * kPartial * 4);
@@ -104,6 +112,7 @@ struct Params {
   Copy copies[kMostCopies];
   int copy_count;
   int v_offset, k_scale_offset, v_scale_offset, step_bytes, scale_step_bytes;
+  int v_step_bytes;  // where rows of V are not as long as those of K; else step_bytes is of both
 };
 
 // The blocks that a multiprocessor gets. It is one where the block table has no room for more than
@@ -133,7 +142,8 @@ void lay_out(Params& p, int blocks, int resident) {
   p.k_scale_offset = A::k_scales(unit, 0);
   p.v_scale_offset = A::v_scales(unit, 0);
   const bool is_whole = unit == kTileTokens;
-  p.step_bytes = is_whole ? kTokenMultiple * A::kRow : p.unit_bytes;
+  p.step_bytes = is_whole ? kTokenMultiple * A::K::kRow : p.unit_bytes;
+  p.v_step_bytes = is_whole ? kTokenMultiple * A::V::kRow : p.unit_bytes;
   p.scale_step_bytes = is_whole ? kTokenMultiple * kScaleBytes : p.unit_bytes;
   p.copy_count = 0;
   for (int token = 0; token < kTileTokens; token += unit) {
@@ -145,8 +155,8 @@ void lay_out(Params& p, int blocks, int resident) {
     auto copy = [&](int source, int step, int destination) {
       p.copies[p.copy_count++] = {token, source, step, to + destination, unit * step};
     };
-    copy(0, A::kRow, 0);
-    copy(A::v_codes(page, 0), A::kRow, p.v_offset);
+    copy(0, A::K::kRow, 0);
+    copy(A::v_codes(page, 0), A::V::kRow, p.v_offset);
     copy(A::k_scales(page, 0), kScaleBytes, p.k_scale_offset);
     copy(A::v_scales(page, 0), kScaleBytes, p.v_scale_offset);
   }

@@ -70,21 +70,24 @@ struct LaneCopies {
   static constexpr int kParts = 4, kLaneBytes = 16, kWarpBytes = 32 * kLaneBytes;
 
   __device__ static void copy_parts(const Params& p, const Place& place, uint32_t stage) {
-    constexpr int kCodes = kTileTokens * A::kRow, kScaleLanes = kTileTokens * kScaleBytes / 16;
-    static_assert(kCodes % kWarpBytes == 0);
+    constexpr int kKeys = kTileTokens * A::K::kRow, kValues = kTileTokens * A::V::kRow;
+    constexpr int kMost = kKeys > kValues ? kKeys : kValues;
+    constexpr int kScaleLanes = kTileTokens * kScaleBytes / 16;
+    static_assert(kKeys % kWarpBytes == 0 && kValues % kWarpBytes == 0);
     const int lane = threadIdx.x % 32;
     const uint8_t* page = p.cache + int64_t{__shfl_sync(kAllLanes, place.page, 0)} * p.block_stride;
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
       const int from = __shfl_sync(kAllLanes, place.offset, part) + lane * kLaneBytes;
-      const uint32_t to = stage + part * kCodes + lane * kLaneBytes;
+      const uint32_t to = stage + part * kKeys + lane * kLaneBytes;
 #pragma unroll
-      for (int at = 0; at < kCodes; at += kWarpBytes) ptx::cp_async_16(to + at, page + from + at);
+      for (int at = 0; at < kMost; at += kWarpBytes)
+        if (at < (part == 0 ? kKeys : kValues)) ptx::cp_async_16(to + at, page + from + at);
     }
     const int part = lane / kScaleLanes % 2, at = lane % kScaleLanes * kLaneBytes;
     const int from = __shfl_sync(kAllLanes, place.offset, 2 + part) + at;
     if (lane < 2 * kScaleLanes)
-      ptx::cp_async_16(stage + 2 * kCodes + lane * kLaneBytes, page + from);
+      ptx::cp_async_16(stage + kKeys + kValues + lane * kLaneBytes, page + from);
   }
 
   // One copy after the other.

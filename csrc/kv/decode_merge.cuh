@@ -160,8 +160,9 @@ class Merger {
         float values[A::kChannels];
 #pragma unroll
         for (int i = 0; i < A::kChannels; ++i)
-          values[i] = fmaf(sums.values[t][i / 2][i % 2 * 2 + j],
-                           i % 2 == 0 ? 1 / A::kLowUnit : 1 / A::kHighUnit, -sums.zeros[t][j]);
+          values[i] =
+              fmaf(sums.values[t][i / 2][i % 2 * 2 + j],
+                   i % 2 == 0 ? 1 / A::V::kLowUnit : 1 / A::V::kHighUnit, -sums.zeros[t][j]);
         if (is_whole) {
           write_output<A::kChannels>(segment, head, g, values, weights);
           continue;

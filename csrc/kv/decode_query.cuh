@@ -12,6 +12,7 @@ namespace qoq::kv {
 //   scale of the token * (sum of query * code - zero * sum of query) * to_log2
 template <class A>
 struct Query {
+  using K = typename A::K;
   static constexpr int kRaw = A::kHeadSize / 16;  // loads of a thread, of 4 channels each
   uint32_t fragments[A::kHeadTiles][A::kMultiplies][2];
   float sum[A::kHeadTiles][2], to_log2[A::kHeadTiles][2];
@@ -34,7 +35,7 @@ struct Query {
 #pragma unroll
       for (int i = 0; i < kRaw; ++i) {
         // Thread c has the c-th of 4 pieces of a K row, and likewise of the second 4, if any.
-        constexpr int kPieceRaw = A::kPieceBytes * 8 / A::kBits / 4;
+        constexpr int kPieceRaw = K::kPieceBytes * 8 / K::kBits / 4;
         const int from = ((i / kPieceRaw * 4 + c) * kPieceRaw + i % kPieceRaw) * 4;
         raw[t][i] =
             head_of_group < p.group ? __ldcg(reinterpret_cast<const uint2*>(q + from)) : uint2{};
@@ -43,7 +44,7 @@ struct Query {
   }
 
  private:
-  static constexpr int kWordChannels = 32 / A::kBits;
+  static constexpr int kWordChannels = 32 / K::kBits;
 
   __device__ void set_head_tile(const Params& p, const uint2 (&raw)[kRaw], int t) {
     const int c = threadIdx.x % 4;
@@ -80,14 +81,14 @@ struct Query {
     const int exponent = min(max(static_cast<int>(largest >> 23), 20), 240);
     const float factor = __uint_as_float((127 + A::kQueryExponent + 127 - exponent) << 23);
     const float inverse = __uint_as_float((exponent - A::kQueryExponent) << 23);
-    constexpr float kLowFactor = A::kHighUnit / A::kLowUnit;  // the unit of both is kHighUnit
+    constexpr float kLowFactor = K::kHighUnit / K::kLowUnit;  // the unit of both is kHighUnit
 #pragma unroll
-    for (int w = 0; w < A::kWords; ++w) {
+    for (int w = 0; w < K::kWords; ++w) {
       const float* v = values + w * kWordChannels;
 #pragma unroll
-      for (int e = 0; e < A::kWordMultiplies; ++e) {
-        auto& b = fragments[t][w * A::kWordMultiplies + e];
-        if constexpr (A::kBits == 4) {
+      for (int e = 0; e < K::kWordMultiplies; ++e) {
+        auto& b = fragments[t][w * K::kWordMultiplies + e];
+        if constexpr (K::kBits == 4) {
           b[0] = ptx::convert_to_half2(v[2 * e] * factor * kLowFactor,
                                        v[2 * e + 4] * factor * kLowFactor);
           b[1] = ptx::convert_to_half2(v[2 * e + 1] * factor, v[2 * e + 5] * factor);
@@ -97,8 +98,8 @@ struct Query {
         }
       }
     }
-    total *= factor * A::kHighUnit;
-    const float head_to_log2 = inverse * (p.scale_log2 / A::kHighUnit);
+    total *= factor * K::kHighUnit;
+    const float head_to_log2 = inverse * (p.scale_log2 / K::kHighUnit);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       sum[t][j] = __shfl_sync(kAllLanes, total, 4 * (2 * c + j));

@@ -21,9 +21,9 @@ namespace qoq::kv {
 //   4 bits         nibbles (0, 4), (1, 5), (2, 6), (3, 7) of the word
 //   8 bits of K    bytes (0, 1), (2, 3)
 //   8 bits of V    bytes (0, 2), (1, 3): the low 16 bits are one token and the high ones the next
-template <class A, bool kIsValue>
-__device__ inline void expand(uint32_t word, uint32_t (&halves)[2 * A::kWordMultiplies]) {
-  if constexpr (A::kBits == 4) {
+template <class Codes, bool kIsValue>
+__device__ inline void expand(uint32_t word, uint32_t (&halves)[2 * Codes::kWordMultiplies]) {
+  if constexpr (Codes::kBits == 4) {
     halves[0] = word & 0x000F000F;
     halves[1] = word & 0x00F000F0;
     const uint32_t upper = word >> 8;
@@ -138,12 +138,13 @@ class Tile {
   // The scores of tokens g and g + 8 of the step, in units of 1 / query.to_log2.
   __device__ void score(int step, const Query<A>& query,
                         float (&scores)[A::kHeadTiles][kTileSteps][4]) const {
-    const uint32_t codes = address_ + step * p_.step_bytes + g_ * A::kRow + c_ * A::kPieceBytes;
+    using K = typename A::K;
+    const uint32_t codes = address_ + step * p_.step_bytes + g_ * K::kRow + c_ * K::kPieceBytes;
     const uint32_t scales = address_ + p_.k_scale_offset + step * p_.scale_step_bytes;
-    uint32_t words[2][A::kWords], parameters[2];
+    uint32_t words[2][K::kWords], parameters[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      load_words(words[row], codes + row * 8 * A::kRow, 64);
+      load_words(words[row], codes + row * 8 * K::kRow, 64);
       parameters[row] = ptx::load_shared_4(scales + (g_ + 8 * row) * kScaleBytes);
     }
 #pragma unroll
@@ -152,16 +153,16 @@ class Tile {
       for (int j = 0; j < 4; ++j)
         scores[t][step][j] = -zero_of(parameters[j / 2]) * query.sum[t][j % 2];
 #pragma unroll
-    for (int w = 0; w < A::kWords; ++w) {
-      uint32_t a[2][2 * A::kWordMultiplies];
+    for (int w = 0; w < K::kWords; ++w) {
+      uint32_t a[2][2 * K::kWordMultiplies];
 #pragma unroll
-      for (int row = 0; row < 2; ++row) expand<A, false>(words[row][w], a[row]);
+      for (int row = 0; row < 2; ++row) expand<K, false>(words[row][w], a[row]);
 #pragma unroll
-      for (int e = 0; e < A::kWordMultiplies; ++e)
+      for (int e = 0; e < K::kWordMultiplies; ++e)
 #pragma unroll
         for (int t = 0; t < A::kHeadTiles; ++t)
           ptx::mma_m16n8k16(scores[t][step], a[0][2 * e], a[1][2 * e], a[0][2 * e + 1],
-                            a[1][2 * e + 1], query.fragments[t][w * A::kWordMultiplies + e]);
+                            a[1][2 * e + 1], query.fragments[t][w * K::kWordMultiplies + e]);
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -214,13 +215,15 @@ class Tile {
   __device__ void add_values(int step, const uint32_t (&weights)[A::kHeadTiles][kTileSteps][2],
                              Sums<A>& sums) const {
     // This lane has token pairs c and c + 4 of the step, and an eighth of their channels.
-    const uint32_t codes = address_ + p_.v_offset + step * p_.step_bytes + c_ * 2 * A::kRow +
-                           (g_ * (A::kRow / 4) + 32 * c_) % (2 * A::kRow);
+    using V = typename A::V;
+    const int step_bytes = A::K::kRow == V::kRow ? p_.step_bytes : p_.v_step_bytes;
+    const uint32_t codes = address_ + p_.v_offset + step * step_bytes + c_ * 2 * V::kRow +
+                           (g_ * (V::kRow / 4) + 32 * c_) % (2 * V::kRow);
     const uint32_t scales = address_ + p_.v_scale_offset + step * p_.scale_step_bytes;
-    uint32_t words[2][A::kWords], scale[2], zero[2];
+    uint32_t words[2][V::kWords], scale[2], zero[2];
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
-      load_words(words[pair], codes + pair * 8 * A::kRow, 16);
+      load_words(words[pair], codes + pair * 8 * V::kRow, 16);
       const uint2 two = ptx::load_shared_8(scales + (c_ + 4 * pair) * 2 * kScaleBytes);
       scale[pair] = __byte_perm(two.x, two.y, 0x5410);
       zero[pair] = __byte_perm(two.x, two.y, 0x7632);
@@ -234,15 +237,15 @@ class Tile {
       ptx::mma_m16n8k16(sums.zeros[t], zero[0], zero[0], zero[1], zero[1], b[t]);
     }
 #pragma unroll
-    for (int w = 0; w < A::kWords; ++w) {
-      uint32_t a[2][2 * A::kWordMultiplies];
+    for (int w = 0; w < V::kWords; ++w) {
+      uint32_t a[2][2 * V::kWordMultiplies];
 #pragma unroll
-      for (int pair = 0; pair < 2; ++pair) expand<A, true>(words[pair][w], a[pair]);
+      for (int pair = 0; pair < 2; ++pair) expand<V, true>(words[pair][w], a[pair]);
 #pragma unroll
-      for (int e = 0; e < A::kWordMultiplies; ++e)
+      for (int e = 0; e < V::kWordMultiplies; ++e)
 #pragma unroll
         for (int t = 0; t < A::kHeadTiles; ++t)
-          ptx::mma_m16n8k16(sums.values[t][w * A::kWordMultiplies + e], a[0][2 * e],
+          ptx::mma_m16n8k16(sums.values[t][w * V::kWordMultiplies + e], a[0][2 * e],
                             a[0][2 * e + 1], a[1][2 * e], a[1][2 * e + 1], b[t]);
     }
   }

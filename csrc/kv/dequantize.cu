@@ -28,12 +28,13 @@ void check_aligned(const char* name, const Tensor& tensor) {
 }  // namespace
 
 void kv_dequantize(const Tensor& cache, const Tensor& block_table, const Tensor& first_token,
-                   const Tensor& row_start, int64_t bits, bool hadamard, Tensor key, Tensor value) {
+                   const Tensor& row_start, int64_t k_bits, int64_t v_bits, bool hadamard,
+                   Tensor key, Tensor value) {
   const int device = device_of(cache);
   check_heads(kOp, "key", key, device);
   check_heads(kOp, "value", value, device);
   const int64_t rows = key.size(0), kv_heads = key.size(1), head_size = key.size(2);
-  const int page_tokens = check_cache(kOp, cache, head_size, bits);
+  const int page_tokens = check_cache(kOp, cache, head_size, k_bits, v_bits);
   STD_TORCH_CHECK(value.scalar_type() == key.scalar_type() && value.size(0) == rows &&
                       value.size(1) == kv_heads && value.size(2) == head_size,
                   kOp, ": value is ", type_text(value), " ", shape_text(value), ", but key is ",
@@ -74,7 +75,8 @@ void kv_dequantize(const Tensor& cache, const Tensor& block_table, const Tensor&
   };
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
-  dispatch_page(head_size, bits, [&]<class P>() { launch_dequantize<P>(params, stream); });
+  dispatch_page(head_size, k_bits, v_bits,
+                [&]<class P>() { launch_dequantize<P>(params, stream); });
 }
 
 }  // namespace qoq

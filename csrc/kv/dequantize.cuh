@@ -49,14 +49,15 @@ __device__ inline Place place_of(const DequantizeParams& p, int row) {
 }
 
 // Eight codes, the first in the lowest bits: one word of 4 bits, or two of 8.
-template <class P>
+template <class Codes>
 __device__ inline void dequantize(float (&x)[kDequantizeChannels], uint2 codes,
                                   uint32_t parameters) {
   const float scale = scale_of(parameters), zero = zero_of(parameters);
 #pragma unroll
   for (int i = 0; i < kDequantizeChannels; ++i) {
-    const uint32_t word = P::kBits == 4 || i < 4 ? codes.x : codes.y;
-    const uint32_t code = word >> P::kBits * (P::kBits == 4 ? i : i % 4) & P::kLevels;
+    constexpr int kBits = Codes::kBits;
+    const uint32_t word = kBits == 4 || i < 4 ? codes.x : codes.y;
+    const uint32_t code = word >> kBits * (kBits == 4 ? i : i % 4) & Codes::kLevels;
     x[i] = __fmul_rn(scale, __fsub_rn(static_cast<float>(code), zero));
   }
 }
@@ -78,7 +79,7 @@ template <class P>
 __global__ void __launch_bounds__(kDequantizeThreads)
     kv_dequantize_kernel(const __grid_constant__ DequantizeParams p) {
   constexpr int kLanes = P::kHeadSize / kDequantizeChannels;
-  constexpr int kPieceBytes = P::kRow / kLanes;
+  constexpr int kKeyBytes = P::K::kRow / kLanes, kValueBytes = P::V::kRow / kLanes;
   __shared__ Place places[kDequantizeRows];
   ptx::griddepcontrol_launch_dependents();
   ptx::griddepcontrol_wait();
@@ -96,23 +97,26 @@ __global__ void __launch_bounds__(kDequantizeThreads)
     if (is_wanted) {
       const uint8_t* page = p.cache + place.page * p.block_stride + head * p.head_stride;
       const int tokens = p.page_tokens, token = place.token;
-      const uint8_t* k_codes = page + P::k_codes(token) + lane * kPieceBytes;
+      const uint8_t* k_codes = page + P::k_codes(token) + lane * kKeyBytes;
       const uint8_t* v_row = page + P::v_codes(tokens, token / 2 * 2);
       // The units of both tokens of the pair; a rotation leaves 32 bytes together.
-      const int at = P::v_byte(token / 2 * 2, lane * kPieceBytes);
+      const int at = P::v_byte(token / 2 * 2, lane * kValueBytes);
       const uint32_t half = token % 2 == 0 ? 0x5410 : 0x7632;
       uint2 key = {}, value = {};
-      if constexpr (P::kBits == 4) {
+      if constexpr (P::K::kBits == 4) {
         key.x = load<uint32_t>(k_codes);
+      } else {
+        key = load<uint2>(k_codes);
+      }
+      if constexpr (P::V::kBits == 4) {
         const uint2 two = load<uint2>(v_row + at);
         value.x = __byte_perm(two.x, two.y, half);
       } else {
-        key = load<uint2>(k_codes);
         const uint4 four = load<uint4>(v_row + at);
         value = {__byte_perm(four.x, four.y, half), __byte_perm(four.z, four.w, half)};
       }
-      dequantize<P>(k, key, load<uint32_t>(page + P::k_scales(tokens, token)));
-      dequantize<P>(v, value, load<uint32_t>(page + P::v_scales(tokens, token)));
+      dequantize<typename P::K>(k, key, load<uint32_t>(page + P::k_scales(tokens, token)));
+      dequantize<typename P::V>(v, value, load<uint32_t>(page + P::v_scales(tokens, token)));
     }
     if (p.is_rotated) rotate_normalized<kLanes>(k);
     if (!is_wanted) continue;

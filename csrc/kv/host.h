@@ -35,18 +35,21 @@ inline void check_heads(const char* op, const char* name, const Tensor& tensor, 
 
 // Refuses all but uint8 [blocks, KV heads, bytes of a page], each page in one piece. Returns the
 // tokens of a page.
-inline int check_cache(const char* op, const Tensor& cache, int64_t head_size, int64_t bits) {
-  STD_TORCH_CHECK(bits == 4 || bits == 8, op, ": bits is ", bits, ", expected 4 or 8");
+inline int check_cache(const char* op, const Tensor& cache, int64_t head_size, int64_t k_bits,
+                       int64_t v_bits) {
+  const bool is_served = (k_bits == 4 || k_bits == 8) && (v_bits == 4 || v_bits == k_bits);
+  STD_TORCH_CHECK(is_served, op, ": keys of ", k_bits, " bits and values of ", v_bits,
+                  ", expected 4 and 4, 8 and 8, or 8 and 4");
   STD_TORCH_CHECK(head_size == 64 || head_size == 128, op, ": the head size is ", head_size,
                   ", expected 64 or 128");
-  const int64_t token_bytes = 2 * (head_size * bits / 8 + kScaleBytes);
+  const int64_t token_bytes = head_size * (k_bits + v_bits) / 8 + 2 * kScaleBytes;
   STD_TORCH_CHECK(cache.scalar_type() == ScalarType::Byte && cache.dim() == 3, op,
                   ": the cache is ", type_text(cache), " ", shape_text(cache),
                   ", expected Byte [blocks, KV heads, bytes of a page]");
   const int64_t bytes = cache.size(2);
   STD_TORCH_CHECK(bytes > 0 && bytes % (token_bytes * kTokenMultiple) == 0 && bytes < 1 << 30, op,
-                  ": the cache is ", shape_text(cache), ", but a page of ", bits,
-                  " bits and heads of ", head_size, " has ", token_bytes,
+                  ": the cache is ", shape_text(cache), ", but a page of keys of ", k_bits,
+                  " bits, values of ", v_bits, " and heads of ", head_size, " has ", token_bytes,
                   " bytes a token, for a multiple of ", kTokenMultiple, " tokens");
   const bool is_aligned = reinterpret_cast<uintptr_t>(cache.data_ptr()) % 16 == 0 &&
                           cache.stride(0) % 16 == 0 && cache.stride(1) % 16 == 0;
@@ -59,15 +62,20 @@ inline int check_cache(const char* op, const Tensor& cache, int64_t head_size, i
 // Calls `function` for the Page of a head size and bits that `check_cache` let pass. The head sizes
 // are those of vllm_qoq/ops/kv_ops.py.
 template <class Function>
-void dispatch_page(int64_t head_size, int64_t bits, const Function& function) {
-  if (head_size == 128 && bits == 4) {
-    function.template operator()<Page<128, 4>>();
-  } else if (head_size == 128) {
-    function.template operator()<Page<128, 8>>();
-  } else if (bits == 4) {
-    function.template operator()<Page<64, 4>>();
+void dispatch_page(int64_t head_size, int64_t k_bits, int64_t v_bits, const Function& function) {
+  auto dispatch_bits = [&]<int kHeadSize>() {
+    if (k_bits == 4) {
+      function.template operator()<Page<kHeadSize, 4, 4>>();
+    } else if (v_bits == 4) {
+      function.template operator()<Page<kHeadSize, 8, 4>>();
+    } else {
+      function.template operator()<Page<kHeadSize, 8, 8>>();
+    }
+  };
+  if (head_size == 128) {
+    dispatch_bits.template operator()<128>();
   } else {
-    function.template operator()<Page<64, 8>>();
+    dispatch_bits.template operator()<64>();
   }
 }
 

@@ -34,13 +34,13 @@ const float* checked_mean(const Tensor& mean, int64_t kv_heads, int64_t head_siz
 
 }  // namespace
 
-void kv_write(const Tensor& key, const Tensor& value, const Tensor& slots, int64_t bits,
-              bool hadamard, Tensor cache, const std::optional<Tensor>& k_mean) {
+void kv_write(const Tensor& key, const Tensor& value, const Tensor& slots, int64_t k_bits,
+              int64_t v_bits, bool hadamard, Tensor cache, const std::optional<Tensor>& k_mean) {
   const int device = device_of(cache);
   check_heads(kOp, "key", key, device);
   check_heads(kOp, "value", value, device);
   const int64_t kv_heads = key.size(1), head_size = key.size(2);
-  const int page_tokens = check_cache(kOp, cache, head_size, bits);
+  const int page_tokens = check_cache(kOp, cache, head_size, k_bits, v_bits);
   STD_TORCH_CHECK(value.scalar_type() == key.scalar_type() && value.size(0) == key.size(0) &&
                       value.size(1) == kv_heads && value.size(2) == head_size,
                   kOp, ": value is ", type_text(value), " ", shape_text(value), ", but key is ",
@@ -78,7 +78,7 @@ void kv_write(const Tensor& key, const Tensor& value, const Tensor& slots, int64
   };
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
-  dispatch_page(head_size, bits, [&]<class P>() { launch_write<P>(params, stream); });
+  dispatch_page(head_size, k_bits, v_bits, [&]<class P>() { launch_write<P>(params, stream); });
 }
 
 }  // namespace qoq

@@ -15,8 +15,8 @@ constexpr int kWriteChannels = 4;  // of a thread
 // A smaller range, relative to the largest magnitude, would make the zero larger than 2^15.
 constexpr float kLargest = 65504;  // of fp16
 constexpr double kSmallestScale = 6.2e-5;
-template <class P>
-constexpr float kSmallestRange = P::kBits == 4 ? 1.f / 1024 : 1.f / 128;
+template <class Codes>
+constexpr float kSmallestRange = Codes::kBits == 4 ? 1.f / 1024 : 1.f / 128;
 
 struct WriteParams {
   const void *key, *value;  // [tokens, KV heads, head size]
@@ -35,10 +35,10 @@ struct Quantized {
   uint32_t codes, parameters;
 };
 
-template <class P, int kLanes>
+template <class Codes, int kLanes>
 __device__ inline Quantized quantize(const float (&x)[kWriteChannels]) {
-  constexpr float kLevels = P::kLevels;
-  constexpr auto kLeastRange = static_cast<float>(kSmallestScale * P::kLevels);
+  constexpr float kLevels = Codes::kLevels;
+  constexpr auto kLeastRange = static_cast<float>(kSmallestScale * Codes::kLevels);
   float low = kLargest, high = -kLargest, clamped[kWriteChannels];
   bool is_nan = false;
 #pragma unroll
@@ -56,7 +56,7 @@ __device__ inline Quantized quantize(const float (&x)[kWriteChannels]) {
   }
   const float size = fmaxf(-low, high);  // the largest magnitude
   float range = __fsub_rn(high, low);
-  range = fmaxf(range, fmaxf(size * kSmallestRange<P>, kLeastRange));
+  range = fmaxf(range, fmaxf(size * kSmallestRange<Codes>, kLeastRange));
   float zero = __fdiv_rn(__fmul_rn(-kLevels, low), range);
   const float inverse = __fmul_rn(__frcp_rn(range), kLevels);  // torch's `levels / range`
   float scale = __fdiv_rn(range, kLevels);
@@ -107,7 +107,8 @@ __global__ void __launch_bounds__(kWriteThreads)
     if (p.k_mean != nullptr) subtract(k, p.k_mean + head * P::kHeadSize + channel);
   }
   if (p.is_rotated) rotate_normalized<kLanes>(k);
-  const Quantized key = quantize<P, kLanes>(k), value = quantize<P, kLanes>(v);
+  const Quantized key = quantize<typename P::K, kLanes>(k);
+  const Quantized value = quantize<typename P::V, kLanes>(v);
   if (!is_written) return;
 
   const int64_t page = slot / p.page_tokens;
@@ -118,16 +119,19 @@ __global__ void __launch_bounds__(kWriteThreads)
   auto store_2 = [](uint8_t* at, uint32_t v) {
     *reinterpret_cast<uint16_t*>(at) = static_cast<uint16_t>(v);
   };
-  if constexpr (P::kBits == 4) {
-    // Two bytes of nibbles from four bytes: the first of two codes is the low nibble.
-    auto nibbles = [](uint32_t codes) {
-      const uint32_t pairs = codes | codes >> 4;
-      return (pairs & 0xFF) | (pairs >> 8 & 0xFF00);
-    };
+  // Two bytes of nibbles from four bytes: the first of two codes is the low nibble.
+  auto nibbles = [](uint32_t codes) {
+    const uint32_t pairs = codes | codes >> 4;
+    return (pairs & 0xFF) | (pairs >> 8 & 0xFF00);
+  };
+  if constexpr (P::K::kBits == 4) {
     store_2(k_row + 2 * lane, nibbles(key.codes));
-    store_2(v_row + P::v_byte(place, 2 * lane), nibbles(value.codes));
   } else {
     *reinterpret_cast<uint32_t*>(k_row + 4 * lane) = key.codes;
+  }
+  if constexpr (P::V::kBits == 4) {
+    store_2(v_row + P::v_byte(place, 2 * lane), nibbles(value.codes));
+  } else {
     store_2(v_row + P::v_byte(place, 4 * lane), value.codes);
     store_2(v_row + P::v_byte(place, 4 * lane + 2), value.codes >> 16);
   }

@@ -18,7 +18,7 @@ pytestmark = [
 
 DEVICE = torch.device("cuda")
 EDGES = [0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 0, 1000, 2049]
-BITS_AND_SIZES = [(4, 128), (4, 64), (8, 128), (8, 64)]
+BITS_AND_SIZES = [(bits, size) for bits in kv_oracle.WIDTHS for size in (128, 64)]
 
 
 class Cache:
@@ -37,7 +37,8 @@ class Cache:
         order = torch.randperm(shape[0], device=DEVICE)[: blocks * len(lengths)]
         self.table = order.view(len(lengths), blocks).int()
 
-        levels = 2**bits - 1
+        widths = torch.tensor(kv_oracle.WIDTHS[bits], device=DEVICE)
+        levels = (2**widths - 1)[:, None]  # of K and of V, for every token
         parameters = self.pages[..., -8 * page_tokens :].view(torch.float16)
         parameters = parameters.unflatten(-1, (2, page_tokens, 2))
         place = torch.arange(page_tokens, device=DEVICE)

@@ -34,8 +34,9 @@ def spec(model, bits, options, **more):
     }
 
 
-def test_graphs_equal_eager(runner, tiny_model, tmp_path):
-    specs = [spec(tiny_model, 4, options, max_tokens=40) for options in (EAGER, GRAPHS)]
+@pytest.mark.parametrize("bits", [4, "k8v4"])
+def test_graphs_equal_eager(runner, tiny_model, tmp_path, bits):
+    specs = [spec(tiny_model, bits, options, max_tokens=40) for options in (EAGER, GRAPHS)]
     eager, graphs = run_engines(tmp_path, specs, **runner)
     assert graphs["generation"] == eager["generation"]
 
@@ -59,14 +60,16 @@ def test_perplexity_over_quantized_history(tiny_model, heldout_text, tmp_path):
     text = heldout_text.read_text()[:8000]
     specs = [
         spec(tiny_model, bits, EAGER | options, text=text)
-        for bits, options in ((8, {}), (8, CHUNKED), (4, CHUNKED))
+        for bits, options in ((8, {}), (8, CHUNKED), ("k8v4", CHUNKED), (4, CHUNKED))
     ]
-    whole, eight, four = run_engines(tmp_path, specs)
+    whole, eight, mixed, four = run_engines(tmp_path, specs)
     assert eight["perplexity"] == pytest.approx(whole["perplexity"], rel=0.003)
     assert four["perplexity"] == pytest.approx(whole["perplexity"], rel=0.025)
     assert four["perplexity"] > whole["perplexity"] * 1.001
+    assert mixed["perplexity"] == pytest.approx(whole["perplexity"], rel=0.025)
+    assert len({run["perplexity"] for run in (eight, mixed, four)}) == 3
     # The pool of 64 MiB, by vLLM's count.
-    for result, bits in ((eight, 8), (four, 4)):
+    for result, bits in ((eight, 8), (mixed, "k8v4"), (four, 4)):
         bytes_per_token = LAYERS * KV_HEADS * slot_bytes(HEAD, bits)
         assert result["cache_tokens"] == pytest.approx((64 << 20) / bytes_per_token, rel=0.01)
 

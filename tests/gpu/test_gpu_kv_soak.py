@@ -99,7 +99,7 @@ class Pool:
         return out
 
 
-@pytest.mark.parametrize("bits, hadamard", [(4, False), (4, True), (8, False)])
+@pytest.mark.parametrize("bits, hadamard", [(4, False), (4, True), (8, False), ("k8v4", False)])
 def test_random_steps_equal_pages_that_were_written_at_once(bits, hadamard):
     rng = random.Random(torch.seed())
     pool = Pool(bits, hadamard)

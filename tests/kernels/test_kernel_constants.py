@@ -1,7 +1,6 @@
 """Numbers that the CUDA sources and Python both have: they are the same."""
 
 import re
-from itertools import product
 
 import pytest
 from conftest import ROOT
@@ -69,14 +68,16 @@ def test_a_constant_is_the_same_in_python(header, name, value):
 
 
 def test_the_kernels_have_every_head_size_and_bits_of_python():
-    pages = re.findall(r"Page<(\d+), (\d+)>", (CSRC / "kv" / "host.h").read_text())
-    expected = set(product(kv_ops.HEAD_SIZES, kv_layout.QUANTIZED_BITS))
-    assert {(int(size), int(bits)) for size, bits in pages} == expected
+    host = (CSRC / "kv" / "host.h").read_text()
+    sizes = re.findall(r"dispatch_bits\.template operator\(\)<(\d+)>", host)
+    assert sorted(map(int, sizes)) == sorted(kv_ops.HEAD_SIZES)
+    pages = re.findall(r"Page<kHeadSize, (\d), (\d)>", host)
+    assert {(int(k), int(v)) for k, v in pages} == set(kv_layout.WIDTHS.values())
 
 
 def test_the_range_of_a_head_is_bounded_alike():
     bound = re.search(
-        r"kSmallestRange = P::kBits == 4 \? 1\.f / (\d+) : 1\.f / (\d+);",
+        r"kSmallestRange = Codes::kBits == 4 \? 1\.f / (\d+) : 1\.f / (\d+);",
         (CSRC / "kv" / "write.cuh").read_text(),
     )
     assert {4: float(bound[1]), 8: float(bound[2])} == kv_layout.LARGEST_OFFSET
@@ -91,7 +92,10 @@ def test_the_workspace_has_room_for_all_blocks_that_a_processor_holds():
 
 def test_the_shared_memory_of_the_decode_attention_is_what_the_model_says():
     """Computed by hand from csrc/kv/decode_config.h."""
-    known = {(128, 4, 4): 43696, (128, 4, 8): 52144, (128, 8, 16): 101808, (64, 8, 4): 74480}
+    known = {
+        **{(128, 4, 4): 43696, (128, 4, 8): 52144, (128, 8, 16): 101808, (64, 8, 4): 74480},
+        **{(128, "k8v4", 16): 85424, (64, "k8v4", 4): 58096},
+    }
     for arguments, expected in known.items():
         assert kv_ops.decode_shared_bytes(*arguments) == expected
 

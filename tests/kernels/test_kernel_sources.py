@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from collections import defaultdict
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -102,12 +103,12 @@ def test_the_portable_tiles_with_the_fewest_registers_to_spare_spill_on_no_famil
     assert max(spills(compiled(source, code, tmp_path))) <= MOST_SPILLED.get(code, 0)
 
 
-def decode_kernel(folder, *shape):
-    """A source with one kernel of the decode attention: head size, bits, tiles of query heads."""
+def decode_kernel(folder, page, tiles):
+    """A source with a kernel of the decode attention: head size, bits of K and V, head tiles."""
     source = folder / "kernel.cu"
     source.write_text(
         '#include "kv/decode_kernel.cuh"\nnamespace qoq::kv {\n'
-        f"template __global__ void kv_decode_kernel<Attention<{','.join(map(str, shape))}>>"
+        f"template __global__ void kv_decode_kernel<Attention<Page<{page}>, {tiles}>>"
         "(const __grid_constant__ Params);\n}\n"
     )
     return source
@@ -116,7 +117,7 @@ def decode_kernel(folder, *shape):
 @needs_nvcc
 @pytest.mark.parametrize("code", [one.code for one in cards.FAMILIES[1:]])
 def test_the_decode_attention_with_the_fewest_registers_spills_on_no_family(code, tmp_path):
-    said = compiled(decode_kernel(tmp_path, 128, 4, 1), code, tmp_path)
+    said = compiled(decode_kernel(tmp_path, "128, 4, 4", 1), code, tmp_path)
     assert max(spills(said)) == 0
 
 
@@ -129,7 +130,7 @@ def test_every_gpu_has_the_instructions_of_the_portable_path(tmp_path):
 
 @needs_nvcc
 def test_a_portable_build_has_the_code_of_the_oldest_gpus_on_a_newer_one(tmp_path):
-    source = decode_kernel(tmp_path, 64, 4, 1)
+    source = decode_kernel(tmp_path, "64, 4, 4", 1)
 
     def ptx(code, *options):
         out = tmp_path / "kernel.ptx"
@@ -230,12 +231,14 @@ def test_kv_kernels_are_right_in_any_order_of_threads(build_for_the_model, progr
     binary = build_for_the_model(program)
     for seed in (1, 2):
         said = run(binary, seed, timeout=300)
-        # Both head sizes and bits, and query heads that share a KV head in one tile or two.
-        assert len(re.findall(r"^D (?:64|128), [48] bits, .* 0 wrong", said, re.M)) >= 12
+        # Both head sizes, all widths, and query heads that share a KV head in one tile or two.
+        found = re.findall(r"^D (64|128), ([48] and [48]) bits, .* 0 wrong", said, re.M)
+        assert set(found) == set(product(("64", "128"), ("4 and 4", "8 and 8", "8 and 4")))
+        assert len(found) >= 18
 
 
 @needs_the_model
 def test_the_decode_attention_is_right_without_the_copy_engine(build_for_the_model):
     binary = build_for_the_model("kv_decode", "-DMODEL_WITHOUT_COPY_ENGINE")
     said = run(binary, 1, timeout=300)
-    assert len(re.findall(r"^D (?:64|128), [48] bits, .* 0 wrong", said, re.M)) == 18
+    assert len(re.findall(r"^D (?:64|128), [48] and [48] bits, .* 0 wrong", said, re.M)) == 21

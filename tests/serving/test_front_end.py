@@ -62,7 +62,7 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
     ("qoq", "options", "message"),
     [
         ({"kv_bitz": 4}, {}, "qoq: there is no option 'kv_bitz'; did you mean 'kv_bits'"),
-        ({"kv_bits": 5}, {}, "qoq.kv_bits: Input should be 4, 8 or 16, but it is 5"),
+        ({"kv_bits": 5}, {}, "qoq.kv_bits: Input should be 4, 8, 16 or 'k8v4', but it is 5"),
         ({"force_set": "w4"}, {}, "force_set is 'w4', but the checkpoint has w8a8, w4a8"),
         ({"routing": "w8a8"}, {}, "qoq.routing: .*but it is 'w8a8'"),
         ({"routing": {"prefill": "w8a8"}}, {}, "routing.decode"),

@@ -104,6 +104,8 @@ def test_rotating_the_keys_helps_in_the_simulation_too(models, text, tmp_path):
     plain = evaluate.perplexity(model, windows)
     four, rotated = (evaluate.perplexity(model, windows, 4, kv_hadamard=h) for h in (False, True))
     assert four > 3 * plain and rotated < 0.5 * four
+    eight, mixed = (evaluate.perplexity(model, windows, bits) for bits in (8, "k8v4"))
+    assert mixed < 1.2 * plain and mixed != eight  # the bias is of keys
 
 
 @pytest.fixture
@@ -208,9 +210,20 @@ def test_the_mean_takes_the_harm_out_of_a_large_bias(with_means, text, tmp_path,
 
     exact, centred = serve(with_means, kv_bits=16), serve(with_means)
     assert centred < 1.03 * exact and warnings_of == []
+    mixed = serve(with_means, kv_bits="k8v4")
+    assert mixed < 1.03 * exact and mixed != centred
     assert serve(plain) > 3 * centred and len(warnings_of) == 1
 
 
+@pytest.mark.parametrize(("bits", "of_keys"), [(4, 4), (8, 8), ("k8v4", 8)])
+def test_every_quantized_cache_has_a_mean_and_where_it_can_a_rotation(bits, of_keys):
+    options = QuantizeOptions.parse({"kv_bits": bits}, "options")
+    assert options.key_bits == of_keys and options.has_k_mean
+    assert options.of_heads(64).kv_hadamard and not options.of_heads(96).kv_hadamard
+    whole = QuantizeOptions.parse({"kv_bits": 16}, "options")
+    assert not whole.has_k_mean and not whole.of_heads(64).kv_hadamard
+
+
 def test_a_rotation_of_nothing_is_refused():
-    with pytest.raises(QuantizeError, match=r"kv_hadamard rotates.*kv_bits 4 or 8"):
+    with pytest.raises(QuantizeError, match=r"kv_hadamard rotates.*kv_bits 4, k8v4 or 8"):
         QuantizeOptions.parse({"kv_hadamard": True, "kv_bits": 16}, "options")

@@ -24,7 +24,7 @@ from vllm_qoq.checkpoint.kv_config import KVCache
 from vllm_qoq.errors import FormatError, UserError
 from vllm_qoq.numerics.kv_layout import slot_bytes
 from vllm_qoq.serving.kv.backend import PREFERRED_BLOCK_SIZE, QuantizedKVBackend, head_pages
-from vllm_qoq.serving.kv.cpu import CPUKV4Backend, CPUKV8Backend
+from vllm_qoq.serving.kv.cpu import CPUK8V4Backend, CPUKV4Backend, CPUKV8Backend
 from vllm_qoq.serving.plugin.config import QoQConfig
 from vllm_qoq.serving.vllm_versions import backends_size_pages
 
@@ -97,6 +97,7 @@ def test_the_section_keeps_what_it_says_of_the_cache():
     ("kv_cache", "named"),
     [
         ({"bits": 5}, "kv_cache.bits"),
+        ({"bits": "k4v8"}, "kv_cache.bits.*4, 8, 16 or 'k8v4'"),
         ({"bits": 4, "group": 64}, "kv_cache.group"),
         ({}, "kv_cache.bits"),
         ({"bits": 4, "layers": [{"match": "*"}]}, "kv_cache.layers.0.bits"),
@@ -110,6 +111,12 @@ def test_a_wrong_key_is_named(kv_cache, named):
         kv_config(kv_cache)
 
 
+def test_what_layers_can_be_in_is_said_the_smallest_first():
+    rules = [{"match": "a", "bits": bits} for bits in (8, 16, "k8v4")]
+    assert KVCache.model_validate({"bits": 4, "layers": rules}).all_bits() == "4,k8v4,8,16"
+    assert KVCache(bits="k8v4").all_bits() == "k8v4"
+
+
 def test_the_first_rule_that_matches_decides():
     rules = [{"match": "*.1.*", "bits": 8}, {"match": "model.*", "bits": 16}]
     kv_cache = KVCache.model_validate({"bits": 4, "layers": rules})
@@ -117,7 +124,9 @@ def test_the_first_rule_that_matches_decides():
     assert kv_cache.unmatched(["model.2.attn"]) == ["*.1.*"]
 
 
-@pytest.mark.parametrize(("bits", "backend"), [(4, CPUKV4Backend), (8, CPUKV8Backend)])
+@pytest.mark.parametrize(
+    ("bits", "backend"), [(4, CPUKV4Backend), (8, CPUKV8Backend), ("k8v4", CPUK8V4Backend)]
+)
 def test_a_layer_gets_the_backend_and_the_pages_of_its_bits(engine_config, bits, backend):
     config, quant_config = engine_config(), kv_config({"bits": bits})
     layer = attention(quant_config, config)
@@ -229,6 +238,8 @@ def test_options_replace_the_bits_of_every_layer(engine_config):
     assert layer.impl.bits == 8 and layer.impl.use_hadamard
     plain = attention(kv_config(KV4), engine_config({"kv_bits": 8}, cache_dtype="auto"))
     assert plain.impl.bits == 8 and not plain.impl.use_hadamard
+    mixed = attention(kv_config(RULED), engine_config({"kv_bits": "k8v4"}))
+    assert mixed.impl.bits == "k8v4" and mixed.impl.use_hadamard
     untouched = attention(kv_config({"bits": 16}), engine_config())
     assert untouched.attn_backend.get_name() == "CPU_ATTN"
 
@@ -256,6 +267,7 @@ def test_linear_layers_of_a_model_without_sets_stay_as_they_are(engine_config):
         (KV4, {"force_set": "w8a8"}, "force_set.*no sets"),
         (KV4, {"force_load": "busy"}, "force_load.*no sets"),
         (KV4, {"kv_bits": 3}, "qoq.kv_bits"),
+        (KV4, {"kv_bits": "k4v8"}, "qoq.kv_bits.*'k8v4'"),
     ],
 )
 def test_a_model_without_sets_has_only_its_cache_to_quantize(

@@ -1,7 +1,11 @@
 """The quantized KV cache end to end in vLLM on the CPU."""
 
+import shutil
+from itertools import product
+
 import pytest
 from engines import PROMPTS, engine, generate, largest_gap
+from safetensors.torch import load_file, save_file
 
 from vllm_qoq.bench.perplexity import text_perplexity
 from vllm_qoq.numerics.kv_layout import slot_bytes
@@ -45,7 +49,7 @@ def measure(llm, text):
     return text_perplexity(llm, text, 256)["perplexity"]
 
 
-@pytest.mark.parametrize(("bits", "at_least"), [(4, 3.5), (8, 1.85)])
+@pytest.mark.parametrize(("bits", "at_least"), [(4, 3.5), (8, 1.85), ("k8v4", 2.4)])
 def test_the_pool_grows(serve, bits, at_least):
     """At head 128, of which the scales are a smaller part, 4 bits hold 3.76 times the tokens."""
     llm, plain = serve(bits), serve()
@@ -77,6 +81,30 @@ def test_perplexity_over_quantized_history(serve, text):
     for other in (four, rotated, spared):
         assert other == pytest.approx(whole, rel=0.025) and abs(other / whole - 1) > 0.001
     assert len({four, rotated, spared}) == 3 and spared < four
+
+
+@pytest.fixture(scope="module")
+def model_with_large_keys(tiny_model, tmp_path_factory):
+    """The model with two channels of K thirty times as large and those of Q as much smaller."""
+    folder = tmp_path_factory.mktemp("large_keys") / "model"
+    shutil.copytree(tiny_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    for layer, (name, factor) in product(range(LAYERS), (("k", 32), ("q", 1 / 32))):
+        weight = weights[f"model.layers.{layer}.self_attn.{name}_proj.weight"]
+        for channel in (3, 3 + HEAD // 2):  # a pair that RoPE turns
+            weight[channel::HEAD] *= factor
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_keys_have_eight_bits_and_values_four(model_with_large_keys, text):
+    """Keys of 4 bits ruin this model, values of 4 do not; the two widths together do not either."""
+    whole, eight, mixed, four = (
+        measure(engine(model_with_large_keys, {"kv_bits": bits}, quantization="qoq", **more), text)
+        for bits, more in ((8, {}), (8, CHUNKED), ("k8v4", CHUNKED), (4, CHUNKED))
+    )
+    assert four > 1.5 * whole
+    assert mixed == pytest.approx(whole, rel=0.02) and mixed not in (whole, eight)
 
 
 def test_generation_follows_the_unquantized_cache(serve):

@@ -159,6 +159,7 @@ def test_prometheus_is_told_the_bits_of_the_cache():
     for model, section, extra, bits in (
         ("kv4", {"kv_cache": {"bits": 4, "layers": rules}}, {}, "4,16"),
         ("kv8", {"kv_cache": {"bits": 4}}, {"kv_bits": 8}, "8"),
+        ("k8v4", {"kv_cache": {"bits": "k8v4", "layers": rules}}, {}, "k8v4,16"),
         ("kv16", {"kv_cache": {"bits": 4}}, {"kv_bits": 16}, None),
     ):
         RoutingStatLogger(front_end(QoQConfig.from_config(section), model, extra))

@@ -5,13 +5,11 @@ from functools import cache
 
 import torch
 
-
-def code_bytes(head_size, bits):
-    return head_size * bits // 8
+WIDTHS = {4: (4, 4), 8: (8, 8), "k8v4": (8, 4)}  # bits of a number of K and of V
 
 
 def page_bytes(page_tokens, head_size, bits):
-    return page_tokens * (2 * code_bytes(head_size, bits) + 8)
+    return page_tokens * sum(head_size * width // 8 + 4 for width in WIDTHS[bits])
 
 
 def quantize(x, bits):
@@ -38,17 +36,18 @@ def rotate(x):
 
 @cache
 def byte_offsets(page_tokens, head_size, bits):
-    """Where a page has the bytes of each token: K codes and V codes [N, B], parameters [N, 4]."""
-    row = code_bytes(head_size, bits)
-    k, v = ([[0] * row for _ in range(page_tokens)] for _ in range(2))
+    """Where a page has the bytes of each token: codes of K and V [N, B], parameters [N, 4]."""
+    k_row, v_row = (head_size * width // 8 for width in WIDTHS[bits])
+    k, v = ([[0] * row for _ in range(page_tokens)] for row in (k_row, v_row))
     for token in range(page_tokens):
         pair = token // 2
-        for i in range(row):
+        for i in range(k_row):
+            k[token][i] = token * k_row + i
+        for i in range(v_row):
             unit = 2 * (i // 2) + token % 2
-            k[token][i] = token * row + i
-            offset = (2 * unit + i % 2 + 32 * (pair % 4)) % (2 * row)
-            v[token][i] = page_tokens * row + pair * 2 * row + offset
-    parameters = 2 * page_tokens * row + torch.arange(4 * page_tokens).view(-1, 4)
+            offset = (2 * unit + i % 2 + 32 * (pair % 4)) % (2 * v_row)
+            v[token][i] = page_tokens * k_row + pair * 2 * v_row + offset
+    parameters = page_tokens * (k_row + v_row) + torch.arange(4 * page_tokens).view(-1, 4)
     return torch.tensor(k), torch.tensor(v), parameters, parameters + 4 * page_tokens
 
 
@@ -59,9 +58,10 @@ def write(pages, slots, key, value, bits, hadamard=False, k_mean=None):
     k_at, v_at, k_parameters, v_parameters = byte_offsets(tokens, head_size, bits)
     key = key if k_mean is None else key.float() - k_mean
     key = rotate(key.cpu()) if hadamard else key
-    for x, at, parameters_at in ((key, k_at, k_parameters), (value, v_at, v_parameters)):
-        codes, scale, zero = quantize(x, bits)
-        if bits == 4:
+    parts = (key, k_at, k_parameters), (value, v_at, v_parameters)
+    for (x, at, parameters_at), width in zip(parts, WIDTHS[bits], strict=True):
+        codes, scale, zero = quantize(x, width)
+        if width == 4:
             codes = codes[..., 0::2] | codes[..., 1::2] << 4
         parameters = torch.stack([scale, zero], -1).view(torch.uint8)
         for i, slot in enumerate(slots.tolist()):
@@ -76,9 +76,9 @@ def read(pages, blocks, head_size, bits):
     offsets = [at.to(pages.device) for at in byte_offsets(tokens, head_size, bits)]
     pages = pages[blocks.long()]
     heads = []
-    for at, parameters_at in zip(offsets[:2], offsets[2:], strict=True):
+    for at, parameters_at, width in zip(offsets[:2], offsets[2:], WIDTHS[bits], strict=True):
         codes = pages[..., at]
-        if bits == 4:
+        if width == 4:
             codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
         scale, zero = pages[..., parameters_at].view(torch.float16).float().unbind(-1)
         x = scale[..., None] * (codes.float() - zero[..., None])

@@ -14,27 +14,35 @@ from __future__ import annotations
 
 import torch
 
-from vllm_qoq.numerics.kv_layout import block_tokens, code_bytes, record_positions
+from vllm_qoq.numerics.kv_layout import (
+    QuantizedBits,
+    block_tokens,
+    code_bytes,
+    record_positions,
+)
 
 
-def to_qserve(pages: torch.Tensor, head_size: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+def to_qserve(
+    pages: torch.Tensor, head_size: int, bits: QuantizedBits
+) -> tuple[torch.Tensor, torch.Tensor]:
     """uint8 [num_blocks, H, head_bytes]  ->  K and V pages, uint8 [num_blocks, H * N * (B + 4)]."""
     positions = record_positions(block_tokens(pages, head_size, bits), head_size, bits)
     records = pages[:, :, positions.flatten()].unflatten(-1, positions.shape)
-    row = code_bytes(head_size, bits)
+    rows = code_bytes(head_size, bits)
+    halves = records.split([row + 4 for row in rows], dim=-1)
     key, value = (
         torch.cat([part.flatten(1) for part in half.split((row, 2, 2), dim=-1)], dim=1)
-        for half in records.chunk(2, dim=-1)
+        for half, row in zip(halves, rows, strict=True)
     )
     return key, value
 
 
 def from_qserve(
-    key: torch.Tensor, value: torch.Tensor, num_kv_heads: int, head_size: int, bits: int
+    key: torch.Tensor, value: torch.Tensor, num_kv_heads: int, head_size: int, bits: QuantizedBits
 ) -> torch.Tensor:
     """The inverse: K and V pages to uint8 [num_blocks, H, head_bytes]."""
-    row = code_bytes(head_size, bits)
-    tokens = key.shape[1] // (num_kv_heads * (row + 4))
+    rows = code_bytes(head_size, bits)
+    tokens = key.shape[1] // (num_kv_heads * (rows[0] + 4))
     halves = [
         torch.cat(
             [
@@ -47,7 +55,7 @@ def from_qserve(
             ],
             dim=-1,
         )
-        for page in (key, value)
+        for page, row in zip((key, value), rows, strict=True)
     ]
     records = torch.cat(halves, dim=-1)
     pages = torch.empty(records.shape[0], num_kv_heads, records[0, 0].numel(), dtype=torch.uint8)

@@ -69,7 +69,8 @@ def right_arguments(op: str, device: torch.device, weights: str = "grouped") -> 
             "key": _rows(device, SEQUENCES, KV_HEADS, HEAD),
             "value": _rows(device, SEQUENCES, KV_HEADS, HEAD),
             "slots": torch.arange(SEQUENCES, device=device),
-            "bits": BITS,
+            "k_bits": BITS,
+            "v_bits": BITS,
             "hadamard": False,
             "pages": _pages(device),
             "k_mean": torch.zeros(KV_HEADS, HEAD, device=device),
@@ -80,7 +81,8 @@ def right_arguments(op: str, device: torch.device, weights: str = "grouped") -> 
             "block_table": _ints(device, SEQUENCES, 1),
             "seq_lens": _ints(device, SEQUENCES) + 1,
             "scale": 0.125,
-            "bits": BITS,
+            "k_bits": BITS,
+            "v_bits": BITS,
             "window": 0,
             "hadamard": False,
             "out": _rows(device, SEQUENCES, GROUP * KV_HEADS, HEAD),
@@ -91,7 +93,8 @@ def right_arguments(op: str, device: torch.device, weights: str = "grouped") -> 
             "block_table": _ints(device, SEQUENCES, 1),
             "first_token": _ints(device, SEQUENCES),
             "row_start": torch.arange(SEQUENCES + 1, dtype=torch.int32, device=device),
-            "bits": BITS,
+            "k_bits": BITS,
+            "v_bits": BITS,
             "hadamard": False,
             "key": _rows(device, SEQUENCES, KV_HEADS, HEAD),
             "value": _rows(device, SEQUENCES, KV_HEADS, HEAD),
@@ -418,7 +421,13 @@ def _of_pages() -> Iterator[Refusal]:
             lambda a: {"pages": a["pages"].cpu()},
             f"{shown} is not on CUDA device",
         )
-        yield kv("bits", lambda a: {"bits": 3}, "bits is 3, expected 4 or 8")
+        for k_bits, v_bits in ((3, 3), (4, 8), (8, 3), (16, 16)):
+            yield kv(
+                f"bits {k_bits} and {v_bits}",
+                lambda a, k=k_bits, v=v_bits: {"k_bits": k, "v_bits": v},
+                f"keys of {k_bits} bits and values of {v_bits}, expected 4 and 4, 8 and 8, or 8 "
+                "and 4",
+            )
         yield kv(
             "head size",
             lambda a, heads=heads: {name: _wider(a[name], 96) for name in heads},
@@ -441,9 +450,16 @@ def _of_pages() -> Iterator[Refusal]:
             yield kv(
                 f"pages of {size} bytes",
                 lambda a, size=size: {"pages": a["pages"][..., :size].contiguous()},
-                f"the cache is {shape}, but a page of {BITS} bits and heads of {HEAD} has "
-                f"{TOKEN_BYTES} bytes a token, for a multiple of 16 tokens",
+                f"the cache is {shape}, but a page of keys of {BITS} bits, values of {BITS} and "
+                f"heads of {HEAD} has {TOKEN_BYTES} bytes a token, for a multiple of 16 tokens",
             )
+        shape = [BLOCKS, KV_HEADS, PAGE_BYTES]
+        yield kv(
+            "pages of narrower keys",
+            lambda a: {"k_bits": 8},
+            f"the cache is {shape}, but a page of keys of 8 bits, values of {BITS} and heads of "
+            f"{HEAD} has {TOKEN_BYTES + HEAD // 2} bytes a token, for a multiple of 16 tokens",
+        )
         memory = (
             "pages of the cache are not contiguous CUDA memory, or do not begin at multiples of "
             "16 bytes"

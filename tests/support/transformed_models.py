@@ -79,7 +79,7 @@ class Model:
     def smooth(self, index=None, **options):
         """Smooth one block or all, with what random tokens show of it."""
         off = dict.fromkeys(("k_mean", "attention", "outputs", "reorder"), False)
-        wanted = smooth.SmoothOptions(**off | options, kv_bits=4, weight_bits=4, group_size=128)
+        wanted = smooth.SmoothOptions(**off | options, key_bits=4, weight_bits=4, group_size=128)
         for i, block in enumerate(blocks(self.model, self.names)):
             if index in (None, i):
                 inv_freq = self.model.get_submodule(self.names.rotary).inv_freq

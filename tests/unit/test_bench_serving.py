@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -34,7 +35,9 @@ from vllm_qoq.bench.serving.records import Facts, Line, Measured, read
 from vllm_qoq.bench.serving.shapes import SHAPES
 from vllm_qoq.bench.serving.work import close, opened
 from vllm_qoq.checkpoint.format import Section
+from vllm_qoq.checkpoint.kv_config import Bits
 from vllm_qoq.models.linears import linear_layers
+from vllm_qoq.numerics.kv_layout import slot_bytes
 
 LENGTHS = Lengths(1024, 512)
 LIMITS = Limits(4e12, {"bf16": 8e14, "int8": 15e14, "fp8": 14e14})
@@ -106,23 +109,24 @@ def test_every_shape_is_a_model_that_we_quantize(name):
 @pytest.mark.parametrize("cache", formats.CACHES)
 def test_the_section_of_a_format_is_one_that_we_serve(weights, cache):
     try:
-        how = formats.parse(f"{weights}-kv{cache}")
+        how = formats.parse(f"{weights}-{'' if cache == 'k8v4' else 'kv'}{cache}")
     except BenchError as error:
         assert "16, 8 or 4 bits" in str(error) and cache == "fp8"
         return
     config = how.config(SHAPES["qwen2.5-7b"].config())
     section = config.get("quantization_config")
     assert (section is None) == (weights == "bf16")
-    assert how.is_ours == (how.weights.is_ours or cache in ("8", "4"))
+    assert how.is_ours == (how.weights.is_ours or cache in ("8", "k8v4", "4"))
     args = how.engine_args()
     if how.weights.is_ours:
         parsed = Section.parse(section)
         bits = parsed.kv_cache.bits if parsed.kv_cache else 16
-        assert bits == int(cache) and not args
+        assert str(bits) == cache and not args
         assert ("w8a8" in parsed.sets) == weights.startswith("nested")
-    elif cache in ("8", "4"):
+    elif cache in ("8", "k8v4", "4"):
         assert args["quantization"] == "qoq"
-        assert args["additional_config"] == {"qoq": {"kv_bits": int(cache)}}
+        bits = args["additional_config"]["qoq"]["kv_bits"]
+        assert str(bits) == cache and bits in get_args(Bits)
     else:
         assert args == ({"kv_cache_dtype": "fp8"} if cache == "fp8" else {})
 
@@ -157,6 +161,7 @@ def test_the_floor_of_a_step_is_its_bytes_or_its_operations():
         n * k for n, k in linear_layers(config, "measured").linears.values()
     )
     assert model.cache_bytes("4") == 32 * 8 * 2 * (64 + 4)
+    assert model.cache_bytes("k8v4") == 32 * 8 * slot_bytes(128, "k8v4")
     assert model.cache_bytes("fp8") == 32 * 8 * 2 * 128 == model.cache_bytes("16") / 2
     one = floor.step_seconds(model, ours, LIMITS, 1, 1000)
     bytes_ = model.weights * 4.125 / 8 + model.head_weights + 1000 * model.cache_bytes("4")

@@ -8,6 +8,7 @@ import torch
 
 import vllm_qoq
 from vllm_qoq import environment
+from vllm_qoq.cli import arguments, evaluate
 from vllm_qoq.cli.arguments import json_line
 from vllm_qoq.cli.main import main
 
@@ -113,3 +114,17 @@ def test_what_argparse_repeats_is_one_short_line(capsys, monkeypatch):
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(r"vllm-qoq: error: unrecognized arguments: y\n\x1b[31mzz")
     assert len(line) < 1100
+
+
+@pytest.mark.parametrize("command", ["quantize", "import", "perplexity", "evaluate"])
+def test_the_caches_of_kv_bits_are_named_where_one_does_not_exist(command, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["vllm-qoq", command, "--kv-bits", "k4v8"])
+    with pytest.raises(SystemExit):
+        main()
+    said = capsys.readouterr().err
+    assert "'k4v8'" in said and "k8v4" in said and "16" in said
+
+
+def test_kv_bits_are_numbers_or_a_name():
+    assert [arguments.kv_bits(text) for text in ("4", "16", "k8v4")] == [4, 16, "k8v4"]
+    assert evaluate._kv_bits("4,k8v4,16") == (16, "k8v4", 4)

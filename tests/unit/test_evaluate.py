@@ -98,6 +98,7 @@ def evaluation():
         Row(FLOAT, 16, 269_000_000, score(0.001, 0.99)),
         Row("w8a8", 16, 200_000_000, score(0.01, 0.96)),
         Row("w4a8", 16, 150_000_000, score(0.2, 0.8)),
+        Row("w8a8", "k8v4", 200_000_000, score(0.04, 0.92)),
         Row("w8a8", 4, 200_000_000, score(0.05, 0.9)),
         Row("w4a8", 4, 150_000_000, score(0.3, 0.75)),
     )
@@ -107,9 +108,10 @@ def evaluation():
 def test_the_table_has_a_row_for_every_set_and_cache_and_the_document_all_numbers():
     text = report.text(evaluation())
     assert "| w4a8        |   4 bits | 150.0 MB | 0.30000 ± 0.03000 | 75.00 ± 1.00 % |" in text
+    assert "| w8a8        |     k8v4 | 200.0 MB | 0.04000 ± 0.00400 | 92.00 ± 1.00 % |" in text
     assert "1020 tokens of text.txt" in text
     document = json.loads(json.dumps(evaluation().document()))
-    assert document["rows"][4]["score"]["divergence"] == {"value": 0.3, "error": 0.03}
+    assert document["rows"][5]["score"]["divergence"] == {"value": 0.3, "error": 0.03}
 
 
 def test_the_picture_says_the_best_and_the_worst_set_and_leaves_the_float_model_out():

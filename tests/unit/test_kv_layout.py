@@ -1,17 +1,28 @@
 """The page of the quantized KV cache: what a vector becomes, and where its bytes are."""
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kv_qserve import from_qserve, to_qserve
 
+from vllm_qoq.checkpoint.kv_config import Bits
+from vllm_qoq.cli import arguments
 from vllm_qoq.numerics import kv_layout
-from vllm_qoq.numerics.kv_layout import HEAD_SIZES, dequantize, max_error, quantize, slot_bytes
+from vllm_qoq.numerics.kv_layout import (
+    HEAD_SIZES,
+    WIDTHS,
+    dequantize,
+    max_error,
+    quantize,
+    slot_bytes,
+)
 
 FP16_MAX = 65504.0
 FORMATS = pytest.mark.parametrize(
-    ("bits", "head_size"), [(bits, size) for bits in (4, 8) for size in HEAD_SIZES]
+    ("bits", "head_size"), [(bits, size) for bits in WIDTHS for size in HEAD_SIZES]
 )
 BITS = pytest.mark.parametrize("bits", [4, 8])
 
@@ -33,7 +44,8 @@ def filled(bits, head_size, tokens=32, blocks=3, heads=2, dtype=torch.bfloat16):
 
 @FORMATS
 def test_a_token_takes_the_bytes_that_qserve_gives_it(bits, head_size):
-    assert slot_bytes(head_size, bits) == 2 * (head_size * bits // 8 + 4)
+    key, value = {4: (4, 4), 8: (8, 8), "k8v4": (8, 4)}[bits]
+    assert slot_bytes(head_size, bits) == head_size * key // 8 + 4 + head_size * value // 8 + 4
     assert 2 * 2 * 128 / slot_bytes(128, 4) > 3.7  # bf16 over 4 bits
 
 
@@ -74,6 +86,23 @@ def test_k_and_the_numbers_are_row_after_row():
     assert v_numbers.tolist() == [2 * 64 * 64 + 64 * 4 + 5 * 4 + i for i in range(4)]
 
 
+def test_rows_of_keys_and_values_have_their_own_sizes():
+    """K of 8 bits and V of 4, head 128, N = 64: rows of 128 and, for a pair, of 128 bytes."""
+    positions = kv_layout.record_positions(64, 128, "k8v4")
+    assert positions.shape == (64, 128 + 4 + 64 + 4)
+    assert positions[5, :128].tolist() == list(range(5 * 128, 6 * 128))
+    values, numbers = 64 * 128, 64 * (128 + 64)
+    assert positions[5, 128:132].tolist() == [numbers + 5 * 4 + i for i in range(4)]
+    assert positions[7, 132].item() == values + 3 * 128 + (2 + 96)
+    assert positions[6, 132 + 63].item() == values + 3 * 128 + (125 + 96) % 128
+    assert positions[5, 196:].tolist() == [numbers + 64 * 4 + 5 * 4 + i for i in range(4)]
+
+
+def test_a_checkpoint_may_ask_for_every_precision_of_the_page():
+    assert set(get_args(Bits)) == {*WIDTHS, 16} == set(arguments.KV_BITS)
+    assert set(get_args(kv_layout.QuantizedBits)) == set(WIDTHS)
+
+
 @FORMATS
 def test_what_is_written_is_read_back(bits, head_size):
     pages, slots, key, value = filled(bits, head_size)
@@ -83,8 +112,9 @@ def test_what_is_written_is_read_back(bits, head_size):
     for position in range(3 * 32 - 1):
         slot = int(order[position // 32]) * 32 + position % 32
         if slot in at:
-            for read, given in ((keys, key[at[slot]]), (values, value[at[slot]])):
-                assert torch.equal(read[position], dequantize(*quantize(given, bits)))
+            given = key[at[slot]], value[at[slot]]
+            for read, vector, width in zip((keys, values), given, WIDTHS[bits], strict=True):
+                assert torch.equal(read[position], dequantize(*quantize(vector, width)))
 
 
 @FORMATS
@@ -98,8 +128,10 @@ def test_a_write_leaves_everything_else_alone(bits, head_size):
     is_other = torch.ones_like(pages, dtype=torch.bool)
     is_other[1, :, changed] = False
     assert torch.equal(pages[is_other], before[is_other])
-    keys, _ = kv_layout.read(pages, torch.tensor([1]), 9, head_size, bits)
-    assert torch.equal(keys[8], dequantize(*quantize(new[1], bits)))
+    for read, width in zip(
+        kv_layout.read(pages, torch.tensor([1]), 9, head_size, bits), WIDTHS[bits], strict=True
+    ):
+        assert torch.equal(read[8], dequantize(*quantize(new[1], width)))
 
 
 @FORMATS
@@ -107,15 +139,16 @@ def test_pages_hold_the_bytes_that_qserve_defines(bits, head_size):
     """From QServe's own definition, token by token: codes, then scales, then zeros."""
     pages, slots, key, value = filled(bits, head_size, tokens=64)
     pages_of_qserve = to_qserve(pages, head_size, bits)
-    levels, row, heads = 2**bits - 1, head_size * bits // 8, 2
-    for page, vectors in zip(pages_of_qserve, (key, value), strict=True):
+    heads = 2
+    for page, vectors, width in zip(pages_of_qserve, (key, value), WIDTHS[bits], strict=True):
+        levels, row = 2**width - 1, head_size * width // 8
         for i in range(0, len(slots), 7):
             block, token = divmod(int(slots[i]), 64)
             for head in range(heads):
                 x = vectors[i, head].float()
                 span = x.max() - x.min()
                 codes = (x * (levels / span) + -levels * x.min() / span).round().byte().tolist()
-                if bits == 4:
+                if width == 4:
                     pairs = zip(codes[::2], codes[1::2], strict=True)
                     codes = [low | high << 4 for low, high in pairs]
                 numbers = torch.stack([span / levels, -levels * x.min() / span]).half()
@@ -191,6 +224,8 @@ def test_sizes_that_are_not_served_are_refused():
         slot_bytes(80, 4)
     with pytest.raises(ValueError, match="2 bits"):
         slot_bytes(128, 2)
+    with pytest.raises(ValueError, match="'k4v8' bits; the page is defined for 4, 8 and 'k8v4'"):
+        slot_bytes(128, "k4v8")
     with pytest.raises(ValueError, match="multiple of 16"):
         kv_layout.block_tokens(torch.zeros(1, 1, 8 * slot_bytes(64, 4)), 64, 4)
     with pytest.raises(ValueError, match="a block of 24 tokens"):

@@ -47,7 +47,7 @@ def test_it_is_that_of_the_keys_of_the_smoothed_model(name, attention):
     )
     rope = smooth.Rope(rotary.inv_freq, 40)  # as long as the texts of `logits`
     options = dict.fromkeys(("attention", "outputs", "reorder"), False) | {"attention": attention}
-    wanted = smooth.SmoothOptions(k_mean=True, **options, kv_bits=4, weight_bits=4, group_size=128)
+    wanted = smooth.SmoothOptions(k_mean=True, **options, key_bits=4, weight_bits=4, group_size=128)
     seen = model.seen(0)
     found = smooth.transforms(seen, block, model.names, model.dimensions, rope, wanted)
     smooth.apply(block, found, model.names, model.dimensions)

@@ -14,7 +14,7 @@ BLOCK = 16
 RAGGED = [(15, 1), (16, 1), (0, 33), (70, 20), (0, 1), (31, 17), (0, 300)]
 # (query heads, key heads): one each, groups, one for all
 HEADS = pytest.mark.parametrize("heads", [(2, 2), (6, 2), (3, 1)], ids=str)
-BITS = pytest.mark.parametrize("bits", [4, 8])
+BITS = pytest.mark.parametrize("bits", kv_layout.WIDTHS)
 
 
 class Step:
@@ -89,12 +89,13 @@ class Step:
     def expected(self, request, seen, window=math.inf):
         """Dense attention in float64, one query and head after the other.
 
-        seen(x, is_new) is what attention sees of the keys or values x [L, H, D].
+        seen(x, is_new, part) is what attention sees of the keys, part 0, or values x [L, H, D].
         """
         past, new = self.requests[request]
         is_new = torch.arange(past + new) >= past
         keys, values = (
-            seen(x[request].float(), is_new & (new > 1)).double() for x in (self.keys, self.values)
+            seen(x[request].float(), is_new & (new > 1), part).double()
+            for part, x in enumerate((self.keys, self.values))
         )
         query = self.query[self.query_start_loc[request] :][:new].double()
         output = torch.zeros_like(query)
@@ -110,13 +111,14 @@ class Step:
 
 
 def as_stored(bits):
-    def seen(x, is_new):
-        return torch.where(is_new[:, None, None], x, dequantize(*quantize(x, bits)))
+    def seen(x, is_new, part):
+        stored = dequantize(*quantize(x, kv_layout.WIDTHS[bits][part]))
+        return torch.where(is_new[:, None, None], x, stored)
 
     return seen
 
 
-def unquantized(x, is_new):
+def unquantized(x, is_new, part):
     return x
 
 

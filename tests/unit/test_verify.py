@@ -302,6 +302,10 @@ def test_inspect_shows_the_bits_of_kv_cache_and_head(command, sound, tmp_path):
     assert "layers model.layers.0.*: 16 bits" in printed.out
     _, printed = command("inspect", folder, "--json")
     assert json.loads(printed.out)["kv_cache"]["bits"] == 4
+    (other := tmp_path / "mixed").mkdir()
+    folder = edited(sound, other, section={"kv_cache": {"bits": "k8v4"}})
+    assert command("verify", folder)[0] == 0
+    assert "KV cache: k8v4" in command("inspect", folder)[1].out
 
 
 def test_files_of_other_sets_come_along_and_code_and_links_do_not(command, tiny_model, tmp_path):

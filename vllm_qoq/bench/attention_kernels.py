@@ -44,15 +44,17 @@ class DecodeInputs(NamedTuple):
     out: torch.Tensor  # bfloat16 [R, Hq, D], NaN until a call writes it
 
 
-def qoq(heads: Heads, blocks: int, name: str, bits: int) -> Kernel:
+def qoq(heads: Heads, blocks: int, name: str, bits: kv_layout.QuantizedBits) -> Kernel:
     """Prepare our kernels, qoq::kv_decode and qoq::kv_write, without the rotation of K."""
     page_bytes = heads.block_tokens * kv_layout.slot_bytes(heads.size, bits)
     pages = _bytes(blocks, heads.kv, page_bytes)
     # The scales make numbers of about 1, and the zeros are in the middle of the codes.
-    levels = 2**bits - 1
-    numbers = pages[..., -8 * heads.block_tokens :].view(torch.float16).unflatten(-1, (-1, 2))
-    numbers[..., 0].uniform_(2 / levels, 6 / levels)
-    numbers[..., 1].uniform_(0.3 * levels, 0.7 * levels)
+    shape = 2, heads.block_tokens, 2  # of K and of V
+    numbers = pages[..., -8 * heads.block_tokens :].view(torch.float16).unflatten(-1, shape)
+    for part, width in zip(numbers.unbind(-3), kv_layout.widths(bits), strict=True):
+        levels = 2**width - 1
+        part[..., 0].uniform_(2 / levels, 6 / levels)
+        part[..., 1].uniform_(0.3 * levels, 0.7 * levels)
 
     def decode(case: Decode) -> list[Call]:
         given = _inputs(heads, case)
@@ -253,6 +255,7 @@ def _bytes(*shape: int) -> torch.Tensor:
 PREPARE: dict[str, Callable[[Heads, int], Kernel]] = {
     "qoq-kv4": partial(qoq, name="qoq-kv4", bits=4),
     "qoq-kv8": partial(qoq, name="qoq-kv8", bits=8),
+    "qoq-k8v4": partial(qoq, name="qoq-k8v4", bits="k8v4"),
     "fa3-bf16": partial(fa3, name="fa3-bf16", is_fp8=False),
     "fa3-fp8": partial(fa3, name="fa3-fp8", is_fp8=True),
     "triton-int4": partial(triton_int4, name="triton-int4"),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _MARKERS = {
     "qoq-kv4": "o",
     "qoq-kv8": "o",
+    "qoq-k8v4": "o",
     "fa3-bf16": "v",
     "fa3-fp8": "s",
     "triton-int4": "^",
@@ -92,8 +93,9 @@ def _title(ours: str, ratios: Mapping[Decode, float]) -> str:
         return "Decode attention over caches of several widths"
     places = {f"at {case}": ratio for case, ratio in ratios.items()}
     bits = ours.removeprefix("qoq-kv")
+    width = f"{bits}-bit" if bits != ours else ours.removeprefix("qoq-")
     peer = "vLLM's fastest other cache"
-    return f"Attention over our {bits}-bit KV cache is {plots.speed_range(places, peer)}"
+    return f"Attention over our {width} KV cache is {plots.speed_range(places, peer)}"
 
 
 def _lines(axes: Axes, result: AttentionResult, value: Callable[..., float]) -> None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from vllm import LLM, SamplingParams
 from vllm.config import VllmConfig
@@ -29,6 +29,7 @@ from vllm.config.model import ModelDType
 
 from vllm_qoq.checkpoint import hub
 from vllm_qoq.checkpoint.format import QUANT_METHOD
+from vllm_qoq.checkpoint.kv_config import Bits
 from vllm_qoq.errors import FormatError, UserError, reason
 from vllm_qoq.serving.kv.cache import describe
 from vllm_qoq.serving.options import NAMESPACE
@@ -42,7 +43,7 @@ def perplexity(
     force_set: str | None = None,
     seqlen: int = 2048,
     chunk: int | None = None,
-    kv_bits: Literal[4, 8, 16] | None = None,
+    kv_bits: Bits | None = None,
     dtype: ModelDType = "auto",
     enforce_eager: bool = False,
 ) -> dict[str, Any]:

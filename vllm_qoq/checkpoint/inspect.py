@@ -9,7 +9,7 @@ from typing import Any
 from vllm_qoq.checkpoint import hub, k_mean
 from vllm_qoq.checkpoint.folder import ITEM_BYTES, Checkpoint
 from vllm_qoq.checkpoint.format import INPUT_RATIO, KVSection, Section, split_layer
-from vllm_qoq.checkpoint.kv_config import UNQUANTIZED, KVCache
+from vllm_qoq.checkpoint.kv_config import UNQUANTIZED, KVCache, described
 from vllm_qoq.checkpoint.stored_set import StoredSet
 from vllm_qoq.checkpoint.tensor_parallel import obstacles
 from vllm_qoq.checkpoint.verify import open_merged
@@ -95,9 +95,9 @@ def _kv_cache(raw: Mapping[str, Any] | None, means: int) -> Iterator[str]:
     rotated = ", keys rotated" if cache.hadamard and is_quantized else ""
     centred = ", keys without their mean" if cache.k_mean and is_quantized else ""
     asked = ", none is asked for" if raw is None else ""
-    yield f"KV cache: {cache.bits} bits{rotated}{centred}{asked}"
+    yield f"KV cache: {described(cache.bits)}{rotated}{centred}{asked}"
     for rule in cache.layers[:_SHOWN]:
-        yield f"  layers {rule.match}: {rule.bits} bits"
+        yield f"  layers {rule.match}: {described(rule.bits)}"
     yield from _more(cache.layers)
     if means and not cache.k_mean:
         yield (
@@ -107,7 +107,7 @@ def _kv_cache(raw: Mapping[str, Any] | None, means: int) -> Iterator[str]:
     elif means and not is_quantized:
         yield (
             f"  {means} means of K are in the files; 16 bits need none, and a server that is told "
-            "kv_bits 4 or 8 uses them"
+            "kv_bits 4, k8v4 or 8 uses them"
         )
     elif cache.k_mean and not means:
         yield (

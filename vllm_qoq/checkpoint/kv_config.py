@@ -7,24 +7,37 @@ The `kv_cache` object of a checkpoint (`vllm_qoq.checkpoint.format`) reads
      "hadamard": false,
      "k_mean": false}
 
-`bits` is 4, 8 or 16; 16 is vLLM's own cache, in the type that `--kv-cache-dtype` names. The first
-rule of `layers` whose glob matches an attention layer's name overrides it. `hadamard` rotates K,
-and Q to match, before K is quantized, and `k_mean` says that the checkpoint has a mean of K for
-each layer, which is subtracted before that (`vllm_qoq.numerics.reference_attention`).
+`bits` is 4, 8, 16 or "k8v4", which is keys of 8 bits and values of 4; 16 is vLLM's own cache, in
+the type that `--kv-cache-dtype` names. The first rule of `layers` whose glob matches an attention
+layer's name overrides it. `hadamard` rotates K, and Q to match, before K is quantized, and `k_mean`
+says that the checkpoint has a mean of K for each layer, which is subtracted before that
+(`vllm_qoq.numerics.reference_attention`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Final, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from vllm_qoq.routing.table import MOST_RULES
 
-Bits = Literal[4, 8, 16]
-UNQUANTIZED: Bits = 16
+Bits: TypeAlias = Literal[4, 8, 16, "k8v4"]
+"""The precisions of a cache; those below 16 are `vllm_qoq.numerics.kv_layout.QuantizedBits`."""
+UNQUANTIZED: Final = 16
+_LARGER: tuple[Bits, ...] = (4, "k8v4", 8, UNQUANTIZED)  # each a larger cache than the one before
+
+
+def described(bits: Bits) -> str:
+    """Say for people what numbers are stored in: `4 bits`, or `k8v4`."""
+    return f"{bits} bits" if isinstance(bits, int) else bits
+
+
+def short_name(bits: Bits) -> str:
+    """Name a cache in a word: `kv4`, or `k8v4`."""
+    return f"kv{bits}" if isinstance(bits, int) else bits
 
 
 class KVLayerRule(BaseModel):
@@ -56,8 +69,9 @@ class KVCache(BaseModel):
         return any(bits != UNQUANTIZED for bits in (self.bits, *(r.bits for r in self.layers)))
 
     def all_bits(self) -> str:
-        """Every number of bits that a layer can be in, for people: `4`, `4,16`."""
-        return ",".join(map(str, sorted({self.bits, *(rule.bits for rule in self.layers)})))
+        """Everything that a layer can be in, the smallest first: `4`, `4,16`, `k8v4,8`."""
+        found = {self.bits, *(rule.bits for rule in self.layers)}
+        return ",".join(str(bits) for bits in _LARGER if bits in found)
 
     def unmatched(self, layers: Iterable[str]) -> list[str]:
         """The globs of the rules that match none of `layers`."""

@@ -12,6 +12,8 @@ from typing import Any
 
 from vllm_qoq.numerics import MAX_CLIPPED
 
+KV_BITS = (4, "k8v4", 8, 16)
+"""What `--kv-bits` takes, smaller caches first (`vllm_qoq.checkpoint.kv_config.Bits`)."""
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -94,6 +96,11 @@ def share(text: str) -> float:
     if not 0 <= found <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to 1")
     return found
+
+
+def kv_bits(text: str) -> int | str:
+    """Read one of KV_BITS, or what is none of them."""
+    return int(text) if text.isdecimal() else text
 
 
 def positive(text: str) -> int:

@@ -39,8 +39,8 @@ def add_parser(benchmarks: Commands[Parser]) -> None:
         type=names,
         default=formats.DEFAULT,
         metavar="NAME,...",
-        help=f"WEIGHTS or WEIGHTS-kvCACHE, WEIGHTS of {', '.join(formats.WEIGHTS)}, CACHE of "
-        f"{', '.join(formats.CACHES)} (default: {','.join(formats.DEFAULT)})",
+        help=f"WEIGHTS or with a cache behind, WEIGHTS of {', '.join(formats.WEIGHTS)}, caches "
+        f"{', '.join(formats.SUFFIXES)} (default: {','.join(formats.DEFAULT)})",
     )
     parser.add_argument(
         "--checkpoint",

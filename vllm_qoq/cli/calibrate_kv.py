@@ -28,8 +28,8 @@ def add_parser(commands: Commands[Parser]) -> None:
     parser.add_argument("--text", type=Path, required=True, help="calibration text, UTF-8")
     parser.add_argument(
         "--kv-bits",
-        type=int,
-        choices=(4, 8),
+        type=arguments.kv_bits,
+        choices=[bits for bits in arguments.KV_BITS if bits != 16],
         help="KV cache that OUT is served with (default: what MODEL says, else 4)",
     )
     parser.add_argument(

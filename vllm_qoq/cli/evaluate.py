@@ -9,8 +9,6 @@ from vllm_qoq.cli import arguments, measurement
 from vllm_qoq.cli.arguments import positive
 from vllm_qoq.cli.parser import Commands, Parser
 
-_KV_BITS = (16, 8, 4)
-
 
 def add_parser(commands: Commands[Parser]) -> None:
     """Add the command to those of the program."""
@@ -38,9 +36,9 @@ def add_parser(commands: Commands[Parser]) -> None:
     parser.add_argument(
         "--kv-bits",
         type=_kv_bits,
-        default=_KV_BITS,
+        default=(16, 8, 4),
         metavar="BITS,...",
-        help="KV caches, of 16, 8 and 4 (default: 16,8,4)",
+        help="KV caches, of 16, 8, k8v4 and 4 (default: 16,8,4)",
     )
     parser.add_argument(
         "--chunk",
@@ -95,9 +93,10 @@ def _at_least_four(text: str) -> int:
     return found
 
 
-def _kv_bits(text: str) -> tuple[int, ...]:
+def _kv_bits(text: str) -> tuple[int | str, ...]:
     asked = text.split(",")
+    known = tuple(reversed(arguments.KV_BITS))
     for bits in asked:
-        if bits not in map(str, _KV_BITS):
-            raise argparse.ArgumentTypeError(f"{bits!r} is not one of 16, 8 and 4")
-    return tuple(bits for bits in _KV_BITS if str(bits) in asked)
+        if bits not in map(str, known):
+            raise argparse.ArgumentTypeError(f"{bits!r} is not one of 16, 8, k8v4 and 4")
+    return tuple(bits for bits in known if str(bits) in asked)

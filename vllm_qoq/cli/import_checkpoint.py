@@ -35,8 +35,8 @@ def add_parser(commands: Commands[Parser]) -> None:
     )
     parser.add_argument(
         "--kv-bits",
-        type=int,
-        choices=(4, 8, 16),
+        type=arguments.kv_bits,
+        choices=arguments.KV_BITS,
         help="what K and V were prepared for (default: 4 for QoQ, 16 for W8A8)",
     )
     parser.add_argument(

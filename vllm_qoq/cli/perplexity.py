@@ -37,7 +37,10 @@ def add_parser(commands: Commands[Parser]) -> None:
         help="run each window N tokens a step, so that it reads the rest from the KV cache",
     )
     parser.add_argument(
-        "--kv-bits", type=int, choices=(4, 8, 16), help="KV cache (default: the checkpoint's)"
+        "--kv-bits",
+        type=arguments.kv_bits,
+        choices=arguments.KV_BITS,
+        help="KV cache (default: the checkpoint's)",
     )
     parser.add_argument(
         "--dtype", default="auto", choices=_DTYPES, help="vLLM's --dtype (default: auto)"

@@ -43,7 +43,10 @@ def add_parser(commands: Commands[Parser]) -> None:
     arguments.add_max_clipped(parser)
     parser.add_argument("--group-size", type=int, choices=(128, 64, 32, -1), help="default: 128")
     parser.add_argument(
-        "--kv-bits", type=int, choices=(4, 8, 16), help="KV cache to prepare for (default: 4)"
+        "--kv-bits",
+        type=arguments.kv_bits,
+        choices=arguments.KV_BITS,
+        help="KV cache to prepare for (default: 4)",
     )
     parser.add_argument(
         "--kv-hadamard",

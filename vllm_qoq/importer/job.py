@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from vllm_qoq.checkpoint import card, stream
 from vllm_qoq.checkpoint.folder import TensorInfo, side_files
@@ -16,6 +15,7 @@ from vllm_qoq.checkpoint.format import (
     split_layer,
     split_name,
 )
+from vllm_qoq.checkpoint.kv_config import Bits
 from vllm_qoq.checkpoint.output import check_space
 from vllm_qoq.checkpoint.output_config import output_config
 from vllm_qoq.checkpoint.shards import (
@@ -66,7 +66,7 @@ def import_checkpoint(
     base: str | Path,
     output: str | Path,
     *,
-    kv_bits: Literal[4, 8, 16] | None = None,
+    kv_bits: Bits | None = None,
     s2_order: S2Order | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
@@ -147,13 +147,13 @@ def _bytes_of_sets(imported: Imported, set_name: str) -> Mapping[str | None, int
     return sizes
 
 
-def _section(made: ImportedSet, kv_bits: int | None) -> Section:
+def _section(made: ImportedSet, kv_bits: Bits | None) -> Section:
     """Make the `quantization_config` of the output."""
-    bits = kv_bits or (16 if made.opened.kind == "w8a8" else 4)
+    bits: Bits = kv_bits or (16 if made.opened.kind == "w8a8" else 4)
     return Section(
         sets={made.name: dict(made.config)},
         routing=Routing.forced(made.name),
-        kv_cache=KVCache.model_validate({"bits": bits}),
+        kv_cache=KVCache(bits=bits),
         stream=stream.of_source(made),
     )
 

@@ -33,7 +33,7 @@ def random_inputs(size: int, like: torch.Tensor) -> torch.Tensor:
 def is_too_large(
     queries: torch.Tensor, keys: torch.Tensor, turned: torch.Tensor, bits: int, use_hadamard: bool
 ) -> bool:
-    """Whether the bias spoils the scores in a cache of `bits`.
+    """Whether the bias spoils the scores in a cache whose keys have `bits`, 4 or 8.
 
     queries  float [TOKENS, heads, D] of random inputs, with their bias
     keys     float [TOKENS, kv_heads, D] of the same inputs, without it
@@ -80,6 +80,7 @@ def warning(layers: list[str], bits: int, remedy: str) -> str:
     """Say that the bias of `layers` is too large, and what to do."""
     shown = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
     return (
-        f"the bias of K is so large that a {bits}-bit KV cache loses what differs between keys, in "
+        f"the bias of K is so large that a KV cache with keys of {bits} bits loses what differs "
+        f"between keys, in "
         f"{shown}; {remedy}"
     )

@@ -1,14 +1,15 @@
 """The page of the quantized KV cache: this module alone knows where its bytes are.
 
 One layer's cache is uint8 [num_blocks, num_kv_heads, head_bytes]. A block holds N tokens, N a
-multiple of 16; D is the head size, B = D * bits / 8 the bytes of one token's codes, and
+multiple of 16; D is the head size. Keys and values have 4 or 8 bits each (`widths`), so BK and BV =
+D * bits / 8 are the bytes of the codes of one token's key and value, and
 
-    head_bytes = N * (2 * B + 8)        4 bits, head 128: 136 bytes a token and head, bf16 has 512
+    head_bytes = N * (BK + BV + 8)      4 bits, head 128: 136 bytes a token and head, bf16 has 512
 
 The bytes of one block and head are contiguous, so that one bulk copy fetches them:
 
     | K codes            | V codes            | K scale, zero      | V scale, zero      |
-    | N rows of B bytes  | N/2 rows of 2B     | N x 2 x fp16       | N x 2 x fp16       |
+    | N rows of BK bytes | N/2 rows of 2 BV   | N x 2 x fp16       | N x 2 x fp16       |
 
 K: row t is token t. With 4 bits, byte i has channel 2i in the low nibble and 2i + 1 in the high.
 V: row j is the tokens 2j and 2j + 1, whose 16-bit units alternate. A 32-bit word masked with
@@ -33,6 +34,7 @@ and codes are QServe's.
 from __future__ import annotations
 
 from functools import cache
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 
@@ -40,7 +42,6 @@ from vllm_qoq.numerics import FP16_MAX
 from vllm_qoq.numerics.packing import pack_nibbles, unpack_nibbles
 
 HEAD_SIZES = (64, 96, 128, 256)
-QUANTIZED_BITS = (4, 8)
 BLOCK_MULTIPLE = 16  # tokens in a block
 
 SMALLEST_SCALE = 6.2e-5  # a little above the smallest normal fp16
@@ -49,26 +50,46 @@ LARGEST_OFFSET = {4: 1024.0, 8: 128.0}
 SCALE_AND_ZERO_BYTES = 4
 
 
-def code_bytes(head_size: int, bits: int) -> int:
-    """Give B, the bytes of the codes of one token and head, of K or of V.
+QuantizedBits: TypeAlias = Literal[4, 8, "k8v4"]
+"""The precisions of a page: 4 or 8 bits for keys and values, or keys of 8 and values of 4."""
 
-    Raises ValueError for a head size or a number of bits that the page does not have.
+
+class Widths(NamedTuple):
+    """The bits of a number of a key, and of a value."""
+
+    key: int
+    value: int
+
+
+WIDTHS: dict[QuantizedBits, Widths] = {4: Widths(4, 4), 8: Widths(8, 8), "k8v4": Widths(8, 4)}
+
+
+def widths(bits: QuantizedBits) -> Widths:
+    """Look up the bits of keys and of values; ValueError for what the page does not have."""
+    if bits not in WIDTHS:
+        raise ValueError(f"a KV cache of {bits!r} bits; the page is defined for 4, 8 and 'k8v4'")
+    return WIDTHS[bits]
+
+
+def code_bytes(head_size: int, bits: QuantizedBits) -> tuple[int, int]:
+    """Give BK and BV, the bytes of the codes of one token and head, of K and of V.
+
+    Raises ValueError for a head size or bits that the page does not have.
     """
-    if bits not in QUANTIZED_BITS:
-        raise ValueError(f"a KV cache of {bits} bits; the page is defined for 4 and 8")
+    of_key, of_value = widths(bits)
     if head_size not in HEAD_SIZES:
         sizes = ", ".join(map(str, HEAD_SIZES))
         raise ValueError(f"head size {head_size}; the quantized KV cache serves {sizes}")
-    return head_size * bits // 8
+    return head_size * of_key // 8, head_size * of_value // 8
 
 
-def slot_bytes(head_size: int, bits: int) -> int:
+def slot_bytes(head_size: int, bits: QuantizedBits) -> int:
     """Give the bytes that one token and head take: K and V with their scales and zeros."""
-    return 2 * (code_bytes(head_size, bits) + SCALE_AND_ZERO_BYTES)
+    return sum(code_bytes(head_size, bits)) + 2 * SCALE_AND_ZERO_BYTES
 
 
 def quantize(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Quantize vectors of one head.
+    """Quantize vectors of one head to 4 or 8 bits.
 
     x  [..., D] float  ->  codes uint8 [..., D], scale and zero float16 [...]
 
@@ -104,7 +125,11 @@ def max_error(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def write(
-    pages: torch.Tensor, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bits: int
+    pages: torch.Tensor,
+    slots: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bits: QuantizedBits,
 ) -> None:
     """Quantize tokens and put them into their slots; nothing else in the pages changes.
 
@@ -117,7 +142,11 @@ def write(
     is_real = slots >= 0
     slots = slots[is_real].long()
     records = torch.cat(
-        [_pack(*quantize(vectors[is_real], bits), bits=bits) for vectors in (key, value)], dim=-1
+        [
+            _pack(*quantize(vectors[is_real], width), width=width)
+            for vectors, width in zip((key, value), widths(bits), strict=True)
+        ],
+        dim=-1,
     )
     heads = torch.arange(pages.shape[1])
     positions = record_positions(tokens, head_size, bits)[slots % tokens]
@@ -125,7 +154,7 @@ def write(
 
 
 def read(
-    pages: torch.Tensor, blocks: torch.Tensor, length: int, head_size: int, bits: int
+    pages: torch.Tensor, blocks: torch.Tensor, length: int, head_size: int, bits: QuantizedBits
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Dequantize the first `length` tokens of a request whose block table is `blocks`.
 
@@ -137,13 +166,15 @@ def read(
     positions = record_positions(tokens, head_size, bits)
     records = pages[used][:, :, positions.flatten()].unflatten(-1, positions.shape)
     records = records.transpose(1, 2).flatten(0, 1)[:length]
+    sizes = [size + SCALE_AND_ZERO_BYTES for size in code_bytes(head_size, bits)]
     key, value = (
-        dequantize(*_unpack(half, bits)) for half in records.chunk(2, dim=-1)
+        dequantize(*_unpack(part, width))
+        for part, width in zip(records.split(sizes, dim=-1), widths(bits), strict=True)
     )  # [length, H, D]
     return key, value
 
 
-def block_tokens(pages: torch.Tensor, head_size: int, bits: int) -> int:
+def block_tokens(pages: torch.Tensor, head_size: int, bits: QuantizedBits) -> int:
     """Give N, the number of tokens that a block of `pages` [num_blocks, H, head_bytes] holds."""
     tokens, rest = divmod(pages.shape[-1], slot_bytes(head_size, bits))
     if rest or tokens % BLOCK_MULTIPLE:
@@ -155,37 +186,38 @@ def block_tokens(pages: torch.Tensor, head_size: int, bits: int) -> int:
 
 
 @cache
-def record_positions(tokens: int, head_size: int, bits: int) -> torch.Tensor:
-    """Say where the bytes of a token are: int64 [N, 2 * B + 8], offsets into head_bytes.
+def record_positions(tokens: int, head_size: int, bits: QuantizedBits) -> torch.Tensor:
+    """Say where the bytes of a token are: int64 [N, BK + BV + 8], offsets into head_bytes.
 
     The record of a token is K codes, K scale, K zero, V codes, V scale, V zero.
     """
     if tokens % BLOCK_MULTIPLE or tokens <= 0:
         raise ValueError(f"a block of {tokens} tokens; it holds a multiple of {BLOCK_MULTIPLE}")
-    row = code_bytes(head_size, bits)
+    key_row, value_row = code_bytes(head_size, bits)
     token = torch.arange(tokens)[:, None]
-    byte = torch.arange(row)[None, :]
+    byte = torch.arange(value_row)[None, :]
 
     pair = token // 2
     alternated = 4 * (byte // 2) + 2 * (token % 2) + byte % 2
-    rotated = (alternated + 32 * (pair % 4)) % (2 * row)
+    rotated = (alternated + 32 * (pair % 4)) % (2 * value_row)
 
-    key_codes = token * row + byte
-    value_codes = tokens * row + pair * 2 * row + rotated
-    key_numbers = 2 * tokens * row + token * SCALE_AND_ZERO_BYTES + torch.arange(4)
+    key_codes = token * key_row + torch.arange(key_row)[None, :]
+    value_codes = tokens * key_row + pair * 2 * value_row + rotated
+    numbers = tokens * (key_row + value_row)
+    key_numbers = numbers + token * SCALE_AND_ZERO_BYTES + torch.arange(4)
     value_numbers = key_numbers + tokens * SCALE_AND_ZERO_BYTES
     return torch.cat([key_codes, key_numbers, value_codes, value_numbers], dim=1)
 
 
 def _pack(
-    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, *, bits: int
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, *, width: int
 ) -> torch.Tensor:
-    packed = pack_nibbles(codes) if bits == 4 else codes
+    packed = pack_nibbles(codes) if width == 4 else codes
     numbers = torch.stack([scale, zero], dim=-1)
     return torch.cat([packed, numbers.view(torch.uint8)], dim=-1)
 
 
-def _unpack(record: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _unpack(record: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     codes, numbers = record[..., :-SCALE_AND_ZERO_BYTES], record[..., -SCALE_AND_ZERO_BYTES:]
     scale, zero = numbers.contiguous().view(torch.float16).unbind(-1)
-    return unpack_nibbles(codes) if bits == 4 else codes, scale, zero
+    return unpack_nibbles(codes) if width == 4 else codes, scale, zero

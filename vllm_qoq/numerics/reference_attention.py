@@ -25,6 +25,7 @@ from __future__ import annotations
 import torch
 
 from vllm_qoq.numerics import kv_layout
+from vllm_qoq.numerics.kv_layout import QuantizedBits
 
 # So many rows of queries are taken at a time, which bounds the memory of the scores.
 _QUERY_TILE = 256
@@ -58,7 +59,7 @@ def update(
     key: torch.Tensor,
     value: torch.Tensor,
     slot_mapping: torch.Tensor,
-    bits: int,
+    bits: QuantizedBits,
     use_hadamard: bool = False,
     k_mean: torch.Tensor | None = None,
 ) -> None:
@@ -87,7 +88,7 @@ def attention(
     query_start_loc: torch.Tensor,
     *,
     scale: float,
-    bits: int,
+    bits: QuantizedBits,
     sliding_window: int | None = None,
     use_hadamard: bool = False,
     k_mean: torch.Tensor | None = None,

@@ -4,7 +4,8 @@
 compute. The CPU calls those two directly. Arguments that the ops share are
 
 pages        uint8 [num_blocks, H, head_bytes]: a block of N tokens, N a multiple of 16
-bits         4 or 8; the head size D is 64 or 128, and up to 16 query heads share a KV head
+bits         4, 8 or "k8v4", keys of 8 bits and values of 4, which the ops take as two numbers;
+             the head size D is 64 or 128, and up to 16 query heads share a KV head
 hadamard     rotate K (and the query to match) by the Sylvester matrix / sqrt(D)
 """
 
@@ -15,6 +16,7 @@ from functools import cache
 
 import torch
 
+from vllm_qoq.numerics.kv_layout import QuantizedBits, slot_bytes, widths
 from vllm_qoq.ops.library import define
 
 # csrc/kv/ has these numbers, too: what the kernels serve, and the sizes of their workspace.
@@ -45,22 +47,23 @@ def workspace(device: torch.device, group: int, head_size: int) -> torch.Tensor:
     return torch.zeros(WORKSPACE_COUNTERS + partials, dtype=torch.int32, device=device)
 
 
-def decode_shared_bytes(head_size: int, bits: int, group: int) -> int:
+def decode_shared_bytes(head_size: int, bits: QuantizedBits, group: int) -> int:
     """Compute the least shared memory of a block of `kv_decode`: rings, and sums of the warps."""
     stages = 4 if head_size == 64 else 2
-    ring = stages * (DECODE_TILE * 2 * (head_size * bits // 8 + 4) + 8)
+    ring = stages * (DECODE_TILE * slot_bytes(head_size, bits) + 8)
     sums = group * (head_size + WORKSPACE_PADDING) * 4
     return 128 + DECODE_FEWEST_WARPS * (ring + sums + 44) + 64
 
 
-def lacking_shared_memory(head_size: int, bits: int, group: int) -> Iterator[str]:
+def lacking_shared_memory(head_size: int, bits: QuantizedBits, group: int) -> Iterator[str]:
     """Say for which heads the blocks of this GPU have too little shared memory, if they have."""
     properties = torch.cuda.get_device_properties()
     there = int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
     needed = decode_shared_bytes(head_size, bits, group)
     if needed > there:
+        numbers = f"{bits} bits" if isinstance(bits, int) else bits
         yield (
-            f"{bits} bits, head size {head_size} and {group} query heads for a KV head, which need "
+            f"{numbers}, head size {head_size} and {group} query heads for a KV head, which need "
             f"{needed} bytes of shared memory, on a GPU whose blocks have {there} (fewer bits need "
             "less)"
         )
@@ -70,7 +73,7 @@ def kv_write(
     key: torch.Tensor,
     value: torch.Tensor,
     slots: torch.Tensor,
-    bits: int,
+    bits: QuantizedBits,
     hadamard: bool,
     pages: torch.Tensor,
     k_mean: torch.Tensor | None = None,
@@ -81,7 +84,7 @@ def kv_write(
     slots       int64 [T]   block * N + position in it; what is not in `pages` is skipped
     k_mean      float32 [H, D]   is subtracted from every key before it is rotated
     """
-    torch.ops.qoq.kv_write(key, value, slots, bits, hadamard, pages, k_mean)
+    torch.ops.qoq.kv_write(key, value, slots, *widths(bits), hadamard, pages, k_mean)
 
 
 def kv_decode(
@@ -90,7 +93,7 @@ def kv_decode(
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     scale: float,
-    bits: int,
+    bits: QuantizedBits,
     window: int,
     hadamard: bool,
     out: torch.Tensor,
@@ -112,7 +115,7 @@ def kv_decode(
         block_table,
         seq_lens,
         scale,
-        bits,
+        *widths(bits),
         window,
         hadamard,
         out,
@@ -125,7 +128,7 @@ def kv_dequantize(
     block_table: torch.Tensor,
     first_token: torch.Tensor,
     row_start: torch.Tensor,
-    bits: int,
+    bits: QuantizedBits,
     hadamard: bool,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -142,7 +145,7 @@ def kv_dequantize(
         block_table,
         first_token,
         row_start,
-        bits,
+        *widths(bits),
         hadamard,
         key,
         value,
@@ -158,19 +161,20 @@ def _fake(*_: object) -> None:
 
 define(
     "kv_write",
-    "(Tensor key, Tensor value, Tensor slots, int bits, bool hadamard, Tensor(a!) pages, "
-    "Tensor? k_mean) -> ()",
+    "(Tensor key, Tensor value, Tensor slots, int k_bits, int v_bits, bool hadamard, "
+    "Tensor(a!) pages, Tensor? k_mean) -> ()",
     fake=_fake,
 )
 define(
     "kv_decode",
-    "(Tensor query, Tensor pages, Tensor block_table, Tensor seq_lens, float scale, int bits, "
-    "int window, bool hadamard, Tensor(a!) out, Tensor(b!) workspace) -> ()",
+    "(Tensor query, Tensor pages, Tensor block_table, Tensor seq_lens, float scale, "
+    "int k_bits, int v_bits, int window, bool hadamard, Tensor(a!) out, Tensor(b!) workspace) "
+    "-> ()",
     fake=_fake,
 )
 define(
     "kv_dequantize",
-    "(Tensor pages, Tensor block_table, Tensor first_token, Tensor row_start, int bits, "
-    "bool hadamard, Tensor(a!) key, Tensor(b!) value) -> ()",
+    "(Tensor pages, Tensor block_table, Tensor first_token, Tensor row_start, "
+    "int k_bits, int v_bits, bool hadamard, Tensor(a!) key, Tensor(b!) value) -> ()",
     fake=_fake,
 )

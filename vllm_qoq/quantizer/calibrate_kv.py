@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from vllm_qoq.checkpoint import card, hub, values, verify
 from vllm_qoq.checkpoint.folder import Checkpoint, TensorInfo, check_link, side_files
@@ -25,7 +25,7 @@ from vllm_qoq.checkpoint.format import (
     split_layer,
     split_name,
 )
-from vllm_qoq.checkpoint.kv_config import KVCache
+from vllm_qoq.checkpoint.kv_config import UNQUANTIZED, Bits, KVCache
 from vllm_qoq.checkpoint.output import check_output, check_space
 from vllm_qoq.checkpoint.output_config import output_config
 from vllm_qoq.checkpoint.shards import (
@@ -46,8 +46,6 @@ from vllm_qoq.text_file import check_text
 
 if TYPE_CHECKING:
     import torch
-
-KVBits = Literal[4, 8]
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def calibrate_kv(
     output: str | Path,
     text: str | Path,
     *,
-    kv_bits: KVBits | None = None,
+    kv_bits: Bits | None = None,
     kv_hadamard: bool | None = None,
     samples: int = 128,
     seqlen: int = 1024,
@@ -207,16 +205,18 @@ def open_source(folder: Path) -> Source:
 
 def _options(
     source: Source,
-    kv_bits: KVBits | None,
+    kv_bits: Bits | None,
     kv_hadamard: bool | None,
     samples: int,
     seqlen: int,
 ) -> QuantizeOptions:
     """Complete the options by what the checkpoint says; QuantizeError for what cannot be."""
+    if kv_bits == UNQUANTIZED:
+        raise QuantizeError("kv_bits 16: such a cache keeps keys as they are; give 4, k8v4 or 8")
     before = source.section.kv_cache if source.section is not None else None
     if before is not None and before.is_quantized():
         kv_hadamard = before.hadamard if kv_hadamard is None else kv_hadamard
-        kv_bits = kv_bits or (4 if before.bits == 16 else before.bits)
+        kv_bits = kv_bits or (4 if before.bits == UNQUANTIZED else before.bits)
     given = {
         "kv_bits": kv_bits or 4,
         "kv_hadamard": kv_hadamard,
@@ -227,7 +227,7 @@ def _options(
     return options.of_heads(source.inputs.dimensions.head_dim)
 
 
-def _cache(source: Source, options: QuantizeOptions, kv_bits: KVBits | None) -> KVCache:
+def _cache(source: Source, options: QuantizeOptions, kv_bits: Bits | None) -> KVCache:
     """Make the cache of the copy; rules for single layers stay."""
     before = source.section.kv_cache if source.section is not None else None
     changed = {"hadamard": bool(options.kv_hadamard), "k_mean": True}
@@ -282,8 +282,9 @@ def _measured(
                 attention=False,
                 outputs=False,
                 reorder=False,
-                kv_bits=options.kv_bits,
+                key_bits=options.key_bits,
                 weight_bits=16,
+                group_size=options.group_size,
             ),
             samples=len(samples),
             done=Clock("mean of K, block", dimensions.layers, quiet),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_qoq.checkpoint.kv_config import Bits, short_name
 from vllm_qoq.models.table import LayerNames
 from vllm_qoq.progress import Clock
 from vllm_qoq.quantizer import QuantizeError, evaluate
@@ -37,7 +38,7 @@ class SetCheck:
     tokenizer: PreTrainedTokenizerBase
     windows: list[list[int]]
     prompts: list[list[int]]
-    kv_bits: tuple[int, ...]
+    kv_bits: tuple[Bits, ...]
     kv_hadamard: bool
     has_int8_head: bool
     quiet: bool
@@ -45,11 +46,12 @@ class SetCheck:
     def measure(
         self, model: Module, label: str, k_means: Sequence[torch.Tensor] | None = None
     ) -> dict[str, Any]:
-        """Measure `perplexity` by KV precision ("kv16", "kv4") and make `generated` texts."""
+        """Measure `perplexity` by KV cache ("kv16", "kv4") and make `generated` texts."""
         found: dict[str, Any] = {}
         if self.windows:
             found["perplexity"] = {
-                f"kv{bits}": self._perplexity(model, bits, label, k_means) for bits in self.kv_bits
+                short_name(bits): self._perplexity(model, bits, label, k_means)
+                for bits in self.kv_bits
             }
         if self.prompts:
             found["generated"] = [self._continue(model, prompt, label) for prompt in self.prompts]
@@ -84,9 +86,10 @@ class SetCheck:
             return self.measure(model, kind.name, k_means)
 
     def _perplexity(
-        self, model: Module, bits: int, label: str, k_means: Sequence[torch.Tensor] | None
+        self, model: Module, bits: Bits, label: str, k_means: Sequence[torch.Tensor] | None
     ) -> float:
-        clock = Clock(f"perplexity of {label}, KV{bits}", len(self.windows), self.quiet)
+        of = f"{label}, {short_name(bits).upper()}"
+        clock = Clock(f"perplexity of {of}", len(self.windows), self.quiet)
         found = evaluate.perplexity(
             model,
             self.windows,

@@ -2,7 +2,7 @@
 
 Weights are dequantized, the inputs of quantized layers rounded to int8 per token
 where the set says so, and the KV cache is simulated: keys (after RoPE) and values
-are rounded to 4 or 8 bits per token and head. The protocol is that of
+are rounded to 4 or 8 bits each, per token and head. The protocol is that of
 `vllm_qoq.bench.perplexity`.
 """
 
@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from vllm_qoq.checkpoint.kv_config import UNQUANTIZED, Bits
 from vllm_qoq.models.table import LayerNames
 from vllm_qoq.numerics import kv_layout
+from vllm_qoq.numerics.kv_layout import QuantizedBits
 from vllm_qoq.numerics.reference import INT8_MAX, MIN_SCALE
 from vllm_qoq.numerics.reference_attention import hadamard
 from vllm_qoq.quantizer.model import Module, blocks
@@ -32,7 +34,7 @@ _CACHED_VALUES = 1 << 16  # float32 values that stay in a core's cache
 def perplexity(
     model: Module,
     windows: Iterable[list[int]],
-    kv_bits: int = 16,
+    kv_bits: Bits = UNQUANTIZED,
     done: Callable[[], object] = lambda: None,
     kv_hadamard: bool = False,
     k_means: Sequence[torch.Tensor] | None = None,
@@ -133,7 +135,7 @@ class _simulated_cache:
     def __init__(
         self,
         model: Module,
-        bits: int,
+        bits: Bits,
         use_hadamard: bool,
         k_means: Sequence[torch.Tensor] | None,
     ) -> None:
@@ -142,7 +144,7 @@ class _simulated_cache:
 
     def __enter__(self) -> None:
         self.before = self.model.config._attn_implementation
-        if self.bits < 16:
+        if self.bits != UNQUANTIZED:
             name = _register(self.bits, self.use_hadamard, self.k_means)
             self.model.set_attn_implementation(name)
 
@@ -150,11 +152,15 @@ class _simulated_cache:
         self.model.set_attn_implementation(self.before)
 
 
-def _register(bits: int, use_hadamard: bool, k_means: Sequence[torch.Tensor] | None) -> str:
+def _register(
+    bits: QuantizedBits, use_hadamard: bool, k_means: Sequence[torch.Tensor] | None
+) -> str:
     """Make an attention that rounds keys and values known to transformers; returns its name."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
+
+    key_bits, value_bits = kv_layout.widths(bits)
 
     def attention(
         module: Module,
@@ -164,10 +170,10 @@ def _register(bits: int, use_hadamard: bool, k_means: Sequence[torch.Tensor] | N
         mask: torch.Tensor | None,
         **options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        keys, values = key, round_cache(value, bits)
+        keys, values = key, round_cache(value, value_bits)
         if k_means is not None:  # [kv_heads, 1, head_dim], for keys [1, kv_heads, tokens, head_dim]
             keys = key.float() - k_means[module.layer_idx].to(key.device)[:, None]
-        keys = round_keys(keys, bits, use_hadamard).to(key.dtype)
+        keys = round_keys(keys, key_bits, use_hadamard).to(key.dtype)
         return sdpa_attention_forward(module, query, keys, values, mask, **options)
 
     name = f"{_ATTENTION}{bits}{'_hadamard' if use_hadamard else ''}"

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from vllm_qoq.checkpoint import hub
 from vllm_qoq.checkpoint.folder import Checkpoint, read_config
 from vllm_qoq.checkpoint.format import STREAM
+from vllm_qoq.checkpoint.kv_config import UNQUANTIZED, Bits
 from vllm_qoq.checkpoint.shards import MAX_SHARD_BYTES, write_checkpoint
 from vllm_qoq.models.config import CONFIG
 from vllm_qoq.models.table import LayerNames
@@ -217,7 +218,9 @@ def _results(work: WorkDir, layers: int) -> Iterator[dict[str, torch.Tensor]]:
 def _check(job: Job, options: QuantizeOptions, plan: CheckedJob) -> SetCheck:
     prompts = plan.samples[:_PROMPTS] if job.sanity_check else []
     prompts = [sample[:PROMPT_TOKENS] for sample in prompts]
-    kv_bits = (16,) if options.kv_bits == 16 else (16, options.kv_bits)
+    kv_bits: tuple[Bits, ...] = (UNQUANTIZED,)
+    if options.is_cache_quantized:
+        kv_bits += (options.kv_bits,)
     return SetCheck(
         tokenizer=plan.tokenizer,
         windows=plan.windows,
@@ -286,10 +289,10 @@ def _smooth(
     wanted = SmoothOptions(
         k_mean=options.has_k_mean,
         # A 16-bit cache rounds nothing that a scale could help.
-        attention=options.smooth_attention and options.kv_bits < 16,
+        attention=options.smooth_attention and options.is_cache_quantized,
         outputs=options.smooth_outputs,
         reorder=options.reorder,
-        kv_bits=options.kv_bits,
+        key_bits=options.key_bits,
         weight_bits=min(int(kind.bits) for kind in options.kinds),
         # Rows whose scale is one are smoothed as if they had the largest groups.
         group_size=GROUP_SIZES[0] if options.group_size == -1 else options.group_size,

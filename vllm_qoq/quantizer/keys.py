@@ -20,7 +20,7 @@ def large_biases(
 
     The model must be as it will be quantized, with rotations and scales.
     """
-    if options.kv_bits == 16 or names.k_norm is not None:  # A norm evens the bias out.
+    if not options.is_cache_quantized or names.k_norm is not None:  # A norm evens the bias out.
         return []
     found = []
     for index, block in enumerate(blocks(model, names)):
@@ -38,7 +38,7 @@ def large_biases(
             queries.view(-1, dimensions.heads, dimensions.head_dim),
             (x @ weight.t()).view(-1, dimensions.kv_heads, dimensions.head_dim),
             _left_of(bias, model, names) if options.k_mean else key_bias.turned(bias),
-            bits=options.kv_bits,
+            bits=options.key_bits,
             use_hadamard=bool(options.kv_hadamard),
         ):
             found.append(f"{names.blocks}.{index}.{names.k}")
@@ -59,5 +59,5 @@ def warning(layers: list[str], options: QuantizeOptions) -> str:
     ways = [] if options.k_mean else ["do not leave out the mean of K"]
     ways += [] if options.smooth_attention else ["do not leave out SmoothAttention"]
     ways += [] if options.kv_hadamard else ["rotate the keys with --kv-hadamard"]
-    ways += ["give --kv-bits 8" if options.kv_bits == 4 else "give --kv-bits 16"]
-    return key_bias.warning(layers, options.kv_bits, ", or ".join(ways))
+    ways += ["give --kv-bits 8 or k8v4" if options.key_bits == 4 else "give --kv-bits 16"]
+    return key_bias.warning(layers, options.key_bits, ", or ".join(ways))

@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from vllm_qoq.checkpoint.folder import read_json
+from vllm_qoq.checkpoint.kv_config import UNQUANTIZED, Bits
 from vllm_qoq.errors import UserError, one_line, shown
 from vllm_qoq.quantizer import QuantizeError
 from vllm_qoq.quantizer.effort import EFFORTS, of_options
@@ -58,7 +59,7 @@ class QuantizeOptions(BaseModel):
     sets: tuple[SetName, ...] = ("w8a8", "w4a8")
     nested: bool = False
     group_size: Literal[128, 64, 32, -1] = 128
-    kv_bits: Literal[4, 8, 16] = 4
+    kv_bits: Bits = 4
     kv_hadamard: bool | None = None
     lm_head_bits: Literal[8, 16] = 16
     samples: PositiveInt = EFFORTS["default"]["samples"]
@@ -93,8 +94,10 @@ class QuantizeOptions(BaseModel):
 
     @model_validator(mode="after")
     def _rotatable(self) -> QuantizeOptions:
-        if self.kv_hadamard and self.kv_bits == 16:
-            raise ValueError("kv_hadamard rotates keys that are quantized; give kv_bits 4 or 8")
+        if self.kv_hadamard and self.kv_bits == UNQUANTIZED:
+            raise ValueError(
+                "kv_hadamard rotates keys that are quantized; give kv_bits 4, k8v4 or 8"
+            )
         return self
 
     @model_validator(mode="after")
@@ -118,7 +121,7 @@ class QuantizeOptions(BaseModel):
         """
         is_possible = size & (size - 1) == 0
         if self.kv_hadamard is None:
-            return self.model_copy(update={"kv_hadamard": is_possible and self.kv_bits < 16})
+            return self.model_copy(update={"kv_hadamard": is_possible and self.is_cache_quantized})
         if self.kv_hadamard and not is_possible:
             raise QuantizeError(
                 f"kv_hadamard: heads of {size} channels cannot be rotated, which needs a power of "
@@ -157,7 +160,19 @@ class QuantizeOptions(BaseModel):
     @property
     def has_k_mean(self) -> bool:
         """Whether the checkpoint has means of K; a 16-bit cache would not use them."""
-        return self.k_mean and self.kv_bits < 16
+        return self.k_mean and self.is_cache_quantized
+
+    @property
+    def is_cache_quantized(self) -> bool:
+        """Whether the KV cache has fewer than 16 bits."""
+        return self.kv_bits != UNQUANTIZED
+
+    @property
+    def key_bits(self) -> int:
+        """Bits of a number of a key in the KV cache."""
+        from vllm_qoq.numerics.kv_layout import widths
+
+        return UNQUANTIZED if self.kv_bits == UNQUANTIZED else widths(self.kv_bits).key
 
     @property
     def kinds(self) -> tuple[SetKind, ...]:

@@ -39,7 +39,7 @@ class SmoothOptions:
     attention: bool
     outputs: bool
     reorder: bool
-    kv_bits: int
+    key_bits: int
     weight_bits: int
     group_size: int
     kv_hadamard: bool = False
@@ -113,7 +113,7 @@ def transforms(
         if names.k_norm is not None:  # one weight for all heads
             keys = keys.flatten(0, 1)[:, None]
             queries = queries.square().mean(dim=0, keepdim=True).sqrt()
-        scale = strength.key_scale(keys, queries, options.kv_bits, options.kv_hadamard)
+        scale = strength.key_scale(keys, queries, options.key_bits, options.kv_hadamard)
         found["key_scale"] = scale.expand(dimensions.kv_heads, -1).contiguous()
     if options.k_mean:
         found["k_mean"] = found["k_mean"] * rope.scaling

@@ -12,8 +12,8 @@ keeps a table with a `load` in one state, "calm" or "busy", however long the que
 writes every decision as a line of JSON, with its time and the engine and the process that made it;
 with CUDA graphs those of a `load` are made on the device, so `busy` is null there and `set_if_busy`
 names the other set. `kv_bits` stores the keys and values of every layer in that many bits; 16 is
-vLLM's own cache. `kv_hadamard` says whether keys are rotated before they are quantized, which helps
-where few channels are far larger than the others.
+vLLM's own cache, and "k8v4" keys of 8 bits and values of 4. `kv_hadamard` says whether keys are
+rotated before they are quantized, which helps where few channels are far larger than the others.
 """
 
 from __future__ import annotations

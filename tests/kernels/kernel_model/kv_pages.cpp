@@ -17,7 +17,7 @@ uint16_t bits_of(__half v) { return static_cast<__half_raw>(v).x; }
 uint16_t half_bits(float v) { return bits_of(__float2half(v)); }
 
 // One token and head; in place of `x` what its codes stand for.
-template <class P>
+template <class Codes>
 struct Vector {
   std::vector<float> x;
   std::vector<int> codes;
@@ -33,11 +33,11 @@ struct Vector {
   }
 
   void quantize() {
-    const float levels = P::kLevels;
+    const float levels = Codes::kLevels;
     for (float& v : x) v = std::clamp(v, -65504.f, 65504.f);
     const auto [low, high] = std::ranges::minmax(x);
-    float least = std::max(-low, high) / (P::kBits == 4 ? 1024 : 128);
-    least = std::max(least, static_cast<float>(6.2e-5 * P::kLevels));
+    float least = std::max(-low, high) / (Codes::kBits == 4 ? 1024 : 128);
+    least = std::max(least, static_cast<float>(6.2e-5 * Codes::kLevels));
     const float span = std::max(high - low, least), exact_zero = -levels * low / span;
     scale = half_bits(span / levels);
     zero = half_bits(exact_zero);
@@ -48,23 +48,25 @@ struct Vector {
     }
   }
 
-  void put(uint8_t* page, int tokens, int place, bool is_value) const {
-    const int row = P::kRow;
+  // Rows of keys have `k_row` bytes, those of values `v_row`.
+  void put(uint8_t* page, int tokens, int k_row, int v_row, int place, bool is_value) const {
+    const int row = Codes::kRow;
     for (int i = 0; i < row; ++i) {
-      const int byte = P::kBits == 4 ? codes[2 * i] | codes[2 * i + 1] << 4 : codes[i];
+      const int byte = Codes::kBits == 4 ? codes[2 * i] | codes[2 * i + 1] << 4 : codes[i];
       const int unit = 2 * (i / 2) + place % 2, pair = place / 2;
       const int rotated = (2 * unit + i % 2 + 32 * (pair % 4)) % (2 * row);
-      page[is_value ? tokens * row + pair * 2 * row + rotated : place * row + i] = byte;
+      page[is_value ? tokens * k_row + pair * 2 * row + rotated : place * row + i] = byte;
     }
     const uint16_t parameters[2] = {scale, zero};
-    std::memcpy(page + 2 * tokens * row + (is_value ? 4 * tokens : 0) + 4 * place, parameters, 4);
+    const int after_keys = is_value ? 4 * tokens : 0;
+    std::memcpy(page + tokens * (k_row + v_row) + after_keys + 4 * place, parameters, 4);
   }
 };
 
 template <class P>
 int count_wrong(int page_tokens, int heads, bool is_rotated, bool has_mean) {
   const int pages = 4, d = P::kHeadSize, slots = pages * page_tokens, tokens = slots - 9;
-  const int page_bytes = page_tokens * (2 * P::kRow + 8);
+  const int page_bytes = page_tokens * (P::K::kRow + P::V::kRow + 8);
   std::vector<uint8_t> cache(pages * heads * page_bytes);
   for (auto& b : cache) b = random_int(0, 256);
   std::vector<uint8_t> expected = cache;
@@ -77,11 +79,11 @@ int count_wrong(int page_tokens, int heads, bool is_rotated, bool has_mean) {
   for (float& m : mean) m = random_int(-999, 1000) / 7.f;
 
   std::vector<uint16_t> in[2];
-  std::map<std::pair<int, int>, Vector<P>> written[2];  // by slot and head
-  for (int is_value = 0; is_value < 2; ++is_value)
+  std::map<std::pair<int, int>, std::vector<float>> written[2];  // by slot and head
+  auto prepare = [&]<class Codes>(int is_value) {
     for (int t = 0; t < tokens; ++t)
       for (int h = 0; h < heads; ++h) {
-        Vector<P> v;
+        Vector<Codes> v;
         const float size = std::ldexp(1.f, random_int(-20, 12)), middle = random_int(-1, 2) * 9.f;
         const bool is_constant = random_int(0, 8) == 0;
         for (int i = 0; i < d; ++i) {
@@ -95,11 +97,14 @@ int count_wrong(int page_tokens, int heads, bool is_rotated, bool has_mean) {
         if (is_rotated && is_value == 0) v.rotate();
         v.quantize();
         const int page = slot[t] / page_tokens;
-        v.put(expected.data() + (page * heads + h) * page_bytes, page_tokens, slot[t] % page_tokens,
-              is_value);
+        v.put(expected.data() + (page * heads + h) * page_bytes, page_tokens, P::K::kRow,
+              P::V::kRow, slot[t] % page_tokens, is_value);
         if (is_rotated && is_value == 0) v.rotate();
-        written[is_value][{slot[t], h}] = v;
+        written[is_value][{slot[t], h}] = v.x;
       }
+  };
+  prepare.template operator()<typename P::K>(0);
+  prepare.template operator()<typename P::V>(1);
   const WriteParams write{
       .key = in[0].data(),
       .value = in[1].data(),
@@ -167,11 +172,11 @@ int count_wrong(int page_tokens, int heads, bool is_rotated, bool has_mean) {
           const int token = first[sequence] + row - start[sequence];
           const int page = table[2 * sequence + token / page_tokens];
           const auto at = written[is_value].find({page * page_tokens + token % page_tokens, h});
-          if (at != written[is_value].end()) wrong += got != half_bits(at->second.x[i]);
+          if (at != written[is_value].end()) wrong += got != half_bits(at->second[i]);
         }
-  std::printf("D %d, %d bits, %d heads, pages of %d%s%s: %d wrong\n", d, P::kBits, heads,
-              page_tokens, has_mean ? ", without a mean" : "", is_rotated ? ", rotated" : "",
-              wrong);
+  std::printf("D %d, %d and %d bits, %d heads, pages of %d%s%s: %d wrong\n", d, P::K::kBits,
+              P::V::kBits, heads, page_tokens, has_mean ? ", without a mean" : "",
+              is_rotated ? ", rotated" : "", wrong);
   std::fflush(stdout);
   return wrong;
 }
@@ -188,7 +193,8 @@ int main(int, char** arguments) {
   const int seed = std::atoi(arguments[1]);
   model::random_order.seed(seed);
   values.seed(seed);
-  const int wrong = count_wrong_of<Page<128, 4>>() + count_wrong_of<Page<64, 4>>() +
-                    count_wrong_of<Page<128, 8>>() + count_wrong_of<Page<64, 8>>();
+  const int wrong = count_wrong_of<Page<128, 4, 4>>() + count_wrong_of<Page<64, 4, 4>>() +
+                    count_wrong_of<Page<128, 8, 8>>() + count_wrong_of<Page<64, 8, 8>>() +
+                    count_wrong_of<Page<128, 8, 4>>() + count_wrong_of<Page<64, 8, 4>>();
   return wrong != 0;
 }

@@ -19,6 +19,7 @@ from vllm.config import set_current_vllm_config
 
 from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.checkpoint.format import QUANT_METHOD
+from vllm_qoq.checkpoint.kv_config import UNQUANTIZED, Bits
 from vllm_qoq.errors import UserError, reason
 from vllm_qoq.routing.table import DecodeRow, Routing
 from vllm_qoq.serving.methods.steering import Steering, reaching
@@ -40,13 +41,13 @@ class Engine:
     """
 
     def __init__(
-        self, folder: Path, sets: Sequence[str], *, length: int, kv_bits: int, chunk: int
+        self, folder: Path, sets: Sequence[str], *, length: int, kv_bits: Bits, chunk: int
     ) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         options: dict[str, Any] = {"routing": reaching(sets)} if sets else {}
         engine: dict[str, Any] = {}
         # What the section of a checkpoint of ours says of its cache is not to be measured here.
-        if kv_bits < 16 or Checkpoint.open(folder).section is not None:
+        if kv_bits != UNQUANTIZED or Checkpoint.open(folder).section is not None:
             options["kv_bits"] = kv_bits
             engine["quantization"] = QUANT_METHOD  # also where the model has no section of ours
         try:
@@ -55,7 +56,7 @@ class Engine:
                 max_model_len=length + 1,
                 # Sets that no batch reaches are not loaded; there is never more than one request.
                 max_num_seqs=max(1, len(sets)),
-                max_num_batched_tokens=length if kv_bits == 16 else chunk,
+                max_num_batched_tokens=length if kv_bits == UNQUANTIZED else chunk,
                 enforce_eager=True,
                 enable_prefix_caching=False,
                 trust_remote_code=False,

@@ -22,6 +22,7 @@ from vllm_qoq.bench.evaluate.windows import Windows
 from vllm_qoq.checkpoint import hub
 from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.checkpoint.format import SECTION, Section, split_name
+from vllm_qoq.checkpoint.kv_config import Bits, short_name
 from vllm_qoq.models.config import CONFIG
 from vllm_qoq.progress import Clock
 from vllm_qoq.text_file import check_text
@@ -40,7 +41,7 @@ class Row:
     """One set with one precision of the KV cache; `weight_bytes` are all that the set needs."""
 
     set_name: str
-    kv_bits: int
+    kv_bits: Bits
     weight_bytes: int
     score: Score
 
@@ -75,7 +76,7 @@ class _Task:
     sets: tuple[str, ...]
     against: Path
     windows: Windows
-    kv_bits: int
+    kv_bits: Bits
     chunk: int
     label: str
     quiet: bool
@@ -88,7 +89,7 @@ def evaluate(
     *,
     seqlen: int = 512,
     windows: int | None = None,
-    kv_bits: Sequence[int] = (16, 8, 4),
+    kv_bits: Sequence[Bits] = (16, 8, 4),
     chunk: int = 16,
     quiet: bool = True,
 ) -> Evaluation:
@@ -100,7 +101,7 @@ def evaluate(
     text        file to score, in UTF-8
     seqlen      tokens of a window, of which the second half is scored
     windows     at most so many, taken from all over the text; None for all
-    kv_bits     precisions of the KV cache: 16, 8 and 4
+    kv_bits     precisions of the KV cache, of 16, 8, "k8v4" and 4
     chunk       tokens a step where the cache is quantized, so that all others are read from it
     quiet       print no progress
 
@@ -115,10 +116,11 @@ def evaluate(
     rows = []
     for bits in kv_bits:
         for label, place, names in ((FLOAT, model, ()), ("sets", folder, sets)):
-            task = _Task(place, names, model, cut, bits, chunk, f"{label}, KV{bits}", quiet)
+            shown = f"{label}, {short_name(bits).upper()}"
+            task = _Task(place, names, model, cut, bits, chunk, shown, quiet)
             for name, scores in _in_process(task).items():
-                shown = FLOAT if label == FLOAT else name or next(iter(own))
-                rows.append(Row(shown, bits, sizes[shown], combine(scores)))
+                row = FLOAT if label == FLOAT else name or next(iter(own))
+                rows.append(Row(row, bits, sizes[row], combine(scores)))
     return Evaluation(
         checkpoint=hub.name_of(folder),
         against=hub.name_of(model),

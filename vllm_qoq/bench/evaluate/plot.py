@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from vllm_qoq import plots
 from vllm_qoq.bench.evaluate.job import FLOAT, Evaluation, Row
+from vllm_qoq.checkpoint.kv_config import Bits, short_name
 from vllm_qoq.errors import printable
 
 if TYPE_CHECKING:
@@ -49,16 +50,17 @@ def _title(found: Evaluation) -> str:
 
 
 def _words(row: Row) -> str:
-    return f"{printable(row.set_name)} with a {row.kv_bits}-bit KV cache"
+    label = plots.METHODS[short_name(row.kv_bits)].label
+    return f"{printable(row.set_name)} with a {label}"
 
 
 def _agreement(row: Row) -> str:
     return f"{100 * row.score.agreement.value:.1f} % of next tokens"
 
 
-def _line(axes: Axes, rows: list[Row], bits: int) -> None:
+def _line(axes: Axes, rows: list[Row], bits: Bits) -> None:
     rows = sorted(rows, key=lambda row: row.weight_bytes)
-    style = plots.METHODS[f"kv{bits}"]
+    style = plots.METHODS[short_name(bits)]
     sizes = [row.weight_bytes / 1e6 for row in rows]
     values = [row.score.divergence.value for row in rows]
     errors = [row.score.divergence.error for row in rows]

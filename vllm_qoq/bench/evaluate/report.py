@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm_qoq.bench.evaluate.job import Evaluation, Row
 from vllm_qoq.bench.evaluate.scores import Estimate
+from vllm_qoq.checkpoint.kv_config import described
 from vllm_qoq.markdown import markdown_table
 from vllm_qoq.progress import human_bytes
 
@@ -17,7 +18,7 @@ def text(found: Evaluation) -> str:
         f"{found.text}, the second halves of {found.windows} windows of {found.seqlen}. KL in nats "
         "a token from the float model in transformers, whose perplexity is "
         f"{found.rows[0].score.float_perplexity:.4f}; changes are of the perplexity, and errors "
-        f"standard errors over the windows, which are paired. Caches of 8 and 4 bits were read in "
+        f"standard errors over the windows, which are paired. Quantized caches were read in "
         f"steps of {found.chunk} tokens.\n\n"
         + markdown_table(_HEAD, [_cells(row) for row in found.rows])
     )
@@ -27,7 +28,7 @@ def _cells(row: Row) -> list[str]:
     score = row.score
     return [
         row.set_name,
-        f"{row.kv_bits} bits",
+        described(row.kv_bits),
         human_bytes(row.weight_bytes),
         f"{score.divergence.value:.5f} ± {score.divergence.error:.5f}",
         _percent(score.agreement),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from vllm_qoq.bench.serving.cases import Lengths
-from vllm_qoq.bench.serving.formats import CACHES, SCALES_BYTES, Format
+from vllm_qoq.bench.serving.formats import CACHES, OUR_CACHES, SCALES_BYTES, Format
 from vllm_qoq.models.linears import linear_layers
 from vllm_qoq.models.table import architecture_of
 
@@ -67,7 +67,7 @@ class Model:
 
     def cache_bytes(self, cache: str) -> float:
         """Count the bytes of a token in a cache of CACHES."""
-        ours = SCALES_BYTES if cache in ("8", "4") else 0
+        ours = SCALES_BYTES if cache in OUR_CACHES else 0
         return self.layers * self.kv_heads * 2 * (self.head_size * CACHES[cache] / 8 + ours)
 
 

@@ -1,7 +1,8 @@
 """The formats that `bench serving` compares: how weights, inputs and the KV cache are stored.
 
-A format is named WEIGHTS or WEIGHTS-kvCACHE: `fp8-kvfp8` is fp8 with an fp8 cache, `w4a8-head8-kv4`
-is ours with an int8 lm_head and the 4-bit cache. Without -kv the cache is in the model's dtype.
+A format is named WEIGHTS, WEIGHTS-kvCACHE or WEIGHTS-k8v4: `fp8-kvfp8` is fp8 with an fp8 cache,
+`w4a8-head8-kv4` is ours with an int8 lm_head and the 4-bit cache, and `w4a8-k8v4` has keys of 8
+bits and values of 4. Without any of these the cache is in the model's dtype.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from typing import Any, Protocol
 from vllm_qoq.bench import BenchError
 
 GROUP = 128  # inputs that share a scale, in formats with groups
-CACHES = {"16": 16, "fp8": 8, "8": 8, "4": 4}
-"""Cache -> bits of a number in it. `8` and `4` are ours, with scales and zeros beside."""
-_OUR_CACHES = ("8", "4")
+CACHES = {"16": 16, "fp8": 8, "8": 8, "k8v4": 6, "4": 4}
+"""Cache -> bits of a number in it, on average of K and V."""
+OUR_CACHES: dict[str, int | str] = {"8": 8, "k8v4": "k8v4", "4": 4}
+"""Cache of ours, with scales and zeros beside -> `kv_bits`."""
+SUFFIXES = {f"-{'' if cache == 'k8v4' else 'kv'}{cache}": cache for cache in CACHES}
+"""The end of a format's name -> its cache."""
 SCALES_BYTES = 4
 """The bytes of the scale and zero of a token's key, or value, in one head of our caches."""
 
@@ -63,8 +67,8 @@ class Format:
 
     @property
     def has_our_cache(self) -> bool:
-        """Whether K and V are in 4 or 8 bits of ours."""
-        return self.cache in _OUR_CACHES
+        """Whether the cache is ours, which has fewer than 16 bits."""
+        return self.cache in OUR_CACHES
 
     @property
     def is_ours(self) -> bool:
@@ -80,7 +84,7 @@ class Format:
         if self.has_our_cache and not self.weights.is_ours:
             return {
                 "quantization": QUANT_METHOD,
-                "additional_config": {QUANT_METHOD: {"kv_bits": int(self.cache)}},
+                "additional_config": {QUANT_METHOD: {"kv_bits": OUR_CACHES[self.cache]}},
             }
         return {}
 
@@ -116,7 +120,7 @@ class Format:
         if self.weights.head_bits != 16:
             section["lm_head"] = {"bits": self.weights.head_bits}
         if self.has_our_cache:
-            section["kv_cache"] = {"bits": int(self.cache)}
+            section["kv_cache"] = {"bits": OUR_CACHES[self.cache]}
         return section
 
 
@@ -138,15 +142,17 @@ class Measurable(Protocol):
 
 def parse(name: str) -> Format:
     """Parse the name of a format; BenchError for one that does not exist."""
-    weights, has_cache, cache = name.rpartition("-kv")
-    found = Format(weights, cache) if has_cache else Format(name, "16")
-    if found.weights_name not in WEIGHTS or found.cache not in CACHES:
+    suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
+    found = Format(name.removesuffix(suffix), SUFFIXES.get(suffix, "16"))
+    if found.weights_name not in WEIGHTS:
         raise BenchError(
-            f"{name!r} is not a format; a format is WEIGHTS or WEIGHTS-kvCACHE, with WEIGHTS one "
-            f"of {', '.join(WEIGHTS)} and CACHE one of {', '.join(CACHES)}"
+            f"{name!r} is not a format; a format is WEIGHTS or WEIGHTS with a cache behind, with "
+            f"WEIGHTS one of {', '.join(WEIGHTS)} and caches {', '.join(SUFFIXES)}"
         )
     if found.weights.is_ours and found.cache == "fp8":
-        raise BenchError(f"{name!r}: with {found.weights_name} the cache is of 16, 8 or 4 bits")
+        raise BenchError(
+            f"{name!r}: with {found.weights_name} the cache is of 16, 8 or 4 bits, or k8v4"
+        )
     return found
 
 

@@ -13,7 +13,7 @@ from vllm_qoq.bench.serving.report import finding
 from vllm_qoq.bench.serving.result import Result
 
 # The line and marker of each cache; the colour is that of the weights.
-_LINES = {"16": "v:", "fp8": "s--", "8": "D-.", "4": "o-"}
+_LINES = {"16": "v:", "fp8": "s--", "8": "D-.", "k8v4": "P-", "4": "o-"}
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

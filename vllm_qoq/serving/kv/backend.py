@@ -1,7 +1,7 @@
 """The parts that all attention backends over the quantized KV cache share: page, blocks, metadata.
 
-A device adds the implementation: a subclass for each number of bits, with `bits` and
-`get_impl_cls` (`cpu`, `cuda` beside this module), which `cache` knows.
+A device adds the implementation: a subclass for each precision, with `bits` and `get_impl_cls`
+(`cpu`, `cuda` beside this module), which `cache` knows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_qoq.numerics.kv_layout import BLOCK_MULTIPLE, HEAD_SIZES, slot_bytes
+from vllm_qoq.numerics.kv_layout import (
+    BLOCK_MULTIPLE,
+    HEAD_SIZES,
+    QuantizedBits,
+    slot_bytes,
+)
 from vllm_qoq.serving.kv.k_mean import mean_of
 from vllm_qoq.serving.kv.spec import packed
 from vllm_qoq.serving.vllm_versions import kv_cache_layouts
@@ -104,7 +109,7 @@ class QuantizedKVImpl(AttentionImpl[M], Generic[M]):
         num_kv_heads: int,
         *,
         sliding_window: int | None,
-        bits: int,
+        bits: QuantizedBits,
         use_hadamard: bool,
     ) -> None:
         self.num_heads, self.head_size, self.num_kv_heads = num_heads, head_size, num_kv_heads
@@ -158,7 +163,7 @@ class QuantizedKVBackend(AttentionBackend):
     only say how many bytes a head has: `head_pages` is the view that the page's definition means.
     """
 
-    bits: ClassVar[int]
+    bits: ClassVar[QuantizedBits]
     forward_includes_kv_cache_update = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
 

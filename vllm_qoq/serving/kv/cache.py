@@ -20,11 +20,12 @@ from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_qoq.checkpoint.kv_config import UNQUANTIZED, KVCache
+from vllm_qoq.checkpoint.kv_config import UNQUANTIZED, Bits, KVCache, described
 from vllm_qoq.errors import UserError
+from vllm_qoq.numerics.kv_layout import QuantizedBits
 from vllm_qoq.serving.kv import refusals as kv_refusals
 from vllm_qoq.serving.kv.backend import QuantizedKVBackend
-from vllm_qoq.serving.kv.cpu import CPUKV4Backend, CPUKV8Backend
+from vllm_qoq.serving.kv.cpu import CPUK8V4Backend, CPUKV4Backend, CPUKV8Backend
 from vllm_qoq.serving.kv.k_mean import add_mean, check_mean, loading_rules
 from vllm_qoq.serving.kv.key_bias import KeyBiasWatch
 from vllm_qoq.serving.kv.spec import spec_of_layer
@@ -36,13 +37,14 @@ logger = init_logger("vllm." + __name__)
 DEVICES = ("cpu", "cuda")
 
 
-def backends_of(device_type: str) -> dict[int, type[QuantizedKVBackend]]:
+def backends_of(device_type: str) -> dict[QuantizedBits, type[QuantizedKVBackend]]:
     """Map bits to the backend of a device; a GPU's imports what vLLM has only there."""
-    if device_type == "cpu":
-        return {4: CPUKV4Backend, 8: CPUKV8Backend}
-    from vllm_qoq.serving.kv.cuda import CUDAKV4Backend, CUDAKV8Backend
+    backends: tuple[type[QuantizedKVBackend], ...] = (CPUKV4Backend, CPUKV8Backend, CPUK8V4Backend)
+    if device_type != "cpu":
+        from vllm_qoq.serving.kv.cuda import CUDAK8V4Backend, CUDAKV4Backend, CUDAKV8Backend
 
-    return {4: CUDAKV4Backend, 8: CUDAKV8Backend}
+        backends = (CUDAKV4Backend, CUDAKV8Backend, CUDAK8V4Backend)
+    return {backend.bits: backend for backend in backends}
 
 
 def kv_cache_in_force(kv_cache: KVCache | None, options: Options) -> KVCache:
@@ -88,7 +90,7 @@ class QuantizedKVCache:
         in_force = kv_cache_in_force(kv_cache, Options.of(vllm_config))
         self.kv_cache = in_force.rename(map_name)
         self._vllm_config = vllm_config
-        self._layers: dict[str, int] = {}
+        self._layers: dict[str, Bits] = {}
         check_kv_cache(self.kv_cache, vllm_config)
         self._key_biases = KeyBiasWatch()
         if not self.kv_cache.is_quantized():
@@ -156,7 +158,7 @@ class QuantizedKVCache:
                 f"names look like {next(iter(self._layers))!r}"
             )
 
-    def _swap(self, layer: Any, bits: int) -> None:
+    def _swap(self, layer: Any, bits: QuantizedBits) -> None:
         backend = self._backends[bits]
         layer.attn_backend = backend
         layer.impl = backend.get_impl_cls()(
@@ -191,9 +193,9 @@ def check_without_sets(kv_cache: KVCache | None, vllm_config: VllmConfig) -> Non
 
 
 def describe(kv_cache: KVCache | None, vllm_config: VllmConfig) -> str:
-    """Say for people what keys and values are stored in: `4 bits`, or vLLM's own word."""
+    """Say for people what keys and values are stored in: `4 bits`, `k8v4`, or vLLM's own word."""
     in_force = kv_cache_in_force(kv_cache, Options.of(vllm_config))
     if in_force.bits == UNQUANTIZED:
         return str(vllm_config.cache_config.cache_dtype)
     keys = f"{'rotated ' if in_force.hadamard else ''}K{' without its mean' * in_force.k_mean}"
-    return f"{in_force.bits} bits" + (f" of {keys}" if keys != "K" else "")
+    return described(in_force.bits) + (f" of {keys}" if keys != "K" else "")

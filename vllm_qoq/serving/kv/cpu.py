@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from vllm_qoq.numerics import reference_attention
+from vllm_qoq.numerics.kv_layout import QuantizedBits
 from vllm_qoq.serving.kv.backend import (
     KVMetadata,
     QuantizedKVBackend,
@@ -71,7 +74,7 @@ class CPUQuantizedKVImpl(QuantizedKVImpl[KVMetadata]):
 class CPUKV4Backend(QuantizedKVBackend):
     """The backend of a 4-bit KV cache on a CPU."""
 
-    bits = 4
+    bits: ClassVar[QuantizedBits] = 4
 
     @staticmethod
     def get_impl_cls() -> type[CPUQuantizedKVImpl]:
@@ -83,3 +86,9 @@ class CPUKV8Backend(CPUKV4Backend):
     """The backend of an 8-bit KV cache on a CPU."""
 
     bits = 8
+
+
+class CPUK8V4Backend(CPUKV4Backend):
+    """The backend of a KV cache with keys of 8 bits and values of 4 on a CPU."""
+
+    bits = "k8v4"

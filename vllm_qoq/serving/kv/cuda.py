@@ -21,6 +21,7 @@ from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_qoq import ops
+from vllm_qoq.numerics.kv_layout import QuantizedBits
 from vllm_qoq.ops import kv_ops
 from vllm_qoq.serving.kv.backend import (
     KVMetadata,
@@ -271,7 +272,7 @@ class _Kernels:
 class CUDAKV4Backend(QuantizedKVBackend):
     """The backend of a 4-bit KV cache on a GPU."""
 
-    bits = 4
+    bits: ClassVar[QuantizedBits] = 4
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
 
     @staticmethod
@@ -309,3 +310,9 @@ class CUDAKV8Backend(CUDAKV4Backend):
     """The backend of an 8-bit KV cache on a GPU."""
 
     bits = 8
+
+
+class CUDAK8V4Backend(CUDAKV4Backend):
+    """The backend of a KV cache with keys of 8 bits and values of 4 on a GPU."""
+
+    bits = "k8v4"

@@ -10,8 +10,9 @@ from torch import nn
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import QKVParallelLinear
 
-from vllm_qoq.checkpoint.kv_config import UNQUANTIZED
+from vllm_qoq.checkpoint.kv_config import UNQUANTIZED, Bits
 from vllm_qoq.numerics import key_bias
+from vllm_qoq.numerics.kv_layout import widths
 
 logger = init_logger("vllm." + __name__)
 
@@ -29,7 +30,7 @@ class KeyBiasWatch:
         if isinstance(layer, QKVParallelLinear):
             self._layers[prefix] = layer
 
-    def warn(self, bits_of: Mapping[str, int], use_hadamard: bool) -> None:
+    def warn(self, bits_of: Mapping[str, Bits], use_hadamard: bool) -> None:
         """Log the layers whose bias is too large, a line for each precision; then forget them.
 
         `bits_of` has the bits of every attention layer, which is beside its projections. Call when
@@ -38,14 +39,17 @@ class KeyBiasWatch:
         beside = {name.rpartition(".")[0]: bits for name, bits in bits_of.items()}
         found: dict[int, list[str]] = {}
         for prefix, layer in self._layers.items():
-            bits = beside.get(prefix.rpartition(".")[0], UNQUANTIZED)
-            if bits != UNQUANTIZED and layer.has_bias and _is_too_large(layer, bits, use_hadamard):
+            cache_bits = beside.get(prefix.rpartition(".")[0], UNQUANTIZED)
+            if cache_bits == UNQUANTIZED or not layer.has_bias:
+                continue
+            bits = widths(cache_bits).key
+            if _is_too_large(layer, bits, use_hadamard):
                 found.setdefault(bits, []).append(prefix)
         self._layers.clear()
         for bits, names in found.items():
             ways = ["measure the mean of K with `vllm-qoq calibrate-kv`, or quantize the model"]
             ways += [] if use_hadamard else [f"rotate them with {_SWITCH}"]
-            ways += ["use kv_bits 8" if bits == 4 else "use kv_bits 16"]
+            ways += ["use kv_bits 8 or k8v4" if bits == 4 else "use kv_bits 16"]
             logger.warning("%s", key_bias.warning(names, bits, ", or ".join(ways)))
 
 

@@ -16,10 +16,10 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
-from vllm_qoq.numerics.kv_layout import slot_bytes
+from vllm_qoq.numerics.kv_layout import QuantizedBits, slot_bytes
 
 
-def packed(spec: AttentionSpec, bits: int) -> AttentionSpec:
+def packed(spec: AttentionSpec, bits: QuantizedBits) -> AttentionSpec:
     """Give `spec` the quantized page (vLLM 0.32+); twice does no harm, as vLLM may ask twice."""
     size = slot_bytes(spec.head_size, bits)
     return replace(spec, dtype=torch.uint8, state_content_bytes=size)
@@ -59,7 +59,7 @@ class PackedSlidingWindowSpec(SlidingWindowSpec):
         return self.block_size * self.num_kv_heads * self.packed_slot_bytes
 
 
-def spec_of_layer(layer: Attention, bits: int, vllm_config: VllmConfig) -> AttentionSpec:
+def spec_of_layer(layer: Attention, bits: QuantizedBits, vllm_config: VllmConfig) -> AttentionSpec:
     """Answer `layer.get_kv_cache_spec(vllm_config)`, which vLLM before 0.32 calls."""
     common = {
         "block_size": vllm_config.cache_config.block_size,
