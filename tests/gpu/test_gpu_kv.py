@@ -72,10 +72,12 @@ def decode(cache, query, *, window=0, hadamard=False, out=None):
 def assert_close(out, expected, more=0.0):
     """By row: the output's rounding, weights that are rounded to fp16, and `more`.
 
-    Where one token has all the weight, its rounding, up to 2^-11, moves the whole row.
+    Where one token has all the weight, three roundings of up to 2^-11 each move the whole row: of
+    the weight, which is not 1 where scores are large, of its product with the scale of V, and of
+    the output.
     """
     error = (out.double() - expected).norm(dim=-1)
-    allowed = 3e-3 if out.dtype == torch.bfloat16 else 2 * 2**-11
+    allowed = 3e-3 if out.dtype == torch.bfloat16 else 3 * 2**-11
     assert (error <= allowed * expected.norm(dim=-1) + more).all()
 
 
