@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from vllm_qoq.checkpoint.dequantize import dequantize
 from vllm_qoq.checkpoint.folder import Checkpoint
-from vllm_qoq.checkpoint.format import SECTION
+from vllm_qoq.checkpoint.format import K_MEAN, SECTION, KVSection, Section
 from vllm_qoq.checkpoint.stored_set import StoredSet
 from vllm_qoq.checkpoint.verify import open_merged
 from vllm_qoq.checkpoint.writer import copy_file, write_json
@@ -30,23 +30,27 @@ MADE = (CONFIG, "model.", "quantization_report", "qoq_tune", "recipe", "README",
 def stored_set(folder: Path, name: str | None) -> StoredSet:
     """Find the set with this name, or the only one."""
     checkpoint = Checkpoint.open(folder)
-    if checkpoint.section is None:
+    if not isinstance(checkpoint.section, Section):
         method = checkpoint.config.get(SECTION)
-        if method is None or name is not None:
-            raise UserError(f"{folder}: has no {'sets' if method else 'quantized weights'}")
+        if method is None or isinstance(checkpoint.section, KVSection):
+            raise UserError(f"{folder}: has no quantized weights")
+        if name is not None:
+            raise UserError(f"--set {name}: {folder} has no sets; leave out --set")
         return StoredSet("", checkpoint, method, checkpoint.tensors)
     sets = {found.name: found for found in open_merged(folder)[2]}
     if name not in sets and (name is not None or len(sets) > 1):
-        raise UserError(f"--set {name}: {folder} has {', '.join(sets)}; name one of them")
+        given = "" if name is None else f"--set {name}: "
+        raise UserError(f"{given}{folder} has the sets {', '.join(sets)}; name one with --set")
     return sets[name] if name is not None else next(iter(sets.values()))
 
 
 def weights(found: StoredSet, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Dequantize every layer; all else stays as it is."""
+    """Dequantize every layer; all else stays as it is, but for the mean of K."""
     tensors = {}
     for layer, leaves in found.layers.items():
         if layer not in found.quantized:
-            tensors |= {name: found.get(name) for name in (f"{layer}.{leaf}" for leaf in leaves)}
+            kept = (f"{layer}.{leaf}" for leaf in leaves if leaf != K_MEAN)
+            tensors |= {name: found.get(name) for name in kept}
             continue
         if "input_ratio" in leaves:
             raise UserError(f"{layer}: its inputs have ratios to those of other sets")

@@ -210,7 +210,11 @@ def test_a_model_of_which_only_the_kv_cache_is_quantized_is_verified_and_shown(
     ("kv_cache", "layers", "said"),
     [
         ({"bits": 4, "k_mean": True}, (0, 1), ["4 bits, keys without their mean"]),
-        ({"bits": 16, "k_mean": True}, (0, 1), ["16 bits", "2 means .* kv_bits 4, k8v4 or 8 uses them"]),
+        (
+            {"bits": 16, "k_mean": True},
+            (0, 1),
+            ["16 bits", "2 means .* kv_bits 4, k8v4 or 8 uses them"],
+        ),
         (None, (0, 1), ["16 bits, none is asked for", "2 means .* not announced in config.json"]),
         ({"bits": 4}, (1,), ["4 bits", "1 means .* no server takes .* `vllm-qoq verify`"]),
         ({"bits": 4, "k_mean": True}, (), ["4 bits, .*", "announces means .* files have none"]),
