@@ -130,7 +130,7 @@ def test_serving_warns_of_it_and_rotation_can_be_asked_for(models, text, warning
     rotated, _ = serve("large", kv_bits=4, kv_hadamard=True)
     assert not_warned == [] and len(warned) == 1
     assert "model.layers.0.self_attn.qkv_proj, model.layers.1.self_attn.qkv_proj" in warned[0]
-    assert '{"qoq": {"kv_hadamard": true}}' in warned[0] and "vllm-qoq quantize" in warned[0]
+    assert '{"qoq": {"kv_hadamard": true}}' in warned[0] and "calibrate-kv" in warned[0]
     assert four > 3 * eight and rotated < 0.5 * four
     assert serve("small", kv_bits=4)[1] == []
 
