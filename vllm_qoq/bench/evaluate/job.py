@@ -21,8 +21,9 @@ from vllm_qoq.bench.evaluate.scores import Score, WindowScore, combine, score_wi
 from vllm_qoq.bench.evaluate.windows import Windows
 from vllm_qoq.checkpoint import hub
 from vllm_qoq.checkpoint.folder import Checkpoint
-from vllm_qoq.checkpoint.format import SECTION, Section, split_name
-from vllm_qoq.checkpoint.kv_config import Bits, short_name
+from vllm_qoq.checkpoint.format import QUANT_METHOD, SECTION, Section, split_name
+from vllm_qoq.checkpoint.kv_config import UNQUANTIZED, Bits, described, short_name
+from vllm_qoq.errors import shown
 from vllm_qoq.models.config import CONFIG
 from vllm_qoq.progress import Clock
 from vllm_qoq.text_file import check_text
@@ -32,6 +33,8 @@ _SAME = (
     *("vocab_size", "architectures", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads"),
 )
+# What older compressed-tensors called the section, and vLLM still reads.
+_OLDER_SECTION = "compression_config"
 FLOAT = "float model"
 """The name of the rows of the float model in vLLM."""
 
@@ -108,7 +111,7 @@ def evaluate(
     Raises UserError for what does not fit together, and where vLLM does not start.
     """
     folder, model = local_folders(checkpoint, against, Path(text), quiet=quiet)
-    check(folder, model, Path(text), seqlen)
+    check(folder, model, Path(text), seqlen, kv_bits)
     cut = _windows(folder, model, Path(text), seqlen, windows)
     sizes = {FLOAT: Checkpoint.open(model).total_bytes}
     sets, own = _sets(folder)
@@ -141,7 +144,7 @@ def local_folders(
     return hub.local_folder(checkpoint, quiet=quiet), hub.local_folder(against, quiet=quiet)
 
 
-def check(folder: Path, model: Path, text: Path, seqlen: int) -> None:
+def check(folder: Path, model: Path, text: Path, seqlen: int, kv_bits: Sequence[Bits]) -> None:
     """Raise UserError for what can be refused before a model is loaded."""
     check_text("--text", text)
     size = text.stat().st_size
@@ -155,6 +158,7 @@ def check(folder: Path, model: Path, text: Path, seqlen: int) -> None:
             f"--against {model}: is GGUF; give the folder that quantize made of it, OUT.float"
         )
     configs = [Checkpoint.open(place).config for place in (folder, model)]
+    _check_caches(folder, configs[0], kv_bits)
     if configs[1].get(SECTION) is not None:
         raise BenchError(
             f"--against {model}: {CONFIG} has a {SECTION}; give the model in bf16 or fp16 that was "
@@ -167,6 +171,21 @@ def check(folder: Path, model: Path, text: Path, seqlen: int) -> None:
                 f"--against {model}: {CONFIG}: {key} is {theirs}, but {ours} in {folder}; give the "
                 "model that was quantized"
             )
+
+
+def _check_caches(folder: Path, config: dict[str, Any], kv_bits: Sequence[Bits]) -> None:
+    """Raise BenchError for quantized caches of a checkpoint in another tool's format."""
+    section = config.get(SECTION, config.get(_OLDER_SECTION))
+    method = section.get("quant_method") if isinstance(section, dict) else None
+    quantized = [bits for bits in kv_bits if bits != UNQUANTIZED]
+    if section is None or method == QUANT_METHOD or not quantized:
+        return
+    asked = ", ".join(described(bits) for bits in quantized)
+    raise BenchError(
+        f"{folder}: quant_method {shown(method)} is that of another tool, beside which vLLM takes no "
+        f"KV cache of ours ({asked}); give --kv-bits 16, or make a checkpoint of ours of it, "
+        f"`vllm-qoq merge NAME={folder} -o MERGED`, and give MERGED"
+    )
 
 
 def _windows(folder: Path, model: Path, text: Path, length: int, most: int | None) -> Windows:
