@@ -19,11 +19,11 @@ from vllm_qoq.bench.evaluate import windows as pieces
 from vllm_qoq.bench.evaluate.log import pool_settings
 from vllm_qoq.bench.evaluate.scores import Score, WindowScore, combine, score_window
 from vllm_qoq.bench.evaluate.windows import Windows
+from vllm_qoq.bench.foreign import refuse_cache
 from vllm_qoq.checkpoint import hub
 from vllm_qoq.checkpoint.folder import Checkpoint
-from vllm_qoq.checkpoint.format import QUANT_METHOD, SECTION, Section, split_name
+from vllm_qoq.checkpoint.format import SECTION, Section, split_name
 from vllm_qoq.checkpoint.kv_config import UNQUANTIZED, Bits, described, short_name
-from vllm_qoq.errors import shown
 from vllm_qoq.models.config import CONFIG
 from vllm_qoq.progress import Clock
 from vllm_qoq.text_file import check_text
@@ -33,8 +33,6 @@ _SAME = (
     *("vocab_size", "architectures", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads"),
 )
-# What older compressed-tensors called the section, and vLLM still reads.
-_OLDER_SECTION = "compression_config"
 FLOAT = "float model"
 """The name of the rows of the float model in vLLM."""
 
@@ -158,7 +156,8 @@ def check(folder: Path, model: Path, text: Path, seqlen: int, kv_bits: Sequence[
             f"--against {model}: is GGUF; give the folder that quantize made of it, OUT.float"
         )
     configs = [Checkpoint.open(place).config for place in (folder, model)]
-    _check_caches(folder, configs[0], kv_bits)
+    if quantized := [described(bits) for bits in kv_bits if bits != UNQUANTIZED]:
+        refuse_cache(folder, configs[0], ", ".join(quantized), "give --kv-bits 16")
     if configs[1].get(SECTION) is not None:
         raise BenchError(
             f"--against {model}: {CONFIG} has a {SECTION}; give the model in bf16 or fp16 that was "
@@ -171,21 +170,6 @@ def check(folder: Path, model: Path, text: Path, seqlen: int, kv_bits: Sequence[
                 f"--against {model}: {CONFIG}: {key} is {theirs}, but {ours} in {folder}; give the "
                 "model that was quantized"
             )
-
-
-def _check_caches(folder: Path, config: dict[str, Any], kv_bits: Sequence[Bits]) -> None:
-    """Raise BenchError for quantized caches of a checkpoint in another tool's format."""
-    section = config.get(SECTION, config.get(_OLDER_SECTION))
-    method = section.get("quant_method") if isinstance(section, dict) else None
-    quantized = [bits for bits in kv_bits if bits != UNQUANTIZED]
-    if section is None or method == QUANT_METHOD or not quantized:
-        return
-    asked = ", ".join(described(bits) for bits in quantized)
-    raise BenchError(
-        f"{folder}: quant_method {shown(method)} is that of another tool, beside which vLLM takes no "
-        f"KV cache of ours ({asked}); give --kv-bits 16, or make a checkpoint of ours of it, "
-        f"`vllm-qoq merge NAME={folder} -o MERGED`, and give MERGED"
-    )
 
 
 def _windows(folder: Path, model: Path, text: Path, length: int, most: int | None) -> Windows:
