@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
@@ -145,18 +146,34 @@ def test_models_that_do_not_belong_together_are_refused_before_one_is_loaded(
     tiny_model, w4a8_dir, heldout_text, tmp_path
 ):
     with pytest.raises(BenchError, match="quantization_config; give the model in bf16"):
-        check(w4a8_dir, w4a8_dir, heldout_text, 256)
+        check(w4a8_dir, w4a8_dir, heldout_text, 256, (16, 8, 4))
     with pytest.raises(BenchError, match=r"bytes, fewer than two windows of 65536 tokens"):
-        check(w4a8_dir, tiny_model, heldout_text, 65536)
+        check(w4a8_dir, tiny_model, heldout_text, 65536, (16, 8, 4))
     other = tmp_path / "other"
     other.mkdir()
     config = json.loads((tiny_model / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"vocab_size": 99}))
     (other / "model.safetensors").write_bytes((tiny_model / "model.safetensors").read_bytes())
     with pytest.raises(BenchError, match="vocab_size is 99, but 1024 in"):
-        check(w4a8_dir, other, heldout_text, 256)
+        check(w4a8_dir, other, heldout_text, 256, (16, 8, 4))
     (other / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 9}))
     with pytest.raises(BenchError, match="num_hidden_layers is 9, but 2 in"):
-        check(w4a8_dir, other, heldout_text, 256)
+        check(w4a8_dir, other, heldout_text, 256, (16, 8, 4))
     with pytest.raises(BenchError, match=r"model\.gguf: is GGUF; give the folder .* OUT\.float"):
-        check(w4a8_dir, tmp_path / "model.gguf", heldout_text, 256)
+        check(w4a8_dir, tmp_path / "model.gguf", heldout_text, 256, (16, 8, 4))
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_quantized_caches_of_another_tools_checkpoint_are_refused_before_work(
+    key, tiny_model, heldout_text, tmp_path
+):
+    """vLLM would take the 16-bit cache, and refuse the next one after minutes."""
+    config = json.loads((tiny_model / "config.json").read_text())
+    config[key] = {"quant_method": "compressed-tensors"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(tiny_model / "model.safetensors")
+    for kv_bits, asked in (((16, 8, 4), r"\(8 bits, 4 bits\)"), (("k8v4",), r"\(k8v4\)")):
+        remedy = rf"{asked}; give --kv-bits 16, or .*merge NAME={re.escape(str(tmp_path))} -o"
+        with pytest.raises(BenchError, match=f"'compressed-tensors' is .*{remedy}"):
+            check(tmp_path, tiny_model, heldout_text, 256, kv_bits)
+    check(tmp_path, tiny_model, heldout_text, 256, (16,))

@@ -440,6 +440,10 @@ TINY = DATA / "tiny-llama"
         (["perplexity", TINY, "--text", "LATIN1"], "not UTF-8"),
         (["perplexity", "/typo", "--text", TEXT], "/typo: not a folder"),
         (["perplexity", TINY, "--text", TEXT, "--force-set", "w8"], "--force-set w8: .*no sets"),
+        (
+            ["perplexity", "FOREIGN", "--text", TEXT, "--kv-bits", "16"],
+            r"'gptq' is .* \(--kv-bits 16\); leave --kv-bits out, or make",
+        ),
     ],
 )
 def test_what_needs_no_import_is_refused_before_any(tmp_path, arguments, message):
@@ -447,6 +451,8 @@ def test_what_needs_no_import_is_refused_before_any(tmp_path, arguments, message
     (tmp_path / "DEEP").write_text('{"a":' * 99999)
     shutil.copytree(TINY, tmp_path / "MILLION")
     config(num_hidden_layers=10**6)(tmp_path / "MILLION")
+    shutil.copytree(TINY, tmp_path / "FOREIGN")
+    config(quantization_config={"quant_method": "gptq"})(tmp_path / "FOREIGN")
     arguments = [tmp_path / a if (tmp_path / str(a)).exists() else a for a in arguments]
     if arguments[0] in ("quantize", "import", "merge") and "-o" not in arguments:
         arguments += ["-o", tmp_path / "out"]

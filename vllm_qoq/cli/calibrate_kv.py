@@ -98,6 +98,6 @@ def _text(found: Calibrated, dry_run: bool) -> str:
     return (
         f"{'would write' if dry_run else 'wrote'} {found.output}: "
         f"{human_bytes(found.total_bytes)}, means of K of {found.layers} layers from "
-        f"{found.samples} pieces of {found.seqlen} tokens, for a KV cache of "
-        f"{found.kv_cache.all_bits()} bits{rotated}"
+        f"{found.samples} pieces of {found.seqlen} tokens, KV cache: "
+        f"{found.kv_cache.all_bits()}{rotated}"
     )

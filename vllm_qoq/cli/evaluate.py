@@ -59,7 +59,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         measurement.check_vllm()
         found = job.local_folders(args.checkpoint, args.against, args.text, quiet=quiet)
         args.checkpoint, args.against = found
-        job.check(*found, args.text, args.seqlen)
+        job.check(*found, args.text, args.seqlen, args.kv_bits)
 
     def work() -> measurement.Finished:
         from vllm_qoq.bench.evaluate import plot, report

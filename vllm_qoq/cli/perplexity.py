@@ -82,6 +82,7 @@ def _text(result: dict[str, Any]) -> str:
 
 def _check(args: argparse.Namespace) -> None:
     """Raise UserError for what can be refused before vLLM is imported and an engine started."""
+    from vllm_qoq.bench.foreign import refuse_cache
     from vllm_qoq.checkpoint import hub
     from vllm_qoq.checkpoint.folder import read_config, require_folder
     from vllm_qoq.checkpoint.format import QUANT_METHOD, SECTION, KVSection, Section
@@ -101,7 +102,11 @@ def _check(args: argparse.Namespace) -> None:
         if not hub.is_to_download(args.checkpoint) or folder.parent.exists():
             require_folder(folder)
         return
-    section = read_config(folder).get(SECTION)
+    config = read_config(folder)
+    if args.kv_bits is not None:
+        asked = f"--kv-bits {args.kv_bits}"
+        refuse_cache(folder, config, asked, "leave --kv-bits out")
+    section = config.get(SECTION)
     if not isinstance(section, dict) or section.get("quant_method") != QUANT_METHOD:
         sets: tuple[str, ...] = ()
     elif "sets" in section:

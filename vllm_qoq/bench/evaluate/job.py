@@ -19,10 +19,11 @@ from vllm_qoq.bench.evaluate import windows as pieces
 from vllm_qoq.bench.evaluate.log import pool_settings
 from vllm_qoq.bench.evaluate.scores import Score, WindowScore, combine, score_window
 from vllm_qoq.bench.evaluate.windows import Windows
+from vllm_qoq.bench.foreign import refuse_cache
 from vllm_qoq.checkpoint import hub
 from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.checkpoint.format import SECTION, Section, split_name
-from vllm_qoq.checkpoint.kv_config import Bits, short_name
+from vllm_qoq.checkpoint.kv_config import UNQUANTIZED, Bits, described, short_name
 from vllm_qoq.models.config import CONFIG
 from vllm_qoq.progress import Clock
 from vllm_qoq.text_file import check_text
@@ -108,7 +109,7 @@ def evaluate(
     Raises UserError for what does not fit together, and where vLLM does not start.
     """
     folder, model = local_folders(checkpoint, against, Path(text), quiet=quiet)
-    check(folder, model, Path(text), seqlen)
+    check(folder, model, Path(text), seqlen, kv_bits)
     cut = _windows(folder, model, Path(text), seqlen, windows)
     sizes = {FLOAT: Checkpoint.open(model).total_bytes}
     sets, own = _sets(folder)
@@ -141,7 +142,7 @@ def local_folders(
     return hub.local_folder(checkpoint, quiet=quiet), hub.local_folder(against, quiet=quiet)
 
 
-def check(folder: Path, model: Path, text: Path, seqlen: int) -> None:
+def check(folder: Path, model: Path, text: Path, seqlen: int, kv_bits: Sequence[Bits]) -> None:
     """Raise UserError for what can be refused before a model is loaded."""
     check_text("--text", text)
     size = text.stat().st_size
@@ -155,6 +156,8 @@ def check(folder: Path, model: Path, text: Path, seqlen: int) -> None:
             f"--against {model}: is GGUF; give the folder that quantize made of it, OUT.float"
         )
     configs = [Checkpoint.open(place).config for place in (folder, model)]
+    if quantized := [described(bits) for bits in kv_bits if bits != UNQUANTIZED]:
+        refuse_cache(folder, configs[0], ", ".join(quantized), "give --kv-bits 16")
     if configs[1].get(SECTION) is not None:
         raise BenchError(
             f"--against {model}: {CONFIG} has a {SECTION}; give the model in bf16 or fp16 that was "
