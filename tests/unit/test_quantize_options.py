@@ -88,6 +88,7 @@ def test_the_layers_that_lose_most_have_a_routing_that_keeps_them(tmp_path):
     chosen = {i: routing.route(each).choose(decode) for i, each in names.items()}
     assert chosen == {7: "w8a8", 3: "w8a8", 70: "w4a8", 0: "w4a8"}
     assert "in 2 of 12 decoder layers" in text and "--keep-sensitive 2" in text
+    assert "on the GPU that will serve" in text  # tune measures, and refuses to write on a CPU
     assert shlex.split(text.splitlines()[2].partition(": ")[2])[2] == str(tmp_path / "my out")
 
 

@@ -25,6 +25,6 @@ def refuse_cache(folder: Path, config: dict[str, Any], asked: str, remedy: str) 
         return
     raise BenchError(
         f"{folder}: quant_method {shown(method)} is that of another tool, with which vLLM takes no "
-        f"KV cache of ours ({asked}); {remedy}, or make a checkpoint of ours of it, `vllm-qoq merge "
-        f"NAME={folder} -o MERGED`, and give MERGED"
+        f"KV cache of ours ({asked}); {remedy}, or make a checkpoint of ours of it, "
+        f"`vllm-qoq merge NAME={folder} -o MERGED`, and give MERGED"
     )

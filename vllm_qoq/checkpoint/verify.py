@@ -73,7 +73,7 @@ def open_merged(folder: Path) -> tuple[Checkpoint, Section | KVSection, list[Sto
         raise FormatError(
             f"{folder}: {CONFIG}: {SECTION}: quant_method is {shown(method)}, not "
             f"{QUANT_METHOD!r}, so this is not a vllm-qoq checkpoint; give a folder that quantize, "
-            "merge or import made"
+            "merge, import or calibrate-kv made"
         )
     owned: dict[str | None, dict[str, TensorInfo]] = {name: {} for name in (None, *section.sets)}
     for name, info in checkpoint.tensors.items():

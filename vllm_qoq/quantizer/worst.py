@@ -57,6 +57,6 @@ def advice(report: dict[str, Any], out: Path) -> str:
         f"{last} loses most in {named}: {share:.0%} of its squared error in {count} of "
         f"{len(layers)} decoder layers; to generate there in {best}, give vllm serve\n"
         f"  --additional-config {shlex.quote(option)}\n"
-        f"or write it into the checkpoint: vllm-qoq tune {shlex.quote(str(out))} "
-        f"--keep-sensitive {count}"
+        "or, on the GPU that will serve, write it into the checkpoint: "
+        f"vllm-qoq tune {shlex.quote(str(out))} --keep-sensitive {count}"
     )
