@@ -150,7 +150,9 @@ class QuantizeOptions(BaseModel):
             raise QuantizeError(f"--recipe {recipe}: {error}") from None
         where = f"--recipe {recipe}"
         _check_keys(values, where)
-        return cls.parse({**values, **given}, where)
+        # An effort on the command line is over what the recipe says of its options, too.
+        preset = EFFORTS.get(given.get("effort") or "", {})
+        return cls.parse({**values, **preset, **given}, where)
 
     @property
     def effort(self) -> str | None:
