@@ -11,20 +11,19 @@ shows W4A16, and of W8A8 the weights alone.
 import argparse
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 
-from vllm_qoq.checkpoint.dequantize import dequantize
-from vllm_qoq.checkpoint.folder import Checkpoint
-from vllm_qoq.checkpoint.format import K_MEAN, SECTION, KVSection, Section
+from vllm_qoq.checkpoint.float_view import FloatView
+from vllm_qoq.checkpoint.folder import Checkpoint, side_files
+from vllm_qoq.checkpoint.format import SECTION, KVSection, Section
 from vllm_qoq.checkpoint.stored_set import StoredSet
 from vllm_qoq.checkpoint.verify import open_merged
 from vllm_qoq.checkpoint.writer import copy_file, write_json
 from vllm_qoq.errors import UserError
 from vllm_qoq.models.config import CONFIG
 
-# What a checkpoint has that is not true of the model, or is written anew.
-MADE = (CONFIG, "model.", "quantization_report", "qoq_tune", "recipe", "README", ".")
+# Files of a checkpoint that are not true of the model.
+REPORTS = ("quantization_report", "qoq_tune", "recipe")
 
 
 def stored_set(folder: Path, name: str | None) -> StoredSet:
@@ -44,23 +43,6 @@ def stored_set(folder: Path, name: str | None) -> StoredSet:
     return sets[name] if name is not None else next(iter(sets.values()))
 
 
-def weights(found: StoredSet, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Dequantize every layer; all else stays as it is, but for the mean of K."""
-    tensors = {}
-    for layer, leaves in found.layers.items():
-        if layer not in found.quantized:
-            kept = (f"{layer}.{leaf}" for leaf in leaves if leaf != K_MEAN)
-            tensors |= {name: found.get(name) for name in kept}
-            continue
-        if "input_ratio" in leaves:
-            raise UserError(f"{layer}: its inputs have ratios to those of other sets")
-        rows = (0, found.size(layer)[0])
-        tensors[f"{layer}.weight"] = dequantize(found, layer, rows).to(dtype)
-        if "bias" in leaves:
-            tensors[f"{layer}.bias"] = found.get(f"{layer}.bias")
-    return tensors
-
-
 def main() -> None:
     """Read the command line, dequantize, save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -69,18 +51,20 @@ def main() -> None:
     parser.add_argument("--set", help="of a checkpoint with several sets")
     args = parser.parse_args()
     try:
-        found = stored_set(args.checkpoint, args.set)
-        config = {key: value for key, value in found.checkpoint.config.items() if key != SECTION}
-        tensors = weights(found, getattr(torch, config.get("dtype", "bfloat16")))
+        if args.out.exists():
+            raise UserError(f"{args.out}: is there already; name a new folder")
+        model = FloatView(stored_set(args.checkpoint, args.set))
+        model.check_links()
+        files = [f for f in side_files(args.checkpoint) if not f.name.startswith(REPORTS)]
+        tensors = {name: model.get(name).contiguous() for name in model.tensors}
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
     args.out.mkdir(parents=True)
-    save_file({name: t.contiguous() for name, t in tensors.items()}, args.out / "model.safetensors")
-    write_json(args.out / CONFIG, config)
-    for file in args.checkpoint.iterdir():
-        is_made = file.suffix == ".safetensors" or file.name.startswith(MADE)
-        if file.is_file() and not is_made:
-            copy_file(file, args.out / file.name)
+    save_file(tensors, args.out / "model.safetensors", metadata={"format": "pt"})
+    write_json(args.out / CONFIG, model.config)
+    for file in files:
+        (args.out / file).parent.mkdir(parents=True, exist_ok=True)
+        copy_file(args.checkpoint / file, args.out / file)
     print(f"saved {args.checkpoint} as {args.out}")
 
 

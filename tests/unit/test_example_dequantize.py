@@ -45,6 +45,12 @@ def test_llmcompressors_weights_are_near_the_models(dequantize, w4a16_dir, tiny_
     lost = (found[name].float() - model[name].float()).norm() / model[name].float().norm()
     assert 0.02 < lost < 0.2
     assert torch.equal(found["model.norm.weight"], model["model.norm.weight"])
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        *("config.json", "model.safetensors", "generation_config.json"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    }
+    with pytest.raises(SystemExit, match="out: is there already; name a new folder"):
+        dequantize(w4a16_dir, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
