@@ -195,8 +195,10 @@ def test_a_folder_with_other_files_is_not_replaced(run, folders, tmp_path):
 def test_an_interrupt_leaves_no_process_behind(folders, tmp_path):
     """Ctrl-C goes to the command alone, since server and client have sessions of their own."""
     command = ["bench", "serving", "--online", *RATES, *folders(a="hangs"), "--work-dir"]
+    # A shell lets what it runs in the background ignore Ctrl-C, and so would this command.
     code = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from vllm_qoq.bench.serving.online import client, server
 client.VLLM = server.VLLM = (sys.executable, {str(FAKE)!r})
 from vllm_qoq.cli.main import main
