@@ -169,6 +169,9 @@ __device__ inline void prefetch_l2(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
+// Reads what an earlier kernel wrote, past an L1 that may hold what was there before.
+__device__ inline int32_t load_l2(const int32_t* p) { return __ldcg(p); }
+
 // For what is read once and never again: it is the first to leave the L2.
 __device__ inline uint64_t l2_policy_evict_first() {
   uint64_t policy;

@@ -105,4 +105,16 @@ struct Params {
   const int8_t* x;  // [m, k]; Hopper has a tensor map of it
 };
 
+// The same for a mixture of experts, whose weights, channel_scale, channel_zero and bias lie one
+// expert after the other. Rows of x are in the order of experts, and each expert's first one begins
+// a tile. How many tiles there are, and whose, is known on the device alone: the host launches for
+// max_tiles.
+// vllm_qoq/ops/expert_ops.py lays the rows out, in tiles of one of these numbers of tokens.
+inline constexpr int kExpertTiles[] = {16, 64, 128};
+struct ExpertParams : Params {
+  const int32_t* tiles;        // [1], along m
+  const int32_t* tile_expert;  // [max_tiles]
+  int max_tiles;
+};
+
 }  // namespace qoq::w4a8

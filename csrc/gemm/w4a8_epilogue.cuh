@@ -5,7 +5,7 @@
 #include <cuda_fp16.h>
 
 #include "common/ptx.cuh"
-#include "gemm/w4a8_config.h"
+#include "gemm/w4a8_work.cuh"
 
 namespace qoq::w4a8 {
 
@@ -39,14 +39,16 @@ struct Constants {
   float scale = 0.f, zero = 0.f, bias = 0.f, x_scale = 0.f;
   int32_t row_sum = 0;
 
-  __device__ void fetch(const Params& p, int first_token, int first_channel, int thread) {
-    const int channel = first_channel + thread;
-    if (thread < Tile::kChannels && channel < p.n) {
+  template <class Problem>
+  __device__ void fetch(const Problem& p, TilePosition at, int thread) {
+    const int in_expert = at.n * Tile::kChannels + thread;
+    if (thread < Tile::kChannels && in_expert < p.n) {
+      const int channel = expert_of(p, at.m) * p.n + in_expert;
       scale = __ldg(p.channel_scale + channel);
       if (p.channel_zero != nullptr) zero = __ldg(p.channel_zero + channel);
       bias = load_bias(p, channel);
     }
-    const int token = first_token + thread;
+    const int token = at.m * Tile::kTokens + thread;
     if (thread < Tile::kTokens && token < p.m) {
       x_scale = __ldcg(p.x_scale + token);
       row_sum = __ldcg(p.x_row_sum + token);

@@ -18,6 +18,23 @@ struct Cost {
 
 inline constexpr int kImpossible = 1 << 30;  // nanoseconds
 
+// Divides k of each tile over as many clusters as pay, if there are slots for them. Returns
+// nanoseconds, or kImpossible if there are more tiles than slots.
+template <class Tile>
+int divide_k(Params& p, int tiles, int slots, const Cost& cost, int& clusters) {
+  int best = kImpossible;
+  for (int split = 1; split <= std::min(slots / tiles, p.steps); ++split) {
+    // A cluster divides its steps further.
+    const int steps = divide_up(divide_up(p.steps, split), Tile::kCluster / Tile::kClusterTiles);
+    const int64_t time = int64_t{steps} * cost.step + cost.output + (split > 1 ? cost.sum : 0);
+    if (time >= best) continue;
+    best = static_cast<int>(time);
+    p.split = split;
+    clusters = tiles * split;
+  }
+  return best;
+}
+
 // Fills in the work of `p` from its size. As many clusters run at a time as there are slots.
 // Returns nanoseconds, without the launch and the first fetch; `clusters` is the size of the grid.
 //
@@ -34,16 +51,7 @@ int schedule(Params& p, int slots, const Cost& cost, int& clusters) {
   p.tail_tokens = divide_up(tail, 8 * Tile::kClusterTiles) * 8;
   p.split = p.whole_tiles = p.piece = 0;
   const int tiles = p.tiles_m * p.tiles_n;
-  int best = kImpossible;
-  for (int split = 1; split <= std::min(slots / tiles, p.steps); ++split) {
-    // A cluster divides its steps further.
-    const int steps = divide_up(divide_up(p.steps, split), Tile::kCluster / Tile::kClusterTiles);
-    const int64_t time = int64_t{steps} * cost.step + cost.output + (split > 1 ? cost.sum : 0);
-    if (time >= best) continue;
-    best = static_cast<int>(time);
-    p.split = split;
-    clusters = tiles * split;
-  }
+  const int best = divide_k<Tile>(p, tiles, slots, cost, clusters);
   if (Tile::kByInputs || best < kImpossible) return best;
 
   const int rounds = tiles / slots, rest = tiles % slots;
@@ -56,6 +64,24 @@ int schedule(Params& p, int slots, const Cost& cost, int& clusters) {
   clusters = slots;
   const int64_t time = rounds * whole + (is_cut ? cut : rest > 0 ? whole : 0);
   return static_cast<int>(std::min<int64_t>(time, kImpossible - 1));
+}
+
+// Fills in the work of `p` as if all its tiles were there. On the device (`counted`) those that are
+// not are left out, so that their number only decides how k is divided. Returns nanoseconds.
+template <class Tile>
+int schedule(ExpertParams& p, int slots, const Cost& cost, int& clusters) {
+  static_assert(!Tile::kByInputs && Tile::kCluster == 1);
+  p.tiles_m = p.max_tiles;
+  p.tiles_n = divide_up(p.n, Tile::kChannels);
+  p.steps = divide_up(p.k_blocks, Tile::kStepBlocks);
+  p.tail_tokens = Tile::kTokens;
+  p.split = p.whole_tiles = p.piece = 0;
+  const int tiles = p.tiles_m * p.tiles_n;
+  const int best = divide_k<Tile>(p, tiles, slots, cost, clusters);
+  if (best < kImpossible) return best;
+  clusters = slots;
+  const int64_t whole = int64_t{p.steps} * cost.step + cost.output;
+  return static_cast<int>(std::min<int64_t>(divide_up(tiles, slots) * whole, kImpossible - 1));
 }
 
 }  // namespace qoq::w4a8

@@ -6,6 +6,29 @@
 
 namespace qoq::w4a8 {
 
+// What there is to do, with what only the device knows filled in.
+__device__ inline const Params& counted(const Params& p) { return p; }
+
+// `tiles` and `tile_expert` were written before the kernel ahead of this one began, so that nothing
+// has to be waited for.
+__device__ inline ExpertParams counted(const ExpertParams& given) {
+  ExpertParams p = given;
+  p.tiles_m = ptx::load_l2(p.tiles);
+  const int tiles = p.tiles_m * p.tiles_n;
+  if (p.split == 0) {
+    p.whole_tiles = tiles;
+  } else if (static_cast<int>(blockIdx.x) / p.split >= tiles) {
+    p.split = p.tiles_m = 0;  // no work for this block
+  }
+  return p;
+}
+
+// Whose weights a tile along m multiplies with.
+__device__ inline int expert_of(const Params&, int) { return 0; }
+__device__ inline int expert_of(const ExpertParams& p, int tile_m) {
+  return ptx::load_l2(p.tile_expert + tile_m);
+}
+
 // A piece of a cluster's work: steps [begin, end) of one tile.
 struct Work {
   int tile, begin, end;

@@ -88,7 +88,7 @@ def portable_kernels(folder, *kernels):
         '#include "gemm/portable/kernel.cuh"\nusing namespace qoq::w4a8;\n'
         + "".join(
             f"template __global__ void portable::w4a8_gemm_portable<portable::{tile}, "
-            f"Weights::{weights}>(const __grid_constant__ Params);\n"
+            f"Weights::{weights}, Params>(const __grid_constant__ Params);\n"
             for tile, weights in kernels
         )
     )

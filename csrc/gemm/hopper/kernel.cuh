@@ -116,8 +116,8 @@ class MainLoop {
   RingPosition<Tile::template kStages<kWeights>> ring_;
 };
 
-template <class Tile, Weights kWeights, Weights kUsed>
-__device__ void multiply(const CUtensorMap& out_map, const Params& p,
+template <class Tile, Weights kWeights, Weights kUsed, class Problem>
+__device__ void multiply(const CUtensorMap& out_map, const Problem& p,
                          const SharedMemory<Tile, kWeights>& shared, char* shared_base) {
   const SharedConstants<Tile> constants(shared_base + (shared.constants() - shared.base));
   ptx::griddepcontrol_wait();  // for x_scale, the workspace and `out`
@@ -129,7 +129,7 @@ __device__ void multiply(const CUtensorMap& out_map, const Params& p,
     const TilePosition at = position<Tile>(work.tile, p);
     const int copy_tokens = tokens_of_copy<Tile>(at, p);
     Constants<Tile> fetched;
-    fetched.fetch(p, at.m * Tile::kTokens, at.n * Tile::kChannels, threadIdx.x);
+    fetched.fetch(p, at, threadIdx.x);
 
     Accumulators<Tile> acc;
 #pragma unroll
@@ -154,12 +154,13 @@ __device__ void multiply(const CUtensorMap& out_map, const Params& p,
   ptx::cp_async_bulk_wait_group_read<0>();
 }
 
-template <class Tile, Weights kWeights>
+// Problem is Params, or ExpertParams for a mixture of experts.
+template <class Tile, Weights kWeights, class Problem>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
     w4a8_gemm_hopper(const __grid_constant__ CUtensorMap x_map,
                      const __grid_constant__ CUtensorMap x_tail_map,
                      const __grid_constant__ CUtensorMap out_map,
-                     const __grid_constant__ Params p) {
+                     const __grid_constant__ Problem problem) {
   static_assert(Tile::template kFits<kWeights>);
   static_assert(!Tile::kByInputs || !kIsNested<kWeights>);
   extern __shared__ char unaligned[];
@@ -168,6 +169,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   const SharedMemory<Tile, kWeights> shared{ptx::shared_address(shared_base)};
 
   ptx::griddepcontrol_launch_dependents();
+  const auto& p = counted(problem);
   if (threadIdx.x == 0) {
     for (int i = 0; i < Tile::template kStages<kWeights>; ++i) {
       ptx::mbarrier_init(shared.full(i), 1 + Tile::kWeightLoaders);

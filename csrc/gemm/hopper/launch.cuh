@@ -11,9 +11,9 @@
 namespace qoq::w4a8 {
 
 // How one tile is launched on Hopper.
-template <class Tile, Weights kWeights>
+template <class Tile, Weights kWeights, class Problem>
 struct HopperLauncher {
-  static constexpr auto* kKernel = w4a8_gemm_hopper<Tile, kWeights>;
+  static constexpr auto* kKernel = w4a8_gemm_hopper<Tile, kWeights, Problem>;
   static constexpr int kSharedBytes = Tile::template kSharedBytes<kWeights>;
 
   cudaLaunchAttribute attributes[2] = {};
@@ -54,11 +54,11 @@ struct HopperLauncher {
     return counts[device];
   }
 
-  static int plan(Params& p, const Card& card, int device, int& clusters) {
+  static int plan(Problem& p, const Card& card, int device, int& clusters) {
     return schedule<Tile>(p, slots(card, device), kCost<Tile>, clusters);
   }
 
-  static void launch(const Params& p, int clusters, int, cudaStream_t stream) {
+  static void launch(const Problem& p, int clusters, int, cudaStream_t stream) {
     const CUtensorMap x_map =
         x_tensor_map(p, Tile::kTokens / Tile::kClusterTiles, Tile::kStepBlocks);
     const CUtensorMap x_tail_map = x_tensor_map(p, p.tail_tokens, Tile::kStepBlocks);
@@ -70,7 +70,18 @@ struct HopperLauncher {
 
 template <Weights kWeights, class... Tiles>
 void launch_fastest_on_hopper(const Params& p, int device, cudaStream_t stream) {
-  launch_fastest<HopperLauncher<Tiles, kWeights>...>(p, card_of(device), device, stream);
+  launch_fastest<HopperLauncher<Tiles, kWeights, Params>...>(p, card_of(device), device, stream);
+}
+
+// The experts' rows were laid out for a tile of so many tokens.
+template <Weights kWeights>
+void run_experts_on_hopper(const ExpertParams& p, int tokens, int device, cudaStream_t stream) {
+  constexpr bool kNested = kIsNested<kWeights>;
+  launch_for_tokens<
+      HopperLauncher<std::conditional_t<kNested, Nested16, Tile16>, kWeights, ExpertParams>,
+      HopperLauncher<std::conditional_t<kNested, Nested64, Tile64>, kWeights, ExpertParams>,
+      HopperLauncher<std::conditional_t<kNested, Nested128, Tile128>, kWeights, ExpertParams>>(
+      p, tokens, card_of(device), device, stream);
 }
 
 // Weights in one plane.

@@ -42,8 +42,8 @@ __device__ void load_x(const CUtensorMap& x_map, const CUtensorMap& x_tail_map, 
 
 // Loads the weights of every step, by Tile::kWeightLoaders threads, which divide the blocks of a
 // step among them. Weights do not depend on the kernel before this one.
-template <class Tile, Weights kWeights>
-__device__ void load_weights(const Params& p, const SharedMemory<Tile, kWeights>& shared,
+template <class Tile, Weights kWeights, class Problem>
+__device__ void load_weights(const Problem& p, const SharedMemory<Tile, kWeights>& shared,
                              int loader) {
   constexpr int kCount = Tile::kByInputs ? 1 : Tile::kBlocks / Tile::kWeightLoaders;
   constexpr int kBytes = kBlockBytes<kWeights>;
@@ -54,15 +54,16 @@ __device__ void load_weights(const Params& p, const SharedMemory<Tile, kWeights>
   Work work;
   RingPosition<Tile::template kStages<kWeights>> ring;
   while (list.next(work)) {
-    const int tile_n = position<Tile>(work.tile, p).n;
+    const auto [tile_m, tile_n] = position<Tile>(work.tile, p);
+    const int expert_blocks = expert_of(p, tile_m) * p.weight_blocks;
     const auto [begin, end] = steps_of_block<Tile>(work);
     const uint8_t *weight[kCount], *residual[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int block = Tile::kByInputs ? tile_n : tile_n * Tile::kBlocks + loader * kCount + i;
       // Past the last channel any block will do, since nothing of it is written.
-      const int64_t first =
-          int64_t{min(block, p.weight_blocks - 1)} * p.k_blocks + begin * Tile::kStepBlocks;
+      const int64_t first = int64_t{expert_blocks + min(block, p.weight_blocks - 1)} * p.k_blocks +
+                            begin * Tile::kStepBlocks;
       weight[i] = p.weight + first * kBytes;
       residual[i] = p.residual + first * kCodeBytes;
     }

@@ -130,12 +130,12 @@ class Multiplier {
 };
 
 // Does all of this block's pieces of work.
-template <class Tile, Weights kWeights, Weights kUsed>
-__device__ void multiply(const Params& p, char* shared) {
+template <class Tile, Weights kWeights, Weights kUsed, class Problem>
+__device__ void multiply(const Problem& p, char* shared) {
   const uint32_t base = ptx::shared_address(shared), ring = base + Tile::kRing;
   const RingBarriers<Tile> barriers{base + Tile::kBarriers};
   barriers.initialise();
-  Loader<Tile, kWeights, kUsed> loader(p, ring, barriers);
+  Loader<Tile, kWeights, kUsed, Problem> loader(p, ring, barriers);
   WorkList<Tile> list(p);
   Work work;
   if (Tile::kLoadWarps > 0 && threadIdx.x >= Tile::kThreads) {
@@ -163,9 +163,7 @@ __device__ void multiply(const Params& p, char* shared) {
   while (has_work) {
     const TilePosition at = position<Tile>(work.tile, p);
     Constants<Tile> fetched;
-    const auto fetch = [&] {
-      fetched.fetch(p, at.m * Tile::kTokens, at.n * Tile::kChannels, threadIdx.x);
-    };
+    const auto fetch = [&] { fetched.fetch(p, at, threadIdx.x); };
     if constexpr (Tile::kFetchesEarly) fetch();
 
     Accumulators<Tile> acc;
@@ -226,12 +224,14 @@ __device__ void multiply(const Params& p, char* shared) {
   }
 }
 
-template <class Tile, Weights kWeights>
+// Problem is Params, or ExpertParams for a mixture of experts.
+template <class Tile, Weights kWeights, class Problem>
 __global__ void __launch_bounds__(Tile::kBlockThreads, Tile::kResident)
-    w4a8_gemm_portable(const __grid_constant__ Params p) {
+    w4a8_gemm_portable(const __grid_constant__ Problem problem) {
   extern __shared__ char unaligned[];
   char* shared = unaligned + (-ptx::shared_address(unaligned) & 127);
   ptx::griddepcontrol_launch_dependents();
+  const auto& p = counted(problem);
   if constexpr (kIsNested<kWeights>) {
     if (uses_residual<kWeights>(p)) {
       multiply<Tile, kWeights, kWeights>(p, shared);

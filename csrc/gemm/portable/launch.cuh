@@ -11,11 +11,11 @@
 namespace qoq::w4a8::portable {
 
 // How one tile is launched.
-template <class Tile, Weights kWeights>
+template <class Tile, Weights kWeights, class Problem>
 struct Launcher {
-  static constexpr auto* kKernel = w4a8_gemm_portable<Tile, kWeights>;
+  static constexpr auto* kKernel = w4a8_gemm_portable<Tile, kWeights, Problem>;
 
-  static int plan(Params& p, const Card& card, int, int& blocks) {
+  static int plan(Problem& p, const Card& card, int, int& blocks) {
     p.stages = stages_on<Tile, kWeights>(card);
     if (p.stages < Tile::kMinStages) return kImpossible;
     // A counter of the workspace for each tile that blocks share.
@@ -23,7 +23,7 @@ struct Launcher {
     return schedule<Tile>(p, slots, cost_on<Tile, kWeights>(card), blocks);
   }
 
-  static void launch(const Params& p, int blocks, int device, cudaStream_t stream) {
+  static void launch(const Problem& p, int blocks, int device, cudaStream_t stream) {
     const int shared_bytes = Tile::template shared_bytes<kWeights>(p.stages);
     // Tiles without room are chosen only where none has it.
     STD_TORCH_CHECK(p.stages >= Tile::kMinStages, "w4a8_gemm: the kernel needs ",
@@ -42,7 +42,16 @@ struct Launcher {
 
 template <Weights kWeights, class... Tiles>
 void launch_fastest_of(const Params& p, const Card& card, int device, cudaStream_t stream) {
-  launch_fastest<Launcher<Tiles, kWeights>...>(p, card, device, stream);
+  launch_fastest<Launcher<Tiles, kWeights, Params>...>(p, card, device, stream);
+}
+
+// The experts' rows were laid out for a tile of so many tokens.
+template <Weights kWeights>
+void run_experts(const ExpertParams& p, int tokens, const Card& card, int device,
+                 cudaStream_t stream) {
+  launch_for_tokens<Launcher<Tile16, kWeights, ExpertParams>,
+                    Launcher<Tile64, kWeights, ExpertParams>,
+                    Launcher<Tile128, kWeights, ExpertParams>>(p, tokens, card, device, stream);
 }
 
 template <Weights kWeights>

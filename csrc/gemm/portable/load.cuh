@@ -41,10 +41,10 @@ struct RingBarriers {
 // Loads the stages of one piece of work after the other. A nested weight has both planes in memory;
 // the second is fetched where kUsed is nested, too. In the place of what lies past the last
 // channel, token or input there are zeros.
-template <class Tile, Weights kWeights, Weights kUsed>
+template <class Tile, Weights kWeights, Weights kUsed, class Problem>
 class Loader {
  public:
-  __device__ Loader(const Params& p, uint32_t ring, RingBarriers<Tile> barriers)
+  __device__ Loader(const Problem& p, uint32_t ring, RingBarriers<Tile> barriers)
       : p_(p), barriers_(barriers), thread_(threadIdx.x % Tile::kLoadThreads) {
     const int row = thread_ / kRowPieces, piece = thread_ % kRowPieces;
     to_weights_ = ring + Tile::kXBytes + thread_ * kPiece;
@@ -55,9 +55,10 @@ class Loader {
   __device__ void turn_to(TilePosition at) {
     const int block = at.n * Tile::kBlocks;
     blocks_left_ = p_.weight_blocks - block;
-    weight_ = p_.weight + int64_t{block} * p_.k_blocks * kBytes + thread_ * kPiece;
+    const int first = expert_of(p_, at.m) * p_.weight_blocks + block;
+    weight_ = p_.weight + int64_t{first} * p_.k_blocks * kBytes + thread_ * kPiece;
     if constexpr (kIsNested<kUsed>)
-      residual_ = p_.residual + int64_t{block} * p_.k_blocks * kCodeBytes + thread_ * kPiece;
+      residual_ = p_.residual + int64_t{first} * p_.k_blocks * kCodeBytes + thread_ * kPiece;
     const int token = at.m * Tile::kTokens + thread_ / kRowPieces;
     tokens_left_ = p_.m - token;
     x_ = p_.x + int64_t{token} * p_.k_blocks * kBlockK + thread_ % kRowPieces * kPiece;
@@ -161,7 +162,7 @@ class Loader {
     place_.advance(p_.stages);
   }
 
-  const Params& p_;
+  const Problem& p_;
   const RingBarriers<Tile> barriers_;
   const int thread_;
   uint32_t to_weights_, to_x_;  // in the first stage

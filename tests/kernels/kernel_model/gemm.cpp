@@ -38,7 +38,7 @@ int count_wrong(const char* name, const Problem& problem, Planes planes) {
                                           .box = {kBlockN, Tile::kUnitTokens, 1}});
   model::launch(problem.schedule.clusters, Tile::kCluster, Tile::kThreads,
                 Tile::template kSharedBytes<kWeights>, random_int(1, 4),
-                [&] { w4a8_gemm_hopper<Tile, kWeights>(x_map, x_tail_map, out_map, layer.p); });
+                [&] { w4a8_gemm_hopper<Tile, kWeights, Params>(x_map, x_tail_map, out_map, layer.p); });
   return layer.count_wrong(name, kind);
 }
 
@@ -74,6 +74,41 @@ int count_wrong_of_kinds(const char* name) {
   return wrong;
 }
 
+// Experts whose tiles are fewer than the launch is for, of which one has two and one none.
+template <class Tile, Weights kWeights>
+int count_wrong_of_experts(const char* name) {
+  const int tokens = Tile::kTokens, n = Tile::kChannels + 72;
+  const Mixture some{4, tokens, 4, {0, 2, 2, 3, 1, 1}};
+  const Problem problems[] = {
+      // Six tiles for two blocks, then k divided by three, where a third of the blocks has no work.
+      {6 * tokens, n, Tile::template kStages<kWeights> + 1, {2, 0}, Bias::kFloat32, Output::kBfloat16, some},
+      {6 * tokens, n, 4, {36, 3}, Bias::kNone, Output::kFloat16, some},
+      {2 * tokens, n, 3, {3, 0}, Bias::kNone, Output::kBfloat16, {4, tokens, 0, {3, 3}}},
+  };
+  constexpr const char* kKinds[] = {"experts in rounds", "experts split", "no expert"};
+  int wrong = 0;
+  for (int i = 0; const Problem& problem : problems) {
+    Case<kWeights> layer(problem, static_cast<Planes>(i % 3));
+    const ExpertParams p = layer.template lay_out_experts<Tile>();
+    const CUtensorMap x_map = tensor_map({.base = reinterpret_cast<char*>(layer.x.data()),
+                                          .element_bytes = 1,
+                                          .sizes = {kBlockK, layer.m, layer.k_blocks},
+                                          .strides = {1, layer.k, kBlockK},
+                                          .box = {kBlockK, tokens, 1}});
+    const CUtensorMap out_map = tensor_map({.base = reinterpret_cast<char*>(layer.out.data()),
+                                            .element_bytes = 2,
+                                            .sizes = {layer.n, layer.m, 1},
+                                            .strides = {2, 2 * layer.n, 0},
+                                            .box = {kBlockN, Tile::kUnitTokens, 1}});
+    model::launch(problem.schedule.clusters, 1, Tile::kThreads,
+                  Tile::template kSharedBytes<kWeights>, random_int(1, 4), [&] {
+                    w4a8_gemm_hopper<Tile, kWeights, ExpertParams>(x_map, x_map, out_map, p);
+                  });
+    wrong += layer.count_wrong(name, kKinds[i++]);
+  }
+  return wrong;
+}
+
 template <class Tile, Weights... kWeights>
 int count_wrong_of_tile(const char* name) {
   return count_wrong_schedules<Tile>(name, kCost<Tile>) + (count_wrong_of_kinds<Tile, kWeights>(name) + ...);
@@ -91,6 +126,11 @@ int count_wrong_of_tile(const char* name) {
   (count_wrong_of_kinds<tile, Weights::kNestedG64>(#tile) + \
    count_wrong_of_kinds<tile, Weights::kNestedG32>(#tile))
 
+#define COUNT_WRONG_EXPERTS(tile)                         \
+  (count_wrong_of_experts<tile, Weights::kG128>(#tile) + \
+   count_wrong_of_experts<tile, Weights::kChannel>(#tile))
+#define COUNT_WRONG_NESTED_EXPERTS(tile) count_wrong_of_experts<tile, Weights::kNestedG128>(#tile)
+
 int main(int, char** arguments) {
   const int seed = std::atoi(arguments[1]);
   model::random_order.seed(seed);
@@ -103,6 +143,9 @@ int main(int, char** arguments) {
                     COUNT_WRONG_NESTED(Nested64) + COUNT_WRONG_NESTED(Nested128) +
                     COUNT_WRONG_NESTED(Nested192) + COUNT_WRONG_NESTED(Nested256) +
                     COUNT_WRONG_FINE(Tile16) + COUNT_WRONG_FINE(Tile128Wide) +
-                    COUNT_WRONG_FINE(Inputs64) + COUNT_WRONG_NESTED_FINE(Nested16);
+                    COUNT_WRONG_FINE(Inputs64) + COUNT_WRONG_NESTED_FINE(Nested16) +
+                    COUNT_WRONG_EXPERTS(Tile16) + COUNT_WRONG_EXPERTS(Tile64) +
+                    COUNT_WRONG_EXPERTS(Tile128) + COUNT_WRONG_NESTED_EXPERTS(Nested16) +
+                    COUNT_WRONG_NESTED_EXPERTS(Nested64) + COUNT_WRONG_NESTED_EXPERTS(Nested128);
   return wrong != 0;
 }

@@ -58,11 +58,19 @@ struct Schedule {
   int clusters, split, whole_tiles, piece;
 };
 
+// Of a mixture of experts: how many have weights, whose weights each tile of rows is for, and how
+// many of the tiles are there.
+struct Mixture {
+  int experts = 1, tile_tokens = 1, tiles = 0;
+  std::vector<int> tile_expert = {};
+};
+
 struct Problem {
   int m, n, k_blocks;
   Schedule schedule;
   Bias bias = Bias::kNone;
   Output output = Output::kBfloat16;
+  Mixture mixture = {};
 };
 
 // Which planes of a nested weight a launch is told to use, and how.
@@ -85,7 +93,7 @@ std::string kind_of(const Params& p) {
 template <Weights kWeights>
 struct Case {
   const Problem problem;
-  const int m, n, k_blocks, k, blocks;
+  const int m, n, k_blocks, k, blocks, channels;  // channels of all experts
   std::vector<int> w, row_sum;
   std::vector<int8_t> x;
   std::vector<float> x_scale, channel_scale, zero, bias;
@@ -102,18 +110,20 @@ struct Case {
         k_blocks(problem.k_blocks),
         k(k_blocks * kBlockK),
         blocks(divide_up(n, kBlockN)),
+        channels(problem.mixture.experts * n),
         row_sum(m),
         x(m * k),
         x_scale(m),
-        channel_scale(n),
-        zero(n),
-        bias(n),
-        bias_16(n),
+        channel_scale(channels),
+        zero(channels),
+        bias(channels),
+        bias_16(channels),
         out(static_cast<size_t>(m) * n, 0x7FFF),  // NaN
         use_residual(planes == Planes::kBothByFlag) {
     constexpr bool kGrouped = kHasGroups<kWeights>;
     constexpr int kGroups = kKGroups<kWeights>;
-    std::vector<int> q(blocks * kBlockN * k), scale(blocks * kBlockN * k_blocks * kGroups);
+    const int all_blocks = problem.mixture.experts * blocks;
+    std::vector<int> q(all_blocks * kBlockN * k), scale(all_blocks * kBlockN * k_blocks * kGroups);
     std::vector<int> offset(scale.size());
     for (auto& v : q) v = random_int(0, 16);
     for (auto& v : x) v = random_int(-127, 128);
@@ -125,7 +135,7 @@ struct Case {
       x_scale[i] = random_int(1, 100) / 1e3f;
       for (int j = 0; j < k; ++j) row_sum[i] += x[i * k + j];
     }
-    for (int i = 0; i < n; ++i) {
+    for (int i = 0; i < channels; ++i) {
       channel_scale[i] = random_int(1, 100) / 1e4f;
       zero[i] = random_int(-100, 100) / 1e4f;
       bias[i] = random_int(-100, 100) / 8.f;  // 16 bits hold it
@@ -142,10 +152,10 @@ struct Case {
       residual[i] = sum - w[i] + kResidualZero;
       if (planes != Planes::kFirstByFlag) w[i] = sum;
     }
-    packed = pack(q, scale, offset, kGroups, blocks, k);
+    packed = pack(q, scale, offset, kGroups, all_blocks, k);
     const size_t first_plane = packed.size();
     if (kIsNested<kWeights>)
-      std::ranges::copy(pack(residual, {}, {}, 0, blocks, k), std::back_inserter(packed));
+      std::ranges::copy(pack(residual, {}, {}, 0, all_blocks, k), std::back_inserter(packed));
     p = {
         .weight = packed.data(),
         .residual = packed.data() + first_plane,
@@ -183,20 +193,48 @@ struct Case {
     return kind_of<Tile>(p);
   }
 
+  // The same for a mixture of experts, with as many clusters as the problem says.
+  template <class Tile>
+  ExpertParams lay_out_experts() {
+    const Mixture& mixture = problem.mixture;
+    ExpertParams all{p, &mixture.tiles, mixture.tile_expert.data(),
+                     static_cast<int>(mixture.tile_expert.size())};
+    int clusters;
+    schedule<Tile>(all, 1, Cost{}, clusters);  // tiles and steps
+    all.split = problem.schedule.split;
+    workspace.resize(kCounters + all.tiles_m * all.tiles_n * Tile::kTileInts);
+    all.workspace = workspace.data();
+    return all;
+  }
+
+  // The expert of a row, and -1 for a row of no tile.
+  int expert_of_row(int row) const {
+    const Mixture& mixture = problem.mixture;
+    if (mixture.tile_expert.empty()) return 0;
+    const int tile = row / mixture.tile_tokens;
+    return tile < mixture.tiles ? mixture.tile_expert[tile] : -1;
+  }
+
   // How many elements differ from what they should be, and how much of the workspace is not zero.
   // Says so.
   int count_wrong(const char* name, const std::string& kind) const {
     int wrong = 0;
-    for (int j = 0; j < n; ++j) {
-      for (int i = 0; i < m; ++i) {
+    for (int i = 0; i < m; ++i) {
+      const int expert = expert_of_row(i);
+      for (int j = 0; j < n; ++j) {
+        const uint16_t found = out[static_cast<size_t>(i) * n + j];
+        if (expert < 0) {  // nothing is written there
+          wrong += found != 0x7FFF;
+          continue;
+        }
+        const int channel = expert * n + j;
         int sum = 0;
-        for (int t = 0; t < k; ++t) sum += w[j * k + t] * x[i * k + t];
-        float y = static_cast<float>(sum) * channel_scale[j];
-        if (!kHasGroups<kWeights>) y -= static_cast<float>(row_sum[i]) * zero[j];
+        for (int t = 0; t < k; ++t) sum += w[(expert * blocks * kBlockN + j) * k + t] * x[i * k + t];
+        float y = static_cast<float>(sum) * channel_scale[channel];
+        if (!kHasGroups<kWeights>) y -= static_cast<float>(row_sum[i]) * zero[channel];
         y *= x_scale[i];
-        if (problem.bias != Bias::kNone) y += bias[j];
-        wrong += to_16_bits(problem.output == Output::kBfloat16, y) !=
-                 out[static_cast<size_t>(i) * n + j];
+        if (problem.bias != Bias::kNone) y += bias[channel];
+        wrong += to_16_bits(problem.output == Output::kBfloat16, y) != found;
       }
     }
     for (const int v : workspace) wrong += v != 0;

@@ -30,7 +30,7 @@ int count_wrong(const char* name, const Problem& problem, Planes planes, int sta
   layer.p.stages = stages;
   model::launch(problem.schedule.clusters, 1, Tile::kBlockThreads,
                 Tile::template shared_bytes<kWeights>(stages), random_int(1, 3),
-                [&] { w4a8_gemm_portable<Tile, kWeights>(layer.p); });
+                [&] { w4a8_gemm_portable<Tile, kWeights, Params>(layer.p); });
   return layer.count_wrong(name, kind);
 }
 

@@ -550,6 +550,7 @@ inline void fence_proxy_async_shared() {
 }
 inline void prefetch_tensormap(const CUtensorMap*) {}
 inline void prefetch_l2(const void*) {}
+inline int32_t load_l2(const int32_t* p) { return *p; }
 inline uint64_t l2_policy_evict_first() { return 0; }
 inline uint64_t l2_policy_evict_normal() { return 0; }
 inline void griddepcontrol_wait() { self->is_after_previous_kernel = true; }
