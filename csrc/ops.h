@@ -31,6 +31,24 @@ Tensor w4a8_gemm_portable(
     const std::optional<Tensor>& workspace, const std::optional<Tensor>& residual,
     const std::optional<Tensor>& use_residual, int64_t shared_bytes, int64_t multiprocessors);
 
+// The experts of a layer; vllm_qoq/ops/expert_ops.py says what each of these does.
+std::tuple<Tensor, Tensor, Tensor> route_to_experts(const Tensor& topk_ids,
+                                                    const std::optional<Tensor>& expert_map,
+                                                    int64_t experts, int64_t tile);
+std::tuple<Tensor, Tensor, Tensor> quantize_for_experts(const Tensor& x, const Tensor& rows,
+                                                        int64_t tile, const Tensor& tile_expert);
+std::tuple<Tensor, Tensor, Tensor> silu_and_mul_quantize_experts(const Tensor& x,
+                                                                 const Tensor& tiles, int64_t tile);
+Tensor w4a8_gemm_experts(const Tensor& x, const Tensor& x_scale, const Tensor& x_row_sum,
+                         const Tensor& tiles, const Tensor& tile_expert, int64_t experts,
+                         const Tensor& weight, const Tensor& channel_scale,
+                         const std::optional<Tensor>& channel_zero,
+                         const std::optional<Tensor>& bias, torch::headeronly::ScalarType out_dtype,
+                         const std::optional<Tensor>& workspace,
+                         const std::optional<Tensor>& residual,
+                         const std::optional<Tensor>& use_residual);
+Tensor combine_experts(const Tensor& y, const Tensor& rows, const Tensor& topk_weights);
+
 // Multiplies for a few milliseconds as fast as this GPU's mma does, and returns how many operations
 // that is. `out` is int32 [1]. For `bench gemm`, which gives it a schema
 // (vllm_qoq/bench/int8_rate.py).

@@ -5,7 +5,7 @@
 namespace qoq {
 namespace {
 
-constexpr const char* kOp = "quantize_per_token";
+constexpr const char *kOp = "quantize_per_token", *kExpertsOp = "quantize_for_experts";
 
 template <typename T, int kVector>
 struct Floats {
@@ -25,13 +25,26 @@ struct Floats {
   }
 };
 
-template <typename T>
-void dispatch(const Tensor& x, const QuantizedRows& out, cudaStream_t stream) {
+template <typename T, typename Target>
+void dispatch(const Tensor& x, const Target& out, cudaStream_t stream) {
   const auto* data = static_cast<const T*>(x.data_ptr());
   const int64_t stride = x.stride(0), k = x.size(1);
   quantize_rows<T>([=]<int kVector>() { return Floats<T, kVector>{data, stride}; },
                    is_aligned<T>(x) && k % (16 / sizeof(T)) == 0, x.size(0), static_cast<int>(k),
                    out, stream);
+}
+template <typename Target>
+void quantize(const char* op, const Tensor& x, const Target& out) {
+  const int device = device_of(x);
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const cudaStream_t stream = current_stream(device);
+  const ScalarType type = x.scalar_type();
+  if (type == ScalarType::BFloat16) return dispatch<__nv_bfloat16>(x, out, stream);
+  if (type == ScalarType::Half) return dispatch<__half>(x, out, stream);
+  if constexpr (std::is_same_v<Target, QuantizedRows>)
+    if (type == ScalarType::Float) return dispatch<float>(x, out, stream);
+  STD_TORCH_CHECK(false, op, ": x is ", torch::headeronly::toString(type),
+                  ", expected BFloat16, Half or Float");
 }
 
 }  // namespace
@@ -39,25 +52,23 @@ void dispatch(const Tensor& x, const QuantizedRows& out, cudaStream_t stream) {
 std::tuple<Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x) {
   check_rows(kOp, x);
   QuantizedTensors out(x, x.size(0), x.size(1));
-  if (x.size(0) > 0) {
-    const int device = device_of(x);
-    const torch::stable::accelerator::DeviceGuard guard(device);
-    const cudaStream_t stream = current_stream(device);
-    switch (x.scalar_type()) {
-      case ScalarType::BFloat16:
-        dispatch<__nv_bfloat16>(x, out.rows(), stream);
-        break;
-      case ScalarType::Half:
-        dispatch<__half>(x, out.rows(), stream);
-        break;
-      case ScalarType::Float:
-        dispatch<float>(x, out.rows(), stream);
-        break;
-      default:
-        STD_TORCH_CHECK(false, kOp, ": x is ", torch::headeronly::toString(x.scalar_type()),
-                        ", expected BFloat16, Half or Float");
-    }
-  }
+  if (x.size(0) > 0) quantize(kOp, x, out.rows());
+  return {out.codes, out.scale, out.row_sum};
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_for_experts(const Tensor& x, const Tensor& rows,
+                                                        int64_t tile, const Tensor& tile_expert) {
+  check_rows(kExpertsOp, x);
+  STD_TORCH_CHECK(rows.dim() == 2 && tile_expert.dim() == 1, kExpertsOp, ": rows is ",
+                  shape_text(rows), " and tile_expert ", shape_text(tile_expert),
+                  ", expected [tokens, experts of a token] and [tiles]");
+  const int device = device_of(x);
+  check_tensor(kExpertsOp, "rows", rows, device, ScalarType::Int, {x.size(0), rows.size(1)}, 4);
+  QuantizedTensors out(x, tile * tile_expert.size(0), x.size(1));
+  if (x.size(0) > 0)
+    quantize(kExpertsOp, x,
+             RowsOfExperts{out.rows(), static_cast<const int32_t*>(rows.data_ptr()),
+                           static_cast<int>(rows.size(1))});
   return {out.codes, out.scale, out.row_sum};
 }
 

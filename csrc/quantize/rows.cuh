@@ -7,8 +7,6 @@
 // kIsFirst is true the one time that a vector is loaded first; vectors of long rows are read again.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -18,6 +16,7 @@
 #include "common/checks.h"
 #include "common/launch.h"
 #include "common/ptx.cuh"
+#include "common/vector.cuh"
 
 namespace qoq {
 
@@ -25,30 +24,36 @@ constexpr int kManyTokens = 512;  // tokens that fill the GPU with small blocks
 constexpr float kInt8Max = 127.f;
 constexpr float kMinScale = 1e-10f;
 
-__device__ inline float to_float(float v) { return v; }
-__device__ inline float to_float(__half v) { return __half2float(v); }
-__device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
-
-template <typename T>
-__device__ T from_float(float v);
-template <>
-__device__ inline __half from_float(float v) {
-  return __float2half_rn(v);
-}
-template <>
-__device__ inline __nv_bfloat16 from_float(float v) {
-  return __float2bfloat16_rn(v);
-}
-
-template <typename T, int kVector>
-struct alignas(sizeof(T) * kVector) Vector {
-  T values[kVector];
-};
-
+// Where results go: each row to one of its own.
 struct QuantizedRows {
   int8_t* codes;
   float* scales;
   int32_t* sums;
+
+  // Whether the next kernel may begin only when the one before this has ended.
+  static constexpr bool kTriggersLate = false;
+  __device__ bool skips(int64_t) const { return false; }
+  __device__ int copies() const { return 1; }
+  __device__ int64_t at(int64_t row, int) const { return row; }
+};
+
+// Each token to the rows of its experts; -1 stands for an expert that is not here. Where the tiles
+// of the experts lie was written by the kernel before: whoever comes next may read that at once.
+struct RowsOfExperts : QuantizedRows {
+  const int32_t* rows;  // [tokens, experts_of_token]
+  int experts_of_token;
+
+  static constexpr bool kTriggersLate = true;
+  __device__ int copies() const { return experts_of_token; }
+  __device__ int64_t at(int64_t row, int copy) const { return rows[row * experts_of_token + copy]; }
+};
+
+// Each row to one of its own, as far as there are tiles.
+struct RowsOfTiles : QuantizedRows {
+  const int32_t* tiles;  // [1]
+  int tile;
+
+  __device__ bool skips(int64_t row) const { return row >= int64_t{*tiles} * tile; }
 };
 
 struct NoConstants {};
@@ -64,9 +69,9 @@ __device__ inline float quotient(float x, float scale, float inverse) {
 // One block of up to kThreads threads does a row. A thread holds kHeld vectors of kVector values in
 // registers; what a longer row has beyond them is made twice, and three times where it is
 // normalised.
-template <typename Source, int kVector, int kHeld, int kThreads>
+template <typename Source, typename Target, int kVector, int kHeld, int kThreads>
 __global__ void __launch_bounds__(kThreads, 1)
-    quantize_rows_kernel(const Source source, int k, QuantizedRows out) {
+    quantize_rows_kernel(const Source source, int k, const Target out) {
   __shared__ float squares[kThreads / 32];
   __shared__ uint32_t largest[kThreads / 32];
   __shared__ int32_t sums[kThreads / 32];
@@ -76,12 +81,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t row = blockIdx.x;
   using Constants = typename Source::Constants;
 
-  ptx::griddepcontrol_launch_dependents();
+  if constexpr (!Target::kTriggersLate) ptx::griddepcontrol_launch_dependents();
   Constants constants[kHeld];
 #pragma unroll
   for (int h = 0; h < kHeld; ++h)
     if (const int i = h * blockDim.x + threadIdx.x; i < vectors) constants[h] = source.constants(i);
   ptx::griddepcontrol_wait();
+  if constexpr (Target::kTriggersLate) ptx::griddepcontrol_launch_dependents();
+  if (out.skips(row)) return;
 
   float held[kHeld][kVector];
 #pragma unroll
@@ -144,7 +151,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   // 3. Codes.
   int32_t sum = 0;
   using Codes = Vector<int8_t, kVector>;
-  auto* codes = reinterpret_cast<Codes*>(out.codes + row * k);
   auto write = [&](const float* values, int i) {
     Codes rounded;
 #pragma unroll
@@ -153,7 +159,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       rounded.values[j] = static_cast<int8_t>(fminf(fmaxf(code, -kInt8Max), kInt8Max));
       sum += rounded.values[j];
     }
-    codes[i] = rounded;
+#pragma unroll 1
+    for (int copy = 0; copy < out.copies(); ++copy)
+      if (const int64_t to = out.at(row, copy); to >= 0)
+        reinterpret_cast<Codes*>(out.codes + to * k)[i] = rounded;
   };
 #pragma unroll
   for (int h = 0; h < kHeld; ++h)
@@ -168,27 +177,29 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   if (warp > 0) return;
   sum = __reduce_add_sync(0xFFFFFFFF, lane < warps ? sums[lane] : 0);
-  if (lane == 0) {
-    out.scales[row] = scale;
-    out.sums[row] = sum;
+  for (int copy = lane; copy < out.copies(); copy += 32) {
+    if (const int64_t to = out.at(row, copy); to >= 0) {
+      out.scales[to] = scale;
+      out.sums[to] = sum;
+    }
   }
 }
 
-template <int kVector, int kHeld, int kThreads, typename Source>
-void launch_quantize_rows(const Source& source, int64_t m, int k, const QuantizedRows& out,
+template <int kVector, int kHeld, int kThreads, typename Source, typename Target>
+void launch_quantize_rows(const Source& source, int64_t m, int k, const Target& out,
                           cudaStream_t stream) {
   const int vectors = k / kVector;
   // For few tokens each thread has one vector, where a block has so many threads.
   const int per_thread = kThreads == 1024 && vectors <= kThreads ? 1 : kHeld;
   const int warps = (vectors / per_thread + 31) / 32;
-  launch_early<quantize_rows_kernel<Source, kVector, kHeld, kThreads>>(
+  launch_early<quantize_rows_kernel<Source, Target, kVector, kHeld, kThreads>>(
       static_cast<int>(m), std::clamp(warps, 1, kThreads / 32) * 32, 0, stream, source, k, out);
 }
 
 // make_source<kVector>() is the source. It is read 16 bytes of T at a time where `is_aligned`.
-template <typename T, typename MakeSource>
+template <typename T, typename MakeSource, typename Target>
 void quantize_rows(const MakeSource& make_source, bool is_aligned, int64_t m, int k,
-                   const QuantizedRows& out, cudaStream_t stream) {
+                   const Target& out, cudaStream_t stream) {
   constexpr int kVector = 16 / sizeof(T);
   if (!is_aligned)
     launch_quantize_rows<1, 4, 256>(make_source.template operator()<1>(), m, k, out, stream);

@@ -5,7 +5,7 @@
 namespace qoq {
 namespace {
 
-constexpr const char* kOp = "silu_and_mul_quantize";
+constexpr const char *kOp = "silu_and_mul_quantize", *kExpertsOp = "silu_and_mul_quantize_experts";
 
 template <typename T, int kVector>
 struct SiluAndMul {
@@ -31,8 +31,8 @@ struct SiluAndMul {
   }
 };
 
-template <typename T>
-void dispatch(const Tensor& x, const QuantizedRows& out, cudaStream_t stream) {
+template <typename T, typename Target>
+void dispatch(const Tensor& x, const Target& out, cudaStream_t stream) {
   const auto* data = static_cast<const T*>(x.data_ptr());
   const int64_t stride = x.stride(0);
   const int k = static_cast<int>(x.size(1) / 2);
@@ -40,24 +40,42 @@ void dispatch(const Tensor& x, const QuantizedRows& out, cudaStream_t stream) {
                    is_aligned<T>(x) && k % (16 / sizeof(T)) == 0, x.size(0), k, out, stream);
 }
 
+void check(const char* op, const Tensor& x) {
+  check_rows(op, x);
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half, op, ": x is ",
+                  torch::headeronly::toString(type), ", expected BFloat16 or Half");
+  STD_TORCH_CHECK(x.size(1) % 2 == 0, op, ": x is ", shape_text(x),
+                  ", expected gate and up side by side, [M, 2 K]");
+}
+
+template <typename Target>
+void quantize(const Tensor& x, const Target& out) {
+  const int device = device_of(x);
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const auto run = x.scalar_type() == ScalarType::Half ? dispatch<__half, Target>
+                                                       : dispatch<__nv_bfloat16, Target>;
+  run(x, out, current_stream(device));
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> silu_and_mul_quantize(const Tensor& x) {
-  check_rows(kOp, x);
-  const int64_t m = x.size(0);
-  const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half, kOp, ": x is ",
-                  torch::headeronly::toString(type), ", expected BFloat16 or Half");
-  STD_TORCH_CHECK(x.size(1) % 2 == 0, kOp, ": x is ", shape_text(x),
-                  ", expected gate and up side by side, [M, 2 K]");
-  QuantizedTensors out(x, m, x.size(1) / 2);
-  if (m > 0) {
-    const int device = device_of(x);
-    const torch::stable::accelerator::DeviceGuard guard(device);
-    const cudaStream_t stream = current_stream(device);
-    const auto run = type == ScalarType::Half ? dispatch<__half> : dispatch<__nv_bfloat16>;
-    run(x, out.rows(), stream);
-  }
+  check(kOp, x);
+  QuantizedTensors out(x, x.size(0), x.size(1) / 2);
+  if (x.size(0) > 0) quantize(x, out.rows());
+  return {out.codes, out.scale, out.row_sum};
+}
+
+std::tuple<Tensor, Tensor, Tensor> silu_and_mul_quantize_experts(const Tensor& x,
+                                                                 const Tensor& tiles,
+                                                                 int64_t tile) {
+  check(kExpertsOp, x);
+  check_tensor(kExpertsOp, "tiles", tiles, device_of(x), ScalarType::Int, {1}, 4);
+  QuantizedTensors out(x, x.size(0), x.size(1) / 2);
+  if (x.size(0) > 0)
+    quantize(x, RowsOfTiles{out.rows(), static_cast<const int32_t*>(tiles.data_ptr()),
+                            static_cast<int>(tile)});
   return {out.codes, out.scale, out.row_sum};
 }
 

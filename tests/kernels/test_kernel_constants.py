@@ -7,7 +7,7 @@ from conftest import ROOT
 
 from vllm_qoq.bench import attention_cases
 from vllm_qoq.numerics import kv_layout, reference
-from vllm_qoq.ops import kv_ops, linear_ops, w4a8_layout
+from vllm_qoq.ops import expert_ops, kv_ops, linear_ops, w4a8_layout
 
 CSRC = ROOT / "csrc"
 # Header, name there, and the number in Python.
@@ -21,6 +21,7 @@ CONSTANTS = [
     ("gemm/w4a8_config.h", "kMaxRows", linear_ops.MAX_ROWS),
     ("gemm/w4a8_config.h", "kCounters", linear_ops.WORKSPACE_COUNTERS),
     ("gemm/w4a8_config.h", "kMaxTileInts", linear_ops.WORKSPACE_SUMS_OF_PROCESSOR),
+    ("experts/route.cu", "kMostExperts", expert_ops.MOST_EXPERTS),
     ("quantize/rows.cuh", "kInt8Max", reference.INT8_MAX),
     ("quantize/rows.cuh", "kMinScale", reference.MIN_SCALE),
     ("kv/page.h", "kTokenMultiple", kv_layout.BLOCK_MULTIPLE),
@@ -104,3 +105,9 @@ def test_the_benchmark_knows_what_the_kernels_serve():
     assert attention_cases.HEAD_SIZES == kv_ops.HEAD_SIZES
     assert attention_cases.MAX_GROUP == kv_ops.MAX_GROUP
     assert attention_cases.BLOCK_MULTIPLE == kv_layout.BLOCK_MULTIPLE
+
+
+def test_the_tiles_of_experts_are_those_of_the_kernels():
+    text = (CSRC / "gemm" / "w4a8_config.h").read_text()
+    (tiles,) = re.findall(r"kExpertTiles\[\] = \{([\d, ]+)\}", text)
+    assert tuple(map(int, tiles.split(","))) == expert_ops.TILES

@@ -24,6 +24,9 @@ KINDS = {
     "Channels": {"one cluster a tile", "split", "rounds", "rounds and a cut one", "cut"},
     "Inputs": {"one cluster a tile", "split", "part of a step"},
 }
+# The tiles that rows of experts are laid out in (`kExpertTiles`), and what is run of them.
+OF_EXPERTS = {"16", "64", "128"}
+EXPERT_KINDS = {"experts in rounds", "experts split", "no expert"}
 FLAT = ("per channel", "g128", "g64", "g32")
 NESTED = ("nested g128", "nested g64", "nested g32")
 FINE = {"g64", "g32", "nested g64", "nested g32"}  # which only some tiles are run for
@@ -187,6 +190,16 @@ def gemm_on_the_model(build_for_the_model):
     return build_for_the_model("gemm")
 
 
+def has_experts(tile, weights):
+    kind, tokens = re.fullmatch(r"(\D+)(\d+)\w*", tile).groups()
+    return (
+        kind in ("Tile", "Nested")
+        and tokens in OF_EXPERTS
+        and tile.endswith(tokens)
+        and (weights not in FINE)
+    )
+
+
 def kinds_reached(said):
     """The kinds of schedules that a program of a GEMM has run, by tile and weights."""
     reached = defaultdict(set)
@@ -204,7 +217,9 @@ def test_every_tile_and_schedule_is_exact_in_any_order_of_threads(gemm_on_the_mo
     tiles = (CSRC / "gemm" / "hopper" / "tiles.h").read_text()
     wanted = {
         # The only tile whose clusters divide k.
-        (tile, weights): KINDS[divide] | ({"idle rank"} if tile == "Inputs128Pair" else set())
+        (tile, weights): KINDS[divide]
+        | ({"idle rank"} if tile == "Inputs128Pair" else set())
+        | (EXPERT_KINDS if has_experts(tile, weights) else set())
         for tile, divide in re.findall(r"^using (\w+) += Tile<Divide::k(\w+),", tiles, re.M)
         for weights in (NESTED if tile.startswith("Nested") else FLAT)
         if weights not in FINE or tile in ("Tile16", "Tile128Wide", "Inputs64", "Nested16")
@@ -217,7 +232,9 @@ def test_every_portable_tile_and_schedule_is_exact_in_any_order_of_threads(build
     program = build_for_the_model("gemm_portable")
     tiles = (CSRC / "gemm" / "portable" / "tiles.h").read_text()
     wanted = {
-        (tile, weights): KINDS["Channels"] | ({"part of a step"} if step == "2" else set())
+        (tile, weights): KINDS["Channels"]
+        | ({"part of a step"} if step == "2" else set())
+        | (EXPERT_KINDS if has_experts(tile, weights) else set())
         for tile, step in re.findall(r"^using (\w+) += Tile<.*, (\d), \d>", tiles, re.M)
         for weights in (FLAT if tile == "Tile256" else FLAT + NESTED)
         if weights not in FINE or tile in ("Tile8", "Tile64", "Tile256")

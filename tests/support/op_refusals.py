@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from vllm_qoq.ops import kv_ops, linear_ops, w4a8_layout
+from vllm_qoq.ops import expert_ops, kv_ops, linear_ops, w4a8_layout
 
 Arguments = dict[str, Any]
 M, N, K = 4, 72, 256
 SEQUENCES, KV_HEADS, GROUP, HEAD, BITS, PAGE_TOKENS, BLOCKS = 3, 2, 4, 64, 4, 16, 5
+EXPERTS, TILE = 3, expert_ops.TILES[0]
 TOKEN_BYTES = 2 * (HEAD * BITS // 8 + 4)
 PAGE_BYTES = PAGE_TOKENS * TOKEN_BYTES
 
@@ -65,6 +66,29 @@ def right_arguments(op: str, device: torch.device, weights: str = "grouped") -> 
             "epsilon": 1e-5,
         },
         "w4a8_gemm": lambda: _gemm(device, weights),
+        "route_to_experts": lambda: {
+            "topk_ids": torch.zeros(M, 2, dtype=torch.int32, device=device),
+            "expert_map": torch.arange(EXPERTS, dtype=torch.int32, device=device),
+            "experts": EXPERTS,
+            "tile": TILE,
+        },
+        "quantize_for_experts": lambda: {
+            "x": _rows(device, M, K),
+            "rows": torch.arange(2 * M, dtype=torch.int32, device=device).view(M, 2),
+            "tile": TILE,
+            "tile_expert": _ints(device, 2),
+        },
+        "silu_and_mul_quantize_experts": lambda: {
+            "x": _rows(device, TILE, 2 * K),
+            "tiles": _ints(device, 1) + 1,
+            "tile": TILE,
+        },
+        "w4a8_gemm_experts": lambda: _gemm_experts(device, weights),
+        "combine_experts": lambda: {
+            "y": _rows(device, TILE, K),
+            "rows": torch.arange(2 * M, dtype=torch.int32, device=device).view(M, 2),
+            "topk_weights": torch.ones(M, 2, device=device),
+        },
         "kv_write": lambda: {
             "key": _rows(device, SEQUENCES, KV_HEADS, HEAD),
             "value": _rows(device, SEQUENCES, KV_HEADS, HEAD),
@@ -118,6 +142,7 @@ def refusals(device_type: str) -> list[Refusal]:
 def _all() -> Iterator[Refusal]:
     yield from _of_rows()
     yield from _of_gemm()
+    yield from _of_experts()
     yield from _of_pages()
     yield from _of_kv_write()
     yield from _of_kv_decode()
@@ -344,6 +369,63 @@ def _of_gemm() -> Iterator[Refusal]:
             text if text.startswith("(") else f"{op}: workspace {text}",
             devices=("cuda",),
         )
+
+
+def _of_experts() -> Iterator[Refusal]:
+    """The ops of a mixture of experts, beside what they share with those of a linear layer."""
+
+    def refusal(op: str, name: str, text: str, **changed: Callable[[Any], Any]):
+        def change(a: Arguments) -> Arguments:
+            return {key: new(a[key]) for key, new in changed.items()}
+
+        return Refusal(op, name, change, f"{op}: {text}")
+
+    op = "route_to_experts"
+    flat = "expected [tokens, experts of a token]"
+    yield refusal(op, "ids flat", f"topk_ids is [{2 * M}], {flat}", topk_ids=torch.flatten)
+    yield refusal(op, "ids long", "topk_ids is Long", topk_ids=lambda ids: ids.long())
+    for count in (0, 1025):
+        text = f"{count} experts, expected 1 to 1024"
+        yield refusal(op, f"{count} experts", text, experts=lambda _, c=count: c)
+    yield refusal(op, "tile", "tiles of 8 rows, expected 16, 64 or 128", tile=lambda _: 8)
+    many = (1 << 25) + 1
+    text = f"topk_ids is [{many}, 2], expected at most 2^26 pairs"
+    yield refusal(op, "many ids", text, topk_ids=lambda ids: ids[:1].expand(many, 2))
+    yield refusal(op, "map long", "expert_map is Long", expert_map=lambda m: m.long())
+    op = "quantize_for_experts"
+    expected = "expected [tokens, experts of a token] and [tiles]"
+    text = f"rows is [{2 * M}] and tile_expert [2], {expected}"
+    yield refusal(op, "rows flat", text, rows=torch.flatten)
+    text = f"rows is Int [{M - 1}, 2], expected Int [{M}, 2]"
+    yield refusal(op, "rows short", text, rows=lambda rows: rows[1:])
+    yield refusal(op, "x float", "x is Float, expected BFloat16", x=lambda x: x.float())
+    op = "silu_and_mul_quantize_experts"
+    yield refusal(op, "x float", "x is Float, expected BFloat16 or Half", x=lambda x: x.float())
+    text = f"x is [{TILE}, {2 * K - 1}], expected gate and up side by side, [M, 2 K]"
+    yield refusal(op, "x odd", text, x=lambda x: x[:, 1:])
+    text = "tiles is Int [2], expected Int [1]"
+    yield refusal(op, "tiles", text, tiles=lambda tiles: tiles.expand(2).clone())
+    op = "w4a8_gemm_experts"
+    text = f"channel_scale is [{EXPERTS * N}], expected as many channels of each of "
+    for experts in (0, EXPERTS + 2):
+        yield refusal(op, f"{experts} experts", text, experts=lambda _, e=experts: e)
+    text = f"x is [{TILE}, {K}] and tile_expert [2], expected 16, 64 or 128 rows for each tile"
+    yield refusal(op, "tile_expert", text, tile_expert=lambda one: one.repeat(2))
+    blocks = EXPERTS * -(-N // 64)
+    text = f"the weight is [{blocks}, {K // 128}, 4352], expected no groups or groups of 128"
+    wide = (blocks, K // 128, 4352)
+    yield refusal(op, "groups of 64", text, weight=lambda weight: weight.new_zeros(wide))
+    yield refusal(op, "tiles long", "tiles is Long [1]", tiles=lambda tiles: tiles.long())
+    text = "the output is bfloat16 or float16, not Float"
+    yield refusal(op, "out_dtype", text, out_dtype=lambda _: torch.float32)
+    op = "combine_experts"
+    text = f"y is [{TILE}, {K}] and rows [{2 * M}], expected [rows, hidden] and {flat[9:]}"
+    yield refusal(op, "rows flat", text, rows=torch.flatten)
+    yield refusal(op, "y float", "y is Float, expected BFloat16 or Half", y=lambda y: y.float())
+    text = f"y is [{TILE}, {K - 4}], expected a multiple of 8 columns"
+    yield refusal(op, "y narrow", text, y=lambda y: y[:, 4:].contiguous())
+    text = "topk_weights is Double"
+    yield refusal(op, "weights", text, topk_weights=lambda weights: weights.double())
 
 
 def _of_tensor(
@@ -770,3 +852,25 @@ def _gemm(device: torch.device, weights: str) -> Arguments:
         "residual": w4a8_layout.pack(codes) if is_nested else None,
         "use_residual": torch.ones(1, dtype=torch.int32, device=device) if is_nested else None,
     }
+
+
+def _gemm_experts(device: torch.device, weights: str) -> Arguments:
+    one = _gemm(device, weights)
+    return {
+        "x": torch.ones(TILE, K, dtype=torch.int8, device=device),
+        "x_scale": torch.ones(TILE, device=device),
+        "x_row_sum": torch.full((TILE,), K, dtype=torch.int32, device=device),
+        "tiles": _ints(device, 1) + 1,
+        "tile_expert": _ints(device, 1),
+        "experts": EXPERTS,
+        **{name: _repeated(one[name]) for name in ("weight", "channel_scale", "channel_zero")},
+        "bias": None,
+        "out_dtype": torch.bfloat16,
+        "workspace": one["workspace"],
+        "residual": _repeated(one["residual"]),
+        "use_residual": one["use_residual"],
+    }
+
+
+def _repeated(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else torch.cat([tensor] * EXPERTS)

@@ -19,6 +19,9 @@ ON_CPU = [
     ("silu_and_mul_quantize", "grouped"),
     ("add_rms_norm_quantize", "grouped"),
     *(("w4a8_gemm", weights) for weights in ("grouped", "channel", "nested")),
+    *((op, "grouped") for op in ("route_to_experts", "quantize_for_experts")),
+    *((op, "grouped") for op in ("silu_and_mul_quantize_experts", "combine_experts")),
+    *(("w4a8_gemm_experts", weights) for weights in ("grouped", "channel", "nested")),
 ]
 
 

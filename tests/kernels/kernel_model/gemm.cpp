@@ -74,20 +74,11 @@ int count_wrong_of_kinds(const char* name) {
   return wrong;
 }
 
-// Experts whose tiles are fewer than the launch is for, of which one has two and one none.
 template <class Tile, Weights kWeights>
 int count_wrong_of_experts(const char* name) {
-  const int tokens = Tile::kTokens, n = Tile::kChannels + 72;
-  const Mixture some{4, tokens, 4, {0, 2, 2, 3, 1, 1}};
-  const Problem problems[] = {
-      // Six tiles for two blocks, then k divided by three, where a third of the blocks has no work.
-      {6 * tokens, n, Tile::template kStages<kWeights> + 1, {2, 0}, Bias::kFloat32, Output::kBfloat16, some},
-      {6 * tokens, n, 4, {36, 3}, Bias::kNone, Output::kFloat16, some},
-      {2 * tokens, n, 3, {3, 0}, Bias::kNone, Output::kBfloat16, {4, tokens, 0, {3, 3}}},
-  };
-  constexpr const char* kKinds[] = {"experts in rounds", "experts split", "no expert"};
+  const int tokens = Tile::kTokens, ring = Tile::template kStages<kWeights>;
   int wrong = 0;
-  for (int i = 0; const Problem& problem : problems) {
+  for (int i = 0; const Problem& problem : problems_of_experts(tokens, Tile::kChannels + 72, ring + 1)) {
     Case<kWeights> layer(problem, static_cast<Planes>(i % 3));
     const ExpertParams p = layer.template lay_out_experts<Tile>();
     const CUtensorMap x_map = tensor_map({.base = reinterpret_cast<char*>(layer.x.data()),
@@ -104,7 +95,7 @@ int count_wrong_of_experts(const char* name) {
                   Tile::template kSharedBytes<kWeights>, random_int(1, 4), [&] {
                     w4a8_gemm_hopper<Tile, kWeights, ExpertParams>(x_map, x_map, out_map, p);
                   });
-    wrong += layer.count_wrong(name, kKinds[i++]);
+    wrong += layer.count_wrong(name, kExpertKinds[i++]);
   }
   return wrong;
 }

@@ -73,6 +73,18 @@ struct Problem {
   Mixture mixture = {};
 };
 
+// Experts whose tiles are fewer than the launch is for, of which one has two and some none: in rounds
+// for two blocks, and with k divided by three, where a third of the blocks has no work.
+inline std::vector<Problem> problems_of_experts(int tokens, int n, int k_blocks) {
+  const Mixture some{4, tokens, 4, {0, 2, 2, 3, 1, 1}}, none{4, tokens, 0, {3, 3}};
+  return {
+      {6 * tokens, n, k_blocks, {2, 0}, Bias::kFloat32, Output::kBfloat16, some},
+      {6 * tokens, n, 6, {36, 3}, Bias::kNone, Output::kFloat16, some},
+      {2 * tokens, n, 3, {3, 0}, Bias::kNone, Output::kBfloat16, none},
+  };
+}
+inline constexpr const char* kExpertKinds[] = {"experts in rounds", "experts split", "no expert"};
+
 // Which planes of a nested weight a launch is told to use, and how.
 enum class Planes { kBoth, kBothByFlag, kFirstByFlag };
 

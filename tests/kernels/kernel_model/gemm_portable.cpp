@@ -58,6 +58,23 @@ int count_wrong_of_kinds(const char* name) {
 }
 
 template <class Tile, Weights kWeights>
+int count_wrong_of_experts(const char* name) {
+  const int stages = 3, k_blocks = (stages + 2) * Tile::kStepBlocks;
+  int wrong = 0;
+  for (int i = 0; const Problem& problem :
+                  problems_of_experts(Tile::kTokens, Tile::kChannels + 40, k_blocks)) {
+    Case<kWeights> layer(problem, static_cast<Planes>(i % 3));
+    ExpertParams p = layer.template lay_out_experts<Tile>();
+    p.stages = stages;
+    model::launch(problem.schedule.clusters, 1, Tile::kBlockThreads,
+                  Tile::template shared_bytes<kWeights>(stages), random_int(1, 3),
+                  [&] { w4a8_gemm_portable<Tile, kWeights, ExpertParams>(p); });
+    wrong += layer.count_wrong(name, kExpertKinds[i++]);
+  }
+  return wrong;
+}
+
+template <class Tile, Weights kWeights>
 int count_wrong_on_cards(const char* name) {
   int wrong = 0;
   for (const Card& card : kCards) {
@@ -105,6 +122,11 @@ int count_wrong_of_fine(const char* name) {
 #define COUNT_WRONG_FLAT_FINE(tile, computes) \
   count_wrong_of_fine<tile, computes, Weights::kG64, Weights::kG32>(#tile)
 
+#define COUNT_WRONG_EXPERTS(tile)                           \
+  (count_wrong_of_experts<tile, Weights::kG128>(#tile) +    \
+   count_wrong_of_experts<tile, Weights::kChannel>(#tile) + \
+   count_wrong_of_experts<tile, Weights::kNestedG128>(#tile))
+
 int main(int, char** arguments) {
   const int seed = std::atoi(arguments[1]);
   model::random_order.seed(seed);
@@ -114,6 +136,7 @@ int main(int, char** arguments) {
                     COUNT_WRONG_FLAT(Tile256) + COUNT_WRONG_FINE(Tile8, true) +
                     COUNT_WRONG_FINE(Tile16, false) + COUNT_WRONG_FINE(Tile32, false) +
                     COUNT_WRONG_FINE(Tile64, true) + COUNT_WRONG_FINE(Tile128, false) +
-                    COUNT_WRONG_FLAT_FINE(Tile256, true);
+                    COUNT_WRONG_FLAT_FINE(Tile256, true) + COUNT_WRONG_EXPERTS(Tile16) +
+                    COUNT_WRONG_EXPERTS(Tile64) + COUNT_WRONG_EXPERTS(Tile128);
   return wrong != 0;
 }

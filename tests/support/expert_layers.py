@@ -1,0 +1,120 @@
+"""Random experts on a CPU or GPU, and what comes of their tokens exactly."""
+
+import torch
+
+from vllm_qoq.numerics import reference
+from vllm_qoq.numerics.packing import pack_nibbles
+from vllm_qoq.ops import expert_ops, linear_ops, w4a8_layout
+
+WEIGHTS = ("channel", "g128", "nested")
+
+
+class Experts:
+    """The linear layers of E experts: their packed weights, and the int8 that they stand for.
+
+    use_residual  what `w4a8_gemm_experts` is told of a nested weight
+    """
+
+    def __init__(self, experts, n, k, weights, device):
+        self.experts, self.n = experts, n
+        self.residual = self.use_residual = self.channel_zero = None
+        self.workspace = linear_ops.workspace(device) if device.type == "cuda" else None
+        q = torch.randint(0, 16, (experts, n, k))
+        self.channel_scale = (torch.rand(experts * n) * 0.02 + 1e-3).to(device)
+        groups = [()] * experts
+        w8 = q
+        if weights == "channel":
+            self.channel_zero = (torch.rand(experts * n) * 0.1 - 0.02).to(device)
+        else:
+            scale = torch.randint(1, 17, (experts, n, k // 128))
+            offset = -128 + (torch.rand(scale.shape) * (256 - 15 * scale)).long()
+            w8 = (q.view(*scale.shape, 128) * scale[..., None] + offset[..., None]).view(q.shape)
+            groups = list(zip(scale.to(torch.uint8), offset.to(torch.int8), strict=True))
+        self.weight = _packed(zip(map(pack_nibbles, q), groups, strict=True), device)
+        self.base_int8 = self.int8 = w8.to(torch.int8).to(device)
+        if weights == "nested":
+            nested = (w8 + torch.randint(-8, 8, w8.shape)).clamp(-128, 127)
+            self.int8 = nested.to(torch.int8).to(device)
+            residual = map(pack_nibbles, nested - w8 + 8)
+            self.residual = _packed(((one, ()) for one in residual), device)
+
+    def __call__(self, codes, scale, row_sum, tiles, tile_expert, bias=None, dtype=torch.bfloat16):
+        return torch.ops.qoq.w4a8_gemm_experts(
+            *(codes, scale, row_sum, tiles, tile_expert, self.experts, self.weight),
+            *(self.channel_scale, self.channel_zero, bias, dtype, self.workspace),
+            *(self.residual, self.use_residual),
+        )
+
+    def expected(self, expert, codes, scale, row_sum, bias=None, dtype=torch.bfloat16):
+        """What the rows of one expert are; float64 holds every sum exactly."""
+        is_base = self.use_residual is not None and not int(self.use_residual)
+        weight = (self.base_int8 if is_base else self.int8)[expert]
+        exact = (codes.double() @ weight.double().t()).to(torch.int64).to(torch.int32)
+        part = slice(expert * self.n, (expert + 1) * self.n)
+        zero = None if self.channel_zero is None else self.channel_zero[part]
+        bias = None if bias is None else bias[part]
+        return reference.epilogue(
+            exact, scale, self.channel_scale[part], row_sum, zero, bias, dtype
+        )
+
+
+def _packed(layers, device):
+    return torch.cat([w4a8_layout.pack(codes, *groups) for codes, groups in layers]).to(device)
+
+
+def some_ids(kind, tokens, each, experts, device):
+    """Experts of tokens: "random", "one" for all, or "few", int32 [tokens, each]."""
+    if kind == "one":
+        ids = torch.full((tokens, each), experts // 2)
+    elif kind == "few":
+        ids = torch.randint(0, max(1, experts // 8), (tokens, each)) * 8 % experts
+    else:
+        ids = torch.rand(tokens, experts).argsort(dim=1)[:, :each]
+    return ids.to(torch.int32).to(device)
+
+
+def run(x, ids, gate_up, down, topk_weights, expert_map=None):
+    """The whole layer by its ops; returns all that is between, by name."""
+    ops, experts = torch.ops.qoq, gate_up.experts
+    tile = expert_ops.tile_for(ids.numel(), experts)
+    rows, tile_expert, tiles = ops.route_to_experts(ids, expert_map, experts, tile)
+    codes, scale, row_sum = ops.quantize_for_experts(x, rows, tile, tile_expert)
+    first = gate_up(codes, scale, row_sum, tiles, tile_expert)
+    inner = ops.silu_and_mul_quantize_experts(first, tiles, tile)
+    second = down(*inner, tiles, tile_expert)
+    out = ops.combine_experts(second, rows, topk_weights)
+    return {
+        **{"rows": rows, "tile": tile, "tile_expert": tile_expert, "tiles": tiles},
+        **{"quantized": (codes, scale, row_sum), "gate_up": first, "inner": inner},
+        **{"down": second, "out": out},
+    }
+
+
+def assert_exact(found, x, ids, gate_up, down, topk_weights, expert_map=None):
+    """Holds every row of `run` against plain arithmetic, and the sum of each token's."""
+    rows, tile, used = found["rows"].long(), found["tile"], int(found["tiles"])
+    local = ids.long() if expert_map is None else expert_map[ids.long()].long()
+    assert torch.equal(rows >= 0, local >= 0)
+    at = rows[rows >= 0]
+    assert len(at.unique()) == len(at) and (not len(at) or int(at.max()) < used * tile)
+    owner = found["tile_expert"].long()
+    assert torch.equal(owner[at // tile], local[rows >= 0])
+    counts = torch.bincount(local[local >= 0], minlength=gate_up.experts)
+    assert used == int(((counts + tile - 1) // tile).sum())
+
+    tokens = torch.arange(len(x), device=x.device)[:, None].expand_as(rows)[rows >= 0]
+    expected = [part[tokens] for part in reference.quantize_per_token(x)]
+    for got, right in zip(found["quantized"], expected, strict=True):
+        assert torch.equal(got[at], right)
+    for expert in owner[:used].unique().tolist():
+        mine = at[owner[at // tile] == expert]
+        quantized = [part[mine] for part in found["quantized"]]
+        assert torch.equal(found["gate_up"][mine], gate_up.expected(expert, *quantized))
+        inner = [part[mine] for part in found["inner"]]
+        assert torch.equal(found["down"][mine], down.expected(expert, *inner))
+    total = torch.zeros(len(x), found["down"].shape[1], device=x.device)
+    for column in range(rows.shape[1]):
+        row = rows[:, column]
+        value = topk_weights[:, column, None] * found["down"][row.clamp(min=0)].float()
+        total += torch.where((row >= 0)[:, None], value, 0)
+    assert torch.equal(found["out"], total.to(found["out"].dtype))
