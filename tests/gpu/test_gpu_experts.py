@@ -2,9 +2,9 @@
 
 import math
 
-import expert_layers as layers
 import pytest
 import torch
+import w4a8_experts as layers
 
 from vllm_qoq import ops
 

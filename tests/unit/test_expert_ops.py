@@ -1,8 +1,8 @@
 """The ops of a mixture of experts on a CPU: rows, tiles, products and the sum of each token."""
 
-import expert_layers as layers
 import pytest
 import torch
+import w4a8_experts as layers
 
 from vllm_qoq.numerics import reference_experts
 from vllm_qoq.ops import expert_ops
