@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from rtn_checkpoints import FILES, edit, read, w8a8
+from rtn_checkpoints import FILES, edit, w8a8
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 

@@ -141,10 +141,12 @@ class ExpertSet(nn.Module):
 
     def _check_fits(self, param: Parameter, tensor: torch.Tensor, leaf: str, shard_id: str) -> None:
         """Raise ValueError for what vLLM's loader would convert, cut or leave unfilled."""
+        if _SHAPE in leaf:
+            return  # vLLM keeps it in whatever type is the default
         if param.is_floating_point() != tensor.is_floating_point():
             raise ValueError("numbers of another kind")
-        refined = getattr(self.method, "weight_scale_refine", None) is not None
-        if self._is_padded or refined or any(part in leaf for part in (_ORDER, _SHAPE)):
+        is_refined = getattr(self.method, "weight_scale_refine", None) is not None
+        if self._is_padded or is_refined or _ORDER in leaf:
             return
         # Gate and up are the halves of one parameter, and a rank has its share of them.
         is_half = shard_id != "w2" and self.moe_config.is_act_and_mul

@@ -69,13 +69,13 @@ class FlexMoEMethod(FusedMoEMethodBase):
         policy: Policy,
     ) -> None:
         super().__init__(layer.moe_config)
+        _check_parallel(layer, prefix, sets)
         self.prefix, self.sets = prefix, sets
         self.route, self.policy = route, policy
         self.key = f"{prefix}.qoq"
         self._first = next(iter(sets.values())).method
         self._is_padded = self._is_finished = False
         self._experts: dict[str, ExpertSet] = {}
-        _check_parallel(layer, prefix, sets)
         self._check_alike()
 
     def maybe_roundup_sizes(
