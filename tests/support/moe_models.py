@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 import transformers
 from rtn_checkpoints import FILES, edit, w8a8
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 SIZES = {
@@ -55,22 +53,3 @@ def float_experts(model: Path, out: Path, seed: int) -> Path:
                 tensors[name] = noise.to(tensors[name].dtype)
 
     return edit(out, change)
-
-
-def without(folder: Path, out: Path, *lost: str) -> Path:
-    """A copy of a checkpoint of ours, in one file, without the tensors `lost`."""
-    shutil.copytree(folder, out)
-    tensors = {}
-    for shard in sorted(out.glob("*.safetensors")):
-        tensors |= load_file(shard)
-        shard.unlink()
-    (out / "model.safetensors.index.json").unlink(missing_ok=True)
-    for name in lost:
-        del tensors[name]
-    save_file(tensors, out / "model.safetensors", {"format": "pt"})
-    return out
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    """The `config.json` of a folder."""
-    return json.loads((folder / "config.json").read_text())
