@@ -18,6 +18,7 @@ from vllm_qoq.checkpoint.output import check_output, check_space
 from vllm_qoq.checkpoint.shards import MAX_SHARD_BYTES
 from vllm_qoq.checkpoint.stored_set import StoredSet
 from vllm_qoq.errors import FormatError
+from vllm_qoq.models.names import split_expert
 from vllm_qoq.numerics import MAX_CLIPPED
 from vllm_qoq.progress import Progress
 from vllm_qoq.routing.table import DecodeRow, Routing
@@ -88,10 +89,14 @@ def merge(
     every, prefill = list(sources.values()), sources[routing.prefill]
     execute.side_files_of(sources, prefill.name)
     pair = nesting.pair(every) if nest else None
-    layer_rules.check(routing, frozenset().union(*(source.quantized for source in every)))
+    quantized = frozenset().union(*(source.quantized for source in every))
+    # Experts in float may differ between the sets, which only reading them tells.
+    may_differ = (layer for layer in prefill.layers if split_expert(layer) is not None)
+    layer_rules.check(routing, {*quantized, *may_differ})
 
     progress = Progress(quiet)
     found = survey(every, prefill, progress, compatible.stored_name(runs_in))
+    layer_rules.check(routing, filter(found.is_per_set, prefill.layers))
     if pair is not None:
         nesting.check_basis(found, *pair)
     plan = make_plan(
@@ -195,4 +200,10 @@ def _section(
 ) -> Section:
     configs = {name: dict(source.config) for name, source in sources.items()}
     configs |= {name: ResidualSet(base=base).model_dump() for name, base in plan.bases.items()}
-    return Section(sets=configs, routing=routing, input_ratio=dict(plan.input_ratio), stream=basis)
+    return Section(
+        sets=configs,
+        routing=routing,
+        input_ratio=dict(plan.input_ratio),
+        float_experts=plan.float_experts,
+        stream=basis,
+    )

@@ -84,6 +84,8 @@ def _reason(tensor: str) -> str:
     layer, _ = split_layer(tensor)
     if "embed" in layer or "lm_head" in layer or "wte" in layer:
         return "they come from different models, or one was rotated (QuaRot, SpinQuant)"
+    if layer.endswith("gate"):
+        return "it chooses experts, and all sets choose the same ones"
     if layer.endswith("norm"):
         return "the merge does not know which layers read this norm"
     return "it belongs to no quantized layer, so all sets use the same one"

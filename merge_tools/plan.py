@@ -15,6 +15,7 @@ from merge_tools.survey import Survey
 from vllm_qoq.checkpoint.folder import TensorInfo
 from vllm_qoq.checkpoint.format import INPUT_RATIO, join_name, split_layer
 from vllm_qoq.checkpoint.shards import Shards, cut, total_bytes
+from vllm_qoq.models.names import experts_of, layer_globs
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +46,13 @@ class Planned:
 class MergePlan:
     """The tensors of the output and what `config.json` says of them.
 
-    tensors      name in the output -> what it is made of
-    shards       file name -> tensors, in the order in which their bytes are written
-    input_ratio  set -> globs of the layers that carry one
-    dropped      (set, tensor) for each bias of zeros that is left out
-    bases        nested set -> its base
-    dtype        the dtype that `config.json` gets, None for the prefill set's
+    tensors        name in the output -> what it is made of
+    shards         file name -> tensors, in the order in which their bytes are written
+    input_ratio    set -> globs of the layers that carry one
+    float_experts  globs of mixtures of experts that each set has for itself, though in float
+    dropped        (set, tensor) for each bias of zeros that is left out
+    bases          nested set -> its base
+    dtype          the dtype that `config.json` gets, None for the prefill set's
     """
 
     sets: tuple[str, ...]
@@ -60,6 +62,7 @@ class MergePlan:
     input_ratio: Mapping[str, tuple[str, ...]]
     dropped: tuple[tuple[str, str], ...]
     quantized: frozenset[str]
+    float_experts: tuple[str, ...] = ()
     bases: Mapping[str, str] = field(default_factory=dict)
     dtype: str | None = None
 
@@ -105,9 +108,15 @@ def make_plan(
         input_ratio=ratio_globs(layers, survey.quantized),
         dropped=tuple(sorted(survey.zero_biases)),
         quantized=survey.quantized,
+        float_experts=layer_globs(survey.float_experts, _mixtures(survey)),
         bases=bases,
         dtype=dtype,
     )
+
+
+def _mixtures(survey: Survey) -> frozenset[str]:
+    """Find all mixtures of experts of the model."""
+    return experts_of(split_layer(name)[0] for name in survey.tensors[survey.prefill])
 
 
 def _ratio_layers(survey: Survey, config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
@@ -124,7 +133,7 @@ def _ratio_layers(survey: Survey, config: Mapping[str, Any]) -> dict[str, dict[s
 def _shared(survey: Survey) -> list[Planned]:
     planned = []
     for name, info in survey.tensors[survey.prefill].items():
-        if split_layer(name)[0] in survey.quantized:
+        if survey.is_per_set(split_layer(name)[0]):
             continue
         owner = survey.recast.get(name, survey.prefill)
         info = survey.tensors[owner][name]
@@ -138,7 +147,7 @@ def _shared(survey: Survey) -> list[Planned]:
 def _of_set(survey: Survey, set_name: str, ratios: Mapping[str, str]) -> list[Planned]:
     planned = []
     for name, info in survey.tensors[set_name].items():
-        is_mine = split_layer(name)[0] in survey.quantized
+        is_mine = survey.is_per_set(split_layer(name)[0])
         if is_mine and (set_name, name) not in survey.zero_biases:
             stored = replace(info, name=join_name(set_name, name))
             planned.append(Planned(stored, set_name, Origin("copy", set_name, name)))

@@ -8,12 +8,20 @@ from typing import Any
 
 from merge_tools import MergeError
 from vllm_qoq.checkpoint.folder import Checkpoint, read_json
-from vllm_qoq.checkpoint.format import SECTION, KVSection, check_set_name, split_layer
-from vllm_qoq.checkpoint.layout import KV_CACHE_LEAVES
+from vllm_qoq.checkpoint.format import (
+    QOQ_LINEAR,
+    SECTION,
+    KVSection,
+    check_set_name,
+    split_layer,
+)
+from vllm_qoq.checkpoint.layout import KV_CACHE_LEAVES, QUANTIZED_LEAVES
 from vllm_qoq.checkpoint.methods import parse
 from vllm_qoq.checkpoint.stored_set import StoredSet
-from vllm_qoq.errors import FormatError
+from vllm_qoq.errors import FormatError, shown
 from vllm_qoq.models.config import CONFIG
+from vllm_qoq.models.names import split_expert
+from vllm_qoq.models.table import architecture_of, with_experts
 
 # Older checkpoints of compressed-tensors and of ModelOpt keep their config in these.
 _COMPRESSION, _MODELOPT = "compression_config", "hf_quant_config.json"
@@ -67,7 +75,7 @@ def open_sources(folders: Mapping[str, Path], takes_floats: bool = False) -> lis
         try:
             checkpoint = Checkpoint.open(folder)
             config = _set_config(checkpoint, takes_floats)
-            _check_tensors(checkpoint)
+            _check_tensors(checkpoint, config)
         except FormatError as error:
             place = "" if str(error).startswith(f"{folder}: ") else f"{folder}: "
             raise FormatError(f"{place}{error}") from None
@@ -136,7 +144,8 @@ def _check_transforms(transforms: object) -> None:
         )
 
 
-def _check_tensors(checkpoint: Checkpoint) -> None:
+def _check_tensors(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
+    known = architecture_of(checkpoint.config)
     for name, info in checkpoint.tensors.items():
         layer, leaf = split_layer(name)
         if leaf in KV_CACHE_LEAVES and "attn" in layer:
@@ -144,10 +153,23 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
                 f"{info.file}: {name}: the scale of a quantized KV cache, but all sets share one "
                 "cache, whose precision is chosen when serving; quantize without a kv_cache_scheme"
             )
-        if ".experts." in name:
+        if ".experts." not in name:
+            continue
+        if known is None or known.experts is None:
             raise FormatError(
-                f"{info.file}: {name}: mixture-of-experts layers are not supported yet; merge "
-                "dense models"
+                f"{info.file}: {name}: an expert, but {CONFIG}: architectures: "
+                f"{shown(checkpoint.config.get('architectures'))} is not one whose experts can be "
+                f"merged; these are {', '.join(with_experts())}"
+            )
+        if split_expert(layer) is None:
+            raise FormatError(
+                f"{info.file}: {name}: holds all experts of a layer at once; save each expert's "
+                "gate, up and down projection for itself, as llmcompressor does"
+            )
+        if config.get("quant_method") == QOQ_LINEAR and leaf in QUANTIZED_LEAVES:
+            raise FormatError(
+                f"{info.file}: {name}: an expert of a {QOQ_LINEAR} set, which is not served yet; "
+                "quantize without experts, or take another method for the set"
             )
 
 

@@ -12,6 +12,7 @@ from vllm_qoq.checkpoint.folder import TensorInfo
 from vllm_qoq.checkpoint.format import split_layer
 from vllm_qoq.checkpoint.layout import FLOATS
 from vllm_qoq.checkpoint.stored_set import StoredSet
+from vllm_qoq.models.names import experts_of, split_expert
 from vllm_qoq.progress import Progress
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ class Survey:
     prefill: str
     quantized: frozenset[str]
     """The layers that are quantized in at least one set."""
+    float_experts: frozenset[str]
+    """The mixtures of experts that no set quantizes and that differ between the sets."""
     model_dtype: str
     """The dtype in which the model will run, by safetensors' name."""
     unequal: Mapping[str, tuple[str, ...]]
@@ -38,6 +41,12 @@ class Survey:
     to `model_dtype`."""
     zero_biases: frozenset[tuple[str, str]]
     """(set, tensor) for each bias of zeros in a layer that has no bias in another set."""
+
+    def is_per_set(self, layer: str) -> bool:
+        """Whether each set has its own tensors of a layer."""
+        place = split_expert(layer)
+        is_float = place is not None and place[0] in self.float_experts
+        return is_float or layer in self.quantized
 
 
 def survey(
@@ -66,15 +75,21 @@ def survey(
                 stored = (s.name for s in (prefill, *others) if s.tensors[name].dtype == dtype)
                 recast[name] = next(stored, prefill.name)
             advance(size)
+    experts = experts_of(split_layer(name)[0] for name in unequal)
     return Survey(
         tensors={source.name: source.tensors for source in sources},
         prefill=prefill.name,
         quantized=quantized,
+        float_experts=experts,
         model_dtype=dtype,
-        unequal=unequal,
-        recast=recast,
+        unequal={n: sets for n, sets in unequal.items() if not _is_in(experts, n)},
+        recast={name: owner for name, owner in recast.items() if not _is_in(experts, name)},
         zero_biases=frozenset(_zero_biases(sources, quantized)),
     )
+
+
+def _is_in(experts: frozenset[str], tensor: str) -> bool:
+    return not experts_of([split_layer(tensor)[0]]).isdisjoint(experts)
 
 
 def _compare(left: StoredSet, right: StoredSet, name: str, dtype: str) -> str:

@@ -15,6 +15,7 @@ from conftest import ROOT
 
 UNITS = (
     "test_loading.py",
+    "test_routed_experts.py",
     "test_step.py",
     "test_load.py",
     "test_key_mapping.py",

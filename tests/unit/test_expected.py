@@ -33,6 +33,11 @@ CASES = {
     "gemma2, untied": ("Gemma2", {"head_dim": 16, "tie_word_embeddings": False}),
     "gemma3": ("Gemma3", {"head_dim": 16}),
     "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "qwen2 moe": ("Qwen2Moe", MOE | {"shared_expert_intermediate_size": 40}),
+    "qwen2 moe, no biases": (
+        "Qwen2Moe",
+        MOE | {"shared_expert_intermediate_size": 40, "qkv_bias": False, "mlp_only_layers": [1]},
+    ),
     "qwen3 moe": ("Qwen3Moe", MOE | {"head_dim": 16}),
     "qwen3 moe, some dense": ("Qwen3Moe", MOE | {"num_hidden_layers": 4, "mlp_only_layers": [1]}),
     "qwen3 moe, every other": ("Qwen3Moe", MOE | {"decoder_sparse_step": 2}),

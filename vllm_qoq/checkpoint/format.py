@@ -9,6 +9,7 @@ model's `architectures` and adds one section:
                "w4a16": {"quant_method": "compressed-tensors", ...}},
       "routing": {...},                                  # vllm_qoq.routing.table
       "input_ratio": {"w4a16": ["model.layers.*.self_attn.q_proj", ...]},
+      "float_experts": ["model.layers.0.mlp.experts"],   # absent: all sets share them
       "kv_cache": {"bits": 4},                           # vllm_qoq.checkpoint.kv_config
       "lm_head": {"bits": 8},                            # absent: in the model's dtype
       "stream": {"rotation": "stored"}                   # absent: the original model's
@@ -27,6 +28,10 @@ prefill set; a layer of another set that reads such a norm carries
 
 which multiplies the layer's input. The section lists the layers that have one
 as globs over layer names, so that a lost tensor is noticed.
+
+`float_experts`. Experts that no set quantizes are stored once, as everything that all sets share.
+Where they differ between the sets, each set has its own, with its name in front, and the section
+lists these mixtures of experts as globs over names such as `model.layers.0.mlp.experts`.
 
 `lm_head`. In int8 it is `lm_head.weight` int8 [V, K], `lm_head.weight_scale` float32 [V, 1],
 for all sets; its input is rounded to int8 per token.
@@ -257,6 +262,7 @@ class Section(BaseModel):
     sets: dict[str, dict[str, Any]]
     routing: Routing
     input_ratio: dict[str, Annotated[tuple[str, ...], Field(max_length=MOST_RULES)]] = {}
+    float_experts: Annotated[tuple[str, ...], Field(max_length=MOST_RULES)] = ()
     kv_cache: KVCache | None = None
     lm_head: LMHead | None = None
     stream: Stream | None = None
@@ -313,6 +319,8 @@ class Section(BaseModel):
         }
         if self.input_ratio:
             section["input_ratio"] = {name: list(globs) for name, globs in self.input_ratio.items()}
+        if self.float_experts:
+            section["float_experts"] = list(self.float_experts)
         if self.kv_cache is not None:
             section["kv_cache"] = self.kv_cache.to_json()
         if self.lm_head is not None:
@@ -324,6 +332,10 @@ class Section(BaseModel):
     def has_input_ratio(self, set_name: str, layer: str) -> bool:
         """Whether `layer` (a checkpoint layer, not a fused one) carries an input_ratio."""
         return any(fnmatchcase(layer, glob) for glob in self.input_ratio.get(set_name, ()))
+
+    def has_float_experts(self, experts: str) -> bool:
+        """Whether each set has its own of a mixture of experts that none of them quantizes."""
+        return any(fnmatchcase(experts, glob) for glob in self.float_experts)
 
 
 def _check_base(name: str, base: str, sets: Mapping[str, Mapping[str, Any]]) -> None:

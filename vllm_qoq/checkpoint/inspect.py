@@ -15,6 +15,7 @@ from vllm_qoq.checkpoint.tensor_parallel import obstacles
 from vllm_qoq.checkpoint.verify import open_merged
 from vllm_qoq.errors import printable
 from vllm_qoq.models.config import CONFIG
+from vllm_qoq.models.names import experts_of, split_expert
 from vllm_qoq.models.tensors import HEAD
 from vllm_qoq.progress import human_bytes
 
@@ -46,6 +47,7 @@ def inspect(folder: str | Path, quiet: bool = True) -> dict[str, Any]:
         "k_means": len(k_mean.stored(checkpoint)),
         "lm_head": {"bits": _head_bits(checkpoint, section)},
         **({"stream": stream.model_dump()} if stream is not None else {}),
+        **({"experts": experts} if (experts := _experts(sets)) else {}),
         "tensor_parallel": _tensor_parallel(checkpoint.config, sets),
     }
 
@@ -72,6 +74,11 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
     yield from _kv_cache(report["kv_cache"], report["k_means"])
     if "stream" in report:
         yield f"residual stream: rotated, rotation {report['stream']['rotation']}"
+    if "experts" in report:
+        yield (
+            f"experts: {report['experts']['mixtures']} mixtures of "
+            f"{report['experts']['experts']}, " + _who_has(report["experts"])
+        )
     if (bits := report["lm_head"]["bits"]) is not None:
         yield f"lm_head: {bits} bits"
     routing = report["routing"] or {}
@@ -87,6 +94,34 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
     yield f"--tensor-parallel-size: {', '.join(map(str, parallel['sizes']))}"
     for size, reason in list(parallel["refused"].items())[:1]:
         yield f"  not {size}: {reason}"
+
+
+def _experts(sets: Sequence[StoredSet]) -> dict[str, Any] | None:
+    """Count the mixtures of experts and the experts in one of them; None without any."""
+    layers = frozenset().union(*(weights.layers for weights in sets))
+    places = [place for place in map(split_expert, layers) if place is not None]
+    if not places:
+        return None
+    own = {
+        experts
+        for weights in sets
+        for name, info in weights.tensors.items()
+        if info.name.startswith(f"{weights.name}.")
+        for experts in experts_of([split_layer(name)[0]])
+    }
+    return {
+        "mixtures": len({place[0] for place in places}),
+        "experts": max(place[1] for place in places) + 1,
+        "mixtures_per_set": len(own),
+    }
+
+
+def _who_has(experts: Mapping[str, Any]) -> str:
+    if not experts["mixtures_per_set"]:
+        return "which all sets share"
+    if experts["mixtures_per_set"] == experts["mixtures"]:
+        return "which each set has for itself"
+    return f"of which each set has {experts['mixtures_per_set']} for itself"
 
 
 def _kv_cache(raw: Mapping[str, Any] | None, means: int) -> Iterator[str]:
@@ -153,17 +188,18 @@ def _with_base(entry: Mapping[str, Any]) -> str:
 
 
 def _set(weights: StoredSet) -> dict[str, Any]:
-    own = [i for i in weights.tensors.values() if i.name.startswith(f"{weights.name}.")]
-    sizes = [weights.size(layer) for layer in sorted(weights.quantized)]
+    prefix = f"{weights.name}."
+    own = {name: i for name, i in weights.tensors.items() if i.name.startswith(prefix)}
+    sizes = [weights.size(layer) for layer in sorted({split_layer(name)[0] for name in own})]
     count = sum(n * k for n, k in sizes)
-    size = sum(info.nbytes for info in own)
+    size = sum(info.nbytes for info in own.values())
     bits = 8 * size / count if count else 0.0
     report = {
         "method": weights.config["quant_method"],
         "bytes": size,
         "layers": len(sizes),
         "bits_per_weight": bits,
-        "input_ratios": sum(split_layer(i.name)[1] == INPUT_RATIO for i in own),
+        "input_ratios": sum(split_layer(name)[1] == INPUT_RATIO for name in own),
     }
     if weights.base is None:
         return report

@@ -12,7 +12,8 @@
     modelopt            ignore, exclude_modules: names, substrings and globs
     quark               exclude: names and `re:` patterns
 
-vLLM runs some projections as one layer (`vllm_qoq.models.names.FUSED`): a `Unit`.
+vLLM runs some projections as one layer (`vllm_qoq.models.names.FUSED`): a `Unit`. So it does all
+experts of a mixture, whose method it chooses by the projections of the first.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vllm_qoq.checkpoint.format import QOQ_LINEAR, QOQ_RESIDUAL, SECTION
 from vllm_qoq.checkpoint.patterns import matches, occurs
 from vllm_qoq.errors import FormatError, shown
-from vllm_qoq.models.names import FUSED
+from vllm_qoq.models.names import FUSED, split_expert
 
 _WHERE = f"config.json: {SECTION}"
 _PATTERN = "re:"
@@ -37,6 +38,7 @@ _MOST_ENTRIES = 16_384
 _SPECIAL = frozenset(r"*+?^$()[]{}|\\")
 # A ModelOpt checkpoint never quantizes these, whatever it lists.
 _MODELOPT_TOWERS = ("vision_tower", "vision_model", "vit_large_projector")
+_EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 _LINEAR_CLASSES = (
     "QKVParallelLinear",
     "MergedColumnParallelLinear",
@@ -48,7 +50,10 @@ _LINEAR_CLASSES = (
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A linear layer of vLLM: its name, and the layers of the checkpoint that it is made of."""
+    """A layer of vLLM: its name, and the layers of the checkpoint that it is made of.
+
+    Of a mixture of experts these are the layers of its first expert.
+    """
 
     name: str
     parts: tuple[str, ...]
@@ -56,6 +61,10 @@ class Unit:
     @classmethod
     def of(cls, layer: str, layers: Collection[str]) -> Unit:
         """The unit that runs `layer` of a model with these `layers`."""
+        expert = split_expert(layer)
+        if expert is not None:
+            parts = tuple(f"{expert[0]}.0.{name}" for name in _EXPERT_PROJECTIONS)
+            return cls(expert[0], tuple(part for part in parts if part in layers) or (layer,))
         parent, _, leaf = layer.rpartition(".")
         for fused, leaves in FUSED.items():
             parts = tuple(f"{parent}.{part}" for part in leaves)

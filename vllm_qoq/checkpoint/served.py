@@ -29,10 +29,12 @@ def findings(weights: StoredSet) -> Iterator[str]:
         return
     modules = {_module(layer) for layer in weights.quantized}
     linear = [layer for layer in weights.layers if _is_linear(weights, layer, modules)]
-    units = {Unit.of(layer, weights.layers) for layer in linear}
-    for unit in sorted(units, key=lambda unit: unit.name):
+    units: dict[Unit, list[str]] = {}
+    for layer in linear:
+        units.setdefault(Unit.of(layer, weights.layers), []).append(layer)
+    for unit, layers in sorted(units.items(), key=lambda item: item[0].name):
         try:
-            yield from _disagreement(weights, method, unit)
+            yield from _disagreement(weights, method, unit, layers)
         except FormatError as error:
             yield str(error)
 
@@ -54,10 +56,14 @@ def hidden_order(weights: StoredSet) -> Iterator[str]:
             )
 
 
-def _disagreement(weights: StoredSet, method: QuantizationMethod, unit: Unit) -> Iterator[str]:
-    stored = frozenset(part for part in unit.parts if part in weights.quantized)
-    if stored and len(stored) < len(unit.parts):
-        lost = next(part for part in unit.parts if part not in stored)
+def _disagreement(
+    weights: StoredSet, method: QuantizationMethod, unit: Unit, layers: Collection[str]
+) -> Iterator[str]:
+    """Find what is wrong with a unit that runs the `layers`, its parts or all experts."""
+    every = {*unit.parts, *layers}
+    stored = every & weights.quantized
+    if stored and len(stored) < len(every):
+        lost = min(every - stored)
         yield (
             f"{lost}: is not quantized, but {min(stored)} is, and vLLM runs both as one layer; "
             "quantize both or neither"

@@ -1,9 +1,10 @@
 """Checks of how many GPUs vLLM can split the layers of a checkpoint over. No tensor is read.
 
 vLLM cuts a column-parallel layer (q, k, v, gate, up) along its outputs and a
-row-parallel one (o, down) along its inputs. A cut must not go through a head, a
-group or block that shares a scale, or a word of packed codes. Where there are fewer
-K and V heads than GPUs, each GPU gets a copy of one. The hidden size is never cut.
+row-parallel one (o, down) along its inputs. So it cuts experts, unless expert parallelism shares
+them out whole. A cut must not go through a head, a group or block that shares a scale, or a word of
+packed codes. Where there are fewer K and V heads than GPUs, each GPU gets a copy of one. The hidden
+size is never cut.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ SIZES = (1, 2, 4, 8, 16)
 
 _QUERY = frozenset({"q_proj", "o_proj"})
 _KEY_VALUE = frozenset({"k_proj", "v_proj"})
-_MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
-_ROW_PARALLEL = frozenset({"o_proj", "down_proj"})
+_MLP = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+_ROW_PARALLEL = frozenset({"o_proj", "down_proj", "w2"})
 _WORD_BITS = 32
 _UNKNOWN_HEADS = "config.json: num_attention_heads or num_key_value_heads: not a count"
 

@@ -23,7 +23,7 @@ from vllm_qoq.checkpoint.format import (
 from vllm_qoq.checkpoint.stored_set import StoredSet
 from vllm_qoq.errors import FormatError, shown
 from vllm_qoq.models.config import CONFIG
-from vllm_qoq.models.names import LM_HEAD
+from vllm_qoq.models.names import LM_HEAD, experts_of, split_expert
 from vllm_qoq.models.table import architecture_of
 from vllm_qoq.progress import Progress
 
@@ -151,9 +151,14 @@ def _structure(section: Section, sets: list[StoredSet]) -> Iterator[str]:
             yield f"set {weights.name}: {finding}"
         yield from _ratios(section, weights)
         yield from _residuals(weights)
-    yield from _same_layers(sets)
     quantized = frozenset().union(*(weights.quantized for weights in sets))
-    for glob in rules.unmatched(section.routing, quantized):
+    floats = _float_experts(section, sets)
+    yield from _same_layers(sets, quantized | floats)
+    yield from _unlisted_experts(sets, quantized | floats)
+    for glob in section.float_experts:
+        if not any(fnmatchcase(name, glob) for name in experts_of(floats)):
+            yield f"{CONFIG}: {SECTION}.float_experts: {shown(glob)} matches no experts in float"
+    for glob in rules.unmatched(section.routing, quantized | floats):
         yield f"{CONFIG}: {SECTION}.routing.layers: {shown(glob)} matches no quantized layer"
 
 
@@ -220,11 +225,32 @@ def _ratios(section: Section, weights: StoredSet) -> Iterator[str]:
             yield f"{info.file}: {info.name}: is not listed in {CONFIG}: {SECTION}.{INPUT_RATIO}"
 
 
-def _same_layers(sets: list[StoredSet]) -> Iterator[str]:
-    """Find layers that some set quantizes and another has no tensors of its own for."""
-    quantized = frozenset().union(*(weights.quantized for weights in sets))
+def _float_experts(section: Section, sets: list[StoredSet]) -> frozenset[str]:
+    """Find the layers of experts that no set quantizes and each has to have for itself."""
+    layers = frozenset().union(*(weights.layers for weights in sets))
+    listed = {name for name in experts_of(layers) if section.has_float_experts(name)}
+    places = {layer: split_expert(layer) for layer in layers}
+    return frozenset(layer for layer, place in places.items() if place and place[0] in listed)
+
+
+def _unlisted_experts(sets: list[StoredSet], own: frozenset[str]) -> Iterator[str]:
+    """Find experts in float that a set has for itself, of which the config says nothing."""
     for weights in sets:
-        for layer in sorted(quantized):
+        for layer, leaves in weights.layers.items():
+            if layer in own or split_expert(layer) is None:
+                continue
+            for info in leaves.values():
+                if _is_own(info, weights.name):
+                    yield (
+                        f"{info.file}: {info.name}: no set quantizes these experts, and "
+                        f"{CONFIG}: {SECTION}.float_experts does not list them"
+                    )
+
+
+def _same_layers(sets: list[StoredSet], per_set: frozenset[str]) -> Iterator[str]:
+    """Find layers that sets have for themselves and one of them has no tensors of its own for."""
+    for weights in sets:
+        for layer in sorted(per_set):
             if not any(_is_own(info, weights.name) for info in _leaves(weights, layer).values()):
                 yield f"{weights.name}.{layer}: missing, another set has this layer"
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 LM_HEAD = "lm_head"
 
 _LAYER = re.compile(r"(?P<prefix>(?:.*\.)?layers\.)(?P<index>\d+)\.(?P<module>.+)")
+_EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<projection>[^.]+)")
 
 FUSED: Mapping[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -23,6 +24,20 @@ def split_decoder(name: str) -> tuple[str, int, str] | None:
     """
     match = _LAYER.fullmatch(name)
     return (match["prefix"], int(match["index"]), match["module"]) if match else None
+
+
+def split_expert(name: str) -> tuple[str, int, str] | None:
+    """Split the name of a layer of an expert; None for any other.
+
+    `model.layers.3.mlp.experts.7.up_proj` -> ("model.layers.3.mlp.experts", 7, "up_proj")
+    """
+    match = _EXPERT.fullmatch(name)
+    return (match["experts"], int(match["number"]), match["projection"]) if match else None
+
+
+def experts_of(names: Iterable[str]) -> frozenset[str]:
+    """Find the mixtures of experts that layers with these `names` belong to."""
+    return frozenset(place[0] for place in map(split_expert, names) if place is not None)
 
 
 def layer_globs(chosen: Iterable[str], every: Iterable[str]) -> tuple[str, ...]:

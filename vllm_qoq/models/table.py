@@ -37,11 +37,15 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """The mixture of experts in place of an MLP: a router, and `prefix.NUMBER.module`."""
+    """The mixture of experts in place of an MLP: a router, and `prefix.NUMBER.module`.
+
+    shared  what every token goes through besides
+    """
 
     router: str
     prefix: str
     modules: Mapping[str, LayerSpec]
+    shared: Mapping[str, LayerSpec] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -212,6 +216,20 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ),
         defaults={"num_key_value_heads": 8},
     ),
+    "Qwen2MoeForCausalLM": Architecture(
+        _NORMS | _attention(("qkv_bias",), False),
+        _mlp(),
+        Experts(
+            "mlp.gate",
+            "mlp.experts",
+            _mlp("", "expert_inner"),
+            shared={
+                **_mlp("mlp.shared_expert.", "shared_inner"),
+                "mlp.shared_expert_gate": LayerSpec(("one", "hidden")),
+            },
+        ),
+        defaults={"num_key_value_heads": 16, "qkv_bias": True},
+    ),
     "Qwen3MoeForCausalLM": Architecture(
         _QWEN3, _mlp(), Experts("mlp.gate", "mlp.experts", _mlp("", "expert_inner"))
     ),
@@ -227,6 +245,11 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture | None:
 def with_names() -> dict[str, LayerNames]:
     """List the architectures whose layers have `names`, by class name."""
     return {name: one.names for name, one in ARCHITECTURES.items() if one.names is not None}
+
+
+def with_experts() -> list[str]:
+    """List the architectures with a mixture of experts, by class name."""
+    return [name for name, one in ARCHITECTURES.items() if one.experts is not None]
 
 
 def norm_readers(config: Mapping[str, Any], norm: str) -> tuple[str, ...]:

@@ -107,7 +107,8 @@ def _modules(model: Architecture, sizes: _Sizes, is_sparse: bool) -> dict[str, L
     """List the modules of a decoder layer with or without experts."""
     if not is_sparse or model.experts is None:
         return {**model.common, **model.mlp}
-    modules = {**model.common, model.experts.router: LayerSpec(("experts", "hidden"))}
+    router = {model.experts.router: LayerSpec(("experts", "hidden"))}
+    modules = {**model.common, **router, **model.experts.shared}
     for number in range(sizes["experts"]):
         for name, module in model.experts.modules.items():
             modules[f"{model.experts.prefix}.{number}.{name}"] = module
@@ -152,6 +153,8 @@ _KEYS = {
     "qkv": "(num_attention_heads + 2 * num_key_value_heads) * head_dim",
     "expert_inner": "moe_intermediate_size",
     "experts": "num_experts",
+    "shared_inner": "shared_expert_intermediate_size",
+    "one": "1",
 }
 
 
@@ -182,6 +185,10 @@ class _Sizes:
                 return self["query"] + 2 * self["key"]
             case "expert_inner":
                 return self.key("moe_intermediate_size")
+            case "shared_inner":
+                return self.key("shared_expert_intermediate_size")
+            case "one":
+                return 1
             case "experts":
                 keys = ("num_local_experts", "num_experts")
                 name = next((k for k in keys if k in self._config), keys[-1])

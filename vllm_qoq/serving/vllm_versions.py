@@ -22,6 +22,10 @@ tests/serving/test_vllm_sources.py runs unit tests against the oldest and the ne
 * `map_name`: what a model calls a layer that the checkpoint calls otherwise
   (vllm.model_executor.models.utils.WeightsMapper, which offers tensors and lists in public).
 * `device_view`: host memory as the GPU sees it (vllm.utils.torch_utils).
+* `FusedMoEMethodBase`, `RoutedExperts`, `UnquantizedFusedMoEMethod`: a mixture of experts, and the
+  methods that compute one (vllm.model_executor.layers.fused_moe).
+* `experts_create_arguments`: what such a method gets from the layer besides, when it creates
+  weights. In 0.26 the layer decides by the class name of its own method, which is not a set's.
 * `may_process_in_place`: whether a quantization method can keep vLLM from moving weights that are
   offloaded to the device (QuantizeMethodBase.requires_device_loading).
 * `backends_size_pages`, `set_kv_cache_spec`, `kv_cache_layouts`: who says how large the pages of
@@ -45,6 +49,11 @@ from vllm.compilation.passes.inductor_pass import InductorPass, enable_fake_mode
 from vllm.config import ParallelConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.fused_moe import (
+    FusedMoEMethodBase,
+    RoutedExperts,
+    UnquantizedFusedMoEMethod,
+)
 from vllm.model_executor.layers.linear import WEIGHT_LOADER_V2_SUPPORTED, LinearMethodBase
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.utils.torch_utils import (
@@ -62,8 +71,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FrontEnd",
+    "FusedMoEMethodBase",
     "InductorPass",
     "LayerNameType",
+    "RoutedExperts",
+    "UnquantizedFusedMoEMethod",
     "api_process_count",
     "api_process_rank",
     "backends_size_pages",
@@ -71,6 +83,7 @@ __all__ = [
     "enable_fake_mode",
     "encode_layer_name",
     "engine_index",
+    "experts_create_arguments",
     "front_end_in_the_making",
     "fused_add_rms_norm",
     "has_loader_v2",
@@ -167,6 +180,14 @@ def device_view(host: torch.Tensor) -> torch.Tensor:
 def may_process_in_place() -> bool:
     """Whether `requires_device_loading = False` of a quantization method is heeded."""
     return hasattr(QuantizeMethodBase, "requires_device_loading")
+
+
+def experts_create_arguments(layer: RoutedExperts, method: FusedMoEMethodBase) -> dict[str, Any]:
+    """List the arguments that `layer` adds for some methods when they create weights."""
+    needs_whole_size = getattr(layer, "_needs_intermediate_size_param", None)
+    if needs_whole_size is None or not needs_whole_size(method):
+        return {}
+    return {"intermediate_size_full": layer.moe_config.intermediate_size}
 
 
 def backends_size_pages() -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import weakref
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +28,11 @@ from vllm_qoq.serving.methods.fusion import install as install_fusion
 from vllm_qoq.serving.methods.int8_head import Int8HeadMethod
 from vllm_qoq.serving.methods.qoq_linear import fused_parts
 from vllm_qoq.serving.methods.qoq_residual import QoQResidualConfig, QoQResidualMethod
+from vllm_qoq.serving.methods.routed_experts import (
+    ExpertsMethod,
+    FlexMoEMethod,
+    named_refusals,
+)
 from vllm_qoq.serving.methods.routed_linear import FlexLinearMethod, SetMethod
 from vllm_qoq.serving.methods.set_config import set_config
 from vllm_qoq.serving.methods.weight_set import UNTRACKED_LOADERS
@@ -37,7 +42,11 @@ from vllm_qoq.serving.plugin.root import model_in_the_making
 from vllm_qoq.serving.plugin.shared_files import new_stem
 from vllm_qoq.serving.routing.policy import Policy, check_lora
 from vllm_qoq.serving.signals import queue
-from vllm_qoq.serving.vllm_versions import map_name
+from vllm_qoq.serving.vllm_versions import (
+    RoutedExperts,
+    UnquantizedFusedMoEMethod,
+    map_name,
+)
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -140,7 +149,7 @@ class QoQConfig(QuantizationConfig):
         in_use = self._sets_in_use()
         # A layer rule may keep single layers out of a set that others use.
         for name, layer in self._unreachable:
-            rules[re.compile(rf"^{name}\.{re.escape(layer)}\.[^.]+$")] = None
+            rules[re.compile(rf"^{name}\.{re.escape(layer)}(\.\d+\.[^.]+)?\.[^.]+$")] = None
         for name in self.set_names:
             if name in in_use:
                 rules[re.compile(rf"^({name})\.(.+)\.([^.]+)$")] = r"\2.\1.\3"
@@ -171,6 +180,8 @@ class QoQConfig(QuantizationConfig):
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
         if self.section.lm_head is not None and isinstance(layer, ParallelLMHead):
             return self._int8_head(prefix)
+        if isinstance(layer, RoutedExperts):
+            return self._experts(layer, prefix)
         methods = self._ask_sets(layer, prefix)
         if not isinstance(layer, LinearBase):
             return self._unrouted(layer, prefix, methods)
@@ -231,27 +242,73 @@ class QoQConfig(QuantizationConfig):
             )
         route = policy.route(prefix, parts)
         if policy.has_graphs():
-            _check_nested(prefix, policy.pairs(route), methods)
+            _check_nested(prefix, policy.pairs(route), {n: m.base for n, m in methods.items()})
         reachable = policy.reachable(route)
         # The base's weights are a part of a nested set's.
         reachable |= {base for name in reachable if (base := methods[name].base) is not None}
+        chosen = {name: methods[name] for name in self._use(reachable, parts)}
+        return FlexLinearMethod(prefix, parts, chosen, route, policy)
+
+    def _experts(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
+        """Choose the method of a mixture of experts, of which a set quantizes all or none."""
+        assert self.section is not None
+        policy = self.policy()
+        route = policy.routing.route([prefix])
+        reachable = policy.reachable(route)
+        methods, is_own = self._ask_sets_for_experts(layer, prefix, reachable)
+        if not is_own and not self.section.has_float_experts(prefix):
+            return next(iter(methods.values())).method
+        policy.route(prefix, [prefix])
+        if policy.has_graphs():
+            _check_nested(prefix, policy.pairs(route), dict.fromkeys(self.set_names))
+        chosen = {name: methods[name] for name in self._use(reachable, [prefix])}
+        return FlexMoEMethod(layer, prefix, chosen, route, policy)
+
+    def _use(self, reachable: frozenset[str], parts: list[str]) -> list[str]:
+        """Note which sets the layer made of `parts` uses, so that no others are loaded."""
         self._used |= reachable
-        chosen = {name: methods[name] for name in self.set_names if name in reachable}
-        if policy.routing.layers:
+        if self.policy().routing.layers:
             skipped = [name for name in self.set_names if name not in reachable]
             self._unreachable += [(name, part) for name in skipped for part in parts]
-        return FlexLinearMethod(prefix, parts, chosen, route, policy)
+        return [name for name in self.set_names if name in reachable]
+
+    def _ask_sets_for_experts(
+        self, layer: RoutedExperts, prefix: str, reachable: Collection[str]
+    ) -> tuple[dict[str, ExpertsMethod], bool]:
+        """Ask the sets for their methods, and whether any of them quantizes the experts."""
+        methods, is_quantized = {}, False
+        for name in self.set_names:
+            try:
+                with named_refusals(prefix, name):
+                    method, state = self._ask(name, layer, prefix)
+            except FormatError:
+                if name in reachable:
+                    raise
+                is_quantized = True  # what is refused is how it does
+                continue
+            method = method or UnquantizedFusedMoEMethod(layer.moe_config)
+            methods[name] = ExpertsMethod(method, state)
+            is_quantized |= not isinstance(method, UnquantizedFusedMoEMethod)
+        return methods, is_quantized
+
+    def _ask(
+        self, name: str, layer: nn.Module, prefix: str
+    ) -> tuple[QuantizeMethodBase | None, dict[str, Any]]:
+        """Ask one set for its method, and take from the layer what the set left there."""
+        config = self.set_configs[name]
+        config.packed_modules_mapping = self.packed_modules_mapping
+        before = dict(vars(layer))
+        method = config.get_quant_method(layer, prefix)
+        state = {key: value for key, value in vars(layer).items() if key not in before}
+        for key in state:  # such as `scheme`, which every set would overwrite
+            delattr(layer, key)
+        return method, state
 
     def _ask_sets(self, layer: nn.Module, prefix: str) -> dict[str, SetMethod]:
         parts = self._parts(prefix)
         methods = {}
-        for name, config in self.set_configs.items():
-            config.packed_modules_mapping = self.packed_modules_mapping
-            before = dict(vars(layer))
-            method = config.get_quant_method(layer, prefix)
-            state = {key: value for key, value in vars(layer).items() if key not in before}
-            for key in state:  # such as `scheme`, which every set would overwrite
-                delattr(layer, key)
+        for name in self.set_names:
+            method, state = self._ask(name, layer, prefix)
             assert self.section is not None
             ratios = [part for part in parts if self.section.has_input_ratio(name, part)]
             if ratios and len(ratios) != len(parts):
@@ -266,12 +323,13 @@ class QoQConfig(QuantizationConfig):
     def _unrouted(
         self, layer: nn.Module, prefix: str, methods: dict[str, SetMethod]
     ) -> QuantizeMethodBase | None:
-        """Treat embeddings, lm_head and experts as in an unquantized model, or refuse them."""
+        """Treat embeddings and lm_head as in an unquantized model, or refuse them."""
         for name, choice in methods.items():
             if choice.method is not None and "Unquantized" not in type(choice.method).__name__:
                 raise FormatError(
                     f"{prefix} ({type(layer).__name__}) is quantized in set {name!r}, but only "
-                    "linear layers can be routed; quantize the set again with this layer ignored"
+                    "linear layers and experts can be routed; quantize the set again with this "
+                    "layer ignored"
                 )
         return next(iter(methods.values())).method
 
@@ -306,11 +364,14 @@ class QoQConfig(QuantizationConfig):
 
 
 def _check_nested(
-    prefix: str, pairs: Iterable[tuple[Phase, str, str]], methods: dict[str, SetMethod]
+    prefix: str, pairs: Iterable[tuple[Phase, str, str]], bases: Mapping[str, str | None]
 ) -> None:
-    """Raise RoutingError unless each pair is one GEMM, in which a flag chooses inside a graph."""
+    """Raise RoutingError unless each pair is one GEMM, in which a flag chooses inside a graph.
+
+    bases  nested set -> its base, None for a set of its own
+    """
     for phase, calm, busy in pairs:
-        if methods[calm].base != busy and methods[busy].base != calm:
+        if bases[calm] != busy and bases[busy] != calm:
             raise RoutingError(
                 f"routing.load: in {phase.name.lower()} steps {prefix} goes from {calm!r} to "
                 f"{busy!r} when the engine is busy, and CUDA graphs follow only from one set of a "

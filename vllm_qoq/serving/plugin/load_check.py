@@ -21,6 +21,7 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from vllm_qoq.errors import FormatError
 from vllm_qoq.serving.methods.after_loading import AfterLoading
+from vllm_qoq.serving.methods.expert_set import ExpertSet
 from vllm_qoq.serving.methods.weight_set import REMEDY, Loader, WeightSet
 from vllm_qoq.serving.vllm_versions import may_process_in_place
 
@@ -105,7 +106,7 @@ def _shared(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """List the parameters that a checkpoint has to fill and no set, cache or expert owns."""
     seen: set[int] = set()  # tied weights are one parameter under two names
     for prefix, module in model.named_modules():
-        if isinstance(module, WeightSet | Attention | MLAAttention):
+        if isinstance(module, WeightSet | ExpertSet | Attention | MLAAttention):
             continue  # sets prove it themselves, and a cache may have no scales
         if isinstance(getattr(module, "quant_method", None), FusedMoEMethodBase):
             continue  # experts may be padded

@@ -1,0 +1,201 @@
+"""Loading experts through vLLM's own loaders, at a mocked rank; the oracle is vLLM itself."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from expert_layers import EXPERTS, PREFIX, load, rank_of, routed, single, stored
+from plugin_units import ROUTING, scheme
+from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
+
+from vllm_qoq.errors import FormatError, UserError
+from vllm_qoq.routing.table import RoutingError
+from vllm_qoq.serving.methods.routed_experts import FlexMoEMethod
+
+SETS = {"w8a8": 8, "w4a16": 4}
+WHOLE = stored(8, "w8a8.") | stored(4, "w4a16.")
+FLOAT = scheme(8) | {"ignore": ["re:.*experts.*"]}
+
+
+def check_loaded(model):
+    method = model.experts.quant_method
+    for name in method.sets:
+        method.experts(name).check_loaded(PREFIX)
+        method.experts(name).check_values(PREFIX)
+
+
+@pytest.mark.parametrize("is_expert_parallel", [False, True], ids=["tensor", "expert"])
+@pytest.mark.parametrize(("rank", "size"), [(0, 1), (0, 2), (1, 2)])
+def test_every_set_gets_the_slices_that_vllm_loads(rank, size, is_expert_parallel):
+    with rank_of(rank, size, is_expert_parallel):
+        model = routed(size)
+        load(model, WHOLE)
+        check_loaded(model)
+    for name, bits in SETS.items():
+        with rank_of(rank, size, is_expert_parallel):
+            alone = single(bits, size)
+            load(alone, stored(bits))
+        ours = dict(getattr(model.experts, name).named_parameters())
+        theirs = dict(alone.experts.named_parameters())
+        assert ours.keys() == theirs.keys()
+        for leaf, parameter in theirs.items():
+            if "g_idx" not in leaf:  # vLLM 0.26 leaves it as it was in memory, and does without
+                assert torch.equal(ours[leaf], parameter), f"{name} {leaf}"
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        f"w8a8.{PREFIX}.0.gate_proj.weight",
+        f"w8a8.{PREFIX}.3.down_proj.weight_scale",
+        f"w4a16.{PREFIX}.2.up_proj.weight_packed",
+        f"w4a16.{PREFIX}.1.down_proj.weight_scale",
+        f"w4a16.{PREFIX}.3.gate_proj.weight_shape",
+    ],
+)
+def test_a_lost_tensor_is_named(lost):
+    with rank_of(0, 1):
+        model = routed()
+        load(model, {name: tensor for name, tensor in WHOLE.items() if name != lost})
+        with pytest.raises(FormatError, match=lost.replace(".", r"\.") + r" \(1 tensors"):
+            check_loaded(model)
+
+
+def test_a_rank_misses_its_own_experts_only():
+    lost = f"w8a8.{PREFIX}.{EXPERTS - 1}.up_proj.weight"
+    weights = {name: tensor for name, tensor in WHOLE.items() if name != lost}
+    for rank in (0, 1):
+        with rank_of(rank, 2, is_expert_parallel=True):
+            model = routed(2)
+            load(model, weights)
+            if rank == 0:
+                check_loaded(model)
+                continue
+            with pytest.raises(FormatError, match=lost.replace(".", r"\.")):
+                check_loaded(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        (f"w8a8.{PREFIX}.1.up_proj.weight", lambda tensor: tensor[:128]),
+        (f"w8a8.{PREFIX}.1.up_proj.weight", lambda tensor: tensor.bfloat16()),
+        (f"w8a8.{PREFIX}.2.down_proj.weight_scale", lambda tensor: tensor[:7]),
+        (f"w4a16.{PREFIX}.0.down_proj.weight_packed", lambda tensor: tensor[:, :3]),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(name, change):
+    with rank_of(0, 1):
+        with pytest.raises(FormatError, match=name.replace(".", r"\.")):
+            load(routed(), WHOLE | {name: change(WHOLE[name]).contiguous()})
+
+
+@pytest.mark.parametrize(("value", "what"), [(0, "not positive"), (float("nan"), "NaN")])
+def test_a_scale_that_cannot_be_is_found(value, what):
+    name = f"w8a8.{PREFIX}.1.up_proj.weight_scale"
+    with rank_of(0, 1):
+        model = routed()
+        load(model, WHOLE | {name: torch.full_like(WHOLE[name], value)})
+        with pytest.raises(FormatError, match=rf"w13_weight_scale of set 'w8a8' holds .*{what}"):
+            check_loaded(model)
+
+
+def test_a_tensor_without_a_set_is_refused():
+    with rank_of(0, 1), pytest.raises(FormatError, match=r"0\.gate_proj\.weight.*once for each"):
+        load(routed(), stored(8))
+
+
+def test_sets_out_of_reach_are_not_loaded():
+    only = {"routing": {"prefill": "w8a8", "decode": "w8a8"}}
+    with rank_of(0, 1):
+        model = routed(**only)
+        load(model, WHOLE)
+        check_loaded(model)
+        assert not hasattr(model.experts, "w4a16")
+
+
+def test_a_layer_rule_keeps_experts_out_of_a_set():
+    rules = ROUTING | {"layers": [{"match": PREFIX, "decode": "w8a8"}]}
+    with rank_of(0, 1):
+        model = routed(routing=rules)
+        load(model, WHOLE)
+        check_loaded(model)
+        assert list(model.experts.quant_method.sets) == ["w8a8"]
+        model.experts.quant_method.policy.check_rules()
+    with rank_of(0, 1):
+        other = ROUTING | {"layers": [{"match": f"{PREFIX}.0.*", "decode": "w8a8"}]}
+        with pytest.raises(RoutingError, match=r"experts\.0\.\*' matches no quantized layer"):
+            routed(routing=other).experts.quant_method.policy.check_rules()
+
+
+def test_experts_that_no_set_quantizes_are_shared_unless_the_section_lists_them():
+    sets = {"w8a8": FLOAT, "w4a16": FLOAT}
+    with rank_of(0, 1):
+        shared = routed(sets=sets)
+        assert type(shared.experts.quant_method) is UnquantizedFusedMoEMethod
+    with rank_of(0, 1):
+        own = routed(sets=sets, float_experts=["*.experts"])
+        assert isinstance(own.experts.quant_method, FlexMoEMethod)
+
+
+def test_a_set_may_leave_experts_in_float():
+    floats = {
+        f"w8a8.{name.rpartition('.')[0]}.weight": torch.randn(tensor.shape).bfloat16()
+        for name, tensor in stored(8).items()
+        if name.endswith("weight")
+    }
+    refused = {"w8a8": FLOAT, "w4a16": scheme(4)}
+    with rank_of(0, 1):
+        method = routed(sets=refused, routing={"prefill": "w8a8", "decode": "w8a8"})
+        load(method, floats | stored(4, "w4a16."))
+        check_loaded(method)
+        assert "w8a8" in dict(method.experts.named_children())
+
+
+def test_experts_that_move_between_ranks_are_refused():
+    with rank_of(0, 2, is_expert_parallel=True, has_eplb=True):
+        with pytest.raises(UserError, match="start without --enable-eplb"):
+            routed(2)
+
+
+def test_engines_that_share_experts_run_one_set():
+    parallel = SimpleNamespace(enable_eplb=False, dp_size=2)
+    layer = SimpleNamespace(moe_config=SimpleNamespace(moe_parallel_config=parallel))
+    with pytest.raises(UserError, match="--data-parallel-size 2"):
+        FlexMoEMethod(layer, PREFIX, dict.fromkeys(SETS), None, None)
+
+
+def test_sets_that_answer_the_runner_differently_are_refused(monkeypatch):
+    with rank_of(0, 1):
+        method = routed().experts.quant_method
+        for name, what, values in (
+            ("is_monolithic", "choose the experts", (True, False)),
+            ("has_unpadded_output", "outputs without padding", (False, True)),
+            ("topk_indices_dtype", "experts' numbers", (None, torch.int64)),
+        ):
+            for choice, value in zip(method.sets.values(), values, strict=True):
+                monkeypatch.setattr(type(choice.method), name, value)
+            with pytest.raises(FormatError, match=f"'w8a8' and 'w4a16' .*{what}.*force_set"):
+                method._check_alike()
+            monkeypatch.undo()
+            method._check_alike()
+
+
+def test_a_method_that_vllm_refuses_is_named_with_its_set():
+    sets = {"w8a8": scheme(8), "w4a16": scheme(4, num_bits=3)}
+    with rank_of(0, 1):
+        with pytest.raises(FormatError, match=rf"{PREFIX}: .*experts of set 'w4a16'.*force_set"):
+            routed(sets=sets)
+        model = routed(sets=sets, routing={"prefill": "w8a8", "decode": "w8a8"})
+        assert list(model.experts.quant_method.sets) == ["w8a8"]
+
+
+def test_a_qoq_set_is_served_without_its_experts_only():
+    qoq = {"quant_method": "qoq_linear", "ignore": ["lm_head"]}
+    sets = {"w8a8": scheme(8), "w4a16": qoq}
+    with rank_of(0, 1):
+        with pytest.raises(FormatError, match="does not serve experts yet"):
+            routed(sets=sets)
+        ignoring = sets | {"w4a16": qoq | {"ignore": ["*.experts.*"]}, "w8a8": FLOAT}
+        model = routed(sets=ignoring, float_experts=["*.experts"])
+        assert isinstance(model.experts.quant_method, FlexMoEMethod)
