@@ -85,9 +85,8 @@ def test_a_rank_misses_its_own_experts_only():
     ],
 )
 def test_a_tensor_that_does_not_fit_is_named(name, change):
-    with rank_of(0, 1):
-        with pytest.raises(FormatError, match=name.replace(".", r"\.")):
-            load(routed(), WHOLE | {name: change(WHOLE[name]).contiguous()})
+    with rank_of(0, 1), pytest.raises(FormatError, match=name.replace(".", r"\.")):
+        load(routed(), WHOLE | {name: change(WHOLE[name]).contiguous()})
 
 
 @pytest.mark.parametrize(("value", "what"), [(0, "not positive"), (float("nan"), "NaN")])

@@ -21,7 +21,10 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
     register_weight_loader_v2_supported_method,
 )
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
 from vllm.model_executor.parameter import (
     ChannelQuantScaleParameter,
     PackedvLLMParameter,
@@ -33,6 +36,7 @@ from vllm_qoq.errors import FormatError
 from vllm_qoq.numerics import reference
 from vllm_qoq.ops import linear_ops, w4a8_layout
 from vllm_qoq.serving.methods.input_slice import GroupsOfSlice, InputSlice
+from vllm_qoq.serving.methods.qoq_experts import QoQExpertsMethod
 from vllm_qoq.serving.vllm_versions import RoutedExperts
 
 if TYPE_CHECKING:
@@ -87,10 +91,11 @@ class QoQLinearConfig(QoQSetConfig):
         ignore = tuple(hf_to_vllm_mapper.apply_list(list(self.qoq_set.ignore)))
         self.qoq_set = self.qoq_set.model_copy(update={"ignore": ignore})
 
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        """Choose the method of a linear layer; None for all else, which stays unquantized."""
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Choose the method of a linear layer or of experts; None for all else, not quantized."""
         if isinstance(layer, RoutedExperts):
-            self._check_experts(layer, prefix)
+            is_ignored = self.qoq_set.ignores(f"{prefix}.0.{layer.ckpt_down_proj_name}")
+            return None if is_ignored else QoQExpertsMethod(layer, self.qoq_set, prefix)
         if not isinstance(layer, LinearBase):
             return None
         parts = fused_parts(prefix, self.packed_modules_mapping)
@@ -103,13 +108,6 @@ class QoQLinearConfig(QoQSetConfig):
                 f"{', '.join(parts)}, which vLLM computes as one layer; quantize all or none"
             )
         return UnquantizedLinearMethod()
-
-    def _check_experts(self, layer: RoutedExperts, prefix: str) -> None:
-        if not self.qoq_set.ignores(f"{prefix}.0.{layer.ckpt_down_proj_name}"):
-            raise FormatError(
-                f"{prefix}: a {QOQ_LINEAR} set does not serve experts yet; make the set with them "
-                "in its ignore list, or serve another set with force_set"
-            )
 
 
 def fused_parts(prefix: str, packed_modules_mapping: Mapping[str, list[str]]) -> list[str]:

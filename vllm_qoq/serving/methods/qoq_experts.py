@@ -1,0 +1,201 @@
+"""The method of a mixture of experts in a set with `"quant_method": "qoq_linear"`.
+
+Each expert has the tensors of `vllm_qoq.checkpoint.format.QoQSet`, as a linear layer has. Tokens
+are brought into the order of experts on the device, so that one GEMM does all of them
+(`vllm_qoq.ops.expert_ops`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+from vllm.config import get_current_vllm_config
+
+from vllm_qoq import ops
+from vllm_qoq.checkpoint.format import QOQ_LINEAR, QoQSet
+from vllm_qoq.errors import FormatError
+from vllm_qoq.numerics import reference
+from vllm_qoq.ops import expert_ops, linear_ops, w4a8_layout
+from vllm_qoq.serving.vllm_versions import FusedMoEMethodBase, RoutedExperts
+
+_PER_CHANNEL = ("channel_scale", "channel_zero")
+_GROUPS = ("group_scale", "group_offset")
+# The kernels of experts have weights per channel and in these groups.
+_GROUP_SIZES = (-1, 128)
+# Scales of groups that leave room for a residual, as in a linear layer.
+_MOST_DUMMY_SCALE = 14
+
+
+class QoQExpertsMethod(FusedMoEMethodBase):
+    """Computes a mixture of experts with QoQ weights.
+
+    prefix  the layer's name in vLLM, `model.layers.0.mlp.experts`
+
+    Raises FormatError for experts that the kernels do not compute.
+    """
+
+    def __init__(self, layer: RoutedExperts, qoq_set: QoQSet, prefix: str) -> None:
+        super().__init__(layer.moe_config)
+        self.qoq_set, self.prefix = qoq_set, prefix
+        for what in self._obstacles(layer):
+            raise FormatError(
+                f"{prefix}: a {QOQ_LINEAR} set does not serve {what}; quantize again with these "
+                "experts in `ignore`, or serve another set with force_set"
+            )
+
+    def create_weights(
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Create this rank's experts, and of each its slice; FormatError for a size it cannot have.
+
+        w13 are gate and up, [2 intermediate, hidden], and w2 is down, [hidden, intermediate].
+        """
+        inner, group = intermediate_size_per_partition, self.qoq_set.group_size
+        self._check_size("hidden_size", hidden_size)
+        self._check_size("moe_intermediate_size of a rank", inner)
+        self.experts, self.dtype = num_experts, params_dtype
+        self.is_dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        for stem, n, k in (("w13", 2 * inner, hidden_size), ("w2", hidden_size, inner)):
+            shapes = {"qweight": (torch.uint8, (n, k // 2)), "channel_scale": (torch.float32, (n,))}
+            if group == -1:
+                shapes["channel_zero"] = (torch.float32, (n,))
+            else:
+                shapes["group_scale"] = (torch.uint8, (n, k // group))
+                shapes["group_offset"] = (torch.int8, (n, k // group))
+            for leaf, (dtype, shape) in shapes.items():
+                data = torch.empty(num_experts, *shape, dtype=dtype)
+                parameter = Parameter(data, requires_grad=False)
+                # vLLM's loader of experts slices scales by what it knows them for.
+                kind = "channel" if leaf in _PER_CHANNEL else "group"
+                for name, value in {**extra_weight_attrs, "quant_method": kind}.items():
+                    setattr(parameter, name, value)
+                layer.register_parameter(f"{stem}_{leaf}", parameter)
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        """Check the values and bring the weights into the order of the kernels, once."""
+        device = layer.w13_qweight.device
+        if not ops.has_kernels(device.type):
+            raise RuntimeError(f"{self.prefix}: {QOQ_LINEAR} cannot run: {ops.missing_kernels()}")
+        is_packed = device.type == "cuda"
+        for stem in ("w13", "w2"):
+            tensors = self._tensors(layer, stem)
+            if self.is_dummy:
+                _make_valid(tensors)
+            weights = [
+                self._weight(stem, expert, {n: t[expert] for n, t in tensors.items()}, is_packed)
+                for expert in range(self.experts)
+            ]
+            for leaf in ("qweight", *_GROUPS):
+                setattr(layer, f"{stem}_{leaf}", None)
+            setattr(layer, f"{stem}_weight", Parameter(torch.cat(weights), requires_grad=False))
+            for leaf in _PER_CHANNEL:
+                flat = tensors[leaf].flatten() if leaf in tensors else None
+                value = None if flat is None else Parameter(flat, requires_grad=False)
+                setattr(layer, f"{stem}_{leaf}", value)
+        # A buffer, as in a linear layer, since its counters have to be zero after a sleep, too.
+        layer.register_buffer(
+            "workspace", linear_ops.workspace(device) if is_packed else None, persistent=False
+        )
+        if is_packed:
+            # The kernel fetches weights before the kernel ahead of it has ended.
+            torch.cuda.synchronize(device)
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
+        """Give none: vLLM's own kernels for experts are not used."""
+
+    def apply(
+        self,
+        layer: RoutedExperts,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Compute the weighted sum of this rank's experts for each token, [tokens, hidden].
+
+        The ops follow each other as `expert_ops` says.
+        """
+        qoq, ids = torch.ops.qoq, topk_ids.to(torch.int32)
+        tile = expert_ops.tile_for(ids.numel(), layer.global_num_experts)
+        rows, tile_expert, tiles = qoq.route_to_experts(ids, layer.expert_map, self.experts, tile)
+        inputs = qoq.quantize_for_experts(x, rows, tile, tile_expert)
+        gate_up = self._multiply(layer, "w13", inputs, tiles, tile_expert, x.dtype)
+        inner = qoq.silu_and_mul_quantize_experts(gate_up, tiles, tile)
+        y = self._multiply(layer, "w2", inner, tiles, tile_expert, x.dtype)
+        return qoq.combine_experts(y, rows, topk_weights.float())
+
+    def _multiply(
+        self,
+        layer: RoutedExperts,
+        stem: str,
+        inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        tiles: torch.Tensor,
+        tile_expert: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        of_stem = (getattr(layer, f"{stem}_{leaf}") for leaf in ("weight", *_PER_CHANNEL))
+        given = (*inputs, tiles, tile_expert, self.experts, *of_stem, None, dtype, layer.workspace)
+        return torch.ops.qoq.w4a8_gemm_experts(*given)
+
+    def _obstacles(self, layer: RoutedExperts) -> list[str]:
+        activation = getattr(layer.activation, "value", layer.activation)
+        found = []
+        if self.qoq_set.group_size not in _GROUP_SIZES:
+            found.append(f"experts in groups of {self.qoq_set.group_size} (it does -1 and 128)")
+        if activation != "silu" or not layer.moe_config.is_act_and_mul:
+            found.append(f"experts with the activation {activation!r} (it does 'silu')")
+        if layer.moe_config.has_bias:
+            found.append("experts with a bias")
+        if layer.apply_router_weight_on_input:
+            found.append("experts whose inputs the router weights")
+        if layer.moe_config.num_experts > expert_ops.MOST_EXPERTS:
+            found.append(f"more than {expert_ops.MOST_EXPERTS} experts")
+        return found
+
+    def _check_size(self, name: str, size: int) -> None:
+        if size % w4a8_layout.BLOCK_K:
+            raise FormatError(
+                f"{name} is {size}, but {QOQ_LINEAR} experts need a multiple of "
+                f"{w4a8_layout.BLOCK_K}; quantize again with these experts in `ignore`"
+            )
+
+    def _tensors(self, layer: RoutedExperts, stem: str) -> dict[str, torch.Tensor]:
+        leaves = ("qweight", *_PER_CHANNEL, *_GROUPS)
+        found = {leaf: getattr(layer, f"{stem}_{leaf}", None) for leaf in leaves}
+        return {leaf: tensor.data for leaf, tensor in found.items() if tensor is not None}
+
+    def _weight(
+        self, stem: str, expert: int, tensors: dict[str, torch.Tensor], is_packed: bool
+    ) -> torch.Tensor:
+        """Make what the GEMM reads of one expert; FormatError for values that no checkpoint has."""
+        try:
+            weight = reference.int8_weight(tensors)
+        except ValueError as error:
+            raise FormatError(
+                f"{self.prefix}: expert {expert} of this rank, {stem}_{error}; run `vllm-qoq "
+                "verify` on the checkpoint, download or quantize it again"
+            ) from None
+        if not is_packed:
+            return weight
+        groups = (tensors.get(leaf) for leaf in _GROUPS)
+        return w4a8_layout.pack(tensors["qweight"], *groups)
+
+
+def _make_valid(tensors: dict[str, torch.Tensor]) -> None:
+    """Set random codes and valid scales where `--load-format dummy` left memory as it was."""
+    tensors["qweight"].random_(0, 256)
+    tensors["channel_scale"].fill_(1e-3)
+    if "channel_zero" in tensors:
+        tensors["channel_zero"].zero_()
+    else:
+        tensors["group_scale"].random_(1, _MOST_DUMMY_SCALE + 1)
+        tensors["group_offset"].copy_(-8 * tensors["group_scale"].to(torch.int16))
