@@ -85,9 +85,8 @@ def test_a_rank_misses_its_own_experts_only():
     ],
 )
 def test_a_tensor_that_does_not_fit_is_named(name, change):
-    with rank_of(0, 1):
-        with pytest.raises(FormatError, match=name.replace(".", r"\.")):
-            load(routed(), WHOLE | {name: change(WHOLE[name]).contiguous()})
+    with rank_of(0, 1), pytest.raises(FormatError, match=name.replace(".", r"\.")):
+        load(routed(), WHOLE | {name: change(WHOLE[name]).contiguous()})
 
 
 @pytest.mark.parametrize(("value", "what"), [(0, "not positive"), (float("nan"), "NaN")])
@@ -153,9 +152,11 @@ def test_a_set_may_leave_experts_in_float():
 
 
 def test_experts_that_move_between_ranks_are_refused():
-    with rank_of(0, 2, is_expert_parallel=True, has_eplb=True):
-        with pytest.raises(UserError, match="start without --enable-eplb"):
-            routed(2)
+    with (
+        rank_of(0, 2, is_expert_parallel=True, has_eplb=True),
+        pytest.raises(UserError, match="start without --enable-eplb"),
+    ):
+        routed(2)
 
 
 def test_engines_that_share_experts_run_one_set():
