@@ -152,9 +152,11 @@ def test_a_set_may_leave_experts_in_float():
 
 
 def test_experts_that_move_between_ranks_are_refused():
-    with rank_of(0, 2, is_expert_parallel=True, has_eplb=True):
-        with pytest.raises(UserError, match="start without --enable-eplb"):
-            routed(2)
+    with (
+        rank_of(0, 2, is_expert_parallel=True, has_eplb=True),
+        pytest.raises(UserError, match="start without --enable-eplb"),
+    ):
+        routed(2)
 
 
 def test_engines_that_share_experts_run_one_set():

@@ -61,6 +61,35 @@ def w8a8(model: Path, out: Path, skip: Iterable[str] = (), **changes: Any) -> Pa
     return write(out, tensors, {**config, "quantization_config": section | changes}, model)
 
 
+def w4a16(model: Path, out: Path, skip: Iterable[str] = (), **changes: Any) -> Path:
+    """compressed-tensors, 4 bits in groups, packed along K; `skip` are parts of layer names."""
+    tensors, config = read(model)
+    skip = tuple(skip)
+    for layer in _layers(tensors, skip):
+        weight = tensors.pop(f"{layer}.weight")
+        codes, scale, _ = _grouped(weight, is_symmetric=True)
+        tensors |= {
+            f"{layer}.weight_packed": pack(codes),
+            f"{layer}.weight_scale": scale.bfloat16(),
+            f"{layer}.weight_shape": torch.tensor(weight.shape),
+        }
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**weights, "group_size": GROUP_SIZE, "dynamic": False},
+        "input_activations": None,
+    }
+    ignored = [n.removesuffix(".weight") for n in tensors if any(part in n for part in skip)]
+    section = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head", *ignored],
+        "config_groups": {"group_0": group},
+    }
+    return write(out, tensors, {**config, "quantization_config": section | changes}, model)
+
+
 def gptq(model: Path, out: Path, skip: Iterable[str] = (), **changes: Any) -> Path:
     """GPTQ, symmetric, packed along K; `changes` are keys of the quantization_config."""
     tensors, config = read(model)

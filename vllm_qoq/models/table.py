@@ -123,6 +123,7 @@ _NORMS = {"input_layernorm": _NORM, "post_attention_layernorm": _NORM}
 _FOUR_NORMS = _NORMS | {"pre_feedforward_layernorm": _NORM, "post_feedforward_layernorm": _NORM}
 _QK_NORMS = {"self_attn.q_norm": _HEAD_NORM, "self_attn.k_norm": _HEAD_NORM}
 _BIAS = ("attention_bias",)
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
 def _attention(qkv: tuple[str, ...] | bool, o: tuple[str, ...] | bool) -> dict[str, LayerSpec]:
@@ -253,12 +254,18 @@ def with_experts() -> list[str]:
 
 
 def norm_readers(config: Mapping[str, Any], norm: str) -> tuple[str, ...]:
-    """List the linear layers that read the module `norm`; empty when that is not known."""
+    """List the linear layers that read the module `norm`; empty when that is not known.
+
+    What a router and experts read is not listed, because a router is one for all sets.
+    """
     known, place = architecture_of(config), split_decoder(norm)
-    if known is None or known.names is None or place is None:
+    if known is None or place is None:
         return ()
+    norms = known.names.norms if known.names is not None else {}
+    if known.experts is not None:
+        norms = {"input_layernorm": _QKV}
     prefix, index, module = place
-    return tuple(f"{prefix}{index}.{reader}" for reader in known.names.norms.get(module, ()))
+    return tuple(f"{prefix}{index}.{reader}" for reader in norms.get(module, ()))
 
 
 def flag(config: Mapping[str, Any], key: str, default: bool = False) -> bool:
