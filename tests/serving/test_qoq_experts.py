@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from engines import PROMPTS, engine
+from engines import PROMPTS, engine, generate
 from moe_models import write_model
-from qoq_checkpoints import PER_CHANNEL, write_checkpoint, write_dequantized
+from qoq_checkpoints import PER_CHANNEL, write_checkpoint, write_dequantized, write_nested
 from vllm import SamplingParams
 
+import vllm_qoq
 from vllm_qoq.serving.methods.qoq_experts import QoQExpertsMethod
 from vllm_qoq.serving.methods.routed_experts import FlexMoEMethod
 
@@ -44,3 +45,19 @@ def test_experts_in_w4a8_compute_what_their_weights_stand_for(tiny_model, tmp_pa
         return [type(e.experts("w4a8").method) for e in experts if isinstance(e, FlexMoEMethod)]
 
     assert ours.apply_model(methods) == [[QoQExpertsMethod] * 2]
+
+
+def test_experts_of_a_nested_set_have_both_planes(tiny_model, tmp_path):
+    model = write_model(tiny_model, tmp_path / "model", moe_intermediate_size=128)
+    nested = keep_router(write_nested(model, tmp_path / "nested"))
+    whole = of_prompts(engine(model))
+    error = {
+        name: (of_prompts(engine(nested, {"force_set": name})) - whole).abs().mean()
+        for name in ("w8a8", "w4a8")
+    }
+    assert error["w8a8"] < 0.2 and error["w4a8"] > 3 * error["w8a8"]
+    llm = engine(nested)
+    before = vllm_qoq.step_counts(llm)
+    generate(llm, PROMPTS[:1], max_tokens=3)
+    counts = {key: n - before[key] for key, n in vllm_qoq.step_counts(llm).items()}
+    assert (counts["prefill", "w8a8"], counts["decode", "w4a8"]) == (1, 2)

@@ -169,8 +169,8 @@ def w4a8_gemm_experts(
     if out_dtype not in HALVES:
         raise ValueError(f"{_GEMM}: the output is bfloat16 or float16, not {type_text(out_dtype)}")
 
-    def of(expert: int, values: torch.Tensor | None) -> torch.Tensor | None:
-        return None if values is None else values.view(experts, -1, *values.shape[1:])[expert]
+    def own(values: torch.Tensor, expert: int) -> torch.Tensor:
+        return values.view(experts, -1, *values.shape[1:])[expert]
 
     out = torch.zeros(x.shape[0], channel_scale.shape[0] // experts, dtype=out_dtype)
     for number, expert in enumerate(tile_expert[: int(tiles)].tolist()):
@@ -179,12 +179,14 @@ def w4a8_gemm_experts(
             x[rows],
             x_scale[rows],
             x_row_sum[rows],
-            *(of(expert, values) for values in (weight, channel_scale, channel_zero)),
+            own(weight, expert),
+            own(channel_scale, expert),
+            None if channel_zero is None else own(channel_zero, expert),
             None,
             None,
-            of(expert, bias),
+            None if bias is None else own(bias, expert),
             out_dtype,
-            residual=of(expert, residual),
+            residual=None if residual is None else own(residual, expert),
             use_residual=use_residual,
         )
     return out

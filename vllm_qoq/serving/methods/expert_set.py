@@ -126,7 +126,13 @@ class ExpertSet(nn.Module):
             if self._view._map_global_expert_id_to_local_expert_id(expert_id) != -1:
                 self._check_fits(param, loaded_weight, leaf, shard_id)
             success = RoutedExperts.weight_loader(
-                self._view, param, loaded_weight, weight_name, shard_id, expert_id, True
+                self._view,
+                param,
+                loaded_weight,
+                getattr(param, "loaded_as", weight_name),
+                shard_id,
+                expert_id,
+                True,
             )
         except (AssertionError, RuntimeError, ValueError, LookupError) as error:
             name = self._name(self._layer.layer_name, leaf, shard_id, expert_id)

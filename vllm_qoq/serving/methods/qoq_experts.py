@@ -7,6 +7,7 @@ are brought into the order of experts on the device, so that one GEMM does all o
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,24 @@ _GROUPS = ("group_scale", "group_offset")
 _GROUP_SIZES = (-1, 128)
 # Scales of groups that leave room for a residual, as in a linear layer.
 _MOST_DUMMY_SCALE = 14
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """What one GEMM over all experts reads, as `expert_ops.w4a8_gemm_experts` has it."""
+
+    weight: torch.Tensor
+    channel_scale: torch.Tensor
+    channel_zero: torch.Tensor | None
+    workspace: torch.Tensor | None
+    residual: torch.Tensor | None = None
+
+    def of(
+        self, dtype: torch.dtype, use_residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor | torch.dtype | None, ...]:
+        """List the last arguments of the op, for an output in `dtype`."""
+        per_channel = (self.channel_scale, self.channel_zero, None)
+        return (self.weight, *per_channel, dtype, self.workspace, self.residual, use_residual)
 
 
 class QoQExpertsMethod(FusedMoEMethodBase):
@@ -86,13 +105,17 @@ class QoQExpertsMethod(FusedMoEMethodBase):
             raise RuntimeError(f"{self.prefix}: {QOQ_LINEAR} cannot run: {ops.missing_kernels()}")
         is_packed = device.type == "cuda"
         for stem in ("w13", "w2"):
-            tensors = self._tensors(layer, stem)
+            tensors = loaded(layer, stem)
             if self.is_dummy:
-                _make_valid(tensors)
-            weights = [
-                self._weight(stem, expert, {n: t[expert] for n, t in tensors.items()}, is_packed)
-                for expert in range(self.experts)
-            ]
+                make_valid(tensors)
+            weights = []
+            for expert in range(self.experts):
+                mine = {leaf: tensor[expert] for leaf, tensor in tensors.items()}
+                weight = self.checked_int8(stem, expert, mine)
+                if is_packed:
+                    groups = (mine.get(leaf) for leaf in _GROUPS)
+                    weight = w4a8_layout.pack(mine["qweight"], *groups)
+                weights.append(weight)
             for leaf in ("qweight", *_GROUPS):
                 setattr(layer, f"{stem}_{leaf}", None)
             setattr(layer, f"{stem}_weight", Parameter(torch.cat(weights), requires_grad=False))
@@ -120,31 +143,37 @@ class QoQExpertsMethod(FusedMoEMethodBase):
         shared_experts: Any,
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Compute the weighted sum of this rank's experts for each token, [tokens, hidden].
+        """Compute the weighted sum of this rank's experts for each token, [tokens, hidden]."""
+        return self.compute(layer, x, topk_weights, topk_ids)
 
-        The ops follow each other as `expert_ops` says.
+    def compute(
+        self,
+        layer: RoutedExperts,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        use_residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Compute `apply`; the ops follow each other as `expert_ops` says.
+
+        use_residual  int32 [1] on the device, for a nested set on a GPU: 0 leaves its plane out
         """
         qoq, ids = torch.ops.qoq, topk_ids.to(torch.int32)
         tile = expert_ops.tile_for(ids.numel(), layer.global_num_experts)
         rows, tile_expert, tiles = qoq.route_to_experts(ids, layer.expert_map, self.experts, tile)
         inputs = qoq.quantize_for_experts(x, rows, tile, tile_expert)
-        gate_up = self._multiply(layer, "w13", inputs, tiles, tile_expert, x.dtype)
+        where = (tiles, tile_expert, self.experts)
+        first, second = (self._weights(layer, stem) for stem in ("w13", "w2"))
+        gate_up = qoq.w4a8_gemm_experts(*inputs, *where, *first.of(x.dtype, use_residual))
         inner = qoq.silu_and_mul_quantize_experts(gate_up, tiles, tile)
-        y = self._multiply(layer, "w2", inner, tiles, tile_expert, x.dtype)
+        y = qoq.w4a8_gemm_experts(*inner, *where, *second.of(x.dtype, use_residual))
         return qoq.combine_experts(y, rows, topk_weights.float())
 
-    def _multiply(
-        self,
-        layer: RoutedExperts,
-        stem: str,
-        inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        tiles: torch.Tensor,
-        tile_expert: torch.Tensor,
-        dtype: torch.dtype,
-    ) -> torch.Tensor:
-        of_stem = (getattr(layer, f"{stem}_{leaf}") for leaf in ("weight", *_PER_CHANNEL))
-        given = (*inputs, tiles, tile_expert, self.experts, *of_stem, None, dtype, layer.workspace)
-        return torch.ops.qoq.w4a8_gemm_experts(*given)
+    def _weights(self, layer: Any, stem: str) -> ExpertWeights:
+        weight, scale, zero = (
+            getattr(layer, f"{stem}_{leaf}") for leaf in ("weight", *_PER_CHANNEL)
+        )
+        return ExpertWeights(weight, scale, zero, layer.workspace)
 
     def _obstacles(self, layer: RoutedExperts) -> list[str]:
         activation = getattr(layer.activation, "value", layer.activation)
@@ -168,29 +197,27 @@ class QoQExpertsMethod(FusedMoEMethodBase):
                 f"{w4a8_layout.BLOCK_K}; quantize again with these experts in `ignore`"
             )
 
-    def _tensors(self, layer: RoutedExperts, stem: str) -> dict[str, torch.Tensor]:
-        leaves = ("qweight", *_PER_CHANNEL, *_GROUPS)
-        found = {leaf: getattr(layer, f"{stem}_{leaf}", None) for leaf in leaves}
-        return {leaf: tensor.data for leaf, tensor in found.items() if tensor is not None}
-
-    def _weight(
-        self, stem: str, expert: int, tensors: dict[str, torch.Tensor], is_packed: bool
+    def checked_int8(
+        self, stem: str, expert: int, tensors: dict[str, torch.Tensor]
     ) -> torch.Tensor:
-        """Make what the GEMM reads of one expert; FormatError for values that no checkpoint has."""
+        """Compute the int8 weights of one expert; FormatError for values that no checkpoint has."""
         try:
-            weight = reference.int8_weight(tensors)
+            return reference.int8_weight(tensors)
         except ValueError as error:
             raise FormatError(
                 f"{self.prefix}: expert {expert} of this rank, {stem}_{error}; run `vllm-qoq "
                 "verify` on the checkpoint, download or quantize it again"
             ) from None
-        if not is_packed:
-            return weight
-        groups = (tensors.get(leaf) for leaf in _GROUPS)
-        return w4a8_layout.pack(tensors["qweight"], *groups)
 
 
-def _make_valid(tensors: dict[str, torch.Tensor]) -> None:
+def loaded(layer: Any, stem: str) -> dict[str, torch.Tensor]:
+    """Take the tensors of all experts as loaded, by leaf; `stem` is w13 or w2."""
+    leaves = ("qweight", *_PER_CHANNEL, *_GROUPS)
+    found = {leaf: getattr(layer, f"{stem}_{leaf}", None) for leaf in leaves}
+    return {leaf: tensor.data for leaf, tensor in found.items() if tensor is not None}
+
+
+def make_valid(tensors: dict[str, torch.Tensor]) -> None:
     """Set random codes and valid scales where `--load-format dummy` left memory as it was."""
     tensors["qweight"].random_(0, 256)
     tensors["channel_scale"].fill_(1e-3)

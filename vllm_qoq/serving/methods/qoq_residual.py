@@ -14,10 +14,12 @@ from torch import nn
 from torch.nn import Parameter
 from vllm.model_executor.layers.linear import (
     LinearBase,
-    LinearMethodBase,
     register_weight_loader_v2_supported_method,
 )
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
 from vllm.model_executor.parameter import PackedvLLMParameter
 
 from vllm_qoq.checkpoint.format import QOQ_RESIDUAL, ResidualSet
@@ -26,6 +28,7 @@ from vllm_qoq.numerics import reference
 from vllm_qoq.numerics.packing import unpack_nibbles
 from vllm_qoq.ops import w4a8_layout
 from vllm_qoq.serving.methods.input_slice import InputSlice
+from vllm_qoq.serving.methods.qoq_experts import QoQExpertsMethod
 from vllm_qoq.serving.methods.qoq_linear import (
     QoQLinearConfig,
     QoQLinearMethod,
@@ -34,6 +37,8 @@ from vllm_qoq.serving.methods.qoq_linear import (
     checked_int8,
     make_valid,
 )
+from vllm_qoq.serving.methods.qoq_residual_experts import QoQResidualExpertsMethod
+from vllm_qoq.serving.vllm_versions import RoutedExperts
 
 if TYPE_CHECKING:
     from vllm_qoq.serving.methods.weight_set import WeightSet
@@ -64,11 +69,14 @@ class QoQResidualConfig(QoQSetConfig):
         """Read one entry of `sets`; FormatError says what is wrong."""
         return cls(ResidualSet.parse(config, QOQ_RESIDUAL))
 
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Choose the method of layers that the base quantizes; the base answers for all others."""
         assert self.base is not None
         self.base.packed_modules_mapping = self.packed_modules_mapping
         method = self.base.get_quant_method(layer, prefix)
+        if isinstance(method, QoQExpertsMethod):
+            assert isinstance(layer, RoutedExperts)
+            return QoQResidualExpertsMethod(layer, method.qoq_set, method.prefix)
         if not isinstance(method, QoQLinearMethod):
             return method
         return QoQResidualMethod(method.qoq_set, method.prefix, method.parts)

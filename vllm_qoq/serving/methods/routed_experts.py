@@ -21,7 +21,9 @@ from vllm_qoq.errors import FormatError, UserError, shown
 from vllm_qoq.routing.table import LayerRoute
 from vllm_qoq.serving.methods import flex_moe_op  # noqa: F401  (defines torch.ops.qoq.flex_moe)
 from vllm_qoq.serving.methods.expert_set import ExpertSet
+from vllm_qoq.serving.methods.qoq_residual_experts import QoQResidualExpertsMethod
 from vllm_qoq.serving.methods.weight_set import UNTRACKED_LOADERS
+from vllm_qoq.serving.routing.choose import choose
 from vllm_qoq.serving.routing.policy import Policy
 from vllm_qoq.serving.routing.step import current_step
 from vllm_qoq.serving.vllm_versions import (
@@ -52,6 +54,7 @@ class ExpertsMethod:
 
     method: FusedMoEMethodBase
     state: dict[str, Any]
+    base: str | None = None  # the set to whose weights this one adds a residual
 
 
 class FlexMoEMethod(FusedMoEMethodBase):
@@ -104,6 +107,10 @@ class FlexMoEMethod(FusedMoEMethodBase):
                 experts.create(sizes, self._is_padded)
             layer.add_module(name, experts)
             self._experts[name] = experts
+        for choice in self.sets.values():
+            if choice.base is not None:
+                assert isinstance(choice.method, QoQResidualExpertsMethod)
+                choice.method.base = self._experts[choice.base]
         layer.load_weights = self._load  # of this instance, because names have a set in them
         layers = vllm_config.compilation_config.static_forward_context
         if self.key in layers:
@@ -116,9 +123,10 @@ class FlexMoEMethod(FusedMoEMethodBase):
         for experts in self._experts.values() if self.is_tracked else ():
             experts.check_loaded(self.prefix)
             experts.check_values(self.prefix)
-        for name, experts in self._experts.items():
+        # A residual is checked with its base's weights as they were loaded.
+        for name in sorted(self.sets, key=lambda name: self.sets[name].base is None):
             with named_refusals(self.prefix, name):
-                experts.finish()
+                self._experts[name].finish()
         self._check_alike()
         # The runner dispatches tokens itself where a method has no kernel of vLLM's modular kind.
         kernels = [choice.method.moe_kernel for choice in self.sets.values()]
@@ -183,9 +191,12 @@ class FlexMoEMethod(FusedMoEMethodBase):
         shared_experts_input: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute with the set that this step uses; called by the op."""
-        chosen, *others = self._choose(context, x.shape[0])
+        (chosen, *others), use_residual = self._choose(context, x.shape[0])
         for experts in others:
             experts.method.apply(experts, x, topk_weights, topk_ids, None, None)
+        if use_residual is not None:
+            assert isinstance(chosen.method, QoQResidualExpertsMethod)
+            return chosen.method.compute(chosen, x, topk_weights, topk_ids, use_residual)
         shared = (shared_experts, shared_experts_input)
         return chosen.method.apply(chosen, x, topk_weights, topk_ids, *shared)
 
@@ -197,7 +208,7 @@ class FlexMoEMethod(FusedMoEMethodBase):
         input_ids: torch.Tensor | None,
     ) -> torch.Tensor:
         """Compute `run` with kernels that choose the experts themselves."""
-        chosen, *others = self._choose(context, x.shape[0])
+        (chosen, *others), _ = self._choose(context, x.shape[0])
         for experts in others:
             _monolithic(experts, x, router_logits, input_ids)
         return _monolithic(chosen, x, router_logits, input_ids)
@@ -210,20 +221,25 @@ class FlexMoEMethod(FusedMoEMethodBase):
         """Take the route anew after `Policy.use`; steps that run eagerly follow it."""
         self.route = self.policy.routing.route([self.prefix])
 
-    def _choose(self, context: ForwardContext, num_tokens: int) -> list[ExpertSet]:
+    def _choose(
+        self, context: ForwardContext, num_tokens: int
+    ) -> tuple[list[ExpertSet], torch.Tensor | None]:
         """Choose the set of this step, which comes first.
+
+        Where only the device knows the state, it is a nested set, with the flag that says whether
+        the whole set is meant or its base alone.
 
         In vLLM's profiling and warm-up runs all others follow, so that kernels are compiled and
         vLLM sees the memory that they take; after these its workspaces do not grow any more.
         """
         step = current_step(context, num_tokens, self.policy)
-        # Where only the device knows the state, sets that differ between states were refused.
-        name = self.route.choose(step) if step.is_busy is not None else self.route.pair(step)[0]
+        name, use_residual = choose(self.route, step, self.sets, self.policy)
         chosen = self._experts[name]
         is_captured = context.cudagraph_runtime_mode is not CUDAGraphMode.NONE
         if context.attn_metadata is not None or is_captured or len(self._experts) == 1:
-            return [chosen]
-        return [chosen, *(one for one in self._experts.values() if one is not chosen)]
+            return [chosen], use_residual
+        others = [one for one in self._experts.values() if one is not chosen]
+        return [chosen, *others], use_residual
 
     def _load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[str]:
         """Load tensors by set; gives the names of filled parameters, relative to the layer."""

@@ -18,11 +18,12 @@ from vllm.model_executor.layers.linear import (
 
 from vllm_qoq.checkpoint.format import INPUT_RATIO
 from vllm_qoq.errors import FormatError
-from vllm_qoq.routing.table import LayerRoute, Step
+from vllm_qoq.routing.table import LayerRoute
 from vllm_qoq.serving.methods import flex_op  # noqa: F401  (defines torch.ops.qoq.flex_linear)
 from vllm_qoq.serving.methods.qoq_linear import QoQLinearMethod, QuantizedTokens
 from vllm_qoq.serving.methods.qoq_residual import QoQResidualMethod
 from vllm_qoq.serving.methods.weight_set import UNTRACKED_LOADERS, WeightSet
+from vllm_qoq.serving.routing.choose import choose
 from vllm_qoq.serving.routing.policy import Policy
 from vllm_qoq.serving.routing.step import current_step
 from vllm_qoq.serving.vllm_versions import encode_layer_name
@@ -155,7 +156,7 @@ class FlexLinearMethod(LinearMethodBase):
     ) -> torch.Tensor:
         """Compute with the set that this step uses; called by the op."""
         step = current_step(context, x.shape[0], self.policy)
-        name, use_residual = self._choose(step)
+        name, use_residual = choose(self.route, step, self.sets, self.policy)
         index = self._index_of_scaled.get(name)
         x = x if index is None else scaled[index]
         return self._weights[name].apply(x, add_bias, use_residual)
@@ -169,7 +170,7 @@ class FlexLinearMethod(LinearMethodBase):
     ) -> torch.Tensor:
         """Compute `run` for inputs that are quantized already; called by the op."""
         step = current_step(context, quantized[0].shape[0], self.policy)
-        name, use_residual = self._choose(step)
+        name, use_residual = choose(self.route, step, self.sets, self.policy)
         return self._weights[name].apply_int8(quantized, out_dtype, add_bias, use_residual)
 
     def weights(self, set_name: str) -> WeightSet:
@@ -179,21 +180,6 @@ class FlexLinearMethod(LinearMethodBase):
     def follow_policy(self) -> None:
         """Take the route anew after `Policy.use`; steps that run eagerly follow it."""
         self.route = self.policy.routing.route(self.parts, fused_name=self.prefix)
-
-    def _choose(self, step: Step) -> tuple[str, torch.Tensor | None]:
-        """Choose the set of `step`.
-
-        Where only the device knows the state, it is a nested set, with the flag that says whether
-        the whole set is meant or its base alone.
-        """
-        if step.is_busy is not None:
-            return self.route.choose(step), None
-        calm, busy = self.route.pair(step)
-        if calm == busy:
-            return calm, None
-        load = self.policy.load
-        assert load is not None
-        return (calm, load.is_calm) if self.sets[calm].base == busy else (busy, load.is_busy)
 
     def _check_pairs(self) -> None:
         """Refuse nested sets that differ in more than the residual where a flag chooses."""

@@ -28,6 +28,7 @@ from vllm_qoq.serving.methods.fusion import install as install_fusion
 from vllm_qoq.serving.methods.int8_head import Int8HeadMethod
 from vllm_qoq.serving.methods.qoq_linear import fused_parts
 from vllm_qoq.serving.methods.qoq_residual import QoQResidualConfig, QoQResidualMethod
+from vllm_qoq.serving.methods.qoq_residual_experts import QoQResidualExpertsMethod
 from vllm_qoq.serving.methods.routed_experts import (
     ExpertsMethod,
     FlexMoEMethod,
@@ -260,7 +261,9 @@ class QoQConfig(QuantizationConfig):
             return next(iter(methods.values())).method
         policy.route(prefix, [prefix])
         if policy.has_graphs():
-            _check_nested(prefix, policy.pairs(route), dict.fromkeys(self.set_names))
+            _check_nested(prefix, policy.pairs(route), {n: m.base for n, m in methods.items()})
+        # The base's weights are a part of a nested set's.
+        reachable |= {base for name in reachable if (base := methods[name].base) is not None}
         chosen = {name: methods[name] for name in self._use(reachable, [prefix])}
         return FlexMoEMethod(layer, prefix, chosen, route, policy)
 
@@ -287,7 +290,7 @@ class QoQConfig(QuantizationConfig):
                 is_quantized = True  # what is refused is how it does
                 continue
             method = method or UnquantizedFusedMoEMethod(layer.moe_config)
-            methods[name] = ExpertsMethod(method, state)
+            methods[name] = ExpertsMethod(method, state, base=self._base_of(name, method))
             is_quantized |= not isinstance(method, UnquantizedFusedMoEMethod)
         return methods, is_quantized
 
@@ -344,7 +347,8 @@ class QoQConfig(QuantizationConfig):
 
     def _base_of(self, name: str, method: QuantizeMethodBase | None) -> str | None:
         assert self.section is not None
-        return self.section.base_of(name) if isinstance(method, QoQResidualMethod) else None
+        is_residual = isinstance(method, QoQResidualMethod | QoQResidualExpertsMethod)
+        return self.section.base_of(name) if is_residual else None
 
     def _sets_in_use(self) -> set[str]:
         if self.section is not None:
