@@ -6,6 +6,7 @@ import pytest
 import torch
 from expert_layers import EXPERTS, PREFIX, load, rank_of, routed, single, stored
 from plugin_units import ROUTING, scheme
+from vllm.config import CUDAGraphMode
 from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
 
 from vllm_qoq.errors import FormatError, UserError
@@ -149,6 +150,27 @@ def test_a_set_may_leave_experts_in_float():
         load(method, floats | stored(4, "w4a16."))
         check_loaded(method)
         assert "w8a8" in dict(method.experts.named_children())
+
+
+def test_warm_up_runs_compute_with_every_set_and_steps_with_one():
+    def chosen(metadata, mode=CUDAGraphMode.NONE):
+        facts = {"attn_metadata": metadata, "cudagraph_runtime_mode": mode}
+        context = SimpleNamespace(**facts, additional_kwargs={})
+        return [experts.set_name for experts in method._choose(context, 3)]
+
+    with rank_of(0, 1):
+        method = routed().experts.quant_method
+        assert chosen(None) == ["w8a8", "w4a16"]
+        assert chosen({"layer": SimpleNamespace(max_query_len=1)}) == ["w4a16"]
+        assert chosen({"layer": SimpleNamespace(max_query_len=3)}) == ["w8a8"]
+
+
+def test_experts_of_an_engine_that_serves_are_not_loaded_anew():
+    with rank_of(0, 1):
+        model = routed()
+        model.experts.quant_method._is_finished = True
+        with pytest.raises(UserError, match="start the engine again"):
+            load(model, WHOLE)
 
 
 def test_experts_that_move_between_ranks_are_refused():
