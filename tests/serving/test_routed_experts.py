@@ -11,6 +11,7 @@ from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
 
 from vllm_qoq.errors import FormatError, UserError
 from vllm_qoq.routing.table import RoutingError
+from vllm_qoq.serving.methods.qoq_experts import QoQExpertsMethod
 from vllm_qoq.serving.methods.routed_experts import FlexMoEMethod
 
 SETS = {"w8a8": 8, "w4a16": 4}
@@ -156,7 +157,7 @@ def test_warm_up_runs_compute_with_every_set_and_steps_with_one():
     def chosen(metadata, mode=CUDAGraphMode.NONE):
         facts = {"attn_metadata": metadata, "cudagraph_runtime_mode": mode}
         context = SimpleNamespace(**facts, additional_kwargs={})
-        return [experts.set_name for experts in method._choose(context, 3)]
+        return [experts.set_name for experts in method._choose(context, 3)[0]]
 
     with rank_of(0, 1):
         method = routed().experts.quant_method
@@ -213,12 +214,15 @@ def test_a_method_that_vllm_refuses_is_named_with_its_set():
         assert list(model.experts.quant_method.sets) == ["w8a8"]
 
 
-def test_a_qoq_set_is_served_without_its_experts_only():
+def test_a_qoq_set_is_served_with_its_experts_and_without():
     qoq = {"quant_method": "qoq_linear", "ignore": ["lm_head"]}
     sets = {"w8a8": scheme(8), "w4a16": qoq}
     with rank_of(0, 1):
-        with pytest.raises(FormatError, match="does not serve experts yet"):
-            routed(sets=sets)
+        method = routed(sets=sets).experts.quant_method
+        assert isinstance(method.experts("w4a16").method, QoQExpertsMethod)
+    with rank_of(0, 1):
+        with pytest.raises(FormatError, match=r"experts in groups of 64 \(it does -1 and 128\)"):
+            routed(sets=sets | {"w4a16": qoq | {"group_size": 64}})
         ignoring = sets | {"w4a16": qoq | {"ignore": ["*.experts.*"]}, "w8a8": FLOAT}
         model = routed(sets=ignoring, float_experts=["*.experts"])
         assert isinstance(model.experts.quant_method, FlexMoEMethod)
