@@ -6,6 +6,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -16,6 +18,8 @@ from vllm_qoq.quantizer import rotate, smooth
 from vllm_qoq.quantizer.evaluate import round_cache
 from vllm_qoq.quantizer.model import Dimensions, blocks, layer_names
 from vllm_qoq.quantizer.observe import Observer
+from vllm_qoq.quantizer.parts import rows
+from vllm_qoq.quantizer.rope import rope_of
 from vllm_qoq.quantizer.strength import with_rope
 
 SIZES = {
@@ -28,7 +32,7 @@ SIZES = {
     "vocab_size": 64,
     "max_position_embeddings": 64,
 }
-
+PHI3 = SIZES | {"pad_token_id": 0, "head_dim": 24}
 
 MODELS = {
     "llama": (LlamaForCausalLM, LlamaConfig(**SIZES)),
@@ -38,6 +42,8 @@ MODELS = {
     ),
     "tied llama": (LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=True)),
     "mistral": (MistralForCausalLM, MistralConfig(**SIZES)),
+    "phi3": (Phi3ForCausalLM, Phi3Config(**PHI3)),
+    "phi3, partial rotary": (Phi3ForCausalLM, Phi3Config(**PHI3, partial_rotary_factor=0.75)),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SIZES)),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES)),
 }
@@ -61,15 +67,23 @@ class Model:
     @torch.no_grad()
     def give_large_pair(self):
         """Make a pair of K thirty times as large, and that of Q smaller: SmoothAttention's work."""
-        for block in blocks(self.model, self.names):
-            for name, factor in (
-                (self.names.k_norm or self.names.k, 30),
-                (self.names.q_norm or self.names.q, 1 / 30),
+        for index, block in enumerate(blocks(self.model, self.names)):
+            of_pair = torch.zeros(self.dimensions.head_dim // 2)
+            of_pair[3] = 1
+            large = self.rope(index).of_channels(of_pair).bool()
+            for norm, part, factor in (
+                (self.names.k_norm, "k", 30),
+                (self.names.q_norm, "q", 1 / 30),
             ):
-                layer = block.get_submodule(name)
-                for parameter in layer.parameters():
-                    for channel in (3, 3 + 16):  # of every head
-                        parameter[channel::32] *= factor
+                if norm is None:
+                    layer = rows(block, part, self.names, self.dimensions)
+                    for parameter in (layer.weight, layer.bias):
+                        if parameter is not None:
+                            parameter.unflatten(0, (-1, len(large)))[:, large] *= factor
+                    continue
+                weight, offset = block.get_submodule(norm).weight, self.names.norm_offset
+                heads = weight.data.view(-1, len(large))
+                heads[:, large] = (heads[:, large] + offset) * factor - offset
 
     @torch.no_grad()
     def logits(self):
@@ -82,16 +96,18 @@ class Model:
         wanted = smooth.SmoothOptions(**off | options, key_bits=4, weight_bits=4, group_size=128)
         for i, block in enumerate(blocks(self.model, self.names)):
             if index in (None, i):
-                inv_freq = self.model.get_submodule(self.names.rotary).inv_freq
-                rope = smooth.Rope(inv_freq, self.model.config.max_position_embeddings)
-                seen = self.seen(i)
-                found = smooth.transforms(seen, block, self.names, self.dimensions, rope, wanted)
+                found = smooth.transforms(
+                    self.seen(i), block, self.names, self.dimensions, self.rope(i), wanted
+                )
                 smooth.apply(block, found, self.names, self.dimensions)
+
+    def rope(self, index):
+        return rope_of(self.model, self.names, self.dimensions, index)
 
     def seen(self, index):
         block, observer = (
             blocks(self.model, self.names)[index],
-            Observer(self.names, self.dimensions, 4),
+            Observer(self.names, self.dimensions, self.rope(index), 4),
         )
         hooks = [
             block.get_submodule(name).register_forward_hook(lambda m, a, out, see=see: see(out))
@@ -123,13 +139,16 @@ class Model:
         return float((lost * torch.cat((seen.query_pairs, seen.query_pairs), 1)).square().sum())
 
     def with_rope(self, seen):
-        inv_freq = self.model.get_submodule(self.names.rotary).inv_freq
-        return with_rope(seen.keys, seen.positions, inv_freq)
+        return with_rope(seen.keys, seen.positions, self.rope(0).inv_freq)
+
+    def can(self, step):
+        """Whether the kind of the model may take a step; "all" are those that it may."""
+        return step not in ("fold_norms", "R1") or self.names.fixed_stream is None
 
     def step(self, name):
-        if name in ("fold_norms", "R1", "all"):
+        if name in ("fold_norms", "R1", "all") and self.can("R1"):
             rotate.fold_norms(self.model, self.names)
-        if name in ("R1", "all"):
+        if name in ("R1", "all") and self.can("R1"):
             rotate.rotate_stream(self.model, self.names, self.dimensions)
         if name in ("R2", "all"):
             rotate.rotate_values(self.model, self.names, self.dimensions)
