@@ -1,24 +1,13 @@
 """A model whose transformations can be looked at one by one."""
 
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+import transformers
 
 from vllm_qoq.quantizer import rotate, smooth
 from vllm_qoq.quantizer.evaluate import round_cache
 from vllm_qoq.quantizer.model import Dimensions, blocks, layer_names
 from vllm_qoq.quantizer.observe import Observer
-from vllm_qoq.quantizer.parts import rows
+from vllm_qoq.quantizer.parts import part_rows, rows
 from vllm_qoq.quantizer.rope import rope_of
 from vllm_qoq.quantizer.strength import with_rope
 
@@ -31,31 +20,46 @@ SIZES = {
     "head_dim": 32,
     "vocab_size": 64,
     "max_position_embeddings": 64,
+    "pad_token_id": None,
 }
-PHI3 = SIZES | {"pad_token_id": 0, "head_dim": 24}
+SMALL_HEADS = {"head_dim": 24}  # where transformers wants hidden_size / num_attention_heads
+TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+BIASES = {"attention_bias": True, "mlp_bias": True}
 
 MODELS = {
-    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES)),
-    "llama with biases": (
-        LlamaForCausalLM,
-        LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "llama": ("Llama", {}),
+    "llama with biases": ("Llama", BIASES),
+    "tied llama": ("Llama", {"tie_word_embeddings": True}),
+    "mistral": ("Mistral", {}),
+    "ministral3": ("Ministral3", {}),
+    "phi3": ("Phi3", SMALL_HEADS),
+    "phi3, partial rotary": ("Phi3", SMALL_HEADS | {"partial_rotary_factor": 0.75}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {}),
+    "gemma": ("Gemma", {}),
+    "gemma2": ("Gemma2", TWO_KINDS | {"attn_implementation": "eager"}),
+    "gemma3": ("Gemma3", TWO_KINDS),
+    "granite": (
+        "Granite",
+        BIASES | {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
     ),
-    "tied llama": (LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=True)),
-    "mistral": (MistralForCausalLM, MistralConfig(**SIZES)),
-    "phi3": (Phi3ForCausalLM, Phi3Config(**PHI3)),
-    "phi3, partial rotary": (Phi3ForCausalLM, Phi3Config(**PHI3, partial_rotary_factor=0.75)),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SIZES)),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES)),
+    "olmo2": ("Olmo2", {}),
+    "glm": ("Glm", {}),
+    "glm4": ("Glm4", {}),
+    "cohere": ("Cohere", SMALL_HEADS),
 }
+"""Name -> family in transformers, and what its config has besides `SIZES`."""
 
 
 class Model:
     """A random model in float64, so that a step's own rounding cannot hide a mistake."""
 
     def __init__(self, name):
-        kind, config = MODELS[name]
+        family, changes = MODELS[name]
+        text = "Text" if family == "Gemma3" else ""
+        config = getattr(transformers, f"{family}{text}Config")(**SIZES | changes)
         torch.manual_seed(0)
-        self.model = kind(config).eval().double()
+        self.model = getattr(transformers, f"{family}ForCausalLM")(config).eval().double()
         with torch.no_grad():
             for tensor in self.model.parameters():
                 if tensor.ndim == 1:  # norms and biases, which are born as ones and zeros
@@ -129,7 +133,10 @@ class Model:
         hook = layer.register_forward_hook(lambda module, args, output: found.append(output))
         self.logits()
         hook.remove()
-        return found[0].reshape(-1, self.dimensions.kv_heads, self.dimensions.head_dim)
+        keys = found[0].transpose(1, 2) if self.names.has_heads_first else found[0]
+        if self.names.k_norm is None:
+            keys = keys[..., slice(*part_rows("k", self.names, self.dimensions))]
+        return keys.reshape(-1, self.dimensions.kv_heads, self.dimensions.head_dim)
 
     def key_error(self, index):
         """What 4-bit keys cost the products with the queries."""
@@ -142,8 +149,9 @@ class Model:
         return with_rope(seen.keys, seen.positions, self.rope(0).inv_freq)
 
     def can(self, step):
-        """Whether the kind of the model may take a step; "all" are those that it may."""
-        return step not in ("fold_norms", "R1") or self.names.fixed_stream is None
+        """Whether a step is sound for the kind of the model; "all" are those that are."""
+        has_fixed_stream = self.names.has_post_norms or self.names.has_mean_norms
+        return step not in ("fold_norms", "R1") or not has_fixed_stream
 
     def step(self, name):
         if name in ("fold_norms", "R1", "all") and self.can("R1"):

@@ -206,6 +206,14 @@ _FUSED_MLP = {
 }
 _FUSED_QKV_NAMES: dict[str, Any] = dict.fromkeys(("q", "k", "v"), "self_attn.qkv_proj")
 _FUSED_MLP_NAMES: dict[str, Any] = dict.fromkeys(("gate", "up"), "mlp.gate_up_proj")
+_GLM_NAMES: dict[str, Any] = {"neighbor_pairs": True, "is_rope_partial": True} | _FUSED_MLP_NAMES
+_GLM_HEADS = {"head_dim": 128, "num_key_value_heads": 2}
+_QK_NORMS_NAMES: dict[str, Any] = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+_FOUR_NORMS_NAMES: dict[str, Any] = {
+    "mlp_norm": "pre_feedforward_layernorm",
+    "has_post_norms": True,
+}
+_GEMMA_NAMES: dict[str, Any] = {"norm_offset": 1.0, "activation": "gelu_pytorch_tanh"}
 _GEMMA_HEADS = {"head_dim": 256, "num_key_value_heads": 4}
 ARCHITECTURES: Mapping[str, Architecture] = {
     "LlamaForCausalLM": _LLAMA,
@@ -227,7 +235,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         _QWEN3,
         _mlp(),
         defaults={"head_dim": 128, "num_key_value_heads": 32},
-        names=LayerNames(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm"),
+        names=LayerNames(**_QK_NORMS_NAMES),
         type="qwen3",
     ),
     "Phi3ForCausalLM": Architecture(
@@ -240,20 +248,83 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         names=LayerNames(**_FUSED_QKV_NAMES, **_FUSED_MLP_NAMES, is_rope_partial=True),
         type="phi3",
     ),
+    "GraniteForCausalLM": Architecture(
+        _NORMS | _attention(_BIAS, _BIAS),
+        _mlp(bias=("mlp_bias",)),
+        names=LayerNames(),
+        type="granite",
+    ),
     "GemmaForCausalLM": Architecture(
-        _NORMS | _attention(False, False),
+        _NORMS | _attention(_BIAS, _BIAS),
         _mlp(),
         is_tied=True,
         defaults={"head_dim": 256, "num_key_value_heads": 16},
+        names=LayerNames(has_head=False, **_GEMMA_NAMES),
+        type="gemma",
     ),
     "Gemma2ForCausalLM": Architecture(
-        _FOUR_NORMS | _attention(_BIAS, _BIAS), _mlp(), is_tied=True, defaults=_GEMMA_HEADS
+        _FOUR_NORMS | _attention(_BIAS, _BIAS),
+        _mlp(),
+        is_tied=True,
+        defaults=_GEMMA_HEADS,
+        names=LayerNames(has_head=False, **_GEMMA_NAMES, **_FOUR_NORMS_NAMES),
+        type="gemma2",
     ),
     "Gemma3ForCausalLM": Architecture(
         _FOUR_NORMS | _QK_NORMS | _attention(_BIAS, _BIAS),
         _mlp(),
         is_tied=True,
         defaults=_GEMMA_HEADS,
+        names=LayerNames(
+            has_heads_first=True, **_GEMMA_NAMES, **_FOUR_NORMS_NAMES, **_QK_NORMS_NAMES
+        ),
+        type="gemma3_text",
+    ),
+    "Olmo2ForCausalLM": Architecture(
+        {
+            "post_attention_layernorm": _NORM,
+            "post_feedforward_layernorm": _NORM,
+            "self_attn.q_norm": LayerSpec(("query",)),
+            "self_attn.k_norm": LayerSpec(("key",)),
+            **_attention(_BIAS, _BIAS),
+        },
+        _mlp(),
+        names=LayerNames(
+            attention_norm=None, mlp_norm=None, has_post_norms=True, **_QK_NORMS_NAMES
+        ),
+        type="olmo2",
+    ),
+    "Glm4ForCausalLM": Architecture(
+        _NORMS
+        | {"post_self_attn_layernorm": _NORM, "post_mlp_layernorm": _NORM}
+        | _attention(_BIAS, False),
+        _FUSED_MLP,
+        defaults=_GLM_HEADS | {"attention_bias": True},
+        names=LayerNames(has_post_norms=True, **_GLM_NAMES),
+        type="glm4",
+    ),
+    "GlmForCausalLM": Architecture(
+        _NORMS | _attention(_BIAS, False),
+        _FUSED_MLP,
+        defaults=_GLM_HEADS | {"attention_bias": True},
+        names=LayerNames(**_GLM_NAMES),
+        type="glm",
+    ),
+    "CohereForCausalLM": Architecture(
+        {"input_layernorm": _NORM} | _attention(_BIAS, _BIAS),
+        _mlp(),
+        is_tied=True,
+        names=LayerNames(
+            mlp_norm="input_layernorm", has_mean_norms=True, has_head=False, neighbor_pairs=True
+        ),
+        type="cohere",
+    ),
+    "Ministral3ForCausalLM": Architecture(
+        _NORMS | _attention(False, False),
+        _mlp(),
+        defaults={"head_dim": 128, "num_key_value_heads": 8},
+        names=LayerNames(),
+        type="ministral3",
     ),
     "MixtralForCausalLM": Architecture(
         _NORMS | _attention(False, False),
@@ -293,6 +364,12 @@ def norm_readers(config: Mapping[str, Any], norm: str) -> tuple[str, ...]:
         return ()
     prefix, index, module = place
     return tuple(f"{prefix}{index}.{reader}" for reader in known.names.norms.get(module, ()))
+
+
+def norm_offset(config: Mapping[str, Any]) -> float:
+    """What the norms of a model add to their weights; 0 where that is not known."""
+    known = architecture_of(config)
+    return 0.0 if known is None or known.names is None else known.names.norm_offset
 
 
 def flag(config: Mapping[str, Any], key: str, default: bool = False) -> bool:

@@ -8,7 +8,7 @@ import torch
 
 from vllm_qoq.models.table import LayerNames
 from vllm_qoq.quantizer.model import Dimensions
-from vllm_qoq.quantizer.parts import part_rows
+from vllm_qoq.quantizer.parts import Part, part_rows
 from vllm_qoq.quantizer.rope import Rope
 from vllm_qoq.quantizer.smooth import Seen
 
@@ -25,9 +25,7 @@ class Observer:
     `_SAMPLE_TOKENS` in all.
     """
 
-    def __init__(
-        self, names: LayerNames, dimensions: Dimensions, rope: Rope, samples: int
-    ) -> None:
+    def __init__(self, names: LayerNames, dimensions: Dimensions, rope: Rope, samples: int) -> None:
         self._names, self._dimensions, self._rope = names, dimensions, rope
         self._tokens_per_sample = max(1, _SAMPLE_TOKENS // samples)
         self._positions: list[torch.Tensor] = []
@@ -61,7 +59,11 @@ class Observer:
 
     def _fused(self, x: torch.Tensor) -> None:
         """See q, k and v, which are rows of one layer."""
-        seers = {"q": self._queries, "k": self._keys, "v": self._values}
+        seers: dict[Part, Callable[[torch.Tensor], None]] = {
+            "q": self._queries,
+            "k": self._keys,
+            "v": self._values,
+        }
         for part, see in seers.items():
             start, stop = part_rows(part, self._names, self._dimensions)
             see(x[..., start:stop])

@@ -120,7 +120,7 @@ class QuantizeOptions(BaseModel):
         """Decide what the kind of the model decides; QuantizeError for what it cannot have."""
         if self.lm_head_bits == 8 and not names.has_head:
             raise QuantizeError(
-                "lm_head_bits: vLLM takes no lm_head but the embedding for this model, so it cannot "
+                "lm_head_bits: vLLM takes no lm_head but the embedding for this model, so none can "
                 "be int8; give 16"
             )
         if names.fixed_stream is None or not self.turns_stream:

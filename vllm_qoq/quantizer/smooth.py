@@ -163,10 +163,11 @@ def apply(
 
 
 def _has_common_norm(block: Module, names: LayerNames, dimensions: Dimensions) -> bool:
-    """Whether a norm follows k_proj whose weight is the same for all heads."""
-    if names.k_norm is None:
+    """Whether norms follow q_proj and k_proj whose weights are the same for all heads."""
+    if names.q_norm is None:
         return False
-    size: int = block.get_submodule(names.k_norm).weight.numel()
+    # There may be one head of K, but then there are more of Q, or all is the same.
+    size: int = block.get_submodule(names.q_norm).weight.numel()
     return size == dimensions.head_dim
 
 
@@ -185,9 +186,7 @@ def _smooth_keys(
     _scale_rows(rows(block, "q", names, dimensions), per_head.flatten())
 
 
-def _reorder(
-    block: Module, order: torch.Tensor, names: LayerNames, dimensions: Dimensions
-) -> None:
+def _reorder(block: Module, order: torch.Tensor, names: LayerNames, dimensions: Dimensions) -> None:
     for part in (rows(block, "gate", names, dimensions), rows(block, "up", names, dimensions)):
         weight, bias = part.weight, part.bias
         part.assign("weight", weight[order.to(weight.device)].contiguous())
