@@ -51,15 +51,21 @@ MODELS = {
 """Name -> family in transformers, and what its config has besides `SIZES`."""
 
 
+def build(name, **changes):
+    """A random model of `MODELS` in float64, with `changes` to its config."""
+    family, own = MODELS[name]
+    text = "Text" if family == "Gemma3" else ""
+    config = getattr(transformers, f"{family}{text}Config")(**SIZES | own | changes)
+    torch.manual_seed(0)
+    return getattr(transformers, f"{family}ForCausalLM")(config).eval().double()
+
+
 class Model:
     """A random model in float64, so that a step's own rounding cannot hide a mistake."""
 
     def __init__(self, name):
-        family, changes = MODELS[name]
-        text = "Text" if family == "Gemma3" else ""
-        config = getattr(transformers, f"{family}{text}Config")(**SIZES | changes)
-        torch.manual_seed(0)
-        self.model = getattr(transformers, f"{family}ForCausalLM")(config).eval().double()
+        self.model = build(name)
+        config = self.model.config
         with torch.no_grad():
             for tensor in self.model.parameters():
                 if tensor.ndim == 1:  # norms and biases, which are born as ones and zeros

@@ -3,6 +3,7 @@
 from importlib import import_module
 
 import pytest
+import tiny_models
 import torch
 from transformed_models import MODELS, Model
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
@@ -16,7 +17,14 @@ from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.report import left_out, steps_that_ran
 from vllm_qoq.quantizer.strength import with_rope
 
+SERVED_ELSEWHERE = {f"{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3")}
 FIXED = {"gemma", "gemma2", "gemma3", "olmo2", "glm4", "cohere"}
+
+
+def test_every_class_is_tried():
+    assert {f"{family}ForCausalLM" for family, _ in MODELS.values()} == set(with_names())
+    served = {name.partition(",")[0] for name in tiny_models.MODELS}
+    assert served | SERVED_ELSEWHERE == set(with_names())
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3, partial rotary", "gemma3", "glm4", "cohere"])
