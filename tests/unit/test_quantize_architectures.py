@@ -8,10 +8,13 @@ import torch
 from transformed_models import MODELS, Model
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
+from vllm_qoq.bench.evaluate.float_model import FloatModel
+from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.models.table import LayerNames, with_names
 from vllm_qoq.quantizer import QuantizeError, keys
 from vllm_qoq.quantizer.attention import capped, fused_attention
 from vllm_qoq.quantizer.evaluate import _simulated_cache, perplexity
+from vllm_qoq.quantizer.load import load_model
 from vllm_qoq.quantizer.model import blocks
 from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.report import left_out, steps_that_ran
@@ -106,6 +109,23 @@ def test_scores_are_capped_while_calibration_text_runs_and_with_a_simulated_cach
     model.model.set_attn_implementation("sdpa")
     assert eight < 0.2 * (model.logits() - expected).abs().max()
     assert perplexity(model.model, [list(range(40))]) > 1
+
+
+@pytest.mark.parametrize("name", ["GemmaForCausalLM", "Gemma2ForCausalLM"])
+def test_a_model_that_caps_scores_is_loaded_with_the_attention_that_does(
+    name, tiny_model, tmp_path
+):
+    folder = tiny_models.write(name, tmp_path / "model", tiny_model)
+    wanted = "eager" if name == "Gemma2ForCausalLM" else "sdpa"
+    for model in (load_model(Checkpoint.open(folder)), FloatModel(folder)._model):
+        assert model.config._attn_implementation == wanted
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_keys_are_seen_head_by_head(name):
+    model = Model(name)
+    expected = model.rope(0).paired(model.seen_keys(0))
+    assert torch.equal(model.seen(0).keys, expected)
 
 
 def test_a_bias_of_channels_that_do_not_turn_goes_with_the_mean_of_k():
