@@ -22,6 +22,7 @@ from vllm_qoq.checkpoint.dequantize import dequantize, row_chunks
 from vllm_qoq.checkpoint.stored_set import StoredSet
 from vllm_qoq.errors import FormatError, shown
 from vllm_qoq.models.config import text_config
+from vllm_qoq.models.table import norm_offset
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +88,7 @@ def _folded(weights: StoredSet, layer: str, rows: tuple[int, int]) -> torch.Tens
             f"{info.file}: {norm}: is {list(info.shape)}, but {layer} reads {weight.shape[1]} "
             "channels; download the model again"
         )
-    return weight * weights.get(norm).float()
+    return weight * (weights.get(norm).float() + norm_offset(weights.checkpoint.config))
 
 
 def _cached_rows(config: Mapping[str, Any], kind: str, rows: int) -> slice:

@@ -17,7 +17,7 @@ from merge_tools import MergeError
 from vllm_qoq.checkpoint.format import INPUT_RATIO, split_layer
 from vllm_qoq.checkpoint.stored_set import StoredSet
 from vllm_qoq.models.names import layer_globs
-from vllm_qoq.models.table import norm_readers
+from vllm_qoq.models.table import norm_offset, norm_readers
 
 if TYPE_CHECKING:
     import torch
@@ -49,11 +49,13 @@ def readers_of(
 def ratio(numerator: StoredSet, denominator: StoredSet, norm: str) -> torch.Tensor:
     """Divide the tensor `norm` of one set by that of the prefill set: float32 [in_features].
 
+    What is divided is what a norm multiplies by, which in Gemma is 1 + its tensor.
     0/0 is 1: such a channel is dead in both sets. Raises MergeError where no factor helps.
     """
     import torch
 
-    above, below = numerator.get(norm).float(), denominator.get(norm).float()
+    offset = norm_offset(denominator.checkpoint.config)
+    above, below = (one.get(norm).float() + offset for one in (numerator, denominator))
     quotient = torch.where((above == 0) & (below == 0), torch.ones_like(above), above / below)
     if not quotient.isfinite().all():
         channel = int((~quotient.isfinite()).nonzero()[0])

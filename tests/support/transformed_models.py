@@ -1,21 +1,14 @@
 """A model whose transformations can be looked at one by one."""
 
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+import transformers
 
 from vllm_qoq.quantizer import rotate, smooth
 from vllm_qoq.quantizer.evaluate import round_cache
 from vllm_qoq.quantizer.model import Dimensions, blocks, layer_names
 from vllm_qoq.quantizer.observe import Observer
+from vllm_qoq.quantizer.parts import part_rows, rows
+from vllm_qoq.quantizer.rope import rope_of
 from vllm_qoq.quantizer.strength import with_rope
 
 SIZES = {
@@ -27,29 +20,52 @@ SIZES = {
     "head_dim": 32,
     "vocab_size": 64,
     "max_position_embeddings": 64,
+    "pad_token_id": None,
 }
-
+SMALL_HEADS = {"head_dim": 24}  # where transformers wants hidden_size / num_attention_heads
+TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+BIASES = {"attention_bias": True, "mlp_bias": True}
 
 MODELS = {
-    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES)),
-    "llama with biases": (
-        LlamaForCausalLM,
-        LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "llama": ("Llama", {}),
+    "llama with biases": ("Llama", BIASES),
+    "tied llama": ("Llama", {"tie_word_embeddings": True}),
+    "mistral": ("Mistral", {}),
+    "ministral3": ("Ministral3", {}),
+    "phi3": ("Phi3", SMALL_HEADS),
+    "phi3, partial rotary": ("Phi3", SMALL_HEADS | {"partial_rotary_factor": 0.75}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {}),
+    "gemma": ("Gemma", {}),
+    "gemma2": ("Gemma2", TWO_KINDS | {"attn_implementation": "eager"}),
+    "gemma3": ("Gemma3", TWO_KINDS),
+    "granite": (
+        "Granite",
+        BIASES | {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
     ),
-    "tied llama": (LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=True)),
-    "mistral": (MistralForCausalLM, MistralConfig(**SIZES)),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SIZES)),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES)),
+    "olmo2": ("Olmo2", {}),
+    "glm": ("Glm", {}),
+    "glm4": ("Glm4", {}),
+    "cohere": ("Cohere", SMALL_HEADS),
 }
+"""Name -> family in transformers, and what its config has besides `SIZES`."""
+
+
+def build(name, **changes):
+    """A random model of `MODELS` in float64, with `changes` to its config."""
+    family, own = MODELS[name]
+    text = "Text" if family == "Gemma3" else ""
+    config = getattr(transformers, f"{family}{text}Config")(**SIZES | own | changes)
+    torch.manual_seed(0)
+    return getattr(transformers, f"{family}ForCausalLM")(config).eval().double()
 
 
 class Model:
     """A random model in float64, so that a step's own rounding cannot hide a mistake."""
 
     def __init__(self, name):
-        kind, config = MODELS[name]
-        torch.manual_seed(0)
-        self.model = kind(config).eval().double()
+        self.model = build(name)
+        config = self.model.config
         with torch.no_grad():
             for tensor in self.model.parameters():
                 if tensor.ndim == 1:  # norms and biases, which are born as ones and zeros
@@ -61,15 +77,23 @@ class Model:
     @torch.no_grad()
     def give_large_pair(self):
         """Make a pair of K thirty times as large, and that of Q smaller: SmoothAttention's work."""
-        for block in blocks(self.model, self.names):
-            for name, factor in (
-                (self.names.k_norm or self.names.k, 30),
-                (self.names.q_norm or self.names.q, 1 / 30),
+        for index, block in enumerate(blocks(self.model, self.names)):
+            of_pair = torch.zeros(self.dimensions.head_dim // 2)
+            of_pair[3] = 1
+            large = self.rope(index).of_channels(of_pair).bool()
+            for norm, part, factor in (
+                (self.names.k_norm, "k", 30),
+                (self.names.q_norm, "q", 1 / 30),
             ):
-                layer = block.get_submodule(name)
-                for parameter in layer.parameters():
-                    for channel in (3, 3 + 16):  # of every head
-                        parameter[channel::32] *= factor
+                if norm is None:
+                    layer = rows(block, part, self.names, self.dimensions)
+                    for parameter in (layer.weight, layer.bias):
+                        if parameter is not None:
+                            parameter.unflatten(0, (-1, len(large)))[:, large] *= factor
+                    continue
+                weight, offset = block.get_submodule(norm).weight, self.names.norm_offset
+                heads = weight.data.view(-1, len(large))
+                heads[:, large] = (heads[:, large] + offset) * factor - offset
 
     @torch.no_grad()
     def logits(self):
@@ -82,16 +106,18 @@ class Model:
         wanted = smooth.SmoothOptions(**off | options, key_bits=4, weight_bits=4, group_size=128)
         for i, block in enumerate(blocks(self.model, self.names)):
             if index in (None, i):
-                inv_freq = self.model.get_submodule(self.names.rotary).inv_freq
-                rope = smooth.Rope(inv_freq, self.model.config.max_position_embeddings)
-                seen = self.seen(i)
-                found = smooth.transforms(seen, block, self.names, self.dimensions, rope, wanted)
+                found = smooth.transforms(
+                    self.seen(i), block, self.names, self.dimensions, self.rope(i), wanted
+                )
                 smooth.apply(block, found, self.names, self.dimensions)
+
+    def rope(self, index):
+        return rope_of(self.model, self.names, self.dimensions, index)
 
     def seen(self, index):
         block, observer = (
             blocks(self.model, self.names)[index],
-            Observer(self.names, self.dimensions, 4),
+            Observer(self.names, self.dimensions, self.rope(index), 4),
         )
         hooks = [
             block.get_submodule(name).register_forward_hook(lambda m, a, out, see=see: see(out))
@@ -113,7 +139,10 @@ class Model:
         hook = layer.register_forward_hook(lambda module, args, output: found.append(output))
         self.logits()
         hook.remove()
-        return found[0].reshape(-1, self.dimensions.kv_heads, self.dimensions.head_dim)
+        keys = found[0].transpose(1, 2) if self.names.has_heads_first else found[0]
+        if self.names.k_norm is None:
+            keys = keys[..., slice(*part_rows("k", self.names, self.dimensions))]
+        return keys.reshape(-1, self.dimensions.kv_heads, self.dimensions.head_dim)
 
     def key_error(self, index):
         """What 4-bit keys cost the products with the queries."""
@@ -123,13 +152,17 @@ class Model:
         return float((lost * torch.cat((seen.query_pairs, seen.query_pairs), 1)).square().sum())
 
     def with_rope(self, seen):
-        inv_freq = self.model.get_submodule(self.names.rotary).inv_freq
-        return with_rope(seen.keys, seen.positions, inv_freq)
+        return with_rope(seen.keys, seen.positions, self.rope(0).inv_freq)
+
+    def can(self, step):
+        """Whether a step is sound for the kind of the model; "all" are those that are."""
+        has_fixed_stream = self.names.has_post_norms or self.names.has_mean_norms
+        return step not in ("fold_norms", "R1") or not has_fixed_stream
 
     def step(self, name):
-        if name in ("fold_norms", "R1", "all"):
+        if name in ("fold_norms", "R1", "all") and self.can("R1"):
             rotate.fold_norms(self.model, self.names)
-        if name in ("R1", "all"):
+        if name in ("R1", "all") and self.can("R1"):
             rotate.rotate_stream(self.model, self.names, self.dimensions)
         if name in ("R2", "all"):
             rotate.rotate_values(self.model, self.names, self.dimensions)

@@ -119,3 +119,22 @@ def test_inspect_shows_the_sizes(monkeypatch, merged_dir, capsys):
 def test_heads_that_are_no_count_leave_one_gpu(heads):
     found = obstacles(LLAMA | {"num_attention_heads": heads}, {})
     assert [size for size, reason in found.items() if reason is None] == [1]
+
+
+@pytest.mark.parametrize(
+    ("layer", "rows", "expected"),
+    [
+        ("self_attn.qkv_proj", 4096 + 2 * 1024, [1, 2, 4, 8, 16]),
+        ("mlp.gate_up_proj", 2 * 14336, [1, 2, 4, 8, 16]),
+        ("mlp.gate_up_proj", 2 * 14344, [1, 2, 4, 8]),
+    ],
+)
+def test_layers_that_are_fused_on_disk_are_cut_apart(layer, rows, expected):
+    assert sizes(LLAMA, w8a8={f"model.layers.0.{layer}": dense(rows, 4096)}) == expected
+
+
+def test_a_block_must_not_reach_from_q_into_k():
+    blocks = dense(4096 + 2 * 1024, 4096, block=(512, 0))
+    reason = obstacles(LLAMA, {"fp8": {"model.layers.0.self_attn.qkv_proj": blocks}})
+    assert [size for size, why in reason.items() if why is None] == [1, 2]
+    assert "outputs of k and of v split by 4 are 256, not a multiple of 512" in reason[4]

@@ -22,6 +22,7 @@ SIZES = (1, 2, 4, 8, 16)
 _QUERY = frozenset({"q_proj", "o_proj"})
 _KEY_VALUE = frozenset({"k_proj", "v_proj"})
 _MLP = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+_FUSED = frozenset({"qkv_proj", "gate_up_proj"})
 _ROW_PARALLEL = frozenset({"o_proj", "down_proj", "w2"})
 _WORD_BITS = 32
 _UNKNOWN_HEADS = "config.json: num_attention_heads or num_key_value_heads: not a count"
@@ -75,12 +76,25 @@ def _obstacle(heads: HeadCounts, sets: Mapping[str, Mapping[str, Layout]], size:
 
 def _layer_obstacle(layer: str, layout: Layout, heads: HeadCounts, size: int) -> str | None:
     leaf = layer.rpartition(".")[2]
+    if leaf in _FUSED:
+        return _fused_obstacle(leaf, layout, heads, size)
     if leaf not in _QUERY | _KEY_VALUE | _MLP:
         return "not known how vLLM splits this layer"
     if leaf in _ROW_PARALLEL:
         return _cut(layout.in_features, size, _column_unit(layout), "inputs")
     parts = min(size, heads.key_value) if leaf in _KEY_VALUE else size
     return _cut(layout.out_features, parts, _row_unit(layout), "outputs")
+
+
+def _fused_obstacle(leaf: str, layout: Layout, heads: HeadCounts, size: int) -> str | None:
+    """Say why one of the layers that are fused on disk, and that vLLM cuts apart, cannot be cut."""
+    rows, unit = layout.out_features, _row_unit(layout)
+    if leaf == "gate_up_proj":
+        return _cut(rows // 2, size, unit, "outputs of gate and of up")
+    head = rows // (heads.query + 2 * heads.key_value)
+    return _cut(heads.query * head, size, unit, "outputs of q") or _cut(
+        heads.key_value * head, min(size, heads.key_value), unit, "outputs of k and of v"
+    )
 
 
 def _cut(length: int, parts: int, unit: int, what: str) -> str | None:

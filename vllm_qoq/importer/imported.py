@@ -16,6 +16,7 @@ from vllm_qoq.checkpoint.stored_set import StoredSet
 from vllm_qoq.importer import detect, source
 from vllm_qoq.importer.deepcompressor import RawLayers
 from vllm_qoq.importer.detect import Kind
+from vllm_qoq.importer.inputs import IMPORTED
 from vllm_qoq.importer.qserve import PackedLayers
 from vllm_qoq.importer.tiles import S2Order
 from vllm_qoq.importer.values import to_half
@@ -108,7 +109,7 @@ class ImportedSet(StoredSet):
 def open_source(folder: Path, base: Path, order: S2Order | None) -> Opened:
     """Open `folder` and hold its headers against the `config.json` of `base`."""
     is_raw = source.is_raw(folder)
-    model = linear_layers(read_config(base), "imported")
+    model = linear_layers(read_config(base), "imported", IMPORTED)
     if is_raw:
         weights, scales = source.open_raw(folder)
         kind = detect.raw_kind(scales.tensors, model)

@@ -9,6 +9,9 @@ from vllm_qoq.checkpoint.folder import Checkpoint, read_config, require_folder, 
 from vllm_qoq.checkpoint.output import check_output
 from vllm_qoq.models.linears import linear_layers
 
+IMPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+"""The architectures of which sources are known."""
+
 
 def local_inputs(
     source: str | Path, base: str | Path, out: Path, *, overwrite: bool, quiet: bool
@@ -34,6 +37,6 @@ def local_inputs(
 
 def _check_base(base: Path) -> None:
     config = read_config(base)
-    linear_layers(config, "imported")
+    linear_layers(config, "imported", IMPORTED)
     Checkpoint(base, config, {}).check_links()
     side_files(base)  # raises FormatError for a link that cannot be copied at the end

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,17 +31,20 @@ class LinearLayers:
     is_tied: bool
 
 
-def linear_layers(config: Mapping[str, Any], task: str) -> LinearLayers:
+def linear_layers(
+    config: Mapping[str, Any], task: str, among: Collection[str] = tuple(with_names())
+) -> LinearLayers:
     """List what a checkpoint of the model that `config` describes must hold.
 
-    task  what is to be done to the model, "quantized": a participle for the message
+    task   what is to be done to the model, "quantized": a participle for the message
+    among  the architectures to which that can be done
 
     Raises FormatError for an architecture that cannot be `task`, and for impossible sizes.
     """
-    if architecture_name(config) not in with_names():
+    if architecture_name(config) not in among:
         raise FormatError(
             f"{CONFIG}: architectures: {shown(config.get('architectures'))} cannot be {task}; "
-            f"what can is a language model, one of {', '.join(with_names())}"
+            f"what can is a language model, one of {', '.join(among)}"
         )
     tensors = expected_tensors(config)
     linears, biased, others = {}, set(), {}

@@ -50,12 +50,24 @@ class Experts:
 
 @dataclass(frozen=True)
 class LayerNames:
-    """The names of the layers of a dense model, by what they do.
+    """The names of the layers of a dense model, by what they do, and what they compute.
 
     Layers of a block have their names below it (`model.layers.3`), all others their whole names.
+    Where one layer does the work of several, as a `qkv_proj` of Phi 3 on disk, they have one name,
+    and their rows follow each other in it.
 
-    Every group in `inputs` is a tuple of linear layers that read the same tensor: a
-    norm's output (`norms`), the attention output or the MLP's inner product.
+    attention_norm, mlp_norm  the norm that q, k and v read, and that of gate and up: one norm may
+                              be both, and None is none, where they read the stream as it is
+    norm_offset       what every norm adds to its weight before it multiplies by it
+    has_post_norms    whether norms run over what attention and MLP give to the stream
+    has_mean_norms    whether norms subtract the mean
+    has_head          whether vLLM takes an lm_head that is not the embedding
+    has_heads_first   whether q_norm and k_norm get [batch, heads, tokens, D] in transformers, not
+                      heads after tokens
+    neighbor_pairs    whether RoPE turns the channels 2 i and 2 i + 1 of a head, not i and i + R / 2
+    is_rope_partial   whether RoPE turns the first R channels of a head alone, where `config.json`
+                      says so
+    activation        of the MLP, down(activation(gate(x)) * up(x))
     """
 
     blocks: str = "model.layers"
@@ -71,28 +83,68 @@ class LayerNames:
     gate: str = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
-    attention_norm: str = "input_layernorm"
-    mlp_norm: str = "post_attention_layernorm"
+    attention_norm: str | None = "input_layernorm"
+    mlp_norm: str | None = "post_attention_layernorm"
     q_norm: str | None = None
     k_norm: str | None = None
+    norm_offset: float = 0.0
+    has_post_norms: bool = False
+    has_mean_norms: bool = False
+    has_head: bool = True
+    has_heads_first: bool = False
+    neighbor_pairs: bool = False
+    is_rope_partial: bool = False
+    activation: str = "silu"
 
     @property
     def norms(self) -> dict[str, tuple[str, ...]]:
         """Map each norm to the layers that read it."""
-        return {
-            self.attention_norm: (self.q, self.k, self.v),
-            self.mlp_norm: (self.gate, self.up),
-        }
+        found: dict[str, tuple[str, ...]] = {}
+        for norm, readers in (
+            (self.attention_norm, self._attention_inputs),
+            (self.mlp_norm, self._mlp_inputs),
+        ):
+            if norm is not None:
+                found[norm] = (*found.get(norm, ()), *readers)
+        return found
 
     @property
     def inputs(self) -> tuple[tuple[str, ...], ...]:
-        """List groups of linear layers that read one tensor, in the order in which they run."""
-        return ((self.q, self.k, self.v), (self.o,), (self.gate, self.up), (self.down,))
+        """List groups of linear layers that read one tensor, in the order in which they run.
+
+        It is what a norm gives or the stream, the output of the attention, or the MLP's inner
+        product.
+        """
+        return (self._attention_inputs, (self.o,), self._mlp_inputs, (self.down,))
 
     @property
     def linears(self) -> tuple[str, ...]:
         """List all quantized layers of a block."""
         return tuple(name for group in self.inputs for name in group)
+
+    @property
+    def stream_readers(self) -> tuple[str, ...]:
+        """List the layers that read the residual stream."""
+        return (*self._attention_inputs, *self._mlp_inputs)
+
+    @property
+    def fixed_stream(self) -> str | None:
+        """Say why the residual stream cannot be rotated; None where it can."""
+        if self.has_post_norms:
+            return "norms after attention and MLP have weights for the channels of the stream"
+        if self.has_mean_norms:
+            return "norms subtract the mean of the channels"
+        if not self.has_head:
+            return "vLLM takes no lm_head but the embedding, and rotated ones differ"
+        return None
+
+    @property
+    def _attention_inputs(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((self.q, self.k, self.v)))
+
+    @property
+    def _mlp_inputs(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((self.gate, self.up)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +205,20 @@ _LLAMA = Architecture(
     type="llama",
 )
 _QWEN3 = _NORMS | _QK_NORMS | _attention(_BIAS, _BIAS)
+_FUSED_MLP = {
+    "mlp.gate_up_proj": LayerSpec(("two_inner", "hidden")),
+    "mlp.down_proj": LayerSpec(("hidden", "inner")),
+}
+_FUSED_QKV_NAMES: dict[str, Any] = dict.fromkeys(("q", "k", "v"), "self_attn.qkv_proj")
+_FUSED_MLP_NAMES: dict[str, Any] = dict.fromkeys(("gate", "up"), "mlp.gate_up_proj")
+_GLM_NAMES: dict[str, Any] = {"neighbor_pairs": True, "is_rope_partial": True} | _FUSED_MLP_NAMES
+_GLM_HEADS = {"head_dim": 128, "num_key_value_heads": 2}
+_QK_NORMS_NAMES: dict[str, Any] = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+_FOUR_NORMS_NAMES: dict[str, Any] = {
+    "mlp_norm": "pre_feedforward_layernorm",
+    "has_post_norms": True,
+}
+_GEMMA_NAMES: dict[str, Any] = {"norm_offset": 1.0, "activation": "gelu_pytorch_tanh"}
 _GEMMA_HEADS = {"head_dim": 256, "num_key_value_heads": 4}
 ARCHITECTURES: Mapping[str, Architecture] = {
     "LlamaForCausalLM": _LLAMA,
@@ -174,7 +240,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         _QWEN3,
         _mlp(),
         defaults={"head_dim": 128, "num_key_value_heads": 32},
-        names=LayerNames(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm"),
+        names=LayerNames(**_QK_NORMS_NAMES),
         type="qwen3",
     ),
     "Phi3ForCausalLM": Architecture(
@@ -183,25 +249,87 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "self_attn.qkv_proj": LayerSpec(("qkv", "hidden")),
             "self_attn.o_proj": LayerSpec(("hidden", "query")),
         },
-        {
-            "mlp.gate_up_proj": LayerSpec(("two_inner", "hidden")),
-            "mlp.down_proj": LayerSpec(("hidden", "inner")),
-        },
+        _FUSED_MLP,
+        names=LayerNames(**_FUSED_QKV_NAMES, **_FUSED_MLP_NAMES, is_rope_partial=True),
+        type="phi3",
+    ),
+    "GraniteForCausalLM": Architecture(
+        _NORMS | _attention(_BIAS, _BIAS),
+        _mlp(bias=("mlp_bias",)),
+        names=LayerNames(),
+        type="granite",
     ),
     "GemmaForCausalLM": Architecture(
-        _NORMS | _attention(False, False),
+        _NORMS | _attention(_BIAS, _BIAS),
         _mlp(),
         is_tied=True,
         defaults={"head_dim": 256, "num_key_value_heads": 16},
+        names=LayerNames(has_head=False, **_GEMMA_NAMES),
+        type="gemma",
     ),
     "Gemma2ForCausalLM": Architecture(
-        _FOUR_NORMS | _attention(_BIAS, _BIAS), _mlp(), is_tied=True, defaults=_GEMMA_HEADS
+        _FOUR_NORMS | _attention(_BIAS, _BIAS),
+        _mlp(),
+        is_tied=True,
+        defaults=_GEMMA_HEADS,
+        names=LayerNames(has_head=False, **_GEMMA_NAMES, **_FOUR_NORMS_NAMES),
+        type="gemma2",
     ),
     "Gemma3ForCausalLM": Architecture(
         _FOUR_NORMS | _QK_NORMS | _attention(_BIAS, _BIAS),
         _mlp(),
         is_tied=True,
         defaults=_GEMMA_HEADS,
+        names=LayerNames(
+            has_heads_first=True, **_GEMMA_NAMES, **_FOUR_NORMS_NAMES, **_QK_NORMS_NAMES
+        ),
+        type="gemma3_text",
+    ),
+    "Olmo2ForCausalLM": Architecture(
+        {
+            "post_attention_layernorm": _NORM,
+            "post_feedforward_layernorm": _NORM,
+            "self_attn.q_norm": LayerSpec(("query",)),
+            "self_attn.k_norm": LayerSpec(("key",)),
+            **_attention(_BIAS, _BIAS),
+        },
+        _mlp(),
+        names=LayerNames(
+            attention_norm=None, mlp_norm=None, has_post_norms=True, **_QK_NORMS_NAMES
+        ),
+        type="olmo2",
+    ),
+    "Glm4ForCausalLM": Architecture(
+        _NORMS
+        | {"post_self_attn_layernorm": _NORM, "post_mlp_layernorm": _NORM}
+        | _attention(_BIAS, False),
+        _FUSED_MLP,
+        defaults=_GLM_HEADS | {"attention_bias": True},
+        names=LayerNames(has_post_norms=True, **_GLM_NAMES),
+        type="glm4",
+    ),
+    "GlmForCausalLM": Architecture(
+        _NORMS | _attention(_BIAS, False),
+        _FUSED_MLP,
+        defaults=_GLM_HEADS | {"attention_bias": True},
+        names=LayerNames(**_GLM_NAMES),
+        type="glm",
+    ),
+    "CohereForCausalLM": Architecture(
+        {"input_layernorm": _NORM} | _attention(_BIAS, _BIAS),
+        _mlp(),
+        is_tied=True,
+        names=LayerNames(
+            mlp_norm="input_layernorm", has_mean_norms=True, has_head=False, neighbor_pairs=True
+        ),
+        type="cohere",
+    ),
+    "Ministral3ForCausalLM": Architecture(
+        _NORMS | _attention(False, False),
+        _mlp(),
+        defaults={"head_dim": 128, "num_key_value_heads": 8},
+        names=LayerNames(),
+        type="ministral3",
     ),
     "MixtralForCausalLM": Architecture(
         _NORMS | _attention(False, False),
@@ -266,6 +394,12 @@ def norm_readers(config: Mapping[str, Any], norm: str) -> tuple[str, ...]:
         norms = {"input_layernorm": _QKV}
     prefix, index, module = place
     return tuple(f"{prefix}{index}.{reader}" for reader in norms.get(module, ()))
+
+
+def norm_offset(config: Mapping[str, Any]) -> float:
+    """What the norms of a model add to their weights; 0 where that is not known."""
+    known = architecture_of(config)
+    return 0.0 if known is None or known.names is None else known.names.norm_offset
 
 
 def flag(config: Mapping[str, Any], key: str, default: bool = False) -> bool:

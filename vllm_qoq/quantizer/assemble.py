@@ -85,7 +85,7 @@ def section(options: QuantizeOptions) -> Section:
             bits=options.kv_bits, hadamard=bool(options.kv_hadamard), k_mean=options.has_k_mean
         ),
         lm_head=LMHead(bits=8) if options.lm_head_bits == 8 else None,
-        stream=Stream(rotation="stored") if options.rotate else None,
+        stream=Stream(rotation="stored") if options.turns_stream else None,
     )
 
 
@@ -93,7 +93,7 @@ def _tensors(
     work: WorkDir, names: LayerNames, layers: int, options: QuantizeOptions
 ) -> Iterator[_Stored]:
     """List all tensors to write: the shared ones first, then set by set."""
-    shared = [SHARED, STREAM] if options.rotate else [SHARED]
+    shared = [SHARED, STREAM] if options.turns_stream else [SHARED]
     for file in map(work.file, shared):
         for key, dtype, shape in _entries(file):
             yield _Stored(TensorInfo(key, dtype, shape, ""), file, key)

@@ -45,6 +45,7 @@ def _attention(
     attention_mask: torch.Tensor | None,
     scaling: float,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend to a whole piece of text: query [1, Hq, T, D], key and value [1, H, T, D].
@@ -52,6 +53,8 @@ def _attention(
     attention_mask  float [1, 1, T, T], what is added to the scores: minus infinity for keys that
                     come later, or earlier than the window
     """
+    if softcap is not None:
+        return capped(query, key, value, attention_mask, scaling, softcap), None
     # Without a window the mask is the causal one, because pieces have no padding.
     is_causal = sliding_window is None or sliding_window >= key.shape[2]
     output = scaled_dot_product_attention(
@@ -64,3 +67,32 @@ def _attention(
         enable_gqa=True,
     )
     return output.transpose(1, 2).contiguous(), None
+
+
+def capped(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float,
+) -> torch.Tensor:
+    """Attend with scores that `softcap * tanh(score / softcap)` bounds, as Gemma 2 does.
+
+    query    float [1, Hq, T, D]
+    key      float [1, H, T, D], as `value`
+    mask     what is added to the scores, or bool, whether a key is seen; None is a causal one
+
+    Returns float [1, T, Hq, D].
+    """
+    tokens, heads = query.shape[2], key.shape[1]
+    if mask is None:
+        mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
+    grouped = query.unflatten(1, (heads, -1))
+    scores = torch.matmul(grouped, key[:, :, None].transpose(-1, -2)).float() * scaling
+    scores = softcap * torch.tanh(scores / softcap)
+    mask = mask.unsqueeze(-3) if mask.ndim > 2 else mask
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(dim=-1).to(query.dtype)
+    output = torch.matmul(weights, value[:, :, None]).flatten(1, 2)
+    return output.transpose(1, 2).contiguous()

@@ -22,6 +22,7 @@ from vllm_qoq.numerics import kv_layout
 from vllm_qoq.numerics.kv_layout import QuantizedBits
 from vllm_qoq.numerics.reference import INT8_MAX, MIN_SCALE
 from vllm_qoq.numerics.reference_attention import hadamard
+from vllm_qoq.quantizer.attention import capped
 from vllm_qoq.quantizer.model import Module, blocks
 from vllm_qoq.quantizer.rounding_plain import one_thread
 
@@ -174,6 +175,9 @@ def _register(
         if k_means is not None:  # [kv_heads, 1, head_dim], for keys [1, kv_heads, tokens, head_dim]
             keys = key.float() - k_means[module.layer_idx].to(key.device)[:, None]
         keys = round_keys(keys, key_bits, use_hadamard).to(key.dtype)
+        if options.get("softcap") is not None:
+            scaling, softcap = options["scaling"], options["softcap"]
+            return capped(query, keys, values, mask, scaling, softcap), None
         return sdpa_attention_forward(module, query, keys, values, mask, **options)
 
     name = f"{_ATTENTION}{bits}{'_hadamard' if use_hadamard else ''}"

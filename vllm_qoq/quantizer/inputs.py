@@ -22,7 +22,7 @@ from vllm_qoq.models.table import LayerNames
 from vllm_qoq.models.tensors import HEAD
 from vllm_qoq.quantizer import QuantizeError
 from vllm_qoq.quantizer.gguf_source import convert
-from vllm_qoq.quantizer.model import Dimensions, layer_names
+from vllm_qoq.quantizer.model import Dimensions, architecture, layer_names
 from vllm_qoq.text_file import check_text
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """The dtypes in which a model may run and be stored: torch's name -> safetensors' name."""
 
 _REMEDY = "mend it, or download the model again"
+_POSITIVE = ("rope_theta", "rope_local_base_freq", "factor", "original_max_position_embeddings")
+# What changes the computation of a model in a way that no entry of the table has.
+_REFUSED = ("use_bidirectional_attention", "use_qk_norm")
 # Every tokenizer has at least one of these files, whatever its class.
 _TOKENIZERS = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
@@ -90,8 +93,8 @@ def check_model(checkpoint: Checkpoint, task: str) -> Inputs:
     config, folder = checkpoint.config, checkpoint.path
     names, model = layer_names(config), linear_layers(config, task)
     _check_dtype(config)
-    _check_rope(config)
-    _check_constants(config)
+    _check_rope(config, names)
+    _check_constants(config, names)
     _check_tensors(checkpoint, model)
     checkpoint.check_links()
     files = {str(file) for file in side_files(folder)}
@@ -125,7 +128,8 @@ def dtype_name(config: Mapping[str, Any]) -> str | None:
 
 def is_tied(config: Mapping[str, Any]) -> bool:
     """Whether the embedding of the model serves as its lm_head."""
-    return bool(config.get("tie_word_embeddings", False))
+    said = config.get("tie_word_embeddings")
+    return architecture(config).is_tied if said is None else bool(said)
 
 
 def stays_tied(is_tied: bool, options: QuantizeOptions) -> bool:
@@ -133,7 +137,7 @@ def stays_tied(is_tied: bool, options: QuantizeOptions) -> bool:
 
     The rotation makes two matrices E R and E diag(norm) R of it, and int8 one of codes.
     """
-    return is_tied and not options.rotate and options.lm_head_bits == 16
+    return is_tied and not options.turns_stream and options.lm_head_bits == 16
 
 
 def _check_dtype(config: Mapping[str, Any]) -> None:
@@ -146,28 +150,33 @@ def _check_dtype(config: Mapping[str, Any]) -> None:
             )
 
 
-def _check_rope(config: Mapping[str, Any]) -> None:
+def _check_rope(config: Mapping[str, Any], names: LayerNames) -> None:
     for key in ("rope_parameters", "rope_scaling"):
         value = config.get(key)
         if value is not None and not isinstance(value, dict):
             raise QuantizeError(f"{CONFIG}: {key}: {shown(value)} is not an object; {_REMEDY}")
         for name, entry in (value or {}).items():
-            _check_rope_value(f"{key}.{name}", entry)
-    for key in ("rope_theta", "partial_rotary_factor"):
-        _check_rope_value(key, config.get(key))
+            # Where layers differ, each kind has an object of its own.
+            parts = entry.items() if isinstance(entry, dict) else [("", entry)]
+            for part, leaf in parts:
+                _check_rope_value(f"{key}.{name}.{part}".rstrip("."), leaf, names)
+    for key in ("rope_theta", "rope_local_base_freq", "partial_rotary_factor"):
+        _check_rope_value(key, config.get(key), names)
 
 
-def _check_rope_value(key: str, value: object) -> None:
+def _check_rope_value(key: str, value: object, names: LayerNames) -> None:
     leaf = key.rpartition(".")[2]
-    if leaf == "partial_rotary_factor" and value not in (None, 1):
+    if leaf == "partial_rotary_factor" and value not in (None, 1) and not names.is_rope_partial:
         # vLLM would turn this part of each head, transformers the whole of it.
         raise QuantizeError(
-            f"{CONFIG}: {key}: {shown(value)} is not supported: the models that can be "
-            "quantized turn whole heads; give another model"
+            f"{CONFIG}: {key}: {shown(value)} is not supported: transformers turns whole heads of "
+            "this model; give another model"
         )
-    if leaf in ("rope_type", "type"):
+    if leaf == "partial_rotary_factor":
+        is_fine = value is None or (is_positive(value) and value <= 1)
+    elif leaf in ("rope_type", "type"):
         is_fine = value is None or isinstance(value, str)
-    elif leaf in ("rope_theta", "factor", "original_max_position_embeddings"):
+    elif leaf in _POSITIVE:
         is_fine = value is None or is_positive(value)
     elif isinstance(value, list):
         is_fine = all(map(is_positive, value))
@@ -177,13 +186,20 @@ def _check_rope_value(key: str, value: object) -> None:
         raise QuantizeError(f"{CONFIG}: {key}: {shown(value)} cannot be; {_REMEDY}")
 
 
-def _check_constants(config: Mapping[str, Any]) -> None:
-    activation = config.get("hidden_act", "silu")
-    if activation != "silu":
-        raise QuantizeError(
-            f"{CONFIG}: hidden_act: {shown(activation)} is not supported: vLLM runs these models "
-            "with 'silu' only; give another model"
-        )
+def _check_constants(config: Mapping[str, Any], names: LayerNames) -> None:
+    for key in ("hidden_act", "hidden_activation"):
+        activation = config.get(key, names.activation)
+        is_absent = activation is None and key == "hidden_activation"
+        if activation != names.activation and not is_absent:
+            raise QuantizeError(
+                f"{CONFIG}: {key}: {shown(activation)} is not supported: vLLM runs these models "
+                f"with {names.activation!r} only; give another model"
+            )
+    for key in _REFUSED:
+        if config.get(key):
+            raise QuantizeError(
+                f"{CONFIG}: {key}: {shown(config[key])} is not supported; give another model"
+            )
     for finding in constants.findings(config):
         raise QuantizeError(finding)
 

@@ -39,6 +39,7 @@ from vllm_qoq.quantizer.products import fast_products
 from vllm_qoq.quantizer.report import (
     LayerError,
     Steps,
+    left_out,
     refuse_clipped,
     steps_that_ran,
     summary,
@@ -128,8 +129,10 @@ def quantize(
 def prepare(job: Job, options: QuantizeOptions) -> CheckedJob:
     """Check everything that can be refused before the work begins; returns the checked job."""
     plan = check_job(job, options)
-    if options.rotate:
-        rotate.require_sizes(plan.dimensions)
+    rotate.require_sizes(
+        [plan.dimensions.hidden] * plan.options.turns_stream
+        + [plan.dimensions.head_dim] * bool(plan.options.rotate)
+    )
     workdir.check(job.work_dir, fingerprint(job, plan), job.resume)
     return plan
 
@@ -156,7 +159,7 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
         steps.done("loading")
         before = check.measure(model, "the model")
         steps.done("measuring the model")
-        if options.rotate:
+        if options.turns_stream:
             if not work.has(STREAM):
                 work.save(STREAM, rotate.way_back(model, names, dimensions), {})
             rotate.fold_norms(model, names)
@@ -196,6 +199,7 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
             "options": options.model_dump(mode="json"),
             "effort": options.effort,
             "steps": steps_that_ran(options, len(plan.samples)),
+            **left_out(names, options),
             **worst_layers(errors, options.sets),
             **summary(errors, steps.seconds),
             **({"large_key_biases": biased} if biased else {}),
@@ -314,6 +318,7 @@ def _smooth(
     )
     # Smoothing keeps the function of a block, so its outputs from before serve the next one.
     pipeline.run(model, step, samples, plan.tokenizer, propagate=False)
+    apply_saved(model, step.found, plan.names, plan.dimensions)
     work.save(_SMOOTHING, step.found, {})
     return _k_means(step.found, plan, wanted)
 

@@ -9,7 +9,11 @@ from vllm_qoq.numerics import key_bias
 from vllm_qoq.quantizer import k_mean
 from vllm_qoq.quantizer.model import Dimensions, Module, blocks
 from vllm_qoq.quantizer.options import QuantizeOptions
+from vllm_qoq.quantizer.parts import Part, rows
+from vllm_qoq.quantizer.rope import Rope, rope_of
 from vllm_qoq.quantizer.strength import with_rope
+
+_PARTS: tuple[Part, ...] = ("q", "k")
 
 
 @torch.no_grad()
@@ -24,20 +28,22 @@ def large_biases(
         return []
     found = []
     for index, block in enumerate(blocks(model, names)):
-        q, k = block.get_submodule(names.q), block.get_submodule(names.k)
+        q, k = (rows(block, part, names, dimensions) for part in _PARTS)
         if k.bias is None:
             continue
-        weight = k.weight.data.float()
-        gain = block.get_submodule(names.attention_norm).weight.data.to(weight)
-        x = key_bias.random_inputs(dimensions.hidden, weight) * gain
-        queries = x @ q.weight.data.to(weight).t()
+        weight = k.weight.float()
+        x = key_bias.random_inputs(dimensions.hidden, weight)
+        if names.attention_norm is not None:
+            gain = block.get_submodule(names.attention_norm).weight.data.to(weight)
+            x = x * (gain + names.norm_offset)
+        queries = x @ q.weight.to(weight).t()
         if q.bias is not None:
-            queries = queries + q.bias.data.to(weight)
-        bias = k.bias.data.to(weight).view(dimensions.kv_heads, dimensions.head_dim)
+            queries = queries + q.bias.to(weight)
+        bias = k.bias.to(weight).view(dimensions.kv_heads, dimensions.head_dim)
         if key_bias.is_too_large(
             queries.view(-1, dimensions.heads, dimensions.head_dim),
             (x @ weight.t()).view(-1, dimensions.kv_heads, dimensions.head_dim),
-            _left_of(bias, model, names) if options.k_mean else key_bias.turned(bias),
+            _turned(bias, rope_of(model, names, dimensions, index), options.k_mean),
             bits=options.key_bits,
             use_hadamard=bool(options.kv_hadamard),
         ):
@@ -45,13 +51,18 @@ def large_biases(
     return found
 
 
-def _left_of(bias: torch.Tensor, model: Module, names: LayerNames) -> torch.Tensor:
-    """Compute what RoPE leaves of a bias [kv_heads, D] around its mean, float32 [TOKENS, ...]."""
-    inv_freq = model.get_submodule(names.rotary).inv_freq.float().to(bias.device)
-    longest = model.config.max_position_embeddings
-    positions = k_mean.sample_positions(key_bias.TOKENS, longest).to(bias.device)
-    turned = with_rope(bias.expand(key_bias.TOKENS, -1, -1), positions, inv_freq)
-    return turned - k_mean.after_rope(bias, inv_freq, longest)
+def _turned(bias: torch.Tensor, rope: Rope, has_mean: bool) -> torch.Tensor:
+    """Turn a bias [kv_heads, D] as RoPE may, float32 [TOKENS, ...], around its mean if it has one.
+
+    A mean is what the cache leaves out.
+    """
+    paired, inv_freq = rope.paired(bias), rope.inv_freq.to(bias.device)
+    if has_mean:
+        positions = k_mean.sample_positions(key_bias.TOKENS, rope.longest).to(bias.device)
+        turned = with_rope(paired.expand(key_bias.TOKENS, -1, -1), positions, inv_freq)
+        return rope.of_model(turned - k_mean.after_rope(paired, inv_freq, rope.longest))
+    is_still = (inv_freq == 0).repeat(2)
+    return rope.of_model(torch.where(is_still, paired.float(), key_bias.turned(paired)))
 
 
 def warning(layers: list[str], options: QuantizeOptions) -> str:

@@ -118,7 +118,8 @@ def load_model(checkpoint: Checkpoint) -> Module:
             # Each file is mapped once, for all its tensors; writing to one copies the page.
             state_dict={info.name: checkpoint.get(info.name) for info in _tensors(checkpoint)},
             dtype=dtype,
-            attn_implementation="sdpa",
+            # The fused attention of transformers leaves out a bound of the scores.
+            attn_implementation="eager" if _has_capped_scores(config) else "sdpa",
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
@@ -138,6 +139,10 @@ def _config(checkpoint: Checkpoint) -> PreTrainedConfig:
     values = {k: v for k, v in checkpoint.config.items() if k not in _UNUSED_KEYS}
     with _refusing(f"{checkpoint.path / CONFIG}", "mend it, or download the model again"):
         return CONFIG_MAPPING[values.pop("model_type")].from_dict(values)
+
+
+def _has_capped_scores(config: PreTrainedConfig) -> bool:
+    return getattr(config, "attn_logit_softcapping", None) is not None
 
 
 def _class(config: PreTrainedConfig) -> Any:

@@ -9,8 +9,8 @@ from typing import Any
 from vllm_qoq.checkpoint.format import SECTION
 from vllm_qoq.errors import shown
 from vllm_qoq.models.config import CONFIG
-from vllm_qoq.models.linears import linear_layers
-from vllm_qoq.models.table import ARCHITECTURES, LayerNames, with_names
+from vllm_qoq.models.table import ARCHITECTURES, Architecture, LayerNames, with_names
+from vllm_qoq.models.tensors import EMBEDDING, expected_tensors
 from vllm_qoq.quantizer import QuantizeError
 
 
@@ -35,29 +35,28 @@ def layer_names(config: Mapping[str, Any]) -> LayerNames:
 
 @dataclass(frozen=True)
 class Dimensions:
-    """The sizes of a model that the steps need."""
+    """The sizes of a model that the steps need; `inner` is that of the MLP's product."""
 
     hidden: int
     layers: int
     heads: int
     kv_heads: int
     head_dim: int
+    inner: int
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Dimensions:
         """Read config.json, with the defaults of transformers; FormatError for what is no size."""
-        names = {"architectures": [_classes()[config["model_type"]]]}
-        model = linear_layers({**config, **names}, "quantized")
-        q, hidden = model.linears["model.layers.0.self_attn.q_proj"]
-        k, _ = model.linears["model.layers.0.self_attn.k_proj"]
-        heads = config["num_attention_heads"]
-        head_dim = q // heads
+        classes = _classes()
+        model = expected_tensors({**config, "architectures": [classes[config["model_type"]]]})
+        kv_heads, head_dim = model.key_heads
         return cls(
-            hidden=hidden,
-            layers=config["num_hidden_layers"],
-            heads=heads,
-            kv_heads=k // head_dim,
+            hidden=model[EMBEDDING][1],
+            layers=model.layers,
+            heads=config["num_attention_heads"],
+            kv_heads=kv_heads,
             head_dim=head_dim,
+            inner=config["intermediate_size"],
         )
 
     @property
@@ -73,6 +72,11 @@ Module = Any
 def blocks(model: Module, names: LayerNames) -> list[Module]:
     """List the decoder blocks in order."""
     return list(model.get_submodule(names.blocks).children())
+
+
+def architecture(config: Mapping[str, Any]) -> Architecture:
+    """Find the entry of the table for the `config.json` of a model that `layer_names` knows."""
+    return ARCHITECTURES[_classes()[config["model_type"]]]
 
 
 def _classes() -> dict[str, str]:

@@ -26,6 +26,7 @@ from vllm_qoq.quantizer.layers import round_layers
 from vllm_qoq.quantizer.model import Dimensions, Module, blocks
 from vllm_qoq.quantizer.observe import Observer
 from vllm_qoq.quantizer.report import LayerError
+from vllm_qoq.quantizer.rope import Rope, rope_of
 from vllm_qoq.quantizer.sets import SetKind
 from vllm_qoq.quantizer.weights import assign
 from vllm_qoq.quantizer.workdir import WorkDir
@@ -74,7 +75,11 @@ class _BlockPass(Modifier):
 
 
 class SmoothPass(_BlockPass):
-    """The pass that watches every block and smooths it."""
+    """The pass that watches every block, and finds how to smooth it (`apply_saved`).
+
+    Weights stay as they are while it runs, because llmcompressor has other norms in the model then
+    (`pipeline`).
+    """
 
     options: smooth.SmoothOptions
     samples: int
@@ -82,7 +87,7 @@ class SmoothPass(_BlockPass):
 
     _observers: dict[int, Observer] = PrivateAttr(default_factory=dict)
     _found: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
-    _rope: smooth.Rope = PrivateAttr()
+    _ropes: list[Rope] = PrivateAttr(default_factory=list)
 
     @property
     def found(self) -> dict[str, torch.Tensor]:
@@ -91,21 +96,18 @@ class SmoothPass(_BlockPass):
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Watch the layers of every block."""
-        rotary = state.model.get_submodule(self.names.rotary)
-        self._rope = smooth.Rope(
-            rotary.inv_freq.detach().float(),
-            state.model.config.max_position_embeddings,
-            rotary.attention_scaling,
-        )
         for index, block in enumerate(self._blocks):
-            observer = self._observers[index] = Observer(self.names, self.dimensions, self.samples)
+            rope = rope_of(state.model, self.names, self.dimensions, index)
+            self._ropes.append(rope)
+            observer = Observer(self.names, self.dimensions, rope, self.samples)
+            self._observers[index] = observer
             for name, see in observer.outputs.items():
                 self.register_hook(block.get_submodule(name), _output_hook(see), "forward")
             for name, see in observer.inputs.items():
                 self.register_hook(block.get_submodule(name), _input_hook(see), "forward_pre")
 
     def finish(self, index: int, block: Module) -> None:
-        """Smooth a block whose inputs have all been seen."""
+        """Find the transforms of a block whose inputs have all been seen."""
         seen = self._observers.pop(index).seen()
         _require_finite(vars(seen).values(), f"{self.names.blocks}.{index}")
         found = smooth.transforms(
@@ -113,12 +115,11 @@ class SmoothPass(_BlockPass):
             block,
             self.names,
             self.dimensions,
-            rope=self._rope,
+            rope=self._ropes[index],
             options=self.options,
         )
         # A resumed run has them on the CPU, so this one takes them from there, too.
         found = {name: tensor.cpu() for name, tensor in found.items()}
-        smooth.apply(block, found, self.names, self.dimensions)
         self._found |= {f"{index}.{name}": tensor for name, tensor in found.items()}
         self.done()
 
@@ -148,7 +149,7 @@ def _input_hook(see: Callable[[torch.Tensor], None]) -> Callable[..., None]:
 def apply_saved(
     model: Module, found: dict[str, torch.Tensor], names: LayerNames, dimensions: Dimensions
 ) -> None:
-    """Smooth all blocks with what an earlier run found."""
+    """Smooth all blocks with what a `SmoothPass` found, in this run or an earlier one."""
     for index, block in enumerate(blocks(model, names)):
         mine = {k.partition(".")[2]: t for k, t in found.items() if k.startswith(f"{index}.")}
         smooth.apply(block, mine, names, dimensions)

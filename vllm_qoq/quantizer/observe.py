@@ -8,6 +8,8 @@ import torch
 
 from vllm_qoq.models.table import LayerNames
 from vllm_qoq.quantizer.model import Dimensions
+from vllm_qoq.quantizer.parts import Part, part_rows
+from vllm_qoq.quantizer.rope import Rope
 from vllm_qoq.quantizer.smooth import Seen
 
 SMOOTHING_TOKENS = 16384
@@ -23,8 +25,8 @@ class Observer:
     `_SAMPLE_TOKENS` in all.
     """
 
-    def __init__(self, names: LayerNames, dimensions: Dimensions, samples: int) -> None:
-        self._dimensions = dimensions
+    def __init__(self, names: LayerNames, dimensions: Dimensions, rope: Rope, samples: int) -> None:
+        self._names, self._dimensions, self._rope = names, dimensions, rope
         self._tokens_per_sample = max(1, _SAMPLE_TOKENS // samples)
         self._positions: list[torch.Tensor] = []
         self._sampled: dict[str, list[torch.Tensor]] = {}
@@ -37,6 +39,8 @@ class Observer:
             names.k_norm or names.k: self._keys,
             names.v: self._values,
         }
+        if names.q == names.k == names.v:
+            self.outputs = {names.q: self._fused}
         self.inputs = {names.down: self._down}
 
     def seen(self) -> Seen:
@@ -53,11 +57,23 @@ class Observer:
             down=self._largest["down"],
         )
 
+    def _fused(self, x: torch.Tensor) -> None:
+        """See q, k and v, which are rows of one layer."""
+        seers: dict[Part, Callable[[torch.Tensor], None]] = {
+            "q": self._queries,
+            "k": self._keys,
+            "v": self._values,
+        }
+        for part, see in seers.items():
+            start, stop = part_rows(part, self._names, self._dimensions)
+            see(x[..., start:stop])
+
     def _queries(self, x: torch.Tensor) -> None:
-        self._add_squares("queries", self._heads(x, self._dimensions.heads))
+        queries = self._normed(x, self._dimensions.heads)
+        self._add_squares("queries", self._rope.paired(queries))
 
     def _keys(self, x: torch.Tensor) -> None:
-        keys = self._heads(x, self._dimensions.kv_heads)
+        keys = self._rope.paired(self._normed(x, self._dimensions.kv_heads))
         rows = self._sample("keys", keys)
         self._positions.append(rows)
         self._sums["keys"] = self._sums.get("keys", 0) + keys.double().sum(dim=0)
@@ -70,6 +86,12 @@ class Observer:
         tokens = x.detach().flatten(0, -2)
         self._sample("down", tokens)
         self._add_largest("down", tokens)
+
+    def _normed(self, x: torch.Tensor, heads: int) -> torch.Tensor:
+        """Take queries or keys, after their norm if there is one, as [tokens, heads, head_dim]."""
+        if self._names.has_heads_first:
+            x = x.transpose(1, 2)
+        return self._heads(x, heads)
 
     def _heads(self, x: torch.Tensor, heads: int) -> torch.Tensor:
         return x.detach().reshape(-1, heads, self._dimensions.head_dim)

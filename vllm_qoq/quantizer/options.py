@@ -22,6 +22,7 @@ from vllm_qoq.quantizer import QuantizeError
 from vllm_qoq.quantizer.effort import EFFORTS, of_options
 
 if TYPE_CHECKING:
+    from vllm_qoq.models.table import LayerNames
     from vllm_qoq.quantizer.sets import SetKind
 
 SetName = Literal["w8a8", "w4a8", "w4a16"]
@@ -43,7 +44,8 @@ class QuantizeOptions(BaseModel):
     kv_hadamard      rotate K in the cache before it is quantized; None decides it by the heads
     lm_head_bits     16 leaves the lm_head in the model's dtype
     samples, seqlen  pieces of the calibration text, and tokens in each
-    rotate           fold the norms, R1 on the residual stream, R2 on the values
+    rotate           fold the norms, R1 on the residual stream, R2 on the values; "values" is R2
+                     alone, which a model gets whose stream cannot be rotated
     smooth_attention SmoothAttention on K
     smooth_outputs   smooth the inputs of o_proj and down_proj
     reorder          sort the inputs of down_proj by magnitude
@@ -64,7 +66,7 @@ class QuantizeOptions(BaseModel):
     lm_head_bits: Literal[8, 16] = 16
     samples: PositiveInt = EFFORTS["default"]["samples"]
     seqlen: Annotated[int, Field(ge=2)] = 1024
-    rotate: bool = True
+    rotate: bool | Literal["values"] = True
     k_mean: bool = True
     smooth_attention: bool = True
     smooth_outputs: bool = True
@@ -113,6 +115,22 @@ class QuantizeOptions(BaseModel):
             # what is nested on it.
             raise ValueError("nested w8a8 cannot be the last set; give w8a8,w4a8")
         return self
+
+    def of_model(self, names: LayerNames) -> QuantizeOptions:
+        """Decide what the kind of the model decides; QuantizeError for what it cannot have."""
+        if self.lm_head_bits == 8 and not names.has_head:
+            raise QuantizeError(
+                "lm_head_bits: vLLM takes no lm_head but the embedding for this model, so none can "
+                "be int8; give 16"
+            )
+        if names.fixed_stream is None or not self.turns_stream:
+            return self
+        if "rotate" in self.model_fields_set:
+            raise QuantizeError(
+                "rotate: the residual stream of this model cannot be rotated, because "
+                f'{names.fixed_stream}; leave it out, or write "values" to rotate V alone'
+            )
+        return self.model_copy(update={"rotate": "values"})
 
     def of_heads(self, size: int) -> QuantizeOptions:
         """Decide whether K is rotated, for heads of `size` channels: wherever it can be.
@@ -175,6 +193,11 @@ class QuantizeOptions(BaseModel):
         from vllm_qoq.numerics.kv_layout import widths
 
         return UNQUANTIZED if self.kv_bits == UNQUANTIZED else widths(self.kv_bits).key
+
+    @property
+    def turns_stream(self) -> bool:
+        """Whether the residual stream is rotated."""
+        return self.rotate is True
 
     @property
     def kinds(self) -> tuple[SetKind, ...]:

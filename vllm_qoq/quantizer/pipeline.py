@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_qoq.quantizer.model import Module
+from vllm_qoq.quantizer.weights import assign
 
 if TYPE_CHECKING:
     from llmcompressor.modifiers import Modifier
     from transformers import PreTrainedTokenizerBase
+
+
+_NORM = "norm.weight"
 
 
 def bring_to_gpu_when_used(model: Module) -> None:
@@ -35,6 +39,10 @@ def run(
 
     propagate  whether every block runs a second time, as `step` leaves it, for the next one's
                inputs
+
+    Meanwhile norms that multiply by 1 + weight are other modules, which hold the sum. So `step` may
+    not change norms, and this puts their weights back as they were: llmcompressor's have been
+    rounded twice.
     """
     from llmcompressor import oneshot
 
@@ -44,6 +52,7 @@ def run(
     ]
     # The order is always this one: a resumed run must see the same.
     data: Any = torch.utils.data.DataLoader(batches, batch_size=None, shuffle=False)
+    norms = {n: t.data.clone() for n, t in model.named_parameters() if n.endswith(_NORM)}
     with TemporaryDirectory() as folder:
         # oneshot looks on the disk whether a model is quantized, and the files of one that was
         # dequantized for this say so.
@@ -60,3 +69,6 @@ def run(
             # What goes from block to block stays where the blocks run.
             sequential_offload_device="cuda" if torch.cuda.is_available() else "cpu",
         )
+    for name, value in norms.items():
+        layer, _, leaf = name.rpartition(".")
+        assign(model.get_submodule(layer), leaf, value)

@@ -89,7 +89,7 @@ def check_job(job: Job, options: QuantizeOptions) -> CheckedJob:
     """
     inputs = check_inputs(job)
     _check_divisible(inputs, options)
-    options = options.of_heads(inputs.dimensions.head_dim)
+    options = options.of_model(inputs.names).of_heads(inputs.dimensions.head_dim)
 
     import torch
 

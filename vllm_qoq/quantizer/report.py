@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 
 from typing_extensions import NotRequired
 
+from vllm_qoq.models.table import LayerNames
 from vllm_qoq.progress import duration, human_bytes
 from vllm_qoq.quantizer import QuantizeError
 from vllm_qoq.quantizer.gguf_source.convert import note
@@ -86,6 +87,8 @@ def _total(errors: Iterable[LayerError], set_name: str) -> dict[str, Any]:
 def steps_that_ran(options: QuantizeOptions, samples: int) -> str:
     """Say what a run did: its effort, its steps, and how much text it saw."""
     steps = [name for name in STEPS if getattr(options, name)]
+    if options.rotate == "values":
+        steps[steps.index("rotate")] = "rotate V"
     if options.gptq:
         steps[steps.index("gptq")] = f"gptq with {options.passes} passes of descent"
     if options.kv_bits == 16:  # A 16-bit cache rounds nothing that these would help.
@@ -97,12 +100,21 @@ def steps_that_ran(options: QuantizeOptions, samples: int) -> str:
     )
 
 
+def left_out(names: LayerNames, options: QuantizeOptions) -> dict[str, Any]:
+    """Say which steps the model cannot take, and why: {"left_out": {step: reason}}, or nothing."""
+    if names.fixed_stream is None or options.rotate != "values":
+        return {}
+    return {"left_out": {"rotation of the residual stream": names.fixed_stream}}
+
+
 def table(report: dict[str, Any]) -> str:
     """Format the report as text: errors by kind of layer and set, checks, time and memory."""
     errors: list[LayerError] = report["layers"]
     sets = list(dict.fromkeys(row["set"] for row in errors))
     kinds = list(dict.fromkeys(row["layer"].rpartition(".")[2] for row in errors))
-    lines = [report["steps"], _row("output error, mean (worst)", sets)]
+    lines = [report["steps"]]
+    lines += [f"left out: {step}: {why}" for step, why in report.get("left_out", {}).items()]
+    lines += [_row("output error, mean (worst)", sets)]
     for kind in kinds:
         cells = []
         for name in sets:

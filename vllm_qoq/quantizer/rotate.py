@@ -14,6 +14,8 @@ mean of each embedding, which an RMSNorm does not undo, and forgets biases.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -22,7 +24,8 @@ from vllm_qoq.models.table import LayerNames
 from vllm_qoq.numerics import rotation as basis
 from vllm_qoq.quantizer import QuantizeError
 from vllm_qoq.quantizer.model import Dimensions, Module, blocks
-from vllm_qoq.quantizer.weights import assign
+from vllm_qoq.quantizer.parts import rows
+from vllm_qoq.quantizer.weights import Rows, assign
 
 _SEED = 0
 
@@ -32,9 +35,9 @@ def hadamard(size: int, seed: int = _SEED) -> torch.Tensor:
     return _random_matrix(size, torch.device("cpu"), seed) / size**0.5
 
 
-def require_sizes(dimensions: Dimensions) -> None:
-    """Raise QuantizeError where no rotation is known for the size of the stream or the heads."""
-    for size in (dimensions.hidden, dimensions.head_dim):
+def require_sizes(sizes: Iterable[int]) -> None:
+    """Raise QuantizeError where no rotation of one of the sizes is known."""
+    for size in sizes:
         _random_matrix(size, torch.device("meta"), _SEED)
 
 
@@ -55,13 +58,15 @@ def fold_norms(model: Module, names: LayerNames) -> None:
     """Move the weights of the norms into the layers that read them."""
     for block in blocks(model, names):
         for norm, readers in names.norms.items():
-            _fold(block.get_submodule(norm), [block.get_submodule(name) for name in readers])
-    _fold(model.get_submodule(names.final_norm), [model.get_submodule(names.head)])
+            layers = [block.get_submodule(name) for name in readers]
+            _fold(block.get_submodule(norm), layers, names.norm_offset)
+    head = model.get_submodule(names.head)
+    _fold(model.get_submodule(names.final_norm), [head], names.norm_offset)
 
 
 def way_back(model: Module, names: LayerNames, dimensions: Dimensions) -> dict[str, torch.Tensor]:
     """Make the checkpoint's tensors that turn hidden states back, before the norms are folded."""
-    norm = model.get_submodule(names.final_norm).weight.detach().clone()
+    norm = model.get_submodule(names.final_norm).weight.detach() + names.norm_offset
     return {f"{STREAM}.rotation": basis.signs(hadamard(dimensions.hidden)), f"{STREAM}.norm": norm}
 
 
@@ -81,10 +86,11 @@ def rotate_stream(model: Module, names: LayerNames, dimensions: Dimensions) -> N
     turn_inputs(model.get_submodule(names.embedding), rotation)
     turn_inputs(model.get_submodule(names.head), rotation)
     for block in blocks(model, names):
-        for name in (names.q, names.k, names.v, names.gate, names.up):
+        for name in names.stream_readers:
             turn_inputs(block.get_submodule(name), rotation)
         for name in (names.o, names.down):
-            turn_outputs(block.get_submodule(name), rotation)
+            layer = block.get_submodule(name)
+            turn_outputs(Rows(layer, 0, len(layer.weight)), rotation)
 
 
 @torch.no_grad()
@@ -92,7 +98,7 @@ def rotate_values(model: Module, names: LayerNames, dimensions: Dimensions) -> N
     """Apply R2 to the values of every head."""
     rotation = hadamard(dimensions.head_dim)
     for block in blocks(model, names):
-        turn_outputs(block.get_submodule(names.v), rotation)
+        turn_outputs(rows(block, "v", names, dimensions), rotation)
         turn_inputs(block.get_submodule(names.o), rotation)
 
 
@@ -104,21 +110,21 @@ def turn_inputs(layer: Module, rotation: torch.Tensor) -> None:
     assign(layer, "weight", (blocked @ rotation.to(weight.device)).view_as(weight).to(weight.dtype))
 
 
-def turn_outputs(layer: Module, rotation: torch.Tensor) -> None:
+def turn_outputs(rows: Rows, rotation: torch.Tensor) -> None:
     """Replace W [N, K] by R.T @ W and b by R.T @ b, block by block where R is smaller than N."""
-    weight, size = layer.weight.data, len(rotation)
+    weight, size = rows.weight, len(rotation)
     rotation = rotation.to(weight.device)
     blocked = weight.double().view(-1, size, weight.shape[1])
-    assign(layer, "weight", (rotation.t() @ blocked).view_as(weight).to(weight.dtype))
-    if layer.bias is not None:
-        bias = layer.bias.data
+    rows.assign("weight", (rotation.t() @ blocked).view_as(weight).to(weight.dtype))
+    bias = rows.bias
+    if bias is not None:
         turned = bias.double().view(-1, size) @ rotation
-        assign(layer, "bias", turned.view_as(bias).to(bias.dtype))
+        rows.assign("bias", turned.view_as(bias).to(bias.dtype))
 
 
-def _fold(norm: Module, readers: list[Module]) -> None:
-    scale = norm.weight.data.double()
+def _fold(norm: Module, readers: list[Module], offset: float) -> None:
+    scale = norm.weight.data.double() + offset
     for reader in readers:
         weight = reader.weight.data
         assign(reader, "weight", (weight.double() * scale.to(weight.device)).to(weight.dtype))
-    assign(norm, "weight", torch.ones_like(norm.weight.data))
+    assign(norm, "weight", torch.full_like(norm.weight.data, 1 - offset))

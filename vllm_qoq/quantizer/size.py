@@ -73,7 +73,7 @@ def sizes(
     else:
         written_head = 0 if stays_tied(is_tied(checkpoint.config), options) else head
     shared += written_head - stored_head
-    if options.rotate:
+    if options.turns_stream:
         shared += hidden * hidden + item * hidden  # the tensors that turn hidden states back
     if options.has_k_mean:
         shared += _FLOAT32 * dimensions.layers * dimensions.kv_heads * dimensions.head_dim

@@ -1,9 +1,10 @@
 """Smoothing: scales and orders of channels that leave the model's function as it is.
 
 SmoothAttention divides the channels of K, and multiplies those of Q, by a scale
-that K's large channels ask for. RoPE mixes channel i with i + D/2 of a head, so the
-two share a scale. Where a norm follows k_proj (Qwen3), its weight takes the scale,
-for all heads alike.
+that K's large channels ask for. RoPE mixes the channels of a pair (`rope`), so the
+two share a scale. Where a norm follows k_proj, its weight takes the scale: for all
+heads alike (Qwen 3), or of each its own, if the norm has a weight for every channel
+of all heads (OLMo 2).
 
 Outputs of a block are smoothed in its last products: v_proj's rows are divided by a
 scale and o_proj's columns multiplied, and up_proj's and down_proj's likewise. `order`
@@ -22,7 +23,9 @@ from vllm_qoq.checkpoint.format import K_MEAN
 from vllm_qoq.models.table import LayerNames
 from vllm_qoq.quantizer import k_mean, strength
 from vllm_qoq.quantizer.model import Dimensions, Module
-from vllm_qoq.quantizer.weights import assign
+from vllm_qoq.quantizer.parts import rows
+from vllm_qoq.quantizer.rope import Rope
+from vllm_qoq.quantizer.weights import Rows, assign
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class SmoothOptions:
 class Seen:
     """The magnitudes and samples that the calibration text showed of one block.
 
+    Keys and pairs of queries are in the order of `Rope.paired`.
+
     keys         float [tokens, kv_heads, head_dim] before RoPE, a sample
     positions    int64 [tokens] of these keys in their pieces of text
     mean_key     float64 [kv_heads, head_dim]: mean of all keys before RoPE
@@ -67,20 +72,6 @@ class Seen:
     down: torch.Tensor
 
 
-@dataclass(frozen=True)
-class Rope:
-    """The rotary embedding of a model.
-
-    inv_freq  float32 [head_dim / 2], the angle by which each pair turns from token to token
-    longest   the most tokens of a text
-    scaling   the factor of the turned keys, which is 1 but for some kinds of long context
-    """
-
-    inv_freq: torch.Tensor
-    longest: int
-    scaling: float = 1.0
-
-
 @torch.no_grad()
 def transforms(
     seen: Seen,
@@ -96,7 +87,7 @@ def transforms(
 
     k_mean       float32 [kv_heads, head_dim], of the keys after RoPE that `apply` leaves; it needs
                  nothing of this one, which is for the checkpoint
-    key_scale    float32 [kv_heads, head_dim / 2]
+    key_scale    float32 [kv_heads, head_dim], the same for both channels of a pair
     value_scale  float32 [kv_heads, head_dim]
     down_scale   float32 [intermediate]
     down_order   int64 [intermediate]
@@ -109,16 +100,19 @@ def transforms(
         keys = strength.with_rope(
             seen.keys, seen.positions, rope.inv_freq.to(seen.keys.device)
         ) - found.get("k_mean", 0)
-        queries = seen.query_pairs
-        if names.k_norm is not None:  # one weight for all heads
+        scaling = rope.scaling.to(keys.device)
+        keys = keys * scaling.repeat(2)
+        queries = seen.query_pairs * scaling
+        if _has_common_norm(block, names, dimensions):
             keys = keys.flatten(0, 1)[:, None]
             queries = queries.square().mean(dim=0, keepdim=True).sqrt()
         scale = strength.key_scale(keys, queries, options.key_bits, options.kv_hadamard)
-        found["key_scale"] = scale.expand(dimensions.kv_heads, -1).contiguous()
+        found["key_scale"] = rope.of_channels(scale.expand(dimensions.kv_heads, -1))
     if options.k_mean:
-        found["k_mean"] = found["k_mean"] * rope.scaling
+        scaling = rope.scaling.to(found["k_mean"].device).repeat(2)
+        found["k_mean"] = rope.of_model(found["k_mean"] * scaling)
         if options.attention:
-            found["k_mean"] /= found["key_scale"].repeat(1, 2)
+            found["k_mean"] /= found["key_scale"]
     if options.outputs:
         readers = block.get_submodule(names.o).weight.detach().float().square().sum(dim=0)
         readers = readers.view(dimensions.kv_heads, dimensions.queries_per_kv, -1).sum(dim=1).sqrt()
@@ -157,51 +151,63 @@ def apply(
         _smooth_keys(block, found["key_scale"].double(), names, dimensions)
     if "value_scale" in found:
         scale = found["value_scale"].double()
-        _scale_rows(block.get_submodule(names.v), 1 / scale.flatten())
+        _scale_rows(rows(block, "v", names, dimensions), 1 / scale.flatten())
         per_head = scale.repeat_interleave(dimensions.queries_per_kv, dim=0)
         _scale_columns(block.get_submodule(names.o), per_head.flatten())
     if "down_scale" in found:
         scale = found["down_scale"].double()
-        _scale_rows(block.get_submodule(names.up), 1 / scale)
+        _scale_rows(rows(block, "up", names, dimensions), 1 / scale)
         _scale_columns(block.get_submodule(names.down), scale)
     if "down_order" in found:
-        _reorder(block, found["down_order"], names)
+        _reorder(block, found["down_order"], names, dimensions)
+
+
+def _has_common_norm(block: Module, names: LayerNames, dimensions: Dimensions) -> bool:
+    """Whether norms follow q_proj and k_proj whose weights are the same for all heads."""
+    if names.q_norm is None:
+        return False
+    # There may be one head of K, but then there are more of Q, or all is the same.
+    size: int = block.get_submodule(names.q_norm).weight.numel()
+    return size == dimensions.head_dim
 
 
 def _smooth_keys(
     block: Module, scale: torch.Tensor, names: LayerNames, dimensions: Dimensions
 ) -> None:
-    per_kv_head = torch.cat((scale, scale), dim=1)  # both halves of each pair
+    per_head = scale.repeat_interleave(dimensions.queries_per_kv, dim=0)
     if names.k_norm is not None and names.q_norm is not None:
-        _scale_vector(block.get_submodule(names.k_norm), 1 / per_kv_head[0])
-        _scale_vector(block.get_submodule(names.q_norm), per_kv_head[0])
+        if _has_common_norm(block, names, dimensions):
+            scale = per_head = scale[0]
+        offset = names.norm_offset
+        _scale_vector(block.get_submodule(names.k_norm), 1 / scale.flatten(), offset)
+        _scale_vector(block.get_submodule(names.q_norm), per_head.flatten(), offset)
         return
-    _scale_rows(block.get_submodule(names.k), 1 / per_kv_head.flatten())
-    per_head = per_kv_head.repeat_interleave(dimensions.queries_per_kv, dim=0)
-    _scale_rows(block.get_submodule(names.q), per_head.flatten())
+    _scale_rows(rows(block, "k", names, dimensions), 1 / scale.flatten())
+    _scale_rows(rows(block, "q", names, dimensions), per_head.flatten())
 
 
-def _reorder(block: Module, order: torch.Tensor, names: LayerNames) -> None:
-    for name in (names.gate, names.up):
-        layer = block.get_submodule(name)
-        assign(layer, "weight", layer.weight.data[order.to(layer.weight.device)].contiguous())
-        if layer.bias is not None:
-            assign(layer, "bias", layer.bias.data[order.to(layer.bias.device)].contiguous())
+def _reorder(block: Module, order: torch.Tensor, names: LayerNames, dimensions: Dimensions) -> None:
+    for part in (rows(block, "gate", names, dimensions), rows(block, "up", names, dimensions)):
+        weight, bias = part.weight, part.bias
+        part.assign("weight", weight[order.to(weight.device)].contiguous())
+        if bias is not None:
+            part.assign("bias", bias[order.to(bias.device)].contiguous())
     down = block.get_submodule(names.down)
     assign(down, "weight", down.weight.data[:, order.to(down.weight.device)].contiguous())
 
 
-def _scale_vector(norm: Module, factor: torch.Tensor) -> None:
+def _scale_vector(norm: Module, factor: torch.Tensor, offset: float) -> None:
     weight = norm.weight.data
-    assign(norm, "weight", (weight.double() * factor.to(weight.device)).to(weight.dtype))
+    scaled = (weight.double() + offset) * factor.to(weight.device) - offset
+    assign(norm, "weight", scaled.to(weight.dtype))
 
 
-def _scale_rows(layer: Module, factor: torch.Tensor) -> None:
-    weight = layer.weight.data
+def _scale_rows(part: Rows, factor: torch.Tensor) -> None:
+    weight, bias = part.weight, part.bias
     factor = factor.to(weight.device)
-    assign(layer, "weight", (weight.double() * factor[:, None]).to(weight.dtype))
-    if layer.bias is not None:
-        assign(layer, "bias", (layer.bias.data.double() * factor).to(layer.bias.dtype))
+    part.assign("weight", (weight.double() * factor[:, None]).to(weight.dtype))
+    if bias is not None:
+        part.assign("bias", (bias.double() * factor).to(bias.dtype))
 
 
 def _scale_columns(layer: Module, factor: torch.Tensor) -> None:

@@ -36,6 +36,8 @@ class FloatModel:
                 f"--against {folder}: transformers cannot load it: {reason(error)}; give the "
                 "model that was quantized, in bf16 or fp16"
             ) from error
+        if getattr(model.config, "attn_logit_softcapping", None) is not None:
+            model.set_attn_implementation("eager")  # the fused one leaves out the bound of scores
         self._device = torch.device("cuda" if has_gpu else "cpu")
         self._model = model.eval().to(self._device)
 

@@ -1,0 +1,72 @@
+"""The rotary embedding of a block: which channels of a head turn together, and how fast.
+
+Some models turn the channels 2 i and 2 i + 1 of a head together, others i and i + R / 2, and some
+leave all channels from R on as they are. The steps know one order alone, in which the pairs are
+(i, i + D / 2) and a pair may turn by no angle; `paired` brings the channels of a model into it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_qoq.models.table import LayerNames
+from vllm_qoq.quantizer.model import Dimensions, Module
+
+
+@dataclass(frozen=True)
+class Rope:
+    """The rotary embedding of a block.
+
+    inv_freq  float32 [D / 2], the angle by which each pair turns from token to token
+    longest   the most tokens of a text
+    scaling   float32 [D / 2], the factor of the turned keys, which is 1 but for some kinds of long
+              context
+    channels  int64 [D], the channel of a head at each place of the paired order
+    """
+
+    inv_freq: torch.Tensor
+    longest: int
+    scaling: torch.Tensor
+    channels: torch.Tensor
+
+    def paired(self, x: torch.Tensor) -> torch.Tensor:
+        """Bring the channels of heads, [..., D], into the order of pairs."""
+        return x[..., self.channels.to(x.device)]
+
+    def of_model(self, x: torch.Tensor) -> torch.Tensor:
+        """Bring channels in the order of pairs, [..., D], back into that of the model."""
+        return x[..., self.channels.argsort().to(x.device)]
+
+    def of_channels(self, of_pairs: torch.Tensor) -> torch.Tensor:
+        """Give each channel of the model what its pair has: [..., D / 2] to [..., D]."""
+        return self.of_model(torch.cat((of_pairs, of_pairs), dim=-1))
+
+
+def rope_of(model: Module, names: LayerNames, dimensions: Dimensions, index: int) -> Rope:
+    """Read the rotary embedding of block `index` from the model."""
+    rotary = model.get_submodule(names.rotary)
+    # A model whose layers differ has one set of angles for each kind.
+    kind = f"{model.config.layer_types[index]}_" if hasattr(rotary, "layer_types") else ""
+    turning = getattr(rotary, f"{kind}inv_freq").detach().float()
+    scaling = torch.ones(dimensions.head_dim // 2)
+    scaling[: len(turning)] = getattr(rotary, f"{kind}attention_scaling")
+    still = torch.zeros(dimensions.head_dim // 2 - len(turning), device=turning.device)
+    return Rope(
+        inv_freq=torch.cat((turning, still)),
+        longest=model.config.max_position_embeddings,
+        scaling=scaling,
+        channels=paired_channels(dimensions.head_dim, 2 * len(turning), names.neighbor_pairs),
+    )
+
+
+def paired_channels(size: int, turned: int, neighbors: bool) -> torch.Tensor:
+    """Order the channels of a head of `size`, of which the first `turned` turn: int64 [size].
+
+    neighbors  whether 2 i and 2 i + 1 turn together, not i and i + turned / 2
+    """
+    turning = torch.arange(turned)
+    first, second = (turning[::2], turning[1::2]) if neighbors else turning.chunk(2)
+    rest, other = torch.arange(turned, size).chunk(2) if turned < size else (turning[:0],) * 2
+    return torch.cat((first, rest, second, other))
