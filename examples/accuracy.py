@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -134,7 +135,7 @@ def make(name: str, args: argparse.Namespace) -> Path:
         log = args.output / "logs" / f"{folder.name}.log"
         unfinished = partial(folder)
         if unfinished.exists():
-            unfinished.rename(unfinished.with_name(f"{unfinished.name}.{time.time_ns()}"))
+            shutil.rmtree(unfinished)
         begin = time.monotonic()
         with log.open("w") as file:
             done = subprocess.run([sys.executable, *command], stdout=file, stderr=file)
