@@ -31,7 +31,7 @@ class Measured:
     @classmethod
     def read(cls, document: Mapping[str, Any]) -> Measured:
         """Read what `document` made."""
-        score = {
+        score: dict[str, Any] = {
             key: Estimate(**value) if isinstance(value, dict) else value
             for key, value in document["score"].items()
         }
