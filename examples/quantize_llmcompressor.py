@@ -43,12 +43,14 @@ def recipe(scheme: str, group_size: int) -> list[Modifier]:
 def calibration_set(
     text: Path, tokenizer: PreTrainedTokenizerBase, samples: int, seqlen: int
 ) -> DataLoader:
-    """Cut a file into up to `samples` consecutive pieces of `seqlen` tokens."""
+    """Cut a file into pieces of `seqlen` tokens; `samples` of them are taken, from all over it."""
     import torch
     from torch.utils.data import DataLoader
 
     tokens = tokenizer(text.read_text(encoding="utf-8")).input_ids
-    pieces = [tokens[i : i + seqlen] for i in range(0, len(tokens) - seqlen + 1, seqlen)][:samples]
+    pieces = [tokens[i : i + seqlen] for i in range(0, len(tokens) - seqlen + 1, seqlen)]
+    count = min(samples, len(pieces))
+    pieces = [pieces[i * len(pieces) // count] for i in range(count)]
     if not pieces:
         raise SystemExit(f"error: {text} has {len(tokens)} tokens, fewer than --seqlen {seqlen}")
     mask = torch.ones(1, seqlen, dtype=torch.int64)

@@ -226,12 +226,12 @@ def values_axis(axes: Axes, values: Sequence[float], label: str, may_be_log: boo
     axes.set_ylabel(f"{label} (log scale)")
 
 
-def log_ticks(low: float, high: float) -> list[float]:
-    """Choose round numbers within the limits: at most nine, unless powers of ten are more."""
+def log_ticks(low: float, high: float, most: int = 9) -> list[float]:
+    """Choose round numbers within the limits: at most `most`, unless powers of ten are more."""
     decades = [10.0**i for i in range(-6, 13)]
     for steps in ((1, 2, 5), (1, 3), (1,)):
         ticks = [d * step for d in decades for step in steps if low <= d * step <= high]
-        if len(ticks) <= 9:
+        if len(ticks) <= most:
             break
     return [round(tick, 6) for tick in ticks]
 

@@ -21,11 +21,12 @@ from vllm_qoq.bench import plot as gemm_plot
 from vllm_qoq.bench.attention_cases import Decode, Heads
 from vllm_qoq.bench.attention_result import AttentionResult
 from vllm_qoq.bench.cases import Case
+from vllm_qoq.bench.evaluate import comparison_plot
+from vllm_qoq.bench.evaluate.comparison import Measured
 from vllm_qoq.bench.result import Result
 from vllm_qoq.bench.roofline import WGMMA
 from vllm_qoq.bench.serving import formats, table, table_plot
 from vllm_qoq.bench.serving import plot as serving_plot
-from vllm_qoq.plots import Bar
 
 HERE = Path(__file__).resolve().parent
 CARD, COPY_RATE = "NVIDIA H200", 4.29e12
@@ -181,72 +182,21 @@ def attention_h200() -> Any:
     return attention_plot.figure(result, ratios)
 
 
-def accuracy(name: str, words: str, cut: float) -> Any:
-    """What each version of a set loses, with a 16-bit and a 4-bit cache."""
-    rows = read(name)
-    found = {(row["version"], row["set"]): row for row in rows}
-    ours, theirs = found["QoQ", "w4a8"], found["llmcompressor W4A16", ""]
-
-    def added(row: Row, kv: str) -> str:
-        return f"{row[f'{kv} %'].lstrip('+')} %"
-
-    bars = [
-        (
-            f"{row['version']}, {row['set'].upper()}".rstrip(", "),
-            [
-                Bar(
-                    float(row[f"{kv} %"] or 0), f"{row[f'{kv} %'] or 0} %", plots.METHODS[kv].colour
-                )
-                for kv in ("kv16", "kv4")
-            ],
-        )
-        for row in rows
-    ]
-    drawn = plots.figure(
-        f"{words}, W4A8 adds {added(ours, 'kv16')} to the perplexity, {added(ours, 'kv4')} with a "
-        f"4-bit KV cache; llmcompressor's W4A16 {added(theirs, 'kv16')} and {added(theirs, 'kv4')}",
-        f"Llama of 16 million parameters, bf16, one {CARD}.\nPerplexity over that of the float "
-        "model with a 16-bit cache, 4-bit caches simulated.",
-        height=5.4,
+def accuracy(name: str, model: str) -> Any:
+    """The divergence of every kind of weights from the float model, as accuracy.py draws it."""
+    document = json.loads((HERE / "data" / "accuracy" / f"{name}.json").read_text(encoding="utf-8"))
+    found = [Measured.read(row) for row in document["rows"]]
+    return comparison_plot.figure(
+        found,
+        "W4A8 g128",
+        {
+            "llmcompressor W4A16 GPTQ": "llmcompressor's W4A16",
+            "W4A8 g128, round to nearest": "rounding to nearest",
+        },
+        f"{model}, {document['environment']['device']}. Kullback-Leibler divergence of the next "
+        "token from the float model in transformers; bars are standard errors. Further left is "
+        "better.",
     )
-    axes = drawn.subplots()
-    plots.cut_bars(axes, bars, cut, "perplexity added, %")
-    axes.get_yticklabels()[rows.index(ours)].set_weight("bold")
-    plots.colour_names(drawn, ("kv16", "kv4"))
-    return drawn
-
-
-def kv_accuracy_16m() -> Any:
-    """What the width of the KV cache costs, and what helps."""
-    found = {
-        (row["weights"], row["model"], row["kv cache"]): row["perplexity"]
-        for row in read("kv_accuracy_16m")
-    }
-    bars, added = [], {}
-    for (weights, model, cache), value in found.items():
-        if cache != "16 bits":
-            percent = 100 * (float(value) / float(found[weights, model, "16 bits"]) - 1)
-            added[weights, model, cache] = percent
-            where = model if weights == "float" else f"{model}, {weights}"
-            colour = plots.METHODS["kv8" if cache == "8 bits" else "kv4"].colour
-            form = "+.2f" if abs(percent) < 0.1 else "+.1f"
-            text = f"{percent:{form}} %  ({value})"
-            bars.append((f"{where}: {cache}", [Bar(percent, text, colour)]))
-    bars.sort(key=lambda bar: bar[0].startswith("outliers"))
-    plain = added["float", "as it is", "4 bits"]
-    rough, smooth = (
-        added[f"W8A8{smoothed}", "outliers", "4 bits"] for smoothed in ("", " + SmoothAttention")
-    )
-    drawn = plots.figure(
-        f"A 4-bit KV cache adds {plain:.1f} % to the perplexity; with outliers in the keys, "
-        f"SmoothAttention takes it from {rough:.1f} to {smooth:.1f} %",
-        "Llama of 16 million parameters, vLLM on a CPU, 16 tokens a step, so that all older ones "
-        "are read from the cache.\nPerplexity (in brackets) over that with a 16-bit cache. "
-        "Outliers are injected into single channels of K.",
-        height=3.5,
-    )
-    plots.cut_bars(drawn.subplots(), bars, 15.5, "perplexity added, %")
-    return drawn
 
 
 PICTURES: dict[str, Callable[[], Any]] = {
@@ -255,9 +205,10 @@ PICTURES: dict[str, Callable[[], Any]] = {
     "gemm_h200": gemm_h200,
     "portable_h200": portable_h200,
     "attention_h200": attention_h200,
-    "accuracy_16m_plain": lambda: accuracy("accuracy_16m_plain", "Without outliers", 6),
-    "accuracy_16m_injected": lambda: accuracy("accuracy_16m_injected", "With outliers", 10),
-    "kv_accuracy_16m": kv_accuracy_16m,
+    "accuracy_smollm2_135m": lambda: accuracy("smollm2_135m", "SmolLM2-135M-Instruct"),
+    "accuracy_llama_19m_outliers": lambda: accuracy(
+        "llama_19m_outliers", "Llama of 19 million parameters with injected outliers"
+    ),
 }
 
 

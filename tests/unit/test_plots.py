@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from vllm_qoq import plots
+from vllm_qoq.bench.evaluate import comparison
+from vllm_qoq.bench.evaluate.comparison import Measured
 from vllm_qoq.routing.table import Routing
 from vllm_qoq.tuner import plot as tune_plot
 from vllm_qoq.tuner.measurements import Estimates
@@ -211,18 +214,30 @@ def test_no_picture_has_powers_and_every_ratio_in_one_is_on_its_page(pictures):
         texts = [text.get_text() for text in drawn.findobj(Text)]
         assert not [text for text in texts if POWER.search(text)], name
         table = MEASUREMENTS / "data" / f"{name}.csv"
-        page = page_of(table) if table.exists() else (MEASUREMENTS / f"{name}.md").read_text()
+        own = "accuracy" if name.startswith("accuracy_") else name
+        page = page_of(table) if table.exists() else (MEASUREMENTS / f"{own}.md").read_text()
         said = numbers_in(page)
         ratios = {ratio for text in texts for ratio in re.findall(r"(\d+\.\d\d)x(?!\d)", text)}
-        if name != "kv_accuracy_16m":  # two of its percentages are computed
-            whole = " ".join(texts).replace("\N{NO-BREAK SPACE}", " ")
-            ratios |= set(re.findall(r"[+-](\d+(?:\.\d+)?) %", whole))
+        whole = " ".join(texts).replace("\N{NO-BREAK SPACE}", " ")
+        ratios |= set(re.findall(r"[+-](\d+(?:\.\d+)?) %", whole))
+        ratios |= set(re.findall(r"(\d+\.\d) times", whole))
         assert ratios <= said, (name, ratios - said)
 
 
 def test_every_picture_states_a_number_in_its_title(pictures):
     for name, drawn in pictures[1].items():
         assert re.search(r"\d", plots.title_of(drawn)), name
+
+
+@pytest.mark.parametrize(
+    "document", sorted((MEASUREMENTS / "data" / "accuracy").glob("*.json")), ids=lambda d: d.stem
+)
+def test_the_accuracy_page_has_the_tables_of_every_document(document):
+    page = (MEASUREMENTS / "accuracy.md").read_text()
+    found = [Measured.read(row) for row in json.loads(document.read_text())["rows"]]
+    assert len(found) > 8
+    for text in comparison.texts(found):
+        assert comparison.table(found, text) in page
 
 
 @pytest.mark.parametrize(

@@ -8,4 +8,5 @@ log        what the processes of engines print, held back where a run is quiet
 job        a run: an engine a precision of the KV cache, all sets in each
 report     the table
 plot       the loss over the bytes
+comparison  several checkpoints of one model on several texts, and comparison_plot
 """

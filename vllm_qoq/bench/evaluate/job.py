@@ -70,8 +70,8 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class _Task:
-    """What one process does: an engine of a folder, and all of its sets."""
+class Task:
+    """What one process does: an engine of a folder, and its sets or some of them."""
 
     folder: Path
     sets: tuple[str, ...]
@@ -110,16 +110,16 @@ def evaluate(
     """
     folder, model = local_folders(checkpoint, against, Path(text), quiet=quiet)
     check(folder, model, Path(text), seqlen, kv_bits)
-    cut = _windows(folder, model, Path(text), seqlen, windows)
+    cut = cut_windows(folder, model, Path(text), seqlen, windows)
     sizes = {FLOAT: Checkpoint.open(model).total_bytes}
-    sets, own = _sets(folder)
+    sets, own = sets_of(folder)
     sizes |= own
     rows = []
     for bits in kv_bits:
         for label, place, names in ((FLOAT, model, ()), ("sets", folder, sets)):
             shown = f"{label}, {short_name(bits).upper()}"
-            task = _Task(place, names, model, cut, bits, chunk, shown, quiet)
-            for name, scores in _in_process(task).items():
+            task = Task(place, names, model, cut, bits, chunk, shown, quiet)
+            for name, scores in run_task(task).items():
                 row = FLOAT if label == FLOAT else name or next(iter(own))
                 rows.append(Row(row, bits, sizes[row], combine(scores)))
     return Evaluation(
@@ -172,7 +172,7 @@ def check(folder: Path, model: Path, text: Path, seqlen: int, kv_bits: Sequence[
             )
 
 
-def _windows(folder: Path, model: Path, text: Path, length: int, most: int | None) -> Windows:
+def cut_windows(folder: Path, model: Path, text: Path, length: int, most: int | None) -> Windows:
     """Cut the text, which both tokenizers have to see alike."""
     from vllm_qoq.bench.evaluate.float_model import load_tokenizer
 
@@ -187,7 +187,7 @@ def _windows(folder: Path, model: Path, text: Path, length: int, most: int | Non
     return pieces.cut(ids[0], pieces.begins_with(tokenizers[1]), length, most)
 
 
-def _sets(folder: Path) -> tuple[tuple[str, ...], dict[str, int]]:
+def sets_of(folder: Path) -> tuple[tuple[str, ...], dict[str, int]]:
     """Name the sets of a checkpoint, and count the bytes of the weights that each needs.
 
     A checkpoint that is not ours has no sets, and one entry of the second by its method; so has a
@@ -209,7 +209,7 @@ def _bytes_of(section: Section, sizes: dict[str | None, int], name: str) -> int:
     return sizes[None] + sizes[name] + (sizes[base] if base is not None else 0)
 
 
-def _in_process(task: _Task) -> dict[str | None, list[WindowScore]]:
+def run_task(task: Task) -> dict[str | None, list[WindowScore]]:
     """Run a task in a process of its own, which gives all memory back.
 
     What vLLM logs there is shown, if the task is quiet only where it fails.
@@ -225,7 +225,7 @@ def _in_process(task: _Task) -> dict[str | None, list[WindowScore]]:
             ) from error
 
 
-def _measure(task: _Task) -> dict[str | None, list[WindowScore]]:
+def _measure(task: Task) -> dict[str | None, list[WindowScore]]:
     """Score every window in every set; the set is None for a checkpoint without."""
     from vllm_qoq.bench.evaluate.engine import Engine
     from vllm_qoq.bench.evaluate.float_model import FloatModel
