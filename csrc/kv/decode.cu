@@ -62,11 +62,21 @@ void dispatch_group(Params& p, const Tensor& workspace, int device, cudaStream_t
     dispatch_warps<P, 2>(p, workspace, device, stream);
 }
 
+// Refuses all but contiguous sinks [query heads] of the type of q.
+void check_sinks(const Tensor& sinks, const Tensor& q, int device) {
+  STD_TORCH_CHECK(sinks.scalar_type() == q.scalar_type() && sinks.dim() == 1 &&
+                      sinks.size(0) == q.size(1) && sinks.is_contiguous(),
+                  kOp, ": sinks is ", type_text(sinks), " ", shape_text(sinks),
+                  ", expected contiguous ", type_text(q), " [", q.size(1), "]");
+  check_device(kOp, "sinks", sinks, device);
+}
+
 }  // namespace
 
 void kv_decode(const Tensor& q, const Tensor& cache, const Tensor& block_table,
                const Tensor& seq_lens, double scale, int64_t k_bits, int64_t v_bits, int64_t window,
-               bool hadamard, Tensor out, Tensor workspace) {
+               bool hadamard, Tensor out, Tensor workspace, double soft_cap,
+               const std::optional<Tensor>& sinks) {
   const int device = device_of(cache);
   check_heads(kOp, "q", q, device);
   check_heads(kOp, "out", out, device);
@@ -85,6 +95,9 @@ void kv_decode(const Tensor& q, const Tensor& cache, const Tensor& block_table,
   STD_TORCH_CHECK(scale > 0, kOp, ": scale is ", scale, ", expected a positive number");
   STD_TORCH_CHECK(window >= 0 && window < int64_t{1} << 31, kOp, ": window is ", window,
                   ", expected 0 (all tokens) or more");
+  STD_TORCH_CHECK(soft_cap >= 0, kOp, ": soft_cap is ", soft_cap,
+                  ", expected 0 (not capped) or a positive number");
+  if (sinks) check_sinks(*sinks, q, device);
   const int64_t max_tokens = block_table.size(1) * page_tokens;
   const int64_t tiles = sequences * kv_heads * (max_tokens / kTileTokens + 1);
   const bool is_divisible = max_tokens / kTokenMultiple * page_tokens / kTokenMultiple < 1 << 30;
@@ -121,6 +134,9 @@ void kv_decode(const Tensor& q, const Tensor& cache, const Tensor& block_table,
       .max_tokens = static_cast<int>(max_tokens),
       .window = static_cast<int>(window),
       .scale_log2 = static_cast<float>(scale * std::numbers::log2e),
+      .cap_log2 = static_cast<float>(soft_cap * std::numbers::log2e),
+      .cap_exponent = soft_cap > 0 ? static_cast<float>(2 / soft_cap) : 0,
+      .sinks = sinks ? sinks->data_ptr() : nullptr,
       .is_bfloat16 = q.scalar_type() == ScalarType::BFloat16,
       .is_rotated = hadamard,
   };

@@ -106,6 +106,9 @@ struct Params {
   uint32_t inverse_blocks;      // 2^32 / the blocks of the launch, rounded up
   int window;                   // how many of the last tokens are seen; 0 for all
   float scale_log2;             // softmax scale * log2(e), and what a rotation leaves out
+  float cap_log2;               // of a score, like it in units of log2; 0 for none
+  float cap_exponent;           // 2 / the cap, for e^(2 score / cap) as a power of 2
+  const void* sinks;            // [query heads], scores beside those of the tokens, or null
   bool is_bfloat16, is_rotated;
   // How a tile lies in shared memory: as whole pages, or as if pages had 32 tokens.
   int unit_tokens, unit_bytes;

@@ -164,7 +164,8 @@ class Merger {
               fmaf(sums.values[t][i / 2][i % 2 * 2 + j],
                    i % 2 == 0 ? 1 / A::V::kLowUnit : 1 / A::V::kHighUnit, -sums.zeros[t][j]);
         if (is_whole) {
-          write_output<A::kChannels>(segment, head, g, values, weights);
+          write_output<A::kChannels>(segment, head, g, values,
+                                     sums.maximum[t][j] * query.to_log2[t][j], weights);
           continue;
         }
         float* out = part + head * A::kPartial;
@@ -199,7 +200,7 @@ class Merger {
       for (; head < p_.group; head += A::kWarps) {
         const Vector<A> v = add_parts_of_warps(share, head);
         if (share.segment.is_in(block.begin, block.end)) {
-          write_output<A::kVector>(share.segment, head, lane, v.values, v.weights);
+          write_output<A::kVector>(share.segment, head, lane, v.values, v.maximum, v.weights);
         } else {
           const int slot = share.segment.begin < block.begin ? 0 : 1;
           write_partial(partial_of(blockIdx.x, slot) + head * A::kPartial, v);
@@ -235,7 +236,7 @@ class Merger {
         const float* parts = partial_of(owners.first, 0) + head * A::kPartial;
         const int count = owners.last - owners.first + 1;
         const Vector<A> v = add_parts<A>(parts, count, p_.group * A::kPartial);
-        write_output<A::kVector>(segment, head, threadIdx.x % 32, v.values, v.weights);
+        write_output<A::kVector>(segment, head, threadIdx.x % 32, v.values, v.maximum, v.weights);
       }
     }
   }
@@ -313,11 +314,16 @@ class Merger {
     if (lane == 0) *reinterpret_cast<float2*>(out + A::kHeadSize) = {v.maximum, v.weights};
   }
 
-  // Writes the `part`-th kCount channels of a head.
+  // Writes the `part`-th kCount channels of a head. A sink adds its weight to those of the tokens,
+  // which are 2^kWeightExponent where the score is the maximum.
   template <int kCount>
   __device__ void write_output(const Segment& segment, int head_of_group, int part,
-                               const float* values, float weights) const {
+                               const float* values, float maximum, float weights) const {
     const int head = segment.head * p_.group + head_of_group;
+    if (p_.sinks != nullptr) {
+      const float sink = to_float2(static_cast<const uint16_t*>(p_.sinks)[head], p_.is_bfloat16).x;
+      weights += ptx::exp2_approx(fmaf(sink, kLog2E, A::kWeightExponent - maximum));
+    }
     auto* out = static_cast<uint16_t*>(p_.out) + segment.sequence * p_.out_stride +
                 head * p_.out_head_stride + part * kCount;
     const float factor = 1 / weights;

@@ -97,14 +97,18 @@ class Tile {
         c_(threadIdx.x % 4),
         first_seen_(first_seen),
         end_seen_(end_seen),
-        is_partial_(first_seen > 0 || end_seen < kTileTokens) {}
+        is_partial_(first_seen > 0 || end_seen < kTileTokens),
+        is_plain_(!is_partial_ && p.cap_log2 == 0) {}
 
   __device__ void attend(const Query<A>& query, Sums<A>& sums) const {
     if (is_partial_) clear_unseen();
     float scores[A::kHeadTiles][kTileSteps][4];
 #pragma unroll
     for (int step = 0; step < kTileSteps; ++step) score(step, query, scores);
-    if (is_partial_) hide_unseen(scores);
+    if (!is_plain_) {
+      if (p_.cap_log2 > 0) cap(query, scores);
+      if (is_partial_) hide_unseen(scores);
+    }
     uint32_t weights[A::kHeadTiles][kTileSteps][2];
 #pragma unroll
     for (int t = 0; t < A::kHeadTiles; ++t) weigh(t, query, scores[t], sums, weights[t]);
@@ -133,6 +137,26 @@ class Tile {
 #pragma unroll
         for (int t = 0; t < A::kHeadTiles; ++t)
           if (!is_seen(16 * step + g_ + j / 2 * 8)) scores[t][step][j] = -INFINITY;
+  }
+
+  // cap * tanh(score / cap), from tanh(y) = 1 - 2 / (1 + e^2y), which is right to 2^-22 of the cap.
+  __device__ void cap(const Query<A>& query, float (&scores)[A::kHeadTiles][kTileSteps][4]) const {
+#pragma unroll
+    for (int t = 0; t < A::kHeadTiles; ++t)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float to_log2 = query.to_log2[t][j];
+        const float largest = p_.cap_log2 * ptx::reciprocal_approx(to_log2);
+        const float to_exponent = p_.cap_exponent * to_log2;
+#pragma unroll
+        for (int step = 0; step < kTileSteps; ++step)
+#pragma unroll
+          for (int row = 0; row < 2; ++row) {
+            float& score = scores[t][step][2 * row + j];
+            const float power = ptx::exp2_approx(score * to_exponent);
+            score = fmaf(-2 * largest, ptx::reciprocal_approx(1 + power), largest);
+          }
+      }
   }
 
   // The scores of tokens g and g + 8 of the step, in units of 1 / query.to_log2.
@@ -256,6 +280,7 @@ class Tile {
   const uint32_t address_;
   const int g_, c_, first_seen_, end_seen_;
   const bool is_partial_;
+  const bool is_plain_;  // neither that nor capped
 };
 
 }  // namespace qoq::kv

@@ -50,21 +50,22 @@ class Cache:
             scale_and_zero[..., 1] = (scale_and_zero[..., 1] * 0.4 + 0.3) * levels
             parameters[row] = torch.where(is_used, scale_and_zero.half(), parameters[row])
 
-    def expected(self, query, scale, window):
+    def expected(self, query, scale, window, **options):
         out = torch.zeros(query.shape, dtype=torch.float64, device=DEVICE)
         for i, length in enumerate(self.lengths):
             if length > 0:
                 key, value = kv_oracle.read(self.pages, self.table[i], self.head_size, self.bits)
-                out[i] = kv_oracle.attention(query[i], key, value, length, scale, window)
+                out[i] = kv_oracle.attention(query[i], key, value, length, scale, window, **options)
         return out
 
 
-def decode(cache, query, *, window=0, hadamard=False, out=None):
+def decode(cache, query, *, window=0, hadamard=False, out=None, **options):
     out = torch.full_like(query, math.nan) if out is None else out
     group = query.shape[1] // cache.pages.shape[1]
     kv_ops.kv_decode(
         *(query, cache.pages, cache.table, cache.seq_lens, query.shape[-1] ** -0.5, cache.bits),
         *(window, hadamard, out, kv_ops.workspace(DEVICE, group, query.shape[-1])),
+        **options,
     )
     return out
 
@@ -99,6 +100,26 @@ def test_decode_sees_only_the_window(bits, head_size, window):
     query = torch.randn(len(EDGES), 8, head_size, device=DEVICE).bfloat16()
     expected = cache.expected(query, head_size**-0.5, window)
     assert_close(decode(cache, query, window=window), expected)
+
+
+@pytest.mark.parametrize("bits, head_size", BITS_AND_SIZES)
+@pytest.mark.parametrize("heads", [8, 32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("soft_cap, has_sinks", [(0.5, False), (0.0, True), (2.0, True)])
+def test_decode_caps_scores_and_counts_sinks(bits, head_size, heads, dtype, soft_cap, has_sinks):
+    lengths = [*EDGES, 100000]
+    cache = Cache(lengths, 2, head_size, bits, 64)
+    query = torch.randn(len(lengths), heads, head_size, device=DEVICE).to(dtype)
+    # Sinks that are nothing beside the tokens, as much as they, and all there is.
+    sinks = torch.linspace(-20, 20, heads, device=DEVICE).to(dtype) if has_sinks else None
+    for window in (0, 40):
+        options = {"soft_cap": soft_cap, "sinks": sinks}
+        expected = cache.expected(query, head_size**-0.5, window, **options)
+        out = decode(cache, query, window=window, **options)
+        assert_close(out, expected, 1e-6)
+        assert torch.equal(decode(cache, query, window=window, **options), out)
+        plain = cache.expected(query, head_size**-0.5, window)
+        assert (plain - expected).norm(dim=-1).max() > 0.1
 
 
 @pytest.mark.parametrize("lengths", [[8192], [100000, 3], [700] * 64, [5] * 1500])

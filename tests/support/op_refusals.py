@@ -87,6 +87,8 @@ def right_arguments(op: str, device: torch.device, weights: str = "grouped") -> 
             "hadamard": False,
             "out": _rows(device, SEQUENCES, GROUP * KV_HEADS, HEAD),
             "workspace": kv_ops.workspace(device, GROUP, HEAD),
+            "soft_cap": 30.0,
+            "sinks": _rows(device, GROUP * KV_HEADS),
         },
         "kv_dequantize": lambda: {
             "pages": _pages(device),
@@ -575,6 +577,18 @@ def _of_kv_decode() -> Iterator[Refusal]:
         lambda a: {"pages": a["pages"][:, :0]},
         f"{heads} query heads for 0 KV heads, expected 1 to 16 for each",
     )
+    expected = f"expected contiguous BFloat16 [{heads}]"
+    for name, change, text in (
+        ("type", lambda t: t.float(), f"sinks is Float [{heads}], {expected}"),
+        ("deeper", lambda t: t[None], f"sinks is BFloat16 [1, {heads}], {expected}"),
+        ("short", lambda t: t[1:], f"sinks is BFloat16 [{heads - 1}], {expected}"),
+        ("gaps", with_gaps, f"sinks is BFloat16 [{heads}], {expected}"),
+        ("elsewhere", lambda t: t.cpu(), "sinks is not on CUDA device 0, where the cache is"),
+    ):
+        yield decode(f"sinks {name}", lambda a, change=change: {"sinks": change(a["sinks"])}, text)
+    text = "soft_cap is -1, expected 0 (not capped) or a positive number"
+    yield decode("soft_cap", lambda a: {"soft_cap": -1.0}, text)
+    yield decode("soft_cap NaN", lambda a: {"soft_cap": float("nan")}, "soft_cap is ")
     yield from _of_block_table(op)
     yield from _of_ints(op, "seq_lens", SEQUENCES)
     yield decode("scale", lambda a: {"scale": 0.0}, "scale is 0, expected a positive number")

@@ -98,6 +98,8 @@ def kv_decode(
     hadamard: bool,
     out: torch.Tensor,
     workspace: torch.Tensor,
+    soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Compute the attention of one new token a request, which is in the pages already.
 
@@ -105,6 +107,8 @@ def kv_decode(
     block_table  int32 [R, max_blocks]     seq_lens  int32 [R], on the device; 0 gives zeros
     window       how many of the last tokens are seen; 0 stands for all
     workspace    the buffer that the function `workspace` makes
+    soft_cap     scores become soft_cap * tanh(score / soft_cap); 0 leaves them as they are
+    sinks        [Hq] of the query's type: a score of each query head beside those of its tokens
 
     The same inputs give the same bits on the same GPU. Nothing of the launch depends on
     `seq_lens`, so a CUDA graph may be replayed with others.
@@ -120,6 +124,8 @@ def kv_decode(
         hadamard,
         out,
         workspace,
+        soft_cap,
+        sinks,
     )
 
 
@@ -168,8 +174,8 @@ define(
 define(
     "kv_decode",
     "(Tensor query, Tensor pages, Tensor block_table, Tensor seq_lens, float scale, "
-    "int k_bits, int v_bits, int window, bool hadamard, Tensor(a!) out, Tensor(b!) workspace) "
-    "-> ()",
+    "int k_bits, int v_bits, int window, bool hadamard, Tensor(a!) out, Tensor(b!) workspace, "
+    "float soft_cap, Tensor? sinks) -> ()",
     fake=_fake,
 )
 define(
