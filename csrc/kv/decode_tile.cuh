@@ -35,16 +35,18 @@ __device__ inline void expand(uint32_t word, uint32_t (&halves)[2 * Codes::kWord
   }
 }
 
-// Loads kWords words in pieces of up to 16 bytes, `stride` apart.
-template <int kWords>
-__device__ inline void load_words(uint32_t (&words)[kWords], uint32_t address, int stride) {
-  if constexpr (kWords == 2) {
-    const uint2 v = ptx::load_shared_8(address);
-    words[0] = v.x, words[1] = v.y;
-  } else {
+// Loads kWords words in pieces of kPieceBytes, `stride` apart.
+template <int kWords, int kPieceBytes>
+__device__ inline void load_words(uint32_t* words, uint32_t address, int stride) {
 #pragma unroll
-    for (int i = 0; i < kWords; i += 4) {
-      const uint4 v = ptx::load_shared_16(address + i / 4 * stride);
+  for (int i = 0; i < kWords; i += kPieceBytes / 4, address += stride) {
+    if constexpr (kPieceBytes == 4) {
+      words[i] = ptx::load_shared_4(address);
+    } else if constexpr (kPieceBytes == 8) {
+      const uint2 v = ptx::load_shared_8(address);
+      words[i] = v.x, words[i + 1] = v.y;
+    } else {
+      const uint4 v = ptx::load_shared_16(address);
       words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
     }
   }
@@ -53,7 +55,7 @@ __device__ inline void load_words(uint32_t (&words)[kWords], uint32_t address, i
 // What a warp has added up in a segment for query heads 2 c and 2 c + 1 of each head tile.
 template <class A>
 struct Sums {
-  float values[A::kHeadTiles][A::kMultiplies][4];  // for channels kChannels * g + 2 m (+ 1)
+  float values[A::kHeadTiles][A::kMultiplies][4];  // for the thread's channels 2 m (+ 1)
   float zeros[A::kHeadTiles][4];                   // sums of weight * scale * zero, in two copies
   float maximum[A::kHeadTiles][2], weights[A::kHeadTiles][2];
 
@@ -168,7 +170,8 @@ class Tile {
     uint32_t words[2][K::kWords], parameters[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      load_words(words[row], codes + row * 8 * K::kRow, 64);
+      load_words<K::kWords, K::kPieceBytes>(words[row], codes + row * 8 * K::kRow,
+                                            4 * K::kPieceBytes);
       parameters[row] = ptx::load_shared_4(scales + (g_ + 8 * row) * kScaleBytes);
     }
 #pragma unroll
@@ -241,13 +244,17 @@ class Tile {
     // This lane has token pairs c and c + 4 of the step, and an eighth of their channels.
     using V = typename A::V;
     const int step_bytes = A::K::kRow == V::kRow ? p_.step_bytes : p_.v_step_bytes;
-    const uint32_t codes = address_ + p_.v_offset + step * step_bytes + c_ * 2 * V::kRow +
-                           (g_ * (V::kRow / 4) + 32 * c_) % (2 * V::kRow);
+    const uint32_t rows = address_ + p_.v_offset + step * step_bytes + c_ * 2 * V::kRow;
     const uint32_t scales = address_ + p_.v_scale_offset + step * p_.scale_step_bytes;
     uint32_t words[2][V::kWords], scale[2], zero[2];
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
-      load_words(words[pair], codes + pair * 8 * V::kRow, 16);
+#pragma unroll
+      for (int run = 0; run < V::kRuns; ++run) {
+        const int at = ((8 * run + g_) * V::kRunBytes + 32 * c_) % (2 * V::kRow);
+        load_words<V::kRunBytes / 4, V::kPieceBytes>(
+            words[pair] + run * (V::kRunBytes / 4), rows + pair * 8 * V::kRow + at, V::kPieceBytes);
+      }
       const uint2 two = ptx::load_shared_8(scales + (c_ + 4 * pair) * 2 * kScaleBytes);
       scale[pair] = __byte_perm(two.x, two.y, 0x5410);
       zero[pair] = __byte_perm(two.x, two.y, 0x7632);

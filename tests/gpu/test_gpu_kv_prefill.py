@@ -21,7 +21,7 @@ HEADS, KV_HEADS, BLOCK, BITS = 8, 2, 64, 8
 REQUESTS = [(500, 1), (70, 1), (0, 300), (1000, 40), (64, 64), (3, 2)]
 
 
-@pytest.mark.parametrize("head_size", [64, 128])
+@pytest.mark.parametrize("head_size", kv_layout.HEAD_SIZES)
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("kind", ["plain", "capped", "sinks", "capped sinks"])
 def test_a_step_is_the_reference(head_size, window, kind):

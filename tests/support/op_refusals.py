@@ -432,9 +432,19 @@ def _of_pages() -> Iterator[Refusal]:
             )
         yield kv(
             "head size",
-            lambda a, heads=heads: {name: _wider(a[name], 96) for name in heads},
-            "the head size is 96, expected 64 or 128",
+            lambda a, heads=heads: {name: _wider(a[name], 80) for name in heads},
+            "the head size is 80, expected 64, 96, 128 or 256",
         )
+
+        def rotated(a: Arguments, heads=heads) -> Arguments:
+            pages = a["pages"].new_zeros(BLOCKS, KV_HEADS, PAGE_TOKENS * (96 + 8))
+            return {name: _wider(a[name], 96) for name in heads} | {
+                "pages": pages,
+                "hadamard": True,
+            }
+
+        text = "a Hadamard rotation of 96 channels; it needs a power of two"
+        yield kv("rotation", rotated, text)
         expected = "expected Byte [blocks, KV heads, bytes of a page]"
         shape = [BLOCKS, KV_HEADS, PAGE_BYTES]
         yield kv(
@@ -572,6 +582,14 @@ def _of_kv_decode() -> Iterator[Refusal]:
             lambda a, count=count: of_heads(a, count),
             f"{count} query heads for {KV_HEADS} KV heads, expected 1 to 16 for each",
         )
+
+    def odd_group(a: Arguments) -> Arguments:
+        query = a["query"].new_zeros(SEQUENCES, 9 * KV_HEADS, 96)
+        pages = a["pages"].new_zeros(BLOCKS, KV_HEADS, PAGE_TOKENS * (96 + 8))
+        return {"query": query, "out": torch.empty_like(query), "pages": pages, "sinks": None}
+
+    text = "9 query heads of size 96 for a KV head, expected 1 to 8 or an even number up to 16"
+    yield decode("an odd group", odd_group, text)
     yield decode(
         "no KV heads",
         lambda a: {"pages": a["pages"][:, :0]},

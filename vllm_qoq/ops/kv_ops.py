@@ -5,8 +5,9 @@ compute. The CPU calls those two directly. Arguments that the ops share are
 
 pages        uint8 [num_blocks, H, head_bytes]: a block of N tokens, N a multiple of 16
 bits         4, 8 or "k8v4", keys of 8 bits and values of 4, which the ops take as two numbers;
-             the head size D is 64 or 128, and up to 16 query heads share a KV head
-hadamard     rotate K (and the query to match) by the Sylvester matrix / sqrt(D)
+             the head size D is 64, 96, 128 or 256, and up to 16 query heads share a KV head;
+             more than 8 of 96 or 256 channels are an even number
+hadamard     rotate K (and the query to match) by the Sylvester matrix / sqrt(D), D a power of two
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ import torch
 from vllm_qoq.numerics.kv_layout import QuantizedBits, slot_bytes, widths
 from vllm_qoq.ops.library import define
 
-# csrc/kv/ has these numbers, too: what the kernels serve, and the sizes of their workspace.
-HEAD_SIZES = (64, 128)
+# csrc/kv/ has these numbers, too: what the kernels serve, and the sizes of their workspace. The
+# head sizes are those of the page (`kv_layout`).
 MAX_GROUP = 16  # query heads of a KV head
+# Where so many are too many for a tile of the kernel, two halves of them read the same pages.
+HALVED_SIZES = (96, 256)
+TILE_GROUP = 8
 WORKSPACE_COUNTERS = 1024
 WORKSPACE_BLOCKS_OF_PROCESSOR = 2  # blocks of threads that a multiprocessor holds at most
 WORKSPACE_PADDING = 4  # integers of a partial sum beside its channels
@@ -50,6 +54,8 @@ def workspace(device: torch.device, group: int, head_size: int) -> torch.Tensor:
 def decode_shared_bytes(head_size: int, bits: QuantizedBits, group: int) -> int:
     """Compute the least shared memory of a block of `kv_decode`: rings, and sums of the warps."""
     stages = 4 if head_size == 64 else 2
+    if head_size in HALVED_SIZES and group > TILE_GROUP:
+        group //= 2
     ring = stages * (DECODE_TILE * slot_bytes(head_size, bits) + 8)
     sums = group * (head_size + WORKSPACE_PADDING) * 4
     return 128 + DECODE_FEWEST_WARPS * (ring + sums + 44) + 64

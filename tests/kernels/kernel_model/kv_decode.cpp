@@ -145,6 +145,7 @@ int count_wrong(const Problem& problem) {
     }
   }
 
+  const int head_shift = has_one_tile(d) && group > kHeadsOfTile ? 1 : 0;
   std::vector<int> counters(kMaxBlocks);
   std::vector<float> partials(blocks * 2 * group * A::kPartial, NAN);
   Params p{
@@ -163,8 +164,9 @@ int count_wrong(const Problem& problem) {
       .head_stride = cache.head_bytes,
       .table_stride = table_pages,
       .sequences = sequences,
-      .kv_heads = kv_heads,
-      .group = group,
+      .kv_heads = kv_heads << head_shift,
+      .group = group >> head_shift,
+      .head_shift = head_shift,
       .page_tokens = page_tokens,
       .max_tokens = table_pages * page_tokens,
       .window = window,
@@ -179,7 +181,7 @@ int count_wrong(const Problem& problem) {
   auto run = [&] {
     std::ranges::fill(out, 0x7FFF);
     model::exchanges.clear();
-    model::launch(blocks, 1, A::kThreads, A::shared_bytes(group), random_int(1, 4),
+    model::launch(blocks, 1, A::kThreads, A::shared_bytes(p.group), random_int(1, 4),
                   [&] { kv_decode_kernel<A>(p); });
   };
   run();
@@ -230,6 +232,18 @@ int count_wrong_of() {
   return wrong;
 }
 
+// Head sizes whose heads are added up in more or fewer slices, and lie in runs.
+template <class P>
+int count_wrong_of_other_size() {
+  using Narrow = Attention<P, 1, kFewestWarps>;
+  int wrong = 0;
+  wrong += count_wrong<Narrow>({{0, 1, 0, 16, 17, 31, 32, 33, 0}, 3, 1, 16, 2, 0, true});
+  // Halves of a group; warps, and blocks, with parts of a segment.
+  wrong += count_wrong<Narrow>({random_lengths(2, 150), 10, 1, 32, 3, 100, false, 1, 1, true});
+  wrong += count_wrong<Narrow>({random_lengths(9, 60), 2, 2, 48, 2});
+  return wrong;
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -239,11 +253,14 @@ int main(int, char** arguments) {
   values.seed(seed);
 #ifdef MODEL_WITHOUT_COPY_ENGINE  // the copies are all that differs
   const int wrong = count_wrong_of<Page<128, 4, 4>>() + count_wrong_of<Page<64, 8, 8>>() +
-                    count_wrong_of<Page<128, 8, 4>>();
+                    count_wrong_of<Page<128, 8, 4>>() + count_wrong_of_other_size<Page<96, 4, 4>>();
 #else
-  const int wrong = count_wrong_of<Page<128, 4, 4>>() + count_wrong_of<Page<64, 4, 4>>() +
-                    count_wrong_of<Page<128, 8, 8>>() + count_wrong_of<Page<64, 8, 8>>() +
-                    count_wrong_of<Page<128, 8, 4>>() + count_wrong_of<Page<64, 8, 4>>();
+  const int wrong =
+      count_wrong_of<Page<128, 4, 4>>() + count_wrong_of<Page<64, 4, 4>>() +
+      count_wrong_of<Page<128, 8, 8>>() + count_wrong_of<Page<64, 8, 8>>() +
+      count_wrong_of<Page<128, 8, 4>>() + count_wrong_of<Page<64, 8, 4>>() +
+      count_wrong_of_other_size<Page<96, 4, 4>>() + count_wrong_of_other_size<Page<96, 8, 8>>() +
+      count_wrong_of_other_size<Page<256, 4, 4>>() + count_wrong_of_other_size<Page<256, 8, 8>>();
 #endif
   return wrong != 0;
 }

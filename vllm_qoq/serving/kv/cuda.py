@@ -310,10 +310,15 @@ class CUDAKV4Backend(QuantizedKVBackend):
         """List what the kernels do not serve of a layer that computes in `dtype`."""
         if not ops.has_kernels("cuda"):
             yield f"a machine without its kernels: {ops.missing_kernels()}"
-        if layer.head_size not in kv_ops.HEAD_SIZES:
-            yield f"head size {layer.head_size} on a GPU (it serves 64 and 128)"
-        if layer.num_heads > kv_ops.MAX_GROUP * layer.num_kv_heads:
-            yield f"{layer.num_heads // layer.num_kv_heads} query heads for a KV head (at most 16)"
+        group = layer.num_heads // layer.num_kv_heads
+        if group > kv_ops.MAX_GROUP:
+            yield f"{group} query heads for a KV head (at most {kv_ops.MAX_GROUP})"
+        is_halved = layer.head_size in kv_ops.HALVED_SIZES and group > kv_ops.TILE_GROUP
+        if is_halved and group % 2:
+            yield (
+                f"{group} query heads of size {layer.head_size} for a KV head (up to "
+                f"{kv_ops.TILE_GROUP}, or an even number)"
+            )
         if dtype not in cls.supported_dtypes:
             yield f"{dtype} on a GPU (it serves bfloat16 and float16)"
         sinks = sinks_of(layer)
@@ -326,7 +331,6 @@ class CUDAKV4Backend(QuantizedKVBackend):
                 )
             if sinks.dtype != dtype:
                 yield f"attention sinks in {sinks.dtype} of a model in {dtype}"
-        group = layer.num_heads // layer.num_kv_heads
         if torch.cuda.is_available():
             yield from kv_ops.lacking_shared_memory(layer.head_size, cls.bits, group)
 
