@@ -82,4 +82,11 @@ __device__ inline float exp2_approx(float x) {
   return y;
 }
 
+// 1 / x, off by at most 1 in the last place; 0 where x is infinite.
+__device__ inline float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 }  // namespace qoq::ptx

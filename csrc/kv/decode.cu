@@ -19,6 +19,8 @@ namespace {
 using namespace kv;
 
 constexpr const char* kOp = "kv_decode";
+// What a block may have at least and at most on the GPUs that the kernels are for.
+constexpr int kLeastSharedBytes = 99 << 10, kMostSharedBytes = 227 << 10;
 
 template <class A>
 void launch_decode(Params& p, const Tensor& workspace, int device, cudaStream_t stream) {
@@ -44,29 +46,48 @@ void launch_decode(Params& p, const Tensor& workspace, int device, cudaStream_t 
   launch_early<kv_decode_kernel<A>>(blocks, A::kThreads, shared_bytes, stream, p);
 }
 
+// Only what some GPU needs is compiled.
 template <class P, int kHeadTiles>
 void dispatch_warps(Params& p, const Tensor& workspace, int device, cudaStream_t stream) {
   using Most = Attention<P, kHeadTiles, kMostWarps>;
   using Fewest = Attention<P, kHeadTiles, kFewestWarps>;
-  if (Most::shared_bytes(p.group) <= card_of(device).shared_bytes)
+  if constexpr (Most::shared_bytes(kHeadTiles * kHeadsOfTile) <= kLeastSharedBytes) {
     launch_decode<Most>(p, workspace, device, stream);
-  else
+  } else if constexpr (Most::shared_bytes(1) > kMostSharedBytes) {
     launch_decode<Fewest>(p, workspace, device, stream);
+  } else if (Most::shared_bytes(p.group) <= card_of(device).shared_bytes) {
+    launch_decode<Most>(p, workspace, device, stream);
+  } else {
+    launch_decode<Fewest>(p, workspace, device, stream);
+  }
 }
 
 template <class P>
 void dispatch_group(Params& p, const Tensor& workspace, int device, cudaStream_t stream) {
-  if (p.group <= kHeadsOfTile)
+  if constexpr (has_one_tile(P::kHeadSize)) {
     dispatch_warps<P, 1>(p, workspace, device, stream);
-  else
+  } else if (p.group <= kHeadsOfTile) {
+    dispatch_warps<P, 1>(p, workspace, device, stream);
+  } else {
     dispatch_warps<P, 2>(p, workspace, device, stream);
+  }
+}
+
+// Refuses all but contiguous sinks [query heads] of the type of q.
+void check_sinks(const Tensor& sinks, const Tensor& q, int device) {
+  STD_TORCH_CHECK(sinks.scalar_type() == q.scalar_type() && sinks.dim() == 1 &&
+                      sinks.size(0) == q.size(1) && sinks.is_contiguous(),
+                  kOp, ": sinks is ", type_text(sinks), " ", shape_text(sinks),
+                  ", expected contiguous ", type_text(q), " [", q.size(1), "]");
+  check_device(kOp, "sinks", sinks, device);
 }
 
 }  // namespace
 
 void kv_decode(const Tensor& q, const Tensor& cache, const Tensor& block_table,
                const Tensor& seq_lens, double scale, int64_t k_bits, int64_t v_bits, int64_t window,
-               bool hadamard, Tensor out, Tensor workspace) {
+               bool hadamard, Tensor out, Tensor workspace, double soft_cap,
+               const std::optional<Tensor>& sinks) {
   const int device = device_of(cache);
   check_heads(kOp, "q", q, device);
   check_heads(kOp, "out", out, device);
@@ -80,13 +101,22 @@ void kv_decode(const Tensor& q, const Tensor& cache, const Tensor& block_table,
   STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0 && heads <= kMaxGroup * kv_heads, kOp, ": ",
                   heads, " query heads for ", kv_heads, " KV heads, expected 1 to ", kMaxGroup,
                   " for each");
+  check_rotation(kOp, hadamard, head_size);
+  const int64_t group = heads / kv_heads;
+  const int head_shift = has_one_tile(head_size) && group > kHeadsOfTile ? 1 : 0;
+  STD_TORCH_CHECK(head_shift == 0 || group % 2 == 0, kOp, ": ", group, " query heads of size ",
+                  head_size, " for a KV head, expected 1 to ", kHeadsOfTile,
+                  " or an even number up to ", kMaxGroup);
   check_block_table(kOp, block_table, sequences, device);
   check_ints(kOp, "seq_lens", seq_lens, sequences, device);
   STD_TORCH_CHECK(scale > 0, kOp, ": scale is ", scale, ", expected a positive number");
   STD_TORCH_CHECK(window >= 0 && window < int64_t{1} << 31, kOp, ": window is ", window,
                   ", expected 0 (all tokens) or more");
+  STD_TORCH_CHECK(soft_cap >= 0, kOp, ": soft_cap is ", soft_cap,
+                  ", expected 0 (not capped) or a positive number");
+  if (sinks) check_sinks(*sinks, q, device);
   const int64_t max_tokens = block_table.size(1) * page_tokens;
-  const int64_t tiles = sequences * kv_heads * (max_tokens / kTileTokens + 1);
+  const int64_t tiles = (sequences * kv_heads << head_shift) * (max_tokens / kTileTokens + 1);
   const bool is_divisible = max_tokens / kTokenMultiple * page_tokens / kTokenMultiple < 1 << 30;
   const int64_t block_bytes = kv_heads * cache.stride(1);
   STD_TORCH_CHECK(block_bytes < int64_t{1} << 31, kOp, ": ", kv_heads, " KV heads, ",
@@ -115,12 +145,16 @@ void kv_decode(const Tensor& q, const Tensor& cache, const Tensor& block_table,
       .head_stride = static_cast<int>(cache.stride(1)),
       .table_stride = block_table.stride(0),
       .sequences = static_cast<int>(sequences),
-      .kv_heads = static_cast<int>(kv_heads),
-      .group = static_cast<int>(heads / kv_heads),
+      .kv_heads = static_cast<int>(kv_heads << head_shift),
+      .group = static_cast<int>(group >> head_shift),
+      .head_shift = head_shift,
       .page_tokens = page_tokens,
       .max_tokens = static_cast<int>(max_tokens),
       .window = static_cast<int>(window),
       .scale_log2 = static_cast<float>(scale * std::numbers::log2e),
+      .cap_log2 = static_cast<float>(soft_cap * std::numbers::log2e),
+      .cap_exponent = soft_cap > 0 ? static_cast<float>(2 / soft_cap) : 0,
+      .sinks = sinks ? sinks->data_ptr() : nullptr,
       .is_bfloat16 = q.scalar_type() == ScalarType::BFloat16,
       .is_rotated = hadamard,
   };

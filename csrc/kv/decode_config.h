@@ -33,12 +33,24 @@ constexpr int kPartialPadding = 4;
 template <int kHeadSize, int kBits>
 struct Operand : Codes<kHeadSize, kBits> {
   using Base = Codes<kHeadSize, kBits>;
-  static constexpr int kWords = Base::kRow / 16;                    // of 32 bits
-  static constexpr int kWordMultiplies = kHeadSize / 16 / kWords;   // m16n8k16 of a word
-  static constexpr int kPieceBytes = kWords < 4 ? 4 * kWords : 16;  // of one load
+  static constexpr int kWords = Base::kRow / 16;                   // of 32 bits
+  static constexpr int kWordMultiplies = kHeadSize / 16 / kWords;  // m16n8k16 of a word
+  static constexpr int kPieceBytes = kWords % 4 == 0 ? 16 : kWords % 2 == 0 ? 8 : 4;  // of one load
+  // What a thread has of a pair's row of V are runs, which a rotation by 32 bytes leaves in one
+  // piece, and the runs of the 8 threads alternate.
+  static constexpr int kRunBytes = kWords % 4 == 0 ? (kWords < 8 ? 4 * kWords : 32) : kPieceBytes;
+  static constexpr int kRuns = 4 * kWords / kRunBytes;
+  static constexpr int kRunChannels = kRunBytes * 4 / kBits;
   static constexpr float kLowUnit = 1.f / (1 << 24);
   static constexpr float kHighUnit = kBits == 4 ? 16 * kLowUnit : kLowUnit;
 };
+
+// Whether more query heads of a KV head than a head tile has are taken as those of two KV heads
+// with the same pages: two head tiles have no room in registers at 256 channels, and few models ask
+// for them at 96.
+__host__ __device__ constexpr bool has_one_tile(int head_size) {
+  return head_size == 96 || head_size == 256;
+}
 
 // The numbers that follow from a page, how many query heads share a KV head, and the warps of a
 // block.
@@ -50,7 +62,8 @@ struct Attention : PageValue {
   static constexpr int kHeadTiles = kHeadTilesValue;  // of kHeadsOfTile query heads each
   static constexpr int kWarps = kWarpsValue;
   static constexpr int kThreads = kWarps * 32;
-  static constexpr int kResident = K::kBits == 4 && kHeadTiles == 1 ? 2 : 1;
+  static constexpr int kResident =
+      K::kBits == 4 && kHeadTiles == 1 && Base::kHeadSize <= 128 ? 2 : 1;
   static constexpr int kStages = Base::kHeadSize == 64 ? 4 : 2;  // of a warp's ring
   static constexpr int kStageBytes = kTileTokens * Base::kTokenBytes;
   static constexpr int kWarpRingBytes = kStages * kStageBytes;
@@ -59,7 +72,10 @@ struct Attention : PageValue {
 
   static constexpr int kMultiplies = Base::kHeadSize / 16;  // m16n8k16 over all channels
   static constexpr int kChannels = Base::kHeadSize / 8;     // of a thread, in the output
-  static constexpr int kVector = Base::kHeadSize / 32;      // channels of a thread when adding up
+  // When adding up, a warp takes a slice of a head, and a thread kVector channels of it.
+  static constexpr int kVector = Base::kHeadSize == 64 ? 2 : 4;
+  static constexpr int kSlice = Base::kHeadSize < 32 * kVector ? Base::kHeadSize : 32 * kVector;
+  static constexpr int kSlices = Base::kHeadSize / kSlice;
   static constexpr int kPartial = Base::kHeadSize + kPartialPadding;  // floats of a query head
 
   // The largest |q| becomes 2^kQueryExponent or up to twice as much, and 16 times that in channels
@@ -99,6 +115,7 @@ struct Params {
   int head_stride;
   int64_t table_stride;
   int sequences, kv_heads, group;
+  int head_shift;               // 1 where KV heads 2 i and 2 i + 1 are one of the cache, else 0
   int resident;                 // blocks of the launch that a multiprocessor holds
   int row_lines;                // of the block table, if it is fetched beforehand; otherwise 0
   int page_tokens, max_tokens;  // of a sequence: what the block table has room for
@@ -106,6 +123,9 @@ struct Params {
   uint32_t inverse_blocks;      // 2^32 / the blocks of the launch, rounded up
   int window;                   // how many of the last tokens are seen; 0 for all
   float scale_log2;             // softmax scale * log2(e), and what a rotation leaves out
+  float cap_log2;               // of a score, like it in units of log2; 0 for none
+  float cap_exponent;           // 2 / the cap, for e^(2 score / cap) as a power of 2
+  const void* sinks;            // [query heads], scores beside those of the tokens, or null
   bool is_bfloat16, is_rotated;
   // How a tile lies in shared memory: as whole pages, or as if pages had 32 tokens.
   int unit_tokens, unit_bytes;

@@ -153,8 +153,9 @@ class Loader {
     const int token = first + copy_.token;
     if (copy_.bytes == 0 || token >= segment_.length) return place;
     const int index = __umulhi(token / kTokenMultiple * 2, p_.inverse_page);
-    place.offset = segment_.head * p_.head_stride + copy_.source +
-                   (token - index * p_.page_tokens) * copy_.source_step;
+    const int head = has_one_tile(A::kHeadSize) ? segment_.head >> p_.head_shift : segment_.head;
+    place.offset =
+        head * p_.head_stride + copy_.source + (token - index * p_.page_tokens) * copy_.source_step;
     place.page = p_.block_table[segment_.sequence * p_.table_stride + index];
     return place;
   }

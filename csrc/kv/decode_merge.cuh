@@ -8,6 +8,13 @@
 
 namespace qoq::kv {
 
+// Which of the vectors of a slice a thread has. Of 96 channels the last threads have what another
+// has too, and write the same.
+template <class A>
+__device__ inline int vector_of(int lane) {
+  return A::kSlice == 32 * A::kVector ? lane : min(lane, A::kSlice / A::kVector - 1);
+}
+
 // The sums for some channels of one query head. Weights and values are relative to 2^maximum.
 template <int kChannels>
 struct Partial {
@@ -32,14 +39,15 @@ using Vector = Partial<A::kVector>;
 template <class A>
 using Channels = std::conditional_t<A::kVector == 4, float4, float2>;
 
-// Adds up what `count` blocks have for one head. `parts` is slot 0 of the first block; that block's
-// part is in its slot 1, `slot` floats on, and the parts of the others are in their slots 0.
+// Adds up what `count` blocks have for a slice of one head. `parts` is slot 0 of the first block;
+// that block's part is in its slot 1, `slot` floats on, and the parts of the others are in their
+// slots 0.
 //
 // The rest of the GPU has nothing left to do while this waits for memory, and a warp that is alone
 // takes about 5 cycles for an instruction. So every quarter of the warp takes another part, and the
 // first loads are under way before the maximum is known.
 template <class A>
-__device__ inline Vector<A> add_parts(const float* parts, int count, int slot) {
+__device__ inline Vector<A> add_parts(const float* parts, int slice, int count, int slot) {
   constexpr int kQuarters = 4, kBatch = 4;  // kBatch: the parts that a quarter takes at a time
   const int lane = threadIdx.x % 32, quarter = lane / 8;
   auto part = [&](int i) { return parts + (i == 0 ? 1 : 2 * i) * slot; };
@@ -58,7 +66,8 @@ __device__ inline Vector<A> add_parts(const float* parts, int count, int slot) {
 #pragma unroll
       for (int j = 0; j < kQuarters; ++j)
         values[k][j] =
-            i < count ? __ldcg(reinterpret_cast<const Channels<A>*>(part(i)) + 8 * j + lane % 8)
+            i < count ? __ldcg(reinterpret_cast<const Channels<A>*>(part(i) + slice * A::kSlice) +
+                               vector_of<A>(8 * j + lane % 8))
                       : Channels<A>{};
     }
   };
@@ -143,6 +152,7 @@ class Merger {
   // Called by a warp when its part of a segment is complete. Parts are left to add_warps: of the
   // warp's segments, only the first can have begun before, and only the last go on.
   __device__ void finish(const Segment& segment, const Query<A>& query, Sums<A>& sums) const {
+    using V = typename A::V;
     const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4, warp = threadIdx.x / 32;
     const bool is_whole = segment.is_in(begin_, end_);
     auto* part = reinterpret_cast<float*>(
@@ -164,14 +174,19 @@ class Merger {
               fmaf(sums.values[t][i / 2][i % 2 * 2 + j],
                    i % 2 == 0 ? 1 / A::V::kLowUnit : 1 / A::V::kHighUnit, -sums.zeros[t][j]);
         if (is_whole) {
-          write_output<A::kChannels>(segment, head, g, values, weights);
+          const float maximum = sums.maximum[t][j] * query.to_log2[t][j];
+#pragma unroll
+          for (int run = 0; run < V::kRuns; ++run)
+            write_output<V::kRunChannels>(segment, head, 8 * run + g,
+                                          values + run * V::kRunChannels, maximum, weights);
           continue;
         }
         float* out = part + head * A::kPartial;
 #pragma unroll
         for (int i = 0; i < A::kChannels; i += 4)
-          *reinterpret_cast<float4*>(out + g * A::kChannels + i) = {values[i], values[i + 1],
-                                                                    values[i + 2], values[i + 3]};
+          *reinterpret_cast<float4*>(out + (i / V::kRunChannels * 8 + g) * V::kRunChannels +
+                                     i % V::kRunChannels) = {values[i], values[i + 1],
+                                                             values[i + 2], values[i + 3]};
         if (g == 0)
           *reinterpret_cast<float2*>(out + A::kHeadSize) = {
               sums.maximum[t][j] * query.to_log2[t][j], weights};
@@ -192,20 +207,22 @@ class Merger {
     const BlockRange block = shares().blocks[0];
     const bool is_there =
         lane <= A::kWarps && shares().shares[lane].first_warp <= shares().shares[lane].last_warp;
-    // Each warp takes every kWarps-th of the heads of all shares.
-    int head = warp;
+    // Each warp takes every kWarps-th of the slices of heads of all shares.
+    const int slices = p_.group * A::kSlices;
+    int i = warp;
     for (uint32_t left = __ballot_sync(kAllLanes, is_there); left != 0; left &= left - 1) {
       const Share share = shares().shares[__ffs(left) - 1];
-      for (; head < p_.group; head += A::kWarps) {
-        const Vector<A> v = add_parts_of_warps(share, head);
+      for (; i < slices; i += A::kWarps) {
+        const int head = i / A::kSlices, slice = i % A::kSlices;
+        const Vector<A> v = add_parts_of_warps(share, head, slice);
         if (share.segment.is_in(block.begin, block.end)) {
-          write_output<A::kVector>(share.segment, head, lane, v.values, v.weights);
+          write_slice(share.segment, head, slice, v);
         } else {
           const int slot = share.segment.begin < block.begin ? 0 : 1;
-          write_partial(partial_of(blockIdx.x, slot) + head * A::kPartial, v);
+          write_partial(partial_of(blockIdx.x, slot) + head * A::kPartial, slice, v);
         }
       }
-      head -= p_.group;
+      i -= slices;
     }
   }
 
@@ -231,11 +248,12 @@ class Merger {
       if (!shares().is_last[i]) continue;
       const Segment segment = end_of_block(i);
       const Owners owners = owners_of(segment);
-      for (int head = warp; head < p_.group; head += A::kWarps) {
+      for (int j = warp; j < p_.group * A::kSlices; j += A::kWarps) {
+        const int head = j / A::kSlices, slice = j % A::kSlices;
         const float* parts = partial_of(owners.first, 0) + head * A::kPartial;
         const int count = owners.last - owners.first + 1;
-        const Vector<A> v = add_parts<A>(parts, count, p_.group * A::kPartial);
-        write_output<A::kVector>(segment, head, threadIdx.x % 32, v.values, v.weights);
+        const Vector<A> v = add_parts<A>(parts, slice, count, p_.group * A::kPartial);
+        write_slice(segment, head, slice, v);
       }
     }
   }
@@ -284,7 +302,7 @@ class Merger {
   __device__ static int last_part(int warp) { return warp * A::kWarpRingBytes; }
 
   // All that warps may have is loaded at once, whether they have it or not.
-  __device__ Vector<A> add_parts_of_warps(const Share& share, int head) const {
+  __device__ Vector<A> add_parts_of_warps(const Share& share, int head, int slice) const {
     const int first = share.first_warp, last = share.last_warp;
     auto has_part = [&](int warp) { return warp >= first && warp <= last; };
     float2 numbers[A::kWarps];
@@ -295,7 +313,8 @@ class Merger {
       const int offset = warp == first ? share.first_part : first_part(warp);
       const auto* part = reinterpret_cast<const float*>(shared_ + offset) + head * A::kPartial;
       numbers[warp] = *reinterpret_cast<const float2*>(part + A::kHeadSize);
-      values[warp] = reinterpret_cast<const Channels<A>*>(part)[threadIdx.x % 32];
+      values[warp] = reinterpret_cast<const Channels<A>*>(
+          part + slice * A::kSlice)[vector_of<A>(threadIdx.x % 32)];
     }
 #pragma unroll
     for (int warp = 0; warp < A::kWarps; ++warp)
@@ -307,17 +326,30 @@ class Merger {
     return sum;
   }
 
-  __device__ void write_partial(float* out, const Vector<A>& v) const {
+  __device__ void write_partial(float* out, int slice, const Vector<A>& v) const {
     const int lane = threadIdx.x % 32;
-    reinterpret_cast<Channels<A>*>(out)[lane] = *reinterpret_cast<const Channels<A>*>(v.values);
-    if (lane == 0) *reinterpret_cast<float2*>(out + A::kHeadSize) = {v.maximum, v.weights};
+    reinterpret_cast<Channels<A>*>(out + slice * A::kSlice)[vector_of<A>(lane)] =
+        *reinterpret_cast<const Channels<A>*>(v.values);
+    if (lane == 0 && slice == 0)
+      *reinterpret_cast<float2*>(out + A::kHeadSize) = {v.maximum, v.weights};
   }
 
-  // Writes the `part`-th kCount channels of a head.
+  __device__ void write_slice(const Segment& segment, int head, int slice,
+                              const Vector<A>& v) const {
+    const int part = slice * (A::kSlice / A::kVector) + vector_of<A>(threadIdx.x % 32);
+    write_output<A::kVector>(segment, head, part, v.values, v.maximum, v.weights);
+  }
+
+  // Writes the `part`-th kCount channels of a head. A sink adds its weight to those of the tokens,
+  // which are 2^kWeightExponent where the score is the maximum.
   template <int kCount>
   __device__ void write_output(const Segment& segment, int head_of_group, int part,
-                               const float* values, float weights) const {
+                               const float* values, float maximum, float weights) const {
     const int head = segment.head * p_.group + head_of_group;
+    if (p_.sinks != nullptr) {
+      const float sink = to_float2(static_cast<const uint16_t*>(p_.sinks)[head], p_.is_bfloat16).x;
+      weights += ptx::exp2_approx(fmaf(sink, kLog2E, A::kWeightExponent - maximum));
+    }
     auto* out = static_cast<uint16_t*>(p_.out) + segment.sequence * p_.out_stride +
                 head * p_.out_head_stride + part * kCount;
     const float factor = 1 / weights;

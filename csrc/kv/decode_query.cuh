@@ -63,7 +63,9 @@ struct Query {
     } else {
       convert(false);
     }
-    if (p.is_rotated) rotate<4>(values);
+    if constexpr (A::kCanRotate) {
+      if (p.is_rotated) rotate<4>(values);
+    }
     // Magnitudes are compared as integers, so that NaN is the largest of all.
     uint32_t largest = 0;
     float total = 0;

@@ -35,16 +35,18 @@ __device__ inline void expand(uint32_t word, uint32_t (&halves)[2 * Codes::kWord
   }
 }
 
-// Loads kWords words in pieces of up to 16 bytes, `stride` apart.
-template <int kWords>
-__device__ inline void load_words(uint32_t (&words)[kWords], uint32_t address, int stride) {
-  if constexpr (kWords == 2) {
-    const uint2 v = ptx::load_shared_8(address);
-    words[0] = v.x, words[1] = v.y;
-  } else {
+// Loads kWords words in pieces of kPieceBytes, `stride` apart.
+template <int kWords, int kPieceBytes>
+__device__ inline void load_words(uint32_t* words, uint32_t address, int stride) {
 #pragma unroll
-    for (int i = 0; i < kWords; i += 4) {
-      const uint4 v = ptx::load_shared_16(address + i / 4 * stride);
+  for (int i = 0; i < kWords; i += kPieceBytes / 4, address += stride) {
+    if constexpr (kPieceBytes == 4) {
+      words[i] = ptx::load_shared_4(address);
+    } else if constexpr (kPieceBytes == 8) {
+      const uint2 v = ptx::load_shared_8(address);
+      words[i] = v.x, words[i + 1] = v.y;
+    } else {
+      const uint4 v = ptx::load_shared_16(address);
       words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
     }
   }
@@ -53,7 +55,7 @@ __device__ inline void load_words(uint32_t (&words)[kWords], uint32_t address, i
 // What a warp has added up in a segment for query heads 2 c and 2 c + 1 of each head tile.
 template <class A>
 struct Sums {
-  float values[A::kHeadTiles][A::kMultiplies][4];  // for channels kChannels * g + 2 m (+ 1)
+  float values[A::kHeadTiles][A::kMultiplies][4];  // for the thread's channels 2 m (+ 1)
   float zeros[A::kHeadTiles][4];                   // sums of weight * scale * zero, in two copies
   float maximum[A::kHeadTiles][2], weights[A::kHeadTiles][2];
 
@@ -97,14 +99,18 @@ class Tile {
         c_(threadIdx.x % 4),
         first_seen_(first_seen),
         end_seen_(end_seen),
-        is_partial_(first_seen > 0 || end_seen < kTileTokens) {}
+        is_partial_(first_seen > 0 || end_seen < kTileTokens),
+        is_plain_(!is_partial_ && p.cap_log2 == 0) {}
 
   __device__ void attend(const Query<A>& query, Sums<A>& sums) const {
     if (is_partial_) clear_unseen();
     float scores[A::kHeadTiles][kTileSteps][4];
 #pragma unroll
     for (int step = 0; step < kTileSteps; ++step) score(step, query, scores);
-    if (is_partial_) hide_unseen(scores);
+    if (!is_plain_) {
+      if (p_.cap_log2 > 0) cap(query, scores);
+      if (is_partial_) hide_unseen(scores);
+    }
     uint32_t weights[A::kHeadTiles][kTileSteps][2];
 #pragma unroll
     for (int t = 0; t < A::kHeadTiles; ++t) weigh(t, query, scores[t], sums, weights[t]);
@@ -135,6 +141,26 @@ class Tile {
           if (!is_seen(16 * step + g_ + j / 2 * 8)) scores[t][step][j] = -INFINITY;
   }
 
+  // cap * tanh(score / cap), from tanh(y) = 1 - 2 / (1 + e^2y), which is right to 2^-22 of the cap.
+  __device__ void cap(const Query<A>& query, float (&scores)[A::kHeadTiles][kTileSteps][4]) const {
+#pragma unroll
+    for (int t = 0; t < A::kHeadTiles; ++t)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float to_log2 = query.to_log2[t][j];
+        const float largest = p_.cap_log2 * ptx::reciprocal_approx(to_log2);
+        const float to_exponent = p_.cap_exponent * to_log2;
+#pragma unroll
+        for (int step = 0; step < kTileSteps; ++step)
+#pragma unroll
+          for (int row = 0; row < 2; ++row) {
+            float& score = scores[t][step][2 * row + j];
+            const float power = ptx::exp2_approx(score * to_exponent);
+            score = fmaf(-2 * largest, ptx::reciprocal_approx(1 + power), largest);
+          }
+      }
+  }
+
   // The scores of tokens g and g + 8 of the step, in units of 1 / query.to_log2.
   __device__ void score(int step, const Query<A>& query,
                         float (&scores)[A::kHeadTiles][kTileSteps][4]) const {
@@ -144,7 +170,8 @@ class Tile {
     uint32_t words[2][K::kWords], parameters[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      load_words(words[row], codes + row * 8 * K::kRow, 64);
+      load_words<K::kWords, K::kPieceBytes>(words[row], codes + row * 8 * K::kRow,
+                                            4 * K::kPieceBytes);
       parameters[row] = ptx::load_shared_4(scales + (g_ + 8 * row) * kScaleBytes);
     }
 #pragma unroll
@@ -217,13 +244,17 @@ class Tile {
     // This lane has token pairs c and c + 4 of the step, and an eighth of their channels.
     using V = typename A::V;
     const int step_bytes = A::K::kRow == V::kRow ? p_.step_bytes : p_.v_step_bytes;
-    const uint32_t codes = address_ + p_.v_offset + step * step_bytes + c_ * 2 * V::kRow +
-                           (g_ * (V::kRow / 4) + 32 * c_) % (2 * V::kRow);
+    const uint32_t rows = address_ + p_.v_offset + step * step_bytes + c_ * 2 * V::kRow;
     const uint32_t scales = address_ + p_.v_scale_offset + step * p_.scale_step_bytes;
     uint32_t words[2][V::kWords], scale[2], zero[2];
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
-      load_words(words[pair], codes + pair * 8 * V::kRow, 16);
+#pragma unroll
+      for (int run = 0; run < V::kRuns; ++run) {
+        const int at = ((8 * run + g_) * V::kRunBytes + 32 * c_) % (2 * V::kRow);
+        load_words<V::kRunBytes / 4, V::kPieceBytes>(
+            words[pair] + run * (V::kRunBytes / 4), rows + pair * 8 * V::kRow + at, V::kPieceBytes);
+      }
       const uint2 two = ptx::load_shared_8(scales + (c_ + 4 * pair) * 2 * kScaleBytes);
       scale[pair] = __byte_perm(two.x, two.y, 0x5410);
       zero[pair] = __byte_perm(two.x, two.y, 0x7632);
@@ -256,6 +287,7 @@ class Tile {
   const uint32_t address_;
   const int g_, c_, first_seen_, end_seen_;
   const bool is_partial_;
+  const bool is_plain_;  // neither that nor capped
 };
 
 }  // namespace qoq::kv

@@ -7,6 +7,7 @@
 namespace qoq::kv {
 
 constexpr uint32_t kAllLanes = 0xFFFFFFFF;
+constexpr float kLog2E = 1.44269504f;
 
 // The tiles of one KV head of one sequence. `begin` counts the tiles of all segments before it.
 struct Segment {

@@ -39,6 +39,7 @@ void kv_dequantize(const Tensor& cache, const Tensor& block_table, const Tensor&
                       value.size(1) == kv_heads && value.size(2) == head_size,
                   kOp, ": value is ", type_text(value), " ", shape_text(value), ", but key is ",
                   type_text(key), " ", shape_text(key));
+  check_rotation(kOp, hadamard, head_size);
   STD_TORCH_CHECK(cache.size(1) == kv_heads, kOp, ": key has ", kv_heads, " heads, but the cache ",
                   cache.size(1));
   const int64_t sequences = first_token.numel();

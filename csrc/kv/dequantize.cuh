@@ -78,8 +78,9 @@ __device__ inline T load(const uint8_t* at) {
 template <class P>
 __global__ void __launch_bounds__(kDequantizeThreads)
     kv_dequantize_kernel(const __grid_constant__ DequantizeParams p) {
-  constexpr int kLanes = P::kHeadSize / kDequantizeChannels;
-  constexpr int kKeyBytes = P::K::kRow / kLanes, kValueBytes = P::V::kRow / kLanes;
+  // Of 96 channels the last lanes have none: their group of 16 is that of 128.
+  constexpr int kLanes = P::kHeadSize == 96 ? 16 : P::kHeadSize / kDequantizeChannels;
+  constexpr int kKeyBytes = P::K::kBits, kValueBytes = P::V::kBits;  // of kDequantizeChannels codes
   __shared__ Place places[kDequantizeRows];
   ptx::griddepcontrol_launch_dependents();
   ptx::griddepcontrol_wait();
@@ -92,7 +93,8 @@ __global__ void __launch_bounds__(kDequantizeThreads)
     const int group = base + threadIdx.x / kLanes;
     const int row = group / p.kv_heads, head = group - row * p.kv_heads;
     const Place place = group < groups ? places[row] : Place{-1, 0};
-    const bool is_wanted = place.page >= 0 && first_row + row < p.rows;
+    const bool has_channels = lane * kDequantizeChannels < P::kHeadSize;
+    const bool is_wanted = place.page >= 0 && first_row + row < p.rows && has_channels;
     float k[kDequantizeChannels] = {}, v[kDequantizeChannels] = {};
     if (is_wanted) {
       const uint8_t* page = p.cache + place.page * p.block_stride + head * p.head_stride;
@@ -118,7 +120,9 @@ __global__ void __launch_bounds__(kDequantizeThreads)
       dequantize<typename P::K>(k, key, load<uint32_t>(page + P::k_scales(tokens, token)));
       dequantize<typename P::V>(v, value, load<uint32_t>(page + P::v_scales(tokens, token)));
     }
-    if (p.is_rotated) rotate_normalized<kLanes>(k);
+    if constexpr (P::kCanRotate) {
+      if (p.is_rotated) rotate_normalized<kLanes>(k);
+    }
     if (!is_wanted) continue;
     const int64_t channel = lane * kDequantizeChannels, to = first_row + row;
     write_channels(p.key, to * p.key_stride + head * p.key_head_stride + channel, k, p.is_bfloat16);

@@ -32,8 +32,8 @@ __device__ inline void rotate(float (&v)[kCount]) {
 template <int kLanes, int kCount>
 __device__ inline void rotate_normalized(float (&v)[kCount]) {
   constexpr int kSize = kLanes * kCount;
-  static_assert(kSize == 64 || kSize == 128);
-  constexpr float kRoot = kSize == 64 ? 8.f : 11.313708498984761f;
+  static_assert(kSize == 64 || kSize == 128 || kSize == 256);
+  constexpr float kRoot = kSize == 64 ? 8.f : kSize == 128 ? 11.313708498984761f : 16.f;
   rotate<kLanes>(v);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) v[i] = __fdiv_rn(v[i], kRoot);

@@ -40,8 +40,8 @@ inline int check_cache(const char* op, const Tensor& cache, int64_t head_size, i
   const bool is_served = (k_bits == 4 || k_bits == 8) && (v_bits == 4 || v_bits == k_bits);
   STD_TORCH_CHECK(is_served, op, ": keys of ", k_bits, " bits and values of ", v_bits,
                   ", expected 4 and 4, 8 and 8, or 8 and 4");
-  STD_TORCH_CHECK(head_size == 64 || head_size == 128, op, ": the head size is ", head_size,
-                  ", expected 64 or 128");
+  STD_TORCH_CHECK(head_size == 64 || head_size == 96 || head_size == 128 || head_size == 256, op,
+                  ": the head size is ", head_size, ", expected 64, 96, 128 or 256");
   const int64_t token_bytes = head_size * (k_bits + v_bits) / 8 + 2 * kScaleBytes;
   STD_TORCH_CHECK(cache.scalar_type() == ScalarType::Byte && cache.dim() == 3, op,
                   ": the cache is ", type_text(cache), " ", shape_text(cache),
@@ -59,6 +59,11 @@ inline int check_cache(const char* op, const Tensor& cache, int64_t head_size, i
   return static_cast<int>(bytes / token_bytes);
 }
 
+inline void check_rotation(const char* op, bool is_rotated, int64_t head_size) {
+  STD_TORCH_CHECK(!is_rotated || (head_size & (head_size - 1)) == 0, op,
+                  ": a Hadamard rotation of ", head_size, " channels; it needs a power of two");
+}
+
 // Calls `function` for the Page of a head size and bits that `check_cache` let pass. The head sizes
 // are those of vllm_qoq/ops/kv_ops.py.
 template <class Function>
@@ -74,6 +79,10 @@ void dispatch_page(int64_t head_size, int64_t k_bits, int64_t v_bits, const Func
   };
   if (head_size == 128) {
     dispatch_bits.template operator()<128>();
+  } else if (head_size == 256) {
+    dispatch_bits.template operator()<256>();
+  } else if (head_size == 96) {
+    dispatch_bits.template operator()<96>();
   } else {
     dispatch_bits.template operator()<64>();
   }

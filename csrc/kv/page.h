@@ -38,6 +38,7 @@ struct Page {
   using K = Codes<kHeadSize, kKeyBits>;
   using V = Codes<kHeadSize, kValueBits>;
   static constexpr int kTokenBytes = K::kRow + V::kRow + 2 * kScaleBytes;
+  static constexpr bool kCanRotate = (kHeadSize & (kHeadSize - 1)) == 0;
   static_assert(kHeadSize % 32 == 0, "a rotation by 32 bytes, pieces of 16");
 
   // Where a token's part of each of the four begins, in a page of `tokens`.

@@ -15,7 +15,7 @@ constexpr const char* kOp = "kv_write";
 
 template <class P>
 void launch_write(const WriteParams& p, cudaStream_t stream) {
-  const int64_t threads = int64_t{p.tokens} * p.kv_heads * (P::kHeadSize / kWriteChannels);
+  const int64_t threads = int64_t{p.tokens} * p.kv_heads * kWriteLanes<P>;
   const int64_t blocks = (threads + kWriteThreads - 1) / kWriteThreads;
   launch_early<kv_write_kernel<P>>(static_cast<int>(blocks), kWriteThreads, 0, stream, p);
 }
@@ -45,6 +45,7 @@ void kv_write(const Tensor& key, const Tensor& value, const Tensor& slots, int64
                       value.size(1) == kv_heads && value.size(2) == head_size,
                   kOp, ": value is ", type_text(value), " ", shape_text(value), ", but key is ",
                   type_text(key), " ", shape_text(key));
+  check_rotation(kOp, hadamard, head_size);
   STD_TORCH_CHECK(cache.size(1) == kv_heads, kOp, ": key has ", kv_heads, " heads, but the cache ",
                   cache.size(1));
   // A padded key has more rows than slots.

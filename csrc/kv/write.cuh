@@ -10,7 +10,12 @@
 namespace qoq::kv {
 
 constexpr int kWriteThreads = 256;
-constexpr int kWriteChannels = 4;  // of a thread
+// Threads that write one KV head of a token, and channels of a thread. Of 96 channels the last
+// threads have none: their group of 32 is that of 128, so that shuffles go over powers of two.
+template <class P>
+constexpr int kWriteLanes = P::kHeadSize == 64 ? 16 : 32;
+template <class P>
+constexpr int kWriteChannels = P::kHeadSize <= 128 ? 4 : P::kHeadSize / 32;
 // vllm_qoq/numerics/kv_layout.py has the same numbers. A smaller scale would not be a normal fp16.
 // A smaller range, relative to the largest magnitude, would make the zero larger than 2^15.
 constexpr float kLargest = 65504;  // of fp16
@@ -30,21 +35,24 @@ struct WriteParams {
   bool is_bfloat16, is_rotated;
 };
 
-// Four codes, each in a byte, and the scale and zero that a group of kLanes threads shares.
+// Codes, each in a byte, and the scale and zero that a group of threads shares.
+template <int kChannels>
 struct Quantized {
-  uint32_t codes, parameters;
+  uint32_t codes[kChannels / 4], parameters;
 };
 
-template <class Codes, int kLanes>
-__device__ inline Quantized quantize(const float (&x)[kWriteChannels]) {
+// `has_channels` is false for threads of the group whose x says nothing.
+template <class Codes, int kLanes, int kChannels>
+__device__ inline Quantized<kChannels> quantize(const float (&x)[kChannels], bool has_channels) {
   constexpr float kLevels = Codes::kLevels;
   constexpr auto kLeastRange = static_cast<float>(kSmallestScale * Codes::kLevels);
-  float low = kLargest, high = -kLargest, clamped[kWriteChannels];
+  float low = kLargest, high = -kLargest, clamped[kChannels];
   bool is_nan = false;
 #pragma unroll
-  for (int i = 0; i < kWriteChannels; ++i) {
+  for (int i = 0; i < kChannels; ++i) {
     clamped[i] = fminf(fmaxf(x[i], -kLargest), kLargest);
     is_nan |= x[i] != x[i];
+    if (!has_channels) continue;
     low = fminf(low, clamped[i]);
     high = fmaxf(high, clamped[i]);
   }
@@ -62,34 +70,42 @@ __device__ inline Quantized quantize(const float (&x)[kWriteChannels]) {
   float scale = __fdiv_rn(range, kLevels);
   // Minimum and maximum ignore a NaN, which has to stay.
   if (is_nan) scale = zero = __uint_as_float(0x7FC00000);
-  Quantized q = {0, ptx::convert_to_half2(scale, zero)};
+  Quantized<kChannels> q = {{}, ptx::convert_to_half2(scale, zero)};
 #pragma unroll
-  for (int i = 0; i < kWriteChannels; ++i) {
+  for (int i = 0; i < kChannels; ++i) {
     const float code = rintf(__fadd_rn(__fmul_rn(clamped[i], inverse), zero));
-    q.codes |= static_cast<uint32_t>(fminf(fmaxf(code, 0.f), kLevels)) << 8 * i;
+    q.codes[i / 4] |= static_cast<uint32_t>(fminf(fmaxf(code, 0.f), kLevels)) << 8 * (i % 4);
   }
   return q;
 }
 
-__device__ inline void read_channels(float (&x)[kWriteChannels], const void* from, int64_t at,
+template <int kChannels>
+__device__ inline void read_channels(float (&x)[kChannels], const void* from, int64_t at,
                                      bool is_bfloat16) {
-  const uint2 four =
-      __ldcg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(from) + at));
-  const float2 low = to_float2(four.x, is_bfloat16), high = to_float2(four.y, is_bfloat16);
-  x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
+#pragma unroll
+  for (int i = 0; i < kChannels; i += 4) {
+    const uint2 four =
+        __ldcg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(from) + at + i));
+    const float2 low = to_float2(four.x, is_bfloat16), high = to_float2(four.y, is_bfloat16);
+    x[i] = low.x, x[i + 1] = low.y, x[i + 2] = high.x, x[i + 3] = high.y;
+  }
 }
 
-__device__ inline void subtract(float (&x)[kWriteChannels], const float* mean) {
-  const float4 m = __ldg(reinterpret_cast<const float4*>(mean));
-  x[0] = __fsub_rn(x[0], m.x), x[1] = __fsub_rn(x[1], m.y);
-  x[2] = __fsub_rn(x[2], m.z), x[3] = __fsub_rn(x[3], m.w);
+template <int kChannels>
+__device__ inline void subtract(float (&x)[kChannels], const float* mean) {
+#pragma unroll
+  for (int i = 0; i < kChannels; i += 4) {
+    const float4 m = __ldg(reinterpret_cast<const float4*>(mean + i));
+    x[i] = __fsub_rn(x[i], m.x), x[i + 1] = __fsub_rn(x[i + 1], m.y);
+    x[i + 2] = __fsub_rn(x[i + 2], m.z), x[i + 3] = __fsub_rn(x[i + 3], m.w);
+  }
 }
 
-// kHeadSize / 4 neighbouring threads write one KV head of a token.
+// kWriteLanes neighbouring threads write one KV head of a token.
 template <class P>
 __global__ void __launch_bounds__(kWriteThreads)
     kv_write_kernel(const __grid_constant__ WriteParams p) {
-  constexpr int kLanes = P::kHeadSize / kWriteChannels;
+  constexpr int kLanes = kWriteLanes<P>, kChannels = kWriteChannels<P>;
   ptx::griddepcontrol_launch_dependents();
   ptx::griddepcontrol_wait();
   const int group = (blockIdx.x * kWriteThreads + threadIdx.x) / kLanes;
@@ -97,19 +113,22 @@ __global__ void __launch_bounds__(kWriteThreads)
   const int head = group - token * p.kv_heads;
   const int64_t slot = token < p.tokens ? __ldcg(p.slots + token) : -1;
   const bool is_written = slot >= 0 && slot < p.slot_count;
-  float k[kWriteChannels] = {}, v[kWriteChannels] = {};
-  if (is_written) {
-    const int channel = lane * kWriteChannels;
+  const bool has_channels = lane * kChannels < P::kHeadSize;
+  float k[kChannels] = {}, v[kChannels] = {};
+  if (is_written && has_channels) {
+    const int channel = lane * kChannels;
     read_channels(k, p.key, token * p.key_stride + head * p.key_head_stride + channel,
                   p.is_bfloat16);
     read_channels(v, p.value, token * p.value_stride + head * p.value_head_stride + channel,
                   p.is_bfloat16);
     if (p.k_mean != nullptr) subtract(k, p.k_mean + head * P::kHeadSize + channel);
   }
-  if (p.is_rotated) rotate_normalized<kLanes>(k);
-  const Quantized key = quantize<typename P::K, kLanes>(k);
-  const Quantized value = quantize<typename P::V, kLanes>(v);
-  if (!is_written) return;
+  if constexpr (P::kCanRotate) {
+    if (p.is_rotated) rotate_normalized<kLanes>(k);
+  }
+  const auto key = quantize<typename P::K, kLanes>(k, has_channels);
+  const auto value = quantize<typename P::V, kLanes>(v, has_channels);
+  if (!is_written || !has_channels) return;
 
   const int64_t page = slot / p.page_tokens;
   const int place = static_cast<int>(slot - page * p.page_tokens), tokens = p.page_tokens;
@@ -124,16 +143,20 @@ __global__ void __launch_bounds__(kWriteThreads)
     const uint32_t pairs = codes | codes >> 4;
     return (pairs & 0xFF) | (pairs >> 8 & 0xFF00);
   };
-  if constexpr (P::K::kBits == 4) {
-    store_2(k_row + 2 * lane, nibbles(key.codes));
-  } else {
-    *reinterpret_cast<uint32_t*>(k_row + 4 * lane) = key.codes;
-  }
-  if constexpr (P::V::kBits == 4) {
-    store_2(v_row + P::v_byte(place, 2 * lane), nibbles(value.codes));
-  } else {
-    store_2(v_row + P::v_byte(place, 4 * lane), value.codes);
-    store_2(v_row + P::v_byte(place, 4 * lane + 2), value.codes >> 16);
+#pragma unroll
+  for (int i = 0; i < kChannels / 4; ++i) {
+    const int four = lane * (kChannels / 4) + i;
+    if constexpr (P::K::kBits == 4) {
+      store_2(k_row + 2 * four, nibbles(key.codes[i]));
+    } else {
+      *reinterpret_cast<uint32_t*>(k_row + 4 * four) = key.codes[i];
+    }
+    if constexpr (P::V::kBits == 4) {
+      store_2(v_row + P::v_byte(place, 2 * four), nibbles(value.codes[i]));
+    } else {
+      store_2(v_row + P::v_byte(place, 4 * four), value.codes[i]);
+      store_2(v_row + P::v_byte(place, 4 * four + 2), value.codes[i] >> 16);
+    }
   }
   if (lane == 0) {
     *reinterpret_cast<uint32_t*>(base + P::k_scales(tokens, place)) = key.parameters;

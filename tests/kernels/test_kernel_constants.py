@@ -33,6 +33,7 @@ CONSTANTS = [
     ("kv/decode_config.h", "kPartialPadding", kv_ops.WORKSPACE_PADDING),
     ("kv/decode_config.h", "kFewestWarps", kv_ops.DECODE_FEWEST_WARPS),
     ("kv/decode_config.h", "kTileTokens", kv_ops.DECODE_TILE),
+    ("kv/decode_config.h", "kHeadsOfTile", kv_ops.TILE_GROUP),
 ]
 
 
@@ -71,9 +72,15 @@ def test_a_constant_is_the_same_in_python(header, name, value):
 def test_the_kernels_have_every_head_size_and_bits_of_python():
     host = (CSRC / "kv" / "host.h").read_text()
     sizes = re.findall(r"dispatch_bits\.template operator\(\)<(\d+)>", host)
-    assert sorted(map(int, sizes)) == sorted(kv_ops.HEAD_SIZES)
+    assert sorted(map(int, sizes)) == sorted(kv_layout.HEAD_SIZES)
     pages = re.findall(r"Page<kHeadSize, (\d), (\d)>", host)
     assert {(int(k), int(v)) for k, v in pages} == set(kv_layout.WIDTHS.values())
+
+
+def test_python_halves_the_groups_that_the_kernels_halve():
+    config = (CSRC / "kv" / "decode_config.h").read_text()
+    (sizes,) = re.findall(r"has_one_tile\(int head_size\) \{\s*return ([^;]+);", config)
+    assert tuple(map(int, re.findall(r"\d+", sizes))) == kv_ops.HALVED_SIZES
 
 
 def test_the_range_of_a_head_is_bounded_alike():
@@ -86,7 +93,7 @@ def test_the_range_of_a_head_is_bounded_alike():
 
 def test_the_workspace_has_room_for_all_blocks_that_a_processor_holds():
     resident = re.search(
-        r"kResident = [^;?]+\? (\d+) : (\d+);", (CSRC / "kv" / "decode_config.h").read_text()
+        r"kResident =\s[^;?]+\? (\d+) : (\d+);", (CSRC / "kv" / "decode_config.h").read_text()
     )
     assert max(map(int, resident.groups())) == kv_ops.WORKSPACE_BLOCKS_OF_PROCESSOR
 
@@ -96,13 +103,15 @@ def test_the_shared_memory_of_the_decode_attention_is_what_the_model_says():
     known = {
         **{(128, 4, 4): 43696, (128, 4, 8): 52144, (128, 8, 16): 101808, (64, 8, 4): 74480},
         **{(128, "k8v4", 16): 85424, (64, "k8v4", 4): 58096},
+        # Halves of 16 query heads: as much as of 8.
+        **{(256, 4, 16): 101296, (256, 4, 8): 101296, (256, 8, 8): 166832, (96, 8, 16): 64432},
     }
     for arguments, expected in known.items():
         assert kv_ops.decode_shared_bytes(*arguments) == expected
 
 
 def test_the_benchmark_knows_what_the_kernels_serve():
-    assert attention_cases.HEAD_SIZES == kv_ops.HEAD_SIZES
+    assert attention_cases.HEAD_SIZES == kv_layout.HEAD_SIZES
     assert attention_cases.MAX_GROUP == kv_ops.MAX_GROUP
     assert attention_cases.BLOCK_MULTIPLE == kv_layout.BLOCK_MULTIPLE
 

@@ -328,8 +328,6 @@ def test_engines_that_are_not_served_are_refused(engine_config, change, message)
         ({"head_size": 80}, "head size 80"),
         ({"head_size_v": 64}, "64 and 128"),
         ({"alibi_slopes": [0.1] * 4}, "ALiBi"),
-        ({"logits_soft_cap": 30.0}, "capped at 30"),
-        ({"sinks": torch.zeros(4)}, "sinks"),
         ({"attn_type": "encoder_only"}, "encoder_only"),
         ({"layer_class": EncoderOnlyAttention}, "EncoderOnlyAttention"),
     ],
@@ -338,6 +336,19 @@ def test_attention_that_is_not_served_is_refused_with_the_layer(engine_config, c
     expected = f"model.layers.3.self_attn.attn.*{message}.*kv_cache.layers"
     with pytest.raises(UserError, match=expected):
         attention(kv_config(KV4), engine_config(), index=3, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"logits_soft_cap": 30.0}, "capped at 30"), ({"sinks": torch.zeros(4)}, "sinks")],
+)
+def test_scores_that_see_a_mean_of_k_are_served_without_one(engine_config, changes, message):
+    impl = attention(kv_config(KV4), engine_config(), **changes).impl
+    assert impl.soft_cap == changes.get("logits_soft_cap", 0)
+    assert impl.sinks is changes.get("sinks")
+    expected = f"model.layers.3.*mean of K with .*{message}.*--no-k-mean.*kv_cache.layers"
+    with pytest.raises(UserError, match=expected):
+        attention(kv_config({"bits": 4, "k_mean": True}), engine_config(), index=3, **changes)
 
 
 def test_a_shared_cache_is_refused(engine_config):

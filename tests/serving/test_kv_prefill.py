@@ -58,8 +58,9 @@ def test_runs_with_a_window_hold_what_is_seen_and_fit(history, window, data):
 class Kernels:
     """The kernels' work in plain PyTorch; buffers of `rows` tokens, poisoned."""
 
-    def __init__(self, pages, block_table, rows):
+    def __init__(self, pages, block_table, rows, soft_cap, sinks):
         self.pages, self.block_table, self.rows = pages, block_table, rows
+        self.soft_cap, self.sinks = soft_cap, sinks
 
     def read(self, piece):
         assert piece.rows <= self.rows
@@ -83,6 +84,7 @@ class Kernels:
         longest_key,
         is_causal,
         window,
+        has_sinks,
         out=None,
     ):
         result = torch.zeros_like(query), torch.full(query.shape[1::-1], -math.inf)
@@ -96,14 +98,18 @@ class Kernels:
             group = HEADS // KV_HEADS
             k, v = (t[c:d].repeat_interleave(group, 1).transpose(0, 1) for t in (key, value))
             scores = query[a:b].transpose(0, 1) @ k.transpose(1, 2) * SCALE
+            if self.soft_cap:
+                scores = self.soft_cap * (scores / self.soft_cap).tanh()
             # Aligned at the end, as FlashAttention does.
             distance = torch.arange(d - c - (b - a), d - c)[:, None] - torch.arange(d - c)
             hidden = (distance < 0) & torch.tensor(is_causal)
             if window is not None:
                 hidden |= distance >= window
             scores.masked_fill_(hidden, -math.inf)
-            out[a:b] = (scores.softmax(-1) @ v).transpose(0, 1)
             lse[:, a:b] = scores.logsumexp(-1)
+            if has_sinks and self.sinks is not None:
+                lse[:, a:b] = torch.logaddexp(lse[:, a:b], self.sinks[:, None])
+            out[a:b] = ((scores - lse[:, a:b, None]).exp() @ v).transpose(0, 1)
         return out, lse
 
     def merge(self, out, out_lse, a, a_lse, b, b_lse):
@@ -116,12 +122,16 @@ class Kernels:
 @given(
     st.lists(st.tuples(st.integers(0, 70), st.integers(2, 20)), min_size=1, max_size=5),
     st.sampled_from([None, 1, 7, 40]),
-    st.booleans(),
+    st.sampled_from(["plain", "mean", "capped", "sinks"]),
     st.integers(0, 2**31),
 )
-def test_a_step_in_parts_is_the_reference(requests, window, has_mean, seed):
+def test_a_step_in_parts_is_the_reference(requests, window, kind, seed):
     torch.manual_seed(seed)
-    mean = torch.randn(KV_HEADS, HEAD) if has_mean else None
+    mean = torch.randn(KV_HEADS, HEAD) if kind == "mean" else None
+    scores = {
+        "soft_cap": 0.7 if kind == "capped" else 0.0,
+        "sinks": torch.randn(HEADS) * 3 if kind == "sinks" else None,
+    }
     history, new = ([pair[i] for pair in requests] for i in (0, 1))
     blocks = [-(-(h + n) // BLOCK) for h, n in requests]
     bytes_of_head = BLOCK * kv_layout.slot_bytes(HEAD, BITS)
@@ -148,7 +158,8 @@ def test_a_step_in_parts_is_the_reference(requests, window, has_mean, seed):
     rows = 33 if window is None else max(33, window - 1 + max(new))
     plan = plan_prefill(starts, history, window, rows, CPU)
     out = torch.full_like(query, math.nan)
-    attend_prefill(query, key, value, out, plan, window, mean, Kernels(pages, block_table, rows))
+    kernels = Kernels(pages, block_table, rows, **scores)
+    attend_prefill(query, key, value, out, plan, window, mean, kernels)
     expected = reference_attention.attention(
         *(query, key, value, pages, block_table),
         *(torch.tensor(history) + torch.tensor(new), torch.tensor(starts)),
@@ -156,6 +167,7 @@ def test_a_step_in_parts_is_the_reference(requests, window, has_mean, seed):
         bits=BITS,
         sliding_window=window,
         k_mean=mean,
+        **scores,
     )
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 

@@ -86,11 +86,16 @@ def read(pages, blocks, head_size, bits):
     return heads
 
 
-def attention(query, key, value, length, scale, window=0):
-    """query [Hq, D] of the last of `length` tokens; float64 [Hq, D]."""
+def attention(query, key, value, length, scale, window=0, soft_cap=0.0, sinks=None):
+    """query [Hq, D] of the last of `length` tokens, sinks [Hq]; float64 [Hq, D]."""
     first = max(0, length - window) if window else 0
     key, value = key[first:length].double(), value[first:length].double()
-    weights = _scores(query, key, scale).softmax(-1)
+    scores = _scores(query, key, scale)
+    if soft_cap:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double().view(*scores.shape[:2], 1)], -1)
+    weights = scores.softmax(-1)[..., : key.shape[0]]
     return torch.einsum("hgt,thd->hgd", weights, value).flatten(0, 1)
 
 

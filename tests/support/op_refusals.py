@@ -111,6 +111,8 @@ def right_arguments(op: str, device: torch.device, weights: str = "grouped") -> 
             "hadamard": False,
             "out": _rows(device, SEQUENCES, GROUP * KV_HEADS, HEAD),
             "workspace": kv_ops.workspace(device, GROUP, HEAD),
+            "soft_cap": 30.0,
+            "sinks": _rows(device, GROUP * KV_HEADS),
         },
         "kv_dequantize": lambda: {
             "pages": _pages(device),
@@ -512,9 +514,19 @@ def _of_pages() -> Iterator[Refusal]:
             )
         yield kv(
             "head size",
-            lambda a, heads=heads: {name: _wider(a[name], 96) for name in heads},
-            "the head size is 96, expected 64 or 128",
+            lambda a, heads=heads: {name: _wider(a[name], 80) for name in heads},
+            "the head size is 80, expected 64, 96, 128 or 256",
         )
+
+        def rotated(a: Arguments, heads=heads) -> Arguments:
+            pages = a["pages"].new_zeros(BLOCKS, KV_HEADS, PAGE_TOKENS * (96 + 8))
+            return {name: _wider(a[name], 96) for name in heads} | {
+                "pages": pages,
+                "hadamard": True,
+            }
+
+        text = "a Hadamard rotation of 96 channels; it needs a power of two"
+        yield kv("rotation", rotated, text)
         expected = "expected Byte [blocks, KV heads, bytes of a page]"
         shape = [BLOCKS, KV_HEADS, PAGE_BYTES]
         yield kv(
@@ -652,11 +664,31 @@ def _of_kv_decode() -> Iterator[Refusal]:
             lambda a, count=count: of_heads(a, count),
             f"{count} query heads for {KV_HEADS} KV heads, expected 1 to 16 for each",
         )
+
+    def odd_group(a: Arguments) -> Arguments:
+        query = a["query"].new_zeros(SEQUENCES, 9 * KV_HEADS, 96)
+        pages = a["pages"].new_zeros(BLOCKS, KV_HEADS, PAGE_TOKENS * (96 + 8))
+        return {"query": query, "out": torch.empty_like(query), "pages": pages, "sinks": None}
+
+    text = "9 query heads of size 96 for a KV head, expected 1 to 8 or an even number up to 16"
+    yield decode("an odd group", odd_group, text)
     yield decode(
         "no KV heads",
         lambda a: {"pages": a["pages"][:, :0]},
         f"{heads} query heads for 0 KV heads, expected 1 to 16 for each",
     )
+    expected = f"expected contiguous BFloat16 [{heads}]"
+    for name, change, text in (
+        ("type", lambda t: t.float(), f"sinks is Float [{heads}], {expected}"),
+        ("deeper", lambda t: t[None], f"sinks is BFloat16 [1, {heads}], {expected}"),
+        ("short", lambda t: t[1:], f"sinks is BFloat16 [{heads - 1}], {expected}"),
+        ("gaps", with_gaps, f"sinks is BFloat16 [{heads}], {expected}"),
+        ("elsewhere", lambda t: t.cpu(), "sinks is not on CUDA device 0, where the cache is"),
+    ):
+        yield decode(f"sinks {name}", lambda a, change=change: {"sinks": change(a["sinks"])}, text)
+    text = "soft_cap is -1, expected 0 (not capped) or a positive number"
+    yield decode("soft_cap", lambda a: {"soft_cap": -1.0}, text)
+    yield decode("soft_cap NaN", lambda a: {"soft_cap": float("nan")}, "soft_cap is ")
     yield from _of_block_table(op)
     yield from _of_ints(op, "seq_lens", SEQUENCES)
     yield decode("scale", lambda a: {"scale": 0.0}, "scale is 0, expected a positive number")

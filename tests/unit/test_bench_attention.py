@@ -98,7 +98,7 @@ def run(monkeypatch, capfd):
 def test_bytes_of_a_token_and_head():
     one = HEADS._replace(kv=1)
     assert [token_bytes(name, one) for name in KERNELS] == [136, 264, 200, 512, 256, 136, 134]
-    for size in (64, 128):
+    for size in kv_layout.HEAD_SIZES:
         for name, bits in (("qoq-kv4", 4), ("qoq-kv8", 8), ("qoq-k8v4", "k8v4")):
             assert token_bytes(name, one._replace(size=size)) == kv_layout.slot_bytes(size, bits)
 
@@ -236,7 +236,7 @@ def test_options_reach_the_measurement_and_json_is_alone_on_stdout(run):
         (["--heads", "0"], "'0' is not a positive number"),
         (["--heads", "30"], "--heads 30 is not a multiple of --kv-heads 8"),
         (["--heads", "34", "--kv-heads", "2"], "17 query heads for a KV head"),
-        (["--head-size", "96"], "our kernels serve heads of 64 and 128, not --head-size 96"),
+        (["--head-size", "80"], "serve heads of 64, 96, 128, 256, not --head-size 80"),
         (["--block-size", "24"], "--block-size 24 is not a multiple of 16"),
     ],
 )

@@ -86,7 +86,7 @@ class Step:
         )
         return output.split(new)
 
-    def expected(self, request, seen, window=math.inf):
+    def expected(self, request, seen, window=math.inf, soft_cap=math.inf, sinks=None):
         """Dense attention in float64, one query and head after the other.
 
         seen(x, is_new, part) is what attention sees of the keys, part 0, or values x [L, H, D].
@@ -105,8 +105,12 @@ class Step:
             first = max(0, last - window) if window != math.inf else 0
             for head in range(query.shape[1]):
                 k, v = keys[first:last, head // group], values[first:last, head // group]
-                weights = (k @ query[row, head] / self.head_size**0.5).softmax(0)
-                output[row, head] = weights @ v
+                scores = k @ query[row, head] / self.head_size**0.5
+                if soft_cap != math.inf:
+                    scores = soft_cap * (scores / soft_cap).tanh()
+                weights = scores.exp()
+                of_sink = 0 if sinks is None else sinks[head].double().exp()
+                output[row, head] = weights @ v / (weights.sum() + of_sink)
         return output
 
 
@@ -157,6 +161,26 @@ def test_a_window_hides_older_tokens(bits, window):
     step = Step(bits, requests=RAGGED[:-1])
     outputs = step.run(sliding_window=window)
     assert largest_gap(outputs, step, as_stored(bits), window=window) < 1e-5
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_capped_scores_and_sinks(window):
+    step = Step(4, heads=(6, 2), requests=RAGGED[:-1])
+    # Larger and smaller than the scores.
+    sinks = torch.tensor([-20.0, -1, 0, 1, 3, 20])
+    for options in ({"soft_cap": 1.5}, {"sinks": sinks}, {"soft_cap": 0.5, "sinks": sinks}):
+        outputs = step.run(sliding_window=window, **options)
+        dense = options | ({} if window is None else {"window": window})
+        assert largest_gap(outputs, step, as_stored(4), **dense) < 1e-5
+        without = step.run(sliding_window=window)
+        assert max(float((a - b).abs().max()) for a, b in zip(outputs, without, strict=True)) > 0.1
+
+
+def test_a_mean_of_k_is_refused_where_scores_are_capped_or_beside_a_sink():
+    step = Step(4, requests=[(5, 1)], k_mean=large_mean())
+    for options in ({"soft_cap": 1.0}, {"sinks": torch.zeros(4)}):
+        with pytest.raises(ValueError, match="mean of K"):
+            step.run(**options)
 
 
 @BITS

@@ -45,7 +45,7 @@ KERNELS = (*OURS, *PEERS)
 
 # Our kernels serve these head sizes, up to so many query heads of a KV head, and blocks whose
 # tokens are a multiple of this, as `kv_ops` and `kv_layout` say.
-HEAD_SIZES = (64, 128)
+HEAD_SIZES = (64, 96, 128, 256)
 MAX_GROUP = 16
 BLOCK_MULTIPLE = 16
 

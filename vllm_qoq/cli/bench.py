@@ -135,7 +135,7 @@ def _check_heads(heads: Heads, names: tuple[str, ...]) -> None:
         return
     others = f"--kernels {','.join(attention_cases.PEERS)}"
     if heads.size not in attention_cases.HEAD_SIZES:
-        sizes = " and ".join(map(str, attention_cases.HEAD_SIZES))
+        sizes = ", ".join(map(str, attention_cases.HEAD_SIZES))
         raise BenchError(
             f"our kernels serve heads of {sizes}, not --head-size {heads.size} "
             f"(measure the peers alone: {others})"

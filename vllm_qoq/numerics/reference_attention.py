@@ -11,7 +11,10 @@ tokens into the pages (`update`), then attends (`attention`):
 
 With a mean of K, it is subtracted from every key, quantized or not, before anything else. That adds
 the same to all scores of a query, which softmax does not see, and leaves what differs between keys
-to the codes.
+to the codes. It does not go together with a cap or sinks, which would see it.
+
+A soft cap makes c * tanh(score / c) of every score. A sink is one more score of a query head,
+beside those of the tokens: it takes its share of the softmax and adds no value.
 
 With a Hadamard rotation, K is rotated before it is quantized and Q to match, so that scores stay
 the same and outliers in single channels are spread over all.
@@ -92,6 +95,8 @@ def attention(
     sliding_window: int | None = None,
     use_hadamard: bool = False,
     k_mean: torch.Tensor | None = None,
+    soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute the causal attention of a step whose tokens are in the pages already.
 
@@ -104,9 +109,14 @@ def attention(
     scale            factor of the scores, usually 1 / sqrt(D)
     sliding_window   a token sees itself and the sliding_window - 1 before it; None means all
     k_mean           float32 [H, D], which the keys in the pages lack
+    soft_cap         scores stay below it; 0 means that they are not capped
+    sinks            float [Hq], the score of each query head's sink
 
-    Returns float32 [T, Hq, D]; rows of no request are zero.
+    Returns float32 [T, Hq, D]; rows of no request are zero. Raises ValueError for a mean of K with
+    a soft cap or sinks.
     """
+    if k_mean is not None and (soft_cap or sinks is not None):
+        raise ValueError("a mean of K changes scores that are capped or stand beside a sink")
     key = without_mean(key, k_mean)
     if use_hadamard:
         query, key = hadamard(query), hadamard(key)
@@ -122,7 +132,9 @@ def attention(
         if num_new > 1:
             keys = torch.cat([keys, key[rows].float()])
             values = torch.cat([values, value[rows].float()])
-        output[rows] = _causal(query[rows].float(), keys, values, scale, sliding_window)
+        output[rows] = _causal(
+            query[rows].float(), keys, values, scale, sliding_window, soft_cap, sinks
+        )
     return output
 
 
@@ -132,6 +144,8 @@ def _causal(
     values: torch.Tensor,
     scale: float,
     sliding_window: int | None,
+    soft_cap: float,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attend for one request: query [n, Hq, D] of its last n tokens, keys and values [L, H, D]."""
     num_new, length = query.shape[0], keys.shape[0]
@@ -153,8 +167,14 @@ def _causal(
             is_hidden |= distance >= sliding_window
 
         scores = tile.flatten(1, 2) @ keys[:, :, begin:end] * scale
+        if soft_cap:
+            scores = (scores / soft_cap).tanh() * soft_cap
         scores = scores.unflatten(1, (num_rows, group))
         scores.masked_fill_(is_hidden[None, :, None, :], float("-inf"))
-        mixed = scores.softmax(-1).flatten(1, 2) @ values[:, begin:end]
+        if sinks is not None:
+            of_head = sinks.float().view(-1, 1, group, 1).expand(-1, num_rows, -1, -1)
+            scores = torch.cat([scores, of_head], dim=-1)
+        weights = scores.softmax(-1)[..., : end - begin]
+        mixed = weights.flatten(1, 2) @ values[:, begin:end]
         tiles.append(mixed.unflatten(1, (num_rows, group)))
     return torch.cat(tiles, dim=1).transpose(0, 1).flatten(1, 2)

@@ -5,8 +5,9 @@ compute. The CPU calls those two directly. Arguments that the ops share are
 
 pages        uint8 [num_blocks, H, head_bytes]: a block of N tokens, N a multiple of 16
 bits         4, 8 or "k8v4", keys of 8 bits and values of 4, which the ops take as two numbers;
-             the head size D is 64 or 128, and up to 16 query heads share a KV head
-hadamard     rotate K (and the query to match) by the Sylvester matrix / sqrt(D)
+             the head size D is 64, 96, 128 or 256, and up to 16 query heads share a KV head;
+             more than 8 of 96 or 256 channels are an even number
+hadamard     rotate K (and the query to match) by the Sylvester matrix / sqrt(D), D a power of two
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ import torch
 from vllm_qoq.numerics.kv_layout import QuantizedBits, slot_bytes, widths
 from vllm_qoq.ops.library import define
 
-# csrc/kv/ has these numbers, too: what the kernels serve, and the sizes of their workspace.
-HEAD_SIZES = (64, 128)
+# csrc/kv/ has these numbers, too: what the kernels serve, and the sizes of their workspace. The
+# head sizes are those of the page (`kv_layout`).
 MAX_GROUP = 16  # query heads of a KV head
+# Where so many are too many for a tile of the kernel, two halves of them read the same pages.
+HALVED_SIZES = (96, 256)
+TILE_GROUP = 8
 WORKSPACE_COUNTERS = 1024
 WORKSPACE_BLOCKS_OF_PROCESSOR = 2  # blocks of threads that a multiprocessor holds at most
 WORKSPACE_PADDING = 4  # integers of a partial sum beside its channels
@@ -50,6 +54,8 @@ def workspace(device: torch.device, group: int, head_size: int) -> torch.Tensor:
 def decode_shared_bytes(head_size: int, bits: QuantizedBits, group: int) -> int:
     """Compute the least shared memory of a block of `kv_decode`: rings, and sums of the warps."""
     stages = 4 if head_size == 64 else 2
+    if head_size in HALVED_SIZES and group > TILE_GROUP:
+        group //= 2
     ring = stages * (DECODE_TILE * slot_bytes(head_size, bits) + 8)
     sums = group * (head_size + WORKSPACE_PADDING) * 4
     return 128 + DECODE_FEWEST_WARPS * (ring + sums + 44) + 64
@@ -98,6 +104,8 @@ def kv_decode(
     hadamard: bool,
     out: torch.Tensor,
     workspace: torch.Tensor,
+    soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Compute the attention of one new token a request, which is in the pages already.
 
@@ -105,6 +113,8 @@ def kv_decode(
     block_table  int32 [R, max_blocks]     seq_lens  int32 [R], on the device; 0 gives zeros
     window       how many of the last tokens are seen; 0 stands for all
     workspace    the buffer that the function `workspace` makes
+    soft_cap     scores become soft_cap * tanh(score / soft_cap); 0 leaves them as they are
+    sinks        [Hq] of the query's type: a score of each query head beside those of its tokens
 
     The same inputs give the same bits on the same GPU. Nothing of the launch depends on
     `seq_lens`, so a CUDA graph may be replayed with others.
@@ -120,6 +130,8 @@ def kv_decode(
         hadamard,
         out,
         workspace,
+        soft_cap,
+        sinks,
     )
 
 
@@ -168,8 +180,8 @@ define(
 define(
     "kv_decode",
     "(Tensor query, Tensor pages, Tensor block_table, Tensor seq_lens, float scale, "
-    "int k_bits, int v_bits, int window, bool hadamard, Tensor(a!) out, Tensor(b!) workspace) "
-    "-> ()",
+    "int k_bits, int v_bits, int window, bool hadamard, Tensor(a!) out, Tensor(b!) workspace, "
+    "float soft_cap, Tensor? sinks) -> ()",
     fake=_fake,
 )
 define(

@@ -127,7 +127,7 @@ int count_wrong(int page_tokens, int heads, bool is_rotated, bool has_mean) {
     model::exchanges.clear();
     model::launch(divide_up(threads, threads_of_block), 1, threads_of_block, 4096, 2, kernel);
   };
-  launch(tokens * heads * d / kWriteChannels, kWriteThreads, [&] { kv_write_kernel<P>(write); });
+  launch(tokens * heads * kWriteLanes<P>, kWriteThreads, [&] { kv_write_kernel<P>(write); });
   int wrong = 0;
   for (size_t i = 0; i < cache.size(); ++i) wrong += cache[i] != expected[i];
 
@@ -187,14 +187,22 @@ int count_wrong_of() {
          count_wrong<P>(32, 2, false, true) + count_wrong<P>(16, 2, true, true);
 }
 
+template <class P>
+int count_wrong_of_other_size() {
+  return count_wrong<P>(16, 3, false, false) + count_wrong<P>(48, 1, P::kCanRotate, true);
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
   const int seed = std::atoi(arguments[1]);
   model::random_order.seed(seed);
   values.seed(seed);
-  const int wrong = count_wrong_of<Page<128, 4, 4>>() + count_wrong_of<Page<64, 4, 4>>() +
-                    count_wrong_of<Page<128, 8, 8>>() + count_wrong_of<Page<64, 8, 8>>() +
-                    count_wrong_of<Page<128, 8, 4>>() + count_wrong_of<Page<64, 8, 4>>();
+  const int wrong =
+      count_wrong_of<Page<128, 4, 4>>() + count_wrong_of<Page<64, 4, 4>>() +
+      count_wrong_of<Page<128, 8, 8>>() + count_wrong_of<Page<64, 8, 8>>() +
+      count_wrong_of<Page<128, 8, 4>>() + count_wrong_of<Page<64, 8, 4>>() +
+      count_wrong_of_other_size<Page<96, 4, 4>>() + count_wrong_of_other_size<Page<96, 8, 8>>() +
+      count_wrong_of_other_size<Page<256, 4, 4>>() + count_wrong_of_other_size<Page<256, 8, 8>>();
   return wrong != 0;
 }

@@ -86,6 +86,7 @@ inline float exp2_approx(float x) {
   const float y = std::exp2(x);
   return y < 0x1p-126f ? 0 : y;
 }
+inline float reciprocal_approx(float x) { return 1 / x; }
 inline uint32_t movmatrix_trans(uint32_t v) {
   const int g = lane() / 4, c = lane() % 4;
   const auto& all = exchange({v});

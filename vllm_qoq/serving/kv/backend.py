@@ -99,6 +99,8 @@ class QuantizedKVImpl(AttentionImpl[M], Generic[M]):
     scale           the factor of the scores
     sliding_window  a token sees itself and the sliding_window - 1 before it; None means all
     use_hadamard    whether K is rotated, and Q to match
+    soft_cap        scores become soft_cap * tanh(score / soft_cap); 0 leaves them as they are
+    sinks           [Hq], filled when weights are loaded: a score of each head beside its tokens'
     """
 
     def __init__(
@@ -111,11 +113,14 @@ class QuantizedKVImpl(AttentionImpl[M], Generic[M]):
         sliding_window: int | None,
         bits: QuantizedBits,
         use_hadamard: bool,
+        soft_cap: float,
+        sinks: torch.Tensor | None,
     ) -> None:
         self.num_heads, self.head_size, self.num_kv_heads = num_heads, head_size, num_kv_heads
         self.scale = scale
         self.sliding_window = sliding_window
         self.bits, self.use_hadamard = bits, use_hadamard
+        self.soft_cap, self.sinks = soft_cap, sinks
         self.kv_cache_dtype = "auto"  # the cache is an ordinary one to vLLM
 
     def forward(

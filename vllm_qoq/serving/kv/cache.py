@@ -28,6 +28,7 @@ from vllm_qoq.serving.kv.backend import QuantizedKVBackend
 from vllm_qoq.serving.kv.cpu import CPUK8V4Backend, CPUKV4Backend, CPUKV8Backend
 from vllm_qoq.serving.kv.k_mean import add_mean, check_mean, loading_rules
 from vllm_qoq.serving.kv.key_bias import KeyBiasWatch
+from vllm_qoq.serving.kv.scores import sinks_of, soft_cap_of
 from vllm_qoq.serving.kv.spec import spec_of_layer
 from vllm_qoq.serving.options import NAMESPACE, Options
 from vllm_qoq.serving.vllm_versions import set_kv_cache_spec
@@ -114,7 +115,7 @@ class QuantizedKVCache:
             return
         backend, dtype = self._backends[bits], self._vllm_config.model_config.dtype
         of_device = partial(backend.obstacles, dtype=dtype)
-        kv_refusals.check_layer(layer, prefix, self.kv_cache.hadamard, of_device)
+        kv_refusals.check_layer(layer, prefix, self.kv_cache, of_device)
         if layer.sliding_window is not None:
             kv_refusals.check_mixed_windows(self.kv_cache, self._vllm_config)
         self._swap(layer, bits)
@@ -169,6 +170,8 @@ class QuantizedKVCache:
             sliding_window=layer.sliding_window,
             bits=bits,
             use_hadamard=self.kv_cache.hadamard,
+            soft_cap=soft_cap_of(layer),
+            sinks=sinks_of(layer),
             **backend.impl_options(self._vllm_config),
         )
         layer.backend = AttentionBackendEnum[backend.get_name()]

@@ -66,6 +66,8 @@ class CPUQuantizedKVImpl(QuantizedKVImpl[KVMetadata]):
             sliding_window=self.sliding_window,
             use_hadamard=self.use_hadamard,
             k_mean=k_mean,
+            soft_cap=self.soft_cap,
+            sinks=self.sinks,
         )
         output[:num_tokens] = attended.view(output[:num_tokens].shape)
         return output

@@ -38,6 +38,10 @@ from vllm_qoq.serving.kv.prefill import (
     buffer_rows,
     plan_prefill,
 )
+from vllm_qoq.serving.kv.scores import sinks_of
+
+# The versions of FlashAttention that take sinks.
+VERSIONS_WITH_SINKS = (3, 4)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -116,7 +120,7 @@ class CUDAQuantizedKVImpl(QuantizedKVImpl[CUDAKVMetadata]):
     def __init__(self, *sizes: Any, max_new_tokens: int, **options: Any) -> None:
         super().__init__(*sizes, **options)
         self._buffer_rows = buffer_rows(self.sliding_window, max_new_tokens)
-        self._flash_version = get_flash_attn_version()
+        self._flash_version = _flash_version(self.head_size, self.sinks)
 
     def do_kv_cache_update(
         self,
@@ -167,6 +171,8 @@ class CUDAQuantizedKVImpl(QuantizedKVImpl[CUDAKVMetadata]):
                 hadamard=self.use_hadamard,
                 out=out[:decodes],
                 workspace=self._workspace(query),
+                soft_cap=self.soft_cap,
+                sinks=self.sinks,
             )
         if attn_metadata.prefill is not None:
             rows = slice(decodes, attn_metadata.num_actual_tokens)
@@ -190,6 +196,12 @@ class CUDAQuantizedKVImpl(QuantizedKVImpl[CUDAKVMetadata]):
     def _buffers(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         shape = self._buffer_rows, self.num_kv_heads, self.head_size
         return _shared_buffers(query.device, query.dtype, shape)
+
+
+def _flash_version(head_size: int, sinks: torch.Tensor | None) -> int | None:
+    """Choose the version of FlashAttention for prompts, as vLLM does for its own cache."""
+    version: int | None = get_flash_attn_version(head_size=head_size, has_sinks=sinks is not None)
+    return version
 
 
 @cache
@@ -239,6 +251,7 @@ class _Kernels:
         longest_key: int,
         is_causal: bool,
         window: int | None,
+        has_sinks: bool,
         out: torch.Tensor | None = None,
     ) -> Any:
         return flash_attn_varlen_func(
@@ -254,7 +267,9 @@ class _Kernels:
             window_size=[-1, -1] if window is None else [window - 1, 0],
             return_softmax_lse=out is None,
             out=out,
+            softcap=self.impl.soft_cap,
             fa_version=self.impl._flash_version,
+            s_aux=self.impl.sinks if has_sinks else None,
         )
 
     def merge(
@@ -295,13 +310,27 @@ class CUDAKV4Backend(QuantizedKVBackend):
         """List what the kernels do not serve of a layer that computes in `dtype`."""
         if not ops.has_kernels("cuda"):
             yield f"a machine without its kernels: {ops.missing_kernels()}"
-        if layer.head_size not in kv_ops.HEAD_SIZES:
-            yield f"head size {layer.head_size} on a GPU (it serves 64 and 128)"
-        if layer.num_heads > kv_ops.MAX_GROUP * layer.num_kv_heads:
-            yield f"{layer.num_heads // layer.num_kv_heads} query heads for a KV head (at most 16)"
+        group = layer.num_heads // layer.num_kv_heads
+        if group > kv_ops.MAX_GROUP:
+            yield f"{group} query heads for a KV head (at most {kv_ops.MAX_GROUP})"
+        is_halved = layer.head_size in kv_ops.HALVED_SIZES and group > kv_ops.TILE_GROUP
+        if is_halved and group % 2:
+            yield (
+                f"{group} query heads of size {layer.head_size} for a KV head (up to "
+                f"{kv_ops.TILE_GROUP}, or an even number)"
+            )
         if dtype not in cls.supported_dtypes:
             yield f"{dtype} on a GPU (it serves bfloat16 and float16)"
-        group = layer.num_heads // layer.num_kv_heads
+        sinks = sinks_of(layer)
+        if sinks is not None:
+            version = _flash_version(layer.head_size, sinks)
+            if version not in VERSIONS_WITH_SINKS:
+                yield (
+                    f"attention sinks with FlashAttention {version}, which computes prompts here "
+                    "(versions 3 and 4 have them)"
+                )
+            if sinks.dtype != dtype:
+                yield f"attention sinks in {sinks.dtype} of a model in {dtype}"
         if torch.cuda.is_available():
             yield from kv_ops.lacking_shared_memory(layer.head_size, cls.bits, group)
 

@@ -181,9 +181,13 @@ class Kernels(Protocol):
         longest_key: int,
         is_causal: bool,
         window: int | None,
+        has_sinks: bool,
         out: torch.Tensor | None = None,
     ) -> Any:
-        """Attend: returns the result and its log-sum-exp [Hq, T], or writes the result to `out`."""
+        """Attend: returns the result and its log-sum-exp [Hq, T], or writes the result to `out`.
+
+        has_sinks  whether the layer's sinks, if it has any, are counted, in both
+        """
 
     def merge(
         self,
@@ -232,6 +236,7 @@ def attend_prefill(
                 longest_key=piece.longest,
                 is_causal=True,
                 window=window,
+                has_sinks=True,
                 out=out[piece.tokens],
             )
         return
@@ -246,6 +251,7 @@ def attend_prefill(
         longest_key=plan.max_query_len,
         is_causal=True,
         window=window,
+        has_sinks=True,
     )
     if not plan.pieces:
         attend_to_each_other(out=out)
@@ -263,6 +269,7 @@ def attend_prefill(
             longest_key=piece.longest,
             is_causal=False,
             window=None,
+            has_sinks=False,  # once is enough
         )
         merged, merged_lse = torch.empty_like(part), torch.empty_like(part_lse)
         before, before_lse = attended[piece.tokens], lse[:, piece.tokens].contiguous()

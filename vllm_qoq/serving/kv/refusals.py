@@ -14,6 +14,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm_qoq.checkpoint.kv_config import KVCache
 from vllm_qoq.errors import UserError
 from vllm_qoq.numerics.kv_layout import BLOCK_MULTIPLE, HEAD_SIZES
+from vllm_qoq.serving.kv.scores import sinks_of, soft_cap_of
 from vllm_qoq.serving.vllm_versions import backends_size_pages
 
 REMEDY = 'serve with vLLM\'s own cache: --additional-config \'{"qoq": {"kv_bits": 16}}\''
@@ -29,15 +30,21 @@ def check_engine(vllm_config: VllmConfig) -> None:
 def check_layer(
     layer: nn.Module,
     prefix: str,
-    use_hadamard: bool,
+    kv_cache: KVCache,
     of_device: Callable[[Attention], Iterator[str]],
 ) -> None:
     """Raise UserError for a kind of attention that the quantized cache does not serve.
 
     of_device  lists what the device does not serve besides
     """
-    for what in chain(_layer_obstacles(layer, use_hadamard), of_device(cast(Attention, layer))):
+    obstacles = _layer_obstacles(layer, kv_cache.hadamard)
+    for what in chain(obstacles, of_device(cast(Attention, layer))):
         raise UserError(f"{prefix}: the quantized KV cache does not serve {what}; {_LAYER_REMEDY}")
+    for what in _k_mean_obstacles(layer) if kv_cache.k_mean else ():
+        raise UserError(
+            f"{prefix}: the quantized KV cache does not serve a mean of K with {what}, "
+            f"which see it; quantize the model with --no-k-mean, {_LAYER_REMEDY}"
+        )
 
 
 def check_mixed_windows(kv_cache: KVCache, vllm_config: VllmConfig) -> None:
@@ -83,10 +90,13 @@ def _layer_obstacles(layer: Any, use_hadamard: bool) -> Iterator[str]:
         yield f"a Hadamard rotation of head size {layer.head_size}, which is no power of two"
     if layer.kv_sharing_target_layer_name is not None:
         yield f"a cache shared with {layer.kv_sharing_target_layer_name}"
-    impl = layer.impl
-    if getattr(impl, "alibi_slopes", None) is not None or layer.use_alibi_sqrt:
+    if getattr(layer.impl, "alibi_slopes", None) is not None or layer.use_alibi_sqrt:
         yield "ALiBi"
-    if getattr(impl, "logits_soft_cap", None):
-        yield f"scores capped at {impl.logits_soft_cap}"
-    if layer.has_sink:
+
+
+def _k_mean_obstacles(layer: Any) -> Iterator[str]:
+    # A mean moves all scores of a query alike, which softmax alone does not see.
+    if soft_cap_of(layer):
+        yield f"scores capped at {soft_cap_of(layer):g}"
+    if sinks_of(layer) is not None:
         yield "attention sinks"
