@@ -206,6 +206,7 @@ PICTURES: dict[str, Callable[[], Any]] = {
     "portable_h200": portable_h200,
     "attention_h200": attention_h200,
     "accuracy_smollm2_135m": lambda: accuracy("smollm2_135m", "SmolLM2-135M-Instruct"),
+    "accuracy_llama_19m": lambda: accuracy("llama_19m", "Llama of 19 million parameters"),
     "accuracy_llama_19m_outliers": lambda: accuracy(
         "llama_19m_outliers", "Llama of 19 million parameters with injected outliers"
     ),
