@@ -11,7 +11,7 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 from vllm_qoq.bench.evaluate.float_model import FloatModel
 from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.models.table import LayerNames, with_names
-from vllm_qoq.quantizer import QuantizeError, keys
+from vllm_qoq.quantizer import QuantizeError, calibrate_kv, keys
 from vllm_qoq.quantizer.attention import capped, fused_attention
 from vllm_qoq.quantizer.evaluate import _simulated_cache, perplexity
 from vllm_qoq.quantizer.load import load_model
@@ -149,3 +149,17 @@ def test_a_bias_of_channels_that_do_not_turn_goes_with_the_mean_of_k():
         ("is still", False): True,
         ("is still", True): False,
     }
+
+
+def test_the_mean_of_k_is_left_out_where_scores_are_capped():
+    names = with_names()["Gemma2ForCausalLM"]
+    assert not QuantizeOptions.parse({}, "options").of_model(names).k_mean
+    with pytest.raises(QuantizeError, match="k_mean: scores are capped"):
+        QuantizeOptions.parse({"k_mean": True}, "options").of_model(names)
+    assert QuantizeOptions.parse({"kv_bits": 16}, "options").of_model(names).k_mean
+
+
+def test_calibrate_kv_refuses_capped_scores(tiny_model, tmp_path):
+    model = tiny_models.write("Gemma2ForCausalLM", tmp_path / "model", tiny_model)
+    with pytest.raises(QuantizeError, match="serve the model as it is, with `kv_bits`"):
+        calibrate_kv._options(calibrate_kv.open_source(model), None, None, 8, 64)

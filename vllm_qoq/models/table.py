@@ -67,6 +67,7 @@ class LayerNames:
     neighbor_pairs    whether RoPE turns the channels 2 i and 2 i + 1 of a head, not i and i + R / 2
     is_rope_partial   whether RoPE turns the first R channels of a head alone, where `config.json`
                       says so
+    has_capped_scores whether attention bounds its scores, c tanh(score / c)
     activation        of the MLP, down(activation(gate(x)) * up(x))
     """
 
@@ -94,6 +95,7 @@ class LayerNames:
     has_heads_first: bool = False
     neighbor_pairs: bool = False
     is_rope_partial: bool = False
+    has_capped_scores: bool = False
     activation: str = "silu"
 
     @property
@@ -272,7 +274,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         _mlp(),
         is_tied=True,
         defaults=_GEMMA_HEADS,
-        names=LayerNames(has_head=False, **_GEMMA_NAMES, **_FOUR_NORMS_NAMES),
+        names=LayerNames(
+            has_head=False, has_capped_scores=True, **_GEMMA_NAMES, **_FOUR_NORMS_NAMES
+        ),
         type="gemma2",
     ),
     "Gemma3ForCausalLM": Architecture(

@@ -41,7 +41,7 @@ from vllm_qoq.progress import Clock, Progress
 from vllm_qoq.quantizer import QuantizeError
 from vllm_qoq.quantizer.gguf_source import convert
 from vllm_qoq.quantizer.inputs import Inputs, check_model
-from vllm_qoq.quantizer.options import QuantizeOptions
+from vllm_qoq.quantizer.options import NO_MEAN_UNDER_A_CAP, QuantizeOptions
 from vllm_qoq.text_file import check_text
 
 if TYPE_CHECKING:
@@ -211,6 +211,11 @@ def _options(
     seqlen: int,
 ) -> QuantizeOptions:
     """Complete the options by what the checkpoint says; QuantizeError for what cannot be."""
+    if source.inputs.names.has_capped_scores:
+        raise QuantizeError(
+            f"{source.checkpoint.path}: {NO_MEAN_UNDER_A_CAP}; serve the model as it is, with "
+            "`kv_bits` in --additional-config"
+        )
     if kv_bits == UNQUANTIZED:
         raise QuantizeError("kv_bits 16: such a cache keeps keys as they are; give 4, k8v4 or 8")
     before = source.section.kv_cache if source.section is not None else None

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vllm_qoq.quantizer.sets import SetKind
 
 SetName = Literal["w8a8", "w4a8", "w4a16"]
+NO_MEAN_UNDER_A_CAP = "scores are capped, so that leaving out the mean of K would change them"
 STEPS = ("rotate", "k_mean", "smooth_attention", "smooth_outputs", "reorder", "clip", "gptq")
 """The options that switch a step on or off, in the order of the steps."""
 
@@ -123,6 +124,10 @@ class QuantizeOptions(BaseModel):
                 "lm_head_bits: vLLM takes no lm_head but the embedding for this model, so none can "
                 "be int8; give 16"
             )
+        if names.has_capped_scores and self.has_k_mean:
+            if "k_mean" in self.model_fields_set:
+                raise QuantizeError(f"k_mean: {NO_MEAN_UNDER_A_CAP}; leave it out")
+            return self.model_copy(update={"k_mean": False}).of_model(names)
         if names.fixed_stream is None or not self.turns_stream:
             return self
         if "rotate" in self.model_fields_set:

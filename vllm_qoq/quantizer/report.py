@@ -13,7 +13,7 @@ from vllm_qoq.models.table import LayerNames
 from vllm_qoq.progress import duration, human_bytes
 from vllm_qoq.quantizer import QuantizeError
 from vllm_qoq.quantizer.gguf_source.convert import note
-from vllm_qoq.quantizer.options import STEPS, QuantizeOptions
+from vllm_qoq.quantizer.options import NO_MEAN_UNDER_A_CAP, STEPS, QuantizeOptions
 
 
 class LayerError(TypedDict):
@@ -102,9 +102,12 @@ def steps_that_ran(options: QuantizeOptions, samples: int) -> str:
 
 def left_out(names: LayerNames, options: QuantizeOptions) -> dict[str, Any]:
     """Say which steps the model cannot take, and why: {"left_out": {step: reason}}, or nothing."""
-    if names.fixed_stream is None or options.rotate != "values":
-        return {}
-    return {"left_out": {"rotation of the residual stream": names.fixed_stream}}
+    steps = {}
+    if names.fixed_stream is not None and options.rotate == "values":
+        steps["rotation of the residual stream"] = names.fixed_stream
+    if names.has_capped_scores and options.is_cache_quantized:
+        steps["mean of K"] = NO_MEAN_UNDER_A_CAP
+    return {"left_out": steps} if steps else {}
 
 
 def table(report: dict[str, Any]) -> str:
