@@ -298,10 +298,6 @@ def with_context_parallelism(config):
     config.parallel_config.decode_context_parallel_size = 2
 
 
-def with_a_hybrid_model(config):
-    config.model_config = SimpleNamespace(model="MIX", is_hybrid=True, is_mm_prefix_lm=False)
-
-
 def with_another_device(config):
     config.device_config.device_type = "xpu"
 
@@ -311,7 +307,6 @@ def with_another_device(config):
     [
         (with_speculation, "speculative decoding"),
         (with_context_parallelism, "decode-context-parallel"),
-        (with_a_hybrid_model, "hybrid models such as MIX"),
         (with_another_device, "not on xpu.*kv_bits"),
     ],
 )
@@ -320,6 +315,17 @@ def test_engines_that_are_not_served_are_refused(engine_config, change, message)
     change(config)
     with pytest.raises(UserError, match=message), tensor_parallel(0, 1, config):
         kv_config(KV4).kv_cache()
+
+
+def test_hybrid_models_need_a_vllm_whose_backends_size_pages(engine_config):
+    config = engine_config()
+    config.model_config = SimpleNamespace(model="MIX", is_hybrid=True, is_mm_prefix_lm=False)
+    with tensor_parallel(0, 1, config):
+        if backends_size_pages():
+            assert kv_config(KV4).kv_cache() is not None
+            return
+        with pytest.raises(UserError, match=r"hybrid models such as MIX.*0\.32.*kv_bits"):
+            kv_config(KV4).kv_cache()
 
 
 @pytest.mark.parametrize(

@@ -69,8 +69,9 @@ def _engine_obstacles(vllm_config: VllmConfig) -> Iterator[tuple[str, str]]:
         yield "speculative decoding", "leave out --speculative-config"
     if parallel.decode_context_parallel_size > 1:
         yield "--decode-context-parallel-size", "leave it out"
-    if model is not None and model.is_hybrid:
-        yield f"hybrid models such as {model.model}", "use a model of attention layers only"
+    # Before, the pages of all layers are as long as those of attention in 16 bits would be.
+    if model is not None and model.is_hybrid and not backends_size_pages():
+        yield f"hybrid models such as {model.model} in this vLLM", "upgrade it to 0.32"
     if model is not None and model.is_mm_prefix_lm:
         yield f"attention in both directions as in {model.model}", "use a causal model"
 
