@@ -168,8 +168,8 @@ def _check_tensors(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
             )
         if config.get("quant_method") == QOQ_LINEAR and leaf in QUANTIZED_LEAVES:
             raise FormatError(
-                f"{info.file}: {name}: an expert of a {QOQ_LINEAR} set, which is not served yet; "
-                "quantize without experts, or take another method for the set"
+                f"{info.file}: {name}: an expert of a {QOQ_LINEAR} set, which merge does not take "
+                "yet; quantize without experts, or take another method for the set"
             )
 
 

@@ -1,4 +1,5 @@
 // int8 codes, scale and row sum of every token, as `reference.quantize_per_token`, bit for bit.
+#include "gemm/w4a8_config.h"
 #include "ops.h"
 #include "quantize/rows.cuh"
 
@@ -43,8 +44,10 @@ void quantize(const char* op, const Tensor& x, const Target& out) {
   if (type == ScalarType::Half) return dispatch<__half>(x, out, stream);
   if constexpr (std::is_same_v<Target, QuantizedRows>)
     if (type == ScalarType::Float) return dispatch<float>(x, out, stream);
-  STD_TORCH_CHECK(false, op, ": x is ", torch::headeronly::toString(type),
-                  ", expected BFloat16, Half or Float");
+  constexpr const char* kExpected =
+      std::is_same_v<Target, QuantizedRows> ? "BFloat16, Half or Float" : "BFloat16 or Half";
+  STD_TORCH_CHECK(false, op, ": x is ", torch::headeronly::toString(type), ", expected ",
+                  kExpected);
 }
 
 }  // namespace
@@ -62,6 +65,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize_for_experts(const Tensor& x, const T
   STD_TORCH_CHECK(rows.dim() == 2 && tile_expert.dim() == 1, kExpertsOp, ": rows is ",
                   shape_text(rows), " and tile_expert ", shape_text(tile_expert),
                   ", expected [tokens, experts of a token] and [tiles]");
+  STD_TORCH_CHECK(std::ranges::count(w4a8::kExpertTiles, tile) == 1, kExpertsOp, ": tiles of ",
+                  tile, " rows, expected 16, 64 or 128");
   const int device = device_of(x);
   check_tensor(kExpertsOp, "rows", rows, device, ScalarType::Int, {x.size(0), rows.size(1)}, 4);
   QuantizedTensors out(x, tile * tile_expert.size(0), x.size(1));

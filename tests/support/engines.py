@@ -9,6 +9,7 @@ from typing import Any
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 from vllm import LLM, SamplingParams
+from vllm.distributed import parallel_state
 from vllm.model_executor.models import registry
 from vllm.platforms import current_platform
 
@@ -38,8 +39,19 @@ def engine(checkpoint: Path, qoq: dict[str, Any] | None = None, **options: Any) 
     } | options
     key = f"{checkpoint} {sorted(options.items(), key=str)}"
     if key not in _engines:
+        _have_expert_group()
         _engines[key] = LLM(str(checkpoint), **options)
     return _engines[key]
+
+
+def _have_expert_group() -> None:
+    """Let a mixture of experts be served in this process, whatever engine it had first.
+
+    vLLM makes the group of ranks among which experts are divided for the first engine alone, and
+    only if that has experts. Here all groups are of this one process.
+    """
+    if parallel_state._TP is not None and parallel_state._EP is None:
+        parallel_state._EP = parallel_state._TP
 
 
 def generate(llm: LLM, prompts: tuple[str, ...] = PROMPTS, max_tokens: int = 12) -> Generation:

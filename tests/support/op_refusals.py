@@ -400,7 +400,9 @@ def _of_experts() -> Iterator[Refusal]:
     yield refusal(op, "rows flat", text, rows=torch.flatten)
     text = f"rows is Int [{M - 1}, 2], expected Int [{M}, 2]"
     yield refusal(op, "rows short", text, rows=lambda rows: rows[1:])
-    yield refusal(op, "x float", "x is Float, expected BFloat16", x=lambda x: x.float())
+    text = "x is Float, expected BFloat16 or Half"
+    yield refusal(op, "x float", text, x=lambda x: x.float())
+    yield refusal(op, "tile", "tiles of 8 rows, expected 16, 64 or 128", tile=lambda _: 8)
     op = "silu_and_mul_quantize_experts"
     yield refusal(op, "x float", "x is Float, expected BFloat16 or Half", x=lambda x: x.float())
     text = f"x is [{TILE}, {2 * K - 1}], expected gate and up side by side, [M, 2 K]"

@@ -19,24 +19,15 @@ class Experts:
         self.experts, self.n = experts, n
         self.residual = self.use_residual = self.channel_zero = None
         self.workspace = linear_ops.workspace(device) if device.type == "cuda" else None
-        q = torch.randint(0, 16, (experts, n, k))
-        self.channel_scale = (torch.rand(experts * n) * 0.02 + 1e-3).to(device)
-        groups = [()] * experts
-        w8 = q
+        self.channel_scale = torch.rand(experts * n, device=device) * 0.02 + 1e-3
         if weights == "channel":
-            self.channel_zero = (torch.rand(experts * n) * 0.1 - 0.02).to(device)
-        else:
-            scale = torch.randint(1, 17, (experts, n, k // 128))
-            offset = -128 + (torch.rand(scale.shape) * (256 - 15 * scale)).long()
-            w8 = (q.view(*scale.shape, 128) * scale[..., None] + offset[..., None]).view(q.shape)
-            groups = list(zip(scale.to(torch.uint8), offset.to(torch.int8), strict=True))
-        self.weight = _packed(zip(map(pack_nibbles, q), groups, strict=True), device)
-        self.base_int8 = self.int8 = w8.to(torch.int8).to(device)
+            self.channel_zero = torch.rand(experts * n, device=device) * 0.1 - 0.02
+        made = [_expert(n, k, weights, device) for _ in range(experts)]
+        self.weight = torch.cat([one["weight"] for one in made])
+        self.base_int8 = torch.stack([one["base_int8"] for one in made])
+        self.int8 = torch.stack([one["int8"] for one in made])
         if weights == "nested":
-            nested = (w8 + torch.randint(-8, 8, w8.shape)).clamp(-128, 127)
-            self.int8 = nested.to(torch.int8).to(device)
-            residual = map(pack_nibbles, nested - w8 + 8)
-            self.residual = _packed(((one, ()) for one in residual), device)
+            self.residual = torch.cat([one["residual"] for one in made])
 
     def __call__(self, codes, scale, row_sum, tiles, tile_expert, bias=None, dtype=torch.bfloat16):
         return torch.ops.qoq.w4a8_gemm_experts(
@@ -58,8 +49,24 @@ class Experts:
         )
 
 
-def _packed(layers, device):
-    return torch.cat([w4a8_layout.pack(codes, *groups) for codes, groups in layers]).to(device)
+def _expert(n, k, weights, device):
+    """One expert, in int16 as long as it is made: all of a real layer would take gigabytes."""
+    q = torch.randint(0, 16, (n, k), dtype=torch.int16, device=device)
+    if weights == "channel":
+        int8 = q.to(torch.int8)
+        return {"weight": w4a8_layout.pack(pack_nibbles(q)), "base_int8": int8, "int8": int8}
+    scale = torch.randint(1, 17, (n, k // 128), dtype=torch.int16, device=device)
+    room = torch.rand(scale.shape, device=device) * (256 - 15 * scale)
+    offset = room.to(torch.int16) - 128
+    w8 = (q.view(n, -1, 128) * scale[..., None] + offset[..., None]).view(n, k)
+    groups = scale.to(torch.uint8), offset.to(torch.int8)
+    made = {"weight": w4a8_layout.pack(pack_nibbles(q), *groups), "base_int8": w8.to(torch.int8)}
+    if weights != "nested":
+        return made | {"int8": made["base_int8"]}
+    change = torch.randint(-8, 8, w8.shape, dtype=torch.int16, device=device)
+    nested = (w8 + change).clamp(-128, 127)
+    residual = w4a8_layout.pack(pack_nibbles(nested - w8 + 8))
+    return made | {"int8": nested.to(torch.int8), "residual": residual}
 
 
 def some_ids(kind, tokens, each, experts, device):
@@ -103,8 +110,12 @@ def assert_exact(found, x, ids, gate_up, down, topk_weights, expert_map=None):
     assert used == int(((counts + tile - 1) // tile).sum())
 
     tokens = torch.arange(len(x), device=x.device)[:, None].expand_as(rows)[rows >= 0]
-    expected = [part[tokens] for part in reference.quantize_per_token(x)]
+    # CUDA's PyTorch divides by multiplying, which the kernels do not.
+    expected = [part.to(x.device)[tokens] for part in reference.quantize_per_token(x.cpu())]
     for got, right in zip(found["quantized"], expected, strict=True):
+        assert torch.equal(got[at], right)
+    inner = torch.ops.qoq.silu_and_mul_quantize(found["gate_up"][at])
+    for got, right in zip(found["inner"], inner, strict=True):
         assert torch.equal(got[at], right)
     for expert in owner[:used].unique().tolist():
         mine = at[owner[at // tile] == expert]

@@ -76,6 +76,21 @@ def test_every_tensor_is_stored_once_and_unchanged(monkeypatch, pair):
     assert len(ratios) == 2 * 5
 
 
+def test_norms_may_differ_in_some_layers_alone(monkeypatch, pair):
+    own = load_file(pair / "w8a8" / "model.safetensors")
+
+    def change(weights):
+        for name in weights:
+            if name.endswith(".layers.0.post_attention_layernorm.weight"):
+                weights[name] = own[name].to(weights[name].dtype)
+
+    edit(pair / "w4a16", change)
+    assert merge(monkeypatch, pair) == 0
+    ratios = {name for name in tensors(pair / "out") if name.endswith("input_ratio")}
+    assert {name.split(".")[3] for name in ratios if ".mlp." in name} == {"1"}
+    assert command(monkeypatch, "verify", pair / "out", "-q") == 0
+
+
 def test_config_and_other_files_come_along(monkeypatch, pair):
     assert merge(monkeypatch, pair, "--decode", "16:w4a16,w8a8") == 0
     config = json.loads((pair / "out" / "config.json").read_text())

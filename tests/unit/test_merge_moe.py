@@ -132,7 +132,11 @@ def of_qoq(tensors, config):
         (one_in_float, FormatError, rf"{UP}: is not quantized, but .*quantize both or neither"),
         (all_at_once, FormatError, r"experts\.up_proj: holds all experts of a layer at once"),
         (of_another_architecture, FormatError, r"DeepseekV2.*Mixtral.*Qwen2Moe.*Qwen3Moe"),
-        (of_qoq, FormatError, r"experts.*: an expert of a qoq_linear set, which is not served yet"),
+        (
+            of_qoq,
+            FormatError,
+            r"experts.*: an expert of a qoq_linear set, which merge does not take",
+        ),
     ],
 )
 def test_what_cannot_be_merged_is_named(merge, change, error, message):

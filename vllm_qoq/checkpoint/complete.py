@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 from vllm_qoq.checkpoint import constants, served, sizes
+from vllm_qoq.checkpoint.format import INPUT_RATIO
 from vllm_qoq.checkpoint.layout import weight_args
 from vllm_qoq.checkpoint.stored_set import StoredSet
 from vllm_qoq.errors import FormatError, shown
@@ -113,7 +114,8 @@ def _unlike_layers(weights: StoredSet) -> Iterator[str]:
         for is_quantized, group in groups.items():
             if is_quantized and has_schemes:
                 continue  # In mixed precision, `layout` has looked at each layer alone.
-            every = frozenset().union(*group.values())
+            # Which layers carry a ratio is listed in the section, and `verify` looks for those.
+            every = frozenset().union(*group.values()) - {INPUT_RATIO}
             for layer, leaves in sorted(group.items()):
                 for leaf in sorted(every - leaves):
                     yield f"{layer}.{leaf}: missing, other layers have it; {_REMEDY}"

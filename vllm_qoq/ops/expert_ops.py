@@ -58,8 +58,7 @@ def route_to_experts(
         )
     if not 0 < experts <= MOST_EXPERTS:
         raise ValueError(f"{_ROUTE}: {experts} experts, expected 1 to {MOST_EXPERTS}")
-    if tile not in TILES:
-        raise ValueError(f"{_ROUTE}: tiles of {tile} rows, expected {_TILES_TEXT}")
+    _check_tile(_ROUTE, tile)
     if topk_ids.numel() > _MOST_PAIRS:
         raise ValueError(
             f"{_ROUTE}: topk_ids is {list(topk_ids.shape)}, expected at most 2^26 pairs"
@@ -85,6 +84,7 @@ def quantize_for_experts(
             f"{_QUANTIZE}: rows is {list(rows.shape)} and tile_expert {list(tile_expert.shape)}, "
             "expected [tokens, experts of a token] and [tiles]"
         )
+    _check_tile(_QUANTIZE, tile)
     check_tensor(_QUANTIZE, "rows", rows, torch.int32, x.shape[0], rows.shape[1], alignment=4)
     codes, scale, row_sum = _quantized(x, tile * tile_expert.shape[0], x.shape[1])
     is_here = rows >= 0
@@ -209,6 +209,11 @@ def combine_experts(
     check_tensor(_COMBINE, "rows", rows, torch.int32, *rows.shape, alignment=4)
     check_tensor(_COMBINE, "topk_weights", topk_weights, torch.float32, *rows.shape, alignment=4)
     return reference_experts.combine(y, rows, topk_weights)
+
+
+def _check_tile(op: str, tile: int) -> None:
+    if tile not in TILES:
+        raise ValueError(f"{op}: tiles of {tile} rows, expected {_TILES_TEXT}")
 
 
 def _quantized(x: torch.Tensor, m: int, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

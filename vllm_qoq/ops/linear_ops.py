@@ -25,11 +25,12 @@ WORKSPACE_SUMS_OF_PROCESSOR = 256 * 128
 
 
 @cache
-def workspace(device: torch.device) -> torch.Tensor:
+def workspace(device: torch.device, owner: str = "layers") -> torch.Tensor:
     """Make the buffer in which the blocks of a GEMM add up what they share: int32 zeros.
 
     Every GEMM leaves it zero, so all layers use the same one; two GEMMs that run at the same
-    time in two streams need one each.
+    time in two streams need one each, of another `owner`. vLLM runs shared experts beside routed
+    ones.
     """
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     integers = WORKSPACE_COUNTERS + processors * WORKSPACE_SUMS_OF_PROCESSOR

@@ -72,7 +72,12 @@ class TuneEngine:
         self._llm, self._model = llm, model
         self._vllm_config = llm.llm_engine.vllm_config
         self._steering = Steering(model)
-        self._methods = self._steering.methods
+        self._methods = self._steering.linears
+        if self._steering.experts:
+            raise FormatError(
+                f"{self._steering.experts[0].prefix}: experts in sets are not timed yet; write the "
+                "routing by hand"
+            )
         if not self._methods:
             raise FormatError("no linear layer is quantized in any set, so none can be measured")
         self._groups = _by_shape(self._methods)

@@ -129,6 +129,11 @@ class Multiplier {
   uint4 codes_[Tile::kSlabs], residual_[Tile::kSlabs] = {};
 };
 
+// Later kernels take the end of this one for that of the one before it, so a grid of experts in
+// which no block has work waits for it, too.
+__device__ inline void wait_without_work(const Params&) {}
+__device__ inline void wait_without_work(const ExpertParams&) { ptx::griddepcontrol_wait(); }
+
 // Does all of this block's pieces of work.
 template <class Tile, Weights kWeights, Weights kUsed, class Problem>
 __device__ void multiply(const Problem& p, char* shared) {
@@ -145,6 +150,7 @@ __device__ void multiply(const Problem& p, char* shared) {
       for (; step < work.end; ++step) loader.load(step);
     }
     ptx::cp_async_wait_all();  // before the thread ends
+    wait_without_work(p);
     return;
   }
   // Where all warps load, a stage is left for those that are behind.
@@ -154,7 +160,10 @@ __device__ void multiply(const Problem& p, char* shared) {
   Multiplier<Tile, kWeights, kUsed> multiplier(ring);
   RingPlace place;
   bool has_work = list.next(work);
-  if (!has_work) return;
+  if (!has_work) {
+    wait_without_work(p);
+    return;
+  }
   if constexpr (Tile::kLoadWarps == 0) {
     loader.turn_to(position<Tile>(work.tile, p));
     loader.begin(work, ahead);

@@ -124,9 +124,9 @@ class QoQExpertsMethod(FusedMoEMethodBase):
                 value = None if flat is None else Parameter(flat, requires_grad=False)
                 setattr(layer, f"{stem}_{leaf}", value)
         # A buffer, as in a linear layer, since its counters have to be zero after a sleep, too.
-        layer.register_buffer(
-            "workspace", linear_ops.workspace(device) if is_packed else None, persistent=False
-        )
+        # It is the experts' own: shared experts, which are linear layers, run in another stream.
+        workspace = linear_ops.workspace(device, "experts") if is_packed else None
+        layer.register_buffer("workspace", workspace, persistent=False)
         if is_packed:
             # The kernel fetches weights before the kernel ahead of it has ended.
             torch.cuda.synchronize(device)

@@ -134,9 +134,8 @@ class FlexMoEMethod(FusedMoEMethodBase):
         self.moe_quant_config = self._first.moe_quant_config
         self._is_finished = True
 
-    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> Any:
-        """Give the first set's; each set computes with its own."""
-        return self._first.moe_quant_config
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
+        """Give none: each set computes with its own, and vLLM would look for its weights here."""
 
     @property
     def is_monolithic(self) -> bool:
