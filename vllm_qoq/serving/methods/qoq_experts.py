@@ -80,7 +80,7 @@ class QoQExpertsMethod(FusedMoEMethodBase):
         inner, group = intermediate_size_per_partition, self.qoq_set.group_size
         self._check_size("hidden_size", hidden_size)
         self._check_size("moe_intermediate_size of a rank", inner)
-        self.experts, self.dtype = num_experts, params_dtype
+        self.experts = num_experts
         self.is_dummy = get_current_vllm_config().load_config.load_format == "dummy"
         for stem, n, k in (("w13", 2 * inner, hidden_size), ("w2", hidden_size, inner)):
             shapes = {"qweight": (torch.uint8, (n, k // 2)), "channel_scale": (torch.float32, (n,))}
