@@ -12,7 +12,7 @@ from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
 from vllm_qoq.errors import FormatError, UserError
 from vllm_qoq.routing.table import RoutingError
 from vllm_qoq.serving.methods.qoq_experts import QoQExpertsMethod
-from vllm_qoq.serving.methods.routed_experts import FlexMoEMethod
+from vllm_qoq.serving.methods.routed_experts import FlexMoEMethod, _check_parallel
 
 SETS = {"w8a8": 8, "w4a16": 4}
 WHOLE = stored(8, "w8a8.") | stored(4, "w4a16.")
@@ -186,7 +186,13 @@ def test_engines_that_share_experts_run_one_set():
     parallel = SimpleNamespace(enable_eplb=False, dp_size=2)
     layer = SimpleNamespace(moe_config=SimpleNamespace(moe_parallel_config=parallel))
     with pytest.raises(UserError, match="--data-parallel-size 2"):
-        FlexMoEMethod(layer, PREFIX, dict.fromkeys(SETS), None, None)
+        FlexMoEMethod(layer, PREFIX, {}, None, SimpleNamespace(reachable=lambda _: SETS))
+
+
+def test_engines_that_share_experts_run_a_nested_set_with_its_base():
+    parallel = SimpleNamespace(enable_eplb=False, dp_size=2)
+    layer = SimpleNamespace(moe_config=SimpleNamespace(moe_parallel_config=parallel))
+    _check_parallel(layer, PREFIX, ["w8a8"])  # the base is loaded, and no step runs in it
 
 
 def test_sets_that_answer_the_runner_differently_are_refused(monkeypatch):

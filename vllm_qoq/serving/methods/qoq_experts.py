@@ -19,14 +19,13 @@ from vllm_qoq.checkpoint.format import QOQ_LINEAR, QoQSet
 from vllm_qoq.errors import FormatError
 from vllm_qoq.numerics import reference
 from vllm_qoq.ops import expert_ops, linear_ops, w4a8_layout
+from vllm_qoq.serving.methods.dummy_values import make_valid
 from vllm_qoq.serving.vllm_versions import FusedMoEMethodBase, RoutedExperts
 
 _PER_CHANNEL = ("channel_scale", "channel_zero")
 _GROUPS = ("group_scale", "group_offset")
 # The kernels of experts have weights per channel and in these groups.
 _GROUP_SIZES = (-1, 128)
-# Scales of groups that leave room for a residual, as in a linear layer.
-_MOST_DUMMY_SCALE = 14
 
 
 @dataclass(frozen=True)
@@ -215,14 +214,3 @@ def loaded(layer: Any, stem: str) -> dict[str, torch.Tensor]:
     leaves = ("qweight", *_PER_CHANNEL, *_GROUPS)
     found = {leaf: getattr(layer, f"{stem}_{leaf}", None) for leaf in leaves}
     return {leaf: tensor.data for leaf, tensor in found.items() if tensor is not None}
-
-
-def make_valid(tensors: dict[str, torch.Tensor]) -> None:
-    """Set random codes and valid scales where `--load-format dummy` left memory as it was."""
-    tensors["qweight"].random_(0, 256)
-    tensors["channel_scale"].fill_(1e-3)
-    if "channel_zero" in tensors:
-        tensors["channel_zero"].zero_()
-    else:
-        tensors["group_scale"].random_(1, _MOST_DUMMY_SCALE + 1)
-        tensors["group_offset"].copy_(-8 * tensors["group_scale"].to(torch.int16))

@@ -35,6 +35,7 @@ from vllm_qoq.checkpoint.format import QOQ_LINEAR, QoQSet
 from vllm_qoq.errors import FormatError
 from vllm_qoq.numerics import reference
 from vllm_qoq.ops import linear_ops, w4a8_layout
+from vllm_qoq.serving.methods.dummy_values import make_valid
 from vllm_qoq.serving.methods.input_slice import GroupsOfSlice, InputSlice
 from vllm_qoq.serving.methods.qoq_experts import QoQExpertsMethod
 from vllm_qoq.serving.vllm_versions import RoutedExperts
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
 QuantizedTokens = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 _TENSORS = ("qweight", "channel_scale", "channel_zero", "group_scale", "group_offset")
-_MOST_DUMMY_SCALE = 14
 
 
 class QoQSetConfig(QuantizationConfig):
@@ -177,7 +177,7 @@ class QoQLinearMethod(LinearMethodBase):
                 """--additional-config '{"qoq": {"force_set": "w8a8"}}', or serve on the CPU"""
             )
         if self.is_dummy:
-            make_valid(layer)
+            make_valid(loaded(layer, slice(None)))
         n, half_k = layer.qweight.shape
         is_packed = device.type == "cuda"
         if is_packed:
@@ -236,7 +236,7 @@ class QoQLinearMethod(LinearMethodBase):
 
     def _packed(self, layer: LinearBase) -> torch.Tensor:
         """Bring a layer as loaded into the order of the kernels."""
-        tensors = _whole_blocks(_loaded(layer, slice(None)), self.inputs)
+        tensors = _whole_blocks(loaded(layer, slice(None)), self.inputs)
         groups = tensors.get("group_scale"), tensors.get("group_offset")
         return w4a8_layout.pack(tensors["qweight"], *groups)
 
@@ -278,7 +278,7 @@ def checked_int8(
 
     Codes among `more` are of whole blocks.
     """
-    tensors = more | _loaded(layer, rows)
+    tensors = more | loaded(layer, rows)
     try:
         _check_floats(tensors)
         return reference.int8_weight(_whole_blocks(tensors, inputs))[:, inputs.columns]
@@ -289,7 +289,7 @@ def checked_int8(
         ) from None
 
 
-def _loaded(layer: LinearBase, rows: slice) -> dict[str, torch.Tensor]:
+def loaded(layer: LinearBase, rows: slice) -> dict[str, torch.Tensor]:
     """Take rows of the tensors that a layer has as loaded, by leaf."""
     return {
         name: parameter.data[rows]
@@ -305,21 +305,6 @@ def _whole_blocks(tensors: dict[str, torch.Tensor], inputs: InputSlice) -> dict[
         if name in tensors:
             padded[name] = inputs.groups_of_blocks(tensors[name], filler)
     return padded
-
-
-def make_valid(layer: LinearBase) -> None:
-    """Set random codes and valid scales where `--load-format dummy` left memory as it was.
-
-    The int8 weights lie within -112 and 98, which leaves room for a residual. Zeros would take a
-    GPU less power than a model's weights, and so benchmarks would be too fast.
-    """
-    layer.qweight.data.random_(0, 256)
-    layer.channel_scale.data.fill_(1e-3)
-    if layer.channel_zero is not None:
-        layer.channel_zero.data.zero_()
-    else:
-        layer.group_scale.data.random_(1, _MOST_DUMMY_SCALE + 1)
-        layer.group_offset.data.copy_(-8 * layer.group_scale.data.to(torch.int16))
 
 
 def _check_floats(tensors: Mapping[str, torch.Tensor]) -> None:

@@ -27,6 +27,7 @@ from vllm_qoq.errors import FormatError
 from vllm_qoq.numerics import reference
 from vllm_qoq.numerics.packing import unpack_nibbles
 from vllm_qoq.ops import w4a8_layout
+from vllm_qoq.serving.methods.dummy_values import make_valid
 from vllm_qoq.serving.methods.input_slice import InputSlice
 from vllm_qoq.serving.methods.qoq_experts import QoQExpertsMethod
 from vllm_qoq.serving.methods.qoq_linear import (
@@ -35,7 +36,7 @@ from vllm_qoq.serving.methods.qoq_linear import (
     QoQSetConfig,
     QuantizedTokens,
     checked_int8,
-    make_valid,
+    loaded,
 )
 from vllm_qoq.serving.methods.qoq_residual_experts import QoQResidualExpertsMethod
 from vllm_qoq.serving.vllm_versions import RoutedExperts
@@ -125,7 +126,7 @@ class QoQResidualMethod(QoQLinearMethod):
             return
         device = layer.qresidual.device
         if self.base_method.is_dummy:
-            make_valid(stored)
+            make_valid(loaded(stored, slice(None)))
             layer.qresidual.data.random_(0, 256)
         n, half_k = layer.qresidual.shape
         is_packed = device.type == "cuda"

@@ -12,11 +12,11 @@ import torch
 from torch.nn import Parameter
 
 from vllm_qoq.ops import w4a8_layout
+from vllm_qoq.serving.methods.dummy_values import make_valid
 from vllm_qoq.serving.methods.qoq_experts import (
     ExpertWeights,
     QoQExpertsMethod,
     loaded,
-    make_valid,
 )
 from vllm_qoq.serving.vllm_versions import RoutedExperts
 

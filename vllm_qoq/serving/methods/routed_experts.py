@@ -7,7 +7,7 @@ vLLM's own, or any other `FusedMoEMethodBase`, which creates, loads and computes
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -72,7 +72,7 @@ class FlexMoEMethod(FusedMoEMethodBase):
         policy: Policy,
     ) -> None:
         super().__init__(layer.moe_config)
-        _check_parallel(layer, prefix, sets)
+        _check_parallel(layer, prefix, sorted(policy.reachable(route)))
         self.prefix, self.sets = prefix, sets
         self.route, self.policy = route, policy
         self.key = f"{prefix}.qoq"
@@ -300,8 +300,11 @@ def named_refusals(prefix: str, set_name: str) -> Iterator[None]:
         ) from error
 
 
-def _check_parallel(layer: RoutedExperts, prefix: str, sets: dict[str, ExpertsMethod]) -> None:
-    """Raise UserError where the engine spreads experts in a way that routing cannot follow."""
+def _check_parallel(layer: RoutedExperts, prefix: str, sets: Sequence[str]) -> None:
+    """Raise UserError where the engine spreads experts in a way that routing cannot follow.
+
+    sets  those that steps run in; a base that only a nested set reads is none of them
+    """
     parallel = layer.moe_config.moe_parallel_config
     if parallel.enable_eplb:
         raise UserError(
