@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-_NAMES = ("weight", "weight_packed")
+# Of linear layers, and of the two layers that all experts have together.
+_NAMES = tuple(f"{of}{name}" for of in ("", "w13_", "w2_") for name in ("weight", "weight_packed"))
 _OURS = "vllm_qoq."
 # Standard deviation: fp8 goes to 448, and quantized weights use the range.
 _FP8_DEVIATION = 100
