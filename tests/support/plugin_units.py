@@ -71,6 +71,7 @@ def tensor_parallel(rank: int, size: int, config: VllmConfig) -> Iterator[None]:
     """Build and load layers as rank `rank` of `size`, without any process group."""
     modules = (
         "vllm.model_executor.layers.linear",
+        "vllm.model_executor.layers.vocab_parallel_embedding",
         "vllm.model_executor.parameter",
         "vllm.distributed.parallel_state",
         "vllm.distributed",

@@ -1,6 +1,7 @@
 """`vllm-qoq bench serving` and `bench table` without an engine, and the mistakes of users."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -34,15 +35,19 @@ from vllm_qoq.bench.serving.random_weights import RandomWeights
 from vllm_qoq.bench.serving.records import Facts, Line, Measured, read
 from vllm_qoq.bench.serving.shapes import SHAPES
 from vllm_qoq.bench.serving.work import close, opened
+from vllm_qoq.checkpoint import methods
 from vllm_qoq.checkpoint.format import Section
 from vllm_qoq.checkpoint.kv_config import Bits
+from vllm_qoq.errors import FormatError
 from vllm_qoq.models.linears import linear_layers
+from vllm_qoq.models.table import ARCHITECTURES
 from vllm_qoq.numerics.kv_layout import slot_bytes
 
 LENGTHS = Lengths(1024, 512)
 LIMITS = Limits(4e12, {"bf16": 8e14, "int8": 15e14, "fp8": 14e14})
 PACKAGES = {"torch": "2.11.0", "vllm": "0.26.0"}
 TINY = DATA / "tiny-llama"
+ROUTERS = {"mixtral-8x7b": "block_sparse_moe.gate", "qwen3-30b-a3b": "mlp.gate"}
 NAMES = ("fp8-kvfp8", "w4a8-head8-kv4")
 
 
@@ -97,12 +102,28 @@ def table_command(monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_every_shape_is_a_model_that_we_quantize(name):
-    """Their parameters are as many as the models' names say."""
+def test_every_shape_has_as_many_parameters_as_its_name_says(name):
     model = Model.of(SHAPES[name].config())
-    billions = (model.weights + 2 * model.head_weights) / 1e9
-    said = float(name.split("-")[-1].removesuffix("b"))
-    assert 0.9 * said < billions < 1.14 * said
+    # Experts of Mixtral share the attention.
+    said = 46.7 if name == "mixtral-8x7b" else float(re.search(r"-([\d.]+)b", name)[1])
+    others = model.weights + model.routers + 2 * model.head_weights
+    assert 0.9 * said < (others + model.experts) / 1e9 < 1.14 * said
+    if active := re.search(r"-a(\d+)b", name):
+        said = float(active[1])
+        assert 0.9 * said < (others + model.experts * model.share) / 1e9 < 1.14 * said
+
+
+@pytest.mark.parametrize("weights", [name for name in formats.WEIGHTS if name != "bf16"])
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "qwen3-30b-a3b", "llama-2-7b"])
+def test_every_format_quantizes_all_linear_layers_and_no_router(weights, name):
+    config = {**SHAPES[name].config(), "num_hidden_layers": 1}
+    section = formats.parse(weights).config(config)["quantization_config"]
+    section = section["sets"]["w4a8"] if formats.WEIGHTS[weights].is_ours else section
+    found = methods.parse(section)
+    layers = linear_layers(config, "measured", ARCHITECTURES).linears
+    kept = {one for one in layers if not found.quantizes(methods.Unit.of(one, layers), ())}
+    router = ROUTERS.get(name)
+    assert kept == ({f"model.layers.0.{router}"} if router else set())
 
 
 @pytest.mark.parametrize("weights", formats.WEIGHTS)
@@ -168,6 +189,50 @@ def test_the_floor_of_a_step_is_its_bytes_or_its_operations():
     assert one == pytest.approx(bytes_ / 4e12)
     many = floor.step_seconds(model, ours, LIMITS, 1024, 0)
     assert many == pytest.approx(2 * (model.weights + model.head_weights) * 1024 / 15e14)
+
+
+def test_the_floor_of_a_mixture_reads_the_experts_of_its_tokens():
+    model, ours = Model.of(SHAPES["qwen3-30b-a3b"].config()), formats.parse("w4a8-kv4")
+    assert (model.experts, model.share) == (48 * 128 * 3 * 2048 * 768, 8 / 128)
+    assert model.routers == 48 * 128 * 2048
+    assert model.weights == 48 * (2 * 32 + 2 * 4) * 128 * 2048
+    one = floor.step_seconds(model, ours, LIMITS, 1, 0)
+    read = (model.weights + model.experts / 16) * 4.125 / 8
+    assert one == pytest.approx((read + 2 * (model.routers + model.head_weights)) / 4e12)
+    limits = LIMITS._replace(copy_rate=1e30)
+    many = floor.step_seconds(model, ours, limits, 64, 0)
+    in_float = 2 * 64 * (model.routers + model.head_weights) / 8e14
+    assert many == pytest.approx(2 * 64 * (model.weights + model.experts / 16) / 15e14 + in_float)
+    prompt = floor.prompt_seconds(model, ours, LIMITS, 1)
+    attention = 2 * 32 * 128 * 48 / 8e14
+    routers = 2 * model.routers / 8e14
+    products = 2 * (model.weights + model.experts / 16) / 15e14
+    assert prompt == pytest.approx(products + routers + attention)
+
+
+@pytest.mark.parametrize("batch", [1, 16, 64])
+def test_a_step_reads_as_many_experts_as_random_tokens_have(batch):
+    model, random = Model.of(SHAPES["qwen3-30b-a3b"].config()), torch.Generator().manual_seed(0)
+    chosen = torch.rand(200, batch, 128, generator=random).topk(8).indices.flatten(1)
+    distinct = torch.zeros(200, 128).scatter_(1, chosen, 1).sum(1).mean().item()
+    assert model.experts_read(batch) / model.experts == pytest.approx(distinct / 128, 0.01)
+
+
+def test_all_tokens_go_through_shared_experts_and_dense_layers():
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+    config = {
+        **SHAPES["qwen2.5-7b"].config(),
+        **{"architectures": ["Qwen2MoeForCausalLM"], "num_hidden_layers": 2},
+        **{"shared_expert_intermediate_size": 512, "mlp_only_layers": [0], **sizes},
+    }
+    model, dense = Model.of(config), Model.of(SHAPES["qwen2.5-7b"].config())
+    mlp = 3 * 3584 * 18944
+    assert model.weights == 2 * (dense.weights // 28 - mlp) + mlp + 3 * 3584 * 512
+    assert model.experts == 4 * 3 * 3584 * 256
+    assert model.routers == (4 + 1) * 3584
+    for chosen in (None, 0, 5, "2"):
+        with pytest.raises(FormatError, match=r"num_experts_per_tok: .* its 4 experts"):
+            Model.of({**config, "num_experts_per_tok": chosen})
 
 
 def test_the_floor_counts_prompts_and_steps():

@@ -18,7 +18,7 @@ PACKAGES = ("vllm_qoq/", "merge_tools/")
 VLLM_AT = (
     *("vllm_qoq/serving/", "vllm_qoq/tuner/vllm_engine.py"),
     *("vllm_qoq/bench/perplexity.py", "vllm_qoq/bench/serving/engine.py"),
-    "vllm_qoq/bench/evaluate/engine.py",
+    *("vllm_qoq/bench/evaluate/engine.py", "vllm_qoq/bench/serving/random_weights.py"),
 )
 # The benchmark times vLLM's kernels, and imports them when it runs.
 VLLM_PEERS = "vllm_qoq/bench/peers.py"

@@ -2,9 +2,11 @@
 
 A decode step reads the linear layers and the lm_head once, for all sequences, and the cache of each
 sequence; it multiplies every weight once for each sequence. A prompt multiplies every weight of the
-linear layers once for each of its tokens, and its tokens with those before them. Each part takes
-its bytes at the speed of a copy or its operations at the measured rate of their type, whichever is
-longer. Norms, RoPE, sampling and the embedding count as nothing.
+linear layers once for each of its tokens, and its tokens with those before them. Of a mixture of
+experts each token is multiplied with its own, and a step reads those that any of its tokens has:
+as many as there are on average if a router chooses each expert as often as any other. Each part
+takes its bytes at the speed of a copy or its operations at the measured rate of their type,
+whichever is longer. Norms, RoPE, sampling and the embedding count as nothing.
 """
 
 from __future__ import annotations
@@ -16,8 +18,12 @@ from typing import Any, NamedTuple
 
 from vllm_qoq.bench.serving.cases import Lengths
 from vllm_qoq.bench.serving.formats import CACHES, OUR_CACHES, SCALES_BYTES, Format
+from vllm_qoq.errors import FormatError, shown
+from vllm_qoq.models.config import CONFIG
 from vllm_qoq.models.linears import linear_layers
-from vllm_qoq.models.table import architecture_of
+from vllm_qoq.models.table import ARCHITECTURES, REMEDY, architecture_of
+
+_CHOSEN = "num_experts_per_tok"
 
 
 class Limits(NamedTuple):
@@ -35,12 +41,18 @@ class Limits(NamedTuple):
 class Model:
     """The sizes of a model that its floor depends on.
 
-    weights        weights of the linear layers
+    weights        weights of the linear layers that all tokens go through
+    experts        weights of all experts of all layers
+    share          share of the experts of a layer that a token goes through
+    routers        weights in float that say where: of routers and the gates of shared experts
     head_weights   weights of the lm_head
     layers         layers with attention
     """
 
     weights: int
+    experts: int
+    share: float
+    routers: int
     head_weights: int
     layers: int
     heads: int
@@ -50,12 +62,24 @@ class Model:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Model:
         """Read a model's `config.json`; FormatError for one that is not in the table of models."""
-        linears = linear_layers(config, "measured against a floor").linears
+        linears = linear_layers(config, "measured against a floor", ARCHITECTURES).linears
         layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
         architecture = architecture_of(config)
-        defaults = architecture.defaults if architecture else {}
+        assert architecture is not None
+        defaults, mixture = architecture.defaults, architecture.experts
+        count, share = {"weights": 0, "experts": 0, "routers": 0}, 0.0
+        for name, shape in linears.items():
+            kind = "weights"
+            if mixture is not None and f".{mixture.prefix}." in name:
+                kind = "experts"
+            elif mixture is not None and name.endswith(f".{mixture.router}"):
+                kind, share = "routers", _share(config, shape[0])
+            elif shape[0] == 1:  # the gate of a shared expert
+                kind = "routers"
+            count[kind] += math.prod(shape)
         return cls(
-            weights=sum(math.prod(shape) for shape in linears.values()),
+            **count,
+            share=share,
             head_weights=int(config["vocab_size"]) * int(config["hidden_size"]),
             layers=layers,
             heads=heads,
@@ -64,6 +88,15 @@ class Model:
             ),
             head_size=int(config.get("head_dim") or int(config["hidden_size"]) // heads),
         )
+
+    def experts_read(self, tokens: int) -> float:
+        """Count the weights of the experts that any of `tokens` tokens goes through, on average."""
+        return self.experts * (1 - (1 - self.share) ** tokens)
+
+    @property
+    def weights_of_a_token(self) -> float:
+        """Count the weights of the linear layers that a token is multiplied with."""
+        return self.weights + self.experts * self.share
 
     def cache_bytes(self, cache: str) -> float:
         """Count the bytes of a token in a cache of CACHES."""
@@ -78,11 +111,19 @@ def step_seconds(model: Model, how: Format, limits: Limits, batch: int, context:
     linears = _longer(
         limits, model.weights * weights.step_bits / 8, 2 * model.weights * batch, weights.inputs
     )
+    experts = _longer(
+        limits,
+        model.experts_read(batch) * weights.step_bits / 8,
+        2 * model.experts * model.share * batch,
+        weights.inputs,
+    )
+    routers = _longer(limits, 2 * model.routers, 2 * model.routers * batch, "bf16")
     head = _longer(
         limits, model.head_weights * weights.head_bits / 8, 2 * model.head_weights * batch,
         head_inputs,
     )  # fmt: skip
-    return linears + head + batch * context * model.cache_bytes(how.cache) / limits.copy_rate
+    cache = batch * context * model.cache_bytes(how.cache) / limits.copy_rate
+    return linears + experts + routers + head + cache
 
 
 def prompt_seconds(model: Model, how: Format, limits: Limits, tokens: int) -> float:
@@ -90,8 +131,8 @@ def prompt_seconds(model: Model, how: Format, limits: Limits, tokens: int) -> fl
     # Two products over half of the pairs of tokens, as each sees only those before it.
     attention = 2 * 2 * tokens**2 / 2 * model.heads * model.head_size * model.layers
     return (
-        2 * model.weights * tokens / limits.operations[how.weights.inputs]
-        + attention / limits.operations["bf16"]
+        2 * model.weights_of_a_token * tokens / limits.operations[how.weights.inputs]
+        + (2 * model.routers * tokens + attention) / limits.operations["bf16"]
     )
 
 
@@ -107,3 +148,14 @@ def tokens_per_second(
 
 def _longer(limits: Limits, bytes_: float, operations: float, inputs: str) -> float:
     return max(bytes_ / limits.copy_rate, operations / limits.operations[inputs])
+
+
+def _share(config: Mapping[str, Any], experts: int) -> float:
+    """Read what share of its experts a token goes through; FormatError for an impossible one."""
+    chosen = config.get(_CHOSEN)
+    if type(chosen) is not int or not 0 < chosen <= experts:
+        raise FormatError(
+            f"{CONFIG}: {_CHOSEN}: {shown(chosen)} is not a number of its {experts} experts; "
+            f"{REMEDY}"
+        )
+    return chosen / experts

@@ -8,11 +8,13 @@ bits and values of 4. Without any of these the cache is in the model's dtype.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from vllm_qoq.bench import BenchError
+from vllm_qoq.models.table import ARCHITECTURES
 
 GROUP = 128  # inputs that share a scale, in formats with groups
 CACHES = {"16": 16, "fp8": 8, "8": 8, "k8v4": 6, "4": 4}
@@ -21,6 +23,8 @@ OUR_CACHES: dict[str, int | str] = {"8": 8, "k8v4": "k8v4", "4": 4}
 """Cache of ours, with scales and zeros beside -> `kv_bits`."""
 SUFFIXES = {f"-{'' if cache == 'k8v4' else 'kv'}{cache}": cache for cache in CACHES}
 """The end of a format's name -> its cache."""
+ROUTERS = sorted({one.experts.router for one in ARCHITECTURES.values() if one.experts})
+"""What mixtures of experts call their router, which stays in float in every format."""
 SCALES_BYTES = 4
 """The bytes of the scale and zero of a token's key, or value, in one head of our caches."""
 
@@ -103,8 +107,9 @@ class Format:
         if not self.weights.is_ours:
             return _compressed_tensors(self.weights_name)
         is_nested = self.weights_name.startswith("nested")
+        ignored = ["lm_head", *(f"*.{router}" for router in ROUTERS)]
         sets: dict[str, Any] = {
-            "w4a8": {"quant_method": "qoq_linear", "group_size": GROUP, "ignore": ["lm_head"]}
+            "w4a8": {"quant_method": "qoq_linear", "group_size": GROUP, "ignore": ignored}
         }
         if is_nested:
             sets = {"w8a8": {"quant_method": "qoq_residual", "base": "w4a8"}, **sets}
@@ -169,7 +174,7 @@ def _compressed_tensors(name: str) -> dict[str, Any]:
         "quant_method": "compressed-tensors",
         "format": layout[name],
         "quantization_status": "compressed",
-        "ignore": ["lm_head"],
+        "ignore": ["lm_head", *(f"re:.*{re.escape(router)}$" for router in ROUTERS)],
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from vllm_qoq.bench.serving.cases import Lengths
@@ -120,11 +121,12 @@ class Result:
 
     def cache_gib(self, engine: Engine, one: Measured) -> float | None:
         """Compute the GiB of the KV cache of a batch at its end."""
-        if engine.format is None or (model := self._model()) is None:
+        if engine.format is None or (model := self._model) is None:
             return None
         tokens = one.batch * (one.prompt + one.new)
         return tokens * model.cache_bytes(engine.format.cache) / 2**30
 
+    @cached_property
     def _model(self) -> Model | None:
         """Read the sizes of the model; None where they are not known."""
         try:
@@ -134,7 +136,7 @@ class Result:
 
     def _floor(self, engine: Engine) -> tuple[Model, Format, Limits] | None:
         """Find what a floor follows from; None where some of it is unknown."""
-        how, model = engine.format, self._model()
+        how, model = engine.format, self._model
         if how is None or model is None or self.limits is None or not self.is_on_one_card:
             return None
         needed = {how.weights.inputs, "bf16", *({"int8"} if how.weights.head_bits == 8 else ())}
