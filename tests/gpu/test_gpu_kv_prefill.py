@@ -1,6 +1,7 @@
 """Prompts over a quantized history on a GPU: FlashAttention, beside the reference."""
 
 from itertools import accumulate
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,8 +22,11 @@ HEADS, KV_HEADS, BLOCK, BITS = 8, 2, 64, 8
 REQUESTS = [(500, 1), (70, 1), (0, 300), (1000, 40), (64, 64), (3, 2)]
 
 
-@pytest.mark.parametrize("head_size", kv_layout.HEAD_SIZES)
-@pytest.mark.parametrize("window", [None, 100])
+# Where heads are large, FlashAttention 3 is right about windows of whole tiles.
+WINDOWS = [(size, w) for size in kv_layout.HEAD_SIZES for w in (None, 128 if size == 256 else 100)]
+
+
+@pytest.mark.parametrize("head_size, window", WINDOWS)
 @pytest.mark.parametrize("kind", ["plain", "capped", "sinks", "capped sinks"])
 def test_a_step_is_the_reference(head_size, window, kind):
     from vllm_qoq.serving.kv.cuda import CUDAKVMetadata, CUDAQuantizedKVImpl
@@ -87,3 +91,17 @@ def test_a_step_is_the_reference(head_size, window, kind):
     error = (out.cpu().float().view(expected.shape) - expected).norm(dim=-1)
     # Some roundings to bf16: of what is read back, of the weights, of each part's result.
     assert (error <= 0.015 * expected.norm(dim=-1) + 0.002).all(), error.max()
+
+
+@pytest.mark.parametrize("window, is_served", [(100, False), (128, True), (None, True)])
+def test_windows_that_flash_attention_gets_wrong_are_refused(window, is_served):
+    from vllm_qoq.serving.kv.cuda import CUDAKV8Backend, _flash_version
+
+    if _flash_version(256, None) != 3:
+        pytest.skip("FlashAttention 3 alone is wrong about them")
+    layer = SimpleNamespace(
+        num_heads=HEADS, num_kv_heads=KV_HEADS, head_size=256, has_sink=False, sliding_window=window
+    )
+    said = list(CUDAKV8Backend.obstacles(layer, torch.bfloat16))
+    assert is_served == (not said)
+    assert is_served or "a window of 100 tokens" in said[0]

@@ -42,6 +42,9 @@ from vllm_qoq.serving.kv.scores import sinks_of
 
 # The versions of FlashAttention that take sinks.
 VERSIONS_WITH_SINKS = (3, 4)
+# FlashAttention 3 of vLLM 0.26 is wrong about windows that are no multiple of this where heads have
+# 256 channels: of 300 tokens with a window of 100, all from the 129th on were off.
+_WINDOW_TILE = 64
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -322,8 +325,15 @@ class CUDAKV4Backend(QuantizedKVBackend):
         if dtype not in cls.supported_dtypes:
             yield f"{dtype} on a GPU (it serves bfloat16 and float16)"
         sinks = sinks_of(layer)
+        version = _flash_version(layer.head_size, sinks)
+        window = layer.sliding_window or 0
+        if version == 3 and layer.head_size == 256 and window % _WINDOW_TILE:
+            yield (
+                f"a window of {window} tokens and heads of size 256 with FlashAttention 3, which "
+                f"is wrong there about windows that are no multiple of {_WINDOW_TILE} (take another "
+                "with --attention-config '{\"flash_attn_version\": 2}')"
+            )
         if sinks is not None:
-            version = _flash_version(layer.head_size, sinks)
             if version not in VERSIONS_WITH_SINKS:
                 yield (
                     f"attention sinks with FlashAttention {version}, which computes prompts here "
