@@ -330,8 +330,8 @@ class CUDAKV4Backend(QuantizedKVBackend):
         if version == 3 and layer.head_size == 256 and window % _WINDOW_TILE:
             yield (
                 f"a window of {window} tokens and heads of size 256 with FlashAttention 3, which "
-                f"is wrong there about windows that are no multiple of {_WINDOW_TILE} (take another "
-                "with --attention-config '{\"flash_attn_version\": 2}')"
+                f"is wrong there about windows that are no multiple of {_WINDOW_TILE} (take "
+                "another with --attention-config '{\"flash_attn_version\": 2}')"
             )
         if sinks is not None:
             if version not in VERSIONS_WITH_SINKS:
