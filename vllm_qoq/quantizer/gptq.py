@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import torch
 
-from vllm_qoq.quantizer import rounding
+from vllm_qoq.quantizer import matmul, rounding
 from vllm_qoq.quantizer.grid import Grid
 from vllm_qoq.quantizer.hessian import Inputs
 
@@ -31,7 +31,7 @@ def round_to_nearest(weight: torch.Tensor, grid: Grid) -> None:
     weight = weight.float()
     importance = torch.ones(weight.shape[1], device=weight.device)
     grid.prepare(weight, importance)
-    for columns in _blocks(weight, grid):
+    for columns in _pieces(0, weight.shape[1], grid.width):
         grid.start(weight[:, columns], importance[columns], columns.start)
         codes = grid.scaled(weight[:, columns], columns.start).round_()
         low, high = (torch.as_tensor(x).to(codes) for x in grid.bounds(columns.start))
@@ -50,7 +50,7 @@ def quantize(
     target = weight.masked_fill(inputs.dead, 0)
     _pass_errors_on(target.to(torch.float32, copy=True), inputs, grid)
     # The gradient of half the loss is kept up to date from here on.
-    gradient = grid.dequantized().sub_(target) @ inputs.hessian
+    gradient = matmul.product(grid.dequantized().sub_(target), inputs.hessian)
     for _ in range(passes):
         _descend(gradient, inputs.hessian, grid)
     difference = grid.dequantized().sub_(target)
@@ -68,7 +68,7 @@ def quantize(
 @torch.no_grad()
 def row_losses(difference: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     """Compute |d x|^2, the mean over inputs, of each row d of `difference` [N, K]: float32 [N]."""
-    return _row_products(difference @ hessian, difference)
+    return _row_products(matmul.product(difference, hessian), difference)
 
 
 def _row_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -82,38 +82,56 @@ def output_error(lost: torch.Tensor, whole: torch.Tensor) -> float:
 
 
 def _pass_errors_on(weight: torch.Tensor, inputs: Inputs, grid: Grid) -> None:
-    """Round from left to right; `weight` float32 [N, K] is used up."""
+    """Round from left to right; `weight` float32 [N, K] is used up.
+
+    What lies beyond a panel gets the errors of all its columns at once.
+    """
     importance = inputs.importance
     grid.prepare(weight, importance)
-    for columns in _blocks(weight, grid):
-        first = columns.start
-        block = weight[:, columns]
-        form = rounding.on(weight.device, block.shape[1])
-        grid.start(block, importance[columns], first)
-        lower = inputs.lower[columns, columns].contiguous()
-        ideal = grid.scaled(block, first)
-        codes, errors = form.round_columns(ideal, lower, *grid.bounds(first))
-        grid.store(codes, first)
-        rest = slice(columns.stop, None)
-        weight[:, rest].addmm_(errors * grid.step(first), inputs.lower[rest, columns].t(), alpha=-1)
+    for panel in _pieces(0, weight.shape[1], matmul.PANEL):
+        errors = torch.empty_like(weight[:, panel])
+        for columns in _pieces(panel.start, panel.stop, grid.width):
+            first = columns.start
+            block = weight[:, columns]
+            form = rounding.on(weight.device, block.shape[1])
+            grid.start(block, importance[columns], first)
+            lower = inputs.lower[columns, columns].contiguous()
+            ideal = grid.scaled(block, first)
+            codes, lost = form.round_columns(ideal, lower, *grid.bounds(first))
+            grid.store(codes, first)
+            mine = errors[:, first - panel.start : columns.stop - panel.start]
+            torch.mul(lost, grid.step(first), out=mine)
+            rest = slice(columns.stop, panel.stop)
+            weight[:, rest].addmm_(mine, inputs.lower[rest, columns].t(), alpha=-1)
+        beyond = slice(panel.stop, None)
+        lower = inputs.lower[beyond, panel].t()
+        matmul.add_product(weight[:, beyond], errors, lower, alpha=-1)
 
 
 def _descend(gradient: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> None:
     """Round each column to what is best given all others, block by block.
 
-    gradient  float32 [N, K], (W' - W) H, which is kept up to date
+    gradient  float32 [N, K], (W' - W) H, which is kept up to date: a panel's own part at once, the
+              rest when the panel is done
     """
-    for columns in _blocks(gradient, grid):
-        first = columns.start
-        step, codes = grid.step(first), grid.codes[:, columns].float()
-        form = rounding.on(gradient.device, codes.shape[1])
-        slope = gradient[:, columns] / step
-        within = hessian[columns, columns].contiguous()
-        new = form.descend(codes, slope, within, *grid.bounds(first))
-        grid.store(new, first)
-        gradient.addmm_((new - codes) * step, hessian[columns])
+    for panel in _pieces(0, gradient.shape[1], matmul.PANEL):
+        slopes = gradient[:, panel].clone()
+        changes = torch.empty_like(slopes)
+        for columns in _pieces(panel.start, panel.stop, grid.width):
+            first = columns.start
+            here = slice(first - panel.start, columns.stop - panel.start)
+            step, codes = grid.step(first), grid.codes[:, columns].float()
+            form = rounding.on(gradient.device, codes.shape[1])
+            within = hessian[columns, columns].contiguous()
+            new = form.descend(codes, slopes[:, here] / step, within, *grid.bounds(first))
+            grid.store(new, first)
+            torch.mul(new.sub_(codes), step, out=changes[:, here])
+            rest = slice(columns.stop, panel.stop)
+            slopes[:, here.stop :].addmm_(changes[:, here], hessian[columns, rest])
+        matmul.add_product(gradient, changes, hessian[panel])
 
 
-def _blocks(weight: torch.Tensor, grid: Grid) -> Iterator[slice]:
-    for first in range(0, weight.shape[1], grid.width):
-        yield slice(first, first + grid.width)
+def _pieces(start: int, stop: int, width: int) -> Iterator[slice]:
+    """Cut columns into pieces of `width`; the last one may be narrower."""
+    for first in range(start, stop, width):
+        yield slice(first, min(first + width, stop))

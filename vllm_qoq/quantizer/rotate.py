@@ -14,7 +14,8 @@ mean of each embedding, which an RMSNorm does not undo, and forgets biases.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import nn
@@ -28,6 +29,8 @@ from vllm_qoq.quantizer.parts import rows
 from vllm_qoq.quantizer.weights import Rows, assign
 
 _SEED = 0
+FLOATS_AT_ONCE = 1 << 26
+"""So many floats of a weight are turned at once."""
 
 
 def hadamard(size: int, seed: int = _SEED) -> torch.Tensor:
@@ -105,9 +108,12 @@ def rotate_values(model: Module, names: LayerNames, dimensions: Dimensions) -> N
 def turn_inputs(layer: Module, rotation: torch.Tensor) -> None:
     """Replace W [N, K] by W @ R, block by block where R is smaller than K."""
     weight = layer.weight.data
-    size = len(rotation)
-    blocked = weight.double().view(weight.shape[0], -1, size)
-    assign(layer, "weight", (blocked @ rotation.to(weight.device)).view_as(weight).to(weight.dtype))
+    rotation = rotation.to(weight.device)
+
+    def turned(rows: torch.Tensor) -> torch.Tensor:
+        return (rows.view(len(rows), -1, len(rotation)) @ rotation).view_as(rows)
+
+    assign(layer, "weight", _by_rows(weight, turned))
 
 
 def turn_outputs(rows: Rows, rotation: torch.Tensor) -> None:
@@ -126,5 +132,17 @@ def _fold(norm: Module, readers: list[Module], offset: float) -> None:
     scale = norm.weight.data.double() + offset
     for reader in readers:
         weight = reader.weight.data
-        assign(reader, "weight", (weight.double() * scale.to(weight.device)).to(weight.dtype))
+        assign(reader, "weight", _by_rows(weight, partial(torch.mul, scale.to(weight.device))))
     assign(norm, "weight", torch.full_like(norm.weight.data, 1 - offset))
+
+
+def _by_rows(weight: torch.Tensor, changed: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Change some rows of `weight` [N, K] after others, in float64, and round them back.
+
+    In float64 at once, the embedding of a large vocabulary would take most of a GPU.
+    """
+    result = torch.empty_like(weight)
+    rows = max(1, FLOATS_AT_ONCE // weight.shape[1])
+    for part, target in zip(weight.split(rows), result.split(rows), strict=True):
+        target.copy_(changed(part.double()))
+    return result

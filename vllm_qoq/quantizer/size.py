@@ -20,6 +20,7 @@ from vllm_qoq.quantizer import QuantizeError
 from vllm_qoq.quantizer.inputs import DTYPES, dtype_name, is_tied, stays_tied
 from vllm_qoq.quantizer.model import Dimensions
 from vllm_qoq.quantizer.options import QuantizeOptions
+from vllm_qoq.quantizer.rotate import FLOATS_AT_ONCE
 
 if TYPE_CHECKING:
     from vllm_qoq.quantizer.sets import SetKind
@@ -98,8 +99,9 @@ def sizes(
         # Where it is rounded, with its results; those of the one before are written from a copy.
         "block": item * sum(n * k for n, k in block) + results,
         "results of a block": 2 * results,
-        # Two float64 matrices of its size are held while it turns, or later what is to be written.
-        "embedding": 2 * _FLOAT64 * vocabulary * hidden,
+        # What it becomes while it turns, its magnitudes, two bools of each, and the rows in work.
+        "embedding": (2 * item + 2) * vocabulary * hidden
+        + 2 * _FLOAT64 * min(FLOATS_AT_ONCE, vocabulary * hidden),
     }
     return Sizes(output, work, memory, written_head)
 
