@@ -65,21 +65,22 @@ def content(
     groups = groupby((one.info for one in stored.values()), key=lambda i: i.name.partition(".")[0])
     shards = cut((list(group) for _, group in groups), job.max_shard_bytes)
     config = read_config(job.model)
-    text = _card(job.out.name, options, job.model, stored.values())
+    announced = section(options, names)
+    text = _card(job.out.name, options, announced, job.model, stored.values())
     return Content(
         shards=shards,
         read=lambda info: stored[info.name].read(),
-        config=output_config(config, section(options))
+        config=output_config(config, announced)
         | {"tie_word_embeddings": stays_tied(is_tied(config), options)},
         copied={file: job.model / file for file in side_files(job.model) if str(file) != REPORT},
         others={REPORT: json_bytes(report), card.README: text.encode()},
     )
 
 
-def section(options: QuantizeOptions) -> Section:
+def section(options: QuantizeOptions, names: LayerNames) -> Section:
     """Make the section of config.json, with prompts in the first set and generation in the last."""
     return Section(
-        sets={kind.name: kind.config() for kind in options.kinds},
+        sets={kind.name: kind.config(names.routers) for kind in options.kinds},
         routing=Routing(prefill=options.sets[0], decode=(DecodeRow(set_name=options.sets[-1]),)),
         kv_cache=KVCache(
             bits=options.kv_bits, hadamard=bool(options.kv_hadamard), k_mean=options.has_k_mean
@@ -115,7 +116,13 @@ def _entries(file: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
             yield key, entry.get_dtype(), tuple(entry.get_shape())
 
 
-def _card(name: str, options: QuantizeOptions, model: Path, tensors: Iterable[_Stored]) -> str:
+def _card(
+    name: str,
+    options: QuantizeOptions,
+    announced: Section,
+    model: Path,
+    tensors: Iterable[_Stored],
+) -> str:
     sizes: dict[str | None, int] = dict.fromkeys((None, *options.sets), 0)
     for tensor in tensors:
         sizes[split_name(tensor.info.name, options.sets)[0]] += tensor.info.nbytes
@@ -124,4 +131,4 @@ def _card(name: str, options: QuantizeOptions, model: Path, tensors: Iterable[_S
         f"```json\n{options.model_dump_json(indent=2)}\n```\n\n"
         f"Errors of every layer: `{REPORT}`.\n"
     )
-    return card.text(name, section(options), sizes, [model], body=body)
+    return card.text(name, announced, sizes, [model], body=body)

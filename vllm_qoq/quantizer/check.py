@@ -72,11 +72,12 @@ class SetCheck:
         """
         if not (self.windows or self.prompts):
             return {}
-        for block, tensors in zip(blocks(model, names), layers, strict=True):
-            for name in names.linears:
-                leaves = _leaves(tensors, kind.name, name)
+        for index, (block, tensors) in enumerate(zip(blocks(model, names), layers, strict=True)):
+            by_layer = _by_layer(tensors)
+            for name in names.of_block(index).linears:
+                leaves = by_layer[f"{kind.name}.{name}"]
                 if kind.base is not None:
-                    leaves = {**_leaves(tensors, kind.base, name), **leaves}
+                    leaves = {**by_layer[f"{kind.base}.{name}"], **leaves}
                 layer = block.get_submodule(name)
                 assign(layer, "weight", dequantize(leaves).to(layer.weight.device))
         rounded = list(evaluate.linears(model, names)) if kind.has_int8_activations else []
@@ -114,8 +115,10 @@ class SetCheck:
         return str(self.tokenizer.decode(tokens[len(prompt) :]))
 
 
-def _leaves(
-    tensors: Mapping[str, torch.Tensor], set_name: str, layer: str
-) -> dict[str, torch.Tensor]:
-    prefix = f"{set_name}.{layer}."
-    return {k[len(prefix) :]: t for k, t in tensors.items() if k.startswith(prefix)}
+def _by_layer(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Group tensors named SET.LAYER.LEAF: SET.LAYER -> leaf -> tensor."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        layer, _, leaf = key.rpartition(".")
+        found.setdefault(layer, {})[leaf] = tensor
+    return found
