@@ -64,7 +64,8 @@ class LinearExperts(nn.Module):
 
     def _compute(self, number: int, x: torch.Tensor) -> torch.Tensor:
         expert: Module = self.get_submodule(str(number))
-        gate, up, down = (getattr(expert, n) for n in (self._mlp.gate, self._mlp.up, self._mlp.down))
+        leaves = (self._mlp.gate, self._mlp.up, self._mlp.down)
+        gate, up, down = (getattr(expert, leaf) for leaf in leaves)
         y: torch.Tensor = down(self.act_fn(gate(x)) * up(x))
         return y
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from vllm_qoq.bench.serving.cases import Lengths
 from vllm_qoq.bench.serving.formats import CACHES, OUR_CACHES, SCALES_BYTES, Format
 from vllm_qoq.models.linears import linear_layers
-from vllm_qoq.models.table import architecture_of
+from vllm_qoq.models.table import architecture_of, with_experts, with_names
 
 
 class Limits(NamedTuple):
@@ -50,7 +50,9 @@ class Model:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Model:
         """Read a model's `config.json`; FormatError for one that is not in the table of models."""
-        linears = linear_layers(config, "measured against a floor").linears
+        # A step reads the experts that its tokens choose, so the floor would depend on the text.
+        dense = [name for name in with_names() if name not in with_experts()]
+        linears = linear_layers(config, "measured against a floor", dense).linears
         layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
         architecture = architecture_of(config)
         defaults = architecture.defaults if architecture else {}
