@@ -86,7 +86,7 @@ def test_experts_of_two_sets_nest(sets, tmp_path):
     folders = {"w8a8": sets["w8a8"], "w4a8": sets["qoq"]}
     merged = vllm_qoq.merge(folders, tmp_path / "out", nest=True)
     assert merged.section.base_of("w8a8") == "w4a8"
-    assert merged.clipped_shares[UP] < 0.01
+    assert merged.clipped_shares[UP] < 0.02
     assert vllm_qoq.verify(tmp_path / "out").findings == ()
     stored = Checkpoint.open(tmp_path / "out")
     leaves = ("qweight", "channel_scale", "group_scale", "group_offset")
@@ -97,7 +97,7 @@ def test_experts_of_two_sets_nest(sets, tmp_path):
     four, both = (
         (dequantize(tensors) - weight).norm() / weight.norm() for tensors in (base, base | residual)
     )
-    assert both < 0.01 < 0.05 < four
+    assert both < 0.02 < 0.05 < four
 
 
 def test_experts_that_are_equal_are_stored_once(merge, sets, tmp_path):
