@@ -105,7 +105,7 @@ class LayerNames:
     is_rope_partial: bool = False
     has_capped_scores: bool = False
     activation: str = "silu"
-    mixtures: tuple[Mixture | None, ...] = ()
+    mixtures: tuple[Mixture | None, ...] = field(default=(), repr=False)
 
     def of_block(self, index: int) -> BlockNames:
         """Name the layers of the block `index`."""

@@ -45,10 +45,19 @@ class _Stored:
     file: Path
     name: str
 
-    def read(self) -> torch.Tensor:
-        """Read the tensor."""
-        with safe_open(self.file, "pt") as file:
-            return file.get_tensor(self.name)
+
+class _Pieces:
+    """A reader of pieces, which keeps the last one open: those of experts have long headers."""
+
+    def __init__(self) -> None:
+        self._open: tuple[Path, safe_open] | None = None
+
+    def read(self, stored: _Stored) -> torch.Tensor:
+        """Read a tensor."""
+        if self._open is None or self._open[0] != stored.file:
+            self._open = None
+            self._open = (stored.file, safe_open(stored.file, "pt"))
+        return self._open[1].get_tensor(stored.name)
 
 
 def content(
@@ -61,6 +70,7 @@ def content(
 ) -> Content:
     """Describe the checkpoint made of the pieces in `work` and of the model's other files."""
     stored = {one.info.name: one for one in _tensors(work, names, layers, options)}
+    pieces = _Pieces()
     # The shared tensors of each module, and each set, begin a new file.
     groups = groupby((one.info for one in stored.values()), key=lambda i: i.name.partition(".")[0])
     shards = cut((list(group) for _, group in groups), job.max_shard_bytes)
@@ -69,7 +79,7 @@ def content(
     text = _card(job.out.name, options, announced, job.model, stored.values())
     return Content(
         shards=shards,
-        read=lambda info: stored[info.name].read(),
+        read=lambda info: pieces.read(stored[info.name]),
         config=output_config(config, announced)
         | {"tie_word_embeddings": stays_tied(is_tied(config), options)},
         copied={file: job.model / file for file in side_files(job.model) if str(file) != REPORT},
