@@ -8,14 +8,8 @@ from typing import Any
 
 from merge_tools import MergeError
 from vllm_qoq.checkpoint.folder import Checkpoint, read_json
-from vllm_qoq.checkpoint.format import (
-    QOQ_LINEAR,
-    SECTION,
-    KVSection,
-    check_set_name,
-    split_layer,
-)
-from vllm_qoq.checkpoint.layout import KV_CACHE_LEAVES, QUANTIZED_LEAVES
+from vllm_qoq.checkpoint.format import SECTION, KVSection, check_set_name, split_layer
+from vllm_qoq.checkpoint.layout import KV_CACHE_LEAVES
 from vllm_qoq.checkpoint.methods import parse
 from vllm_qoq.checkpoint.stored_set import StoredSet
 from vllm_qoq.errors import FormatError, shown
@@ -75,7 +69,7 @@ def open_sources(folders: Mapping[str, Path], takes_floats: bool = False) -> lis
         try:
             checkpoint = Checkpoint.open(folder)
             config = _set_config(checkpoint, takes_floats)
-            _check_tensors(checkpoint, config)
+            _check_tensors(checkpoint)
         except FormatError as error:
             place = "" if str(error).startswith(f"{folder}: ") else f"{folder}: "
             raise FormatError(f"{place}{error}") from None
@@ -144,7 +138,7 @@ def _check_transforms(transforms: object) -> None:
         )
 
 
-def _check_tensors(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
+def _check_tensors(checkpoint: Checkpoint) -> None:
     known = architecture_of(checkpoint.config)
     for name, info in checkpoint.tensors.items():
         layer, leaf = split_layer(name)
@@ -165,11 +159,6 @@ def _check_tensors(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
             raise FormatError(
                 f"{info.file}: {name}: holds all experts of a layer at once; save each expert's "
                 "gate, up and down projection for itself, as llmcompressor does"
-            )
-        if config.get("quant_method") == QOQ_LINEAR and leaf in QUANTIZED_LEAVES:
-            raise FormatError(
-                f"{info.file}: {name}: an expert of a {QOQ_LINEAR} set, which merge does not take "
-                "yet; quantize without experts, or take another method for the set"
             )
 
 

@@ -39,12 +39,12 @@ def engine(checkpoint: Path, qoq: dict[str, Any] | None = None, **options: Any) 
     } | options
     key = f"{checkpoint} {sorted(options.items(), key=str)}"
     if key not in _engines:
-        _have_expert_group()
+        have_expert_group()
         _engines[key] = LLM(str(checkpoint), **options)
     return _engines[key]
 
 
-def _have_expert_group() -> None:
+def have_expert_group() -> None:
     """Let a mixture of experts be served in this process, whatever engine it had first.
 
     vLLM makes the group of ranks among which experts are divided for the first engine alone, and

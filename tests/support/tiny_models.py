@@ -24,6 +24,7 @@ _SIZES = {
 }
 # The window is shorter than the texts of the tests.
 _TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+_EXPERTS = {"moe_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2}
 MODELS = {
     "Phi3ForCausalLM": ("Phi3Config", {}),
     "Phi3ForCausalLM, partial rotary": ("Phi3Config", {"partial_rotary_factor": 0.75}),
@@ -39,6 +40,9 @@ MODELS = {
     "GlmForCausalLM": ("GlmConfig", {}),
     "CohereForCausalLM": ("CohereConfig", {"logit_scale": 1.0}),
     "Ministral3ForCausalLM": ("Ministral3Config", {}),
+    "Qwen2MoeForCausalLM": ("Qwen2MoeConfig", _EXPERTS | {"shared_expert_intermediate_size": 64}),
+    "Qwen3MoeForCausalLM": ("Qwen3MoeConfig", _EXPERTS | {"mlp_only_layers": [1]}),
+    "MixtralForCausalLM": ("MixtralConfig", {"num_local_experts": 4, "sliding_window": None}),
 }
 """Name -> class of the config, and what it has besides the sizes; the class comes first."""
 

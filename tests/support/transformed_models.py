@@ -5,6 +5,7 @@ import transformers
 
 from vllm_qoq.quantizer import rotate, smooth
 from vllm_qoq.quantizer.evaluate import round_cache
+from vllm_qoq.quantizer.experts import use_linear_experts
 from vllm_qoq.quantizer.model import Dimensions, blocks, layer_names
 from vllm_qoq.quantizer.observe import Observer
 from vllm_qoq.quantizer.parts import part_rows, rows
@@ -25,6 +26,8 @@ SIZES = {
 SMALL_HEADS = {"head_dim": 24}  # where transformers wants hidden_size / num_attention_heads
 TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
 BIASES = {"attention_bias": True, "mlp_bias": True}
+
+EXPERTS = {"moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2}
 
 MODELS = {
     "llama": ("Llama", {}),
@@ -47,6 +50,9 @@ MODELS = {
     "glm": ("Glm", {}),
     "glm4": ("Glm4", {}),
     "cohere": ("Cohere", SMALL_HEADS),
+    "qwen2 moe": ("Qwen2Moe", EXPERTS | {"shared_expert_intermediate_size": 64}),
+    "qwen3 moe": ("Qwen3Moe", EXPERTS | {"mlp_only_layers": [1]}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 """Name -> family in transformers, and what its config has besides `SIZES`."""
 
@@ -63,7 +69,7 @@ def build(name, **changes):
 class Model:
     """A random model in float64, so that a step's own rounding cannot hide a mistake."""
 
-    def __init__(self, name):
+    def __init__(self, name, has_linear_experts=True):
         self.model = build(name)
         config = self.model.config
         with torch.no_grad():
@@ -72,6 +78,8 @@ class Model:
                     tensor.add_(torch.randn_like(tensor) * 0.3)
         content = config.to_dict() | {"model_type": config.model_type}
         self.names, self.dimensions = layer_names(content), Dimensions.of(content)
+        if has_linear_experts:
+            use_linear_experts(self.model, self.names)
         rotate.untie(self.model, self.names)
 
     @torch.no_grad()
@@ -109,7 +117,8 @@ class Model:
                 found = smooth.transforms(
                     self.seen(i), block, self.names, self.dimensions, self.rope(i), wanted
                 )
-                smooth.apply(block, found, self.names, self.dimensions)
+                mlps = self.names.of_block(i).mlps
+                smooth.apply(block, found, self.names, self.dimensions, mlps)
 
     def rope(self, index):
         return rope_of(self.model, self.names, self.dimensions, index)
@@ -117,7 +126,7 @@ class Model:
     def seen(self, index):
         block, observer = (
             blocks(self.model, self.names)[index],
-            Observer(self.names, self.dimensions, self.rope(index), 4),
+            Observer(self.names, self.dimensions, self.rope(index), self.downs(index), 4),
         )
         hooks = [
             block.get_submodule(name).register_forward_hook(lambda m, a, out, see=see: see(out))
@@ -131,6 +140,9 @@ class Model:
         for hook in hooks:
             hook.remove()
         return observer.seen()
+
+    def downs(self, index):
+        return [mlp.down for mlp in self.names.of_block(index).mlps]
 
     def seen_keys(self, index):
         """All keys of a block before RoPE, [tokens, kv_heads, head_dim]."""

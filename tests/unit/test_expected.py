@@ -16,7 +16,7 @@ SIZES = {
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0},
 }
 BIASED = {"attention_bias": True, "mlp_bias": True}
-MOE = {"moe_intermediate_size": 24, "num_experts": 4}
+MOE = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
 CASES = {
     "llama": ("Llama", {}),
     "llama, biases": ("Llama", BIASED),

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from moe_models import float_experts, write_model
+from qoq_checkpoints import write_plain
 from rtn_checkpoints import edit, gptq, w4a16, w8a8
 from safetensors.torch import load_file, save_file
 
@@ -15,6 +16,7 @@ from merge_tools import MergeError
 from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.checkpoint.inspect import inspect, table
 from vllm_qoq.errors import FormatError
+from vllm_qoq.numerics.reference import dequantize
 from vllm_qoq.routing.table import Routing, RoutingError
 
 # Groups of 128 fit, as in models that people serve.
@@ -38,9 +40,14 @@ def sets(model, tmp_path_factory):
         "w8a8": w8a8(model, folder / "w8a8"),
         "w4a16": w4a16(model, folder / "w4a16"),
         "gptq": gptq(model, folder / "gptq"),
+        "qoq": edit(write_plain(model, folder / "qoq"), leave_out_routers),
         "one": float_experts(model, folder / "one", 1),
         "other": float_experts(model, folder / "other", 2),
     }
+
+
+def leave_out_routers(tensors, config):
+    config["quantization_config"]["ignore"] = ["lm_head", "*.mlp.gate", "*.shared_expert_gate"]
 
 
 @pytest.fixture
@@ -57,7 +64,9 @@ def merge(sets, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("names", [("w8a8", "w4a16"), ("one", "gptq"), ("one", "other")])
+@pytest.mark.parametrize(
+    "names", [("w8a8", "w4a16"), ("one", "gptq"), ("one", "other"), ("w8a8", "qoq")]
+)
 def test_every_set_has_its_experts_and_all_share_the_router(merge, tmp_path, names):
     merged = merge(*names)
     assert vllm_qoq.verify(tmp_path / "out").findings == ()
@@ -71,6 +80,24 @@ def test_every_set_has_its_experts_and_all_share_the_router(merge, tmp_path, nam
     text = table(inspect(tmp_path / "out"))
     assert "experts: 2 mixtures of 4, which each set has for itself" in text
     assert "--tensor-parallel-size: 1" in text
+
+
+def test_experts_of_two_sets_nest(sets, tmp_path):
+    folders = {"w8a8": sets["w8a8"], "w4a8": sets["qoq"]}
+    merged = vllm_qoq.merge(folders, tmp_path / "out", nest=True)
+    assert merged.section.base_of("w8a8") == "w4a8"
+    assert merged.clipped_shares[UP] < 0.02
+    assert vllm_qoq.verify(tmp_path / "out").findings == ()
+    stored = Checkpoint.open(tmp_path / "out")
+    leaves = ("qweight", "channel_scale", "group_scale", "group_offset")
+    base = {leaf: stored.get(f"w4a8.{UP}.{leaf}") for leaf in leaves}
+    residual = {"qresidual": stored.get(f"w8a8.{UP}.qresidual")}
+    eight = load_file(sets["w8a8"] / "model.safetensors")
+    weight = eight[f"{UP}.weight"].float() * eight[f"{UP}.weight_scale"].float()
+    four, both = (
+        (dequantize(tensors) - weight).norm() / weight.norm() for tensors in (base, base | residual)
+    )
+    assert both < 0.02 < 0.05 < four
 
 
 def test_experts_that_are_equal_are_stored_once(merge, sets, tmp_path):
@@ -120,11 +147,6 @@ def of_another_architecture(tensors, config):
     config["architectures"] = ["DeepseekV2ForCausalLM"]
 
 
-def of_qoq(tensors, config):
-    config["quantization_config"] = {"quant_method": "qoq_linear"}
-    tensors[f"{UP}.qweight"] = torch.zeros(128, 64, dtype=torch.uint8)
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -132,11 +154,6 @@ def of_qoq(tensors, config):
         (one_in_float, FormatError, rf"{UP}: is not quantized, but .*quantize both or neither"),
         (all_at_once, FormatError, r"experts\.up_proj: holds all experts of a layer at once"),
         (of_another_architecture, FormatError, r"DeepseekV2.*Mixtral.*Qwen2Moe.*Qwen3Moe"),
-        (
-            of_qoq,
-            FormatError,
-            r"experts.*: an expert of a qoq_linear set, which merge does not take",
-        ),
     ],
 )
 def test_what_cannot_be_merged_is_named(merge, change, error, message):

@@ -55,7 +55,8 @@ def test_it_is_that_of_the_keys_of_the_smoothed_model(name, attention):
     wanted = smooth.SmoothOptions(k_mean=True, **options, key_bits=4, weight_bits=4, group_size=128)
     seen = model.seen(0)
     found = smooth.transforms(seen, block, model.names, model.dimensions, rope, wanted)
-    smooth.apply(block, found, model.names, model.dimensions)
+    mlps = model.names.of_block(0).mlps
+    smooth.apply(block, found, model.names, model.dimensions, mlps)
     keys = model.seen_keys(0)
     # Random tokens have the same keys at every position, but for chance.
     turned = with_rope(rope.paired(keys), torch.arange(40).repeat(2), rope.inv_freq)

@@ -5,6 +5,7 @@ import torch
 from transformed_models import MODELS, Model
 
 from vllm_qoq.quantizer import QuantizeError, rotate
+from vllm_qoq.quantizer.experts import use_linear_experts
 from vllm_qoq.quantizer.model import blocks, layer_names
 from vllm_qoq.quantizer.strength import pairs
 
@@ -27,12 +28,20 @@ def test_a_step_keeps_the_logits_and_changes_weights(name, step):
     changed = {k for k, t in model.model.state_dict().items() if not torch.equal(t, weights[k])}
     assert changed
     if step == "all":
-        names = model.names
-        places = [*names.linears, *((names.q_norm, names.k_norm) if names.q_norm else ())]
-        if names.k_norm and not model.can("R1"):  # the norms take the scales, and R1 no part
-            places = [place for place in places if place not in (names.q, names.k)]
-        wanted = {f"{names.blocks}.{i}.{place}.weight" for i in range(2) for place in places}
-        assert wanted <= changed
+        wanted = [
+            f"model.layers.{i}.{place}.weight" for i in range(2) for place in places(model, i)
+        ]
+        assert set(wanted) <= changed
+
+
+def places(model, index):
+    """The layers of a block that take part in some step."""
+    names, block = model.names, model.names.of_block(index)
+    found = [*block.linears, *block.routers]
+    found += (names.q_norm, names.k_norm) if names.q_norm else ()
+    if names.k_norm and not model.can("R1"):  # the norms take the scales, and R1 no part
+        found = [place for place in found if place not in (names.q, names.k)]
+    return found
 
 
 def test_rotation_spreads_an_outlier_channel():
@@ -93,17 +102,38 @@ def test_the_inputs_of_down_proj_are_smoothed_where_that_helps():
     with torch.no_grad():
         up.weight[5] *= 100
         down.weight[:, 5] /= 100
-    before = model.seen(0)
+    before = largest_inputs(model, model.names.down)
     model.smooth(0, outputs=True)
-    after = model.seen(0)
-    assert before.down.max() / before.down.median() > 40
-    assert after.down.max() / after.down.median() < 0.3 * before.down.max() / before.down.median()
+    after = largest_inputs(model, model.names.down)
+    assert before.max() / before.median() > 40
+    assert after.max() / after.median() < 0.3 * before.max() / before.median()
 
 
-def test_reordering_sorts_the_inputs_of_down_proj():
-    model = Model("llama")
+def largest_inputs(model, down):
+    """The largest inputs of a down_proj of the first block."""
+    return model.seen(0).downs[down].largest
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2 moe", "mixtral"])
+def test_reordering_sorts_the_inputs_of_every_down_proj(name):
+    model = Model(name)
     model.smooth(0, reorder=True)
-    assert (model.seen(0).down.diff() <= 1e-6).all()
+    downs = model.seen(0).downs.values()
+    assert len(downs) > {"llama": 0, "qwen2 moe": 3, "mixtral": 2}[name]
+    assert all((down.largest.diff() <= 1e-6).all() for down in downs)
+
+
+@pytest.mark.parametrize("name", ["qwen2 moe", "qwen3 moe", "mixtral"])
+def test_experts_as_linear_layers_compute_what_those_of_transformers_do(name):
+    model = Model(name, has_linear_experts=False)
+    model.model.float()  # transformers has no products of experts in float64
+    expected = model.logits()
+    weights = {k: t.untyped_storage().data_ptr() for k, t in model.model.state_dict().items()}
+    use_linear_experts(model.model, model.names)
+    torch.testing.assert_close(model.logits(), expected)
+    linear = model.model.state_dict()
+    assert {t.untyped_storage().data_ptr() for t in linear.values()} == set(weights.values())
+    assert len(linear) == len(set(linear)) > len(weights)
 
 
 def test_a_size_without_a_hadamard_matrix_is_refused():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from vllm_qoq.checkpoint.dequantize import dequantize, row_chunks
@@ -26,7 +28,7 @@ class FloatView(Checkpoint):
         self._weights = weights
         checkpoint = weights.checkpoint
         tensors = {
-            name: info
+            name: replace(info, name=name)  # what a set has for itself, as a bias, has its prefix
             for name, info in weights.tensors.items()
             if not self._is_left_out(name) and not self._is_quantized(name)
         }

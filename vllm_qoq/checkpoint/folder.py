@@ -70,6 +70,7 @@ _JSON_DEPTH = 64
 _JSON_REMEDY = "mend the file, or download or write it again"
 _MOST_TENSORS = 1 << 19
 _LONGEST_NAME = 512
+_MOST_OPEN = 2
 
 _HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./+-]+))?")
 _OTHER_WEIGHTS = ("consolidated", "adapter_")
@@ -104,7 +105,7 @@ class Checkpoint:
         self.path = path
         self.config = config
         self.tensors = tensors
-        self._open_file: tuple[str, safe_open] | None = None
+        self._open_files: dict[str, safe_open] = {}
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -168,12 +169,16 @@ class Checkpoint:
         return self.tensors[name]
 
     def _handle(self, file: str) -> safe_open:
-        # Only one file is mapped at a time: the address space of a process may be limited,
-        # and a model may have hundreds of shards. Tensors keep their own mapping.
-        if self._open_file is None or self._open_file[0] != file:
-            self._open_file = None
-            self._open_file = (file, safe_open(self.path / file, framework="pt"))
-        return self._open_file[1]
+        # Only two files are mapped at a time: the address space of a process may be limited,
+        # and a model may have hundreds of shards. Layers of a nested set are read from its files
+        # and its base's in turn. Tensors keep their own mapping.
+        if file in self._open_files:
+            self._open_files[file] = self._open_files.pop(file)  # the last one that was read
+        else:
+            while len(self._open_files) >= _MOST_OPEN:
+                del self._open_files[next(iter(self._open_files))]
+            self._open_files[file] = safe_open(self.path / file, framework="pt")
+        return self._open_files[file]
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ vLLM cuts a column-parallel layer (q, k, v, gate, up) along its outputs and a
 row-parallel one (o, down) along its inputs. So it cuts experts, unless expert parallelism shares
 them out whole. A cut must not go through a head, a group or block that shares a scale, or a word of
 packed codes. Where there are fewer K and V heads than GPUs, each GPU gets a copy of one. The hidden
-size is never cut.
+size is never cut. The kernels for experts in QoQ sets need whole blocks of their inner product.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 
 from vllm_qoq.checkpoint.layout import Layout
 from vllm_qoq.models.config import text_config
+from vllm_qoq.models.names import split_expert
+from vllm_qoq.numerics import EXPERT_MULTIPLE
 
 SIZES = (1, 2, 4, 8, 16)
 
@@ -80,10 +82,14 @@ def _layer_obstacle(layer: str, layout: Layout, heads: HeadCounts, size: int) ->
         return _fused_obstacle(leaf, layout, heads, size)
     if leaf not in _QUERY | _KEY_VALUE | _MLP:
         return "not known how vLLM splits this layer"
-    if leaf in _ROW_PARALLEL:
-        return _cut(layout.in_features, size, _column_unit(layout), "inputs")
+    is_row_parallel = leaf in _ROW_PARALLEL
+    unit = _column_unit(layout) if is_row_parallel else _row_unit(layout)
+    if layout.method in ("qoq", "residual") and split_expert(layer) is not None:
+        unit = EXPERT_MULTIPLE
+    if is_row_parallel:
+        return _cut(layout.in_features, size, unit, "inputs")
     parts = min(size, heads.key_value) if leaf in _KEY_VALUE else size
-    return _cut(layout.out_features, parts, _row_unit(layout), "outputs")
+    return _cut(layout.out_features, parts, unit, "outputs")
 
 
 def _fused_obstacle(leaf: str, layout: Layout, heads: HeadCounts, size: int) -> str | None:

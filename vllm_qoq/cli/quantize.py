@@ -68,6 +68,13 @@ def add_parser(commands: Commands[Parser]) -> None:
     parser.add_argument(
         "--passes", type=int, metavar="N", help="of descent after GPTQ (default: 3)"
     )
+    parser.add_argument(
+        "--min-expert-tokens",
+        type=int,
+        metavar="N",
+        help="an expert that fewer tokens of the text go through is rounded to the nearest "
+        "(default: 128)",
+    )
     _add_steps(parser.add_argument_group("steps to leave out, for ablations"))
     parser.add_argument("--eval-text", type=Path, help="measure perplexity before and after")
     parser.add_argument(
@@ -108,7 +115,7 @@ def _add_steps(group: argparse._ArgumentGroup) -> None:
 
 _OPTIONS = (
     *("nested", "group_size", "kv_bits", "kv_hadamard", "lm_head_bits", "effort"),
-    *("samples", "seqlen", "passes", *_STEPS),
+    *("samples", "seqlen", "passes", "min_expert_tokens", *_STEPS),
 )
 
 

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_qoq.errors import FormatError, shown
+from vllm_qoq.models.blocks import BlockNames, Mixture, Mlp
 from vllm_qoq.models.config import CONFIG, architecture_name
 from vllm_qoq.models.names import split_decoder
 
+_MLP_NAMES = Mlp("gate_proj", "up_proj", "down_proj")
 REMEDY = "mend it, or download the model again"
 """The advice in errors about an impossible `config.json`."""
 
@@ -39,18 +41,22 @@ class LayerSpec:
 class Experts:
     """The mixture of experts in place of an MLP: a router, and `prefix.NUMBER.module`.
 
-    shared  what every token goes through besides
+    shared       what every token goes through besides
+    mlp          what the modules of an expert do
+    shared_mlps  the MLPs among `shared`; what is left of it stays in float, as the router does
     """
 
     router: str
     prefix: str
     modules: Mapping[str, LayerSpec]
     shared: Mapping[str, LayerSpec] = field(default_factory=dict)
+    mlp: Mlp = _MLP_NAMES
+    shared_mlps: tuple[Mlp, ...] = ()
 
 
 @dataclass(frozen=True)
 class LayerNames:
-    """The names of the layers of a dense model, by what they do, and what they compute.
+    """The names of the layers of a model, by what they do, and what they compute.
 
     Layers of a block have their names below it (`model.layers.3`), all others their whole names.
     Where one layer does the work of several, as a `qkv_proj` of Phi 3 on disk, they have one name,
@@ -69,6 +75,8 @@ class LayerNames:
                       says so
     has_capped_scores whether attention bounds its scores, c tanh(score / c)
     activation        of the MLP, down(activation(gate(x)) * up(x))
+    mixtures          the mixture of experts of each block, None for one with an MLP; empty where
+                      all have an MLP
     """
 
     blocks: str = "model.layers"
@@ -97,37 +105,26 @@ class LayerNames:
     is_rope_partial: bool = False
     has_capped_scores: bool = False
     activation: str = "silu"
+    mixtures: tuple[Mixture | None, ...] = field(default=(), repr=False)
+
+    def of_block(self, index: int) -> BlockNames:
+        """Name the layers of the block `index`."""
+        mixture = self.mixtures[index] if self.mixtures else None
+        norms, attention = (self.attention_norm, self.mlp_norm), (self.q, self.k, self.v)
+        layers = (*norms, tuple(dict.fromkeys(attention)), self.o)
+        if mixture is None:
+            return BlockNames(*layers, mlps=(Mlp(self.gate, self.up, self.down),))
+        return BlockNames(
+            *layers,
+            mlps=(*mixture.experts, *mixture.shared),
+            routers=mixture.routers,
+            expert_share=mixture.each / len(mixture.experts),
+        )
 
     @property
-    def norms(self) -> dict[str, tuple[str, ...]]:
-        """Map each norm to the layers that read it."""
-        found: dict[str, tuple[str, ...]] = {}
-        for norm, readers in (
-            (self.attention_norm, self._attention_inputs),
-            (self.mlp_norm, self._mlp_inputs),
-        ):
-            if norm is not None:
-                found[norm] = (*found.get(norm, ()), *readers)
-        return found
-
-    @property
-    def inputs(self) -> tuple[tuple[str, ...], ...]:
-        """List groups of linear layers that read one tensor, in the order in which they run.
-
-        It is what a norm gives or the stream, the output of the attention, or the MLP's inner
-        product.
-        """
-        return (self._attention_inputs, (self.o,), self._mlp_inputs, (self.down,))
-
-    @property
-    def linears(self) -> tuple[str, ...]:
-        """List all quantized layers of a block."""
-        return tuple(name for group in self.inputs for name in group)
-
-    @property
-    def stream_readers(self) -> tuple[str, ...]:
-        """List the layers that read the residual stream."""
-        return (*self._attention_inputs, *self._mlp_inputs)
+    def routers(self) -> tuple[str, ...]:
+        """List what stays in float in blocks with a mixture of experts, named below a block."""
+        return next((mixture.routers for mixture in self.mixtures if mixture is not None), ())
 
     @property
     def fixed_stream(self) -> str | None:
@@ -139,14 +136,6 @@ class LayerNames:
         if not self.has_head:
             return "vLLM takes no lm_head but the embedding, and rotated ones differ"
         return None
-
-    @property
-    def _attention_inputs(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((self.q, self.k, self.v)))
-
-    @property
-    def _mlp_inputs(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((self.gate, self.up)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,8 +335,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
                 "w2": LayerSpec(("hidden", "inner")),
                 "w3": LayerSpec(("inner", "hidden")),
             },
+            mlp=Mlp(gate="w1", up="w3", down="w2"),
         ),
-        defaults={"num_key_value_heads": 8},
+        defaults={"num_key_value_heads": 8, "num_experts_per_tok": 2},
+        names=LayerNames(),
+        type="mixtral",
     ),
     "Qwen2MoeForCausalLM": Architecture(
         _NORMS | _attention(("qkv_bias",), False),
@@ -360,11 +352,19 @@ ARCHITECTURES: Mapping[str, Architecture] = {
                 **_mlp("mlp.shared_expert.", "shared_inner"),
                 "mlp.shared_expert_gate": LayerSpec(("one", "hidden")),
             },
+            shared_mlps=(_MLP_NAMES.below("mlp.shared_expert"),),
         ),
-        defaults={"num_key_value_heads": 16, "qkv_bias": True},
+        defaults={"num_key_value_heads": 16, "qkv_bias": True, "num_experts_per_tok": 4},
+        names=LayerNames(),
+        type="qwen2_moe",
     ),
     "Qwen3MoeForCausalLM": Architecture(
-        _QWEN3, _mlp(), Experts("mlp.gate", "mlp.experts", _mlp("", "expert_inner"))
+        _QWEN3,
+        _mlp(),
+        Experts("mlp.gate", "mlp.experts", _mlp("", "expert_inner")),
+        defaults={"num_key_value_heads": 4, "num_experts_per_tok": 8},
+        names=LayerNames(**_QK_NORMS_NAMES),
+        type="qwen3_moe",
     ),
 }
 """Every architecture whose tensors are known; those with `names` can be quantized."""
@@ -393,7 +393,7 @@ def norm_readers(config: Mapping[str, Any], norm: str) -> tuple[str, ...]:
     known, place = architecture_of(config), split_decoder(norm)
     if known is None or place is None:
         return ()
-    norms = known.names.norms if known.names is not None else {}
+    norms = known.names.of_block(0).norms if known.names is not None else {}
     if known.experts is not None:
         norms = {"input_layernorm": _QKV}
     prefix, index, module = place

@@ -36,8 +36,9 @@ class ExpectedTensors(Mapping[str, Shape]):
 
     Shapes are computed when asked for. `outside` are those of no decoder layer. `optional` are
     those that a checkpoint may have besides: the lm_head, where it is the embedding. `key_heads` is
-    the number of heads of K, and their size. FormatError names a key that is missing or
-    impossible.
+    the number of heads of K, and their size. `is_sparse` says of each layer whether it has a
+    mixture of `experts`, of which a token goes through `experts_of_token`. FormatError names a key
+    that is missing or impossible.
     """
 
     def __init__(self, model: Architecture, config: Mapping[str, Any]) -> None:
@@ -53,8 +54,9 @@ class ExpectedTensors(Mapping[str, Shape]):
         }
         self.optional: Mapping[str, Shape] = {HEAD: vocabulary} if self.is_tied else {}
         self._indices = {str(index): index for index in range(self.layers)}
-        self._sparse = _sparse_layers(model, config, self.layers)
-        self._modules = {kind: _modules(model, sizes, kind) for kind in set(self._sparse)}
+        self.is_sparse = _sparse_layers(model, config, self.layers)
+        self.experts, self.experts_of_token = _experts(sizes) if any(self.is_sparse) else (0, 0)
+        self._modules = {kind: _modules(model, sizes, kind) for kind in set(self.is_sparse)}
         self._kinds = {
             kind: dict(_tensors(modules, config, sizes)) for kind, modules in self._modules.items()
         }
@@ -65,13 +67,13 @@ class ExpectedTensors(Mapping[str, Shape]):
         if not name.startswith(LAYERS):
             return ("hidden_size",) if name == FINAL_NORM else ("vocab_size", "hidden_size")
         layer, _, leaf = tensor.rpartition(".")
-        sizes = self._modules[self._sparse[self._indices[index]]][layer].sizes
+        sizes = self._modules[self.is_sparse[self._indices[index]]][layer].sizes
         keys = tuple(_KEYS[size] for size in sizes)
         return keys[:1] if leaf == "bias" else keys
 
     def of_layer(self, index: int) -> Mapping[str, Shape]:
         """List the tensors of decoder layer `index`, named relative to it."""
-        return self._kinds[self._sparse[index]]
+        return self._kinds[self.is_sparse[index]]
 
     def __getitem__(self, name: str) -> Shape:
         index, dot, tensor = name.removeprefix(LAYERS).partition(".")
@@ -134,6 +136,12 @@ def _sparse_layers(model: Architecture, config: Mapping[str, Any], layers: int) 
     step = step if _is_count(step) else 1
     dense = set(map(str, dense)) if isinstance(dense, list) else set()
     return [str(i) not in dense and (i + 1) % step == 0 for i in range(layers)]
+
+
+def _experts(sizes: _Sizes) -> tuple[int, int]:
+    """Read the number of experts in a mixture, and of those that a token goes through."""
+    experts = sizes["experts"]
+    return experts, sizes.key("num_experts_per_tok", most=experts)
 
 
 def _is_tied(model: Architecture, config: Mapping[str, Any]) -> bool:

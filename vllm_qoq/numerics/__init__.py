@@ -12,6 +12,13 @@ GROUP_SIZES = (128, 64, 32)
 """The numbers of inputs that may share a group_scale of a QoQ set."""
 
 
+EXPERT_GROUP_SIZES = (128, -1)
+"""The group sizes of experts in QoQ sets for which there are kernels; -1 is none."""
+
+EXPERT_MULTIPLE = 128
+"""What the kernels of experts in QoQ sets need hidden and intermediate sizes to be multiples of."""
+
+
 def group_count(inputs: int, group_size: int) -> int:
     """Count the groups of a layer's inputs, of which the last may be smaller."""
     return -(-inputs // group_size)

@@ -45,10 +45,19 @@ class _Stored:
     file: Path
     name: str
 
-    def read(self) -> torch.Tensor:
-        """Read the tensor."""
-        with safe_open(self.file, "pt") as file:
-            return file.get_tensor(self.name)
+
+class _Pieces:
+    """A reader of pieces, which keeps the last one open: those of experts have long headers."""
+
+    def __init__(self) -> None:
+        self._open: tuple[Path, safe_open] | None = None
+
+    def read(self, stored: _Stored) -> torch.Tensor:
+        """Read a tensor."""
+        if self._open is None or self._open[0] != stored.file:
+            self._open = None
+            self._open = (stored.file, safe_open(stored.file, "pt"))
+        return self._open[1].get_tensor(stored.name)
 
 
 def content(
@@ -61,25 +70,27 @@ def content(
 ) -> Content:
     """Describe the checkpoint made of the pieces in `work` and of the model's other files."""
     stored = {one.info.name: one for one in _tensors(work, names, layers, options)}
+    pieces = _Pieces()
     # The shared tensors of each module, and each set, begin a new file.
     groups = groupby((one.info for one in stored.values()), key=lambda i: i.name.partition(".")[0])
     shards = cut((list(group) for _, group in groups), job.max_shard_bytes)
     config = read_config(job.model)
-    text = _card(job.out.name, options, job.model, stored.values())
+    announced = section(options, names)
+    text = _card(job.out.name, options, announced, job.model, stored.values())
     return Content(
         shards=shards,
-        read=lambda info: stored[info.name].read(),
-        config=output_config(config, section(options))
+        read=lambda info: pieces.read(stored[info.name]),
+        config=output_config(config, announced)
         | {"tie_word_embeddings": stays_tied(is_tied(config), options)},
         copied={file: job.model / file for file in side_files(job.model) if str(file) != REPORT},
         others={REPORT: json_bytes(report), card.README: text.encode()},
     )
 
 
-def section(options: QuantizeOptions) -> Section:
+def section(options: QuantizeOptions, names: LayerNames) -> Section:
     """Make the section of config.json, with prompts in the first set and generation in the last."""
     return Section(
-        sets={kind.name: kind.config() for kind in options.kinds},
+        sets={kind.name: kind.config(names.routers) for kind in options.kinds},
         routing=Routing(prefill=options.sets[0], decode=(DecodeRow(set_name=options.sets[-1]),)),
         kv_cache=KVCache(
             bits=options.kv_bits, hadamard=bool(options.kv_hadamard), k_mean=options.has_k_mean
@@ -115,7 +126,13 @@ def _entries(file: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
             yield key, entry.get_dtype(), tuple(entry.get_shape())
 
 
-def _card(name: str, options: QuantizeOptions, model: Path, tensors: Iterable[_Stored]) -> str:
+def _card(
+    name: str,
+    options: QuantizeOptions,
+    announced: Section,
+    model: Path,
+    tensors: Iterable[_Stored],
+) -> str:
     sizes: dict[str | None, int] = dict.fromkeys((None, *options.sets), 0)
     for tensor in tensors:
         sizes[split_name(tensor.info.name, options.sets)[0]] += tensor.info.nbytes
@@ -124,4 +141,4 @@ def _card(name: str, options: QuantizeOptions, model: Path, tensors: Iterable[_S
         f"```json\n{options.model_dump_json(indent=2)}\n```\n\n"
         f"Errors of every layer: `{REPORT}`.\n"
     )
-    return card.text(name, section(options), sizes, [model], body=body)
+    return card.text(name, announced, sizes, [model], body=body)

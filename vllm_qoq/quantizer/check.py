@@ -14,7 +14,7 @@ from vllm_qoq.models.table import LayerNames
 from vllm_qoq.progress import Clock
 from vllm_qoq.quantizer import QuantizeError, evaluate
 from vllm_qoq.quantizer.model import Module, blocks
-from vllm_qoq.quantizer.sets import SetKind, dequantize
+from vllm_qoq.quantizer.sets import SetKind, dequantized
 from vllm_qoq.quantizer.weights import assign
 
 if TYPE_CHECKING:
@@ -72,13 +72,11 @@ class SetCheck:
         """
         if not (self.windows or self.prompts):
             return {}
-        for block, tensors in zip(blocks(model, names), layers, strict=True):
-            for name in names.linears:
-                leaves = _leaves(tensors, kind.name, name)
-                if kind.base is not None:
-                    leaves = {**_leaves(tensors, kind.base, name), **leaves}
+        for index, (block, tensors) in enumerate(zip(blocks(model, names), layers, strict=True)):
+            layers_of = names.of_block(index).linears
+            for name, weight in dequantized(tensors, kind, layers_of):
                 layer = block.get_submodule(name)
-                assign(layer, "weight", dequantize(leaves).to(layer.weight.device))
+                assign(layer, "weight", weight.to(layer.weight.device))
         rounded = list(evaluate.linears(model, names)) if kind.has_int8_activations else []
         if self.has_int8_head:
             rounded.append(model.get_submodule(names.head))
@@ -112,10 +110,3 @@ class SetCheck:
                 raise QuantizeError(f"{label}: the model computes NaN or infinity; {_REMEDY}")
             tokens.append(int(logits[0, -1].argmax()))
         return str(self.tokenizer.decode(tokens[len(prompt) :]))
-
-
-def _leaves(
-    tensors: Mapping[str, torch.Tensor], set_name: str, layer: str
-) -> dict[str, torch.Tensor]:
-    prefix = f"{set_name}.{layer}."
-    return {k[len(prefix) :]: t for k, t in tensors.items() if k.startswith(prefix)}

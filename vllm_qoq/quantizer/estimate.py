@@ -19,6 +19,7 @@ from vllm_qoq.quantizer.observe import SMOOTHING_TOKENS
 from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.products import fast_products
 from vllm_qoq.quantizer.sets import SetKind
+from vllm_qoq.quantizer.size import Stack
 
 _COLUMNS = 512
 _FEW_ROWS, _MANY_ROWS = 64, 512
@@ -30,14 +31,14 @@ _RUNS = 2
 
 
 def seconds(
-    stacks: Iterable[tuple[int, int]],
+    stacks: Iterable[Stack],
     options: QuantizeOptions,
     samples: int,
     dtype: torch.dtype = torch.bfloat16,
 ) -> float:
     """Estimate the seconds of a run.
 
-    stacks   (N, K) of the layers that read one input, of all blocks, as `size.stacks` has them
+    stacks   the layers that read one input, of all blocks
     samples  pieces of text
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -45,23 +46,23 @@ def seconds(
     tokens = samples * options.seqlen
     has_smoothing = bool(options.smooth_attention or options.smooth_outputs or options.reorder)
     smoothed = min(tokens, SMOOTHING_TOKENS) if has_smoothing else 0
-    forward = 2 * (tokens * _RUNS + smoothed) * sum(n * k for n, k in sizes)
+    forward = 2 * (tokens * _RUNS + smoothed) * sum(n * k * share for n, k, share in sizes)
     # A CPU leaves out what is below the diagonal.
-    hessians = (2 if device.type == "cuda" else 1) * tokens * sum(k * k for _, k in sizes)
+    hessians = (2 if device.type == "cuda" else 1) * tokens * sum(k * k * s for _, k, s in sizes)
     with fast_products():
         per_flop = _seconds_per_flop(device, dtype)
     per_float32_flop = _seconds_per_flop(device, torch.float32)
     total = forward * per_flop
     total += hessians * (per_flop if device.type == "cuda" else per_float32_flop)
     if options.gptq:
-        total += _factoring(device) * sum(k**3 for _, k in sizes)
+        total += _factoring(device) * sum(k**3 for _, k, _ in sizes)
     kinds = {kind.name: kind for kind in options.kinds}
     for kind in options.kinds:
         base = kinds[kind.base] if kind.base is not None else None
         per_column, per_weight = _rounding(kind, base, options, device)
-        total += sum(per_column * k + per_weight * n * k for n, k in sizes)
+        total += sum(per_column * k + per_weight * n * k for n, k, _ in sizes)
         products = _PRODUCTS + options.passes if options.gptq else 0
-        total += 2 * products * per_float32_flop * sum(n * k * k for n, k in sizes)
+        total += 2 * products * per_float32_flop * sum(n * k * k for n, k, _ in sizes)
     return total
 
 

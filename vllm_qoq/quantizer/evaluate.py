@@ -69,7 +69,11 @@ def device_of(model: Module) -> torch.device:
 
 def linears(model: Module, names: LayerNames) -> Iterator[Module]:
     """The layers that every set quantizes."""
-    return (block.get_submodule(name) for block in blocks(model, names) for name in names.linears)
+    return (
+        block.get_submodule(name)
+        for index, block in enumerate(blocks(model, names))
+        for name in names.of_block(index).linears
+    )
 
 
 @contextmanager

@@ -18,16 +18,16 @@ _STRIP = 256
 
 
 class HessianSum:
-    """A sum of x x^T over the inputs x [K] that are added, in float32."""
+    """A sum of x x^T over the inputs x [K] that are added, in float32; `tokens` is their number."""
 
     def __init__(self, k: int, device: torch.device) -> None:
         self._sum = torch.zeros(k, k, device=device)
-        self._count = 0
+        self.tokens = 0
 
     def add(self, x: torch.Tensor) -> None:
         """Add inputs, float [..., K]."""
         x = x.detach().flatten(0, -2)
-        self._count += len(x)
+        self.tokens += len(x)
         if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
             # Products of 16-bit floats are exact in float32, in which tensor cores add them.
             self._sum += torch.mm(x.t(), x, out_dtype=torch.float32)
@@ -42,7 +42,7 @@ class HessianSum:
 
     def take_mean(self) -> torch.Tensor:
         """Make the Hessian, float32 [K, K], in the memory of the sum, which is given away."""
-        mean = self._sum.div_(self._count)
+        mean = self._sum.div_(self.tokens)
         if not mean.is_cuda:
             for first in range(0, len(mean), _STRIP):
                 last = first + _STRIP

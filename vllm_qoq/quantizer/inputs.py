@@ -47,13 +47,13 @@ _TOKENIZERS = (
 class Inputs:
     """A model whose headers are what its config.json says.
 
-    linears  (outputs, inputs) of every layer to quantize
+    linears  (outputs, inputs) of every layer to quantize, by its name and block by block
     """
 
     checkpoint: Checkpoint
     names: LayerNames
     dimensions: Dimensions
-    linears: list[tuple[int, int]]
+    linears: dict[str, tuple[int, int]]
 
 
 def with_local_model(job: Job, model: str | Path) -> Job:
@@ -104,11 +104,12 @@ def check_model(checkpoint: Checkpoint, task: str) -> Inputs:
             "tokenizer.json and tokenizer_config.json there"
         )
     dimensions = Dimensions.of(config)
-    linears = [
-        model.linears[f"{names.blocks}.{i}.{name}"]
+    layers = (
+        f"{names.blocks}.{i}.{name}"
         for i in range(dimensions.layers)
-        for name in names.linears
-    ]
+        for name in names.of_block(i).linears
+    )
+    linears = {layer: model.linears[layer] for layer in layers}
     return Inputs(checkpoint, names, dimensions, linears)
 
 

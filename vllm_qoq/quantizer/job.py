@@ -41,6 +41,8 @@ from vllm_qoq.quantizer.report import (
     Steps,
     left_out,
     refuse_clipped,
+    starved,
+    starved_warning,
     steps_that_ran,
     summary,
 )
@@ -184,6 +186,9 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
             row for index in range(dimensions.layers) for row in work.facts(piece(index))
         ]
         refuse_clipped(errors, job.max_clipped)
+        few = starved(errors)
+        if few:
+            print(f"warning: {starved_warning(few, options)}", file=sys.stderr, flush=True)
         if options.lm_head_bits == 8:
             head.round_weight(model, names)
         after = {
@@ -202,6 +207,7 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
             **left_out(names, options),
             **worst_layers(errors, options.sets),
             **summary(errors, steps.seconds),
+            **({"starved_experts": few} if few else {}),
             **({"large_key_biases": biased} if biased else {}),
             **({"before": before, "after": after} if before else {}),
         }
@@ -341,6 +347,7 @@ def _quantize(
         use_gptq=options.gptq,
         clip=options.clip,
         passes=options.passes,
+        min_expert_tokens=options.min_expert_tokens,
         work=work,
         done=Clock("quantizing, block", plan.dimensions.layers, quiet),
     )
@@ -357,7 +364,7 @@ def _shared(
     mine = {
         f"{names.blocks}.{i}.{name}."
         for i in range(len(blocks(model, names)))
-        for name in names.linears
+        for name in names.of_block(i).linears
     }
     state = model.state_dict()
     shared = {k: v for k, v in state.items() if k.rpartition(".")[0] + "." not in mine}

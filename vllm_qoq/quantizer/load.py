@@ -20,8 +20,9 @@ from vllm_qoq.models.linears import CONSTANT
 from vllm_qoq.models.tensors import EMBEDDING, HEAD
 from vllm_qoq.progress import Progress
 from vllm_qoq.quantizer import QuantizeError
+from vllm_qoq.quantizer.experts import use_linear_experts
 from vllm_qoq.quantizer.inputs import DTYPES, dtype_name, is_tied
-from vllm_qoq.quantizer.model import Module
+from vllm_qoq.quantizer.model import Module, layer_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -66,7 +67,9 @@ def check_model(checkpoint: Checkpoint) -> None:
     """Build the model without memory; QuantizeError unless its tensors are the checkpoint's."""
     config = _config(checkpoint)
     with _building(checkpoint), torch.device("meta"):
-        wanted = {k: tuple(v.shape) for k, v in _class(config)(config).state_dict().items()}
+        model = _class(config)(config)
+        use_linear_experts(model, layer_names(checkpoint.config))
+    wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     if config.tie_word_embeddings:
         wanted.pop(HEAD)
     found = {info.name: info.shape for info in _tensors(checkpoint)}
@@ -130,6 +133,7 @@ def load_model(checkpoint: Checkpoint) -> Module:
                 f"{folder}: {what.replace('_', ' ')}: {sorted(map(str, names))[0]}; download the "
                 "model again"
             )
+    use_linear_experts(model, layer_names(checkpoint.config))
     return model.eval()
 
 

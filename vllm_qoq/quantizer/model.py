@@ -9,13 +9,17 @@ from typing import Any
 from vllm_qoq.checkpoint.format import SECTION
 from vllm_qoq.errors import shown
 from vllm_qoq.models.config import CONFIG
+from vllm_qoq.models.mixtures import names_of
 from vllm_qoq.models.table import ARCHITECTURES, Architecture, LayerNames, with_names
 from vllm_qoq.models.tensors import EMBEDDING, expected_tensors
 from vllm_qoq.quantizer import QuantizeError
 
 
 def layer_names(config: Mapping[str, Any]) -> LayerNames:
-    """Look up what the layers of a model are called; QuantizeError if it is not supported."""
+    """Look up what the layers of a model are called; QuantizeError if it is not supported.
+
+    Raises FormatError for sizes of a mixture of experts that cannot be.
+    """
     if config.get(SECTION) is not None:
         raise QuantizeError("the model is quantized already; give the one in bf16 or fp16")
     classes, kind = _classes(), config.get("model_type")
@@ -30,19 +34,20 @@ def layer_names(config: Mapping[str, Any]) -> LayerNames:
             f"a model of type {kind!r} must be [{classes[kind]!r}], the language model alone, so "
             "give that one"
         )
-    return with_names()[classes[kind]]
+    names = names_of({**config, "architectures": [classes[kind]]})
+    assert names is not None
+    return names
 
 
 @dataclass(frozen=True)
 class Dimensions:
-    """The sizes of a model that the steps need; `inner` is that of the MLP's product."""
+    """The sizes of a model that the steps need."""
 
     hidden: int
     layers: int
     heads: int
     kv_heads: int
     head_dim: int
-    inner: int
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Dimensions:
@@ -56,7 +61,6 @@ class Dimensions:
             heads=config["num_attention_heads"],
             kv_heads=kv_heads,
             head_dim=head_dim,
-            inner=config["intermediate_size"],
         )
 
     @property

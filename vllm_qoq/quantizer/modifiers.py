@@ -11,23 +11,24 @@ one measures, rounded to int8 per token, depend on the smoothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from llmcompressor.modifiers import Modifier
 from pydantic import ConfigDict, PrivateAttr
 
+from vllm_qoq.models.names import split_expert
 from vllm_qoq.models.table import LayerNames
 from vllm_qoq.quantizer import QuantizeError, smooth
 from vllm_qoq.quantizer.evaluate import RoundedInputs
 from vllm_qoq.quantizer.hessian import HessianSum
-from vllm_qoq.quantizer.layers import round_layers
+from vllm_qoq.quantizer.layers import RoundedLayer, round_layers
 from vllm_qoq.quantizer.model import Dimensions, Module, blocks
 from vllm_qoq.quantizer.observe import Observer
 from vllm_qoq.quantizer.report import LayerError
 from vllm_qoq.quantizer.rope import Rope, rope_of
-from vllm_qoq.quantizer.sets import SetKind
+from vllm_qoq.quantizer.sets import SetKind, dequantized
 from vllm_qoq.quantizer.weights import assign
 from vllm_qoq.quantizer.workdir import WorkDir
 from vllm_qoq.quantizer.writer import PieceWriter
@@ -99,7 +100,8 @@ class SmoothPass(_BlockPass):
         for index, block in enumerate(self._blocks):
             rope = rope_of(state.model, self.names, self.dimensions, index)
             self._ropes.append(rope)
-            observer = Observer(self.names, self.dimensions, rope, self.samples)
+            downs = [mlp.down for mlp in self.names.of_block(index).mlps]
+            observer = Observer(self.names, self.dimensions, rope, downs, self.samples)
             self._observers[index] = observer
             for name, see in observer.outputs.items():
                 self.register_hook(block.get_submodule(name), _output_hook(see), "forward")
@@ -109,7 +111,7 @@ class SmoothPass(_BlockPass):
     def finish(self, index: int, block: Module) -> None:
         """Find the transforms of a block whose inputs have all been seen."""
         seen = self._observers.pop(index).seen()
-        _require_finite(vars(seen).values(), f"{self.names.blocks}.{index}")
+        _require_finite(seen.tensors(), f"{self.names.blocks}.{index}")
         found = smooth.transforms(
             seen,
             block,
@@ -150,9 +152,13 @@ def apply_saved(
     model: Module, found: dict[str, torch.Tensor], names: LayerNames, dimensions: Dimensions
 ) -> None:
     """Smooth all blocks with what a `SmoothPass` found, in this run or an earlier one."""
-    for index, block in enumerate(blocks(model, names)):
-        mine = {k.partition(".")[2]: t for k, t in found.items() if k.startswith(f"{index}.")}
-        smooth.apply(block, mine, names, dimensions)
+    by_block: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in found.items():
+        index, _, name = key.partition(".")
+        by_block.setdefault(index, {})[name] = tensor
+    for number, block in enumerate(blocks(model, names)):
+        mine, mlps = by_block.get(str(number), {}), names.of_block(number).mlps
+        smooth.apply(block, mine, names, dimensions, mlps)
 
 
 class QuantizePass(_BlockPass):
@@ -162,12 +168,14 @@ class QuantizePass(_BlockPass):
     use_gptq   whether rounding errors are passed on, or else weights rounded to the nearest
     clip       whether scales that clip are tried
     passes     of descent after the rounding errors have been passed on
+    min_expert_tokens  an expert with fewer tokens is rounded to the nearest
     """
 
     sets: tuple[SetKind, ...]
     use_gptq: bool
     clip: bool
     passes: int
+    min_expert_tokens: int
     work: WorkDir
     done: Done
 
@@ -180,15 +188,17 @@ class QuantizePass(_BlockPass):
         has_int8_inputs = any(kind.has_int8_activations for kind in self.sets)
         rounded = RoundedInputs()
         for index, block in enumerate(self._blocks):
-            for group in self.names.inputs:
+            layers = self.names.of_block(index)
+            downs = frozenset(mlp.down for mlp in layers.mlps)
+            for group in layers.inputs:
                 for name in group if has_int8_inputs else ():
                     # This is an ordinary hook: unlike the modifier's own, it also acts while the
                     # pipeline makes the inputs of the next block.
                     layer = block.get_submodule(name)
                     self._input_hooks.append(layer.register_forward_pre_hook(rounded))
                 if not self.work.has(piece(index)):
-                    first = block.get_submodule(group[0])
-                    self.register_hook(first, self._hessian_hook(index, group[0]), "forward_pre")
+                    hook = self._hessian_hook(index, group[0], is_last=group[0] in downs)
+                    self.register_hook(block.get_submodule(group[0]), hook, "forward_pre")
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Remove all hooks."""
@@ -207,31 +217,30 @@ class QuantizePass(_BlockPass):
 
     def finish(self, index: int, block: Module) -> None:
         """Quantize a block, unless that is done already, and give it the last set's weights."""
-        name = piece(index)
+        name, layers = piece(index), self.names.of_block(index).linears
         if self.work.has(name):
             tensors = self.work.load(name)
+            weights = dict(dequantized(tensors, self.sets[-1], layers))
         else:
-            tensors, errors = self._quantize(index, block)
+            tensors, weights, errors = self._quantize(index, block)
             self._writer.save(name, tensors, errors)
-        for layer in self.names.linears:
-            kept = tensors[f"propagated.{layer}"]
+        for layer, weight in weights.items():
             target = block.get_submodule(layer)
-            assign(target, "weight", kept.to(target.weight.device))
+            assign(target, "weight", weight.to(target.weight.device))
         self.done()
 
     def _quantize(
         self, index: int, block: Module
-    ) -> tuple[dict[str, torch.Tensor], list[LayerError]]:
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[LayerError]]:
+        """Quantize a block: tensors by SET.LAYER.LEAF, the last set's weights, rows of errors."""
         tensors: dict[str, torch.Tensor] = {}
+        propagated: dict[str, torch.Tensor] = {}
         errors: list[LayerError] = []
         prefix = f"{self.names.blocks}.{index}."
-        for group in self.names.inputs:
-            hessian = self._hessians.pop((index, group[0])).take_mean()
-            _require_finite([hessian], prefix + group[0])
+        for group in self.names.of_block(index).inputs:
             weights = {prefix + name: block.get_submodule(name).weight.data for name in group}
-            rounded = round_layers(
-                weights, hessian, self.sets, self.use_gptq, self.clip, self.passes
-            )
+            seen = self._hessians.pop((index, group[0]), None)
+            rounded = self._round(weights, seen)
             for name in group:
                 dtype, bias = weights[prefix + name].dtype, block.get_submodule(name).bias
                 for one in rounded[prefix + name]:
@@ -240,12 +249,35 @@ class QuantizePass(_BlockPass):
                         stored["bias"] = bias.data
                     tensors |= {f"{one.kind.name}.{name}.{leaf}": t for leaf, t in stored.items()}
                     errors.append(one.row)
-                tensors[f"propagated.{name}"] = one.grid.dequantized().to(dtype)
-        return tensors, errors
+                propagated[name] = one.grid.dequantized().to(dtype)
+        return tensors, propagated, errors
 
-    def _hessian_hook(self, index: int, name: str) -> Callable[..., object]:
-        is_last = name == self.names.down
+    def _round(
+        self, weights: Mapping[str, torch.Tensor], seen: HessianSum | None
+    ) -> dict[str, list[RoundedLayer]]:
+        """Round layers with one input, of an expert with few tokens to the nearest.
 
+        seen  what their inputs were; None for an expert that no token went through
+        """
+        first, weight = next(iter(weights.items()))
+        tokens = seen.tokens if seen is not None else 0
+        is_expert = split_expert(first) is not None
+        is_starved = self.use_gptq and is_expert and tokens < self.min_expert_tokens
+        # Of an expert that saw nothing the error is that over inputs alike in all directions.
+        if seen is not None:
+            hessian = seen.take_mean()
+        else:
+            hessian = torch.eye(weight.shape[1], device=weight.device)
+        _require_finite([hessian], first)
+        use_gptq = self.use_gptq and not is_starved
+        found = round_layers(weights, hessian, self.sets, use_gptq, self.clip, self.passes)
+        for one in (one for layer in found.values() for one in layer) if is_expert else ():
+            one.row["tokens"] = tokens
+            if is_starved:
+                one.row["rounded_to_nearest"] = True
+        return found
+
+    def _hessian_hook(self, index: int, name: str, is_last: bool) -> Callable[..., object]:
         def hook(module: Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor] | None:
             x = args[0]
             if (index, name) not in self._hessians:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 
@@ -10,7 +11,7 @@ from vllm_qoq.models.table import LayerNames
 from vllm_qoq.quantizer.model import Dimensions
 from vllm_qoq.quantizer.parts import Part, part_rows
 from vllm_qoq.quantizer.rope import Rope
-from vllm_qoq.quantizer.smooth import Seen
+from vllm_qoq.quantizer.smooth import Seen, SeenDown
 
 SMOOTHING_TOKENS = 16384
 """So much of the calibration text is observed: means and magnitudes do not need more."""
@@ -19,13 +20,22 @@ _SAMPLE_TOKENS = 1024
 
 
 class Observer:
-    """An observer that gathers `Seen` from the outputs of q, k and v and the inputs of down_proj.
+    """An observer that gathers `Seen` from the outputs of q, k and v and the inputs of `downs`.
 
-    It is called with one piece of text at a time, and keeps a few tokens of each,
-    `_SAMPLE_TOKENS` in all.
+    downs    the names of the block's down_proj, one for each MLP
+    samples  pieces of text, with one of which it is called at a time
+
+    It keeps a few tokens of each, `_SAMPLE_TOKENS` in all.
     """
 
-    def __init__(self, names: LayerNames, dimensions: Dimensions, rope: Rope, samples: int) -> None:
+    def __init__(
+        self,
+        names: LayerNames,
+        dimensions: Dimensions,
+        rope: Rope,
+        downs: Iterable[str],
+        samples: int,
+    ) -> None:
         self._names, self._dimensions, self._rope = names, dimensions, rope
         self._tokens_per_sample = max(1, _SAMPLE_TOKENS // samples)
         self._positions: list[torch.Tensor] = []
@@ -41,7 +51,7 @@ class Observer:
         }
         if names.q == names.k == names.v:
             self.outputs = {names.q: self._fused}
-        self.inputs = {names.down: self._down}
+        self.inputs = {name: partial(self._down, name) for name in downs}
 
     def seen(self) -> Seen:
         """Put together what was gathered."""
@@ -53,8 +63,10 @@ class Observer:
             mean_key=self._sums["keys"] / self._counts["keys"],
             query_pairs=queries.mean(dim=1).sqrt(),
             values=self._mean_square("values").sqrt(),
-            down_inputs=torch.cat(self._sampled["down"]),
-            down=self._largest["down"],
+            downs={
+                name: SeenDown(torch.cat(self._sampled[name]), largest)
+                for name, largest in self._largest.items()
+            },
         )
 
     def _fused(self, x: torch.Tensor) -> None:
@@ -82,10 +94,10 @@ class Observer:
     def _values(self, x: torch.Tensor) -> None:
         self._add_squares("values", self._heads(x, self._dimensions.kv_heads))
 
-    def _down(self, x: torch.Tensor) -> None:
+    def _down(self, name: str, x: torch.Tensor) -> None:
         tokens = x.detach().flatten(0, -2)
-        self._sample("down", tokens)
-        self._add_largest("down", tokens)
+        self._sample(name, tokens)
+        self._add_largest(name, tokens)
 
     def _normed(self, x: torch.Tensor, heads: int) -> torch.Tensor:
         """Take queries or keys, after their norm if there is one, as [tokens, heads, head_dim]."""

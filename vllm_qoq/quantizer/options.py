@@ -53,6 +53,7 @@ class QuantizeOptions(BaseModel):
     clip             try scales that clip
     gptq             pass rounding errors on, or else round to the nearest
     passes           of descent over all columns after GPTQ
+    min_expert_tokens  an expert that fewer tokens of the text go through is rounded to the nearest
 
     `effort`, of `effort.EFFORTS`, may stand for several of them; those that are given win.
     """
@@ -75,6 +76,7 @@ class QuantizeOptions(BaseModel):
     clip: bool = True
     gptq: bool = True
     passes: Annotated[int, Field(ge=0, le=_MOST_PASSES)] = EFFORTS["default"]["passes"]
+    min_expert_tokens: PositiveInt = 128
 
     @model_validator(mode="before")
     @classmethod

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_qoq.checkpoint.shards import MAX_SHARD_BYTES
+from vllm_qoq.models.names import split_expert
 from vllm_qoq.models.table import LayerNames
 from vllm_qoq.models.tensors import EMBEDDING
+from vllm_qoq.numerics import EXPERT_GROUP_SIZES, EXPERT_MULTIPLE
 from vllm_qoq.progress import Progress
 from vllm_qoq.quantizer import QuantizeError, size
 from vllm_qoq.quantizer.inputs import Inputs, check_inputs
@@ -53,7 +55,7 @@ class CheckedJob:
     """A job that can be done, with all that was found out for it.
 
     options  with what depends on the model decided
-    linears  (outputs, inputs) of every layer to quantize
+    linears  (outputs, inputs) of every layer to quantize, by its name and block by block
     samples  token ids of the calibration text
     windows  token ids of the evaluation text, none without one
     """
@@ -65,15 +67,15 @@ class CheckedJob:
     tokenizer: PreTrainedTokenizerBase
     samples: list[list[int]]
     windows: list[list[int]]
-    linears: list[tuple[int, int]]
+    linears: dict[str, tuple[int, int]]
     parameters: int
     sizes: size.Sizes
 
     @property
-    def stacks(self) -> list[tuple[int, int]]:
-        """(outputs, inputs) of the layers that read one input, taken together, in all blocks."""
-        block = self.linears[: len(self.names.linears)]
-        return list(size.stacks(self.names, block)) * self.dimensions.layers
+    def stacks(self) -> list[size.Stack]:
+        """The layers that read one input, taken together, of all blocks."""
+        blocks = size.stacks(self.names, self.dimensions.layers, self.linears)
+        return [stack for block in blocks for stack in block]
 
 
 def default_work_dir(out: Path) -> Path:
@@ -134,17 +136,37 @@ def check_job(job: Job, options: QuantizeOptions) -> CheckedJob:
 
 def _check_divisible(inputs: Inputs, options: QuantizeOptions) -> None:
     has_whole_groups = "w4a16" in options.sets and options.group_size != -1
-    for name, (n, k) in zip(inputs.names.linears, inputs.linears, strict=False):  # all blocks alike
-        place = f"{inputs.names.blocks}.0.{name}.weight: [{n}, {k}]"
+    for name, (n, k) in inputs.linears.items():
+        place = f"{name}.weight: [{n}, {k}]"
         if k % _INPUTS_MULTIPLE or n % _OUTPUTS_MULTIPLE:
             raise QuantizeError(
                 f"{place} cannot be quantized: the kernels need inputs that are a multiple of "
                 f"{_INPUTS_MULTIPLE} and outputs that are one of {_OUTPUTS_MULTIPLE}; give another "
                 "model"
             )
+        if split_expert(name) is not None:
+            _check_expert(place, (n, k), options)
         if has_whole_groups and k % options.group_size:
             raise QuantizeError(
                 f"{place} cannot be quantized to w4a16 in groups: vLLM's kernels for it need "
                 f"inputs that are a multiple of {options.group_size}; give --group-size -1, or "
                 "--sets w8a8,w4a8, whose last group may be smaller"
             )
+
+
+def _check_expert(place: str, size: tuple[int, int], options: QuantizeOptions) -> None:
+    """Raise QuantizeError for an expert in w4a8 that no kernel computes."""
+    if "w4a8" not in options.sets:
+        return
+    if options.group_size not in EXPERT_GROUP_SIZES:
+        raise QuantizeError(
+            f"{place} cannot be quantized to w4a8 in groups of {options.group_size}: the kernels "
+            f"for experts have {' and '.join(map(str, EXPERT_GROUP_SIZES))}; give --group-size 128 "
+            "or -1"
+        )
+    if any(one % EXPERT_MULTIPLE for one in size):
+        raise QuantizeError(
+            f"{place} cannot be quantized to w4a8: the kernels for experts need hidden and "
+            f"intermediate sizes that are multiples of {EXPERT_MULTIPLE}; give --sets w8a8 or "
+            "w8a8,w4a16"
+        )

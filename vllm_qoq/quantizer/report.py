@@ -9,11 +9,15 @@ from typing import Any, TypedDict
 
 from typing_extensions import NotRequired
 
+from vllm_qoq.models.names import split_expert
 from vllm_qoq.models.table import LayerNames
 from vllm_qoq.progress import duration, human_bytes
 from vllm_qoq.quantizer import QuantizeError
 from vllm_qoq.quantizer.gguf_source.convert import note
 from vllm_qoq.quantizer.options import NO_MEAN_UNDER_A_CAP, STEPS, QuantizeOptions
+
+_SHOWN = 8
+"""How many experts a warning names."""
 
 
 class LayerError(TypedDict):
@@ -21,6 +25,9 @@ class LayerError(TypedDict):
 
     output_error   |W x - W' x| / |W x| over the calibration inputs
     clipped_share  in a nested set, the share of weights whose residual 4 bits do not hold
+    tokens         of an expert, how many went through it; the error of one without a token is
+                   |W - W'| / |W|
+    rounded_to_nearest  that an expert got too few for GPTQ
     """
 
     layer: str
@@ -28,6 +35,8 @@ class LayerError(TypedDict):
     output_error: float
     seconds: float
     clipped_share: NotRequired[float]
+    tokens: NotRequired[int]
+    rounded_to_nearest: NotRequired[bool]
 
 
 def refuse_clipped(errors: Iterable[LayerError], limit: float) -> None:
@@ -40,6 +49,28 @@ def refuse_clipped(errors: Iterable[LayerError], limit: float) -> None:
             f"{limit:g}; leave out --nested to store w8a8 by itself, or raise --max-clipped, which "
             "goes on with what is done"
         )
+
+
+def starved(errors: Iterable[LayerError]) -> dict[str, int]:
+    """Find the experts that were rounded to the nearest, with the tokens that each of them got."""
+    found = {}
+    for row in errors:
+        place = split_expert(row["layer"])
+        if place is not None and row.get("rounded_to_nearest"):
+            found[f"{place[0]}.{place[1]}"] = row["tokens"]
+    return found
+
+
+def starved_warning(experts: Mapping[str, int], options: QuantizeOptions) -> str:
+    """Write the warning about `starved` experts."""
+    some = list(experts.items())[:_SHOWN]
+    named = ", ".join(f"{name} ({tokens})" for name, tokens in some)
+    more = f" and {len(experts) - len(some)} more" if len(experts) > len(some) else ""
+    return (
+        f"experts that fewer than {options.min_expert_tokens} tokens of the text went through were "
+        f"rounded to the nearest, without GPTQ: {named}{more}; give more or other text (--text, "
+        "--samples, --seqlen), or lower --min-expert-tokens"
+    )
 
 
 class Steps:
@@ -114,7 +145,7 @@ def table(report: dict[str, Any]) -> str:
     """Format the report as text: errors by kind of layer and set, checks, time and memory."""
     errors: list[LayerError] = report["layers"]
     sets = list(dict.fromkeys(row["set"] for row in errors))
-    kinds = list(dict.fromkeys(row["layer"].rpartition(".")[2] for row in errors))
+    kinds = list(dict.fromkeys(_kind(row["layer"]) for row in errors))
     lines = [report["steps"]]
     lines += [f"left out: {step}: {why}" for step, why in report.get("left_out", {}).items()]
     lines += [_row("output error, mean (worst)", sets)]
@@ -124,7 +155,7 @@ def table(report: dict[str, Any]) -> str:
             mine = [
                 row["output_error"]
                 for row in errors
-                if row["set"] == name and row["layer"].endswith("." + kind)
+                if row["set"] == name and _kind(row["layer"]) == kind
             ]
             cells.append(f"{sum(mine) / len(mine):.4f} ({max(mine):.4f})")
         lines.append(_row(f"  {kind}", cells))
@@ -147,10 +178,18 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _kind(layer: str) -> str:
+    """Name the kind of a layer, down_proj or experts.down_proj."""
+    leaf = layer.rpartition(".")[2]
+    if split_expert(layer) is not None:
+        return f"experts.{leaf}"
+    return f"shared_expert.{leaf}" if ".shared_expert." in layer else leaf
+
+
 def _short(layer: str) -> str:
-    """Shorten model.layers.12.mlp.down_proj to 12.down_proj."""
-    block, _, leaf = layer.rpartition(".")
-    return f"{next(filter(str.isdigit, reversed(block.split('.'))), '')}.{leaf}"
+    """Shorten model.layers.12.mlp.down_proj to 12.down_proj, and an expert's to 12.7.down_proj."""
+    numbers = filter(str.isdigit, layer.split("."))
+    return ".".join((*numbers, layer.rpartition(".")[2]))
 
 
 def _clipped(errors: list[LayerError], sets: list[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """Rotations that leave the model's function as it is and spread outliers over channels.
 
 R1 turns the residual stream: the embedding and what writes to the stream (o, down)
-on their outputs, what reads it (q, k, v, gate, up, lm_head) on their inputs. An
+on their outputs, what reads it (q, k, v, gate, up, routers, lm_head) on their inputs. An
 RMSNorm commutes with a rotation once its weight is folded into the layers that read
 it. R2 turns each value head: v on its outputs, o on its inputs.
 
@@ -59,8 +59,8 @@ def _random_matrix(size: int, device: torch.device, seed: int) -> torch.Tensor:
 @torch.no_grad()
 def fold_norms(model: Module, names: LayerNames) -> None:
     """Move the weights of the norms into the layers that read them."""
-    for block in blocks(model, names):
-        for norm, readers in names.norms.items():
+    for index, block in enumerate(blocks(model, names)):
+        for norm, readers in names.of_block(index).norms.items():
             layers = [block.get_submodule(name) for name in readers]
             _fold(block.get_submodule(norm), layers, names.norm_offset)
     head = model.get_submodule(names.head)
@@ -88,10 +88,11 @@ def rotate_stream(model: Module, names: LayerNames, dimensions: Dimensions) -> N
     rotation = hadamard(dimensions.hidden)
     turn_inputs(model.get_submodule(names.embedding), rotation)
     turn_inputs(model.get_submodule(names.head), rotation)
-    for block in blocks(model, names):
-        for name in names.stream_readers:
+    for index, block in enumerate(blocks(model, names)):
+        layers = names.of_block(index)
+        for name in layers.stream_readers:
             turn_inputs(block.get_submodule(name), rotation)
-        for name in (names.o, names.down):
+        for name in layers.stream_writers:
             layer = block.get_submodule(name)
             turn_outputs(Rows(layer, 0, len(layer.weight)), rotation)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,12 +60,16 @@ class SetKind:
         group = self.group_size if bits == 4 and self.group_size != -1 else None
         return Symmetric(n, k, weight.device, clip=clip, bits=bits, group=group, scale_dtype=dtype)
 
-    def config(self) -> dict[str, Any]:
-        """Make the set's entry in `quantization_config.sets`."""
+    def config(self, floats: tuple[str, ...] = ()) -> dict[str, Any]:
+        """Make the set's entry in `quantization_config.sets`.
+
+        floats  names, below a block, of layers that no set quantizes: routers
+        """
         if self.base is not None:
             return ResidualSet(base=self.base).model_dump(mode="json")
         if self.name == "w4a8":
-            return QoQSet(group_size=self.group_size).model_dump(mode="json")
+            ignore = ("lm_head", *(f"*.{name}" for name in floats))
+            return QoQSet(group_size=self.group_size, ignore=ignore).model_dump(mode="json")
         is_w8 = self.name == "w8a8"
         integer = {"type": "int", "symmetric": True}
         has_groups = not is_w8 and self.group_size != -1
@@ -80,7 +85,7 @@ class SetKind:
             "quant_method": "compressed-tensors",
             "format": "int-quantized" if is_w8 else "pack-quantized",
             "quantization_status": "compressed",
-            "ignore": ["lm_head"],
+            "ignore": ["lm_head", *(f"re:.*{re.escape(f'.{name}')}$" for name in floats)],
             "config_groups": {
                 "group_0": {
                     "targets": ["Linear"],
@@ -105,3 +110,19 @@ def dequantize(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     else:
         codes = tensors["weight"]
     return codes.float() * scale.repeat_interleave(codes.shape[1] // scale.shape[1], dim=1)
+
+
+def dequantized(
+    tensors: Mapping[str, torch.Tensor], kind: SetKind, layers: Iterable[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Dequantize the `layers` of a block in one set: (layer, float32 [N, K]), one after the other.
+
+    tensors  those of the block, named SET.LAYER.LEAF
+    """
+    by_layer: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        owner, _, leaf = key.rpartition(".")
+        by_layer.setdefault(owner, {})[leaf] = tensor
+    for layer in layers:
+        base = by_layer[f"{kind.base}.{layer}"] if kind.base is not None else {}
+        yield layer, dequantize({**base, **by_layer[f"{kind.name}.{layer}"]})

@@ -6,13 +6,14 @@ import math
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vllm_qoq.checkpoint.folder import ITEM_BYTES, Checkpoint
 from vllm_qoq.models.linears import CONSTANT
+from vllm_qoq.models.names import split_expert
 from vllm_qoq.models.table import LayerNames
 from vllm_qoq.numerics import group_count
 from vllm_qoq.progress import human_bytes
@@ -31,6 +32,17 @@ _LIBRARIES = 7 * 10**8
 # Beside a Hessian, three matrices [K, K] are held while it is factored; later one, and so many
 # float32 copies of the weights that read the input.
 _FACTORING_COPIES, _WEIGHT_COPIES = 3, 5
+
+
+class Stack(NamedTuple):
+    """The layers that read one input, as one with `n` outputs and `k` inputs.
+
+    share  the share of the tokens that it reads: an expert's is the mean over all experts
+    """
+
+    n: int
+    k: int
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -55,12 +67,12 @@ def sizes(
     checkpoint: Checkpoint,
     names: LayerNames,
     dimensions: Dimensions,
-    linears: Sequence[tuple[int, int]],
+    linears: Mapping[str, tuple[int, int]],
     options: QuantizeOptions,
 ) -> Sizes:
-    """Count the bytes of a run; `linears` has (N, K) of all layers, block by block."""
+    """Count the bytes of a run; `linears` has (N, K) of all layers to quantize."""
     item = _item_bytes(checkpoint, names)
-    in_sets, biased = _names_in_sets(checkpoint, names, dimensions)
+    in_sets = {f"{layer}.{leaf}" for layer in linears for leaf in ("weight", "bias")}
     shared = sum(
         item * math.prod(info.shape)
         for name, info in checkpoint.tensors.items()
@@ -78,26 +90,33 @@ def sizes(
         shared += hidden * hidden + item * hidden  # the tensors that turn hidden states back
     if options.has_k_mean:
         shared += _FLOAT32 * dimensions.layers * dimensions.kv_heads * dimensions.head_dim
-    sets = sum(
-        layer_bytes(kind, n, k, item) + item * n * has_bias
-        for kind in options.kinds
-        for (n, k), has_bias in zip(linears, biased, strict=True)
+    biases = item * sum(
+        n for layer, (n, _) in linears.items() if f"{layer}.bias" in checkpoint.tensors
     )
-    # The weights that make the next block's inputs are pieces, too.
-    propagated = sum(item * n * k for n, k in linears)
-    output, work = shared + sets, shared + sets + propagated
-    block = linears[: len(names.linears)]
-    inputs, results = list(stacks(names, block)), (sets + propagated) // dimensions.layers
+    sets = sum(
+        biases + sum(layer_bytes(kind, n, k, item) for n, k in linears.values())
+        for kind in options.kinds
+    )
+    output = work = shared + sets
+    blocks = stacks(names, dimensions.layers, linears)
+    weights = [sum(stack.n * stack.k for stack in block) for block in blocks]
+    results = sets * max(weights) // sum(weights)
     memory = {
         "libraries": _LIBRARIES,
         "weights": item * sum(math.prod(i.shape) for i in checkpoint.tensors.values())
         + (head - stored_head),
         "calibration": 2 * item * options.samples * options.seqlen * hidden,
-        "hessians": _FLOAT32 * sum(k * k for _, k in inputs),
+        # Every expert of a block has one.
+        "hessians": _FLOAT32 * max(sum(stack.k**2 for stack in block) for block in blocks),
         "rounding": _FLOAT32
-        * max(max(_FACTORING_COPIES * k * k, k * k + _WEIGHT_COPIES * n * k) for n, k in inputs),
-        # Where it is rounded, with its results; those of the one before are written from a copy.
-        "block": item * sum(n * k for n, k in block) + results,
+        * max(
+            max(_FACTORING_COPIES * k * k, k * k + _WEIGHT_COPIES * n * k)
+            for block in blocks
+            for n, k, _ in block
+        ),
+        # Where it is rounded, with its results and the weights that it becomes; the results of the
+        # one before are written from a copy.
+        "block": 2 * item * max(weights) + results,
         "results of a block": 2 * results,
         # What it becomes while it turns, its magnitudes, two bools of each, and the rows in work.
         "embedding": (2 * item + 2) * vocabulary * hidden
@@ -173,19 +192,21 @@ def _item_bytes(checkpoint: Checkpoint, names: LayerNames) -> int:
     return ITEM_BYTES[stored if name is None else DTYPES[name]]
 
 
-def _names_in_sets(
-    checkpoint: Checkpoint, names: LayerNames, dimensions: Dimensions
-) -> tuple[set[str], list[bool]]:
-    """List the tensors of the layers that every set has, and which of these have a bias."""
-    layers = [
-        f"{names.blocks}.{i}.{name}" for i in range(dimensions.layers) for name in names.linears
-    ]
-    biased = [f"{layer}.bias" in checkpoint.tensors for layer in layers]
-    return {f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias")}, biased
-
-
-def stacks(names: LayerNames, block: Sequence[tuple[int, int]]) -> Iterable[tuple[int, int]]:
-    """List (N, K) of the layers of a block that read one input, all their outputs together."""
-    sizes_of = dict(zip(names.linears, block, strict=True))
-    for group in names.inputs:
-        yield sum(sizes_of[name][0] for name in group), sizes_of[group[0]][1]
+def stacks(
+    names: LayerNames, layers: int, linears: Mapping[str, tuple[int, int]]
+) -> list[list[Stack]]:
+    """List what reads one input in each of the `layers` blocks, in the order in which it runs."""
+    found = []
+    for index in range(layers):
+        block = names.of_block(index)
+        stacked = []
+        for group in block.inputs:
+            sizes_of = [linears[f"{names.blocks}.{index}.{name}"] for name in group]
+            share = (
+                1.0
+                if split_expert(f"{names.blocks}.{index}.{group[0]}") is None
+                else (block.expert_share)
+            )
+            stacked.append(Stack(sum(n for n, _ in sizes_of), sizes_of[0][1], share))
+        found.append(stacked)
+    return found

@@ -9,21 +9,23 @@ of all heads (OLMo 2).
 Outputs of a block are smoothed in its last products: v_proj's rows are divided by a
 scale and o_proj's columns multiplied, and up_proj's and down_proj's likewise. `order`
 sorts the inputs of down_proj by magnitude, so that a group holds channels of one
-size. These are QServe's steps (arXiv 2405.04532); `strength` chooses the scales.
+size. Every expert has scales and an order of its own. These are QServe's steps (arXiv
+2405.04532); `strength` chooses the scales.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from vllm_qoq.checkpoint.format import K_MEAN
+from vllm_qoq.models.blocks import Mlp
 from vllm_qoq.models.table import LayerNames
 from vllm_qoq.quantizer import k_mean, strength
 from vllm_qoq.quantizer.model import Dimensions, Module
-from vllm_qoq.quantizer.parts import rows
+from vllm_qoq.quantizer.parts import gate_and_up, rows
 from vllm_qoq.quantizer.rope import Rope
 from vllm_qoq.quantizer.weights import Rows, assign
 
@@ -49,6 +51,18 @@ class SmoothOptions:
 
 
 @dataclass(frozen=True)
+class SeenDown:
+    """What the calibration text showed of the inputs of a down_proj.
+
+    inputs   float [tokens, intermediate], a sample
+    largest  float32 [intermediate]: largest magnitudes
+    """
+
+    inputs: torch.Tensor
+    largest: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Seen:
     """The magnitudes and samples that the calibration text showed of one block.
 
@@ -59,8 +73,7 @@ class Seen:
     mean_key     float64 [kv_heads, head_dim]: mean of all keys before RoPE
     query_pairs  float32 [kv_heads, head_dim / 2]: root mean square of the queries' pairs
     values       float32 [kv_heads, head_dim]: root mean square
-    down_inputs  float [tokens, intermediate], a sample
-    down         float32 [intermediate]: largest inputs of down_proj
+    downs        what each down_proj got, by its name; experts without a token are left out
     """
 
     keys: torch.Tensor
@@ -68,8 +81,13 @@ class Seen:
     mean_key: torch.Tensor
     query_pairs: torch.Tensor
     values: torch.Tensor
-    down_inputs: torch.Tensor
-    down: torch.Tensor
+    downs: Mapping[str, SeenDown]
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Go through all that was seen."""
+        yield from (self.keys, self.mean_key, self.query_pairs, self.values)
+        for down in self.downs.values():
+            yield from (down.inputs, down.largest)
 
 
 @torch.no_grad()
@@ -89,8 +107,11 @@ def transforms(
                  nothing of this one, which is for the checkpoint
     key_scale    float32 [kv_heads, head_dim], the same for both channels of a pair
     value_scale  float32 [kv_heads, head_dim]
-    down_scale   float32 [intermediate]
-    down_order   int64 [intermediate]
+
+    and with the name of a down_proj and a dot in front, of each
+
+    scale        float32 [intermediate]
+    order        int64 [intermediate]
     """
     found = {}
     if options.k_mean:
@@ -117,15 +138,18 @@ def transforms(
         readers = block.get_submodule(names.o).weight.detach().float().square().sum(dim=0)
         readers = readers.view(dimensions.kv_heads, dimensions.queries_per_kv, -1).sum(dim=1).sqrt()
         found["value_scale"] = strength.value_scale(seen.values, readers)
-        found["down_scale"] = strength.down_scale(
-            seen.down_inputs,
-            seen.down,
-            block.get_submodule(names.down).weight.detach(),
-            options.weight_bits,
-            options.group_size,
-        )
-    if options.reorder:
-        found["down_order"] = (seen.down / found.get("down_scale", 1)).argsort(descending=True)
+    for name, down in seen.downs.items():
+        if options.outputs:
+            found[f"{name}.scale"] = strength.down_scale(
+                down.inputs,
+                down.largest,
+                block.get_submodule(name).weight.detach(),
+                options.weight_bits,
+                options.group_size,
+            )
+        if options.reorder:
+            scaled = down.largest / found.get(f"{name}.scale", 1)
+            found[f"{name}.order"] = scaled.argsort(descending=True)
     return found
 
 
@@ -144,9 +168,16 @@ def named_means(means: Iterable[torch.Tensor], names: LayerNames) -> dict[str, t
 
 @torch.no_grad()
 def apply(
-    block: Module, found: dict[str, torch.Tensor], names: LayerNames, dimensions: Dimensions
+    block: Module,
+    found: Mapping[str, torch.Tensor],
+    names: LayerNames,
+    dimensions: Dimensions,
+    mlps: Iterable[Mlp],
 ) -> None:
-    """Change the weights of one block; its function stays, but for rounding to their dtype."""
+    """Change the weights of one block; its function stays, but for rounding to their dtype.
+
+    mlps  those of the block
+    """
     if "key_scale" in found:
         _smooth_keys(block, found["key_scale"].double(), names, dimensions)
     if "value_scale" in found:
@@ -154,12 +185,14 @@ def apply(
         _scale_rows(rows(block, "v", names, dimensions), 1 / scale.flatten())
         per_head = scale.repeat_interleave(dimensions.queries_per_kv, dim=0)
         _scale_columns(block.get_submodule(names.o), per_head.flatten())
-    if "down_scale" in found:
-        scale = found["down_scale"].double()
-        _scale_rows(rows(block, "up", names, dimensions), 1 / scale)
-        _scale_columns(block.get_submodule(names.down), scale)
-    if "down_order" in found:
-        _reorder(block, found["down_order"], names, dimensions)
+    for mlp in mlps:
+        if f"{mlp.down}.scale" in found:
+            scale = found[f"{mlp.down}.scale"].double()
+            _, up = gate_and_up(block, mlp)
+            _scale_rows(up, 1 / scale)
+            _scale_columns(block.get_submodule(mlp.down), scale)
+        if f"{mlp.down}.order" in found:
+            _reorder(block, found[f"{mlp.down}.order"], mlp)
 
 
 def _has_common_norm(block: Module, names: LayerNames, dimensions: Dimensions) -> bool:
@@ -186,13 +219,13 @@ def _smooth_keys(
     _scale_rows(rows(block, "q", names, dimensions), per_head.flatten())
 
 
-def _reorder(block: Module, order: torch.Tensor, names: LayerNames, dimensions: Dimensions) -> None:
-    for part in (rows(block, "gate", names, dimensions), rows(block, "up", names, dimensions)):
+def _reorder(block: Module, order: torch.Tensor, mlp: Mlp) -> None:
+    for part in gate_and_up(block, mlp):
         weight, bias = part.weight, part.bias
         part.assign("weight", weight[order.to(weight.device)].contiguous())
         if bias is not None:
             part.assign("bias", bias[order.to(bias.device)].contiguous())
-    down = block.get_submodule(names.down)
+    down = block.get_submodule(mlp.down)
     assign(down, "weight", down.weight.data[:, order.to(down.weight.device)].contiguous())
 
 

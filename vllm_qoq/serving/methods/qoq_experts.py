@@ -17,15 +17,13 @@ from vllm.config import get_current_vllm_config
 from vllm_qoq import ops
 from vllm_qoq.checkpoint.format import QOQ_LINEAR, QoQSet
 from vllm_qoq.errors import FormatError
-from vllm_qoq.numerics import reference
+from vllm_qoq.numerics import EXPERT_GROUP_SIZES, EXPERT_MULTIPLE, reference
 from vllm_qoq.ops import expert_ops, linear_ops, w4a8_layout
 from vllm_qoq.serving.methods.dummy_values import make_valid
 from vllm_qoq.serving.vllm_versions import FusedMoEMethodBase, RoutedExperts
 
 _PER_CHANNEL = ("channel_scale", "channel_zero")
 _GROUPS = ("group_scale", "group_offset")
-# The kernels of experts have weights per channel and in these groups.
-_GROUP_SIZES = (-1, 128)
 
 
 @dataclass(frozen=True)
@@ -177,7 +175,7 @@ class QoQExpertsMethod(FusedMoEMethodBase):
     def _obstacles(self, layer: RoutedExperts) -> list[str]:
         activation = getattr(layer.activation, "value", layer.activation)
         found = []
-        if self.qoq_set.group_size not in _GROUP_SIZES:
+        if self.qoq_set.group_size not in EXPERT_GROUP_SIZES:
             found.append(f"experts in groups of {self.qoq_set.group_size} (it does -1 and 128)")
         if activation != "silu" or not layer.moe_config.is_act_and_mul:
             found.append(f"experts with the activation {activation!r} (it does 'silu')")
@@ -190,10 +188,10 @@ class QoQExpertsMethod(FusedMoEMethodBase):
         return found
 
     def _check_size(self, name: str, size: int) -> None:
-        if size % w4a8_layout.BLOCK_K:
+        if size % EXPERT_MULTIPLE:
             raise FormatError(
                 f"{name} is {size}, but {QOQ_LINEAR} experts need a multiple of "
-                f"{w4a8_layout.BLOCK_K}; quantize again with these experts in `ignore`"
+                f"{EXPERT_MULTIPLE}; quantize again with these experts in `ignore`"
             )
 
     def checked_int8(
