@@ -230,8 +230,8 @@ def test_all_tokens_go_through_shared_experts_and_dense_layers():
     assert model.weights == 2 * (dense.weights // 28 - mlp) + mlp + 3 * 3584 * 512
     assert model.experts == 4 * 3 * 3584 * 256
     assert model.routers == (4 + 1) * 3584
-    for chosen in (None, 0, 5, "2"):
-        with pytest.raises(FormatError, match=r"num_experts_per_tok: .* its 4 experts"):
+    for chosen in (0, 5, "2"):
+        with pytest.raises(FormatError, match="num_experts_per_tok: "):
             Model.of({**config, "num_experts_per_tok": chosen})
 
 

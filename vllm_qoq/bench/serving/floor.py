@@ -18,12 +18,9 @@ from typing import Any, NamedTuple
 
 from vllm_qoq.bench.serving.cases import Lengths
 from vllm_qoq.bench.serving.formats import CACHES, OUR_CACHES, SCALES_BYTES, Format
-from vllm_qoq.errors import FormatError, shown
-from vllm_qoq.models.config import CONFIG
 from vllm_qoq.models.linears import linear_layers
-from vllm_qoq.models.table import ARCHITECTURES, REMEDY, architecture_of
-
-_CHOSEN = "num_experts_per_tok"
+from vllm_qoq.models.table import ARCHITECTURES, architecture_of
+from vllm_qoq.models.tensors import expected_tensors
 
 
 class Limits(NamedTuple):
@@ -73,7 +70,7 @@ class Model:
             if mixture is not None and f".{mixture.prefix}." in name:
                 kind = "experts"
             elif mixture is not None and name.endswith(f".{mixture.router}"):
-                kind, share = "routers", _share(config, shape[0])
+                kind, share = "routers", expected_tensors(config).experts_of_token / shape[0]
             elif shape[0] == 1:  # the gate of a shared expert
                 kind = "routers"
             count[kind] += math.prod(shape)
@@ -148,14 +145,3 @@ def tokens_per_second(
 
 def _longer(limits: Limits, bytes_: float, operations: float, inputs: str) -> float:
     return max(bytes_ / limits.copy_rate, operations / limits.operations[inputs])
-
-
-def _share(config: Mapping[str, Any], experts: int) -> float:
-    """Read what share of its experts a token goes through; FormatError for an impossible one."""
-    chosen = config.get(_CHOSEN)
-    if type(chosen) is not int or not 0 < chosen <= experts:
-        raise FormatError(
-            f"{CONFIG}: {_CHOSEN}: {shown(chosen)} is not a number of its {experts} experts; "
-            f"{REMEDY}"
-        )
-    return chosen / experts
