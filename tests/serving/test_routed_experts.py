@@ -91,6 +91,25 @@ def test_a_tensor_that_does_not_fit_is_named(name, change):
         load(routed(), WHOLE | {name: change(WHOLE[name]).contiguous()})
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "dim"),
+    [
+        (f"w8a8.{PREFIX}.1.up_proj.weight", 0),
+        (f"w8a8.{PREFIX}.1.gate_proj.weight", 1),
+        (f"w8a8.{PREFIX}.0.down_proj.weight", 1),
+        (f"w8a8.{PREFIX}.3.up_proj.weight_scale", 0),
+        (f"w8a8.{PREFIX}.3.down_proj.weight_scale", 0),
+        (f"w4a16.{PREFIX}.2.down_proj.weight_packed", 1),
+        (f"w4a16.{PREFIX}.2.down_proj.weight_scale", 1),
+    ],
+)
+def test_half_a_tensor_does_not_pass_for_the_slice_of_a_rank(name, dim, rank):
+    half = WHOLE[name].narrow(dim, 0, WHOLE[name].shape[dim] // 2).contiguous()
+    with rank_of(rank, 2), pytest.raises(FormatError, match=name.replace(".", r"\.")):
+        load(routed(2), WHOLE | {name: half})
+
+
 @pytest.mark.parametrize(("value", "what"), [(0, "not positive"), (float("nan"), "NaN")])
 def test_a_scale_that_cannot_be_is_found(value, what):
     name = f"w8a8.{PREFIX}.1.up_proj.weight_scale"
