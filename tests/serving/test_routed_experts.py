@@ -7,7 +7,7 @@ import torch
 from expert_layers import EXPERTS, PREFIX, load, rank_of, routed, single, stored
 from plugin_units import ROUTING, scheme
 from vllm.config import CUDAGraphMode
-from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
 
 from vllm_qoq.errors import FormatError, UserError
 from vllm_qoq.routing.table import RoutingError
@@ -237,6 +237,30 @@ def test_a_method_that_vllm_refuses_is_named_with_its_set():
             routed(sets=sets)
         model = routed(sets=sets, routing={"prefill": "w8a8", "decode": "w8a8"})
         assert list(model.experts.quant_method.sets) == ["w8a8"]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), RuntimeError("no kernels")])
+def test_what_is_no_refusal_is_not_called_one(error, monkeypatch):
+    def fail(*_):
+        raise error
+
+    with rank_of(0, 1):
+        model = routed()
+        load(model, WHOLE)
+        method = model.experts.quant_method
+        monkeypatch.setattr(method.sets["w8a8"].method, "process_weights_after_loading", fail)
+        with pytest.raises(type(error)) as raised:
+            method.process_weights_after_loading(model.experts)
+    assert raised.value is error
+
+
+def test_a_lack_of_memory_while_loading_is_not_a_tensor_that_does_not_fit(monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(RoutedExperts, "weight_loader", fail)
+    with rank_of(0, 1), pytest.raises(torch.OutOfMemoryError):
+        load(routed(), WHOLE)
 
 
 def test_a_qoq_set_is_served_with_its_experts_and_without():

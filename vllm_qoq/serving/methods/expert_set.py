@@ -13,7 +13,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoeWeightScaleSupported
 
 from vllm_qoq.checkpoint.format import join_name
 from vllm_qoq.errors import FormatError
-from vllm_qoq.serving.methods.weight_set import REMEDY
+from vllm_qoq.serving.methods.weight_set import DEVICE_ERRORS, REMEDY
 from vllm_qoq.serving.vllm_versions import (
     FusedMoEMethodBase,
     RoutedExperts,
@@ -141,6 +141,8 @@ class ExpertSet(nn.Module):
                 expert_id,
                 True,
             )
+        except DEVICE_ERRORS:
+            raise
         except (AssertionError, RuntimeError, ValueError, LookupError) as error:
             name = self._name(self._layer.layer_name, leaf, shard_id, expert_id)
             raise FormatError(

@@ -22,7 +22,7 @@ from vllm_qoq.routing.table import LayerRoute
 from vllm_qoq.serving.methods import flex_moe_op  # noqa: F401  (defines torch.ops.qoq.flex_moe)
 from vllm_qoq.serving.methods.expert_set import ExpertSet
 from vllm_qoq.serving.methods.qoq_residual_experts import QoQResidualExpertsMethod
-from vllm_qoq.serving.methods.weight_set import UNTRACKED_LOADERS
+from vllm_qoq.serving.methods.weight_set import DEVICE_ERRORS, UNTRACKED_LOADERS
 from vllm_qoq.serving.routing.choose import choose
 from vllm_qoq.serving.routing.policy import Policy
 from vllm_qoq.serving.routing.step import current_step
@@ -287,13 +287,18 @@ class FlexMoEMethod(FusedMoEMethodBase):
 
 
 @contextmanager
-def named_refusals(prefix: str, set_name: str) -> Iterator[None]:
-    """Put the layer, the set and the remedy in front of what an in-tree method refuses."""
+def named_refusals(prefix: str, set_name: str, *also: type[Exception]) -> Iterator[None]:
+    """Put the layer, the set and the remedy in front of what an in-tree method refuses.
+
+    also  what else vLLM refuses by here
+
+    Other errors, such as a lack of memory or of kernels, are none of the checkpoint's and stay.
+    """
     try:
         yield
-    except FormatError:
+    except (FormatError, *DEVICE_ERRORS):
         raise
-    except (ValueError, AssertionError, RuntimeError) as error:  # also NotImplementedError
+    except (ValueError, AssertionError, NotImplementedError, *also) as error:
         raise FormatError(
             f"{prefix}: vLLM does not serve the experts of set {set_name!r} here: {error}; try "
             "another --tensor-parallel-size or GPU, or serve another set with force_set"

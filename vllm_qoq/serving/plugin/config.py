@@ -282,7 +282,8 @@ class QoQConfig(QuantizationConfig):
         methods, is_quantized = {}, False
         for name in self.set_names:
             try:
-                with named_refusals(prefix, name):
+                # compressed-tensors refuses schemes by a RuntimeError.
+                with named_refusals(prefix, name, RuntimeError):
                     method, state = self._ask(name, layer, prefix)
             except FormatError:
                 if name in reachable:

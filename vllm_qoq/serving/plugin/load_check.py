@@ -22,7 +22,7 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm_qoq.errors import FormatError
 from vllm_qoq.serving.methods.after_loading import AfterLoading
 from vllm_qoq.serving.methods.expert_set import ExpertSet
-from vllm_qoq.serving.methods.weight_set import REMEDY, Loader, WeightSet
+from vllm_qoq.serving.methods.weight_set import DEVICE_ERRORS, REMEDY, Loader, WeightSet
 from vllm_qoq.serving.vllm_versions import may_process_in_place
 
 _LOADER = "weight_loader"
@@ -92,6 +92,8 @@ def _naming(name: str, load: Loader) -> Loader:
             if not loaded_weight.is_floating_point():
                 raise AssertionError(f"numbers of the type {loaded_weight.dtype}")
             return load(param, loaded_weight, *rest, **more)
+        except DEVICE_ERRORS:
+            raise
         except (AssertionError, RuntimeError, IndexError) as error:
             raise FormatError(
                 f"{name} has shape {list(loaded_weight.shape)} in the checkpoint and "
