@@ -115,6 +115,8 @@ K_MEAN = "k_mean"
 QOQ_LINEAR = "qoq_linear"
 QOQ_RESIDUAL = "qoq_residual"
 
+EXPERT_MULTIPLE = 128
+"""What the sizes of a QoQ expert, and of the slice of it that a rank has, are multiples of."""
 INT8_HEAD_TENSORS = ("weight", "weight_scale")
 """The leaves of an int8 lm_head."""
 STREAM = "stream"
