@@ -4,11 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from expert_layers import EXPERTS, PREFIX, load, rank_of, routed, single, stored
-from plugin_units import ROUTING, scheme
+from expert_layers import EXPERTS, INNER, PREFIX, Block, load, rank_of, routed, single, stored
+from plugin_units import ROUTING, qoq_config, scheme
 from vllm.config import CUDAGraphMode
 from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsConfig,
+)
 
+from vllm_qoq.checkpoint.format import EXPERT_MULTIPLE
 from vllm_qoq.errors import FormatError, UserError
 from vllm_qoq.routing.table import RoutingError
 from vllm_qoq.serving.methods.qoq_experts import QoQExpertsMethod
@@ -17,6 +21,12 @@ from vllm_qoq.serving.methods.routed_experts import FlexMoEMethod, _check_parall
 SETS = {"w8a8": 8, "w4a16": 4}
 WHOLE = stored(8, "w8a8.") | stored(4, "w4a16.")
 FLOAT = scheme(8) | {"ignore": ["re:.*experts.*"]}
+
+# vLLM's kernels for W8A8 may ask for other things than ours, depending on the version.
+QOQ = {
+    "w8a8": {"quant_method": "qoq_linear", "ignore": ["lm_head"], "group_size": -1},
+    "w4a16": {"quant_method": "qoq_linear", "ignore": ["lm_head"]},
+}
 
 
 def check_loaded(model):
@@ -239,6 +249,44 @@ def test_a_method_that_vllm_refuses_is_named_with_its_set():
         assert list(model.experts.quant_method.sets) == ["w8a8"]
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_slices_that_qoq_experts_cannot_have_are_refused_with_a_remedy(size):
+    with rank_of(0, size):
+        if INNER // size % EXPERT_MULTIPLE == 0:
+            routed(size, sets=QOQ)
+            return
+        words = rf"^{PREFIX}: moe_intermediate_size is 64 on each of 4 .*--enable-expert-parallel"
+        with pytest.raises(FormatError, match=words):
+            routed(size, sets=QOQ)
+
+
+@pytest.mark.parametrize("key", ["swiglu_limit", "swiglu_alpha", "swiglu_beta"])
+def test_an_activation_that_qoq_experts_do_not_compute_is_refused(key):
+    with rank_of(0, 1), pytest.raises(FormatError, match=rf"activation has {key} 7\.0.*`ignore`"):
+        Block(qoq_config(sets=QOQ), 1, **{key: 7.0})
+
+
+def test_a_set_that_changes_the_sizes_of_the_layer_is_refused(monkeypatch):
+    fp8 = pytest.importorskip("vllm.model_executor.layers.fused_moe.oracle.fp8")
+    if not hasattr(fp8, "pad_tp_shard_to_weight_blocks"):
+        pytest.skip("this vLLM does not fill slices up to whole blocks")
+    ask = CompressedTensorsConfig.get_quant_method
+
+    def padding(config, layer, prefix):
+        if config.quant_format == "pack-quantized":
+            fp8.pad_tp_shard_to_weight_blocks(layer.moe_config, [256, 256])
+        return ask(config, layer, prefix)
+
+    monkeypatch.setattr(CompressedTensorsConfig, "get_quant_method", padding)
+    with rank_of(0, 2):
+        with pytest.raises(FormatError, match=rf"{PREFIX}: .*'w4a16'.*without --moe-backend"):
+            routed(2)
+        only = routed(2, routing={"prefill": "w8a8", "decode": "w8a8"})
+        assert only.experts.intermediate_size_per_partition == INNER // 2
+        load(only, WHOLE)
+        check_loaded(only)
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), RuntimeError("no kernels")])
 def test_what_is_no_refusal_is_not_called_one(error, monkeypatch):
     def fail(*_):
@@ -264,11 +312,9 @@ def test_a_lack_of_memory_while_loading_is_not_a_tensor_that_does_not_fit(monkey
 
 
 def test_a_qoq_set_is_served_with_its_experts_and_without():
-    qoq = {"quant_method": "qoq_linear", "ignore": ["lm_head"]}
-    sets = {"w8a8": scheme(8), "w4a16": qoq}
+    qoq, sets = QOQ["w4a16"], {"w8a8": scheme(8)}
     with rank_of(0, 1):
-        # vLLM's kernels for W8A8 may ask for other things than ours, depending on the version.
-        method = routed(sets=sets | {"w8a8": qoq | {"group_size": -1}}).experts.quant_method
+        method = routed(sets=QOQ).experts.quant_method
         assert isinstance(method.experts("w4a16").method, QoQExpertsMethod)
     with rank_of(0, 1):
         with pytest.raises(FormatError, match=r"experts in groups of 64 \(it does -1 and 128\)"):

@@ -305,6 +305,29 @@ def named_refusals(prefix: str, set_name: str, *also: type[Exception]) -> Iterat
         ) from error
 
 
+@contextmanager
+def same_sizes(layer: RoutedExperts, prefix: str, set_name: str) -> Iterator[None]:
+    """Raise FormatError where a set's method changes the sizes of the layer's experts.
+
+    vLLM does that for fp8 in blocks that no slice of a rank holds whole, and loads by these sizes
+    what other sets have, too.
+    """
+    config = layer.moe_config
+    before = dict(vars(config))
+    try:
+        yield
+        if getattr(config, "tp_shard_with_padding", False):
+            raise FormatError(
+                f"{prefix}: vLLM fills up the slices of set {set_name!r} at --tensor-parallel-size "
+                f"{config.tp_size} to whole blocks of fp8, and the experts of other sets have none "
+                "to fill up; start without --moe-backend, with --enable-expert-parallel or another "
+                "--tensor-parallel-size, or serve another set with force_set"
+            )
+    except BaseException:
+        vars(config).update(before)
+        raise
+
+
 def _check_parallel(layer: RoutedExperts, prefix: str, sets: Sequence[str]) -> None:
     """Raise UserError where the engine spreads experts in a way that routing cannot follow.
 

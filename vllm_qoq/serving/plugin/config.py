@@ -33,6 +33,7 @@ from vllm_qoq.serving.methods.routed_experts import (
     ExpertsMethod,
     FlexMoEMethod,
     named_refusals,
+    same_sizes,
 )
 from vllm_qoq.serving.methods.routed_linear import FlexLinearMethod, SetMethod
 from vllm_qoq.serving.methods.set_config import set_config
@@ -283,7 +284,7 @@ class QoQConfig(QuantizationConfig):
         for name in self.set_names:
             try:
                 # compressed-tensors refuses schemes by a RuntimeError.
-                with named_refusals(prefix, name, RuntimeError):
+                with named_refusals(prefix, name, RuntimeError), same_sizes(layer, prefix, name):
                     method, state = self._ask(name, layer, prefix)
             except FormatError:
                 if name in reachable:
