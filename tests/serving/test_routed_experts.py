@@ -11,6 +11,7 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFused
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
     CompressedTensorsConfig,
 )
+from vllm.model_executor.warmup import deep_gemm_warmup
 
 from vllm_qoq.checkpoint.format import EXPERT_MULTIPLE
 from vllm_qoq.errors import FormatError, UserError
@@ -309,6 +310,45 @@ def test_a_lack_of_memory_while_loading_is_not_a_tensor_that_does_not_fit(monkey
     monkeypatch.setattr(RoutedExperts, "weight_loader", fail)
     with rank_of(0, 1), pytest.raises(torch.OutOfMemoryError):
         load(routed(), WHOLE)
+
+
+def test_vllm_compiles_kernels_ahead_for_the_set_that_has_them(monkeypatch):
+    class DeepGemm:
+        """vLLM's class of kernels that it compiles ahead."""
+
+    def finish(method, config, kernel):
+        """A method that has loaded, as it would be on a GPU."""
+
+        def process(_):
+            method.moe_quant_config = config
+            method.moe_kernel = SimpleNamespace(impl=SimpleNamespace(fused_experts=kernel))
+            method.moe_kernel.output_is_reduced = lambda: False
+            method.moe_kernel.is_monolithic = False
+
+        monkeypatch.setattr(method, "process_weights_after_loading", process)
+        monkeypatch.setattr(type(method), "topk_indices_dtype", None)
+        monkeypatch.setattr(type(method), "mk_can_overlap_shared_experts", False)
+
+    blocks = SimpleNamespace(quant_dtype=torch.float8_e4m3fn, block_shape=[128, 128])
+    monkeypatch.setattr(deep_gemm_warmup, "DeepGemmExperts", DeepGemm)
+    monkeypatch.setattr(
+        deep_gemm_warmup, "get_mk_alignment_for_contiguous_layout", lambda: [128, 128]
+    )
+    with rank_of(0, 1):
+        model = routed(sets={"w4a16": scheme(4), "w8a8": scheme(8)})
+        load(model, WHOLE)
+        method, runner = model.experts.quant_method, model.block.experts
+        finish(method.sets["w4a16"].method, SimpleNamespace(block_shape=None), None)
+        finish(method.sets["w8a8"].method, blocks, DeepGemm())
+        assert not deep_gemm_warmup._fused_moe_grouped_gemm_may_use_deep_gemm(runner)
+        method.process_weights_after_loading(model.experts)
+        assert deep_gemm_warmup._fused_moe_grouped_gemm_may_use_deep_gemm(runner)
+    experts = method.experts("w8a8")
+    found = deep_gemm_warmup._extract_data_from_fused_moe_module(runner)[:4]
+    leaves = ("w13_weight", "w13_weight_scale", "w2_weight", "w2_weight_scale")
+    for tensor, leaf in zip(found, leaves, strict=True):
+        assert tensor is getattr(experts, leaf)
+    assert not hasattr(method.experts("w4a16"), "w13_weight")
 
 
 def test_a_qoq_set_is_served_with_its_experts_and_without():

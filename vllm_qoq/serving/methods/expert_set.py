@@ -20,8 +20,14 @@ from vllm_qoq.serving.vllm_versions import (
     experts_create_arguments,
 )
 
-# vLLM acts on every module that has these, and acts on the layer already.
-_NOT_THE_LAYERS = ("quant_method", "load_weights")
+# vLLM takes these from a layer of experts to compile DeepGEMM's kernels for them.
+COMPILED_AHEAD = (
+    *("w13_weight", "w13_weight_scale", "w13_weight_scale_inv"),
+    *("w2_weight", "w2_weight_scale", "w2_weight_scale_inv"),
+)
+# vLLM acts on every module that has the first two, and acts on the layer already. On the layer,
+# the others are those of one set.
+_NOT_THE_LAYERS = ("quant_method", "load_weights", *COMPILED_AHEAD)
 # vLLM computes these from what it loaded, though it gives them a loader.
 _COMPUTED = "sort_indices"
 # These are kept by few formats, for all experts or none.

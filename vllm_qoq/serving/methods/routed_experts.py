@@ -20,7 +20,7 @@ from vllm.forward_context import ForwardContext, get_forward_context
 from vllm_qoq.errors import FormatError, UserError, shown
 from vllm_qoq.routing.table import LayerRoute
 from vllm_qoq.serving.methods import flex_moe_op  # noqa: F401  (defines torch.ops.qoq.flex_moe)
-from vllm_qoq.serving.methods.expert_set import ExpertSet
+from vllm_qoq.serving.methods.expert_set import COMPILED_AHEAD, ExpertSet
 from vllm_qoq.serving.methods.qoq_residual_experts import QoQResidualExpertsMethod
 from vllm_qoq.serving.methods.weight_set import DEVICE_ERRORS, UNTRACKED_LOADERS
 from vllm_qoq.serving.routing.choose import choose
@@ -79,6 +79,7 @@ class FlexMoEMethod(FusedMoEMethodBase):
         self._first = next(iter(sets.values())).method
         self._is_padded = self._is_finished = False
         self._experts: dict[str, ExpertSet] = {}
+        self._ahead: Any = None
         self._check_alike()
 
     def maybe_roundup_sizes(
@@ -128,14 +129,26 @@ class FlexMoEMethod(FusedMoEMethodBase):
             with named_refusals(self.prefix, name):
                 self._experts[name].finish()
         self._check_alike()
+        methods = [choice.method for choice in self.sets.values()]
+        shown = next(filter(_may_be_compiled_ahead, methods), self._first)
         # The runner dispatches tokens itself where a method has no kernel of vLLM's modular kind.
-        kernels = [choice.method.moe_kernel for choice in self.sets.values()]
-        self.moe_kernel = kernels[0] if None not in kernels else None
-        self.moe_quant_config = self._first.moe_quant_config
+        has_kernels = all(method.moe_kernel is not None for method in methods)
+        self.moe_kernel = shown.moe_kernel if has_kernels else None
+        self.moe_quant_config = shown.moe_quant_config
+        if has_kernels and _may_be_compiled_ahead(shown):
+            self._ahead = shown.moe_quant_config
+            experts = next(one for one in self._experts.values() if one.method is shown)
+            found = {leaf: getattr(experts, leaf, None) for leaf in COMPILED_AHEAD}
+            vars(layer).update({leaf: one for leaf, one in found.items() if one is not None})
         self._is_finished = True
 
-    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
-        """Give none: each set computes with its own, and vLLM would look for its weights here."""
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> Any:
+        """Give that of a set whose kernels vLLM compiles ahead, for the weights on the layer.
+
+        DeepGEMM compiles by the sizes of the weights, which are equal in all sets. None where no
+        set has such kernels, because each computes with its own config.
+        """
+        return self._ahead
 
     @property
     def is_monolithic(self) -> bool:
@@ -346,6 +359,11 @@ def _check_parallel(layer: RoutedExperts, prefix: str, sets: Sequence[str]) -> N
             "--tensor-parallel-size, with --enable-expert-parallel if you like, or serve one set "
             "with force_set"
         )
+
+
+def _may_be_compiled_ahead(method: FusedMoEMethodBase) -> bool:
+    """Whether the weights are in blocks of fp8, as those are that DeepGEMM computes with."""
+    return getattr(method.moe_quant_config, "block_shape", None) is not None
 
 
 def _monolithic(
