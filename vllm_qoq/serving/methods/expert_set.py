@@ -199,7 +199,7 @@ class ExpertSet(nn.Module):
         loaded = self._loaded.get(leaf, set())
         if _ORDER in leaf and not loaded and not self._reads_order():
             return
-        shards = ("w2",) if leaf.startswith("w2") else self._shards_of_w13()
+        shards = ("w2",) if leaf.startswith("w2") else shards_of_w13(self._layer)
         for expert in self._local_experts():
             for shard in shards:
                 if (expert, shard) not in loaded:
@@ -211,9 +211,6 @@ class ExpertSet(nn.Module):
             return self.method.actorder == "group"
         return bool(getattr(getattr(self.method, "quant_config", None), "desc_act", False))
 
-    def _shards_of_w13(self) -> tuple[str, ...]:
-        return ("w1", "w3") if self.moe_config.is_act_and_mul else ("w1",)
-
     def _local_experts(self) -> Iterator[int]:
         """List the experts of this rank, by their numbers in the checkpoint."""
         for expert in range(self.global_num_experts):
@@ -222,13 +219,27 @@ class ExpertSet(nn.Module):
 
     def _name(self, prefix: str, leaf: str, shard_id: str, expert_id: int) -> str:
         """Find a tensor's name in the checkpoint."""
-        projection = {
-            "w1": self.ckpt_gate_proj_name,
-            "w2": self.ckpt_down_proj_name,
-            "w3": self.ckpt_up_proj_name,
-        }[shard_id]
-        stored = leaf.partition("_")[2]
-        return join_name(self.set_name, f"{prefix}.{expert_id}.{projection}.{stored}")
+        name = stored_name(self._layer, prefix, leaf, shard_id, expert_id)
+        return join_name(self.set_name, name)
+
+
+def shards_of_w13(layer: RoutedExperts) -> tuple[str, ...]:
+    """List what vLLM puts into the parameter w13 of an expert: w1 is gate and w3 is up."""
+    return ("w1", "w3") if layer.moe_config.is_act_and_mul else ("w1",)
+
+
+def stored_name(layer: RoutedExperts, prefix: str, leaf: str, shard_id: str, expert_id: int) -> str:
+    """Name the tensor of one expert as the checkpoint does, without a set.
+
+    prefix  the layer's name
+    leaf    the parameter, `w13_weight`
+    """
+    projection = {
+        "w1": layer.ckpt_gate_proj_name,
+        "w2": layer.ckpt_down_proj_name,
+        "w3": layer.ckpt_up_proj_name,
+    }[shard_id]
+    return f"{prefix}.{expert_id}.{projection}.{leaf.partition('_')[2]}"
 
 
 class _LoaderView:

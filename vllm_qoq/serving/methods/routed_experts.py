@@ -307,11 +307,12 @@ def named_refusals(prefix: str, set_name: str, *also: type[Exception]) -> Iterat
 
     Other errors, such as a lack of memory or of kernels, are none of the checkpoint's and stay.
     """
+    refusals: tuple[type[Exception], ...] = (ValueError, AssertionError, NotImplementedError)
     try:
         yield
     except (FormatError, *DEVICE_ERRORS):
         raise
-    except (ValueError, AssertionError, NotImplementedError, *also) as error:
+    except refusals + also as error:
         raise FormatError(
             f"{prefix}: vLLM does not serve the experts of set {set_name!r} here: {error}; try "
             "another --tensor-parallel-size or GPU, or serve another set with force_set"
