@@ -13,8 +13,8 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 from vllm.model_executor.warmup import deep_gemm_warmup
 
-from vllm_qoq.checkpoint.format import EXPERT_MULTIPLE
 from vllm_qoq.errors import FormatError, UserError
+from vllm_qoq.numerics import EXPERT_MULTIPLE
 from vllm_qoq.routing.table import RoutingError
 from vllm_qoq.serving.methods.qoq_experts import QoQExpertsMethod
 from vllm_qoq.serving.methods.routed_experts import FlexMoEMethod, _check_parallel

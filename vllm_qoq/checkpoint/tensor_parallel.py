@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_qoq.checkpoint.format import EXPERT_MULTIPLE
 from vllm_qoq.checkpoint.layout import Layout
 from vllm_qoq.models.config import text_config
 from vllm_qoq.models.names import split_expert
+from vllm_qoq.numerics import EXPERT_MULTIPLE
 
 SIZES = (1, 2, 4, 8, 16)
 

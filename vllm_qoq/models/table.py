@@ -385,6 +385,23 @@ def with_experts() -> list[str]:
     return [name for name, one in ARCHITECTURES.items() if one.experts is not None]
 
 
+def routers(model: Architecture) -> tuple[str, ...]:
+    """List what tells how much of each expert a token gets, below a block: layers for all sets.
+
+    They are the router, and the gate of an expert that every token goes through.
+    """
+    if model.experts is None:
+        return ()
+    gates = (name for name, spec in model.experts.shared.items() if spec.sizes[0] == "one")
+    return (model.experts.router, *gates)
+
+
+def router_globs() -> tuple[str, ...]:
+    """List globs of the names that the `routers` of all architectures have."""
+    found = (f"*.{name}" for model in ARCHITECTURES.values() for name in routers(model))
+    return tuple(dict.fromkeys(found))
+
+
 def norm_readers(config: Mapping[str, Any], norm: str) -> tuple[str, ...]:
     """List the linear layers that read the module `norm`; empty when that is not known.
 

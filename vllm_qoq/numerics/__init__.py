@@ -11,6 +11,9 @@ rotation             the basis of a rotated residual stream
 GROUP_SIZES = (128, 64, 32)
 """The numbers of inputs that may share a group_scale of a QoQ set."""
 
+EXPERT_MULTIPLE = 128
+"""What the kernels of experts in QoQ sets need hidden and intermediate sizes to be multiples of."""
+
 
 def group_count(inputs: int, group_size: int) -> int:
     """Count the groups of a layer's inputs, of which the last may be smaller."""

@@ -64,7 +64,7 @@ class SetKind:
         if self.base is not None:
             return ResidualSet(base=self.base).model_dump(mode="json")
         if self.name == "w4a8":
-            return QoQSet(group_size=self.group_size).model_dump(mode="json")
+            return QoQSet(group_size=self.group_size, ignore=("lm_head",)).model_dump(mode="json")
         is_w8 = self.name == "w8a8"
         integer = {"type": "int", "symmetric": True}
         has_groups = not is_w8 and self.group_size != -1

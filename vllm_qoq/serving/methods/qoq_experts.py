@@ -15,9 +15,9 @@ from torch.nn import Parameter
 from vllm.config import get_current_vllm_config
 
 from vllm_qoq import ops
-from vllm_qoq.checkpoint.format import EXPERT_MULTIPLE, QOQ_LINEAR, QoQSet
+from vllm_qoq.checkpoint.format import QOQ_LINEAR, QoQSet
 from vllm_qoq.errors import FormatError
-from vllm_qoq.numerics import reference
+from vllm_qoq.numerics import EXPERT_MULTIPLE, reference
 from vllm_qoq.ops import expert_ops, linear_ops, w4a8_layout
 from vllm_qoq.serving.methods.dummy_values import make_valid
 from vllm_qoq.serving.vllm_versions import FusedMoEMethodBase, RoutedExperts
