@@ -69,6 +69,7 @@ class LayerNames:
                       says so
     has_capped_scores whether attention bounds its scores, c tanh(score / c)
     activation        of the MLP, down(activation(gate(x)) * up(x))
+    has_wrong_hidden_act  whether `hidden_act` in `config.json` may be another, which vLLM ignores
     """
 
     blocks: str = "model.layers"
@@ -97,6 +98,7 @@ class LayerNames:
     is_rope_partial: bool = False
     has_capped_scores: bool = False
     activation: str = "silu"
+    has_wrong_hidden_act: bool = False
 
     @property
     def norms(self) -> dict[str, tuple[str, ...]]:
@@ -266,7 +268,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         _mlp(),
         is_tied=True,
         defaults={"head_dim": 256, "num_key_value_heads": 16},
-        names=LayerNames(has_head=False, **_GEMMA_NAMES),
+        names=LayerNames(has_head=False, has_wrong_hidden_act=True, **_GEMMA_NAMES),
         type="gemma",
     ),
     "Gemma2ForCausalLM": Architecture(
