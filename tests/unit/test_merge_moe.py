@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from moe_models import float_experts, write_model
+from qoq_checkpoints import write_plain
 from rtn_checkpoints import edit, gptq, w4a16, w8a8
 from safetensors.torch import load_file, save_file
 
@@ -196,6 +197,21 @@ def test_a_norm_may_differ_unless_a_router_reads_it(merge, tmp_path, norm):
     else:
         with pytest.raises(MergeError, match=f"{norm}.weight: differs"):
             merge("w8a8", "w4a16", change=("w4a16", smooth))
+
+
+def test_experts_in_float_that_differ_do_not_nest(model, sets, tmp_path):
+    floats = load_file(model / "model.safetensors")
+
+    def with_float_experts(tensors, config):
+        for name in [name for name in tensors if ".experts." in name]:
+            del tensors[name]
+        tensors |= {name: tensor for name, tensor in floats.items() if ".experts." in name}
+        config["quantization_config"]["ignore"] += ["*.experts.*"]
+
+    base = edit(write_plain(model, tmp_path / "base"), with_float_experts)
+    with pytest.raises(MergeError, match=r"layers\.0\.mlp\.experts: .*differ.*leave out --nest"):
+        vllm_qoq.merge({"w8a8": sets["one"], "w4a8": base}, tmp_path / "out", nest=True)
+    assert not (tmp_path / "out").exists()
 
 
 def lose(name):
