@@ -5,6 +5,7 @@ reference            weights and activations, in plain PyTorch: the oracle of th
 kv_layout            a page of the KV cache
 reference_attention  attention over such pages
 key_bias             whether a bias of K spoils a quantized cache
+rope_pairs           which channels of a head RoPE turns together
 rotation             the basis of a rotated residual stream
 """
 

@@ -122,11 +122,11 @@ class QuantizedKVCache:
         if self.kv_cache.k_mean:
             add_mean(layer, prefix)
 
-    def watch(self, layer: nn.Module, prefix: str) -> None:
-        """Look at `layer` when its weights are loaded, if it makes keys."""
+    def watch(self, layer: nn.Module, prefix: str, owner: nn.Module | None) -> None:
+        """Look at `layer` of `owner` when its weights are loaded, if it makes keys."""
         # Who measured the means has looked at the biases.
         if self.kv_cache.is_quantized() and not self.kv_cache.k_mean:
-            self._key_biases.add(layer, prefix)
+            self._key_biases.add(layer, prefix, owner)
 
     def loading_rules(self) -> dict[re.Pattern[str], str | None]:
         """Say how the checkpoint's means of K are renamed for vLLM's loader; call as below."""

@@ -40,7 +40,7 @@ from vllm_qoq.serving.methods.set_config import set_config
 from vllm_qoq.serving.methods.weight_set import UNTRACKED_LOADERS
 from vllm_qoq.serving.plugin import front_end, refusal
 from vllm_qoq.serving.plugin.load_check import begin_load
-from vllm_qoq.serving.plugin.root import model_in_the_making
+from vllm_qoq.serving.plugin.root import model_in_the_making, owner_in_the_making
 from vllm_qoq.serving.plugin.shared_files import new_stem
 from vllm_qoq.serving.routing.policy import Policy, check_lora
 from vllm_qoq.serving.signals import queue
@@ -177,7 +177,7 @@ class QoQConfig(QuantizationConfig):
         if isinstance(layer, Attention | MLAAttention):
             kv_cache.attach(layer, prefix)
             return None
-        kv_cache.watch(layer, prefix)
+        kv_cache.watch(layer, prefix, owner_in_the_making(layer))
         if self.section is None:
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
         if self.section.lm_head is not None and isinstance(layer, ParallelLMHead):
