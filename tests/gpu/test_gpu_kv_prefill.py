@@ -4,6 +4,7 @@ from itertools import accumulate
 
 import pytest
 import torch
+from gpu_room import skip_without_room
 
 from vllm_qoq import ops
 from vllm_qoq.numerics import kv_layout, reference_attention
@@ -25,6 +26,7 @@ REQUESTS = [(500, 1), (70, 1), (0, 300), (1000, 40), (64, 64), (3, 2)]
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("kind", ["plain", "capped", "sinks", "capped sinks"])
 def test_a_step_is_the_reference(head_size, window, kind):
+    skip_without_room(head_size, BITS, HEADS // KV_HEADS)
     from vllm_qoq.serving.kv.cuda import CUDAKVMetadata, CUDAQuantizedKVImpl
     from vllm_qoq.serving.kv.prefill import plan_prefill
 
