@@ -147,7 +147,7 @@ class QoQConfig(QuantizationConfig):
 
         self.kv_cache().check_layers()
         self._begin_load()
-        rules: dict[re.Pattern[str], str | None] = {}
+        rules: dict[re.Pattern[str], Any] = {}
         in_use = self._sets_in_use()
         # A layer rule may keep single layers out of a set that others use.
         for name, layer in self._unreachable:
