@@ -47,7 +47,15 @@ def pair(sources: Sequence[StoredSet]) -> tuple[StoredSet, StoredSet]:
 
 
 def check_basis(found: Survey, source: StoredSet, base: StoredSet) -> None:
-    """Raise MergeError for a tensor beside the quantized layers that is not the same in both."""
+    """Raise MergeError for a tensor beside the quantized layers that is not the same in both.
+
+    Experts that neither quantizes are among these: a nested set has none of its own.
+    """
+    for experts in sorted(found.float_experts):
+        raise MergeError(
+            f"{experts}: neither {source.name} nor {base.name} quantizes these experts, and they "
+            f"differ, so they cannot nest; quantize both from one transformed model, or {_REMEDY}"
+        )
     for tensor in found.unequal:
         raise MergeError(
             f"{tensor}: differs between {source.name} and {base.name}, whose weights therefore "

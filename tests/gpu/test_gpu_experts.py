@@ -7,6 +7,7 @@ import torch
 import w4a8_experts as layers
 
 from vllm_qoq import ops
+from vllm_qoq.ops import expert_ops
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,6 +47,35 @@ def test_the_shape_of_qwen3_30b_a3b_is_exact(tokens, weights):
     arguments = given(tokens, 8, 128, 2048, 768, weights)
     layers.assert_exact(layers.run(*arguments), *arguments)
     assert not arguments[2].workspace.any()
+
+
+@pytest.mark.parametrize("weights", layers.WEIGHTS)
+@pytest.mark.parametrize("tokens", [1, 65, 1000])
+def test_float16_is_exact(tokens, weights):
+    arguments = given(tokens, 4, 32, 512, 384, weights, dtype=torch.float16)
+    found = layers.run(*arguments)
+    assert found["out"].dtype == found["gate_up"].dtype == torch.float16
+    layers.assert_exact(found, *arguments)
+    assert not arguments[2].workspace.any()
+
+
+@pytest.mark.parametrize("weights", layers.WEIGHTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("of_bias", [torch.bfloat16, torch.float16, torch.float32])
+def test_each_expert_adds_its_bias_before_the_one_rounding(of_bias, dtype, weights):
+    x, ids, layer, *_ = given(100, 4, 16, 512, 256, weights, dtype=dtype)
+    tile = expert_ops.tile_for(ids.numel(), 16)
+    rows, tile_expert, tiles = torch.ops.qoq.route_to_experts(ids, None, 16, tile)
+    quantized = torch.ops.qoq.quantize_for_experts(x, rows, tile, tile_expert)
+    bias = torch.randn(16 * layer.n, device=DEVICE).to(of_bias)
+    found = layer(*quantized, tiles, tile_expert, bias=bias, dtype=dtype)
+    at = rows[rows >= 0].long()
+    owner = tile_expert.long()[at // tile]
+    for expert in owner.unique().tolist():
+        mine = at[owner == expert]
+        parts = [part[mine] for part in quantized]
+        assert torch.equal(found[mine], layer.expected(expert, *parts, bias=bias, dtype=dtype))
+    assert not layer.workspace.any()
 
 
 def test_experts_of_other_ranks_add_nothing():

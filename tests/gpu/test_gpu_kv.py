@@ -5,6 +5,7 @@ import math
 import kv_oracle
 import pytest
 import torch
+from gpu_room import skip_without_room
 
 from vllm_qoq import ops
 from vllm_qoq.numerics import kv_layout
@@ -71,11 +72,6 @@ def decode(cache, query, *, window=0, hadamard=False, out=None, **options):
     return out
 
 
-def skip_without_room(head_size, bits, group):
-    for lacking in kv_ops.lacking_shared_memory(head_size, bits, group):
-        pytest.skip(lacking)
-
-
 def assert_close(out, expected, more=0.0):
     """By row: the output's rounding, weights that are rounded to fp16, and `more`.
 
@@ -105,6 +101,7 @@ def test_decode_attends_to_every_token_of_every_page(bits, head_size, page_token
 @pytest.mark.parametrize("bits, head_size", BITS_AND_SIZES)
 @pytest.mark.parametrize("window", [1, 40, 700])
 def test_decode_sees_only_the_window(bits, head_size, window):
+    skip_without_room(head_size, bits, 4)
     cache = Cache(EDGES, 2, head_size, bits, 16)
     query = torch.randn(len(EDGES), 8, head_size, device=DEVICE).bfloat16()
     expected = cache.expected(query, head_size**-0.5, window)
@@ -116,6 +113,7 @@ def test_decode_sees_only_the_window(bits, head_size, window):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("soft_cap, has_sinks", [(0.5, False), (0.0, True), (2.0, True)])
 def test_decode_caps_scores_and_counts_sinks(bits, head_size, heads, dtype, soft_cap, has_sinks):
+    skip_without_room(head_size, bits, heads // 2)
     lengths = [*EDGES, 100000]
     cache = Cache(lengths, 2, head_size, bits, 64)
     query = torch.randn(len(lengths), heads, head_size, device=DEVICE).to(dtype)
@@ -138,6 +136,7 @@ def test_decode_caps_scores_and_counts_sinks(bits, head_size, heads, dtype, soft
 @pytest.mark.parametrize("head_size", kv_layout.HEAD_SIZES)
 @pytest.mark.parametrize("heads, kv_heads", [(32, 8), (32, 2)])
 def test_decode_divides_any_batch_and_repeats_to_the_bit(lengths, head_size, heads, kv_heads):
+    skip_without_room(head_size, 4, heads // kv_heads)
     cache = Cache(lengths, kv_heads, head_size, 4, 16)
     query = torch.randn(len(lengths), heads, head_size, device=DEVICE).bfloat16()
     out = decode(cache, query)
@@ -260,6 +259,7 @@ def test_dequantize_reads_ranges_of_sequences(bits, head_size, hadamard, page_to
 
 @pytest.mark.parametrize("bits, head_size", BITS_AND_SIZES)
 def test_a_step_writes_then_attends_with_a_rotation(bits, head_size):
+    skip_without_room(head_size, bits, 4)
     skip_where_nothing_rotates(head_size, True)
     lengths, page_tokens = [70, 1, 130], 16
     cache = Cache(lengths, 2, head_size, bits, page_tokens)

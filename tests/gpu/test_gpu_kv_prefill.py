@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from gpu_room import skip_without_room
 
 from vllm_qoq import ops
 from vllm_qoq.numerics import kv_layout, reference_attention
@@ -29,6 +30,7 @@ WINDOWS = [(size, w) for size in kv_layout.HEAD_SIZES for w in (None, 128 if siz
 @pytest.mark.parametrize("head_size, window", WINDOWS)
 @pytest.mark.parametrize("kind", ["plain", "capped", "sinks", "capped sinks"])
 def test_a_step_is_the_reference(head_size, window, kind):
+    skip_without_room(head_size, BITS, HEADS // KV_HEADS)
     from vllm_qoq.serving.kv.cuda import CUDAKVMetadata, CUDAQuantizedKVImpl
     from vllm_qoq.serving.kv.prefill import plan_prefill
 

@@ -9,8 +9,11 @@ import torch
 from biased_models import write_llama, write_qwen2
 from conftest import DATA
 from engines import engine
+from plugin_units import qoq_config, tensor_parallel, vllm_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm.model_executor.layers.linear import QKVParallelLinear
+from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from vllm_qoq.bench.perplexity import text_perplexity
 from vllm_qoq.checkpoint import inspect, verify
@@ -95,6 +98,38 @@ def test_what_is_warned_of_is_the_error_of_the_scores(bias):
     measured = scores.square().mean(dim=(1, 2, 3)).sqrt()
     assert (noise < 3 * measured).all() and (measured < 3 * noise).all(), (noise, measured)
     assert (noise > without).all()
+
+
+@pytest.mark.parametrize("is_neox", [True, False])
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_bias_is_turned_as_the_model_turns_keys(is_neox, share):
+    """GLM turns neighbors, and half of a head alone."""
+
+    class Attention(torch.nn.Module):
+        def __init__(self, quant_config):
+            super().__init__()
+            self.qkv_proj = QKVParallelLinear(
+                256, 64, 4, 2, quant_config=quant_config, prefix="block.qkv_proj"
+            )
+            parameters = {"rope_theta": 10000, "partial_rotary_factor": share}
+            self.rotary_emb = get_rope(64, 8192, is_neox_style=is_neox, rope_parameters=parameters)
+
+    bias = torch.randn(1, 64)
+    with tensor_parallel(0, 1, vllm_config()):
+        config = qoq_config(kv_cache={"bits": 4})
+        attention = Attention(config)
+        found = config.kv_cache()._key_biases._layers["block.qkv_proj"]
+        assert found == (attention.qkv_proj, attention)
+        positions = torch.randint(8192, (4096,))
+        _, keys = attention.rotary_emb.forward_native(
+            positions, torch.zeros(4096, 64), bias.expand(4096, 64).clone()
+        )
+    turned = key_bias.turned(bias, **serving_key_bias._rotary_of(attention))[:, 0]
+    # The slowest pairs have been turned a little only, and random angles are 32.
+    fast = torch.isclose(keys.abs().amax(0), turned.abs().amax(0), rtol=0.1)
+    rest = keys.std(0) < 1e-6
+    assert fast.float().mean() > 0.7
+    assert int(rest.sum()) == 64 - 64 * share and torch.equal(turned.std(0) < 1e-6, rest)
 
 
 def test_rotating_the_keys_helps_in_the_simulation_too(models, text, tmp_path):

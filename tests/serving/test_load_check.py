@@ -5,8 +5,10 @@ import shutil
 import pytest
 import torch
 from engines import engine, generate
+from expert_layers import EXPERTS, PREFIX, SHAPES, rank_of, routed
+from expert_layers import load as load_experts
 from loaded_layers import Block, load, stored
-from plugin_units import qoq_config, tensor_parallel, vllm_config
+from plugin_units import qoq_config, scheme, tensor_parallel, vllm_config
 from safetensors.torch import load_file, save_file
 
 from vllm_qoq.errors import FormatError
@@ -118,6 +120,90 @@ def test_a_scale_of_a_set_is_named(set_name, value, message):
         FormatError, match=rf"qkv_proj: weight_scale of set '{set_name}' holds {message}"
     ):
         loaded(change)
+
+
+EXPERT = f"{PREFIX}.2.up_proj.weight"
+
+
+def loaded_experts(change, rank=0, size=1, is_expert_parallel=False, **unpadded):
+    """Experts that no set quantizes; `change` gets what the checkpoint has and gives what is left.
+
+    The memory of a real model holds what was there before. `unpadded` are sizes of the model where
+    vLLM's are larger.
+    """
+    unquantized = scheme(8) | {"ignore": ["re:.*experts.*"]}
+    weights = {
+        f"{PREFIX}.{expert}.{projection}.weight": torch.randn(shape).bfloat16()
+        for expert in range(EXPERTS)
+        for projection, shape in SHAPES.items()
+    }
+    with rank_of(rank, size, is_expert_parallel):
+        model = routed(size, sets={"w8a8": unquantized, "w4a16": unquantized})
+        vars(model.experts.moe_config).update(unpadded)
+        for parameter in model.parameters():
+            parameter.data.fill_(7)
+        load_experts(model, change(weights))
+        model.quant_method.process_weights_after_loading(model)
+        return model.experts
+
+
+@pytest.mark.parametrize("is_expert_parallel", [False, True], ids=["tensor", "expert"])
+@pytest.mark.parametrize(("rank", "size"), [(0, 1), (0, 2), (1, 2)])
+def test_experts_that_all_sets_share_are_accounted_for(rank, size, is_expert_parallel):
+    where = {"rank": rank, "size": size, "is_expert_parallel": is_expert_parallel}
+    experts = loaded_experts(dict, **where)
+    assert all(parameter.isfinite().all() for parameter in experts.parameters())
+
+    def lose(weights):
+        return {name: tensor for name, tensor in weights.items() if name != EXPERT}
+
+    if is_expert_parallel and size == 2 and rank == 0:
+        loaded_experts(lose, **where)  # the expert is another rank's
+        return
+    with pytest.raises(FormatError, match=rf"did not fill {EXPERT}:.*vllm-qoq verify"):
+        loaded_experts(lose, **where)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_half_an_expert_that_all_sets_share_is_named(size):
+    def halve(weights):
+        return weights | {EXPERT: weights[EXPERT][: len(weights[EXPERT]) // 2]}
+
+    with pytest.raises(FormatError, match=rf"^{EXPERT} .*filled in part"):
+        loaded_experts(halve, size=size)
+
+
+def test_padding_of_experts_that_all_sets_share_is_left_alone():
+    def cut(weights):
+        return {
+            name: (t[:200, :192] if "down" in name else t[:192, :200]).neg().contiguous()
+            for name, t in weights.items()
+        }
+
+    sizes = {"hidden_dim_unpadded": 200, "intermediate_size_per_partition_unpadded": 192}
+    experts = loaded_experts(cut, **sizes)
+    assert (experts.w13_weight[:, 192:256] == 7).all() and (experts.w2_weight[:, 200:] == 7).all()
+    with pytest.raises(FormatError, match=rf"did not fill {EXPERT}"):
+        loaded_experts(
+            lambda weights: cut(weights | {EXPERT: torch.full((256, 256), NAN)}), **sizes
+        )
+
+
+def test_an_expert_that_all_sets_share_and_that_is_not_finite_is_named():
+    def spoil(weights):
+        weights[EXPERT][3, 5] = NAN
+        return weights
+
+    with pytest.raises(FormatError, match=rf"^{EXPERT} holds NaN"):
+        loaded_experts(spoil)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"), [(lambda t: t.repeat(2, 1), r"\[512, 256\]"), (torch.Tensor.char, "int8")]
+)
+def test_an_expert_that_all_sets_share_and_that_does_not_fit_is_named(change, what):
+    with pytest.raises(FormatError, match=rf"^{EXPERT} .*{what}.*vllm-qoq verify"):
+        loaded_experts(lambda weights: weights | {EXPERT: change(weights[EXPERT])})
 
 
 @pytest.mark.parametrize("lost", ["model.norm.weight", "model.layers.1.input_layernorm.weight"])

@@ -4,12 +4,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from expert_layers import EXPERTS, PREFIX, load, rank_of, routed, single, stored
-from plugin_units import ROUTING, scheme
+from expert_layers import EXPERTS, INNER, PREFIX, Block, load, rank_of, routed, single, stored
+from plugin_units import ROUTING, qoq_config, scheme
 from vllm.config import CUDAGraphMode
-from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsConfig,
+)
+from vllm.model_executor.warmup import deep_gemm_warmup
 
 from vllm_qoq.errors import FormatError, UserError
+from vllm_qoq.numerics import EXPERT_MULTIPLE
 from vllm_qoq.routing.table import RoutingError
 from vllm_qoq.serving.methods.qoq_experts import QoQExpertsMethod
 from vllm_qoq.serving.methods.routed_experts import FlexMoEMethod, _check_parallel
@@ -17,6 +22,12 @@ from vllm_qoq.serving.methods.routed_experts import FlexMoEMethod, _check_parall
 SETS = {"w8a8": 8, "w4a16": 4}
 WHOLE = stored(8, "w8a8.") | stored(4, "w4a16.")
 FLOAT = scheme(8) | {"ignore": ["re:.*experts.*"]}
+
+# vLLM's kernels for W8A8 may ask for other things than ours, depending on the version.
+QOQ = {
+    "w8a8": {"quant_method": "qoq_linear", "ignore": ["lm_head"], "group_size": -1},
+    "w4a16": {"quant_method": "qoq_linear", "ignore": ["lm_head"]},
+}
 
 
 def check_loaded(model):
@@ -89,6 +100,25 @@ def test_a_rank_misses_its_own_experts_only():
 def test_a_tensor_that_does_not_fit_is_named(name, change):
     with rank_of(0, 1), pytest.raises(FormatError, match=name.replace(".", r"\.")):
         load(routed(), WHOLE | {name: change(WHOLE[name]).contiguous()})
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "dim"),
+    [
+        (f"w8a8.{PREFIX}.1.up_proj.weight", 0),
+        (f"w8a8.{PREFIX}.1.gate_proj.weight", 1),
+        (f"w8a8.{PREFIX}.0.down_proj.weight", 1),
+        (f"w8a8.{PREFIX}.3.up_proj.weight_scale", 0),
+        (f"w8a8.{PREFIX}.3.down_proj.weight_scale", 0),
+        (f"w4a16.{PREFIX}.2.down_proj.weight_packed", 1),
+        (f"w4a16.{PREFIX}.2.down_proj.weight_scale", 1),
+    ],
+)
+def test_half_a_tensor_does_not_pass_for_the_slice_of_a_rank(name, dim, rank):
+    half = WHOLE[name].narrow(dim, 0, WHOLE[name].shape[dim] // 2).contiguous()
+    with rank_of(rank, 2), pytest.raises(FormatError, match=name.replace(".", r"\.")):
+        load(routed(2), WHOLE | {name: half})
 
 
 @pytest.mark.parametrize(("value", "what"), [(0, "not positive"), (float("nan"), "NaN")])
@@ -220,12 +250,111 @@ def test_a_method_that_vllm_refuses_is_named_with_its_set():
         assert list(model.experts.quant_method.sets) == ["w8a8"]
 
 
-def test_a_qoq_set_is_served_with_its_experts_and_without():
-    qoq = {"quant_method": "qoq_linear", "ignore": ["lm_head"]}
-    sets = {"w8a8": scheme(8), "w4a16": qoq}
+@pytest.mark.parametrize("size", [2, 4])
+def test_slices_that_qoq_experts_cannot_have_are_refused_with_a_remedy(size):
+    with rank_of(0, size):
+        if INNER // size % EXPERT_MULTIPLE == 0:
+            routed(size, sets=QOQ)
+            return
+        words = rf"^{PREFIX}: moe_intermediate_size is 64 on each of 4 .*--enable-expert-parallel"
+        with pytest.raises(FormatError, match=words):
+            routed(size, sets=QOQ)
+
+
+@pytest.mark.parametrize("key", ["swiglu_limit", "swiglu_alpha", "swiglu_beta"])
+def test_an_activation_that_qoq_experts_do_not_compute_is_refused(key):
+    with rank_of(0, 1), pytest.raises(FormatError, match=rf"activation has {key} 7\.0.*`ignore`"):
+        Block(qoq_config(sets=QOQ), 1, **{key: 7.0})
+
+
+def test_a_set_that_changes_the_sizes_of_the_layer_is_refused(monkeypatch):
+    fp8 = pytest.importorskip("vllm.model_executor.layers.fused_moe.oracle.fp8")
+    if not hasattr(fp8, "pad_tp_shard_to_weight_blocks"):
+        pytest.skip("this vLLM does not fill slices up to whole blocks")
+    ask = CompressedTensorsConfig.get_quant_method
+
+    def padding(config, layer, prefix):
+        if config.quant_format == "pack-quantized":
+            fp8.pad_tp_shard_to_weight_blocks(layer.moe_config, [256, 256])
+        return ask(config, layer, prefix)
+
+    monkeypatch.setattr(CompressedTensorsConfig, "get_quant_method", padding)
+    with rank_of(0, 2):
+        with pytest.raises(FormatError, match=rf"{PREFIX}: .*'w4a16'.*without --moe-backend"):
+            routed(2)
+        only = routed(2, routing={"prefill": "w8a8", "decode": "w8a8"})
+        assert only.experts.intermediate_size_per_partition == INNER // 2
+        load(only, WHOLE)
+        check_loaded(only)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), RuntimeError("no kernels")])
+def test_what_is_no_refusal_is_not_called_one(error, monkeypatch):
+    def fail(*_):
+        raise error
+
     with rank_of(0, 1):
-        # vLLM's kernels for W8A8 may ask for other things than ours, depending on the version.
-        method = routed(sets=sets | {"w8a8": qoq | {"group_size": -1}}).experts.quant_method
+        model = routed()
+        load(model, WHOLE)
+        method = model.experts.quant_method
+        monkeypatch.setattr(method.sets["w8a8"].method, "process_weights_after_loading", fail)
+        with pytest.raises(type(error)) as raised:
+            method.process_weights_after_loading(model.experts)
+    assert raised.value is error
+
+
+def test_a_lack_of_memory_while_loading_is_not_a_tensor_that_does_not_fit(monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(RoutedExperts, "weight_loader", fail)
+    with rank_of(0, 1), pytest.raises(torch.OutOfMemoryError):
+        load(routed(), WHOLE)
+
+
+def test_vllm_compiles_kernels_ahead_for_the_set_that_has_them(monkeypatch):
+    class DeepGemm:
+        """vLLM's class of kernels that it compiles ahead."""
+
+    def finish(method, config, kernel):
+        """A method that has loaded, as it would be on a GPU."""
+
+        def process(_):
+            method.moe_quant_config = config
+            method.moe_kernel = SimpleNamespace(impl=SimpleNamespace(fused_experts=kernel))
+            method.moe_kernel.output_is_reduced = lambda: False
+            method.moe_kernel.is_monolithic = False
+
+        monkeypatch.setattr(method, "process_weights_after_loading", process)
+        monkeypatch.setattr(type(method), "topk_indices_dtype", None)
+        monkeypatch.setattr(type(method), "mk_can_overlap_shared_experts", False)
+
+    blocks = SimpleNamespace(quant_dtype=torch.float8_e4m3fn, block_shape=[128, 128])
+    monkeypatch.setattr(deep_gemm_warmup, "DeepGemmExperts", DeepGemm)
+    monkeypatch.setattr(
+        deep_gemm_warmup, "get_mk_alignment_for_contiguous_layout", lambda: [128, 128]
+    )
+    with rank_of(0, 1):
+        model = routed(sets={"w4a16": scheme(4), "w8a8": scheme(8)})
+        load(model, WHOLE)
+        method, runner = model.experts.quant_method, model.block.experts
+        finish(method.sets["w4a16"].method, SimpleNamespace(block_shape=None), None)
+        finish(method.sets["w8a8"].method, blocks, DeepGemm())
+        assert not deep_gemm_warmup._fused_moe_grouped_gemm_may_use_deep_gemm(runner)
+        method.process_weights_after_loading(model.experts)
+        assert deep_gemm_warmup._fused_moe_grouped_gemm_may_use_deep_gemm(runner)
+    experts = method.experts("w8a8")
+    found = deep_gemm_warmup._extract_data_from_fused_moe_module(runner)[:4]
+    leaves = ("w13_weight", "w13_weight_scale", "w2_weight", "w2_weight_scale")
+    for tensor, leaf in zip(found, leaves, strict=True):
+        assert tensor is getattr(experts, leaf)
+    assert not hasattr(method.experts("w4a16"), "w13_weight")
+
+
+def test_a_qoq_set_is_served_with_its_experts_and_without():
+    qoq, sets = QOQ["w4a16"], {"w8a8": scheme(8)}
+    with rank_of(0, 1):
+        method = routed(sets=QOQ).experts.quant_method
         assert isinstance(method.experts("w4a16").method, QoQExpertsMethod)
     with rank_of(0, 1):
         with pytest.raises(FormatError, match=r"experts in groups of 64 \(it does -1 and 128\)"):

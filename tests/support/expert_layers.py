@@ -24,9 +24,9 @@ _make = getattr(fused_moe, "FusedMoEFactory", None) or fused_moe.FusedMoE
 
 
 class Block(torch.nn.Module):
-    """A layer of experts, where a model has it."""
+    """A layer of experts, where a model has it; `changes` are those of vLLM's arguments."""
 
-    def __init__(self, quant_config: Any, tp_size: int) -> None:
+    def __init__(self, quant_config: Any, tp_size: int, **changes: Any) -> None:
         super().__init__()
         self.quant_config = quant_config
         self.block = torch.nn.Module()
@@ -41,6 +41,7 @@ class Block(torch.nn.Module):
             prefix=PREFIX,
             dp_size=1,
             pcp_size=1,
+            **changes,
         )
 
     @property

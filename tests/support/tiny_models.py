@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -47,10 +48,13 @@ MODELS = {
 """Name -> class of the config, and what it has besides the sizes; the class comes first."""
 
 
-def write(name: str, folder: Path, tokenizer: Path) -> Path:
-    """Write the model `name` in float32, with random norms and biases and a tokenizer's files."""
-    kind, changes = MODELS[name]
-    config = getattr(transformers, kind)(**_SIZES | changes)
+def write(name: str, folder: Path, tokenizer: Path, **changes: Any) -> Path:
+    """Write the model `name` in float32, with random norms and biases and a tokenizer's files.
+
+    changes  of its config
+    """
+    kind, own = MODELS[name]
+    config = getattr(transformers, kind)(**_SIZES | own | changes)
     torch.manual_seed(0)
     model = getattr(transformers, name.partition(",")[0])(config)
     with torch.no_grad():

@@ -86,9 +86,9 @@ def run(x, ids, gate_up, down, topk_weights, expert_map=None):
     tile = expert_ops.tile_for(ids.numel(), experts)
     rows, tile_expert, tiles = ops.route_to_experts(ids, expert_map, experts, tile)
     codes, scale, row_sum = ops.quantize_for_experts(x, rows, tile, tile_expert)
-    first = gate_up(codes, scale, row_sum, tiles, tile_expert)
+    first = gate_up(codes, scale, row_sum, tiles, tile_expert, dtype=x.dtype)
     inner = ops.silu_and_mul_quantize_experts(first, tiles, tile)
-    second = down(*inner, tiles, tile_expert)
+    second = down(*inner, tiles, tile_expert, dtype=x.dtype)
     out = ops.combine_experts(second, rows, topk_weights)
     return {
         **{"rows": rows, "tile": tile, "tile_expert": tile_expert, "tiles": tiles},
@@ -120,9 +120,10 @@ def assert_exact(found, x, ids, gate_up, down, topk_weights, expert_map=None):
     for expert in owner[:used].unique().tolist():
         mine = at[owner[at // tile] == expert]
         quantized = [part[mine] for part in found["quantized"]]
-        assert torch.equal(found["gate_up"][mine], gate_up.expected(expert, *quantized))
+        expected = gate_up.expected(expert, *quantized, dtype=x.dtype)
+        assert torch.equal(found["gate_up"][mine], expected)
         inner = [part[mine] for part in found["inner"]]
-        assert torch.equal(found["down"][mine], down.expected(expert, *inner))
+        assert torch.equal(found["down"][mine], down.expected(expert, *inner, dtype=x.dtype))
     total = torch.zeros(len(x), found["down"].shape[1], device=x.device)
     for column in range(rows.shape[1]):
         row = rows[:, column]

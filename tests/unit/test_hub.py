@@ -355,6 +355,30 @@ def test_perplexity_hands_an_id_and_its_revision_to_vllm(monkeypatch, heldout_te
     assert asked == [(REPOSITORY, None, None), (REPOSITORY, "v1", "v1"), (str(TINY), None, None)]
 
 
+def test_perplexity_takes_a_share_of_the_memory(monkeypatch, heldout_text, capfd):
+    asked = []
+
+    def engine(model, **options):
+        asked.append(options.get("gpu_memory_utilization", "vLLM's"))
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(perplexity, "LLM", engine)
+    command = ["vllm-qoq", "perplexity", str(TINY), "--text", str(heldout_text)]
+
+    def said(*more):
+        monkeypatch.setattr(sys, "argv", [*command, *more])
+        code = main()
+        return code, capfd.readouterr().err
+
+    for more in ((), ("--gpu-memory-utilization", "0.3")):
+        assert "enough" in said(*more)[1]
+    assert asked == ["vLLM's", 0.3]
+    for wrong in ("0", "1.5", "all"):
+        with pytest.raises(SystemExit):
+            said("--gpu-memory-utilization", wrong)
+        assert f"'{wrong}' is no" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments",
     [("tune", "org/name@v1"), ("bench", "serving", "org/name@v1", "-o", "OUT")],

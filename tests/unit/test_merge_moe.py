@@ -137,6 +137,19 @@ def one_in_float(tensors, config):
     tensors[f"{UP}.weight"] = tensors[f"{UP}.weight"].bfloat16()
 
 
+def quantized(module):
+    """Quantizes a module of every decoder layer in a W8A8 set, as a tool does that skips none."""
+
+    def change(tensors, config):
+        for name in [name for name in tensors if name.endswith(f".{module}.weight")]:
+            weight = tensors[name].float()
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            tensors[name] = (weight / scale).round().to(torch.int8)
+            tensors[f"{name}_scale"] = scale.bfloat16()
+
+    return change
+
+
 def all_at_once(tensors, config):
     layer = UP.rpartition(".2.")[0]
     up = [tensors.pop(f"{layer}.{i}.up_proj.weight") for i in range(4)]
@@ -152,6 +165,16 @@ def of_another_architecture(tensors, config):
     [
         (other_router, MergeError, rf"{ROUTER}: differs.*all sets choose the same"),
         (one_in_float, FormatError, rf"{UP}: is not quantized, but .*quantize both or neither"),
+        (
+            quantized("mlp.gate"),
+            FormatError,
+            r"layers\.0\.mlp\.gate: is quantized, but all sets share.*ignore=\[\"re:\.\*mlp",
+        ),
+        (
+            quantized("mlp.shared_expert_gate"),
+            FormatError,
+            r"layers\.0\.mlp\.shared_expert_gate: is quantized, but all sets share",
+        ),
         (all_at_once, FormatError, r"experts\.up_proj: holds all experts of a layer at once"),
         (of_another_architecture, FormatError, r"DeepseekV2.*Mixtral.*Qwen2Moe.*Qwen3Moe"),
     ],
@@ -192,14 +215,41 @@ def test_a_norm_may_differ_unless_a_router_reads_it(merge, tmp_path, norm):
             merge("w8a8", "w4a16", change=("w4a16", smooth))
 
 
+def test_experts_in_float_that_differ_do_not_nest(model, sets, tmp_path):
+    floats = load_file(model / "model.safetensors")
+
+    def with_float_experts(tensors, config):
+        for name in [name for name in tensors if ".experts." in name]:
+            del tensors[name]
+        tensors |= {name: tensor for name, tensor in floats.items() if ".experts." in name}
+        config["quantization_config"]["ignore"] += ["*.experts.*"]
+
+    base = edit(write_plain(model, tmp_path / "base"), with_float_experts)
+    with pytest.raises(MergeError, match=r"layers\.0\.mlp\.experts: .*differ.*leave out --nest"):
+        vllm_qoq.merge({"w8a8": sets["one"], "w4a8": base}, tmp_path / "out", nest=True)
+    assert not (tmp_path / "out").exists()
+
+
 def lose(name):
     return lambda section, tensors: tensors.pop(name)
+
+
+def with_quantized_router(section, tensors):
+    gate = tensors.pop(ROUTER)
+    for name in section["sets"]:
+        tensors[f"{name}.{ROUTER}"] = gate.to(torch.int8)
+        tensors[f"{name}.{ROUTER}_scale"] = torch.ones(len(gate), 1).bfloat16()
 
 
 @pytest.mark.parametrize(
     ("names", "change", "finding"),
     [
         (("w8a8", "w4a16"), lose(f"w4a16.{UP}.weight_scale"), rf"{UP}\.weight_scale: missing"),
+        (
+            ("w8a8", "one"),
+            with_quantized_router,
+            r"set w8a8: model\.layers\.0\.mlp\.gate: is quantized.*\nset one: .* is quantized",
+        ),
         (("one", "other"), lose(f"other.{UP}.weight"), rf"{UP}: missing"),
         (
             ("one", "other"),

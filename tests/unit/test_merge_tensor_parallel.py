@@ -133,6 +133,27 @@ def test_layers_that_are_fused_on_disk_are_cut_apart(layer, rows, expected):
     assert sizes(LLAMA, w8a8={f"model.layers.0.{layer}": dense(rows, 4096)}) == expected
 
 
+def experts(method, intermediate, hidden=2048):
+    sizes = {"gate_proj": (intermediate, hidden), "down_proj": (hidden, intermediate)}
+    names = {f"model.layers.0.mlp.experts.7.{name}": size for name, size in sizes.items()}
+    return {name: packed(*size, method=method) for name, size in names.items()}
+
+
+@pytest.mark.parametrize("method", ["qoq", "residual"])
+@pytest.mark.parametrize(
+    ("intermediate", "expected"), [(768, [1, 2]), (1024, [1, 2, 4, 8]), (192, [])]
+)
+def test_a_rank_has_128_channels_of_a_qoq_expert_or_a_multiple(method, intermediate, expected):
+    assert sizes(LLAMA, w4a8=experts(method, intermediate)) == expected
+
+
+def test_a_qoq_expert_that_cannot_be_cut_says_what_can_be_done():
+    reason = obstacles(LLAMA, {"w4a8": experts("qoq", 768)})[4]
+    assert "768 outputs split by 4 are 192, not a multiple of 128; --enable-expert-par" in reason
+    reason = obstacles(LLAMA, {"w4a8": experts("qoq", 768, hidden=2000)})[1]
+    assert "2000 inputs of a QoQ expert are not a multiple of 128" in reason
+
+
 def test_a_block_must_not_reach_from_q_into_k():
     blocks = dense(4096 + 2 * 1024, 4096, block=(512, 0))
     reason = obstacles(LLAMA, {"fp8": {"model.layers.0.self_attn.qkv_proj": blocks}})

@@ -1,11 +1,13 @@
 """What the kinds of models differ in: pairs of RoPE, steps that are left out, capped scores."""
 
+import json
 from importlib import import_module
 
 import pytest
 import tiny_models
 import torch
 from transformed_models import MODELS, Model
+from transformers.activations import ACT2FN
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from vllm_qoq.bench.evaluate.float_model import FloatModel
@@ -14,8 +16,9 @@ from vllm_qoq.models.table import LayerNames, with_names
 from vllm_qoq.quantizer import QuantizeError, calibrate_kv, keys
 from vllm_qoq.quantizer.attention import capped, fused_attention
 from vllm_qoq.quantizer.evaluate import _simulated_cache, perplexity
+from vllm_qoq.quantizer.inputs import check_model
 from vllm_qoq.quantizer.load import load_model
-from vllm_qoq.quantizer.model import blocks
+from vllm_qoq.quantizer.model import blocks, layer_names
 from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.report import left_out, steps_that_ran
 from vllm_qoq.quantizer.strength import with_rope
@@ -119,6 +122,34 @@ def test_a_model_that_caps_scores_is_loaded_with_the_attention_that_does(
     wanted = "eager" if name == "Gemma2ForCausalLM" else "sdpa"
     for model in (load_model(Checkpoint.open(folder)), FloatModel(folder)._model):
         assert model.config._attn_implementation == wanted
+
+
+@pytest.mark.parametrize("cap", [None, 30.0])
+def test_a_model_without_a_cap_on_scores_has_a_mean_of_k(cap, tiny_model, tmp_path):
+    folder = tiny_models.write(
+        "Gemma2ForCausalLM", tmp_path / "model", tiny_model, attn_logit_softcapping=cap
+    )
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.config["attn_logit_softcapping"] == cap
+    names = layer_names(checkpoint.config)
+    options = QuantizeOptions.parse({}, "options").of_model(names)
+    assert options.has_k_mean == (cap is None) == ("mean of K" not in str(left_out(names, options)))
+    assert load_model(checkpoint).config._attn_implementation == ("eager" if cap else "sdpa")
+
+
+@pytest.mark.parametrize("activation", [None, "gelu_pytorch_tanh"])
+def test_the_first_gemma_has_the_activation_that_vllm_takes(activation, tiny_model, tmp_path):
+    """Its first configs name the exact GELU, which it was not trained with."""
+    folder = tiny_models.write("GemmaForCausalLM", tmp_path / "model", tiny_model)
+    content = json.loads((folder / "config.json").read_text())
+    old = {"hidden_act": "gelu", "hidden_activation": activation}
+    (folder / "config.json").write_text(json.dumps(content | old))
+    checked = check_model(Checkpoint.open(folder), "quantized")
+    for model in (load_model(checked.checkpoint), FloatModel(folder)._model):
+        assert isinstance(model.model.layers[0].mlp.act_fn, type(ACT2FN["gelu_pytorch_tanh"]))
+    (folder / "config.json").write_text(json.dumps(content | old | {"hidden_activation": "gelu"}))
+    with pytest.raises(QuantizeError, match="hidden_activation: 'gelu' is not supported"):
+        check_model(Checkpoint.open(folder), "quantized")
 
 
 @pytest.mark.parametrize("name", MODELS)

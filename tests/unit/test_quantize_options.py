@@ -1,6 +1,7 @@
 """Options, recipes and efforts of `quantize`, and what its report tells a user to do."""
 
 import json
+import re
 import shlex
 
 import pytest
@@ -97,3 +98,30 @@ def test_without_a_better_set_there_is_nothing_to_keep(tmp_path):
         found = worst_layers(rows({"w8a8": [0.01], "w4a8": [0.1]}), sets)
         assert "routing" not in found and len(found["decoder_layers"]) == 1
         assert advice(found, tmp_path) == ""
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("nested", value) for value in ("yes", 1, "true", [])),
+        *(("clip", value) for value in (0, "off", None)),
+        *(("kv_hadamard", value) for value in (1, "no")),
+        *(("samples", value) for value in ("64", 64.0, True, 1.5, None)),
+        *(("passes", value) for value in ("3", False)),
+        *(("group_size", value) for value in ("128", True)),
+        *(("kv_bits", value) for value in ("4", 5)),
+        *(("rotate", value) for value in (1, "yes", "true")),
+        *(("sets", value) for value in ("w8a8", {"w8a8": 1}, [8], "w8a8,w4a8", None)),
+    ],
+)
+def test_a_recipe_with_a_value_of_another_type_is_refused_with_its_place(recipe, key, value):
+    file = recipe(**{key: value})
+    place = re.escape(f"--recipe {file}.{key}")
+    with pytest.raises(QuantizeError, match=rf"^{place}.*, but it is .*; change it$"):
+        QuantizeOptions.read(file, {})
+
+
+def test_a_recipe_of_all_options_is_the_options(recipe):
+    """As a report has them, which people copy."""
+    options = QuantizeOptions(sets=("w8a8", "w4a16"), kv_bits="k8v4", rotate="values", samples=3)
+    assert QuantizeOptions.read(recipe(**options.model_dump(mode="json")), {}) == options

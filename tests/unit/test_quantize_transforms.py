@@ -82,6 +82,25 @@ def test_smooth_attention_evens_out_the_keys():
     assert error_after < 0.3 * error_before
 
 
+@pytest.mark.parametrize("gain", [0.1, 1.0])
+def test_norms_that_add_one_lose_no_more_than_others_in_bf16(gain):
+    """Stored is (1 + w) / s - 1, of which few bits tell how far (1 + w) / s is from 0."""
+    model = Model("gemma3")
+    model.give_large_pair()
+    names, block = model.names, blocks(model.model, model.names)[0]
+    norms = [block.get_submodule(name) for name in (names.q_norm, names.k_norm)]
+    with torch.no_grad():
+        for norm in norms:
+            norm.weight.add_(1).mul_(gain).sub_(1)
+    before = [norm.weight.clone() for norm in norms]
+    model.smooth(0, attention=True)
+    assert not torch.equal(norms[1].weight, before[1])
+    for norm, old in zip(norms, before, strict=True):
+        lost = (norm.weight.bfloat16().double() - norm.weight).abs() / (1 + norm.weight).abs()
+        # Where the model itself is below that half, it may lose what it lost before.
+        assert (lost <= 2**-8 / (1 + old).abs().clamp_max(1)).all()
+
+
 def test_values_and_their_readers_become_equally_large():
     model = Model("llama")
     block = blocks(model.model, model.names)[0]

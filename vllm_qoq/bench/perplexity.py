@@ -46,6 +46,7 @@ def perplexity(
     kv_bits: Bits | None = None,
     dtype: ModelDType = "auto",
     enforce_eager: bool = False,
+    gpu_memory_utilization: float | None = None,
 ) -> dict[str, Any]:
     """Measure the perplexity of a checkpoint on a text, through vLLM in this process.
 
@@ -58,6 +59,7 @@ def perplexity(
     kv_bits        bits of the KV cache; by default the checkpoint's
     dtype          the dtype that vLLM runs the model in, as its --dtype
     enforce_eager  start faster, run slower
+    gpu_memory_utilization  share of the memory that vLLM may take, above 0 to 1; by default vLLM's
 
     Raises UserError where vLLM does not start, and for a text that is shorter than a window.
     """
@@ -70,6 +72,8 @@ def perplexity(
     if wanted is not None and wanted.revision is not None:
         model, revision = wanted.repository, wanted.revision
         engine = {"revision": revision, "tokenizer_revision": revision}
+    if gpu_memory_utilization is not None:
+        engine["gpu_memory_utilization"] = gpu_memory_utilization
     if chunk is not None:
         engine |= {"max_num_batched_tokens": chunk, "max_num_seqs": 1}
     if kv_bits is not None:

@@ -7,6 +7,7 @@ fit together (`layout`), the decoder layers must look alike, and all must be as
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
@@ -17,6 +18,7 @@ from vllm_qoq.checkpoint.stored_set import StoredSet
 from vllm_qoq.errors import FormatError, shown
 from vllm_qoq.models.config import CONFIG, text_config
 from vllm_qoq.models.names import split_decoder
+from vllm_qoq.models.table import architecture_of, routers
 from vllm_qoq.models.tensors import MOST_LAYERS
 
 _REMEDY = "download or quantize the model again"
@@ -40,7 +42,16 @@ def check(weights: StoredSet) -> None:
 
 
 def _malformed_layers(weights: StoredSet) -> Iterator[str]:
+    model = architecture_of(weights.checkpoint.config)
+    gates = routers(model) if model is not None else ()
     for layer in sorted(weights.quantized):
+        place = split_decoder(layer)
+        if place is not None and place[2] in gates:
+            yield (
+                f"{layer}: is quantized, but all sets share what weights the experts; quantize "
+                f'with ignore=["re:.*{re.escape(place[2])}$"]'
+            )
+            continue
         if "lm_head" in layer or "embed" in layer:
             yield (
                 f"{layer}: is quantized, but the sets share embeddings and lm_head; quantize "

@@ -105,6 +105,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from vllm_qoq.checkpoint.kv_config import KVCache
 from vllm_qoq.errors import FormatError, one_line, shown
+from vllm_qoq.models.names import LM_HEAD
+from vllm_qoq.models.table import router_globs
 from vllm_qoq.numerics import group_count
 from vllm_qoq.routing.table import MOST_RULES, Routing, RoutingError
 
@@ -115,6 +117,8 @@ K_MEAN = "k_mean"
 QOQ_LINEAR = "qoq_linear"
 QOQ_RESIDUAL = "qoq_residual"
 
+NEVER_QUANTIZED = (LM_HEAD, *router_globs())
+"""Globs of the linear layers that no set quantizes."""
 INT8_HEAD_TENSORS = ("weight", "weight_scale")
 """The leaves of an int8 lm_head."""
 STREAM = "stream"
@@ -136,14 +140,15 @@ class QoQSet(BaseModel):
     """A set of QoQ weights: level 1 int8 per output channel, level 2 uint4 per group.
 
     group_size  inputs that share a group_scale, or -1: 4 bits per output channel, no groups
-    ignore      globs of linear layers that are not quantized
+    ignore      globs of linear layers that are not quantized; by default lm_head, and the routers
+                of mixtures of experts by the names that models have for them
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     quant_method: Literal["qoq_linear"] = "qoq_linear"
     group_size: Literal[128, 64, 32, -1] = 128
-    ignore: tuple[str, ...] = Field(default=("lm_head",), max_length=MOST_RULES)
+    ignore: tuple[str, ...] = Field(default=NEVER_QUANTIZED, max_length=MOST_RULES)
 
     @classmethod
     def parse(cls, config: Mapping[str, Any], where: str) -> QoQSet:

@@ -91,7 +91,7 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
         yield f"layers {rule['match']}: { ({k: v for k, v in rule.items() if k != 'match'}) }"
     yield from _more(rules)
     parallel = report["tensor_parallel"]
-    yield f"--tensor-parallel-size: {', '.join(map(str, parallel['sizes']))}"
+    yield f"--tensor-parallel-size: {', '.join(map(str, parallel['sizes'])) or 'none'}"
     for size, reason in list(parallel["refused"].items())[:1]:
         yield f"  not {size}: {reason}"
 

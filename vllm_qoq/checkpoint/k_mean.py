@@ -25,6 +25,15 @@ def stored(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
     return {n: info for n, info in checkpoint.tensors.items() if split_layer(n)[1] == K_MEAN}
 
 
+def unannounced(name: str) -> str:
+    """Say that the section does not announce the mean of K `name`, and what to do."""
+    return (
+        f"{name}: is not announced in {CONFIG}, so nothing would load it; write "
+        f'"{K_MEAN}": true into {SECTION}.kv_cache there if it is a mean of this model\'s keys, '
+        f"else {_REMEDY}"
+    )
+
+
 def structure(checkpoint: Checkpoint, cache: KVCache | None) -> Iterator[str]:
     """Find what is wrong with names, dtypes and shapes of the means of K. Reads no tensor.
 
@@ -33,11 +42,7 @@ def structure(checkpoint: Checkpoint, cache: KVCache | None) -> Iterator[str]:
     found = stored(checkpoint)
     if cache is None or not cache.k_mean:
         for info in found.values():
-            yield (
-                f"{info.file}: {info.name}: is not announced in {CONFIG}, so nothing would load "
-                f'it; write "{K_MEAN}": true into {SECTION}.kv_cache there if it is a mean of '
-                f"this model's keys, else {_REMEDY}"
-            )
+            yield f"{info.file}: {unannounced(info.name)}"
         return
     try:
         expected = expected_tensors(checkpoint.config)

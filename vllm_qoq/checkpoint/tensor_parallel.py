@@ -3,8 +3,8 @@
 vLLM cuts a column-parallel layer (q, k, v, gate, up) along its outputs and a
 row-parallel one (o, down) along its inputs. So it cuts experts, unless expert parallelism shares
 them out whole. A cut must not go through a head, a group or block that shares a scale, or a word of
-packed codes. Where there are fewer K and V heads than GPUs, each GPU gets a copy of one. The hidden
-size is never cut. The kernels for experts in QoQ sets need whole blocks of their inner product.
+packed codes, and has to leave QoQ experts of the sizes that their kernels take. Where there are
+fewer K and V heads than GPUs, each GPU gets a copy of one. The hidden size is never cut.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ _KEY_VALUE = frozenset({"k_proj", "v_proj"})
 _MLP = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 _FUSED = frozenset({"qkv_proj", "gate_up_proj"})
 _ROW_PARALLEL = frozenset({"o_proj", "down_proj", "w2"})
+_QOQ = ("qoq", "residual")
 _WORD_BITS = 32
 _UNKNOWN_HEADS = "config.json: num_attention_heads or num_key_value_heads: not a count"
 
@@ -42,6 +43,8 @@ def obstacles(
     config: Mapping[str, Any], sets: Mapping[str, Mapping[str, Layout]]
 ) -> dict[int, str | None]:
     """Map each of `SIZES` to why vLLM cannot split the layers over so many GPUs; None if it can.
+
+    On one GPU there is an obstacle only where nothing computes the layers at all.
 
     `config` is the `config.json`; `sets` maps a set to its quantized layers.
     """
@@ -62,8 +65,6 @@ def _heads(config: Mapping[str, Any]) -> HeadCounts:
 
 
 def _obstacle(heads: HeadCounts, sets: Mapping[str, Mapping[str, Layout]], size: int) -> str | None:
-    if size == 1:
-        return None
     if heads.query % size:
         return f"{heads.query} attention heads are not a multiple of {size}"
     more, fewer = max(heads.key_value, size), min(heads.key_value, size)
@@ -78,18 +79,32 @@ def _obstacle(heads: HeadCounts, sets: Mapping[str, Mapping[str, Layout]], size:
 
 def _layer_obstacle(layer: str, layout: Layout, heads: HeadCounts, size: int) -> str | None:
     leaf = layer.rpartition(".")[2]
+    if layout.method in _QOQ and split_expert(layer) is not None:
+        return _expert_obstacle(leaf, layout, size)
+    if size == 1:
+        return None
     if leaf in _FUSED:
         return _fused_obstacle(leaf, layout, heads, size)
     if leaf not in _QUERY | _KEY_VALUE | _MLP:
         return "not known how vLLM splits this layer"
-    is_row_parallel = leaf in _ROW_PARALLEL
-    unit = _column_unit(layout) if is_row_parallel else _row_unit(layout)
-    if layout.method in ("qoq", "residual") and split_expert(layer) is not None:
-        unit = EXPERT_MULTIPLE
-    if is_row_parallel:
-        return _cut(layout.in_features, size, unit, "inputs")
+    if leaf in _ROW_PARALLEL:
+        return _cut(layout.in_features, size, _column_unit(layout), "inputs")
     parts = min(size, heads.key_value) if leaf in _KEY_VALUE else size
-    return _cut(layout.out_features, parts, unit, "outputs")
+    return _cut(layout.out_features, parts, _row_unit(layout), "outputs")
+
+
+def _expert_obstacle(leaf: str, layout: Layout, size: int) -> str | None:
+    """Say why the kernels do not compute the slices of a QoQ expert; None if they do."""
+    parts = {"outputs": size, "inputs": 1}
+    if leaf in _ROW_PARALLEL:
+        parts = {"outputs": 1, "inputs": size}
+    lengths = {"outputs": layout.out_features, "inputs": layout.in_features}
+    for what, length in lengths.items():
+        if length % EXPERT_MULTIPLE:
+            return f"{length} {what} of a QoQ expert are not a multiple of {EXPERT_MULTIPLE}"
+        if reason := _cut(length, parts[what], EXPERT_MULTIPLE, what):
+            return f"{reason}; --enable-expert-parallel leaves experts whole"
+    return None
 
 
 def _fused_obstacle(leaf: str, layout: Layout, heads: HeadCounts, size: int) -> str | None:
@@ -117,7 +132,7 @@ def _column_unit(layout: Layout) -> int:
 
     Ranks with a QoQ set may share a group, but not a byte.
     """
-    if layout.method in ("qoq", "residual"):
+    if layout.method in _QOQ:
         return 2
     group = layout.group_size or 1
     is_packed = layout.method in ("packed", "gptq")

@@ -98,6 +98,13 @@ def share(text: str) -> float:
     return found
 
 
+def share_above_zero(text: str) -> float:
+    """Parse a number above 0 and at most 1."""
+    if not (found := share(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no share above 0")
+    return found
+
+
 def kv_bits(text: str) -> int | str:
     """Read one of KV_BITS, or what is none of them."""
     return int(text) if text.isdecimal() else text

@@ -46,6 +46,12 @@ def add_parser(commands: Commands[Parser]) -> None:
         "--dtype", default="auto", choices=_DTYPES, help="vLLM's --dtype (default: auto)"
     )
     parser.add_argument("--enforce-eager", action="store_true", help="start faster, run slower")
+    parser.add_argument(
+        "--gpu-memory-utilization",
+        type=arguments.share_above_zero,
+        metavar="SHARE",
+        help="of the memory that vLLM may take (default: vLLM's)",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.set_defaults(run=_perplexity)
@@ -67,6 +73,7 @@ def _perplexity(args: argparse.Namespace) -> int:
             kv_bits=args.kv_bits,
             dtype=args.dtype,
             enforce_eager=args.enforce_eager,
+            gpu_memory_utilization=args.gpu_memory_utilization,
         )
         print(json.dumps(result) if args.json else _text(result), file=out)
     return 0

@@ -202,4 +202,6 @@ def _leaves(kind: Kind, n: int, k: int) -> dict[str, tuple[str, list[int]]]:
 
 
 def _qoq_set(kind: Kind) -> QoQSet:
-    return QoQSet.model_validate({"group_size": detect.GROUP_SIZE_OF.get(kind, -1)})
+    return QoQSet.model_validate(
+        {"group_size": detect.GROUP_SIZE_OF.get(kind, -1), "ignore": ["lm_head"]}
+    )

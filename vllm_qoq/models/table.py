@@ -77,6 +77,7 @@ class LayerNames:
     activation        of the MLP, down(activation(gate(x)) * up(x))
     mixtures          the mixture of experts of each block, None for one with an MLP; empty where
                       all have an MLP
+    has_wrong_hidden_act  whether `hidden_act` in `config.json` may be another, which vLLM ignores
     """
 
     blocks: str = "model.layers"
@@ -105,6 +106,7 @@ class LayerNames:
     is_rope_partial: bool = False
     has_capped_scores: bool = False
     activation: str = "silu"
+    has_wrong_hidden_act: bool = False
     mixtures: tuple[Mixture | None, ...] = field(default=(), repr=False)
 
     def of_block(self, index: int) -> BlockNames:
@@ -255,7 +257,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         _mlp(),
         is_tied=True,
         defaults={"head_dim": 256, "num_key_value_heads": 16},
-        names=LayerNames(has_head=False, **_GEMMA_NAMES),
+        names=LayerNames(has_head=False, has_wrong_hidden_act=True, **_GEMMA_NAMES),
         type="gemma",
     ),
     "Gemma2ForCausalLM": Architecture(
@@ -383,6 +385,23 @@ def with_names() -> dict[str, LayerNames]:
 def with_experts() -> list[str]:
     """List the architectures with a mixture of experts, by class name."""
     return [name for name, one in ARCHITECTURES.items() if one.experts is not None]
+
+
+def routers(model: Architecture) -> tuple[str, ...]:
+    """List what tells how much of each expert a token gets, below a block: layers for all sets.
+
+    They are the router, and the gate of an expert that every token goes through.
+    """
+    if model.experts is None:
+        return ()
+    gates = (name for name, spec in model.experts.shared.items() if spec.sizes[0] == "one")
+    return (model.experts.router, *gates)
+
+
+def router_globs() -> tuple[str, ...]:
+    """List globs of the names that the `routers` of all architectures have."""
+    found = (f"*.{name}" for model in ARCHITECTURES.values() for name in routers(model))
+    return tuple(dict.fromkeys(found))
 
 
 def norm_readers(config: Mapping[str, Any], norm: str) -> tuple[str, ...]:

@@ -5,11 +5,15 @@ reference            weights and activations, in plain PyTorch: the oracle of th
 kv_layout            a page of the KV cache
 reference_attention  attention over such pages
 key_bias             whether a bias of K spoils a quantized cache
+rope_pairs           which channels of a head RoPE turns together
 rotation             the basis of a rotated residual stream
 """
 
 GROUP_SIZES = (128, 64, 32)
 """The numbers of inputs that may share a group_scale of a QoQ set."""
+
+EXPERT_MULTIPLE = 128
+"""What the kernels of experts in QoQ sets need hidden and intermediate sizes to be multiples of."""
 
 
 EXPERT_GROUP_SIZES = (128, -1)

@@ -14,6 +14,7 @@ import torch
 
 from vllm_qoq.numerics import kv_layout
 from vllm_qoq.numerics.reference_attention import hadamard
+from vllm_qoq.numerics.rope_pairs import paired_channels
 
 TOKENS = 32
 """Random inputs that `score_noise` wants the outputs of."""
@@ -43,16 +44,26 @@ def is_too_large(
     return bool(((noise > _LIMIT) & (noise > _SHARE * without)).any())
 
 
-def turned(bias: torch.Tensor) -> torch.Tensor:
+def turned(
+    bias: torch.Tensor, rotary_dim: int | None = None, neighbors: bool = False
+) -> torch.Tensor:
     """Turn a bias, float [kv_heads, D], as RoPE may at TOKENS positions: [TOKENS, kv_heads, D].
+
+    rotary_dim  how many channels of a head RoPE turns, the first ones; all by default
+    neighbors   whether the channels 2 i and 2 i + 1 turn together, not i and i + rotary_dim / 2
 
     RoPE turns it by another angle at every position; random angles stand for those here.
     """
-    low, high = bias.float().chunk(2, dim=-1)
+    size = bias.shape[-1]
+    rotary_dim = size if rotary_dim is None else rotary_dim
+    channels = paired_channels(size, rotary_dim, neighbors).to(bias.device)
+    paired = bias.float()[..., channels]
+    low, high = paired.chunk(2, dim=-1)
     magnitude = torch.hypot(low, high)
     generator = torch.Generator().manual_seed(1)
     angles = torch.rand(TOKENS, 1, low.shape[-1], generator=generator).to(bias.device) * math.tau
-    return torch.cat((magnitude * angles.cos(), magnitude * angles.sin()), dim=-1)
+    found = torch.cat((magnitude * angles.cos(), magnitude * angles.sin()), dim=-1)
+    return torch.where(channels < rotary_dim, found, paired)[..., channels.argsort()]
 
 
 def score_noise(

@@ -34,6 +34,8 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 _REMEDY = "mend it, or download the model again"
 _POSITIVE = ("rope_theta", "rope_local_base_freq", "factor", "original_max_position_embeddings")
+_ACTIVATIONS = ("hidden_act", "hidden_activation")
+_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 # What changes the computation of a model in a way that no entry of the table has.
 _REFUSED = ("use_bidirectional_attention", "use_qk_norm")
 # Every tokenizer has at least one of these files, whatever its class.
@@ -188,18 +190,25 @@ def _check_rope_value(key: str, value: object, names: LayerNames) -> None:
 
 
 def _check_constants(config: Mapping[str, Any], names: LayerNames) -> None:
-    for key in ("hidden_act", "hidden_activation"):
+    keys = ("hidden_activation",) if names.has_wrong_hidden_act else _ACTIVATIONS
+    for key in keys:
         activation = config.get(key, names.activation)
         is_absent = activation is None and key == "hidden_activation"
         if activation != names.activation and not is_absent:
             raise QuantizeError(
-                f"{CONFIG}: {key}: {shown(activation)} is not supported: vLLM runs these models "
-                f"with {names.activation!r} only; give another model"
+                f"{CONFIG}: {key}: {shown(activation)} is not supported: these models are "
+                f"quantized with {names.activation!r} only; give another model"
             )
     for key in _REFUSED:
         if config.get(key):
             raise QuantizeError(
                 f"{CONFIG}: {key}: {shown(config[key])} is not supported; give another model"
+            )
+    for key in _CAPS:
+        if config.get(key) is not None and not is_positive(config[key]):
+            raise QuantizeError(
+                f"{CONFIG}: {key}: {shown(config[key])} is no positive number and not null; "
+                f"{_REMEDY}"
             )
     for finding in constants.findings(config):
         raise QuantizeError(finding)

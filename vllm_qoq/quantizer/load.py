@@ -22,7 +22,7 @@ from vllm_qoq.progress import Progress
 from vllm_qoq.quantizer import QuantizeError
 from vllm_qoq.quantizer.experts import use_linear_experts
 from vllm_qoq.quantizer.inputs import DTYPES, dtype_name, is_tied
-from vllm_qoq.quantizer.model import Module, layer_names
+from vllm_qoq.quantizer.model import Module, architecture, layer_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -141,6 +141,9 @@ def _config(checkpoint: Checkpoint) -> PreTrainedConfig:
     from transformers import CONFIG_MAPPING
 
     values = {k: v for k, v in checkpoint.config.items() if k not in _UNUSED_KEYS}
+    names = architecture(checkpoint.config).names
+    if names is not None and names.has_wrong_hidden_act:
+        values["hidden_act"] = names.activation
     with _refusing(f"{checkpoint.path / CONFIG}", "mend it, or download the model again"):
         return CONFIG_MAPPING[values.pop("model_type")].from_dict(values)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_qoq.checkpoint.format import SECTION
@@ -13,6 +13,8 @@ from vllm_qoq.models.mixtures import names_of
 from vllm_qoq.models.table import ARCHITECTURES, Architecture, LayerNames, with_names
 from vllm_qoq.models.tensors import EMBEDDING, expected_tensors
 from vllm_qoq.quantizer import QuantizeError
+
+_CAP = "attn_logit_softcapping"
 
 
 def layer_names(config: Mapping[str, Any]) -> LayerNames:
@@ -36,7 +38,13 @@ def layer_names(config: Mapping[str, Any]) -> LayerNames:
         )
     names = names_of({**config, "architectures": [classes[kind]]})
     assert names is not None
-    return names
+    return _with_caps(names, config)
+
+
+def _with_caps(names: LayerNames, config: Mapping[str, Any]) -> LayerNames:
+    """Say that scores are not capped where the config says so, by a null."""
+    is_uncapped = config.get(_CAP, names.has_capped_scores) is None
+    return replace(names, has_capped_scores=False) if is_uncapped else names
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,11 @@ class QuantizeOptions(BaseModel):
     `effort`, of `effort.EFFORTS`, may stand for several of them; those that are given win.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # A recipe is a file of somebody's: "yes" is not true, and "64" no number.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    sets: tuple[SetName, ...] = ("w8a8", "w4a8")
+    # JSON has lists.
+    sets: Annotated[tuple[SetName, ...], Field(strict=False)] = ("w8a8", "w4a8")
     nested: bool = False
     group_size: Literal[128, 64, 32, -1] = 128
     kv_bits: Bits = 4

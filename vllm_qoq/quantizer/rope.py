@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_qoq.models.table import LayerNames
+from vllm_qoq.numerics.rope_pairs import paired_channels
 from vllm_qoq.quantizer.model import Dimensions, Module
 
 
@@ -59,14 +60,3 @@ def rope_of(model: Module, names: LayerNames, dimensions: Dimensions, index: int
         scaling=scaling,
         channels=paired_channels(dimensions.head_dim, 2 * len(turning), names.neighbor_pairs),
     )
-
-
-def paired_channels(size: int, turned: int, neighbors: bool) -> torch.Tensor:
-    """Order the channels of a head of `size`, of which the first `turned` turn: int64 [size].
-
-    neighbors  whether 2 i and 2 i + 1 turn together, not i and i + turned / 2
-    """
-    turning = torch.arange(turned)
-    first, second = (turning[::2], turning[1::2]) if neighbors else turning.chunk(2)
-    rest, other = torch.arange(turned, size).chunk(2) if turned < size else (turning[:0],) * 2
-    return torch.cat((first, rest, second, other))

@@ -26,11 +26,10 @@ from vllm_qoq.numerics import rotation as basis
 from vllm_qoq.quantizer import QuantizeError
 from vllm_qoq.quantizer.model import Dimensions, Module, blocks
 from vllm_qoq.quantizer.parts import rows
+from vllm_qoq.quantizer.size import FLOATS_AT_ONCE
 from vllm_qoq.quantizer.weights import Rows, assign
 
 _SEED = 0
-FLOATS_AT_ONCE = 1 << 26
-"""So many floats of a weight are turned at once."""
 
 
 def hadamard(size: int, seed: int = _SEED) -> torch.Tensor:

@@ -21,11 +21,12 @@ from vllm_qoq.quantizer import QuantizeError
 from vllm_qoq.quantizer.inputs import DTYPES, dtype_name, is_tied, stays_tied
 from vllm_qoq.quantizer.model import Dimensions
 from vllm_qoq.quantizer.options import QuantizeOptions
-from vllm_qoq.quantizer.rotate import FLOATS_AT_ONCE
 
 if TYPE_CHECKING:
     from vllm_qoq.quantizer.sets import SetKind
 
+FLOATS_AT_ONCE = 1 << 26
+"""So many floats of a weight are in float64 at once while it turns."""
 _FLOAT32, _FLOAT64, _INT64 = 4, 8, 8
 # Bytes of Python, torch, transformers and llmcompressor after work on a small model.
 _LIBRARIES = 7 * 10**8

@@ -4,7 +4,8 @@ SmoothAttention divides the channels of K, and multiplies those of Q, by a scale
 that K's large channels ask for. RoPE mixes the channels of a pair (`rope`), so the
 two share a scale. Where a norm follows k_proj, its weight takes the scale: for all
 heads alike (Qwen 3), or of each its own, if the norm has a weight for every channel
-of all heads (OLMo 2).
+of all heads (OLMo 2). A norm that multiplies by 1 + w (Gemma 3) stores w in few bits, of
+which almost none are left where 1 + w is far below 1, so scales do not take it there.
 
 Outputs of a block are smoothed in its last products: v_proj's rows are divided by a
 scale and o_proj's columns multiplied, and up_proj's and down_proj's likewise. `order`
@@ -127,7 +128,8 @@ def transforms(
         if _has_common_norm(block, names, dimensions):
             keys = keys.flatten(0, 1)[:, None]
             queries = queries.square().mean(dim=0, keepdim=True).sqrt()
-        scale = strength.key_scale(keys, queries, options.key_bits, options.kv_hadamard)
+        limits = _limits(block, names, rope)
+        scale = strength.key_scale(keys, queries, options.key_bits, options.kv_hadamard, limits)
         found["key_scale"] = rope.of_channels(scale.expand(dimensions.kv_heads, -1))
     if options.k_mean:
         scaling = rope.scaling.to(found["k_mean"].device).repeat(2)
@@ -202,6 +204,24 @@ def _has_common_norm(block: Module, names: LayerNames, dimensions: Dimensions) -
     # There may be one head of K, but then there are more of Q, or all is the same.
     size: int = block.get_submodule(names.q_norm).weight.numel()
     return size == dimensions.head_dim
+
+
+def _limits(
+    block: Module, names: LayerNames, rope: Rope
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Find the least and the largest scale of each pair, float32 [head_dim / 2]; None for any.
+
+    With these, what the norms of K and Q multiply by stays above a half of what they add to their
+    weights, or where it is. There, rounding the weights costs no more than rounding the products.
+    """
+    if names.q_norm is None or names.k_norm is None or not names.norm_offset:
+        return None
+    room = []
+    for name in (names.q_norm, names.k_norm):
+        factors = block.get_submodule(name).weight.detach().float() + names.norm_offset
+        of_pairs = rope.paired(factors.abs()).unflatten(-1, (2, -1)).amin(dim=-2)
+        room.append((of_pairs / (names.norm_offset / 2)).clamp_min(1))
+    return 1 / room[0], room[1]
 
 
 def _smooth_keys(

@@ -76,13 +76,18 @@ def down_scale(
 
 
 def key_scale(
-    keys: torch.Tensor, query_pairs: torch.Tensor, bits: int, use_hadamard: bool = False
+    keys: torch.Tensor,
+    query_pairs: torch.Tensor,
+    bits: int,
+    use_hadamard: bool = False,
+    limits: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Find scales float32 [heads, head_dim / 2] for the pairs of the keys, head by head.
 
     keys          float [tokens, heads, head_dim] after RoPE, a sample
     query_pairs   float32 [heads, head_dim / 2]: root mean square of the queries' pairs
     use_hadamard  whether the cache rotates the keys
+    limits        float32 [head_dim / 2], at most 1 and at least 1: between these scales have to be
 
     A key's error is about its range over the head, whatever the channel, and a query
     weights it. The product of both is minimized from the best of a few starts. A head whose error
@@ -101,6 +106,8 @@ def key_scale(
     starts = [scale(magnitude, x, query_pairs, y) for x, y in _KEY_EXPONENTS]
     start = _best_of_each_head(starts, lost)
     best = _best_of_each_head([start, _descend(keys, query_pairs, start, use_hadamard)], lost)
+    if limits is not None:
+        best = best.clamp(*limits)
     plain = torch.ones_like(best)
     is_worth_it = lost(best) < _WORTH * lost(plain)
     return torch.where(is_worth_it[:, None], best, plain)

@@ -14,18 +14,26 @@ from typing import Any
 import torch
 
 from vllm_qoq.errors import UserError, reason
+from vllm_qoq.models.table import architecture_of
 
 
 class FloatModel:
     """A model in transformers, from a local folder; no code of it is run."""
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         has_gpu = torch.cuda.is_available()
         try:
+            config = AutoConfig.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
+            known = architecture_of(config.to_dict())
+            if known is not None and known.names is not None and known.names.has_wrong_hidden_act:
+                config.hidden_act = known.names.activation
             model: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
+                config=config,
                 dtype="auto" if has_gpu else torch.float32,
                 trust_remote_code=False,
                 local_files_only=True,

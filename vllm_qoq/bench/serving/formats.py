@@ -107,10 +107,7 @@ class Format:
         if not self.weights.is_ours:
             return _compressed_tensors(self.weights_name)
         is_nested = self.weights_name.startswith("nested")
-        ignored = ["lm_head", *(f"*.{router}" for router in ROUTERS)]
-        sets: dict[str, Any] = {
-            "w4a8": {"quant_method": "qoq_linear", "group_size": GROUP, "ignore": ignored}
-        }
+        sets: dict[str, Any] = {"w4a8": {"quant_method": "qoq_linear", "group_size": GROUP}}
         if is_nested:
             sets = {"w8a8": {"quant_method": "qoq_residual", "base": "w4a8"}, **sets}
         section: dict[str, Any] = {

@@ -26,7 +26,7 @@ from vllm_qoq.numerics.kv_layout import QuantizedBits
 from vllm_qoq.serving.kv import refusals as kv_refusals
 from vllm_qoq.serving.kv.backend import QuantizedKVBackend
 from vllm_qoq.serving.kv.cpu import CPUK8V4Backend, CPUKV4Backend, CPUKV8Backend
-from vllm_qoq.serving.kv.k_mean import add_mean, check_mean, loading_rules
+from vllm_qoq.serving.kv.k_mean import REFUSING, add_mean, check_mean, loading_rules
 from vllm_qoq.serving.kv.key_bias import KeyBiasWatch
 from vllm_qoq.serving.kv.scores import sinks_of, soft_cap_of
 from vllm_qoq.serving.kv.spec import spec_of_layer
@@ -122,16 +122,16 @@ class QuantizedKVCache:
         if self.kv_cache.k_mean:
             add_mean(layer, prefix)
 
-    def watch(self, layer: nn.Module, prefix: str) -> None:
-        """Look at `layer` when its weights are loaded, if it makes keys."""
+    def watch(self, layer: nn.Module, prefix: str, owner: nn.Module | None) -> None:
+        """Look at `layer` of `owner` when its weights are loaded, if it makes keys."""
         # Who measured the means has looked at the biases.
         if self.kv_cache.is_quantized() and not self.kv_cache.k_mean:
-            self._key_biases.add(layer, prefix)
+            self._key_biases.add(layer, prefix, owner)
 
-    def loading_rules(self) -> dict[re.Pattern[str], str | None]:
+    def loading_rules(self) -> dict[re.Pattern[str], Any]:
         """Say how the checkpoint's means of K are renamed for vLLM's loader; call as below."""
         if not self.kv_cache.k_mean:
-            return {}
+            return REFUSING
         quantized = [name for name, bits in self._layers.items() if bits != UNQUANTIZED]
         return loading_rules(quantized, self._layers.keys() - quantized)
 

@@ -17,9 +17,19 @@ from torch import nn
 from vllm.distributed import parallel_state
 
 from vllm_qoq.checkpoint.format import K_MEAN
+from vllm_qoq.checkpoint.k_mean import unannounced
 from vllm_qoq.errors import FormatError
 from vllm_qoq.numerics import FP16_MAX
 from vllm_qoq.serving.methods.weight_set import REMEDY
+
+
+def _refuse(match: re.Match[str]) -> str:
+    raise FormatError(unannounced(match.string))
+
+
+# What vLLM's loader renames by, where no mean is announced: it would fail on one by a KeyError. A
+# model of the Hub is downloaded after everything else has been looked at.
+REFUSING = {re.compile(rf"\.{K_MEAN}$"): _refuse}
 
 
 def add_mean(layer: nn.Module, prefix: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import QKVParallelLinear
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 
 from vllm_qoq.checkpoint.kv_config import UNQUANTIZED, Bits
 from vllm_qoq.numerics import key_bias
@@ -23,12 +24,15 @@ class KeyBiasWatch:
     """The projections to Q, K and V of one engine, until they are looked at."""
 
     def __init__(self) -> None:
-        self._layers: dict[str, QKVParallelLinear] = {}
+        self._layers: dict[str, tuple[QKVParallelLinear, nn.Module | None]] = {}
 
-    def add(self, layer: nn.Module, prefix: str) -> None:
-        """Remember `layer`, of any kind and without weights yet, if it makes keys."""
+    def add(self, layer: nn.Module, prefix: str, owner: nn.Module | None) -> None:
+        """Remember `layer`, of any kind and without weights yet, if it makes keys.
+
+        owner  the module that has it, which need not be whole yet
+        """
         if isinstance(layer, QKVParallelLinear):
-            self._layers[prefix] = layer
+            self._layers[prefix] = (layer, owner)
 
     def warn(self, bits_of: Mapping[str, Bits], use_hadamard: bool) -> None:
         """Log the layers whose bias is too large, a line for each precision; then forget them.
@@ -38,12 +42,12 @@ class KeyBiasWatch:
         """
         beside = {name.rpartition(".")[0]: bits for name, bits in bits_of.items()}
         found: dict[int, list[str]] = {}
-        for prefix, layer in self._layers.items():
+        for prefix, (layer, owner) in self._layers.items():
             cache_bits = beside.get(prefix.rpartition(".")[0], UNQUANTIZED)
             if cache_bits == UNQUANTIZED or not layer.has_bias:
                 continue
             bits = widths(cache_bits).key
-            if _is_too_large(layer, bits, use_hadamard):
+            if _is_too_large(layer, _rotary_of(owner), bits, use_hadamard):
                 found.setdefault(bits, []).append(prefix)
         self._layers.clear()
         for bits, names in found.items():
@@ -53,8 +57,21 @@ class KeyBiasWatch:
             logger.warning("%s", key_bias.warning(names, bits, ", or ".join(ways)))
 
 
+def _rotary_of(owner: nn.Module | None) -> dict[str, Any]:
+    """Read which channels of a head RoPE turns, as `key_bias.turned` takes it, beside q, k and v.
+
+    Where there is no RoPE of vLLM's, it is taken to turn all of a head.
+    """
+    for module in owner.children() if owner is not None else ():
+        if isinstance(module, RotaryEmbeddingBase):
+            return {"rotary_dim": module.rotary_dim, "neighbors": not module.is_neox_style}
+    return {}
+
+
 @torch.no_grad()
-def _is_too_large(layer: QKVParallelLinear, bits: int, use_hadamard: bool) -> bool:
+def _is_too_large(
+    layer: QKVParallelLinear, rotary: dict[str, Any], bits: int, use_hadamard: bool
+) -> bool:
     compute = _computation(layer)
     like = next(layer.parameters())
     device = torch.empty(0, dtype=layer.params_dtype, device=like.device)
@@ -68,7 +85,7 @@ def _is_too_large(layer: QKVParallelLinear, bits: int, use_hadamard: bool) -> bo
     return key_bias.is_too_large(
         (rows[:, :q] + bias[:q]).view(-1, heads, size),
         rows[:, q : q + k].view(-1, kv_heads, size),
-        key_bias.turned(bias[q : q + k].view(kv_heads, size)),
+        key_bias.turned(bias[q : q + k].view(kv_heads, size), **rotary),
         bits,
         use_hadamard,
     )

@@ -9,24 +9,37 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import Parameter
+from vllm.model_executor.layers.fused_moe import FusedMoeWeightScaleSupported
 
 from vllm_qoq.checkpoint.format import join_name
 from vllm_qoq.errors import FormatError
-from vllm_qoq.serving.methods.weight_set import REMEDY
+from vllm_qoq.serving.methods.weight_set import DEVICE_ERRORS, REMEDY
 from vllm_qoq.serving.vllm_versions import (
     FusedMoEMethodBase,
     RoutedExperts,
     experts_create_arguments,
 )
 
-# vLLM acts on every module that has these, and acts on the layer already.
-_NOT_THE_LAYERS = ("quant_method", "load_weights")
+# vLLM takes these from a layer of experts to compile DeepGEMM's kernels for them.
+COMPILED_AHEAD = (
+    *("w13_weight", "w13_weight_scale", "w13_weight_scale_inv"),
+    *("w2_weight", "w2_weight_scale", "w2_weight_scale_inv"),
+)
+# vLLM acts on every module that has the first two, and acts on the layer already. On the layer,
+# the others are those of one set.
+_NOT_THE_LAYERS = ("quant_method", "load_weights", *COMPILED_AHEAD)
 # vLLM computes these from what it loaded, though it gives them a loader.
 _COMPUTED = "sort_indices"
 # These are kept by few formats, for all experts or none.
 _ORDER, _SHAPE = "g_idx", "weight_shape"
-# The scales of quantized inputs have a default, and those of biases may be absent.
-_OPTIONAL = ("input_scale", "bias")
+# The scales of quantized inputs have a default, and biases may be absent.
+_INPUT_SCALE, _BIAS = "input_scale", "bias"
+# By these names vLLM's loader knows what goes by the `quant_method` of its parameter.
+_SCALES = ("scale", "zero", "offset")
+_PER_TENSOR, _PER_CHANNEL = (
+    FusedMoeWeightScaleSupported.TENSOR.value,
+    FusedMoeWeightScaleSupported.CHANNEL.value,
+)
 
 
 class ExpertSet(nn.Module):
@@ -134,6 +147,8 @@ class ExpertSet(nn.Module):
                 expert_id,
                 True,
             )
+        except DEVICE_ERRORS:
+            raise
         except (AssertionError, RuntimeError, ValueError, LookupError) as error:
             name = self._name(self._layer.layer_name, leaf, shard_id, expert_id)
             raise FormatError(
@@ -151,22 +166,40 @@ class ExpertSet(nn.Module):
             return  # vLLM keeps it in whatever type is the default
         if param.is_floating_point() != tensor.is_floating_point():
             raise ValueError("numbers of another kind")
-        is_refined = getattr(self.method, "weight_scale_refine", None) is not None
-        if self._is_padded or is_refined or _ORDER in leaf:
+        if self._is_padded or _ORDER in leaf:
             return
-        # Gate and up are the halves of one parameter, and a rank has its share of them.
-        is_half = shard_id != "w2" and self.moe_config.is_act_and_mul
-        size = max(param[0].numel() // (2 if is_half else 1), 1)
-        if tensor.numel() not in (size, size * self.moe_config.tp_size):
-            raise ValueError(f"{size} numbers are needed on each of {self.moe_config.tp_size}")
+        needed = self._stored_numbers(param, leaf, shard_id)
+        found = tensor.numel() * self._refinement(leaf)
+        if found != needed:
+            raise ValueError(f"{found} numbers where {needed} are needed")
+
+    def _stored_numbers(self, param: Parameter, leaf: str, shard_id: str) -> int:
+        """Count the numbers that one expert's tensor has on all ranks together."""
+        size = param[0].numel()
+        kind, is_scale = getattr(param, "quant_method", None), any(s in leaf for s in _SCALES)
+        if shard_id != "w2":
+            # Gate and up are the halves of one parameter, of which input scales are for both.
+            is_half = self.moe_config.is_act_and_mul and size > 1
+            size //= 2 if is_half else 1
+            is_whole = (is_scale and kind == _PER_TENSOR) or _INPUT_SCALE in leaf
+        else:
+            # The outputs of w2 are those of all ranks, and so is what stands beside them.
+            is_whole = (is_scale and kind in (_PER_TENSOR, _PER_CHANNEL)) or _BIAS in leaf
+            is_whole |= _INPUT_SCALE in leaf or getattr(param, "load_full_w2", False)
+        return size * (1 if is_whole else self.moe_config.tp_size)
+
+    def _refinement(self, leaf: str) -> int:
+        """Tell how often vLLM repeats each scale for smaller blocks than those in the files."""
+        blocks = getattr(self.method, "weight_scale_refine", None)
+        return math.prod(blocks) if blocks is not None and "scale" in leaf else 1
 
     def _lost(self, prefix: str, leaf: str) -> Iterator[str]:
-        if _COMPUTED in leaf or any(leaf.endswith(end) for end in _OPTIONAL):
+        if _COMPUTED in leaf or leaf.endswith((_INPUT_SCALE, _BIAS)):
             return
         loaded = self._loaded.get(leaf, set())
         if _ORDER in leaf and not loaded and not self._reads_order():
             return
-        shards = ("w2",) if leaf.startswith("w2") else self._shards_of_w13()
+        shards = ("w2",) if leaf.startswith("w2") else shards_of_w13(self._layer)
         for expert in self._local_experts():
             for shard in shards:
                 if (expert, shard) not in loaded:
@@ -178,9 +211,6 @@ class ExpertSet(nn.Module):
             return self.method.actorder == "group"
         return bool(getattr(getattr(self.method, "quant_config", None), "desc_act", False))
 
-    def _shards_of_w13(self) -> tuple[str, ...]:
-        return ("w1", "w3") if self.moe_config.is_act_and_mul else ("w1",)
-
     def _local_experts(self) -> Iterator[int]:
         """List the experts of this rank, by their numbers in the checkpoint."""
         for expert in range(self.global_num_experts):
@@ -189,13 +219,27 @@ class ExpertSet(nn.Module):
 
     def _name(self, prefix: str, leaf: str, shard_id: str, expert_id: int) -> str:
         """Find a tensor's name in the checkpoint."""
-        projection = {
-            "w1": self.ckpt_gate_proj_name,
-            "w2": self.ckpt_down_proj_name,
-            "w3": self.ckpt_up_proj_name,
-        }[shard_id]
-        stored = leaf.partition("_")[2]
-        return join_name(self.set_name, f"{prefix}.{expert_id}.{projection}.{stored}")
+        name = stored_name(self._layer, prefix, leaf, shard_id, expert_id)
+        return join_name(self.set_name, name)
+
+
+def shards_of_w13(layer: RoutedExperts) -> tuple[str, ...]:
+    """List what vLLM puts into the parameter w13 of an expert: w1 is gate and w3 is up."""
+    return ("w1", "w3") if layer.moe_config.is_act_and_mul else ("w1",)
+
+
+def stored_name(layer: RoutedExperts, prefix: str, leaf: str, shard_id: str, expert_id: int) -> str:
+    """Name the tensor of one expert as the checkpoint does, without a set.
+
+    prefix  the layer's name
+    leaf    the parameter, `w13_weight`
+    """
+    projection = {
+        "w1": layer.ckpt_gate_proj_name,
+        "w2": layer.ckpt_down_proj_name,
+        "w3": layer.ckpt_up_proj_name,
+    }[shard_id]
+    return f"{prefix}.{expert_id}.{projection}.{leaf.partition('_')[2]}"
 
 
 class _LoaderView:

@@ -75,8 +75,7 @@ class QoQExpertsMethod(FusedMoEMethodBase):
         w13 are gate and up, [2 intermediate, hidden], and w2 is down, [hidden, intermediate].
         """
         inner, group = intermediate_size_per_partition, self.qoq_set.group_size
-        self._check_size("hidden_size", hidden_size)
-        self._check_size("moe_intermediate_size of a rank", inner)
+        self._check_sizes(hidden_size, inner)
         self.experts = num_experts
         self.is_dummy = get_current_vllm_config().load_config.load_format == "dummy"
         for stem, n, k in (("w13", 2 * inner, hidden_size), ("w2", hidden_size, inner)):
@@ -179,6 +178,9 @@ class QoQExpertsMethod(FusedMoEMethodBase):
             found.append(f"experts in groups of {self.qoq_set.group_size} (it does -1 and 128)")
         if activation != "silu" or not layer.moe_config.is_act_and_mul:
             found.append(f"experts with the activation {activation!r} (it does 'silu')")
+        for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta"):
+            if (value := getattr(layer, name, None)) is not None:
+                found.append(f"experts whose activation has {name} {value}")
         if layer.moe_config.has_bias:
             found.append("experts with a bias")
         if layer.apply_router_weight_on_input:
@@ -187,12 +189,20 @@ class QoQExpertsMethod(FusedMoEMethodBase):
             found.append(f"more than {expert_ops.MOST_EXPERTS} experts")
         return found
 
-    def _check_size(self, name: str, size: int) -> None:
-        if size % EXPERT_MULTIPLE:
-            raise FormatError(
-                f"{name} is {size}, but {QOQ_LINEAR} experts need a multiple of "
-                f"{EXPERT_MULTIPLE}; quantize again with these experts in `ignore`"
-            )
+    def _check_sizes(self, hidden_size: int, inner: int) -> None:
+        ranks = self.moe.tp_size
+        remedy = "quantize again with these experts in `ignore`"
+        if ranks > 1 and not inner * ranks % EXPERT_MULTIPLE:
+            remedy = "use --enable-expert-parallel or a smaller --tensor-parallel-size"
+        for name, size, of in (
+            ("hidden_size", hidden_size, ""),
+            ("moe_intermediate_size", inner, f" on each of {ranks} ranks" if ranks > 1 else ""),
+        ):
+            if size % EXPERT_MULTIPLE:
+                raise FormatError(
+                    f"{self.prefix}: {name} is {size}{of}, but {QOQ_LINEAR} experts need a "
+                    f"multiple of {EXPERT_MULTIPLE}; {remedy}, or serve another set with force_set"
+                )
 
     def checked_int8(
         self, stem: str, expert: int, tensors: dict[str, torch.Tensor]

@@ -20,9 +20,9 @@ from vllm.forward_context import ForwardContext, get_forward_context
 from vllm_qoq.errors import FormatError, UserError, shown
 from vllm_qoq.routing.table import LayerRoute
 from vllm_qoq.serving.methods import flex_moe_op  # noqa: F401  (defines torch.ops.qoq.flex_moe)
-from vllm_qoq.serving.methods.expert_set import ExpertSet
+from vllm_qoq.serving.methods.expert_set import COMPILED_AHEAD, ExpertSet
 from vllm_qoq.serving.methods.qoq_residual_experts import QoQResidualExpertsMethod
-from vllm_qoq.serving.methods.weight_set import UNTRACKED_LOADERS
+from vllm_qoq.serving.methods.weight_set import DEVICE_ERRORS, UNTRACKED_LOADERS
 from vllm_qoq.serving.routing.choose import choose
 from vllm_qoq.serving.routing.policy import Policy
 from vllm_qoq.serving.routing.step import current_step
@@ -79,6 +79,7 @@ class FlexMoEMethod(FusedMoEMethodBase):
         self._first = next(iter(sets.values())).method
         self._is_padded = self._is_finished = False
         self._experts: dict[str, ExpertSet] = {}
+        self._ahead: Any = None
         self._check_alike()
 
     def maybe_roundup_sizes(
@@ -128,14 +129,26 @@ class FlexMoEMethod(FusedMoEMethodBase):
             with named_refusals(self.prefix, name):
                 self._experts[name].finish()
         self._check_alike()
+        methods = [choice.method for choice in self.sets.values()]
+        shown = next(filter(_may_be_compiled_ahead, methods), self._first)
         # The runner dispatches tokens itself where a method has no kernel of vLLM's modular kind.
-        kernels = [choice.method.moe_kernel for choice in self.sets.values()]
-        self.moe_kernel = kernels[0] if None not in kernels else None
-        self.moe_quant_config = self._first.moe_quant_config
+        has_kernels = all(method.moe_kernel is not None for method in methods)
+        self.moe_kernel = shown.moe_kernel if has_kernels else None
+        self.moe_quant_config = shown.moe_quant_config
+        if has_kernels and _may_be_compiled_ahead(shown):
+            self._ahead = shown.moe_quant_config
+            experts = next(one for one in self._experts.values() if one.method is shown)
+            found = {leaf: getattr(experts, leaf, None) for leaf in COMPILED_AHEAD}
+            vars(layer).update({leaf: one for leaf, one in found.items() if one is not None})
         self._is_finished = True
 
-    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
-        """Give none: each set computes with its own, and vLLM would look for its weights here."""
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> Any:
+        """Give that of a set whose kernels vLLM compiles ahead, for the weights on the layer.
+
+        DeepGEMM compiles by the sizes of the weights, which are equal in all sets. None where no
+        set has such kernels, because each computes with its own config.
+        """
+        return self._ahead
 
     @property
     def is_monolithic(self) -> bool:
@@ -287,17 +300,46 @@ class FlexMoEMethod(FusedMoEMethodBase):
 
 
 @contextmanager
-def named_refusals(prefix: str, set_name: str) -> Iterator[None]:
-    """Put the layer, the set and the remedy in front of what an in-tree method refuses."""
+def named_refusals(prefix: str, set_name: str, *also: type[Exception]) -> Iterator[None]:
+    """Put the layer, the set and the remedy in front of what an in-tree method refuses.
+
+    also  what else vLLM refuses by here
+
+    Other errors, such as a lack of memory or of kernels, are none of the checkpoint's and stay.
+    """
+    refusals: tuple[type[Exception], ...] = (ValueError, AssertionError, NotImplementedError)
     try:
         yield
-    except FormatError:
+    except (FormatError, *DEVICE_ERRORS):
         raise
-    except (ValueError, AssertionError, RuntimeError) as error:  # also NotImplementedError
+    except refusals + also as error:
         raise FormatError(
             f"{prefix}: vLLM does not serve the experts of set {set_name!r} here: {error}; try "
             "another --tensor-parallel-size or GPU, or serve another set with force_set"
         ) from error
+
+
+@contextmanager
+def same_sizes(layer: RoutedExperts, prefix: str, set_name: str) -> Iterator[None]:
+    """Raise FormatError where a set's method changes the sizes of the layer's experts.
+
+    vLLM does that for fp8 in blocks that no slice of a rank holds whole, and loads by these sizes
+    what other sets have, too.
+    """
+    config = layer.moe_config
+    before = dict(vars(config))
+    try:
+        yield
+        if getattr(config, "tp_shard_with_padding", False):
+            raise FormatError(
+                f"{prefix}: vLLM fills up the slices of set {set_name!r} at --tensor-parallel-size "
+                f"{config.tp_size} to whole blocks of fp8, and the experts of other sets have none "
+                "to fill up; start without --moe-backend, with --enable-expert-parallel or another "
+                "--tensor-parallel-size, or serve another set with force_set"
+            )
+    except BaseException:
+        vars(config).update(before)
+        raise
 
 
 def _check_parallel(layer: RoutedExperts, prefix: str, sets: Sequence[str]) -> None:
@@ -318,6 +360,11 @@ def _check_parallel(layer: RoutedExperts, prefix: str, sets: Sequence[str]) -> N
             "--tensor-parallel-size, with --enable-expert-parallel if you like, or serve one set "
             "with force_set"
         )
+
+
+def _may_be_compiled_ahead(method: FusedMoEMethodBase) -> bool:
+    """Whether the weights are in blocks of fp8, as those are that DeepGEMM computes with."""
+    return getattr(method.moe_quant_config, "block_shape", None) is not None
 
 
 def _monolithic(

@@ -26,6 +26,9 @@ Loader = Callable[..., Any]
 
 REMEDY = "run `vllm-qoq verify` on the checkpoint, download or quantize it again"
 
+# RuntimeErrors, as loaders raise for a tensor that does not fit, but none of the checkpoint's.
+DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
+
 # Tensors with so few elements are sizes, such as compressed-tensors' weight_shape [2].
 _MOST_COUNTED_TWICE = 4
 
@@ -223,7 +226,7 @@ class WeightSet(nn.Module):
             try:
                 self._check_fits(param, tensor, filled)
                 load(param, tensor, *shard)
-            except FormatError:
+            except (FormatError, *DEVICE_ERRORS):
                 raise
             except (AssertionError, RuntimeError, ValueError, LookupError) as error:
                 raise FormatError(

@@ -33,13 +33,14 @@ from vllm_qoq.serving.methods.routed_experts import (
     ExpertsMethod,
     FlexMoEMethod,
     named_refusals,
+    same_sizes,
 )
 from vllm_qoq.serving.methods.routed_linear import FlexLinearMethod, SetMethod
 from vllm_qoq.serving.methods.set_config import set_config
 from vllm_qoq.serving.methods.weight_set import UNTRACKED_LOADERS
 from vllm_qoq.serving.plugin import front_end, refusal
 from vllm_qoq.serving.plugin.load_check import begin_load
-from vllm_qoq.serving.plugin.root import model_in_the_making
+from vllm_qoq.serving.plugin.root import model_in_the_making, owner_in_the_making
 from vllm_qoq.serving.plugin.shared_files import new_stem
 from vllm_qoq.serving.routing.policy import Policy, check_lora
 from vllm_qoq.serving.signals import queue
@@ -146,7 +147,7 @@ class QoQConfig(QuantizationConfig):
 
         self.kv_cache().check_layers()
         self._begin_load()
-        rules: dict[re.Pattern[str], str | None] = {}
+        rules: dict[re.Pattern[str], Any] = {}
         in_use = self._sets_in_use()
         # A layer rule may keep single layers out of a set that others use.
         for name, layer in self._unreachable:
@@ -176,7 +177,7 @@ class QoQConfig(QuantizationConfig):
         if isinstance(layer, Attention | MLAAttention):
             kv_cache.attach(layer, prefix)
             return None
-        kv_cache.watch(layer, prefix)
+        kv_cache.watch(layer, prefix, owner_in_the_making(layer))
         if self.section is None:
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
         if self.section.lm_head is not None and isinstance(layer, ParallelLMHead):
@@ -282,7 +283,8 @@ class QoQConfig(QuantizationConfig):
         methods, is_quantized = {}, False
         for name in self.set_names:
             try:
-                with named_refusals(prefix, name):
+                # compressed-tensors refuses schemes by a RuntimeError.
+                with named_refusals(prefix, name, RuntimeError), same_sizes(layer, prefix, name):
                     method, state = self._ask(name, layer, prefix)
             except FormatError:
                 if name in reachable:

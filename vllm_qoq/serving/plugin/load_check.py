@@ -1,4 +1,4 @@
-"""The proof that a checkpoint filled the tensors that all sets share: norms, embeddings, lm_head.
+"""The proof that a checkpoint filled what all sets share: norms, embeddings, lm_head, experts.
 
 vLLM does not look at them in quantized models: a norm that no file has stays ones, an embedding
 stays what was in memory, and NaN is served. So before loading all of them are made NaN, and after
@@ -10,7 +10,8 @@ never call the function that renames tensors, with which the check begins, so th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,10 +23,13 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm_qoq.errors import FormatError
 from vllm_qoq.serving.methods.after_loading import AfterLoading
 from vllm_qoq.serving.methods.expert_set import ExpertSet
-from vllm_qoq.serving.methods.weight_set import REMEDY, Loader, WeightSet
-from vllm_qoq.serving.vllm_versions import may_process_in_place
+from vllm_qoq.serving.methods.weight_set import DEVICE_ERRORS, REMEDY, Loader, WeightSet
+from vllm_qoq.serving.plugin.float_experts import has_float_experts, loaded_name, projections
+from vllm_qoq.serving.vllm_versions import RoutedExperts, may_process_in_place
 
 _LOADER = "weight_loader"
+
+NameOf = Callable[..., str]
 
 
 def begin_load(model: nn.Module) -> None:
@@ -49,10 +53,12 @@ class LoadCheck(AfterLoading):
         self._own_loaders: list[tuple[nn.Parameter, Loader | None]] = []
         for name, parameter in _shared(model):
             parameter.data.fill_(float("nan"))
-            own = getattr(parameter, _LOADER, None)
-            self._own_loaders.append((parameter, own))
-            # A plain parameter has the attribute only where somebody sets it.
-            setattr(parameter, _LOADER, _naming(name, own or default_weight_loader))
+            self._name_refusals(partial(_only_name, name), parameter)
+        for experts in _float_experts(model):
+            for part in projections(experts):
+                part.data.fill_(float("nan"))
+            for leaf, parameter in experts.named_parameters(recurse=False):
+                self._name_refusals(partial(loaded_name, experts, leaf), parameter)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Raise FormatError unless every shared parameter was filled with finite numbers."""
@@ -63,27 +69,44 @@ class LoadCheck(AfterLoading):
             else:
                 setattr(parameter, _LOADER, own)
         self._own_loaders.clear()
-        shared = list(_shared(layer))
-        if not shared:
-            return
+        parts = [part for experts in _float_experts(layer) for part in projections(experts)]
+        tensors = [(name, parameter.data) for name, parameter in _shared(layer)]
         # aminmax passes NaN on, and so only one number of each tensor has to leave the device.
-        ends = [torch.stack(torch.aminmax(parameter.data)) for _, parameter in shared]
-        are_sound = torch.stack([pair.float().isfinite().all() for pair in ends]).tolist()
-        faults = [item for item, is_sound in zip(shared, are_sound, strict=True) if not is_sound]
+        ends = [torch.stack(torch.aminmax(data)) for _, data in tensors]
+        are_sound = [pair.float().isfinite().all()[None] for pair in ends]
+        are_sound += [part.are_sound() for part in parts]
+        tensors += [item for part in parts for item in zip(part.names, part.data, strict=True)]
+        here = [flag.to(are_sound[0].device) for flag in are_sound]
+        flags = torch.cat(here).tolist() if here else []
+        faults = [item for item, is_sound in zip(tensors, flags, strict=True) if not is_sound]
         if not faults:
             return
-        name, parameter = faults[0]
+        name, tensor = faults[0]
         more = f" (and {len(faults) - 1} more tensors)" if len(faults) > 1 else ""
-        if parameter.data.isnan().all():
+        if tensor.isnan().all():
             raise FormatError(
                 f"the checkpoint did not fill {name}{more}: it has no such tensor, or nothing but "
                 f"NaN in it; {REMEDY}"
             )
         raise FormatError(f"{name}{more} holds NaN or infinity, or was filled in part; {REMEDY}")
 
+    def _name_refusals(self, name: NameOf, parameter: nn.Parameter) -> None:
+        own = getattr(parameter, _LOADER, None)
+        self._own_loaders.append((parameter, own))
+        # A plain parameter has the attribute only where somebody sets it.
+        setattr(parameter, _LOADER, _naming(name, own or default_weight_loader))
 
-def _naming(name: str, load: Loader) -> Loader:
-    """Put the tensor's name before the refusals of `load`, which are bare assertions."""
+
+def _only_name(name: str, **arguments: Any) -> str:
+    """Name the only tensor that a parameter is loaded from."""
+    return name
+
+
+def _naming(name_of: NameOf, load: Loader) -> Loader:
+    """Put the tensor's name before the refusals of `load`, which are bare assertions.
+
+    name_of  finds the name by the loader's arguments
+    """
 
     def load_named(
         param: nn.Parameter, loaded_weight: torch.Tensor, *rest: Any, **more: Any
@@ -92,14 +115,21 @@ def _naming(name: str, load: Loader) -> Loader:
             if not loaded_weight.is_floating_point():
                 raise AssertionError(f"numbers of the type {loaded_weight.dtype}")
             return load(param, loaded_weight, *rest, **more)
+        except DEVICE_ERRORS:
+            raise
         except (AssertionError, RuntimeError, IndexError) as error:
             raise FormatError(
-                f"{name} has shape {list(loaded_weight.shape)} in the checkpoint and "
+                f"{name_of(**more)} has shape {list(loaded_weight.shape)} in the checkpoint and "
                 f"{list(param.shape)} in this rank's model, into which it does not go "
                 f"({error}); {REMEDY}"
             ) from error
 
     return load_named
+
+
+def _float_experts(model: nn.Module) -> Iterator[RoutedExperts]:
+    """List the layers with experts that all sets share."""
+    return (module for module in model.modules() if has_float_experts(module))
 
 
 def _shared(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -109,7 +139,7 @@ def _shared(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         if isinstance(module, WeightSet | ExpertSet | Attention | MLAAttention):
             continue  # sets prove it themselves, and a cache may have no scales
         if isinstance(getattr(module, "quant_method", None), FusedMoEMethodBase):
-            continue  # experts may be padded
+            continue  # sets prove these, too, and `_float_experts` has the others
         if any(isinstance(child, WeightSet) for child in module.children()):
             continue  # a bias that each set has for itself
         for name, parameter in module.named_parameters(recurse=False):

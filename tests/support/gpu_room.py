@@ -1,0 +1,11 @@
+"""Skips what the blocks of this GPU have too little shared memory for, 99 KB on some."""
+
+import pytest
+
+from vllm_qoq.ops import kv_ops
+
+
+def skip_without_room(head_size, bits, group):
+    """Skips the test unless `kv_decode` runs for `group` query heads of each KV head."""
+    for lacking in kv_ops.lacking_shared_memory(head_size, bits, group):
+        pytest.skip(lacking)

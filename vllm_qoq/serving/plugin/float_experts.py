@@ -1,0 +1,73 @@
+"""The tensors of experts in floating point that all sets share, as parts of vLLM's parameters.
+
+vLLM keeps all experts of a layer in two parameters, w13 (gate and up) and w2 (down), which may be
+larger than the model's sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import torch
+from torch import nn
+
+from vllm_qoq.serving.methods.expert_set import shards_of_w13, stored_name
+from vllm_qoq.serving.vllm_versions import RoutedExperts, UnquantizedFusedMoEMethod
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One tensor of each expert that this rank has: names in the checkpoint, and data [E, ...]."""
+
+    names: tuple[str, ...]
+    data: torch.Tensor
+
+    def are_sound(self) -> torch.Tensor:
+        """Say of each expert whether all its numbers are finite, bool [E]."""
+        dims = tuple(range(1, self.data.ndim))
+        # These pass NaN on.
+        ends = torch.stack([self.data.amin(dims), self.data.amax(dims)])
+        return ends.isfinite().all(0)
+
+
+def has_float_experts(module: nn.Module) -> TypeGuard[RoutedExperts]:
+    """Whether `module` holds experts that no set quantizes, once for all sets."""
+    return isinstance(module, RoutedExperts) and isinstance(
+        module.quant_method, UnquantizedFusedMoEMethod
+    )
+
+
+def loaded_name(layer: RoutedExperts, leaf: str, **arguments: Any) -> str:
+    """Name the tensor with which vLLM calls the loader of the parameter `leaf`.
+
+    arguments  of the loader, by name; without an expert it is a tensor of all experts
+    """
+    if not {"shard_id", "expert_id"} <= arguments.keys():
+        return f"{layer.layer_name}.{leaf}"
+    shard_id, expert_id = arguments["shard_id"], arguments["expert_id"]
+    return stored_name(layer, layer.layer_name, leaf, shard_id, expert_id)
+
+
+def projections(layer: RoutedExperts) -> Iterator[Projection]:
+    """List what a checkpoint has to fill of the experts in `layer`, apart from padding."""
+    inner = layer.moe_config.intermediate_size_per_partition_unpadded
+    hidden = layer.moe_config.hidden_dim_unpadded
+    local = [
+        expert
+        for expert in range(layer.global_num_experts)
+        if layer._map_global_expert_id_to_local_expert_id(expert) != -1
+    ]
+    for leaf, parameter in layer.named_parameters(recurse=False):
+        if parameter.is_meta:
+            continue
+        is_w13 = leaf.startswith("w13")
+        shards = shards_of_w13(layer) if is_w13 else ("w2",)
+        rows, columns = (inner, hidden) if is_w13 else (hidden, inner)
+        padded = parameter.shape[1] // len(shards)
+        for index, shard in enumerate(shards):
+            data = parameter.data[:, index * padded : index * padded + rows]
+            data = data[..., :columns] if data.ndim > 2 else data  # a bias has no columns
+            names = (stored_name(layer, layer.layer_name, leaf, shard, one) for one in local)
+            yield Projection(tuple(names), data)
