@@ -217,40 +217,49 @@ class QuantizePass(_BlockPass):
 
     def finish(self, index: int, block: Module) -> None:
         """Quantize a block, unless that is done already, and give it the last set's weights."""
-        name, layers = piece(index), self.names.of_block(index).linears
+        name = piece(index)
         if self.work.has(name):
-            tensors = self.work.load(name)
-            weights = dict(dequantized(tensors, self.sets[-1], layers))
+            layers = self.names.of_block(index).linears
+            for layer, weight in dequantized(self.work.load(name), self.sets[-1], layers):
+                _assign_weight(block, layer, weight)
         else:
-            tensors, weights, errors = self._quantize(index, block)
-            self._writer.save(name, tensors, errors)
-        for layer, weight in weights.items():
-            target = block.get_submodule(layer)
-            assign(target, "weight", weight.to(target.weight.device))
+            self._writer.save(name, *self._quantize(index, block))
         self.done()
 
     def _quantize(
         self, index: int, block: Module
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[LayerError]]:
-        """Quantize a block: tensors by SET.LAYER.LEAF, the last set's weights, rows of errors."""
+    ) -> tuple[dict[str, torch.Tensor], list[LayerError]]:
+        """Quantize a block: its tensors by SET.LAYER.LEAF, and rows of the report."""
         tensors: dict[str, torch.Tensor] = {}
-        propagated: dict[str, torch.Tensor] = {}
         errors: list[LayerError] = []
-        prefix = f"{self.names.blocks}.{index}."
         for group in self.names.of_block(index).inputs:
-            weights = {prefix + name: block.get_submodule(name).weight.data for name in group}
             seen = self._hessians.pop((index, group[0]), None)
-            rounded = self._round(weights, seen)
-            for name in group:
-                dtype, bias = weights[prefix + name].dtype, block.get_submodule(name).bias
-                for one in rounded[prefix + name]:
-                    stored = one.grid.tensors(dtype)
-                    if bias is not None:
-                        stored["bias"] = bias.data
-                    tensors |= {f"{one.kind.name}.{name}.{leaf}": t for leaf, t in stored.items()}
-                    errors.append(one.row)
-                propagated[name] = one.grid.dequantized().to(dtype)
-        return tensors, propagated, errors
+            found, rows = self._quantize_group(f"{self.names.blocks}.{index}.", block, group, seen)
+            tensors |= found
+            errors += rows
+        return tensors, errors
+
+    def _quantize_group(
+        self, prefix: str, block: Module, group: tuple[str, ...], seen: HessianSum | None
+    ) -> tuple[dict[str, torch.Tensor], list[LayerError]]:
+        """Quantize the layers of `block` with one input, and give them the last set's weights.
+
+        Grids take several bytes a weight, so those of one group are gone before the next.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        errors: list[LayerError] = []
+        weights = {prefix + name: block.get_submodule(name).weight.data for name in group}
+        rounded = self._round(weights, seen)
+        for name in group:
+            dtype, bias = weights[prefix + name].dtype, block.get_submodule(name).bias
+            for one in rounded[prefix + name]:
+                stored = one.grid.tensors(dtype)
+                if bias is not None:
+                    stored["bias"] = bias.data
+                tensors |= {f"{one.kind.name}.{name}.{leaf}": t for leaf, t in stored.items()}
+                errors.append(one.row)
+            _assign_weight(block, name, one.grid.dequantized())
+        return tensors, errors
 
     def _round(
         self, weights: Mapping[str, torch.Tensor], seen: HessianSum | None
@@ -293,3 +302,8 @@ class QuantizePass(_BlockPass):
 def piece(index: int) -> str:
     """The name of a block's results in the work folder."""
     return f"block-{index:04d}"
+
+
+def _assign_weight(block: Module, name: str, weight: torch.Tensor) -> None:
+    layer = block.get_submodule(name)
+    assign(layer, "weight", weight.to(layer.weight.device))

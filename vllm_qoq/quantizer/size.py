@@ -115,9 +115,8 @@ def sizes(
             for block in blocks
             for n, k, _ in block
         ),
-        # Where it is rounded, with its results and the weights that it becomes; the results of the
-        # one before are written from a copy.
-        "block": 2 * item * max(weights) + results,
+        # Where it is rounded, with its results; those of the one before are written from a copy.
+        "block": item * max(weights) + results,
         "results of a block": 2 * results,
         # What it becomes while it turns, its magnitudes, two bools of each, and the rows in work.
         "embedding": (2 * item + 2) * vocabulary * hidden
