@@ -4,7 +4,7 @@ import shutil
 from itertools import product
 
 import pytest
-from engines import PROMPTS, engine, generate, largest_gap
+from engines import PROMPTS, TRACED, engine, generate, largest_gap
 from safetensors.torch import load_file, save_file
 
 from vllm_qoq.bench.perplexity import text_perplexity
@@ -151,6 +151,5 @@ def test_w4a8_weights_and_a_quantized_cache(w4a8_dir, text):
 
 
 def test_a_compiled_model_computes_the_same(serve):
-    """Traced and cut at the attention; without Inductor, which would take most of the time."""
-    compiled = {"enforce_eager": False, "compilation_config": {"backend": "eager"}}
-    assert largest_gap(generate(serve(8, **compiled)), generate(serve(8))) < 2 * ROUNDING
+    """Traced; without Inductor, which would take most of the time."""
+    assert largest_gap(generate(serve(8, **TRACED)), generate(serve(8))) < 2 * ROUNDING

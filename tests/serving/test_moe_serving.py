@@ -4,30 +4,30 @@ The experts are in bf16, because vLLM's int8 and 4-bit experts need AMX on x86. 
 the two sets is equal, so what differs between steps is the experts.
 """
 
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
-from engines import PROMPTS, engine, generate
-from moe_models import FAMILIES, float_experts, write_model
+from engines import PROMPTS, TRACED, engine, generate
+from moe_models import FAMILIES, SIZES, float_experts, write_model
 
 import vllm_qoq
 from vllm_qoq.serving.methods.routed_experts import FlexMoEMethod
+
+LAYERS = SIZES["num_hidden_layers"]
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tiny_model, tmp_path_factory):
     """Makes the two single-set checkpoints of a family, and both in one; each once."""
-    made = {}
 
-    def make(family, **sizes):
-        key = (family, *sizes.items())
-        if key not in made:
-            folder = tmp_path_factory.mktemp(family)
-            model = write_model(tiny_model, folder / "model", family, **sizes)
-            sets = {f"s{x}": float_experts(model, folder / f"s{x}", ord(x)) for x in "ab"}
-            vllm_qoq.merge(sets, folder / "merged")
-            made[key] = SimpleNamespace(**sets, merged=folder / "merged")
-        return made[key]
+    @cache
+    def make(family):
+        folder = tmp_path_factory.mktemp(family)
+        model = write_model(tiny_model, folder / "model", family)
+        sets = {f"s{x}": float_experts(model, folder / f"s{x}", ord(x)) for x in "ab"}
+        vllm_qoq.merge(sets, folder / "merged")
+        return SimpleNamespace(**sets, merged=folder / "merged")
 
     return make
 
@@ -41,15 +41,15 @@ def test_a_forced_set_equals_its_single_set_checkpoint(checkpoints, family):
         assert generate(engine(found.merged, {"force_set": name})) == tokens
 
 
-@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
-def test_experts_go_by_the_phase(checkpoints, is_compiled):
+@pytest.mark.parametrize("options", [{}, TRACED], ids=["eager", "traced"])
+def test_experts_go_by_the_phase(checkpoints, options):
     """A choice outside of the op would be frozen to the profiling run's."""
-    llm = engine(checkpoints("Qwen3Moe", num_hidden_layers=1).merged, enforce_eager=not is_compiled)
+    llm = engine(checkpoints("Qwen3Moe").merged, **options)
     used = watch(llm)
     before = vllm_qoq.step_counts(llm)
     generate(llm, PROMPTS[:2], max_tokens=5)
     counts = {key: n - before[key] for key, n in vllm_qoq.step_counts(llm).items()}
-    assert used == ["sa", "sb", "sb", "sb", "sb"]
+    assert used == ["sa"] * LAYERS + ["sb"] * LAYERS * 4
     assert (counts["prefill", "sa"], counts["decode", "sb"]) == (1, 4)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
+import once
 from vllm import LLM, SamplingParams
 from vllm.distributed import parallel_state
 from vllm.model_executor.models import registry
@@ -22,6 +23,11 @@ if current_platform.is_cpu():
     registry._run_in_subprocess = lambda ask: ask()
     # Its sampler compiles a comparison for ten seconds, also where the engine is eager.
     current_platform.simple_compile_backend = "eager"
+    once.kernel_overrides()
+
+# Options of an engine that is traced, as one that compiles is, without Inductor's C++ of half a
+# minute. On a CPU vLLM takes another backend in no other mode than this, of one trace.
+TRACED = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
 
 # vLLM cannot build an engine after another was collected in the same process.
 _engines: dict[str, LLM] = {}

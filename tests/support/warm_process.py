@@ -128,6 +128,7 @@ def _serve() -> list[str] | None:
     for module in IMPORTED:
         importlib.import_module(module)
     half_products.hasten()
+    _override_kernels()
     _sleep_while_idle()
     _ask_models_here()
     gc.collect()
@@ -145,6 +146,16 @@ def _serve() -> list[str] | None:
                 return request["arguments"]
         print(json.dumps(answer), file=answers, flush=True)
     return None
+
+
+def _override_kernels() -> None:
+    """Do before any fork what each engine would do anew."""
+    import once
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        once.kernel_overrides()
+        getattr(current_platform, "register_triton_kernel_overrides", lambda: None)()
 
 
 def _sleep_while_idle() -> None:
