@@ -47,6 +47,8 @@ def why_no_cuda() -> str | None:
         return f"torch {torch.__version__} is built without CUDA"
     if CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").exists():
         return "there is no nvcc; install the CUDA toolkit or set CUDA_HOME"
+    if not Path(CUDA_HOME, "include", "cuda_runtime.h").exists():
+        return f"{CUDA_HOME} has nvcc but no include/cuda_runtime.h; set CUDA_HOME to CUDA's folder"
     return None
 
 

@@ -41,10 +41,11 @@ SAID = {
 
 def main() -> int:
     """Build the wheel and print what is in it."""
-    check_nvcc()
+    home = toolkit()
+    check_nvcc(home / "bin" / "nvcc")
     OUT.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="vllm-qoq-wheel-") as folder:
-        log = build(Path(folder))
+        log = build(Path(folder), home)
         (wheel,) = Path(folder, "dist").glob("*.whl")
         print(table(wheel, log))
         copy = Path(shutil.copy(wheel, OUT))
@@ -52,12 +53,20 @@ def main() -> int:
     return 0
 
 
-def check_nvcc() -> None:
-    """End with a message where there is no nvcc, or one that cannot compile for every GPU."""
-    home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
-    if nvcc is None:
-        raise SystemExit("error: there is no nvcc; install the CUDA toolkit or set CUDA_HOME")
+def toolkit() -> Path:
+    """The folder of CUDA, with nvcc and headers; nvcc on the PATH may be a script elsewhere."""
+    home, nvcc = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
+    places = [home] if home else [nvcc and Path(nvcc).resolve().parent.parent, "/usr/local/cuda"]
+    for place in (Path(place) for place in places if place):
+        if (place / "bin" / "nvcc").exists() and (place / "include" / "cuda_runtime.h").exists():
+            return place
+    raise SystemExit(
+        "error: there is no nvcc with cuda_runtime.h; install the CUDA toolkit or set CUDA_HOME"
+    )
+
+
+def check_nvcc(nvcc: Path) -> None:
+    """End with a message where nvcc cannot compile for every GPU."""
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
     # The table of GPUs alone: the package needs torch, which is not here.
     spec = importlib.util.spec_from_file_location("cards", ROOT / "vllm_qoq" / "cards.py")
@@ -72,7 +81,7 @@ def check_nvcc() -> None:
         )
 
 
-def build(folder: Path) -> str:
+def build(folder: Path, home: Path) -> str:
     """Build the wheel into `folder`/dist; the result is what the compilers said."""
     python = folder / "venv" / "bin" / "python"
     run([sys.executable, "-m", "venv", folder / "venv"])
@@ -84,6 +93,7 @@ def build(folder: Path) -> str:
         **os.environ,
         # torch looks for ninja there.
         "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
+        "CUDA_HOME": str(home),
         "VLLM_QOQ_CUDA": "1",
         "VLLM_QOQ_CUDA_ARCHS": "all",
         "VLLM_QOQ_PORTABLE": "0",

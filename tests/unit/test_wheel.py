@@ -75,8 +75,29 @@ def test_an_nvcc_that_lacks_a_gpu_is_named_before_anything_is_installed(
 ):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     if known:
-        (tmp_path / "bin").mkdir()
-        (tmp_path / "bin" / "nvcc").write_text(f"#!/bin/sh\necho {known}\n")
-        (tmp_path / "bin" / "nvcc").chmod(0o755)
+        make_toolkit(tmp_path, known)
     with pytest.raises(SystemExit, match=said):
         script.main()
+
+
+def test_the_toolkit_has_headers_and_nvcc_is_a_script_elsewhere(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    make_toolkit(tmp_path / "home", "")
+    assert script.toolkit() == tmp_path / "home"
+    (tmp_path / "home" / "include" / "cuda_runtime.h").unlink()
+    with pytest.raises(SystemExit, match="no nvcc with cuda_runtime.h"):
+        script.toolkit()
+    monkeypatch.delenv("CUDA_HOME")
+    make_toolkit(tmp_path / "real", "")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "nvcc").symlink_to(tmp_path / "real" / "bin" / "nvcc")
+    monkeypatch.setenv("PATH", str(tmp_path / "links"))
+    assert script.toolkit() == tmp_path / "real"
+
+
+def make_toolkit(folder, known):
+    (folder / "bin").mkdir(parents=True)
+    (folder / "include").mkdir()
+    (folder / "include" / "cuda_runtime.h").touch()
+    (folder / "bin" / "nvcc").write_text(f"#!/bin/sh\necho {known}\n")
+    (folder / "bin" / "nvcc").chmod(0o755)
