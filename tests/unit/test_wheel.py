@@ -85,7 +85,7 @@ def test_the_toolkit_has_headers_and_nvcc_is_a_script_elsewhere(script, tmp_path
     make_toolkit(tmp_path / "home", "")
     assert script.toolkit() == tmp_path / "home"
     (tmp_path / "home" / "include" / "cuda_runtime.h").unlink()
-    with pytest.raises(SystemExit, match="no nvcc with cuda_runtime.h"):
+    with pytest.raises(SystemExit, match=r"no nvcc with cuda_runtime\.h"):
         script.toolkit()
     monkeypatch.delenv("CUDA_HOME")
     make_toolkit(tmp_path / "real", "")
