@@ -6,6 +6,7 @@ import pytest
 import torch
 from engines import engine, generate
 from expert_layers import EXPERTS, PREFIX, SHAPES, rank_of, routed
+from expert_layers import Block as Experts
 from expert_layers import load as load_experts
 from loaded_layers import Block, load, stored
 from plugin_units import qoq_config, scheme, tensor_parallel, vllm_config
@@ -187,6 +188,19 @@ def test_padding_of_experts_that_all_sets_share_is_left_alone():
         loaded_experts(
             lambda weights: cut(weights | {EXPERT: torch.full((256, 256), NAN)}), **sizes
         )
+
+
+def test_what_a_router_keeps_on_the_layer_of_experts_is_none_of_theirs():
+    def unquantized(**more):
+        quant_config = scheme(8) | {"ignore": ["re:.*experts.*"]}
+        return Experts(qoq_config(sets={"w8a8": quant_config, "w4a16": quant_config}), 1, **more)
+
+    bias = torch.nn.Parameter(torch.zeros(EXPERTS))
+    with rank_of(0, 1):
+        model = unquantized(e_score_correction_bias=bias)
+        assert "e_score_correction_bias" in dict(model.experts.named_parameters())
+        load_experts(model, {f"{PREFIX}.0.up_proj.weight": torch.ones(256, 256)})
+        assert torch.equal(bias, torch.zeros(EXPERTS)) and not hasattr(bias, "weight_loader")
 
 
 def test_an_expert_that_all_sets_share_and_that_is_not_finite_is_named():

@@ -50,18 +50,22 @@ def loaded_name(layer: RoutedExperts, leaf: str, **arguments: Any) -> str:
     return stored_name(layer, layer.layer_name, leaf, shard_id, expert_id)
 
 
+def weights_of(layer: RoutedExperts) -> Iterator[tuple[str, nn.Parameter]]:
+    """List vLLM's parameters of experts; others on the layer, of its router, are not its own."""
+    for leaf, parameter in layer.named_parameters(recurse=False):
+        if leaf.startswith(("w13_", "w2_")) and not parameter.is_meta:
+            yield leaf, parameter
+
+
 def projections(layer: RoutedExperts) -> Iterator[Projection]:
     """List what a checkpoint has to fill of the experts in `layer`, apart from padding."""
     inner = layer.moe_config.intermediate_size_per_partition_unpadded
     hidden = layer.moe_config.hidden_dim_unpadded
-    local = [
-        expert
+    numbers = {
+        layer._map_global_expert_id_to_local_expert_id(expert): expert
         for expert in range(layer.global_num_experts)
-        if layer._map_global_expert_id_to_local_expert_id(expert) != -1
-    ]
-    for leaf, parameter in layer.named_parameters(recurse=False):
-        if parameter.is_meta:
-            continue
+    }
+    for leaf, parameter in weights_of(layer):
         is_w13 = leaf.startswith("w13")
         shards = shards_of_w13(layer) if is_w13 else ("w2",)
         rows, columns = (inner, hidden) if is_w13 else (hidden, inner)
@@ -69,5 +73,8 @@ def projections(layer: RoutedExperts) -> Iterator[Projection]:
         for index, shard in enumerate(shards):
             data = parameter.data[:, index * padded : index * padded + rows]
             data = data[..., :columns] if data.ndim > 2 else data  # a bias has no columns
-            names = (stored_name(layer, layer.layer_name, leaf, shard, one) for one in local)
+            names = (
+                stored_name(layer, layer.layer_name, leaf, shard, numbers.get(place, place))
+                for place in range(len(data))
+            )
             yield Projection(tuple(names), data)

@@ -24,7 +24,12 @@ from vllm_qoq.errors import FormatError
 from vllm_qoq.serving.methods.after_loading import AfterLoading
 from vllm_qoq.serving.methods.expert_set import ExpertSet
 from vllm_qoq.serving.methods.weight_set import DEVICE_ERRORS, REMEDY, Loader, WeightSet
-from vllm_qoq.serving.plugin.float_experts import has_float_experts, loaded_name, projections
+from vllm_qoq.serving.plugin.float_experts import (
+    has_float_experts,
+    loaded_name,
+    projections,
+    weights_of,
+)
 from vllm_qoq.serving.vllm_versions import RoutedExperts, may_process_in_place
 
 _LOADER = "weight_loader"
@@ -57,7 +62,7 @@ class LoadCheck(AfterLoading):
         for experts in _float_experts(model):
             for part in projections(experts):
                 part.data.fill_(float("nan"))
-            for leaf, parameter in experts.named_parameters(recurse=False):
+            for leaf, parameter in weights_of(experts):
                 self._name_refusals(partial(loaded_name, experts, leaf), parameter)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
