@@ -27,6 +27,10 @@ _SIZES = {
 _TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
 _EXPERTS = {"moe_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2}
 MODELS = {
+    "LlamaForCausalLM": ("LlamaConfig", {}),
+    "MistralForCausalLM": ("MistralConfig", {"sliding_window": None}),
+    "Qwen2ForCausalLM": ("Qwen2Config", {}),
+    "Qwen3ForCausalLM": ("Qwen3Config", {}),
     "Phi3ForCausalLM": ("Phi3Config", {}),
     "Phi3ForCausalLM, partial rotary": ("Phi3Config", {"partial_rotary_factor": 0.75}),
     "GemmaForCausalLM": ("GemmaConfig", {}),
