@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from vllm_qoq.checkpoint.folder import ITEM_BYTES, Checkpoint
+from vllm_qoq.checkpoint.language import beside_language
 from vllm_qoq.models.linears import CONSTANT
 from vllm_qoq.models.names import split_expert
 from vllm_qoq.models.table import LayerNames
@@ -77,6 +78,7 @@ def sizes(
         for name, info in checkpoint.tensors.items()
         if name not in in_sets and not name.endswith(CONSTANT)
     )
+    beside = sum(info.nbytes for info in beside_language(checkpoint).values())
     vocabulary, hidden = _embedding(checkpoint, names)
     head = item * vocabulary * hidden
     stored_head = head if f"{names.head}.weight" in checkpoint.tensors else 0
@@ -98,7 +100,7 @@ def sizes(
     )
     # The weights that make the next block's inputs are pieces, too.
     propagated = sum(item * n * k for n, k in linears.values())
-    output, work = shared + sets, shared + sets + propagated
+    output, work = shared + beside + sets, shared + sets + propagated
     blocks = stacks(names, dimensions.layers, linears)
     weights = [sum(stack.n * stack.k for stack in block) for block in blocks]
     results = (sets + propagated) * max(weights) // sum(weights)
