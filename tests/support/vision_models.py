@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 from transformers.processing_utils import ProcessorMixin, VideosKwargs
 from transformers.utils.import_utils import is_torchvision_available
@@ -50,6 +51,7 @@ _CLIP = {
     **{"model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": 96},
     **{"num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 56, "patch_size": 14},
 }
+_OF_CLIP = "vision_tower.vision_model"
 _LLAVA: Mapping[str, Any] = {
     "tokens": ("<image>",),
     "image": "<image>",
@@ -139,6 +141,8 @@ def write(name: str, folder: Path, tokenizer: Path, **text: Any) -> Path:
             if tensor.ndim == 1:  # norms and biases, which are born as ones and zeros
                 tensor.add_(torch.randn_like(tensor) * 0.2)
     model.save_pretrained(folder)
+    if family == "Llava":
+        _name_as_on_the_hub(folder / "model.safetensors")
     words = transformers.AutoTokenizer.from_pretrained(tokenizer)
     words.add_special_tokens({"additional_special_tokens": list(facts["tokens"])})
     words.chat_template = chat_template(facts["image"])
@@ -146,6 +150,13 @@ def write(name: str, folder: Path, tokenizer: Path, **text: Any) -> Path:
     for file, content in facts["files"].items():
         (folder / file).write_text(json.dumps(content))
     return folder
+
+
+def _name_as_on_the_hub(file: Path) -> None:
+    """Name CLIP's tensors as in files that are served; newer transformers leave a part out."""
+    stored = load_file(file)
+    names = {name: name.replace("vision_tower.", f"{_OF_CLIP}.") for name in stored}
+    save_file({names[name]: tensor for name, tensor in stored.items()}, file, {"format": "pt"})
 
 
 def side_files(model: Path) -> list[Path]:
@@ -202,7 +213,8 @@ class FloatModel:
         state = {whole_name(one): view.get(one).float() for one in view.tensors}
         for one in whole.tensors:
             if language_name(one) is None:
-                state[f"model.{one.removeprefix('model.')}"] = whole.get(one).float()
+                place = one.removeprefix("model.").replace(_OF_CLIP, "vision_tower")
+                state[f"model.{place}"] = whole.get(one).float()
         self.model.load_state_dict(state)
         with int8_inputs(linears(self.model, names)):
             return self.logits(prompt)
