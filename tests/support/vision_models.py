@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers.models.auto.video_processing_auto import AutoVideoProcessor
-from transformers.processing_utils import ProcessorMixin, VideosKwargs
-from transformers.utils.import_utils import is_torchvision_available
 
 from vllm_qoq.checkpoint.float_view import FloatView
 from vllm_qoq.checkpoint.language import language_set
@@ -192,7 +186,7 @@ def picture(seed: int = 0) -> Image.Image:
 
 
 class FloatModel:
-    """A model in transformers, in float32. `NoVideos` must be in use."""
+    """A model in transformers, in float32. `no_videos` must be in use."""
 
     def __init__(self, name: str, folder: Path) -> None:
         family = name.partition(",")[0]
@@ -201,9 +195,10 @@ class FloatModel:
         self._processor = getattr(transformers, f"{family}Processor").from_pretrained(folder)
 
     @torch.no_grad()
-    def logits(self, prompt: str) -> torch.Tensor:
-        """Compute the logits [tokens, vocabulary] of a prompt with an image."""
-        inputs = self._processor(text=[prompt], images=[picture()], return_tensors="pt")
+    def logits(self, prompt: str, image: Image.Image | None = None) -> torch.Tensor:
+        """Compute the logits [tokens, vocabulary] of a prompt with an image or `picture`."""
+        images = [image or picture()]
+        inputs = self._processor(text=[prompt], images=images, return_tensors="pt")
         return self.model(**inputs).logits[0]
 
     def logits_of(self, weights: StoredSet, prompt: str) -> torch.Tensor:
@@ -218,42 +213,3 @@ class FloatModel:
         self.model.load_state_dict(state)
         with int8_inputs(linears(self.model, names)):
             return self.logits(prompt)
-
-
-class NoVideos(dict):
-    """What stands where a processor has its part for videos, which needs torchvision.
-
-    PyPI's builds of torchvision do not go with the CPU build of torch (.ci/overrides-cpu.txt), so
-    transformers reads images with Pillow here. vLLM's module imports torchvision all the same.
-    """
-
-    valid_kwargs = VideosKwargs
-    # vLLM asks for these, though no video may come.
-    size = _QWEN_PIXELS["size"]
-    temporal_patch_size = 2
-
-    @classmethod
-    def use(cls) -> None:
-        """Let vLLM's modules that import torchvision be imported, and processors do without it."""
-        if is_torchvision_available():
-            return
-        place = ""
-        names = []
-        for name in ("torchvision", "transforms", "v2", "functional"):
-            module = ModuleType(place + name)
-            if place:
-                setattr(sys.modules[place.rstrip(".")], name, module)
-            names.append(place + name)
-            sys.modules[place + name] = module
-            place += f"{name}."
-        for module in ("qwen3_vl", "llava"):
-            import_module(f"vllm.model_executor.models.{module}")
-        for name in names:
-            del sys.modules[name]
-        AutoVideoProcessor.from_pretrained = lambda *_, **__: cls()
-        check = ProcessorMixin.check_argument_for_proper_class
-
-        def check_others(self: ProcessorMixin, name: str, argument: object) -> object:
-            return cls if isinstance(argument, cls) else check(self, name, argument)
-
-        ProcessorMixin.check_argument_for_proper_class = check_others

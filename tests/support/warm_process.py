@@ -29,6 +29,7 @@ from typing import Any
 
 import half_products
 import torch
+from no_videos import WITHOUT_TORCHVISION, NoVideos
 
 ROOT = Path(__file__).resolve().parents[2]
 IMPORTED = (
@@ -180,6 +181,8 @@ def _begin(request: dict[str, Any]) -> None:
     _set_environment(request["env"])
     random.seed()
     atexit.register(_end)
+    if WITHOUT_TORCHVISION in os.environ:
+        NoVideos.use()
     _fork_where_vllm_spawns()
 
 
