@@ -10,11 +10,12 @@ from rtn_checkpoints import edit, w8a8
 from safetensors.torch import load_file
 
 from merge_tools.job import merge
+from vllm_qoq.bench.evaluate import job as evaluate
 from vllm_qoq.checkpoint import inspect
 from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.checkpoint.language import language_part
 from vllm_qoq.checkpoint.verify import verify
-from vllm_qoq.errors import FormatError
+from vllm_qoq.errors import FormatError, UserError
 from vllm_qoq.models.tensors import expected_tensors
 from vllm_qoq.models.vision import (
     TOWERS,
@@ -24,6 +25,10 @@ from vllm_qoq.models.vision import (
     stored_pattern,
     whole_name,
 )
+from vllm_qoq.quantizer import calibrate_kv
+from vllm_qoq.quantizer.job import quantize
+from vllm_qoq.quantizer.options import QuantizeOptions
+from vllm_qoq.quantizer.rotate import hadamard
 
 
 @pytest.fixture(scope="module", params=vision_models.MODELS)
@@ -135,3 +140,101 @@ def test_a_layer_of_vllm_is_found_under_every_name_of_a_checkpoint():
         assert pattern.fullmatch(f"{prefix}layers.1.mlp")
     assert not pattern.fullmatch("model.layers.11mlp")
     assert stored_pattern("model.layers.1.mlp") == r"model\.layers\.1\.mlp"
+
+
+def change_config(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture
+def qwen(tiny_model, tmp_path):
+    return vision_models.write("Qwen2_5_VL", tmp_path / "model", tiny_model)
+
+
+@pytest.fixture
+def text(heldout_text, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text(heldout_text.read_text()[:2000])
+    return file
+
+
+def test_an_older_file_with_a_tied_head_is_quantized(qwen, text, tmp_path):
+    def flatten(config):
+        text = config.pop("text_config")
+        rope = text.pop("rope_parameters")
+        scaling = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+        config |= text | {"model_type": "qwen2_5_vl", "tie_word_embeddings": True}
+        config |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+
+    change_config(qwen, flatten)
+    edit(qwen, lambda tensors, _: tensors.pop("lm_head.weight"))
+    options = {"samples": 4, "seqlen": 32, "gptq": False, "clip": False}
+    quantize(qwen, tmp_path / "out", text, QuantizeOptions.parse(options, "options"))
+    assert verify(tmp_path / "out").findings == ()
+    written = Checkpoint.open(tmp_path / "out")
+    assert written.config["tie_word_embeddings"] is False and "lm_head.weight" in written.tensors
+    before = Checkpoint.open(qwen)
+    rotation = hadamard(128)
+    for name, info in before.tensors.items():
+        if language_name(name) is None:
+            stored, source = written.get(name), before.get(name)
+            assert stored.dtype == source.dtype and info.shape == written.tensors[name].shape
+            if "merger.mlp.2" in name:
+                source = (rotation.T @ source.double()).to(source.dtype)
+            assert torch.equal(stored, source), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "qwen2_vl"}, "model_type 'qwen2_vl' .* and the language models in Qwen2_5"),
+        ({"architectures": ["Qwen2VLForConditionalGeneration"]}, "model_type 'qwen2_5_vl' .*Llava"),
+    ],
+)
+def test_another_model_of_images_is_refused_by_name(qwen, text, tmp_path, change, message):
+    def become(config):
+        config |= change
+        if "model_type" in change:
+            config["architectures"] = ["Qwen2VLForConditionalGeneration"]
+
+    change_config(qwen, become)
+    with pytest.raises(UserError, match=message):
+        quantize(qwen, tmp_path / "out", text)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("visual.merger.mlp.2.weight"), "mlp.2 has no weight"),
+        (
+            lambda tensors: tensors.update({"visual.merger.mlp.2.bias": torch.zeros(64)}),
+            r"mlp\.2\.bias: is \[64\], but the stream .* 128 channels",
+        ),
+        (
+            lambda tensors: tensors["visual.patch_embed.proj.weight"].fill_(torch.nan),
+            r"patch_embed\.proj\.weight: holds NaN",
+        ),
+        (
+            lambda tensors: tensors.update(
+                {"language_model.model.norm.weight": tensors["model.norm.weight"]}
+            ),
+            "is in the checkpoint twice",
+        ),
+    ],
+)
+def test_a_broken_tower_is_refused_before_work_begins(qwen, text, tmp_path, change, message):
+    edit(qwen, lambda tensors, _: change(tensors))
+    options = QuantizeOptions.parse({"samples": 4, "seqlen": 32}, "options")
+    with pytest.raises(UserError, match=message):
+        quantize(qwen, tmp_path / "out", text, options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_commands_for_texts_refuse_it_by_name(qwen, text):
+    with pytest.raises(UserError, match=r"Qwen2_5_VL.*calibrate-kv takes models of text alone"):
+        calibrate_kv.open_source(qwen)
+    with pytest.raises(UserError, match=r"Qwen2_5_VL.*evaluate compares models of text alone"):
+        evaluate.check(qwen, qwen, text, 64, (16,))

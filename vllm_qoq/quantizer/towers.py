@@ -27,10 +27,10 @@ def check_writers(checkpoint: Checkpoint, hidden: int) -> None:
     """Raise QuantizeError unless all that writes to the stream is there, with `hidden` outputs."""
     if not isinstance(checkpoint, LanguagePart):
         return
-    layers = {split_layer(name)[0] for name in beside_language(checkpoint)}
+    weights = [name for name in beside_language(checkpoint) if name.endswith(".weight")]
     for glob in _globs(checkpoint):
-        if not any(_matches(layer, glob) for layer in layers):
-            raise QuantizeError(f"{checkpoint.path}: {glob} is missing; {_REMEDY}")
+        if not any(_matches(split_layer(name)[0], glob) for name in weights):
+            raise QuantizeError(f"{checkpoint.path}: {glob} has no weight; {_REMEDY}")
     for name, info in beside_language(checkpoint).items():
         if info.dtype not in FLOATS:
             raise QuantizeError(
