@@ -9,11 +9,12 @@ import pytest
 import torch
 import vision_models
 from engines import engine
-from no_videos import WITHOUT_TORCHVISION, NoVideos
+from no_videos import NoVideos
 from rtn_checkpoints import edit, w8a8
 from server import Server
 from vllm import SamplingParams
 from vllm.config import set_current_vllm_config
+from warm_process import WITHOUT_TORCHVISION
 
 from merge_tools.job import merge
 from vllm_qoq.checkpoint.format import SECTION

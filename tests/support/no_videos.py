@@ -10,9 +10,6 @@ from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 from transformers.processing_utils import ProcessorMixin, VideosKwargs
 from transformers.utils.import_utils import is_torchvision_available
 
-WITHOUT_TORCHVISION = "TESTS_WITHOUT_TORCHVISION"
-"""The variable of the environment that makes a warm process do so."""
-
 
 class NoVideos(dict):
     """What stands where a processor has its part for videos, which needs torchvision.

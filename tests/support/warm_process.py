@@ -29,7 +29,6 @@ from typing import Any
 
 import half_products
 import torch
-from no_videos import WITHOUT_TORCHVISION, NoVideos
 
 ROOT = Path(__file__).resolve().parents[2]
 IMPORTED = (
@@ -40,6 +39,8 @@ IMPORTED = (
     "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors",
     "vllm.model_executor.models.llama",
 )
+WITHOUT_TORCHVISION = "TESTS_WITHOUT_TORCHVISION"
+"""The variable of the environment that lets a command read images without torchvision."""
 
 
 class Command:
@@ -182,6 +183,8 @@ def _begin(request: dict[str, Any]) -> None:
     random.seed()
     atexit.register(_end)
     if WITHOUT_TORCHVISION in os.environ:
+        from no_videos import NoVideos
+
         NoVideos.use()
     _fork_where_vllm_spawns()
 

@@ -13,6 +13,7 @@ from merge_tools.job import merge
 from vllm_qoq.bench.evaluate import job as evaluate
 from vllm_qoq.checkpoint import inspect
 from vllm_qoq.checkpoint.folder import Checkpoint
+from vllm_qoq.checkpoint.format import SECTION, Section
 from vllm_qoq.checkpoint.language import language_part
 from vllm_qoq.checkpoint.verify import verify
 from vllm_qoq.errors import FormatError, UserError
@@ -174,6 +175,13 @@ def test_an_older_file_with_a_tied_head_is_quantized(qwen, text, tmp_path):
     quantize(qwen, tmp_path / "out", text, QuantizeOptions.parse(options, "options"))
     assert verify(tmp_path / "out").findings == ()
     written = Checkpoint.open(tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
+    for row in report["layers"]:
+        assert f"{row['set']}.{row['layer']}.weight" in written.tensors or row["set"] == "w4a8"
+    # The routing of the report has names that the output has.
+    Section.parse(written.config[SECTION] | {"routing": report["routing"]})
+    globs = [rule["match"] for rule in report["routing"]["layers"]]
+    assert all(glob.startswith("model.language_model.layers.") for glob in globs)
     assert written.config["tie_word_embeddings"] is False and "lm_head.weight" in written.tensors
     before = Checkpoint.open(qwen)
     rotation = hadamard(128)

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from vllm_qoq.checkpoint import card
-from vllm_qoq.checkpoint.folder import Checkpoint, TensorInfo, side_files
+from vllm_qoq.checkpoint.folder import Checkpoint, TensorInfo, read_config, side_files
 from vllm_qoq.checkpoint.format import (
     STREAM,
     KVCache,
@@ -99,6 +99,11 @@ def section(options: QuantizeOptions, names: LayerNames, towers: tuple[str, ...]
         lm_head=LMHead(bits=8) if options.lm_head_bits == 8 else None,
         stream=Stream(rotation="stored") if options.turns_stream else None,
     )
+
+
+def in_output(model: Path, layer: str) -> str:
+    """Name a layer of the language model as the output does, which may have a tower, too."""
+    return whole_name(layer) if vision_language(read_config(model)) is not None else layer
 
 
 def _config(config: dict[str, Any], options: QuantizeOptions) -> dict[str, Any]:

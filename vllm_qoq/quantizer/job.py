@@ -25,7 +25,7 @@ from vllm_qoq.models.table import LayerNames
 from vllm_qoq.numerics import GROUP_SIZES, MAX_CLIPPED
 from vllm_qoq.progress import Clock, Progress
 from vllm_qoq.quantizer import head, keys, noise, pipeline, rotate, smooth, towers, workdir
-from vllm_qoq.quantizer.assemble import SHARED, content
+from vllm_qoq.quantizer.assemble import SHARED, content, in_output
 from vllm_qoq.quantizer.attention import fused_attention
 from vllm_qoq.quantizer.check import PROMPT_TOKENS, SetCheck
 from vllm_qoq.quantizer.gguf_source.convert import source_of
@@ -173,6 +173,7 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
         if options.rotate:
             rotate.rotate_values(model, names, dimensions)  # after the channels have been smoothed
         biased = keys.large_biases(model, names, dimensions, options)
+        biased = [in_output(job.model, layer) for layer in biased]
         if biased:
             print(f"warning: {keys.warning(biased, options)}", file=sys.stderr, flush=True)
         if not work.has(SHARED):
@@ -190,6 +191,8 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
         errors: list[LayerError] = [
             row for index in range(dimensions.layers) for row in work.facts(piece(index))
         ]
+        for row in errors:
+            row["layer"] = in_output(job.model, row["layer"])
         refuse_clipped(errors, job.max_clipped)
         few = starved(errors)
         if few:
