@@ -20,6 +20,8 @@ TOWERS = ("visual", "vision_tower", "multi_modal_projector")
 
 _TIED = "tie_word_embeddings"
 _INNER = "model.language_model."
+_PARTS, _ROPES = ("text_config", "vision_config"), ("rope_parameters", "rope_scaling")
+_SECTION_KEYS = ("mrope_section", "mrope_interleaved")
 _REMEDY = "mend it, or download the model again"
 # Where a checkpoint may have the language model, by what that is called in a model of its own;
 # older ones have it where vLLM does.
@@ -99,10 +101,6 @@ def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     inner = {key: _rope(value) if key in _ROPES else value for key, value in text.items()}
     inner.pop("vision_config", None)
     return {**outer, **inner, **tied, "architectures": [name], "model_type": own_kind}
-
-
-_PARTS, _ROPES = ("text_config", "vision_config"), ("rope_parameters", "rope_scaling")
-_SECTION_KEYS = ("mrope_section", "mrope_interleaved")
 
 
 def _rope(value: object) -> object:
