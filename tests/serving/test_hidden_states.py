@@ -289,13 +289,19 @@ def engine_of(runner="generate", method=None, folder="none", **model):
         ({"method": "medusa"}, "'medusa' needs"),
         ({"method": "extract_hidden_states"}, "--no-rotate"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds needs"),
-        ({"is_multimodal_model": True}, "serve a model of text alone"),
     ],
 )
 def test_other_exits_and_entries_of_a_rotated_stream_are_refused(engine, message):
     with pytest.raises(UserError, match=message):
         hidden_states.check_engine(Section.parse(section(stream=STORED)), engine_of(**engine))
     hidden_states.check_engine(Section.parse(section()), engine_of(**engine))
+
+
+def test_an_encoder_is_served_where_its_outputs_were_rotated_along():
+    engine = engine_of(is_multimodal_model=True)
+    hidden_states.check_engine(Section.parse(section(stream=STORED)), engine)
+    with pytest.raises(UserError, match="serve a model of text alone"):
+        hidden_states.check_engine(Section.parse(section(stream={"rotation": "unknown"})), engine)
 
 
 @pytest.mark.parametrize("method", ["ngram", "ngram_gpu", "suffix", "draft_model", None])

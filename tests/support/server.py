@@ -75,10 +75,11 @@ class Server:
 
     def complete(self, prompt, **options):
         body = {"prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True} | options
+        return self.post("/v1/completions", body)
+
+    def post(self, path, body):
         request = urllib.request.Request(
-            f"{self.url}/v1/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
+            f"{self.url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         with urllib.request.urlopen(request, timeout=120) as answer:
             return answer.read().decode()

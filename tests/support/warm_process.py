@@ -39,6 +39,8 @@ IMPORTED = (
     "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors",
     "vllm.model_executor.models.llama",
 )
+WITHOUT_TORCHVISION = "TESTS_WITHOUT_TORCHVISION"
+"""The variable of the environment that lets a command read images without torchvision."""
 
 
 class Command:
@@ -191,6 +193,10 @@ def _begin(request: dict[str, Any]) -> None:
     _set_environment(request["env"])
     random.seed()
     atexit.register(_end)
+    if WITHOUT_TORCHVISION in os.environ:
+        from no_videos import NoVideos
+
+        NoVideos.use()
     _fork_where_vllm_spawns()
 
 

@@ -57,7 +57,7 @@ ARROWS = {
         *("serving.routing", "serving.vllm_versions"),
     ),
     "serving.kv": (
-        *("errors", "checkpoint", "numerics", "ops"),
+        *("errors", "checkpoint", "models", "numerics", "ops"),
         *("serving.options", "serving.methods", "serving.vllm_versions"),
     ),
     "serving.plugin": (

@@ -13,6 +13,7 @@ Reading folders that nobody vouches for:
     methods          what the config of a method says of a layer, as vLLM reads it
     patterns         regular expressions of strangers, matched in bounded time
     dequantize       rows of a weight, whatever the method
+    language         the language model in a model of images and text
     float_view       a set as the model in floating point that it computes
 
 Checking:

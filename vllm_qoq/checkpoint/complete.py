@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 
 from vllm_qoq.checkpoint import constants, served, sizes
 from vllm_qoq.checkpoint.format import INPUT_RATIO
+from vllm_qoq.checkpoint.language import language_set
 from vllm_qoq.checkpoint.layout import weight_args
 from vllm_qoq.checkpoint.stored_set import StoredSet
 from vllm_qoq.errors import FormatError, shown
@@ -20,17 +21,24 @@ from vllm_qoq.models.config import CONFIG, text_config
 from vllm_qoq.models.names import split_decoder
 from vllm_qoq.models.table import architecture_of, routers
 from vllm_qoq.models.tensors import MOST_LAYERS
+from vllm_qoq.models.vision import TOWERS, language_name, vision_language
 
 _REMEDY = "download or quantize the model again"
 
 
 def findings(weights: StoredSet) -> Iterator[str]:
     """Find what is missing or malformed, a line each; nothing for a complete set."""
+    try:
+        language = language_set(weights)
+    except FormatError as error:
+        yield str(error)
+        return
     yield from constants.findings(weights.checkpoint.config)
-    yield from sizes.findings(weights)
+    yield from sizes.findings(language)
+    yield from _quantized_towers(weights)
     yield from served.findings(weights)
     yield from _malformed_layers(weights)
-    if not sizes.is_known(weights):
+    if not sizes.is_known(language):
         yield from _missing_modules(weights)
     yield from _unlike_layers(weights)
 
@@ -62,6 +70,18 @@ def _malformed_layers(weights: StoredSet) -> Iterator[str]:
             weights.describe(layer)
         except FormatError as error:
             yield str(error)
+
+
+def _quantized_towers(weights: StoredSet) -> Iterator[str]:
+    """Find quantized layers beside the language model: a tower runs once, whatever set is next."""
+    if vision_language(weights.checkpoint.config) is None:
+        return
+    for layer in sorted(weights.quantized):
+        if language_name(layer) is None:
+            yield (
+                f"{layer}: is quantized, but what reads images stays in float; quantize with "
+                f"ignore={[f're:.*{tower}.*' for tower in TOWERS]}, too"
+            )
 
 
 def _missing_modules(weights: StoredSet) -> Iterator[str]:

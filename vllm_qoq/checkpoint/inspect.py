@@ -10,6 +10,7 @@ from vllm_qoq.checkpoint import hub, k_mean
 from vllm_qoq.checkpoint.folder import ITEM_BYTES, Checkpoint
 from vllm_qoq.checkpoint.format import INPUT_RATIO, KVSection, Section, split_layer
 from vllm_qoq.checkpoint.kv_config import UNQUANTIZED, KVCache, described
+from vllm_qoq.checkpoint.language import language_part
 from vllm_qoq.checkpoint.stored_set import StoredSet
 from vllm_qoq.checkpoint.tensor_parallel import obstacles
 from vllm_qoq.checkpoint.verify import open_merged
@@ -160,7 +161,7 @@ def _head_bits(checkpoint: Checkpoint, section: Section | KVSection) -> int | No
     """Bits of a weight of the lm_head, None where the embedding is the lm_head."""
     if isinstance(section, Section) and section.lm_head is not None:
         return section.lm_head.bits
-    info = checkpoint.tensors.get(HEAD)
+    info = language_part(checkpoint).tensors.get(HEAD)
     return 8 * ITEM_BYTES[info.dtype] if info is not None else None
 
 

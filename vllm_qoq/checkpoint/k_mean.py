@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from vllm_qoq.checkpoint.folder import Checkpoint, TensorInfo
 from vllm_qoq.checkpoint.format import K_MEAN, SECTION, split_layer
 from vllm_qoq.checkpoint.kv_config import UNQUANTIZED, KVCache
+from vllm_qoq.checkpoint.language import language_part
 from vllm_qoq.errors import FormatError, shown
 from vllm_qoq.models.config import CONFIG
 from vllm_qoq.models.tensors import LAYERS, expected_tensors
@@ -39,6 +40,7 @@ def structure(checkpoint: Checkpoint, cache: KVCache | None) -> Iterator[str]:
 
     cache  the KV cache that announces them; None without one
     """
+    checkpoint = language_part(checkpoint)
     found = stored(checkpoint)
     if cache is None or not cache.k_mean:
         for info in found.values():

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.checkpoint.format import SECTION, STREAM, Section, Stream, split_layer, stream_shapes
+from vllm_qoq.checkpoint.language import language_set
 from vllm_qoq.checkpoint.layout import FLOATS
 from vllm_qoq.checkpoint.stored_set import StoredSet
 from vllm_qoq.errors import FormatError
@@ -21,6 +22,7 @@ def of_source(weights: StoredSet) -> Stream | None:
     A final norm of ones was folded into lm_head, which tools do that rotate the stream. Reads the
     norm or, where one is stored, the rotation. Raises FormatError if that is no rotation.
     """
+    weights = language_set(weights)
     if STREAM in weights.layers:
         if message := _rotation(weights.checkpoint):
             raise FormatError(f"{weights.checkpoint.path}: {message}")

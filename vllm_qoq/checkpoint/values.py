@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from vllm_qoq.checkpoint import sizes
 from vllm_qoq.checkpoint.folder import Checkpoint, TensorInfo
 from vllm_qoq.checkpoint.format import K_MEAN, QOQ_LINEAR, QOQ_RESIDUAL, split_layer
+from vllm_qoq.checkpoint.language import language_set
 from vllm_qoq.checkpoint.layout import FLOATS, FP8
 from vllm_qoq.checkpoint.stored_set import StoredSet
 from vllm_qoq.errors import FormatError
@@ -58,6 +59,7 @@ def set_findings(weights: StoredSet) -> Iterator[str]:
         yield from (message for message in found if message)
     for layer in sorted(weights.quantized):
         yield from _index_findings(weights, layer)
+    weights = language_set(weights)
     for name in sizes.surplus_biases(weights):
         if bool(weights.get(name).any()):
             yield (

@@ -25,6 +25,7 @@ from vllm_qoq.errors import FormatError, shown
 from vllm_qoq.models.config import CONFIG
 from vllm_qoq.models.names import LM_HEAD, experts_of, split_expert
 from vllm_qoq.models.table import architecture_of
+from vllm_qoq.models.vision import vision_language
 from vllm_qoq.progress import Progress
 
 
@@ -125,6 +126,8 @@ def contents(folder: Path, progress: Progress) -> list[str]:
 def notes(folder: Path) -> list[str]:
     """Say what could not be checked, a sentence each."""
     checkpoint, _, _ = open_merged(folder)
+    if vision_language(checkpoint.config) is not None:
+        return ["what reads images was checked for numbers that are not finite, and for no more"]
     if architecture_of(checkpoint.config) is not None:
         return []
     names = shown(checkpoint.config.get("architectures"))

@@ -14,6 +14,7 @@ from vllm_qoq.errors import FormatError, shown
 from vllm_qoq.models.blocks import BlockNames, Mixture, Mlp
 from vllm_qoq.models.config import CONFIG, architecture_name
 from vllm_qoq.models.names import split_decoder
+from vllm_qoq.models.vision import language_config
 
 _MLP_NAMES = Mlp("gate_proj", "up_proj", "down_proj")
 REMEDY = "mend it, or download the model again"
@@ -409,7 +410,7 @@ def norm_readers(config: Mapping[str, Any], norm: str) -> tuple[str, ...]:
 
     What a router and experts read is not listed, because a router is one for all sets.
     """
-    known, place = architecture_of(config), split_decoder(norm)
+    known, place = architecture_of(language_config(config)), split_decoder(norm)
     if known is None or place is None:
         return ()
     norms = known.names.of_block(0).norms if known.names is not None else {}
@@ -421,7 +422,7 @@ def norm_readers(config: Mapping[str, Any], norm: str) -> tuple[str, ...]:
 
 def norm_offset(config: Mapping[str, Any]) -> float:
     """What the norms of a model add to their weights; 0 where that is not known."""
-    known = architecture_of(config)
+    known = architecture_of(language_config(config))
     return 0.0 if known is None or known.names is None else known.names.norm_offset
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from vllm_qoq.checkpoint import card
-from vllm_qoq.checkpoint.folder import TensorInfo, read_config, side_files
+from vllm_qoq.checkpoint.folder import Checkpoint, TensorInfo, read_config, side_files
 from vllm_qoq.checkpoint.format import (
     STREAM,
     KVCache,
@@ -26,6 +26,13 @@ from vllm_qoq.checkpoint.output_config import output_config
 from vllm_qoq.checkpoint.shards import Content, cut
 from vllm_qoq.checkpoint.writer import json_bytes
 from vllm_qoq.models.table import LayerNames
+from vllm_qoq.models.vision import (
+    language_config,
+    language_name,
+    towers,
+    vision_language,
+    whole_name,
+)
 from vllm_qoq.quantizer.inputs import is_tied, stays_tied
 from vllm_qoq.quantizer.modifiers import piece
 from vllm_qoq.quantizer.options import QuantizeOptions
@@ -69,28 +76,32 @@ def content(
     report: dict[str, Any],
 ) -> Content:
     """Describe the checkpoint made of the pieces in `work` and of the model's other files."""
+    whole = Checkpoint.open(job.model)
     stored = {one.info.name: one for one in _tensors(work, names, layers, options)}
+    if vision_language(whole.config) is not None:
+        stored = _in_whole_model(stored, whole, options)
     pieces = _Pieces()
     # The shared tensors of each module, and each set, begin a new file.
     groups = groupby((one.info for one in stored.values()), key=lambda i: i.name.partition(".")[0])
     shards = cut((list(group) for _, group in groups), job.max_shard_bytes)
-    config = read_config(job.model)
-    announced = section(options, names)
+    announced = section(options, names, towers(whole.config))
     text = _card(job.out.name, options, announced, job.model, stored.values())
     return Content(
         shards=shards,
         read=lambda info: pieces.read(stored[info.name]),
-        config=output_config(config, announced)
-        | {"tie_word_embeddings": stays_tied(is_tied(config), options)},
+        config=_config(output_config(whole.config, announced), options),
         copied={file: job.model / file for file in side_files(job.model) if str(file) != REPORT},
         others={REPORT: json_bytes(report), card.README: text.encode()},
     )
 
 
-def section(options: QuantizeOptions, names: LayerNames) -> Section:
-    """Make the section of config.json, with prompts in the first set and generation in the last."""
+def section(options: QuantizeOptions, names: LayerNames, towers: tuple[str, ...] = ()) -> Section:
+    """Make the section of config.json, with prompts in the first set and generation in the last.
+
+    towers  modules beside the language model
+    """
     return Section(
-        sets={kind.name: kind.config(names.routers) for kind in options.kinds},
+        sets={kind.name: kind.config(names.routers, towers) for kind in options.kinds},
         routing=Routing(prefill=options.sets[0], decode=(DecodeRow(set_name=options.sets[-1]),)),
         kv_cache=KVCache(
             bits=options.kv_bits, hadamard=bool(options.kv_hadamard), k_mean=options.has_k_mean
@@ -98,6 +109,36 @@ def section(options: QuantizeOptions, names: LayerNames) -> Section:
         lm_head=LMHead(bits=8) if options.lm_head_bits == 8 else None,
         stream=Stream(rotation="stored") if options.turns_stream else None,
     )
+
+
+def in_output(model: Path, layer: str) -> str:
+    """Name a layer of the language model as the output does, which may have a tower, too."""
+    return whole_name(layer) if vision_language(read_config(model)) is not None else layer
+
+
+def _config(config: dict[str, Any], options: QuantizeOptions) -> dict[str, Any]:
+    """Say in the config of an output, and in the part for texts, what the lm_head is."""
+    tied = {"tie_word_embeddings": stays_tied(is_tied(language_config(config)), options)}
+    text = config.get("text_config")
+    return config | tied | ({"text_config": text | tied} if isinstance(text, dict) else {})
+
+
+def _in_whole_model(
+    stored: Mapping[str, _Stored], whole: Checkpoint, options: QuantizeOptions
+) -> dict[str, _Stored]:
+    """Name the tensors of a language model as in the whole one, and add those beside it."""
+    found = {}
+    for name, one in stored.items():
+        owner, tensor = split_name(name, options.sets)
+        tensor = whole_name(tensor)
+        name = join_name(owner, tensor) if owner is not None else tensor
+        found[name] = replace(one, info=replace(one.info, name=name))
+    for name, info in whole.tensors.items():
+        if language_name(name) is None and name not in found:
+            copied = replace(info, file="")
+            found[name] = _Stored(copied, whole.path / info.file, name)
+    # The shared ones come first.
+    return dict(sorted(found.items(), key=lambda x: split_name(x[0], options.sets)[0] is not None))
 
 
 def _tensors(

@@ -37,6 +37,7 @@ from vllm_qoq.checkpoint.shards import (
 )
 from vllm_qoq.errors import FormatError, shown
 from vllm_qoq.models.config import CONFIG
+from vllm_qoq.models.vision import vision_language
 from vllm_qoq.progress import Clock, Progress
 from vllm_qoq.quantizer import QuantizeError
 from vllm_qoq.quantizer.gguf_source import convert
@@ -183,6 +184,12 @@ def open_source(folder: Path) -> Source:
     Raises UserError for one whose model cannot be run, or is not sound.
     """
     checkpoint = Checkpoint.open(folder)
+    if vision_language(checkpoint.config) is not None:
+        raise QuantizeError(
+            f"{folder}: {CONFIG}: architectures: {shown(checkpoint.config.get('architectures'))}: "
+            "calibrate-kv takes models of text alone; `vllm-qoq quantize` measures the mean of K "
+            "of this one, too"
+        )
     raw = checkpoint.config.get(SECTION)
     method = raw.get("quant_method") if isinstance(raw, dict) else None
     if raw is not None and method != QUANT_METHOD:

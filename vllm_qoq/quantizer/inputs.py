@@ -13,16 +13,18 @@ from typing import TYPE_CHECKING, Any
 from vllm_qoq.checkpoint import constants, hub
 from vllm_qoq.checkpoint.constants import is_finite, is_positive
 from vllm_qoq.checkpoint.folder import Checkpoint, TensorInfo, side_files
+from vllm_qoq.checkpoint.language import language_part
 from vllm_qoq.checkpoint.output import check_output
 from vllm_qoq.errors import shown
 from vllm_qoq.models.config import CONFIG
 from vllm_qoq.models.linears import CONSTANT, LinearLayers, linear_layers
 from vllm_qoq.models.names import split_decoder
 from vllm_qoq.models.table import LayerNames
-from vllm_qoq.models.tensors import HEAD
+from vllm_qoq.models.tensors import EMBEDDING, HEAD
 from vllm_qoq.quantizer import QuantizeError
 from vllm_qoq.quantizer.gguf_source import convert
 from vllm_qoq.quantizer.model import Dimensions, architecture, layer_names
+from vllm_qoq.quantizer.towers import check_writers
 from vllm_qoq.text_file import check_text
 
 if TYPE_CHECKING:
@@ -82,7 +84,7 @@ def with_local_model(job: Job, model: str | Path) -> Job:
 
 def check_inputs(job: Job) -> Inputs:
     """Open the model; a UserError names what cannot be quantized or would be lost."""
-    inputs = check_model(Checkpoint.open(job.model), "quantized")
+    inputs = check_model(language_part(Checkpoint.open(job.model)), "quantized")
     _check_others(job, [job.model])
     return inputs
 
@@ -98,6 +100,7 @@ def check_model(checkpoint: Checkpoint, task: str) -> Inputs:
     _check_rope(config, names)
     _check_constants(config, names)
     _check_tensors(checkpoint, model)
+    check_writers(checkpoint, model.others[EMBEDDING][1])
     checkpoint.check_links()
     files = {str(file) for file in side_files(folder)}
     if not files.intersection(_TOKENIZERS):

@@ -15,16 +15,17 @@ import torch
 from safetensors import safe_open
 
 from vllm_qoq.checkpoint import hub
-from vllm_qoq.checkpoint.folder import Checkpoint, read_config
+from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.checkpoint.format import STREAM
 from vllm_qoq.checkpoint.kv_config import UNQUANTIZED, Bits
+from vllm_qoq.checkpoint.language import language_part
 from vllm_qoq.checkpoint.shards import MAX_SHARD_BYTES, write_checkpoint
 from vllm_qoq.models.config import CONFIG
 from vllm_qoq.models.table import LayerNames
 from vllm_qoq.numerics import GROUP_SIZES, MAX_CLIPPED
 from vllm_qoq.progress import Clock, Progress
-from vllm_qoq.quantizer import head, keys, noise, pipeline, rotate, smooth, workdir
-from vllm_qoq.quantizer.assemble import SHARED, content
+from vllm_qoq.quantizer import head, keys, noise, pipeline, rotate, smooth, towers, workdir
+from vllm_qoq.quantizer.assemble import SHARED, content, in_output
 from vllm_qoq.quantizer.attention import fused_attention
 from vllm_qoq.quantizer.check import PROMPT_TOKENS, SetCheck
 from vllm_qoq.quantizer.gguf_source.convert import source_of
@@ -172,12 +173,17 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
         if options.rotate:
             rotate.rotate_values(model, names, dimensions)  # after the channels have been smoothed
         biased = keys.large_biases(model, names, dimensions, options)
+        biased = [in_output(job.model, layer) for layer in biased]
         if biased:
             print(f"warning: {keys.warning(biased, options)}", file=sys.stderr, flush=True)
         if not work.has(SHARED):
-            is_one = stays_tied(is_tied(read_config(job.model)), options)
+            original = language_part(Checkpoint.open(job.model))
+            is_one = stays_tied(is_tied(original.config), options)
             shared = _shared(model, names, options, is_one)
-            work.save(SHARED, shared | smooth.named_means(k_means or (), names), {})
+            shared |= smooth.named_means(k_means or (), names)
+            if options.turns_stream:
+                shared |= towers.rotated(original, rotate.hadamard(dimensions.hidden))
+            work.save(SHARED, shared, {})
         if not all(work.has(piece(i)) for i in range(dimensions.layers)):
             _quantize(model, plan, options, work, quiet=job.quiet)
         steps.done("rounding")
@@ -185,6 +191,8 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
         errors: list[LayerError] = [
             row for index in range(dimensions.layers) for row in work.facts(piece(index))
         ]
+        for row in errors:
+            row["layer"] = in_output(job.model, row["layer"])
         refuse_clipped(errors, job.max_clipped)
         few = starved(errors)
         if few:
@@ -244,7 +252,7 @@ def _check(job: Job, options: QuantizeOptions, plan: CheckedJob) -> SetCheck:
 
 def _load(folder: Path, names: LayerNames) -> Module:
     """Load the model into the CPU's memory; layers are brought to a GPU when they are used."""
-    model = load_model(Checkpoint.open(folder))
+    model = load_model(language_part(Checkpoint.open(folder)))
     rotate.untie(model, names)
     pipeline.bring_to_gpu_when_used(model)
     return model

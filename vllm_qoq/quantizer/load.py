@@ -14,6 +14,7 @@ import torch
 
 from vllm_qoq.checkpoint.folder import CODE_KEYS, Checkpoint, TensorInfo
 from vllm_qoq.checkpoint.format import SECTION
+from vllm_qoq.checkpoint.language import beside_language
 from vllm_qoq.errors import reason
 from vllm_qoq.models.config import CONFIG
 from vllm_qoq.models.linears import CONSTANT
@@ -86,6 +87,7 @@ def check_model(checkpoint: Checkpoint) -> None:
 def check_values(checkpoint: Checkpoint, progress: Progress) -> None:
     """Read every tensor once; QuantizeError for NaN, infinity, or two heads where one is tied."""
     tensors, dtype = _tensors(checkpoint), _dtype(checkpoint)
+    tensors += beside_language(checkpoint).values()
     with progress.stage("check values", sum(info.nbytes for info in tensors)) as advance:
         for info in tensors:
             for values in checkpoint.get(info.name).reshape(-1).split(_CHUNK_VALUES):

@@ -12,6 +12,7 @@ from vllm_qoq.models.config import CONFIG
 from vllm_qoq.models.mixtures import names_of
 from vllm_qoq.models.table import ARCHITECTURES, Architecture, LayerNames, with_names
 from vllm_qoq.models.tensors import EMBEDDING, expected_tensors
+from vllm_qoq.models.vision import VISION_LANGUAGE
 from vllm_qoq.quantizer import QuantizeError
 
 _CAP = "attn_logit_softcapping"
@@ -28,7 +29,7 @@ def layer_names(config: Mapping[str, Any]) -> LayerNames:
     if not isinstance(kind, str) or kind not in classes:
         raise QuantizeError(
             f"{CONFIG}: model_type {shown(kind)} is not supported; supported are "
-            f"{', '.join(classes)}"
+            f"{', '.join(classes)}, and the language models in {', '.join(VISION_LANGUAGE)}"
         )
     if config.get("architectures", [classes[kind]]) not in (None, [classes[kind]]):
         raise QuantizeError(

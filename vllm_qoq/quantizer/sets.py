@@ -60,15 +60,17 @@ class SetKind:
         group = self.group_size if bits == 4 and self.group_size != -1 else None
         return Symmetric(n, k, weight.device, clip=clip, bits=bits, group=group, scale_dtype=dtype)
 
-    def config(self, floats: tuple[str, ...] = ()) -> dict[str, Any]:
+    def config(self, floats: tuple[str, ...] = (), towers: tuple[str, ...] = ()) -> dict[str, Any]:
         """Make the set's entry in `quantization_config.sets`.
 
         floats  names, below a block, of layers that no set quantizes: routers
+        towers  modules beside the language model, of which no set quantizes any layer
         """
         if self.base is not None:
             return ResidualSet(base=self.base).model_dump(mode="json")
         if self.name == "w4a8":
-            ignore = ("lm_head", *(f"*.{name}" for name in floats))
+            beside = (glob for tower in towers for glob in (f"{tower}.*", f"*.{tower}.*"))
+            ignore = ("lm_head", *(f"*.{name}" for name in floats), *beside)
             return QoQSet(group_size=self.group_size, ignore=ignore).model_dump(mode="json")
         is_w8 = self.name == "w8a8"
         integer = {"type": "int", "symmetric": True}
@@ -85,7 +87,11 @@ class SetKind:
             "quant_method": "compressed-tensors",
             "format": "int-quantized" if is_w8 else "pack-quantized",
             "quantization_status": "compressed",
-            "ignore": ["lm_head", *(f"re:.*{re.escape(f'.{name}')}$" for name in floats)],
+            "ignore": [
+                "lm_head",
+                *(f"re:.*{re.escape(f'.{name}')}$" for name in floats),
+                *(rf"re:(.*\.)?{tower}\." for tower in towers),
+            ],
             "config_groups": {
                 "group_0": {
                     "targets": ["Linear"],

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from vllm_qoq.checkpoint.folder import ITEM_BYTES, Checkpoint
+from vllm_qoq.checkpoint.language import beside_language
 from vllm_qoq.models.linears import CONSTANT
 from vllm_qoq.models.names import split_expert
 from vllm_qoq.models.table import LayerNames
@@ -79,6 +80,7 @@ def sizes(
         for name, info in checkpoint.tensors.items()
         if name not in in_sets and not name.endswith(CONSTANT)
     )
+    beside = sum(info.nbytes for info in beside_language(checkpoint).values())
     vocabulary, hidden = _embedding(checkpoint, names)
     head = item * vocabulary * hidden
     stored_head = head if f"{names.head}.weight" in checkpoint.tensors else 0
@@ -98,7 +100,7 @@ def sizes(
         biases + sum(layer_bytes(kind, n, k, item) for n, k in linears.values())
         for kind in options.kinds
     )
-    output = work = shared + sets
+    output, work = shared + beside + sets, shared + sets
     blocks = stacks(names, dimensions.layers, linears)
     weights = [sum(stack.n * stack.k for stack in block) for block in blocks]
     results = sets * max(weights) // sum(weights)

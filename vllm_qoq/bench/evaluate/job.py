@@ -24,7 +24,9 @@ from vllm_qoq.checkpoint import hub
 from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.checkpoint.format import SECTION, Section, split_name
 from vllm_qoq.checkpoint.kv_config import UNQUANTIZED, Bits, described, short_name
+from vllm_qoq.errors import shown
 from vllm_qoq.models.config import CONFIG
+from vllm_qoq.models.vision import vision_language
 from vllm_qoq.progress import Clock
 from vllm_qoq.text_file import check_text
 
@@ -156,6 +158,12 @@ def check(folder: Path, model: Path, text: Path, seqlen: int, kv_bits: Sequence[
             f"--against {model}: is GGUF; give the folder that quantize made of it, OUT.float"
         )
     configs = [Checkpoint.open(place).config for place in (folder, model)]
+    for place, config in zip((folder, model), configs, strict=True):
+        if vision_language(config) is not None:
+            raise BenchError(
+                f"{place}: {CONFIG}: architectures: {shown(config.get('architectures'))}: evaluate "
+                "compares models of text alone; measure this one with `vllm-qoq perplexity`"
+            )
     if quantized := [described(bits) for bits in kv_bits if bits != UNQUANTIZED]:
         refuse_cache(folder, configs[0], ", ".join(quantized), "give --kv-bits 16")
     if configs[1].get(SECTION) is not None:

@@ -19,6 +19,7 @@ from vllm.distributed import parallel_state
 from vllm_qoq.checkpoint.format import K_MEAN
 from vllm_qoq.checkpoint.k_mean import unannounced
 from vllm_qoq.errors import FormatError
+from vllm_qoq.models.vision import stored_pattern
 from vllm_qoq.numerics import FP16_MAX
 from vllm_qoq.serving.methods.weight_set import REMEDY
 
@@ -85,7 +86,7 @@ def loading_rules(
     """
     rules: dict[re.Pattern[str], str | None] = {}
     for name in without:
-        rules[re.compile(rf"^{re.escape(_beside(name))}\.{K_MEAN}$")] = None
+        rules[re.compile(rf"^{stored_pattern(_beside(name))}\.{K_MEAN}$")] = None
     leaves = {name.rpartition(".")[2] for name in attached}
     if not leaves:
         return {re.compile(rf"\.{K_MEAN}$"): None}

@@ -55,7 +55,7 @@ def stream_of(section: Section, vllm_config: VllmConfig) -> Stream | None:
 
 def check_engine(section: Section, vllm_config: VllmConfig) -> None:
     """Raise UserError where the engine needs original hidden states and cannot have them."""
-    reads_head, exits = _reads_lm_head(vllm_config), list(_exits(vllm_config))
+    reads_head, exits = _reads_lm_head(vllm_config), list(_exits(section, vllm_config))
     if reads_head and section.lm_head is not None:
         raise UserError(
             "classifier_from_token reads rows of lm_head, which this checkpoint has in int8; "
@@ -221,7 +221,7 @@ def _turn_back(root: nn.Module, _: object, hidden: object) -> torch.Tensor:
     return root.get_submodule(STREAM)(hidden)
 
 
-def _exits(vllm_config: VllmConfig) -> Iterator[tuple[str, str]]:
+def _exits(section: Section, vllm_config: VllmConfig) -> Iterator[tuple[str, str]]:
     """List what takes hidden states from the model or puts some in, and what to do instead."""
     speculative, model = vllm_config.speculative_config, vllm_config.model_config
     if speculative is not None and speculative.method not in _DRAFTS_OF_TOKENS:
@@ -231,7 +231,9 @@ def _exits(vllm_config: VllmConfig) -> Iterator[tuple[str, str]]:
         )
     if model is not None and model.enable_prompt_embeds:
         yield "--enable-prompt-embeds", "leave it out"
-    if model is not None and model.is_multimodal_model:
+    # `quantize`, which stores the rotation, rotates what an encoder puts into the stream, too.
+    is_stored = section.stream is not None and section.stream.is_stored
+    if model is not None and model.is_multimodal_model and not is_stored:
         yield f"the encoder of {model.model}", "serve a model of text alone"
 
 

@@ -21,6 +21,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from vllm_qoq.checkpoint.format import QUANT_METHOD, STREAM, KVSection, Section, split_name
 from vllm_qoq.errors import FormatError, as_engine_error
+from vllm_qoq.models.vision import stored_pattern
 from vllm_qoq.routing.table import Phase, RoutingError
 from vllm_qoq.serving.kv.cache import QuantizedKVCache, check_without_sets
 from vllm_qoq.serving.methods import hidden_states
@@ -83,7 +84,7 @@ class QoQConfig(QuantizationConfig):
         self._has_load_writer = False
         self._policy: Policy | None = None
         self._kv_cache: QuantizedKVCache | None = None
-        self._mapper: WeightsMapper | None = None
+        self._mappers: list[WeightsMapper] = []
         self._way_back: hidden_states.WayBack | None = None
         self._model: weakref.ref[nn.Module] | None = None
         self._used: set[str] = set()
@@ -151,7 +152,8 @@ class QoQConfig(QuantizationConfig):
         in_use = self._sets_in_use()
         # A layer rule may keep single layers out of a set that others use.
         for name, layer in self._unreachable:
-            rules[re.compile(rf"^{name}\.{re.escape(layer)}(\.\d+\.[^.]+)?\.[^.]+$")] = None
+            stored = stored_pattern(layer)
+            rules[re.compile(rf"^{name}\.{stored}(\.\d+\.[^.]+)?\.[^.]+$")] = None
         for name in self.set_names:
             if name in in_use:
                 rules[re.compile(rf"^({name})\.(.+)\.([^.]+)$")] = r"\2.\1.\3"
@@ -165,8 +167,11 @@ class QoQConfig(QuantizationConfig):
         return WeightsMapper(orig_to_new_regex={**rules, **inherited})
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
-        """Follow a model whose layers have other names in vLLM than in the checkpoint."""
-        self._mapper = hf_to_vllm_mapper
+        """Follow a model whose layers have other names in vLLM than in the checkpoint.
+
+        A model of images and text gives its mapper, and then its language model gives another.
+        """
+        self._mappers.append(hf_to_vllm_mapper)
         for config in self.set_configs.values():
             config.apply_vllm_mapper(hf_to_vllm_mapper)
 
@@ -361,7 +366,9 @@ class QoQConfig(QuantizationConfig):
         return fused_parts(prefix, self.packed_modules_mapping)
 
     def _map_name(self, name: str) -> str:
-        return map_name(self._mapper, name) if self._mapper is not None else name
+        for mapper in self._mappers:
+            name = map_name(mapper, name)
+        return name
 
     def _of_set(self, name: str, modules: list[str]) -> list[str]:
         """Take the names of a set from those read from the checkpoint, without the set's prefix."""

@@ -1,0 +1,248 @@
+"""Models of images and text: names, configs, merges and what is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import vision_models
+from rtn_checkpoints import edit, w8a8
+from safetensors.torch import load_file
+
+from merge_tools.job import merge
+from vllm_qoq.bench.evaluate import job as evaluate
+from vllm_qoq.checkpoint import inspect
+from vllm_qoq.checkpoint.folder import Checkpoint
+from vllm_qoq.checkpoint.format import SECTION, Section
+from vllm_qoq.checkpoint.language import language_part
+from vllm_qoq.checkpoint.verify import verify
+from vllm_qoq.errors import FormatError, UserError
+from vllm_qoq.models.tensors import expected_tensors
+from vllm_qoq.models.vision import (
+    TOWERS,
+    VISION_LANGUAGE,
+    language_config,
+    language_name,
+    stored_pattern,
+    whole_name,
+)
+from vllm_qoq.quantizer import calibrate_kv
+from vllm_qoq.quantizer.job import quantize
+from vllm_qoq.quantizer.options import QuantizeOptions
+from vllm_qoq.quantizer.rotate import hadamard
+
+
+@pytest.fixture(scope="module", params=vision_models.MODELS)
+def model(request, tiny_model, tmp_path_factory):
+    name = request.param
+    folder = tmp_path_factory.mktemp("vision") / name
+    return vision_models.write(name, folder, tiny_model)
+
+
+def test_every_class_is_tried():
+    tried = {f"{name.partition(',')[0]}ForConditionalGeneration" for name in vision_models.MODELS}
+    assert tried == set(VISION_LANGUAGE)
+
+
+def test_the_language_model_has_the_tensors_of_its_class(model):
+    part = language_part(Checkpoint.open(model))
+    expected = expected_tensors(part.config)
+    assert {name: info.shape for name, info in part.tensors.items()} == dict(expected)
+    for name in expected:
+        assert language_name(whole_name(name)) == name
+
+
+def test_a_set_with_other_norms_is_merged_verified_and_inspected(model, tmp_path):
+    smoothed = edit(shutil.copytree(model, tmp_path / "smoothed"), smooth)
+    folders = {
+        name: vision_models.finish(w8a8(one, tmp_path / name, TOWERS), model)
+        for name, one in (("a", model), ("b", smoothed))
+    }
+    out = tmp_path / "out"
+    layer = next(
+        n for n in load_file(model / "model.safetensors") if n.endswith("0.mlp.up_proj.weight")
+    )
+    merge(folders, out)
+    assert verify(out).findings == ()
+    for file in vision_models.side_files(model):
+        assert (out / file.name).read_bytes() == file.read_bytes()
+    tensors = Checkpoint.open(out).tensors
+    assert f"b.{layer.removesuffix('weight')}input_ratio" in tensors
+    towers = [name for name in tensors if language_name(name) is None]
+    assert towers and not [name for name in tensors if name.startswith(("a.v", "b.v"))]
+    report = inspect.inspect(out)
+    assert report["sets"]["a"]["layers"] == 14 and report["lm_head"] == {"bits": 32}
+
+
+def smooth(tensors, config):
+    scale = torch.linspace(0.5, 2, 128).bfloat16()
+    for name, tensor in tensors.items():
+        if name.endswith("post_attention_layernorm.weight"):
+            tensor /= scale
+        elif name.endswith(("mlp.gate_proj.weight", "mlp.up_proj.weight")) and language_name(name):
+            tensor *= scale
+
+
+def test_a_quantized_tower_is_refused(model, tmp_path):
+    def quantize_tower(tensors, config):
+        name = next(
+            name
+            for name in tensors
+            if ".fc1.weight" in name or (".proj.weight" in name and "attn" in name)
+        )
+        tensors[name] = tensors[name].to(torch.int8)
+        tensors[f"{name}_scale"] = torch.ones(len(tensors[name]), 1)
+
+    folders = {}
+    for name in "ab":
+        made = edit(w8a8(model, tmp_path / name, TOWERS), quantize_tower)
+        folders[name] = vision_models.finish(made, model)
+    with pytest.raises(FormatError, match=r"is quantized, but what reads images stays in float"):
+        merge(folders, tmp_path / "out")
+
+
+QWEN = json.loads(
+    '{"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", '
+    '"rms_norm_eps": 1e-6, "hidden_size": 64, "vision_config": {}, "image_token_id": 5, '
+    '"rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [1, 2, 3]}}'
+)
+
+
+def test_a_config_without_a_text_config_is_read_too():
+    found = language_config(QWEN)
+    assert (found["architectures"], found["model_type"]) == (["Qwen2ForCausalLM"], "qwen2")
+    assert found["rope_scaling"] == {"type": "default"} and "vision_config" not in found
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text_config": {"model_type": "opt"}}, "text_config.model_type: 'opt' is not supported"),
+        ({"rms_norm_eps": None}, "rms_norm_eps: missing"),
+        (
+            {
+                "tie_word_embeddings": True,
+                "text_config": QWEN | {"tie_word_embeddings": False},
+            },
+            "tie_word_embeddings: .* different things",
+        ),
+    ],
+)
+def test_a_config_that_cannot_be_is_named(change, message):
+    with pytest.raises(FormatError, match=message):
+        language_config(QWEN | change)
+
+
+def test_a_layer_of_vllm_is_found_under_every_name_of_a_checkpoint():
+    import re
+
+    pattern = re.compile(stored_pattern("language_model.model.layers.1.mlp"))
+    for prefix in ("model.language_model.", "language_model.model.", "model."):
+        assert pattern.fullmatch(f"{prefix}layers.1.mlp")
+    assert not pattern.fullmatch("model.layers.11mlp")
+    assert stored_pattern("model.layers.1.mlp") == r"model\.layers\.1\.mlp"
+
+
+def change_config(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture
+def qwen(tiny_model, tmp_path):
+    return vision_models.write("Qwen2_5_VL", tmp_path / "model", tiny_model)
+
+
+@pytest.fixture
+def text(heldout_text, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text(heldout_text.read_text()[:2000])
+    return file
+
+
+def test_an_older_file_with_a_tied_head_is_quantized(qwen, text, tmp_path):
+    def flatten(config):
+        text = config.pop("text_config")
+        rope = text.pop("rope_parameters")
+        scaling = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+        config |= text | {"model_type": "qwen2_5_vl", "tie_word_embeddings": True}
+        config |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+
+    change_config(qwen, flatten)
+    edit(qwen, lambda tensors, _: tensors.pop("lm_head.weight"))
+    options = {"samples": 4, "seqlen": 32, "gptq": False, "clip": False}
+    quantize(qwen, tmp_path / "out", text, QuantizeOptions.parse(options, "options"))
+    assert verify(tmp_path / "out").findings == ()
+    written = Checkpoint.open(tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
+    for row in report["layers"]:
+        assert f"{row['set']}.{row['layer']}.weight" in written.tensors or row["set"] == "w4a8"
+    # The routing of the report has names that the output has.
+    Section.parse(written.config[SECTION] | {"routing": report["routing"]})
+    globs = [rule["match"] for rule in report["routing"]["layers"]]
+    assert all(glob.startswith("model.language_model.layers.") for glob in globs)
+    assert written.config["tie_word_embeddings"] is False and "lm_head.weight" in written.tensors
+    before = Checkpoint.open(qwen)
+    rotation = hadamard(128)
+    for name, info in before.tensors.items():
+        if language_name(name) is None:
+            stored, source = written.get(name), before.get(name)
+            assert stored.dtype == source.dtype and info.shape == written.tensors[name].shape
+            if "merger.mlp.2" in name:
+                source = (rotation.T @ source.double()).to(source.dtype)
+            assert torch.equal(stored, source), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "qwen2_vl"}, "model_type 'qwen2_vl' .* and the language models in Qwen2_5"),
+        ({"architectures": ["Qwen2VLForConditionalGeneration"]}, "model_type 'qwen2_5_vl' .*Llava"),
+    ],
+)
+def test_another_model_of_images_is_refused_by_name(qwen, text, tmp_path, change, message):
+    def become(config):
+        config |= change
+        if "model_type" in change:
+            config["architectures"] = ["Qwen2VLForConditionalGeneration"]
+
+    change_config(qwen, become)
+    with pytest.raises(UserError, match=message):
+        quantize(qwen, tmp_path / "out", text)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("visual.merger.mlp.2.weight"), "mlp.2 has no weight"),
+        (
+            lambda tensors: tensors.update({"visual.merger.mlp.2.bias": torch.zeros(64)}),
+            r"mlp\.2\.bias: is \[64\], but the stream .* 128 channels",
+        ),
+        (
+            lambda tensors: tensors["visual.patch_embed.proj.weight"].fill_(torch.nan),
+            r"patch_embed\.proj\.weight: holds NaN",
+        ),
+        (
+            lambda tensors: tensors.update(
+                {"language_model.model.norm.weight": tensors["model.norm.weight"]}
+            ),
+            "is in the checkpoint twice",
+        ),
+    ],
+)
+def test_a_broken_tower_is_refused_before_work_begins(qwen, text, tmp_path, change, message):
+    edit(qwen, lambda tensors, _: change(tensors))
+    options = QuantizeOptions.parse({"samples": 4, "seqlen": 32}, "options")
+    with pytest.raises(UserError, match=message):
+        quantize(qwen, tmp_path / "out", text, options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_commands_for_texts_refuse_it_by_name(qwen, text):
+    with pytest.raises(UserError, match=r"Qwen2_5_VL.*calibrate-kv takes models of text alone"):
+        calibrate_kv.open_source(qwen)
+    with pytest.raises(UserError, match=r"Qwen2_5_VL.*evaluate compares models of text alone"):
+        evaluate.check(qwen, qwen, text, 64, (16,))

@@ -1,0 +1,87 @@
+"""The language model in a checkpoint of a model of images and text, as a model of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from vllm_qoq.checkpoint.folder import Checkpoint, TensorInfo
+from vllm_qoq.checkpoint.stored_set import StoredSet
+from vllm_qoq.errors import FormatError
+from vllm_qoq.models.vision import language_config, language_name, vision_language
+
+if TYPE_CHECKING:
+    import torch
+
+
+class LanguagePart(Checkpoint):
+    """A language model, with the names and the config that it would have in a folder of its own.
+
+    whole  the checkpoint that has it
+    """
+
+    def __init__(self, whole: Checkpoint) -> None:
+        self.whole = whole
+        found = _language_tensors(whole.tensors)
+        self._stored = {name: info.name for name, info in found.items()}
+        tensors = {name: replace(info, name=name) for name, info in found.items()}
+        super().__init__(whole.path, dict(language_config(whole.config)), tensors)
+
+    def get(self, name: str) -> torch.Tensor:
+        """The tensor `name` as stored, mapped from the file and not copied. Do not write to it."""
+        return self.whole.get(self._stored.get(name, name))
+
+    def check_links(self) -> None:
+        """Raise FormatError if config.json or a weight file is a link that leaves the folder."""
+        self.whole.check_links()
+
+
+def language_part(checkpoint: Checkpoint) -> Checkpoint:
+    """The language model of a model of images and text; any other checkpoint as it is.
+
+    Raises FormatError for a language model that is not known.
+    """
+    if vision_language(checkpoint.config) is None:
+        return checkpoint
+    return LanguagePart(checkpoint)
+
+
+def beside_language(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    """List the tensors of a model of images and text that are not its language model's."""
+    if not isinstance(checkpoint, LanguagePart):
+        return {}
+    tensors = checkpoint.whole.tensors
+    return {name: info for name, info in tensors.items() if language_name(name) is None}
+
+
+def language_set(weights: StoredSet) -> StoredSet:
+    """The language model of a set of a model of images and text; any other set as it is.
+
+    Raises FormatError for a language model that is not known.
+    """
+    checkpoint = weights.checkpoint
+    if vision_language(checkpoint.config) is None:
+        return weights
+    config = dict(language_config(checkpoint.config))
+    return replace(
+        weights,
+        checkpoint=Checkpoint(checkpoint.path, config, checkpoint.tensors),
+        tensors=_language_tensors(weights.tensors),
+        base=language_set(weights.base) if weights.base is not None else None,
+    )
+
+
+def _language_tensors(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    found: dict[str, TensorInfo] = {}
+    for stored, info in tensors.items():
+        name = language_name(stored)
+        if name is None:
+            continue
+        if name in found:
+            raise FormatError(
+                f"{info.file}: {info.name}: is in the checkpoint twice, also as "
+                f"{found[name].name}; download the model again"
+            )
+        found[name] = info
+    return found
