@@ -201,7 +201,11 @@ def test_a_model_is_loaded_with_the_names_and_values_of_its_checkpoint(
     ("sizes", "options", "message"),
     [
         ({}, {"group_size": 64}, r"experts\.0\.gate_proj.*in groups of 64.*--group-size 128 or -1"),
-        ({"moe_intermediate_size": 64}, {}, r"multiples of 128; give --sets w8a8 or w8a8,w4a16"),
+        (
+            {"moe_intermediate_size": 64},
+            {},
+            r"multiples of 128; give --sets w8a8, or --sets w8a8,w4a16 --group-size -1",
+        ),
     ],
 )
 def test_experts_that_no_kernel_computes_are_refused(tiny_model, tmp_path, sizes, options, message):

@@ -10,6 +10,7 @@ from vllm_qoq.checkpoint.kv_config import UNQUANTIZED, KVCache
 from vllm_qoq.checkpoint.language import language_part
 from vllm_qoq.errors import FormatError, shown
 from vllm_qoq.models.config import CONFIG
+from vllm_qoq.models.table import architecture_of
 from vllm_qoq.models.tensors import LAYERS, expected_tensors
 
 _ATTENTION = "self_attn"
@@ -49,6 +50,8 @@ def structure(checkpoint: Checkpoint, cache: KVCache | None) -> Iterator[str]:
     try:
         expected = expected_tensors(checkpoint.config)
     except FormatError:
+        if architecture_of(checkpoint.config) is not None:
+            return  # What is wrong with its sizes is found where they are checked.
         architectures = shown(checkpoint.config.get("architectures"))
         yield (
             f"{CONFIG}: {SECTION}.kv_cache.{K_MEAN}: is true, but the heads of K of "

@@ -52,7 +52,8 @@ def _text(args: argparse.Namespace, verified: Verified) -> str:
         lines.append(f"and {len(findings) - _SHOWN} more")
     for name, share in verified.limit_shares.items():
         lines.append(
-            f"set {name}: at most {share:.2%} of the weights are clipped by their residual"
+            f"set {name}: {share:.2%} of the residuals are at their limits, and some of these "
+            "clipped (quantization_report.json)"
         )
     lines += [f"note: {printable(note)}" for note in verified.notes]
     verdict = f"{len(findings)} findings" if findings else "verified"

@@ -193,10 +193,10 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
         ]
         for row in errors:
             row["layer"] = in_output(job.model, row["layer"])
-        refuse_clipped(errors, job.max_clipped)
         few = starved(errors)
         if few:
             print(f"warning: {starved_warning(few, options)}", file=sys.stderr, flush=True)
+        refuse_clipped(errors, job.max_clipped)
         if options.lm_head_bits == 8:
             head.round_weight(model, names)
         after = {
@@ -275,8 +275,9 @@ def fingerprint(job: Job, plan: CheckedJob) -> dict[str, Any]:
         "the model's weights": weights,
         "the tokenizer": tokenizer,
         "the text": _sha256(job.text.read_bytes()),
-        "the text's tokens": _sha256(json.dumps(plan.samples).encode()),
+        # Options come first: the first difference is named, and they decide on the tokens.
         **plan.options.model_dump(mode="json"),
+        "the text's tokens": _sha256(json.dumps(plan.samples).encode()),
         "the version of vllm-qoq": __version__,
         **{f"the version of {name}": version(name) for name in _LIBRARIES},
     }

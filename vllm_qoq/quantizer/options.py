@@ -114,7 +114,9 @@ class QuantizeOptions(BaseModel):
         if not {"w8a8", "w4a8"} <= set(self.sets):
             raise ValueError("nested stores w8a8 as a residual on w4a8; give both in sets")
         if self.group_size == -1:
-            raise ValueError("nested needs a w4a8 with groups; give group_size 128, 64 or 32")
+            raise ValueError(
+                "nested needs a w4a8 with groups, and group_size is -1; give 128, 64 or 32"
+            )
         if self.sets[-1] == "w8a8":
             # The last set's weights make the inputs of the next block, so w4a8 would depend on
             # what is nested on it.

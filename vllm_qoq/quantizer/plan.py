@@ -147,10 +147,12 @@ def _check_divisible(inputs: Inputs, options: QuantizeOptions) -> None:
         if split_expert(name) is not None:
             _check_expert(place, (n, k), options)
         if has_whole_groups and k % options.group_size:
+            is_expert = split_expert(name) is not None
+            other = ", or --sets w8a8,w4a8, whose last group may be smaller"
             raise QuantizeError(
                 f"{place} cannot be quantized to w4a16 in groups: vLLM's kernels for it need "
-                f"inputs that are a multiple of {options.group_size}; give --group-size -1, or "
-                "--sets w8a8,w4a8, whose last group may be smaller"
+                f"inputs that are a multiple of {options.group_size}; give --group-size -1"
+                f"{'' if is_expert else other}"
             )
 
 
@@ -161,12 +163,12 @@ def _check_expert(place: str, size: tuple[int, int], options: QuantizeOptions) -
     if options.group_size not in EXPERT_GROUP_SIZES:
         raise QuantizeError(
             f"{place} cannot be quantized to w4a8 in groups of {options.group_size}: the kernels "
-            f"for experts have {' and '.join(map(str, EXPERT_GROUP_SIZES))}; give --group-size 128 "
-            "or -1"
+            f"for experts have {' and '.join(map(str, EXPERT_GROUP_SIZES))}; give --group-size 128"
+            f"{'' if options.nested else ' or -1'}"
         )
     if any(one % EXPERT_MULTIPLE for one in size):
         raise QuantizeError(
             f"{place} cannot be quantized to w4a8: the kernels for experts need hidden and "
-            f"intermediate sizes that are multiples of {EXPERT_MULTIPLE}; give --sets w8a8 or "
-            "w8a8,w4a16"
+            f"intermediate sizes that are multiples of {EXPERT_MULTIPLE}; give --sets w8a8, or "
+            "--sets w8a8,w4a16 --group-size -1"
         )

@@ -41,13 +41,16 @@ class LayerError(TypedDict):
 
 def refuse_clipped(errors: Iterable[LayerError], limit: float) -> None:
     """Raise QuantizeError if a layer's clipped share is above `limit`."""
-    shares = {row["layer"]: row["clipped_share"] for row in errors if "clipped_share" in row}
-    worst = max(shares, key=shares.__getitem__, default=None)
-    if worst is not None and shares[worst] > limit:
+    rows = (row for row in errors if "clipped_share" in row)
+    worst = max(rows, key=lambda row: row["clipped_share"], default=None)
+    if worst is not None and worst["clipped_share"] > limit:
+        seen = ""
+        if "tokens" in worst:
+            seen = f"give more text, of which {worst['tokens']} tokens went through this expert, "
         raise QuantizeError(
-            f"{worst}: {shares[worst]:.2%} of the residuals are clipped, more than --max-clipped "
-            f"{limit:g}; leave out --nested to store w8a8 by itself, or raise --max-clipped, which "
-            "goes on with what is done"
+            f"{worst['layer']}: {worst['clipped_share']:.2%} of the residuals are clipped, more "
+            f"than --max-clipped {limit:g}; {seen}leave out --nested to store w8a8 by itself, or "
+            "raise --max-clipped, which goes on with what is done"
         )
 
 
