@@ -102,7 +102,7 @@ def test_the_pass_of_its_own_loses_less_than_clipping_afterwards():
     [
         ({"sets": ["w8a8"]}, "give both in sets"),
         ({"sets": ["w4a16", "w4a8"]}, "give both in sets"),
-        ({"group_size": -1}, "give group_size 128, 64 or 32"),
+        ({"group_size": -1}, "group_size is -1; give 128, 64 or 32"),
         ({"sets": ["w4a8", "w8a8"]}, "give w8a8,w4a8"),
     ],
 )

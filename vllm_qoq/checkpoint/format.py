@@ -105,8 +105,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from vllm_qoq.checkpoint.kv_config import KVCache
 from vllm_qoq.errors import FormatError, one_line, shown
-from vllm_qoq.models.names import LM_HEAD
-from vllm_qoq.models.table import router_globs
 from vllm_qoq.numerics import group_count
 from vllm_qoq.routing.table import MOST_RULES, Routing, RoutingError
 
@@ -117,8 +115,6 @@ K_MEAN = "k_mean"
 QOQ_LINEAR = "qoq_linear"
 QOQ_RESIDUAL = "qoq_residual"
 
-NEVER_QUANTIZED = (LM_HEAD, *router_globs())
-"""Globs of the linear layers that no set quantizes."""
 INT8_HEAD_TENSORS = ("weight", "weight_scale")
 """The leaves of an int8 lm_head."""
 STREAM = "stream"
@@ -136,6 +132,15 @@ _RESERVED = frozenset(
 )
 
 
+def never_quantized() -> tuple[str, ...]:
+    """List globs of the linear layers that no set quantizes."""
+    # Every process with vLLM imports this module, whatever it serves, and the table takes 25 ms.
+    from vllm_qoq.models.names import LM_HEAD
+    from vllm_qoq.models.table import router_globs
+
+    return (LM_HEAD, *router_globs())
+
+
 class QoQSet(BaseModel):
     """A set of QoQ weights: level 1 int8 per output channel, level 2 uint4 per group.
 
@@ -148,7 +153,7 @@ class QoQSet(BaseModel):
 
     quant_method: Literal["qoq_linear"] = "qoq_linear"
     group_size: Literal[128, 64, 32, -1] = 128
-    ignore: tuple[str, ...] = Field(default=NEVER_QUANTIZED, max_length=MOST_RULES)
+    ignore: tuple[str, ...] = Field(default_factory=never_quantized, max_length=MOST_RULES)
 
     @classmethod
     def parse(cls, config: Mapping[str, Any], where: str) -> QoQSet:

@@ -25,7 +25,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vllm_qoq.checkpoint.format import NEVER_QUANTIZED, QOQ_LINEAR, QOQ_RESIDUAL, SECTION
+from vllm_qoq.checkpoint.format import QOQ_LINEAR, QOQ_RESIDUAL, SECTION, never_quantized
 from vllm_qoq.checkpoint.patterns import matches, occurs
 from vllm_qoq.errors import FormatError, shown
 from vllm_qoq.models.names import FUSED, split_expert
@@ -420,7 +420,7 @@ class Quark(QuantizationMethod):
 class QoQ(QuantizationMethod):
     """The format of a QoQ set; `vllm_qoq.checkpoint.format` checks its other keys."""
 
-    ignore: list[str] | tuple[str, ...] = Field(default=NEVER_QUANTIZED)
+    ignore: list[str] | tuple[str, ...] = Field(default_factory=never_quantized)
 
     def quantizes(self, unit: Unit, stored: Collection[str]) -> bool:
         globs = self.ignore
