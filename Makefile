@@ -54,7 +54,7 @@ format: setup  ## apply ruff's formatter and its safe fixes
 docs: setup  ## build the site of docs/ into site/; a warning is an error
 	@$(VENV)/python -m mkdocs build --strict
 
-wheel:  ## build dist/*.whl with kernels for every GPU; needs nvcc, no GPU (15 minutes, 8 GB)
+wheel:  ## build dist/*.whl with kernels for every GPU; needs nvcc, no GPU (19 minutes of CPU, 8 GB)
 	@$(PYTHON) .ci/wheel.py
 
 clean:  ## remove what the other targets made, but .venv

@@ -88,7 +88,7 @@ def build(folder: Path, home: Path) -> str:
     print("wheel: installing torch with CUDA into an environment for the build", flush=True)
     quiet = ["--quiet", "--disable-pip-version-check"]
     run([python, "-m", "pip", "install", *quiet, "--requirement", REQUIREMENTS])
-    print("wheel: compiling for every GPU, 15 minutes on 2 cores", flush=True)
+    print("wheel: compiling for every GPU, 10 to 20 minutes on 2 cores", flush=True)
     environment = {
         **os.environ,
         # torch looks for ninja there.
