@@ -5,7 +5,7 @@ import torch
 from rounded_layers import KINDS, correlated_inputs, round_one
 from rounding_cases import assert_alike, cases, results
 
-from vllm_qoq.quantizer import gptq, rounding_plain, rounding_triton
+from vllm_qoq.quantizer import gptq, matmul, rounding_plain, rounding_triton
 from vllm_qoq.quantizer.hessian import HessianSum
 
 pytestmark = pytest.mark.gpu
@@ -51,6 +51,15 @@ def test_weights_are_the_cpus_where_no_input_tells_of_another(kind):
     # A search may choose the other of two grids that lose the same.
     assert is_equal.float().mean() > 0.98
     assert (plain - weight).norm() == pytest.approx(float((found - weight).norm()), rel=1e-5)
+
+
+def test_products_on_tensor_cores_are_as_exact_as_float32():
+    left, right = torch.randn(300, 3000).exp(), torch.randn(3000, 500)
+    exact, scale = left.double() @ right.double(), left.double() @ right.double().abs()
+    before = torch.get_float32_matmul_precision()
+    found = matmul.product(left.cuda(), right.cuda()).cpu().double()
+    assert ((found - exact).abs() / scale).max() < 2e-6  # TF32 alone is off by 1e-4
+    assert torch.get_float32_matmul_precision() == before
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

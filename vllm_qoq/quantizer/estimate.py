@@ -8,11 +8,11 @@ constant per column (launches, on a GPU) plus one per weight.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
-from vllm_qoq.quantizer import gptq
+from vllm_qoq.quantizer import gptq, matmul
 from vllm_qoq.quantizer.grid import Grid
 from vllm_qoq.quantizer.hessian import Inputs, factored
 from vllm_qoq.quantizer.observe import SMOOTHING_TOKENS
@@ -51,7 +51,7 @@ def seconds(
     hessians = (2 if device.type == "cuda" else 1) * tokens * sum(k * k * s for _, k, s in sizes)
     with fast_products():
         per_flop = _seconds_per_flop(device, dtype)
-    per_float32_flop = _seconds_per_flop(device, torch.float32)
+    per_float32_flop = _seconds_per_flop(device, torch.float32, matmul.product)
     total = forward * per_flop
     total += hessians * (per_flop if device.type == "cuda" else per_float32_flop)
     if options.gptq:
@@ -66,10 +66,13 @@ def seconds(
     return total
 
 
-def _seconds_per_flop(device: torch.device, dtype: torch.dtype) -> float:
+def _seconds_per_flop(
+    device: torch.device,
+    dtype: torch.dtype,
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.nn.functional.linear,
+) -> float:
     size = 4096 if device.type == "cuda" else 512
     x = torch.randn(size, size, device=device).to(dtype)
-    product = torch.nn.functional.linear
     return min(_timed(lambda: product(x, x), device) for _ in range(3)) / (2 * size**3)
 
 
