@@ -169,11 +169,9 @@ class Model:
     def can(self, step):
         """Whether a step is sound for the kind of the model; "all" are those that are."""
         has_fixed_stream = self.names.has_post_norms or self.names.has_mean_norms
-        return step not in ("fold_norms", "R1") or not has_fixed_stream
+        return step != "R1" or not has_fixed_stream
 
     def step(self, name):
-        if name in ("fold_norms", "R1", "all") and self.can("R1"):
-            rotate.fold_norms(self.model, self.names)
         if name in ("R1", "all") and self.can("R1"):
             rotate.rotate_stream(self.model, self.names, self.dimensions)
         if name in ("R2", "all"):

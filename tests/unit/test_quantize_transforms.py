@@ -9,7 +9,7 @@ from vllm_qoq.quantizer.experts import use_linear_experts
 from vllm_qoq.quantizer.model import blocks, layer_names
 from vllm_qoq.quantizer.strength import pairs
 
-STEPS = ("fold_norms", "R1", "R2", "SmoothAttention", "smooth_outputs", "reorder")
+STEPS = ("R1", "R2", "SmoothAttention", "smooth_outputs", "reorder")
 SINGLY = ("llama", "llama with biases", "qwen3", "phi3, partial rotary", "gemma")
 
 

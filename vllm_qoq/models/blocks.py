@@ -94,11 +94,6 @@ class BlockNames:
         return tuple(name for group in self.inputs for name in group)
 
     @property
-    def stream_readers(self) -> tuple[str, ...]:
-        """List the layers that read the residual stream."""
-        return (*self.attention, *self._mlp_readers)
-
-    @property
     def stream_writers(self) -> tuple[str, ...]:
         """List the layers that write to the residual stream."""
         return (self.o, *(mlp.down for mlp in self.mlps))

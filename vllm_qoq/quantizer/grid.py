@@ -159,10 +159,15 @@ class TwoLevel(Grid):
 
     def level1(self) -> torch.Tensor:
         """Compute W8, the integers of the first level, in float32 [N, K]."""
-        k = self.codes.shape[1]
-        scale = self.group_scale.repeat_interleave(self.width, dim=1)[:, :k]
-        offset = self.group_offset.repeat_interleave(self.width, dim=1)[:, :k]
-        return self.codes * scale + offset
+        level1 = self.codes.float()
+        # In place, since a matrix of this size for each would be what a GPU holds most of. The last
+        # group may be smaller.
+        whole = level1.shape[1] // self.width
+        groups = level1[:, : whole * self.width].unflatten(1, (whole, self.width))
+        rest = level1[:, whole * self.width :]
+        groups.mul_(self.group_scale[:, :whole, None]).add_(self.group_offset[:, :whole, None])
+        rest.mul_(self.group_scale[:, whole:]).add_(self.group_offset[:, whole:])
+        return level1
 
     def _search(
         self, level1: torch.Tensor, cost: torch.Tensor, scales_below: int, shifts: bool

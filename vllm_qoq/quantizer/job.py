@@ -18,7 +18,7 @@ from vllm_qoq.checkpoint import hub
 from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.checkpoint.format import STREAM
 from vllm_qoq.checkpoint.kv_config import UNQUANTIZED, Bits
-from vllm_qoq.checkpoint.language import language_part
+from vllm_qoq.checkpoint.language import LanguagePart, language_part
 from vllm_qoq.checkpoint.shards import MAX_SHARD_BYTES, write_checkpoint
 from vllm_qoq.models.config import CONFIG
 from vllm_qoq.models.table import LayerNames
@@ -165,7 +165,6 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
         if options.turns_stream:
             if not work.has(STREAM):
                 work.save(STREAM, rotate.way_back(model, names, dimensions), {})
-            rotate.fold_norms(model, names)
             rotate.rotate_stream(model, names, dimensions)
         steps.done("rotating")
         k_means = _smooth(model, plan, options, work, quiet=job.quiet)
@@ -181,7 +180,7 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
             is_one = stays_tied(is_tied(original.config), options)
             shared = _shared(model, names, options, is_one)
             shared |= smooth.named_means(k_means or (), names)
-            if options.turns_stream:
+            if options.turns_stream and isinstance(original, LanguagePart):
                 shared |= towers.rotated(original, rotate.hadamard(dimensions.hidden))
             work.save(SHARED, shared, {})
         if not all(work.has(piece(i)) for i in range(dimensions.layers)):

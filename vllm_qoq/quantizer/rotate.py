@@ -15,7 +15,6 @@ mean of each embedding, which an RMSNorm does not undo, and forgets biases.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
 
 import torch
 from torch import nn
@@ -33,8 +32,13 @@ _SEED = 0
 
 
 def hadamard(size: int, seed: int = _SEED) -> torch.Tensor:
-    """Make an orthogonal matrix whose entries have one magnitude: float64 [size, size]."""
-    return _random_matrix(size, torch.device("cpu"), seed) / size**0.5
+    """Make an orthogonal matrix whose entries have one magnitude: float64 [size, size].
+
+    It is on the GPU where there is one, which makes it in no time. Until the division its entries
+    are integers, so that it is the same everywhere.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return _random_matrix(size, device, seed) / size**0.5
 
 
 def require_sizes(sizes: Iterable[int]) -> None:
@@ -55,19 +59,8 @@ def _random_matrix(size: int, device: torch.device, seed: int) -> torch.Tensor:
         ) from error
 
 
-@torch.no_grad()
-def fold_norms(model: Module, names: LayerNames) -> None:
-    """Move the weights of the norms into the layers that read them."""
-    for index, block in enumerate(blocks(model, names)):
-        for norm, readers in names.of_block(index).norms.items():
-            layers = [block.get_submodule(name) for name in readers]
-            _fold(block.get_submodule(norm), layers, names.norm_offset)
-    head = model.get_submodule(names.head)
-    _fold(model.get_submodule(names.final_norm), [head], names.norm_offset)
-
-
 def way_back(model: Module, names: LayerNames, dimensions: Dimensions) -> dict[str, torch.Tensor]:
-    """Make the checkpoint's tensors that turn hidden states back, before the norms are folded."""
+    """Make the checkpoint's tensors that turn hidden states back, before the stream is rotated."""
     norm = model.get_submodule(names.final_norm).weight.detach() + names.norm_offset
     return {f"{STREAM}.rotation": basis.signs(hadamard(dimensions.hidden)), f"{STREAM}.norm": norm}
 
@@ -83,14 +76,21 @@ def untie(model: Module, names: LayerNames) -> None:
 
 @torch.no_grad()
 def rotate_stream(model: Module, names: LayerNames, dimensions: Dimensions) -> None:
-    """Apply R1 to all that reads or writes the residual stream. The norms must be folded."""
+    """Apply R1 to all that reads or writes the residual stream.
+
+    The weights of the norms go into the layers that read them in the same step, so that a layer is
+    rounded back and moved between CPU and GPU once.
+    """
     rotation = hadamard(dimensions.hidden)
     turn_inputs(model.get_submodule(names.embedding), rotation)
-    turn_inputs(model.get_submodule(names.head), rotation)
+    head = model.get_submodule(names.head)
+    _turn_readers(model.get_submodule(names.final_norm), [head], names.norm_offset, rotation)
     for index, block in enumerate(blocks(model, names)):
         layers = names.of_block(index)
-        for name in layers.stream_readers:
-            turn_inputs(block.get_submodule(name), rotation)
+        for name, readers in layers.norms.items():
+            norm = block.get_submodule(name)
+            modules = [block.get_submodule(reader) for reader in readers]
+            _turn_readers(norm, modules, names.norm_offset, rotation)
         for name in layers.stream_writers:
             layer = block.get_submodule(name)
             turn_outputs(Rows(layer, 0, len(layer.weight)), rotation)
@@ -105,13 +105,18 @@ def rotate_values(model: Module, names: LayerNames, dimensions: Dimensions) -> N
         turn_inputs(block.get_submodule(names.o), rotation)
 
 
-def turn_inputs(layer: Module, rotation: torch.Tensor) -> None:
-    """Replace W [N, K] by W @ R, block by block where R is smaller than K."""
+def turn_inputs(layer: Module, rotation: torch.Tensor, scale: torch.Tensor | None = None) -> None:
+    """Replace W [N, K] by W @ R, block by block where R is smaller than K.
+
+    scale  float64 [K] that W's columns are multiplied by first
+    """
     weight = layer.weight.data
     rotation = rotation.to(weight.device)
+    scale = None if scale is None else scale.to(weight.device)
 
     def turned(rows: torch.Tensor) -> torch.Tensor:
-        return (rows.view(len(rows), -1, len(rotation)) @ rotation).view_as(rows)
+        scaled = rows if scale is None else rows.mul_(scale)
+        return (scaled.view(len(rows), -1, len(rotation)) @ rotation).view_as(rows)
 
     assign(layer, "weight", _by_rows(weight, turned))
 
@@ -128,21 +133,23 @@ def turn_outputs(rows: Rows, rotation: torch.Tensor) -> None:
         rows.assign("bias", turned.view_as(bias).to(bias.dtype))
 
 
-def _fold(norm: Module, readers: list[Module], offset: float) -> None:
+def _turn_readers(
+    norm: Module, readers: Iterable[Module], offset: float, rotation: torch.Tensor
+) -> None:
+    """Turn the inputs of what reads a norm, and move the weight of the norm into it."""
     scale = norm.weight.data.double() + offset
     for reader in readers:
-        weight = reader.weight.data
-        assign(reader, "weight", _by_rows(weight, partial(torch.mul, scale.to(weight.device))))
+        turn_inputs(reader, rotation, scale)
     assign(norm, "weight", torch.full_like(norm.weight.data, 1 - offset))
 
 
 def _by_rows(weight: torch.Tensor, changed: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """Change some rows of `weight` [N, K] after others, in float64, and round them back.
+    """Change some rows of `weight` [N, K] after others, copies in float64, and round them back.
 
     In float64 at once, the embedding of a large vocabulary would take most of a GPU.
     """
     result = torch.empty_like(weight)
     rows = max(1, FLOATS_AT_ONCE // weight.shape[1])
     for part, target in zip(weight.split(rows), result.split(rows), strict=True):
-        target.copy_(changed(part.double()))
+        target.copy_(changed(part.to(torch.float64, copy=True)))
     return result

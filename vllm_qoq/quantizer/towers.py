@@ -55,17 +55,16 @@ def writers(checkpoint: LanguagePart) -> Mapping[str, TensorInfo]:
     }
 
 
-def rotated(checkpoint: Checkpoint, rotation: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Rotate the outputs of what writes to the stream beside the language model, if there is any.
+def rotated(checkpoint: LanguagePart, rotation: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Rotate the outputs of what writes to the stream beside the language model.
 
     rotation  orthogonal, float64 [hidden, hidden]
     """
-    if not isinstance(checkpoint, LanguagePart):
-        return {}
     found = {}
     for name in writers(checkpoint):
         stored = checkpoint.get(name)  # a weight [hidden, K] or a bias [hidden]
-        found[name] = (rotation.t() @ stored.double()).to(stored.dtype)
+        turned = rotation.t() @ stored.to(rotation)
+        found[name] = turned.to(stored)
     return found
 
 
