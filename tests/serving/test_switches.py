@@ -5,8 +5,7 @@ import socket
 
 import pytest
 import torch
-from engine_process import run_engines
-from engines import PROMPTS, engine, generate, largest_gap
+from engines import PROMPTS, engine, generate
 from vllm import SamplingParams
 from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 
@@ -123,22 +122,3 @@ def test_pooled_texts_are_scored_nearly_as_by_the_float_model(nested_dir, tiny_m
     llm = engine(nested_dir, ROUTED, **pooling)
     scores = [one.outputs.score for one in llm.score(LONG[0], list(LONG[:2]), use_tqdm=False)]
     assert scores == pytest.approx([1, float(found[0] @ found[1])], abs=0.01)
-
-
-def test_pipeline_parallelism(llm, nested_dir, heldout_text, tmp_path):
-    """Compiled: on a CPU vLLM's stages pass nothing on where an engine is eager."""
-    options = {
-        "pipeline_parallel_size": 2,
-        "enforce_eager": False,
-        "kv_cache_memory_bytes": 32 << 20,
-    }
-    text = heldout_text.read_text()[:3000]
-    spec = {"checkpoint": str(nested_dir), "qoq": ROUTED, "options": options, "text": text}
-    (stages,) = run_engines(tmp_path, [spec], VLLM_CPU_OMP_THREADS_BIND="0|1")
-    whole = text_perplexity(llm, text, 256)["perplexity"]
-    assert stages["perplexity"] == pytest.approx(whole, rel=0.005)
-    # What rounds otherwise when it is compiled is rounded to 4 bits then.
-    assert largest_gap(stages["generation"], generate(llm)) < 1
-    # The first stage counts.
-    steps = {key: n for key, n in stages["counts"].items() if n}
-    assert steps == {"prefill w8a8": 1, "decode w4a8": 11}
