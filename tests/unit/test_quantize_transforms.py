@@ -37,8 +37,8 @@ def test_a_step_keeps_the_logits_and_changes_weights(name, step):
 def places(model, index):
     """The layers of a block that take part in some step."""
     names, block = model.names, model.names.of_block(index)
-    found = [*block.linears, *block.routers]
-    found += (names.q_norm, names.k_norm) if names.q_norm else ()
+    found = [*block.linears, *block.routers, *block.attention_floats]
+    found += (names.q_norm, names.k_norm) if names.q_norm and block.has_keys else ()
     if names.k_norm and not model.can("R1"):  # the norms take the scales, and R1 no part
         found = [place for place in found if place not in (names.q, names.k)]
     return found
@@ -77,7 +77,7 @@ def test_smooth_attention_evens_out_the_keys():
     before, error_before = model.seen(0), model.key_error(0)
     model.smooth(0, attention=True)
     after, error_after = model.seen(0), model.key_error(0)
-    before, after = (pairs(seen.keys).amax(0)[0] for seen in (before, after))
+    before, after = (pairs(seen.attention.keys).amax(0)[0] for seen in (before, after))
     assert before.max() / before.median() > 20 and after.max() / after.median() < 8
     assert error_after < 0.3 * error_before
 
@@ -108,7 +108,7 @@ def test_values_and_their_readers_become_equally_large():
     with torch.no_grad():
         v.weight[::7] *= 16
     model.smooth(0, outputs=True)
-    values = model.seen(0).values
+    values = model.seen(0).attention.values
     readers = o.weight.square().sum(0).view(2, 2, 32).sum(1).sqrt()
     ratio = values / readers
     assert (ratio / ratio.mean(1, keepdim=True) - 1).abs().max() < 1e-3
@@ -142,7 +142,7 @@ def test_reordering_sorts_the_inputs_of_every_down_proj(name):
     assert all((down.largest.diff() <= 1e-6).all() for down in downs)
 
 
-@pytest.mark.parametrize("name", ["qwen2 moe", "qwen3 moe", "mixtral"])
+@pytest.mark.parametrize("name", ["qwen2 moe", "qwen3 moe", "mixtral", "qwen3 next"])
 def test_experts_as_linear_layers_compute_what_those_of_transformers_do(name):
     model = Model(name, has_linear_experts=False)
     model.model.float()  # transformers has no products of experts in float64

@@ -61,7 +61,7 @@ class _BlockPass(Modifier):
         """Finish the blocks that this step ran: one, or none for the step of lm_head."""
         seen = set(map(id, modules))
         for index, block in enumerate(self._blocks):
-            if id(block.get_submodule(self.names.q)) in seen:
+            if id(block.get_submodule(self.names.of_block(index).attention[0])) in seen:
                 # Rounding computes in float32, in loops that `products` would slow down.
                 with torch._C.DisableTorchFunction():
                     self.finish(index, block)
@@ -88,7 +88,7 @@ class SmoothPass(_BlockPass):
 
     _observers: dict[int, Observer] = PrivateAttr(default_factory=dict)
     _found: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
-    _ropes: list[Rope] = PrivateAttr(default_factory=list)
+    _ropes: list[Rope | None] = PrivateAttr(default_factory=list)
 
     @property
     def found(self) -> dict[str, torch.Tensor]:

@@ -64,8 +64,8 @@ class SeenDown:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """The magnitudes and samples that the calibration text showed of one block.
+class SeenAttention:
+    """The magnitudes and samples that the calibration text showed of the attention of a block.
 
     Keys and pairs of queries are in the order of `Rope.paired`.
 
@@ -74,7 +74,6 @@ class Seen:
     mean_key     float64 [kv_heads, head_dim]: mean of all keys before RoPE
     query_pairs  float32 [kv_heads, head_dim / 2]: root mean square of the queries' pairs
     values       float32 [kv_heads, head_dim]: root mean square
-    downs        what each down_proj got, by its name; experts without a token are left out
     """
 
     keys: torch.Tensor
@@ -82,11 +81,24 @@ class Seen:
     mean_key: torch.Tensor
     query_pairs: torch.Tensor
     values: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the calibration text showed of one block.
+
+    attention  of its keys and values; None where linear attention has none
+    downs      what each down_proj got, by its name; experts without a token are left out
+    """
+
+    attention: SeenAttention | None
     downs: Mapping[str, SeenDown]
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Go through all that was seen."""
-        yield from (self.keys, self.mean_key, self.query_pairs, self.values)
+        seen = self.attention
+        if seen is not None:
+            yield from (seen.keys, seen.mean_key, seen.query_pairs, seen.values)
         for down in self.downs.values():
             yield from (down.inputs, down.largest)
 
@@ -97,12 +109,12 @@ def transforms(
     block: Module,
     names: LayerNames,
     dimensions: Dimensions,
-    rope: Rope,
+    rope: Rope | None,
     options: SmoothOptions,
 ) -> dict[str, torch.Tensor]:
     """Find the tensors that `apply` needs for one block, those that `options` ask for.
 
-    The results are
+    The results are, where there are keys and values,
 
     k_mean       float32 [kv_heads, head_dim], of the keys after RoPE that `apply` leaves; it needs
                  nothing of this one, which is for the checkpoint
@@ -114,6 +126,32 @@ def transforms(
     scale        float32 [intermediate]
     order        int64 [intermediate]
     """
+    found = {}
+    if seen.attention is not None and rope is not None:
+        found = _of_attention(seen.attention, block, names, dimensions, rope, options)
+    for name, down in seen.downs.items():
+        if options.outputs:
+            found[f"{name}.scale"] = strength.down_scale(
+                down.inputs,
+                down.largest,
+                block.get_submodule(name).weight.detach(),
+                options.weight_bits,
+                options.group_size,
+            )
+        if options.reorder:
+            scaled = down.largest / found.get(f"{name}.scale", 1)
+            found[f"{name}.order"] = scaled.argsort(descending=True)
+    return found
+
+
+def _of_attention(
+    seen: SeenAttention,
+    block: Module,
+    names: LayerNames,
+    dimensions: Dimensions,
+    rope: Rope,
+    options: SmoothOptions,
+) -> dict[str, torch.Tensor]:
     found = {}
     if options.k_mean:
         inv_freq = rope.inv_freq.to(seen.mean_key.device)
@@ -140,31 +178,19 @@ def transforms(
         readers = block.get_submodule(names.o).weight.detach().float().square().sum(dim=0)
         readers = readers.view(dimensions.kv_heads, dimensions.queries_per_kv, -1).sum(dim=1).sqrt()
         found["value_scale"] = strength.value_scale(seen.values, readers)
-    for name, down in seen.downs.items():
-        if options.outputs:
-            found[f"{name}.scale"] = strength.down_scale(
-                down.inputs,
-                down.largest,
-                block.get_submodule(name).weight.detach(),
-                options.weight_bits,
-                options.group_size,
-            )
-        if options.reorder:
-            scaled = down.largest / found.get(f"{name}.scale", 1)
-            found[f"{name}.order"] = scaled.argsort(descending=True)
     return found
 
 
-def k_means(found: Mapping[str, torch.Tensor], dimensions: Dimensions) -> list[torch.Tensor]:
-    """Take the mean of K of each block from the transforms of all blocks, named INDEX.NAME."""
-    return [found[f"{index}.{K_MEAN}"] for index in range(dimensions.layers)]
+def k_means(found: Mapping[str, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Take the means of K, by the index of the block, from the transforms of all blocks."""
+    places = ((key.partition("."), mean) for key, mean in found.items())
+    return {int(index): mean for (index, _, name), mean in places if name == K_MEAN}
 
 
-def named_means(means: Iterable[torch.Tensor], names: LayerNames) -> dict[str, torch.Tensor]:
+def named_means(means: Mapping[int, torch.Tensor], names: LayerNames) -> dict[str, torch.Tensor]:
     """Name the means of K of the blocks as the checkpoint does."""
     return {
-        f"{names.blocks}.{index}.{names.attention}.{K_MEAN}": mean
-        for index, mean in enumerate(means)
+        f"{names.blocks}.{index}.{names.attention}.{K_MEAN}": mean for index, mean in means.items()
     }
 
 
