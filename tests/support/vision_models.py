@@ -73,6 +73,41 @@ def _llava(kind: str) -> dict[str, Any]:
     }
 
 
+_QWEN3: Mapping[str, Any] = {
+    "tokens": _QWEN_TOKENS,
+    "image": _QWEN_IMAGE,
+    "files": {
+        "preprocessor_config.json": _QWEN_PIXELS
+        | {
+            **{"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 16},
+            "processor_class": "Qwen3VLProcessor",
+        },
+    },
+}
+_LINEAR = {
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    **{"linear_key_head_dim": 64, "linear_value_head_dim": 64},
+    "layer_types": ["linear_attention", "full_attention"],
+}
+_EXPERTS = {
+    **{"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2},
+    "shared_expert_intermediate_size": 64,
+}
+
+
+def _qwen3_5(own: Mapping[str, Any]) -> dict[str, Any]:
+    # Sixteen channels of a head turn, by three positions.
+    sections = {"mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    rope = _SECTIONS | sections | {"partial_rotary_factor": 0.25}
+    return _QWEN_IDS | {
+        "text_config": {**_TEXT, **own, "rope_parameters": rope},
+        "vision_config": {
+            **{"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 96},
+            **{"out_hidden_size": 128, "num_position_embeddings": 16},
+        },
+    }
+
+
 MODELS: Mapping[str, Mapping[str, Any]] = {
     "Qwen2_5_VL": {
         "config": _QWEN_IDS
@@ -105,16 +140,10 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
                 "num_position_embeddings": 16,
             },
         },
-        "tokens": _QWEN_TOKENS,
-        "image": _QWEN_IMAGE,
-        "files": {
-            "preprocessor_config.json": _QWEN_PIXELS
-            | {
-                **{"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 16},
-                "processor_class": "Qwen3VLProcessor",
-            },
-        },
+        **_QWEN3,
     },
+    "Qwen3_5": {"config": _qwen3_5(_LINEAR), **_QWEN3},
+    "Qwen3_5Moe": {"config": _qwen3_5(_LINEAR | _EXPERTS), **_QWEN3},
 }
 """Name of the class without ForConditionalGeneration, and what sets it apart -> what to write."""
 

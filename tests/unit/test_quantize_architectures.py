@@ -75,7 +75,7 @@ def test_a_rotation_that_the_model_cannot_take_is_left_out_and_said(name):
 def test_values_behind_a_gate_are_not_rotated():
     model = Model("qwen3.5")
     values = QuantizeOptions.parse({"rotate": "values"}, "options")
-    with pytest.raises(QuantizeError, match="rotate: V .*a gate multiplies every channel"):
+    with pytest.raises(QuantizeError, match=r"rotate: V .*a gate multiplies every channel"):
         values.of_model(model.names)
     before = model.logits()
     rotate.rotate_values(model.model, model.names, model.dimensions)

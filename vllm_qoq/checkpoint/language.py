@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_qoq.checkpoint.folder import Checkpoint, TensorInfo
+from vllm_qoq.checkpoint.stacked_experts import experts_apart
 from vllm_qoq.checkpoint.stored_set import StoredSet
 from vllm_qoq.errors import FormatError
 from vllm_qoq.models.table import architecture_of
@@ -17,6 +18,18 @@ from vllm_qoq.models.vision import language_config, language_name, vision_langua
 
 if TYPE_CHECKING:
     import torch
+
+
+class _Used(Checkpoint):
+    """Some tensors of a checkpoint."""
+
+    def __init__(self, whole: Checkpoint, tensors: dict[str, TensorInfo]) -> None:
+        self._whole = whole
+        super().__init__(whole.path, whole.config, tensors)
+
+    def get(self, name: str) -> torch.Tensor:
+        """The tensor `name` as stored, mapped from the file and not copied. Do not write to it."""
+        return self._whole.get(name)
 
 
 class LanguagePart(Checkpoint):
@@ -43,16 +56,17 @@ class LanguagePart(Checkpoint):
 
 
 def language_part(checkpoint: Checkpoint) -> Checkpoint:
-    """The language model of a checkpoint, without what is beside it.
+    """The language model of a checkpoint, without what is beside it, and with experts apart.
 
     Raises FormatError for a model of images and text whose language model is not known.
     """
+    checkpoint = experts_apart(checkpoint)
     if vision_language(checkpoint.config) is not None:
         return LanguagePart(checkpoint)
     tensors = _used(checkpoint.config, checkpoint.tensors)
     if len(tensors) == len(checkpoint.tensors):
         return checkpoint
-    return Checkpoint(checkpoint.path, checkpoint.config, tensors)
+    return _Used(checkpoint, tensors)
 
 
 def unused(checkpoint: Checkpoint) -> dict[str, str]:
