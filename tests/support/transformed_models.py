@@ -154,7 +154,7 @@ class Model:
         return observer.seen()
 
     def downs(self, index):
-        return [mlp.down for mlp in self.names.of_block(index).mlps]
+        return self.names.of_block(index).smoothed
 
     def seen_keys(self, index):
         """All keys of a block before RoPE, [tokens, kv_heads, head_dim]."""

@@ -39,6 +39,7 @@ def places(model, index):
     names, block = model.names, model.names.of_block(index)
     found = [*block.linears, *block.routers, *block.attention_floats]
     found += (names.q_norm, names.k_norm) if names.q_norm and block.has_keys else ()
+    found += () if block.has_keys else (names.linear.norm,)
     if names.k_norm and not model.can("R1"):  # the norms take the scales, and R1 no part
         found = [place for place in found if place not in (names.q, names.k)]
     return found

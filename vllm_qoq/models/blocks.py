@@ -51,12 +51,15 @@ class LinearAttention:
 
     readers  the layers that are quantized and read what the norm gives
     floats   those that read it and stay in float: a few outputs, which decide what the state keeps
+    norm     the norm of what a head gives, whose weight is the same for all heads and multiplies
+             the inputs of o
     o        what writes to the stream
     kept     the tensors that no step changes, in the precision in which a model has them
     """
 
     readers: tuple[str, ...]
     floats: tuple[str, ...]
+    norm: str
     o: str
     kept: tuple[str, ...] = ()
 
@@ -107,6 +110,14 @@ class BlockNames:
         """
         of_mlps = (group for mlp in self.mlps for group in (mlp.readers, (mlp.down,)))
         return (self.attention, (self.o,), *of_mlps)
+
+    @property
+    def smoothed(self) -> tuple[str, ...]:
+        """List the layers whose inputs get scales: all down, and what linear attention writes with.
+
+        The inputs of any other o get those of the values.
+        """
+        return (*(() if self.has_keys else (self.o,)), *(mlp.down for mlp in self.mlps))
 
     @property
     def linears(self) -> tuple[str, ...]:

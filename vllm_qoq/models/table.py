@@ -296,8 +296,13 @@ def _linear_names(readers: tuple[str, ...], floats: tuple[str, ...]) -> LinearAt
     def below(names: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(f"linear_attn.{name}" for name in names)
 
-    kept = below(("conv1d.weight", "A_log", "dt_bias", "norm.weight"))
-    return LinearAttention(below(readers), below(floats), "linear_attn.out_proj", kept)
+    return LinearAttention(
+        below(readers),
+        below(floats),
+        norm="linear_attn.norm",
+        o="linear_attn.out_proj",
+        kept=below(("conv1d.weight", "A_log", "dt_bias")),
+    )
 
 
 _QWEN3_5_KINDS = {

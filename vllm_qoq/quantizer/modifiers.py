@@ -100,8 +100,8 @@ class SmoothPass(_BlockPass):
         for index, block in enumerate(self._blocks):
             rope = rope_of(state.model, self.names, self.dimensions, index)
             self._ropes.append(rope)
-            downs = [mlp.down for mlp in self.names.of_block(index).mlps]
-            observer = Observer(self.names, self.dimensions, rope, downs, self.samples)
+            smoothed = self.names.of_block(index).smoothed
+            observer = Observer(self.names, self.dimensions, rope, smoothed, self.samples)
             self._observers[index] = observer
             for name, see in observer.outputs.items():
                 self.register_hook(block.get_submodule(name), _output_hook(see), "forward")

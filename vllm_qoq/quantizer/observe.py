@@ -20,11 +20,11 @@ _SAMPLE_TOKENS = 1024
 
 
 class Observer:
-    """An observer that gathers `Seen` from the outputs of q, k and v and the inputs of `downs`.
+    """An observer that gathers `Seen` from outputs of q, k and v and the inputs of `smoothed`.
 
-    rope     of the block's attention; None where linear attention has no q, k and v
-    downs    the names of the block's down_proj, one for each MLP
-    samples  pieces of text, with one of which it is called at a time
+    rope      of the block's attention; None where linear attention has no q, k and v
+    smoothed  the layers that `BlockNames.smoothed` lists
+    samples   pieces of text, with one of which it is called at a time
 
     It keeps a few tokens of each, `_SAMPLE_TOKENS` in all.
     """
@@ -34,7 +34,7 @@ class Observer:
         names: LayerNames,
         dimensions: Dimensions,
         rope: Rope | None,
-        downs: Iterable[str],
+        smoothed: Iterable[str],
         samples: int,
     ) -> None:
         self._names, self._dimensions = names, dimensions
@@ -55,7 +55,7 @@ class Observer:
             }
             if names.q == names.k == names.v:
                 self.outputs = {names.q: self._fused}
-        self.inputs = {name: partial(self._down, name) for name in downs}
+        self.inputs = {name: partial(self._down, name) for name in smoothed}
 
     def seen(self) -> Seen:
         """Put together what was gathered."""

@@ -8,7 +8,8 @@ of all heads (OLMo 2). A norm that multiplies by 1 + w (Gemma 3) stores w in few
 which almost none are left where 1 + w is far below 1, so scales do not take it there.
 
 Outputs of a block are smoothed in its last products: v_proj's rows are divided by a
-scale and o_proj's columns multiplied, and up_proj's and down_proj's likewise. `order`
+scale and o_proj's columns multiplied, and up_proj's and down_proj's likewise. Linear attention
+norms what its heads give, with one weight for all of them, which takes the scale. `order`
 sorts the inputs of down_proj by magnitude, so that a group holds channels of one
 size. Every expert has scales and an order of its own. These are QServe's steps (arXiv
 2405.04532); `strength` chooses the scales.
@@ -53,10 +54,10 @@ class SmoothOptions:
 
 @dataclass(frozen=True)
 class SeenDown:
-    """What the calibration text showed of the inputs of a down_proj.
+    """What the calibration text showed of the inputs of a down_proj, or of a layer like it.
 
-    inputs   float [tokens, intermediate], a sample
-    largest  float32 [intermediate]: largest magnitudes
+    inputs   float [tokens, K], a sample
+    largest  float32 [K]: largest magnitudes
     """
 
     inputs: torch.Tensor
@@ -88,7 +89,8 @@ class Seen:
     """What the calibration text showed of one block.
 
     attention  of its keys and values; None where linear attention has none
-    downs      what each down_proj got, by its name; experts without a token are left out
+    downs      what the layers that `BlockNames.smoothed` lists got, by their names; experts without
+               a token are left out
     """
 
     attention: SeenAttention | None
@@ -121,15 +123,16 @@ def transforms(
     key_scale    float32 [kv_heads, head_dim], the same for both channels of a pair
     value_scale  float32 [kv_heads, head_dim]
 
-    and with the name of a down_proj and a dot in front, of each
+    and with the name of a layer of `BlockNames.smoothed` and a dot in front, of each
 
-    scale        float32 [intermediate]
-    order        int64 [intermediate]
+    scale        float32 [K], in linear attention the same for all heads
+    order        int64 [K], where it is a down_proj
     """
     found = {}
     if seen.attention is not None and rope is not None:
         found = _of_attention(seen.attention, block, names, dimensions, rope, options)
     for name, down in seen.downs.items():
+        heads = _linear_heads(block, names, name)
         if options.outputs:
             found[f"{name}.scale"] = strength.down_scale(
                 down.inputs,
@@ -137,11 +140,21 @@ def transforms(
                 block.get_submodule(name).weight.detach(),
                 options.weight_bits,
                 options.group_size,
+                heads or 1,
             )
-        if options.reorder:
+        if options.reorder and heads is None:
             scaled = down.largest / found.get(f"{name}.scale", 1)
             found[f"{name}.order"] = scaled.argsort(descending=True)
     return found
+
+
+def _linear_heads(block: Module, names: LayerNames, layer: str) -> int | None:
+    """Count the heads whose outputs linear attention writes with `layer`; None for any other."""
+    if names.linear is None or layer != names.linear.o:
+        return None
+    of_head: int = block.get_submodule(names.linear.norm).weight.numel()
+    inputs: int = block.get_submodule(layer).weight.shape[1]
+    return inputs // of_head
 
 
 def _of_attention(
@@ -213,6 +226,11 @@ def apply(
         _scale_rows(rows(block, "v", names, dimensions), 1 / scale.flatten())
         per_head = scale.repeat_interleave(dimensions.queries_per_kv, dim=0)
         _scale_columns(block.get_submodule(names.o), per_head.flatten())
+    if names.linear is not None and f"{names.linear.o}.scale" in found:
+        scale = found[f"{names.linear.o}.scale"].double()
+        norm = block.get_submodule(names.linear.norm)
+        _scale_vector(norm, 1 / scale[: norm.weight.numel()], offset=0.0)
+        _scale_columns(block.get_submodule(names.linear.o), scale)
     for mlp in mlps:
         if f"{mlp.down}.scale" in found:
             scale = found[f"{mlp.down}.scale"].double()
