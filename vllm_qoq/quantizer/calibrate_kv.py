@@ -36,6 +36,7 @@ from vllm_qoq.checkpoint.shards import (
     total_bytes,
     write_checkpoint,
 )
+from vllm_qoq.checkpoint.stacked_experts import experts_apart
 from vllm_qoq.errors import FormatError, shown
 from vllm_qoq.models.config import CONFIG
 from vllm_qoq.models.vision import vision_language
@@ -185,7 +186,7 @@ def open_source(folder: Path) -> Source:
 
     Raises UserError for one whose model cannot be run, or is not sound.
     """
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = experts_apart(Checkpoint.open(folder))
     if vision_language(checkpoint.config) is not None:
         raise QuantizeError(
             f"{folder}: {CONFIG}: architectures: {shown(checkpoint.config.get('architectures'))}: "
