@@ -4,6 +4,7 @@ import engines  # has vLLM run in this process
 import pytest
 import torch
 import transformers
+from no_videos import NoVideos
 from tiny_models import MODELS, write
 
 from vllm_qoq.bench.evaluate.engine import Engine
@@ -18,6 +19,8 @@ from vllm_qoq.quantizer.job import quantize
 from vllm_qoq.quantizer.load import load_model
 from vllm_qoq.quantizer.model import layer_names
 from vllm_qoq.quantizer.options import QuantizeOptions
+
+NoVideos.use()  # vLLM's Qwen3.5 has a vision tower beside it
 
 LENGTH, FIRST, CHUNK = 64, 8, 16
 SETS = ("w8a8", "w4a8")

@@ -1,0 +1,81 @@
+"""A tiny Qwen3.5 in vLLM: sets that are not nested, with the 4-bit cache, and what is missing."""
+
+import re
+import shutil
+
+import engines  # noqa: F401 - has vLLM run in this process
+import pytest
+import torch
+from no_videos import NoVideos
+from rtn_checkpoints import edit
+from safetensors.torch import save_file
+from tiny_models import write
+
+from vllm_qoq.bench.evaluate.engine import Engine
+from vllm_qoq.bench.evaluate.float_model import load_tokenizer
+from vllm_qoq.checkpoint.float_view import FloatView
+from vllm_qoq.checkpoint.folder import INDEX, Checkpoint
+from vllm_qoq.checkpoint.verify import open_merged
+from vllm_qoq.errors import UserError
+from vllm_qoq.quantizer.evaluate import int8_inputs, linears
+from vllm_qoq.quantizer.job import quantize
+from vllm_qoq.quantizer.load import load_model
+from vllm_qoq.quantizer.model import layer_names
+from vllm_qoq.quantizer.options import QuantizeOptions
+
+NoVideos.use()
+
+LENGTH, FIRST = 64, 8
+SETS = ("w8a8", "w4a8", "w4a16")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_model, heldout_text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hybrid")
+    (folder / "text.txt").write_text(heldout_text.read_text()[:2000])
+    model = write("Qwen3_5ForCausalLM", folder / "model", tiny_model)
+    given = {"sets": list(SETS), "samples": 8, "seqlen": 64, "passes": 1}
+    options = QuantizeOptions.parse(given, "options")
+    quantize(model, folder / "out", folder / "text.txt", options)
+    return folder / "out"
+
+
+def test_each_set_computes_what_its_weights_and_a_4_bit_cache_give(
+    checkpoint, heldout_text, monkeypatch
+):
+    window = load_tokenizer(checkpoint)(heldout_text.read_text()[:2000]).input_ids[:LENGTH]
+    monkeypatch.setattr("vllm_qoq.bench.evaluate.engine._KV_BYTES", 16 << 20)
+    engine = Engine(checkpoint, SETS, length=LENGTH, kv_bits=4, chunk=16)
+    found = {name: engine.logits(window, FIRST, name).float().log_softmax(-1) for name in SETS}
+    for weights in open_merged(checkpoint)[2]:
+        view = FloatView(weights)
+        model, names = load_model(view).float(), layer_names(view.config)
+        rounded = linears(model, names) if weights.name.endswith("a8") else ()
+        with torch.no_grad(), int8_inputs(rounded):
+            expected = model(torch.tensor([window]), logits_to_keep=LENGTH - FIRST).logits[0, :-1]
+        expected = expected.log_softmax(-1)
+        lost = {
+            name: float((expected.exp() * (expected - one)).sum(-1).median())
+            for name, one in found.items()
+        }
+        assert lost[weights.name] < 0.005
+        assert all(lost[name] > 2 * lost[weights.name] for name in SETS if name != weights.name)
+
+
+@pytest.mark.parametrize("part", ["in_proj_qkv", "in_proj_z"])
+def test_a_projection_that_is_missing_is_named_as_in_the_checkpoint(part, checkpoint, tmp_path):
+    lost = f"w4a8.model.layers.0.linear_attn.{part}."
+
+    def lose(tensors, config):
+        for name in [name for name in tensors if name.startswith(lost)]:
+            del tensors[name]
+
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    whole = Checkpoint.open(tmp_path)
+    tensors = {name: whole.get(name).clone() for name in whole.tensors}
+    for file in {info.file for info in whole.tensors.values()} | {INDEX}:
+        (tmp_path / file).unlink()
+    save_file(tensors, tmp_path / "model.safetensors")
+    edit(tmp_path, lose)
+    with pytest.raises(UserError, match=rf"did not fill {re.escape(lost)}.*verify"):
+        Engine(tmp_path, SETS, length=LENGTH, kv_bits=4, chunk=16)
