@@ -15,10 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vllm_qoq.checkpoint.float_view import FloatView
+from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.checkpoint.language import language_set
 from vllm_qoq.checkpoint.stored_set import StoredSet
-from vllm_qoq.models.vision import language_name, whole_name
+from vllm_qoq.models.vision import language_config, language_name, whole_name
 from vllm_qoq.quantizer.evaluate import int8_inputs, linears
+from vllm_qoq.quantizer.experts import use_linear_experts
 from vllm_qoq.quantizer.model import layer_names
 
 _TEXT = {
@@ -90,7 +92,7 @@ _LINEAR = {
     "layer_types": ["linear_attention", "full_attention"],
 }
 _EXPERTS = {
-    **{"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2},
+    **{"moe_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2},
     "shared_expert_intermediate_size": 64,
 }
 
@@ -218,10 +220,13 @@ class FloatModel:
     """A model in transformers, in float32. `no_videos` must be in use."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        family = name.partition(",")[0]
-        kind = getattr(transformers, f"{family}ForConditionalGeneration")
+        kind = getattr(transformers, f"{name.partition(',')[0]}ForConditionalGeneration")
         self.model = kind.from_pretrained(folder, dtype=torch.float32).eval()
-        self._processor = getattr(transformers, f"{family}Processor").from_pretrained(folder)
+        names = layer_names(language_config(Checkpoint.open(folder).config))
+        self._names = replace(names, blocks="model.language_model.layers")
+        use_linear_experts(self.model, self._names)
+        processor = MODELS[name]["files"]["preprocessor_config.json"]["processor_class"]
+        self._processor = getattr(transformers, processor).from_pretrained(folder)
 
     @torch.no_grad()
     def logits(self, prompt: str, image: Image.Image | None = None) -> torch.Tensor:
@@ -233,12 +238,11 @@ class FloatModel:
     def logits_of(self, weights: StoredSet, prompt: str) -> torch.Tensor:
         """Compute them with the weights of a set, and inputs of linear layers in int8."""
         view, whole = FloatView(language_set(weights)), weights.checkpoint
-        names = replace(layer_names(view.config), blocks="model.language_model.layers")
         state = {whole_name(one): view.get(one).float() for one in view.tensors}
         for one in whole.tensors:
             if language_name(one) is None:
                 place = one.removeprefix("model.").replace(_OF_CLIP, "vision_tower")
                 state[f"model.{place}"] = whole.get(one).float()
         self.model.load_state_dict(state)
-        with int8_inputs(linears(self.model, names)):
+        with int8_inputs(linears(self.model, self._names)):
             return self.logits(prompt)
