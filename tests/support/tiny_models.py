@@ -49,6 +49,11 @@ MODELS = {
     "Glm4ForCausalLM": ("Glm4Config", {}),
     "GlmForCausalLM": ("GlmConfig", {}),
     "CohereForCausalLM": ("CohereConfig", {"logit_scale": 1.0}),
+    # vLLM's window has a token more than that of transformers, so no text is longer.
+    "Cohere2ForCausalLM": (
+        "Cohere2Config",
+        {"logit_scale": 1.0} | _TWO_KINDS | {"sliding_window": 128},
+    ),
     "Ministral3ForCausalLM": ("Ministral3Config", {}),
     "Qwen2MoeForCausalLM": ("Qwen2MoeConfig", _EXPERTS | {"shared_expert_intermediate_size": 64}),
     "Qwen3MoeForCausalLM": ("Qwen3MoeConfig", _EXPERTS | {"mlp_only_layers": [1]}),

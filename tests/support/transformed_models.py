@@ -57,6 +57,7 @@ MODELS = {
     "glm": ("Glm", {}),
     "glm4": ("Glm4", {}),
     "cohere": ("Cohere", SMALL_HEADS),
+    "cohere2": ("Cohere2", SMALL_HEADS | TWO_KINDS),
     "qwen2 moe": ("Qwen2Moe", EXPERTS | {"shared_expert_intermediate_size": 64}),
     "qwen3 moe": ("Qwen3Moe", EXPERTS | {"mlp_only_layers": [1]}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),

@@ -43,6 +43,7 @@ CASES = {
     "glm4": ("Glm4", {"head_dim": 16}),
     "glm4, without biases": ("Glm4", {"head_dim": 16, "attention_bias": False}),
     "cohere": ("Cohere", {}),
+    "cohere2": ("Cohere2", {}),
     "ministral3": ("Ministral3", {"head_dim": 16}),
     "gemma3": ("Gemma3", {"head_dim": 16}),
     "mixtral": ("Mixtral", {"num_local_experts": 4}),

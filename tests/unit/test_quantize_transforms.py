@@ -165,6 +165,7 @@ def test_a_size_without_a_hadamard_matrix_is_refused():
     ("config", "message"),
     [
         ({"model_type": "gpt2"}, r"'gpt2' is not supported; supported are llama, mistral"),
+        ({"model_type": "llama4_text"}, r"not supported, because .* no steps for experts that are"),
         ({"model_type": "llama", "quantization_config": {}}, r"quantized already.*bf16"),
         ({}, r"None is not supported"),
     ],

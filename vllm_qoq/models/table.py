@@ -77,6 +77,7 @@ class LayerNames:
     has_heads_first   whether q_norm and k_norm get [batch, heads, tokens, D] in transformers, not
                       heads after tokens
     neighbor_pairs    whether RoPE turns the channels 2 i and 2 i + 1 of a head, not i and i + R / 2
+    still_kind        the kind of layer, of `layer_types`, without RoPE; None where all have it
     is_rope_partial   whether RoPE turns the first R channels of a head alone, where `config.json`
                       says so
     has_capped_scores whether attention bounds its scores, c tanh(score / c)
@@ -114,6 +115,7 @@ class LayerNames:
     has_head: bool = True
     has_heads_first: bool = False
     neighbor_pairs: bool = False
+    still_kind: str | None = None
     is_rope_partial: bool = False
     has_capped_scores: bool = False
     has_output_gate: bool = False
@@ -259,6 +261,12 @@ _FOUR_NORMS_NAMES: dict[str, Any] = {
 }
 _GEMMA_NAMES: dict[str, Any] = {"norm_offset": 1.0, "activation": "gelu_pytorch_tanh"}
 _GEMMA_HEADS = {"head_dim": 256, "num_key_value_heads": 4}
+_COHERE_NAMES: dict[str, Any] = {
+    "mlp_norm": "input_layernorm",
+    "has_mean_norms": True,
+    "has_head": False,
+    "neighbor_pairs": True,
+}
 _GATED_ATTENTION = _QK_NORMS | {
     "self_attn.q_proj": LayerSpec(("gated_query", "hidden")),
     "self_attn.k_proj": LayerSpec(("key", "hidden")),
@@ -425,10 +433,15 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         {"input_layernorm": _NORM} | _attention(_BIAS, _BIAS),
         _mlp(),
         is_tied=True,
-        names=LayerNames(
-            mlp_norm="input_layernorm", has_mean_norms=True, has_head=False, neighbor_pairs=True
-        ),
+        names=LayerNames(**_COHERE_NAMES),
         type="cohere",
+    ),
+    "Cohere2ForCausalLM": Architecture(
+        {"input_layernorm": _NORM} | _attention(_BIAS, _BIAS),
+        _mlp(),
+        is_tied=True,
+        names=LayerNames(still_kind=FULL, **_COHERE_NAMES),
+        type="cohere2",
     ),
     "Ministral3ForCausalLM": Architecture(
         _NORMS | _attention(False, False),
