@@ -7,10 +7,11 @@ import engines  # noqa: F401 - has vLLM run in this process
 import pytest
 import torch
 from no_videos import NoVideos
-from rtn_checkpoints import edit
+from rtn_checkpoints import edit, w4a16, w8a8
 from safetensors.torch import save_file
 from tiny_models import write
 
+from merge_tools.job import merge
 from vllm_qoq.bench.evaluate.engine import Engine
 from vllm_qoq.bench.evaluate.float_model import load_tokenizer
 from vllm_qoq.checkpoint.float_view import FloatView
@@ -28,6 +29,13 @@ NoVideos.use()
 LENGTH, FIRST = 64, 8
 SETS = ("w8a8", "w4a8", "w4a16")
 
+_kept = []  # vLLM cannot build an engine after another was collected in the same process
+
+
+@pytest.fixture(autouse=True)
+def small_caches(monkeypatch):
+    monkeypatch.setattr("vllm_qoq.bench.evaluate.engine._KV_BYTES", 16 << 20)
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_model, heldout_text, tmp_path_factory):
@@ -40,12 +48,10 @@ def checkpoint(tiny_model, heldout_text, tmp_path_factory):
     return folder / "out"
 
 
-def test_each_set_computes_what_its_weights_and_a_4_bit_cache_give(
-    checkpoint, heldout_text, monkeypatch
-):
+def test_each_set_computes_what_its_weights_and_a_4_bit_cache_give(checkpoint, heldout_text):
     window = load_tokenizer(checkpoint)(heldout_text.read_text()[:2000]).input_ids[:LENGTH]
-    monkeypatch.setattr("vllm_qoq.bench.evaluate.engine._KV_BYTES", 16 << 20)
     engine = Engine(checkpoint, SETS, length=LENGTH, kv_bits=4, chunk=16)
+    _kept.append(engine)
     found = {name: engine.logits(window, FIRST, name).float().log_softmax(-1) for name in SETS}
     for weights in open_merged(checkpoint)[2]:
         view = FloatView(weights)
@@ -79,3 +85,29 @@ def test_a_projection_that_is_missing_is_named_as_in_the_checkpoint(part, checkp
     edit(tmp_path, lose)
     with pytest.raises(UserError, match=rf"did not fill {re.escape(lost)}.*verify"):
         Engine(tmp_path, SETS, length=LENGTH, kv_bits=4, chunk=16)
+
+
+def test_each_set_of_a_merged_checkpoint_computes_what_its_own_does(tiny_model, tmp_path):
+    """Other tools leave out of a set what is narrow, and vLLM runs in_proj_qkv and _z as one."""
+
+    def in_bf16(tensors, config):
+        config["dtype"] = "bfloat16"
+        tensors |= {name: tensor.bfloat16() for name, tensor in tensors.items()}
+
+    model = write("Qwen3_5ForCausalLM", tmp_path / "model", tiny_model)
+    shutil.copy(tiny_model / "generation_config.json", model)
+    edit(model, in_bf16)
+    skip = ("in_proj_a", "in_proj_b")
+    folders = {"a": w8a8(model, tmp_path / "a", skip), "b": w4a16(model, tmp_path / "b", skip)}
+    merge(folders, tmp_path / "merged")
+    window = list(range(3, 3 + LENGTH))
+    singles = {
+        name: Engine(folder, (), length=LENGTH, kv_bits=16, chunk=LENGTH)
+        for name, folder in folders.items()
+    }
+    merged = Engine(tmp_path / "merged", tuple(folders), length=LENGTH, kv_bits=16, chunk=LENGTH)
+    _kept.extend([*singles.values(), merged])
+    alone = {name: engine.logits(window, FIRST, None) for name, engine in singles.items()}
+    assert not torch.allclose(alone["a"], alone["b"], atol=0.1)
+    for name, expected in alone.items():
+        assert torch.equal(merged.logits(window, FIRST, name), expected)
