@@ -129,6 +129,21 @@ def test_the_inputs_of_down_proj_are_smoothed_where_that_helps():
     assert after.max() / after.median() < 0.3 * before.max() / before.median()
 
 
+def test_the_norm_of_linear_attention_takes_scales_that_all_heads_share():
+    model = Model("qwen3.5")
+    block, linear = blocks(model.model, model.names)[1], model.names.linear
+    norm, out = block.get_submodule(linear.norm), block.get_submodule(linear.o)
+    with torch.no_grad():
+        norm.weight[5] *= 100
+        out.weight.unflatten(1, (-1, len(norm.weight)))[:, :, 5] /= 100
+    before, logits = model.seen(1).downs[linear.o].largest, model.logits()
+    model.smooth(1, outputs=True)
+    after = model.seen(1).downs[linear.o].largest
+    assert before.max() / before.median() > 40
+    assert after.max() / after.median() < 0.3 * before.max() / before.median()
+    assert (model.logits() - logits).abs().max() < 1e-5 * logits.abs().max()
+
+
 def largest_inputs(model, down):
     """The largest inputs of a down_proj of the first block."""
     return model.seen(0).downs[down].largest
