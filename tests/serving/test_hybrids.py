@@ -6,10 +6,15 @@ import shutil
 import engines  # noqa: F401 - has vLLM run in this process
 import pytest
 import torch
+from linear_layers import finish
 from no_videos import NoVideos
+from plugin_units import HIDDEN, qoq_config, tensor_parallel, vllm_config
+from qoq_checkpoints import round_to_nearest
 from rtn_checkpoints import edit, w4a16, w8a8
 from safetensors.torch import save_file
 from tiny_models import write
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 from merge_tools.job import merge
 from vllm_qoq.bench.evaluate.engine import Engine
@@ -111,3 +116,46 @@ def test_each_set_of_a_merged_checkpoint_computes_what_its_own_does(tiny_model, 
     assert not torch.allclose(alone["a"], alone["b"], atol=0.1)
     for name, expected in alone.items():
         assert torch.equal(merged.logits(window, FIRST, name), expected)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_gets_its_heads_of_q_k_v_and_the_gate(rank):
+    """in_proj_qkv has three parts, of which each is cut for itself."""
+    sizes = {"in_proj_qkv": [128, 128, 256], "in_proj_z": [256]}
+    random = torch.Generator().manual_seed(3)
+    rounded = {
+        part: round_to_nearest(torch.randn(sum(rows), HIDDEN, generator=random), 128)
+        for part, rows in sizes.items()
+    }
+    config = qoq_config(
+        sets={"w4a8": {"quant_method": "qoq_linear"}}, routing={"prefill": "w4a8", "decode": "w4a8"}
+    )
+    config.packed_modules_mapping = {"in_proj_qkvz": list(sizes)}
+    with tensor_parallel(rank, 2, vllm_config()):
+        model = torch.nn.Module()
+        model.quant_config, model.block = config, torch.nn.Module()
+        model.block.in_proj_qkvz = MergedColumnParallelLinear(
+            HIDDEN,
+            [128, 128, 256, 256],
+            bias=False,
+            params_dtype=torch.bfloat16,
+            quant_config=config,
+            prefix="block.in_proj_qkvz",
+        )
+        stored = {
+            f"w4a8.block.{part}.{leaf}": tensor
+            for part, leaves in rounded.items()
+            for leaf, tensor in leaves.items()
+        }
+        stacked = {
+            ".in_proj_qkv.": (".in_proj_qkvz.", (0, 1, 2)),
+            ".in_proj_z.": (".in_proj_qkvz.", 3),
+        }
+        mapper = WeightsMapper(orig_to_new_stacked=stacked)
+        AutoWeightsLoader(model).load_weights(stored.items(), mapper=mapper)
+    child = model.block.in_proj_qkvz.w4a8
+    for leaf in rounded["in_proj_z"]:
+        parts = [one for part, rows in sizes.items() for one in rounded[part][leaf].split(rows)]
+        expected = torch.cat([one.chunk(2)[rank] for one in parts])
+        assert torch.equal(getattr(child, leaf), expected), leaf
+    finish(model)
