@@ -63,8 +63,10 @@ def test_each_set_of_a_quantized_model_answers_nearly_as_the_float_model(
         score_window(expected, logits[set_name], window[FIRST + 1 :]).divergence
         for set_name in SETS
     )
-    assert eight < 0.3 * four and four < 0.3
-    if name.partition(",")[0] in with_experts():
+    has_experts = name.partition(",")[0] in with_experts()
+    most = 0.4 if has_experts else 0.3  # some tokens go to other experts
+    assert eight < most * four and four < 0.3
+    if has_experts:
         for weights in open_merged(out)[2]:
             _check_against_dequantized(weights, window, logits[weights.name])
 
