@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from merge_tools.job import merge
 from vllm_qoq.bench.serving.floor import Model as Floor
-from vllm_qoq.checkpoint import tensor_parallel
+from vllm_qoq.checkpoint import stacked_experts, tensor_parallel
 from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.checkpoint.format import join_name
 from vllm_qoq.checkpoint.inspect import inspect
@@ -83,6 +83,12 @@ def test_stacked_experts_are_those_of_a_model_with_each_apart(published, tiny_mo
     assert language_part(expected) is expected
 
 
+def test_more_layers_of_experts_than_a_model_has_are_refused(published, monkeypatch):
+    monkeypatch.setattr(stacked_experts, "_MOST_LAYERS", 7)
+    with pytest.raises(FormatError, match=r"experts\.down_proj: has more than 7 layers"):
+        language_part(Checkpoint.open(published))
+
+
 def test_what_no_step_changes_is_stored_bit_by_bit(published, quantized):
     before, after = Checkpoint.open(published), Checkpoint.open(quantized.output)
     for name in KEPT:
@@ -129,11 +135,14 @@ def test_heads_for_more_tokens_are_left_out_and_said(quantized):
     assert said["mtp"] == "the heads that predict further tokens (MTP) are not in the output"
 
 
-def test_a_config_without_the_gate_is_refused(tiny_model, tmp_path):
+@pytest.mark.parametrize(
+    ("key", "value"), [("attn_output_gate", False), ("output_gate_type", "sigmoid")]
+)
+def test_gates_that_transformers_does_not_compute_are_refused(key, value, tiny_model, tmp_path):
     model = tiny_models.write(DENSE, tmp_path / "model", tiny_model)
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"attn_output_gate": False}))
-    with pytest.raises(UserError, match="attn_output_gate: False is not supported"):
+    (model / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(UserError, match=f"{key}: {value!r} is not supported"):
         check_model(Checkpoint.open(model), "quantized")
 
 
@@ -149,6 +158,7 @@ CONFIG = {
     [
         ({"layer_types": ["linear_attention"] * 3}, "layer_types: .* for each of 4 layers"),
         ({"layer_types": ["mamba"] * 4}, "layer_types: 'mamba' is not known; known are full_"),
+        ({"layer_types": [{}] * 4}, "layer_types: {} is not known"),
         ({"layer_types": "all"}, "layer_types: 'all' is no list"),
         ({"full_attention_interval": 0}, "full_attention_interval: 0 is no count"),
         ({"linear_num_value_heads": 6}, "linear_num_value_heads: 6 is not a multiple"),

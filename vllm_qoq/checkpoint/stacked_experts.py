@@ -12,12 +12,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vllm_qoq.checkpoint.folder import Checkpoint, TensorInfo
+from vllm_qoq.errors import FormatError
 
 if TYPE_CHECKING:
     import torch
 
 _GATE_UP, _DOWN = ".experts.gate_up_proj", ".experts.down_proj"
-_MOST_EXPERTS = 4096
+_MOST_EXPERTS, _MOST_LAYERS = 4096, 1 << 20
 
 
 class ApartExperts(Checkpoint):
@@ -31,6 +32,11 @@ class ApartExperts(Checkpoint):
             if not _is_stacked(info):
                 tensors[name] = info
                 continue
+            if len(self._places) > _MOST_LAYERS:
+                raise FormatError(
+                    f"{info.file}: {name}: has more than {_MOST_LAYERS} layers of experts with the "
+                    "tensors before it; not a model that can be served"
+                )
             for of_expert, place in _layers(info):
                 self._places[of_expert] = place
                 shape = (len(range(info.shape[1])[place[2]]), info.shape[2])
@@ -52,7 +58,7 @@ class ApartExperts(Checkpoint):
 def experts_apart(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with a layer for each projection of each expert; one without a stack as it is.
 
-    Names and shapes are all that is looked at.
+    Names and shapes are all that is looked at. Raises FormatError for more layers than a model has.
     """
     if not any(map(_is_stacked, checkpoint.tensors.values())):
         return checkpoint

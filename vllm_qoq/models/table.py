@@ -610,7 +610,7 @@ def layer_kinds(model: Architecture, config: Mapping[str, Any], layers: int) -> 
             f"layers; {REMEDY}"
         )
     for kind in found:
-        if kind not in model.kinds:
+        if not isinstance(kind, str) or kind not in model.kinds:
             raise FormatError(
                 f"{CONFIG}: layer_types: {shown(kind)} is not known; known are "
                 f"{', '.join(model.kinds)}; {REMEDY}"
