@@ -25,6 +25,11 @@ _UNKNOWN = {
     ),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3"), "attention over compressed keys (MLA)"),
     "gpt_oss": "experts with biases",
+    **dict.fromkeys(
+        ("bamba", "falcon_h1", "granitemoehybrid", "jamba", "nemotron_h", "zamba2"), "Mamba layers"
+    ),
+    **dict.fromkeys(("lfm2", "lfm2_moe"), "layers that are short convolutions"),
+    "olmo_hybrid": "norms that are in other places in layers of another kind",
 }
 
 
