@@ -16,6 +16,7 @@ from vllm_qoq.errors import FormatError, shown
 from vllm_qoq.models.config import CONFIG
 from vllm_qoq.models.names import split_expert
 from vllm_qoq.models.table import architecture_of, with_experts
+from vllm_qoq.models.vision import language_config
 
 # Older checkpoints of compressed-tensors and of ModelOpt keep their config in these.
 _COMPRESSION, _MODELOPT = "compression_config", "hf_quant_config.json"
@@ -139,7 +140,7 @@ def _check_transforms(transforms: object) -> None:
 
 
 def _check_tensors(checkpoint: Checkpoint) -> None:
-    known = architecture_of(checkpoint.config)
+    known = architecture_of(language_config(checkpoint.config))
     for name, info in checkpoint.tensors.items():
         layer, leaf = split_layer(name)
         if leaf in KV_CACHE_LEAVES and "attn" in layer:

@@ -36,7 +36,10 @@ ONE_IMAGE = {
 
 
 def serve(folder, **qoq):
-    llm = engine(folder, qoq or None, **ONE_IMAGE)
+    # vLLM computes linear attention on a CPU in bfloat16 alone.
+    is_hybrid = "linear_attention" in (folder / "config.json").read_text()
+    own = {"dtype": "bfloat16"} if is_hybrid else {}
+    llm = engine(folder, qoq or None, **ONE_IMAGE | own)
     (model,) = llm.apply_model(lambda model: model)
     return SimpleNamespace(llm=llm, model=model)
 
@@ -118,7 +121,8 @@ def test_each_set_of_a_quantized_model_answers_nearly_as_the_float_model(name, q
         steering.follow(Routing(prefill=x, decode=(DecodeRow(set_name=x),)))
         found[x] = logits(served, prompt)
     eight, four = (divergence(expected, found[x]).mean() for x in SETS)
-    assert eight < 0.4 * four and four < 0.3
+    most = 0.6 if "Moe" in name else 0.4  # some tokens go to other experts
+    assert eight < most * four and four < 0.3
     for weights in open_merged(out)[2]:
         dequantized = original.logits_of(weights, prompt)
         assert divergence(dequantized, found[weights.name]).median() < 0.003

@@ -40,7 +40,9 @@ def table() -> str:
     rows = []
     for name in with_names():
         names = ARCHITECTURES[name].names
-        quantize = "yes" if names.fixed_stream is None else "yes, but R1"
+        without = {"R1": names.fixed_stream, "R2": names.fixed_values}
+        lost = [step for step, why in without.items() if why is not None]
+        quantize = ", but ".join(("yes", *lost))
         served = "yes" if name in classes_served() else "no"
         speed = ", ".join(measured(name)) or "not run"
         rows.append(f"| `{name}` | {quantize} | {served} | {speed} |\n")

@@ -133,8 +133,9 @@ def edit(folder: Path, change: Any) -> Path:
 
 
 def _layers(tensors: Tensors, skip: tuple[str, ...]) -> list[str]:
-    names = [n for n in tensors if n.endswith("_proj.weight") and not any(s in n for s in skip)]
-    return [name.removesuffix(".weight") for name in names]
+    names = [n.removesuffix(".weight") for n in tensors if n.endswith(".weight")]
+    linear = [name for name in names if "_proj" in name.rpartition(".")[2]]
+    return [name for name in linear if not any(part in name for part in skip)]
 
 
 def _grouped(

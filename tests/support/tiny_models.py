@@ -26,6 +26,11 @@ _SIZES = {
 # The window is shorter than the texts of the tests.
 _TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
 _EXPERTS = {"moe_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2}
+_LINEAR = {
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    **{"linear_key_head_dim": 64, "linear_value_head_dim": 64},
+    "layer_types": ["linear_attention", "full_attention"],
+}
 MODELS = {
     "LlamaForCausalLM": ("LlamaConfig", {}),
     "MistralForCausalLM": ("MistralConfig", {"sliding_window": None}),
@@ -44,10 +49,24 @@ MODELS = {
     "Glm4ForCausalLM": ("Glm4Config", {}),
     "GlmForCausalLM": ("GlmConfig", {}),
     "CohereForCausalLM": ("CohereConfig", {"logit_scale": 1.0}),
+    # vLLM's window has a token more than that of transformers, so no text is longer.
+    "Cohere2ForCausalLM": (
+        "Cohere2Config",
+        {"logit_scale": 1.0} | _TWO_KINDS | {"sliding_window": 128},
+    ),
     "Ministral3ForCausalLM": ("Ministral3Config", {}),
     "Qwen2MoeForCausalLM": ("Qwen2MoeConfig", _EXPERTS | {"shared_expert_intermediate_size": 64}),
     "Qwen3MoeForCausalLM": ("Qwen3MoeConfig", _EXPERTS | {"mlp_only_layers": [1]}),
     "MixtralForCausalLM": ("MixtralConfig", {"num_local_experts": 4, "sliding_window": None}),
+    "Qwen3NextForCausalLM": (
+        "Qwen3NextConfig",
+        _LINEAR | _EXPERTS | {"shared_expert_intermediate_size": 64},
+    ),
+    "Qwen3_5ForCausalLM": ("Qwen3_5TextConfig", _LINEAR),
+    "Qwen3_5MoeForCausalLM": (
+        "Qwen3_5MoeTextConfig",
+        _LINEAR | _EXPERTS | {"shared_expert_intermediate_size": 64},
+    ),
 }
 """Name -> class of the config, and what it has besides the sizes; the class comes first."""
 

@@ -29,6 +29,13 @@ BIASES = {"attention_bias": True, "mlp_bias": True}
 
 EXPERTS = {"moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2}
 
+LINEAR = {
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    **{"linear_key_head_dim": 16, "linear_value_head_dim": 24},
+    "layer_types": ["full_attention", "linear_attention"],
+}
+TEXT = ("Gemma3", "Qwen3_5", "Qwen3_5Moe")  # the config of the language model has another name
+
 MODELS = {
     "llama": ("Llama", {}),
     "llama with biases": ("Llama", BIASES),
@@ -50,9 +57,13 @@ MODELS = {
     "glm": ("Glm", {}),
     "glm4": ("Glm4", {}),
     "cohere": ("Cohere", SMALL_HEADS),
+    "cohere2": ("Cohere2", SMALL_HEADS | TWO_KINDS),
     "qwen2 moe": ("Qwen2Moe", EXPERTS | {"shared_expert_intermediate_size": 64}),
     "qwen3 moe": ("Qwen3Moe", EXPERTS | {"mlp_only_layers": [1]}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3 next": ("Qwen3Next", LINEAR | EXPERTS | {"shared_expert_intermediate_size": 64}),
+    "qwen3.5": ("Qwen3_5", LINEAR),
+    "qwen3.5 moe": ("Qwen3_5Moe", LINEAR | EXPERTS | {"shared_expert_intermediate_size": 64}),
 }
 """Name -> family in transformers, and what its config has besides `SIZES`."""
 
@@ -60,7 +71,7 @@ MODELS = {
 def build(name, **changes):
     """A random model of `MODELS` in float64, with `changes` to its config."""
     family, own = MODELS[name]
-    text = "Text" if family == "Gemma3" else ""
+    text = "Text" if family in TEXT else ""
     config = getattr(transformers, f"{family}{text}Config")(**SIZES | own | changes)
     torch.manual_seed(0)
     return getattr(transformers, f"{family}ForCausalLM")(config).eval().double()
@@ -86,6 +97,8 @@ class Model:
     def give_large_pair(self):
         """Make a pair of K thirty times as large, and that of Q smaller: SmoothAttention's work."""
         for index, block in enumerate(blocks(self.model, self.names)):
+            if self.rope(index) is None:
+                continue
             of_pair = torch.zeros(self.dimensions.head_dim // 2)
             of_pair[3] = 1
             large = self.rope(index).of_channels(of_pair).bool()
@@ -142,7 +155,7 @@ class Model:
         return observer.seen()
 
     def downs(self, index):
-        return [mlp.down for mlp in self.names.of_block(index).mlps]
+        return self.names.of_block(index).smoothed
 
     def seen_keys(self, index):
         """All keys of a block before RoPE, [tokens, kv_heads, head_dim]."""
@@ -160,11 +173,12 @@ class Model:
         """What 4-bit keys cost the products with the queries."""
         seen = self.seen(index)
         keys = self.with_rope(seen)
-        lost = round_cache(keys, 4) - keys
+        seen, lost = seen.attention, round_cache(keys, 4) - keys
         return float((lost * torch.cat((seen.query_pairs, seen.query_pairs), 1)).square().sum())
 
     def with_rope(self, seen):
-        return with_rope(seen.keys, seen.positions, self.rope(0).inv_freq)
+        keys, positions = seen.attention.keys, seen.attention.positions
+        return with_rope(keys, positions, self.rope(0).inv_freq)
 
     def can(self, step):
         """Whether a step is sound for the kind of the model; "all" are those that are."""
@@ -174,7 +188,7 @@ class Model:
     def step(self, name):
         if name in ("R1", "all") and self.can("R1"):
             rotate.rotate_stream(self.model, self.names, self.dimensions)
-        if name in ("R2", "all"):
+        if name in ("R2", "all") and self.names.fixed_values is None:
             rotate.rotate_values(self.model, self.names, self.dimensions)
         if name in ("SmoothAttention", "all"):
             self.smooth(attention=True)

@@ -15,10 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vllm_qoq.checkpoint.float_view import FloatView
+from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.checkpoint.language import language_set
 from vllm_qoq.checkpoint.stored_set import StoredSet
-from vllm_qoq.models.vision import language_name, whole_name
+from vllm_qoq.models.vision import language_config, language_name, whole_name
 from vllm_qoq.quantizer.evaluate import int8_inputs, linears
+from vllm_qoq.quantizer.experts import use_linear_experts
 from vllm_qoq.quantizer.model import layer_names
 
 _TEXT = {
@@ -73,6 +75,41 @@ def _llava(kind: str) -> dict[str, Any]:
     }
 
 
+_QWEN3: Mapping[str, Any] = {
+    "tokens": _QWEN_TOKENS,
+    "image": _QWEN_IMAGE,
+    "files": {
+        "preprocessor_config.json": _QWEN_PIXELS
+        | {
+            **{"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 16},
+            "processor_class": "Qwen3VLProcessor",
+        },
+    },
+}
+_LINEAR = {
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    **{"linear_key_head_dim": 64, "linear_value_head_dim": 64},
+    "layer_types": ["linear_attention", "full_attention"],
+}
+_EXPERTS = {
+    **{"moe_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2},
+    "shared_expert_intermediate_size": 64,
+}
+
+
+def _qwen3_5(own: Mapping[str, Any]) -> dict[str, Any]:
+    # Sixteen channels of a head turn, by three positions.
+    sections = {"mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    rope = _SECTIONS | sections | {"partial_rotary_factor": 0.25}
+    return _QWEN_IDS | {
+        "text_config": {**_TEXT, **own, "rope_parameters": rope},
+        "vision_config": {
+            **{"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 96},
+            **{"out_hidden_size": 128, "num_position_embeddings": 16},
+        },
+    }
+
+
 MODELS: Mapping[str, Mapping[str, Any]] = {
     "Qwen2_5_VL": {
         "config": _QWEN_IDS
@@ -105,16 +142,10 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
                 "num_position_embeddings": 16,
             },
         },
-        "tokens": _QWEN_TOKENS,
-        "image": _QWEN_IMAGE,
-        "files": {
-            "preprocessor_config.json": _QWEN_PIXELS
-            | {
-                **{"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 16},
-                "processor_class": "Qwen3VLProcessor",
-            },
-        },
+        **_QWEN3,
     },
+    "Qwen3_5": {"config": _qwen3_5(_LINEAR), **_QWEN3},
+    "Qwen3_5Moe": {"config": _qwen3_5(_LINEAR | _EXPERTS), **_QWEN3},
 }
 """Name of the class without ForConditionalGeneration, and what sets it apart -> what to write."""
 
@@ -189,10 +220,13 @@ class FloatModel:
     """A model in transformers, in float32. `no_videos` must be in use."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        family = name.partition(",")[0]
-        kind = getattr(transformers, f"{family}ForConditionalGeneration")
+        kind = getattr(transformers, f"{name.partition(',')[0]}ForConditionalGeneration")
         self.model = kind.from_pretrained(folder, dtype=torch.float32).eval()
-        self._processor = getattr(transformers, f"{family}Processor").from_pretrained(folder)
+        names = layer_names(language_config(Checkpoint.open(folder).config))
+        self._names = replace(names, blocks="model.language_model.layers")
+        use_linear_experts(self.model, self._names)
+        processor = MODELS[name]["files"]["preprocessor_config.json"]["processor_class"]
+        self._processor = getattr(transformers, processor).from_pretrained(folder)
 
     @torch.no_grad()
     def logits(self, prompt: str, image: Image.Image | None = None) -> torch.Tensor:
@@ -204,12 +238,11 @@ class FloatModel:
     def logits_of(self, weights: StoredSet, prompt: str) -> torch.Tensor:
         """Compute them with the weights of a set, and inputs of linear layers in int8."""
         view, whole = FloatView(language_set(weights)), weights.checkpoint
-        names = replace(layer_names(view.config), blocks="model.language_model.layers")
         state = {whole_name(one): view.get(one).float() for one in view.tensors}
         for one in whole.tensors:
             if language_name(one) is None:
                 place = one.removeprefix("model.").replace(_OF_CLIP, "vision_tower")
                 state[f"model.{place}"] = whole.get(one).float()
         self.model.load_state_dict(state)
-        with int8_inputs(linears(self.model, names)):
+        with int8_inputs(linears(self.model, self._names)):
             return self.logits(prompt)

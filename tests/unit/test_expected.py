@@ -17,6 +17,12 @@ SIZES = {
 }
 BIASED = {"attention_bias": True, "mlp_bias": True}
 MOE = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+HYBRID = {
+    **{"head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    **{"linear_key_head_dim": 8, "linear_value_head_dim": 12, "linear_conv_kernel_dim": 3},
+    "layer_types": ["linear_attention", "full_attention"],
+}
+TEXT = ("Gemma3", "Qwen3_5", "Qwen3_5Moe")  # the config of the language model has another name
 CASES = {
     "llama": ("Llama", {}),
     "llama, biases": ("Llama", BIASED),
@@ -37,6 +43,7 @@ CASES = {
     "glm4": ("Glm4", {"head_dim": 16}),
     "glm4, without biases": ("Glm4", {"head_dim": 16, "attention_bias": False}),
     "cohere": ("Cohere", {}),
+    "cohere2": ("Cohere2", {}),
     "ministral3": ("Ministral3", {"head_dim": 16}),
     "gemma3": ("Gemma3", {"head_dim": 16}),
     "mixtral": ("Mixtral", {"num_local_experts": 4}),
@@ -47,13 +54,24 @@ CASES = {
     ),
     "qwen3 moe": ("Qwen3Moe", MOE | {"head_dim": 16}),
     "qwen3 moe, some dense": ("Qwen3Moe", MOE | {"num_hidden_layers": 4, "mlp_only_layers": [1]}),
+    "qwen3 next": ("Qwen3Next", HYBRID | MOE | {"shared_expert_intermediate_size": 40}),
+    "qwen3 next, some dense": (
+        "Qwen3Next",
+        HYBRID
+        | MOE
+        | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [0]}
+        | {"layer_types": ["full_attention", "linear_attention"]},
+    ),
+    "qwen3.5": ("Qwen3_5", HYBRID),
+    "qwen3.5, tied": ("Qwen3_5", HYBRID | {"tie_word_embeddings": True}),
+    "qwen3.5 moe": ("Qwen3_5Moe", HYBRID | MOE | {"shared_expert_intermediate_size": 40}),
     "qwen3 moe, every other": ("Qwen3Moe", MOE | {"decoder_sparse_step": 2}),
 }
 
 
 @pytest.mark.parametrize(("family", "changes"), CASES.values(), ids=CASES)
 def test_the_table_has_what_transformers_saves(tmp_path, family, changes):
-    name = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
+    name = f"{family}{'Text' if family in TEXT else ''}Config"
     config = getattr(transformers, name)(**(SIZES | changes))
     config.architectures = [f"{family}ForCausalLM"]
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)

@@ -37,8 +37,9 @@ def test_a_step_keeps_the_logits_and_changes_weights(name, step):
 def places(model, index):
     """The layers of a block that take part in some step."""
     names, block = model.names, model.names.of_block(index)
-    found = [*block.linears, *block.routers]
-    found += (names.q_norm, names.k_norm) if names.q_norm else ()
+    found = [*block.linears, *block.routers, *block.attention_floats]
+    found += (names.q_norm, names.k_norm) if names.q_norm and block.has_keys else ()
+    found += () if block.has_keys else (names.linear.norm,)
     if names.k_norm and not model.can("R1"):  # the norms take the scales, and R1 no part
         found = [place for place in found if place not in (names.q, names.k)]
     return found
@@ -77,7 +78,7 @@ def test_smooth_attention_evens_out_the_keys():
     before, error_before = model.seen(0), model.key_error(0)
     model.smooth(0, attention=True)
     after, error_after = model.seen(0), model.key_error(0)
-    before, after = (pairs(seen.keys).amax(0)[0] for seen in (before, after))
+    before, after = (pairs(seen.attention.keys).amax(0)[0] for seen in (before, after))
     assert before.max() / before.median() > 20 and after.max() / after.median() < 8
     assert error_after < 0.3 * error_before
 
@@ -108,7 +109,7 @@ def test_values_and_their_readers_become_equally_large():
     with torch.no_grad():
         v.weight[::7] *= 16
     model.smooth(0, outputs=True)
-    values = model.seen(0).values
+    values = model.seen(0).attention.values
     readers = o.weight.square().sum(0).view(2, 2, 32).sum(1).sqrt()
     ratio = values / readers
     assert (ratio / ratio.mean(1, keepdim=True) - 1).abs().max() < 1e-3
@@ -128,6 +129,21 @@ def test_the_inputs_of_down_proj_are_smoothed_where_that_helps():
     assert after.max() / after.median() < 0.3 * before.max() / before.median()
 
 
+def test_the_norm_of_linear_attention_takes_scales_that_all_heads_share():
+    model = Model("qwen3.5")
+    block, linear = blocks(model.model, model.names)[1], model.names.linear
+    norm, out = block.get_submodule(linear.norm), block.get_submodule(linear.o)
+    with torch.no_grad():
+        norm.weight[5] *= 100
+        out.weight.unflatten(1, (-1, len(norm.weight)))[:, :, 5] /= 100
+    before, logits = model.seen(1).downs[linear.o].largest, model.logits()
+    model.smooth(1, outputs=True)
+    after = model.seen(1).downs[linear.o].largest
+    assert before.max() / before.median() > 40
+    assert after.max() / after.median() < 0.3 * before.max() / before.median()
+    assert (model.logits() - logits).abs().max() < 1e-5 * logits.abs().max()
+
+
 def largest_inputs(model, down):
     """The largest inputs of a down_proj of the first block."""
     return model.seen(0).downs[down].largest
@@ -142,7 +158,7 @@ def test_reordering_sorts_the_inputs_of_every_down_proj(name):
     assert all((down.largest.diff() <= 1e-6).all() for down in downs)
 
 
-@pytest.mark.parametrize("name", ["qwen2 moe", "qwen3 moe", "mixtral"])
+@pytest.mark.parametrize("name", ["qwen2 moe", "qwen3 moe", "mixtral", "qwen3 next"])
 def test_experts_as_linear_layers_compute_what_those_of_transformers_do(name):
     model = Model(name, has_linear_experts=False)
     model.model.float()  # transformers has no products of experts in float64
@@ -164,6 +180,7 @@ def test_a_size_without_a_hadamard_matrix_is_refused():
     ("config", "message"),
     [
         ({"model_type": "gpt2"}, r"'gpt2' is not supported; supported are llama, mistral"),
+        ({"model_type": "llama4_text"}, r"not supported, because .* no steps for experts that are"),
         ({"model_type": "llama", "quantization_config": {}}, r"quantized already.*bf16"),
         ({}, r"None is not supported"),
     ],

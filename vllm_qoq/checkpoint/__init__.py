@@ -13,7 +13,8 @@ Reading folders that nobody vouches for:
     methods          what the config of a method says of a layer, as vLLM reads it
     patterns         regular expressions of strangers, matched in bounded time
     dequantize       rows of a weight, whatever the method
-    language         the language model in a model of images and text
+    language         the language model in a checkpoint, which may have more
+    stacked_experts  experts that are stored as one tensor, as layers of their own
     float_view       a set as the model in floating point that it computes
 
 Checking:

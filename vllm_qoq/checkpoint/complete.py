@@ -21,7 +21,7 @@ from vllm_qoq.models.config import CONFIG, text_config
 from vllm_qoq.models.names import split_decoder
 from vllm_qoq.models.table import architecture_of, routers
 from vllm_qoq.models.tensors import MOST_LAYERS
-from vllm_qoq.models.vision import TOWERS, language_name, vision_language
+from vllm_qoq.models.vision import TOWERS, language_config, language_name, vision_language
 
 _REMEDY = "download or quantize the model again"
 
@@ -50,7 +50,7 @@ def check(weights: StoredSet) -> None:
 
 
 def _malformed_layers(weights: StoredSet) -> Iterator[str]:
-    model = architecture_of(weights.checkpoint.config)
+    model = architecture_of(language_config(weights.checkpoint.config))
     gates = routers(model) if model is not None else ()
     for layer in sorted(weights.quantized):
         place = split_decoder(layer)

@@ -10,7 +10,7 @@ from vllm_qoq.checkpoint.kv_config import UNQUANTIZED, KVCache
 from vllm_qoq.checkpoint.language import language_part
 from vllm_qoq.errors import FormatError, shown
 from vllm_qoq.models.config import CONFIG
-from vllm_qoq.models.table import architecture_of
+from vllm_qoq.models.table import LINEAR, architecture_of
 from vllm_qoq.models.tensors import LAYERS, expected_tensors
 
 _ATTENTION = "self_attn"
@@ -60,6 +60,8 @@ def structure(checkpoint: Checkpoint, cache: KVCache | None) -> Iterator[str]:
         return
     for layer in range(expected.layers):
         name = name_of(layer)
+        if expected.kinds and expected.kinds[layer] == LINEAR:
+            continue  # It has no keys, so a mean of it is a surplus.
         if name in found:
             yield from _misshapen(found.pop(name), expected.key_heads)
         elif cache.bits_of(f"{LAYERS}{layer}.{_ATTENTION}.attn") != UNQUANTIZED:

@@ -1,18 +1,35 @@
-"""The language model in a checkpoint of a model of images and text, as a model of its own."""
+"""The language model in a checkpoint, as a model of its own.
+
+Beside it may be what reads images, and modules that generation does without (`unused`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_qoq.checkpoint.folder import Checkpoint, TensorInfo
+from vllm_qoq.checkpoint.stacked_experts import experts_apart
 from vllm_qoq.checkpoint.stored_set import StoredSet
 from vllm_qoq.errors import FormatError
+from vllm_qoq.models.table import architecture_of
 from vllm_qoq.models.vision import language_config, language_name, vision_language
 
 if TYPE_CHECKING:
     import torch
+
+
+class _Used(Checkpoint):
+    """Some tensors of a checkpoint."""
+
+    def __init__(self, whole: Checkpoint, tensors: dict[str, TensorInfo]) -> None:
+        self._whole = whole
+        super().__init__(whole.path, whole.config, tensors)
+
+    def get(self, name: str) -> torch.Tensor:
+        """The tensor `name` as stored, mapped from the file and not copied. Do not write to it."""
+        return self._whole.get(name)
 
 
 class LanguagePart(Checkpoint):
@@ -23,10 +40,11 @@ class LanguagePart(Checkpoint):
 
     def __init__(self, whole: Checkpoint) -> None:
         self.whole = whole
-        found = _language_tensors(whole.tensors)
+        config = dict(language_config(whole.config))
+        found = _used(config, _language_tensors(whole.tensors))
         self._stored = {name: info.name for name, info in found.items()}
         tensors = {name: replace(info, name=name) for name, info in found.items()}
-        super().__init__(whole.path, dict(language_config(whole.config)), tensors)
+        super().__init__(whole.path, config, tensors)
 
     def get(self, name: str) -> torch.Tensor:
         """The tensor `name` as stored, mapped from the file and not copied. Do not write to it."""
@@ -38,13 +56,24 @@ class LanguagePart(Checkpoint):
 
 
 def language_part(checkpoint: Checkpoint) -> Checkpoint:
-    """The language model of a model of images and text; any other checkpoint as it is.
+    """The language model of a checkpoint, without what is beside it, and with experts apart.
 
-    Raises FormatError for a language model that is not known.
+    Raises FormatError for a model of images and text whose language model is not known.
     """
-    if vision_language(checkpoint.config) is None:
+    checkpoint = experts_apart(checkpoint)
+    if vision_language(checkpoint.config) is not None:
+        return LanguagePart(checkpoint)
+    tensors = _used(checkpoint.config, checkpoint.tensors)
+    if len(tensors) == len(checkpoint.tensors):
         return checkpoint
-    return LanguagePart(checkpoint)
+    return _Used(checkpoint, tensors)
+
+
+def unused(checkpoint: Checkpoint) -> dict[str, str]:
+    """List the modules that generation does without, with what they are, by name."""
+    known = architecture_of(language_config(checkpoint.config))
+    owners = {name.partition(".")[0] for name in checkpoint.tensors}
+    return {k: v for k, v in known.unused.items() if k in owners} if known is not None else {}
 
 
 def beside_language(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
@@ -70,6 +99,13 @@ def language_set(weights: StoredSet) -> StoredSet:
         tensors=_language_tensors(weights.tensors),
         base=language_set(weights.base) if weights.base is not None else None,
     )
+
+
+def _used(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Leave out the tensors of modules that generation does without."""
+    known = architecture_of(config)
+    modules = known.unused if known is not None else {}
+    return {k: info for k, info in tensors.items() if k.partition(".")[0] not in modules}
 
 
 def _language_tensors(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:

@@ -96,7 +96,8 @@ def _is_linear(weights: StoredSet, layer: str, modules: Collection[str | None]) 
         return False
     weight, module = weights.layers[layer].get("weight"), _module(layer)
     is_matrix = weight is not None and len(weight.shape) == 2
-    return is_matrix and module is not None and (module in modules or layer.endswith("_proj"))
+    is_named_so = "_proj" in layer.rpartition(".")[2]  # also in_proj_qkvz
+    return is_matrix and module is not None and (module in modules or is_named_so)
 
 
 def _module(layer: str) -> str | None:

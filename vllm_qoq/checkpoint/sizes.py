@@ -152,8 +152,12 @@ def _derived(tensors: ExpectedTensors, name: str, shape: Shape) -> str:
 def _surplus(weights: StoredSet, tensors: ExpectedTensors) -> Iterator[str]:
     """Find tensors that the model has no place for; a copy of a tied head is not one."""
     beyond = set()
+    known = architecture_of(weights.checkpoint.config)
+    unused = known.unused if known is not None else ()
     for name, info in weights.tensors.items():
         layer, leaf = split_layer(name)
+        if name.partition(".")[0] in unused:
+            continue
         if name in tensors or name.endswith(_CONSTANTS) or _is_surplus_bias(name, tensors):
             continue
         # The modules `stream` and `k_mean` check these.

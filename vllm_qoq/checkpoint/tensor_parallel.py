@@ -1,7 +1,8 @@
 """Checks of how many GPUs vLLM can split the layers of a checkpoint over. No tensor is read.
 
 vLLM cuts a column-parallel layer (q, k, v, gate, up) along its outputs and a
-row-parallel one (o, down) along its inputs. So it cuts experts, unless expert parallelism shares
+row-parallel one (o, down) along its inputs. So it cuts linear attention, between its heads of K
+with the heads of V that belong to each, and experts, unless expert parallelism shares
 them out whole. A cut must not go through a head, a group or block that shares a scale, or a word of
 packed codes, and has to leave QoQ experts of the sizes that their kernels take. Where there are
 fewer K and V heads than GPUs, each GPU gets a copy of one. The hidden size is never cut.
@@ -33,10 +34,14 @@ _UNKNOWN_HEADS = "config.json: num_attention_heads or num_key_value_heads: not a
 
 @dataclass(frozen=True, slots=True)
 class HeadCounts:
-    """The numbers of query heads and of key-value heads of the model."""
+    """The numbers of query heads and of key-value heads of the model.
+
+    linear  the heads of K of its linear attention; None without it
+    """
 
     query: int
     key_value: int
+    linear: int | None = None
 
 
 def obstacles(
@@ -58,8 +63,13 @@ def obstacles(
 def _heads(config: Mapping[str, Any]) -> HeadCounts:
     text = text_config(config)
     query = int(text["num_attention_heads"])
-    heads = HeadCounts(query, int(text.get("num_key_value_heads") or query))
-    if min(heads.query, heads.key_value) < 1:
+    linear = text.get("linear_num_key_heads")
+    heads = HeadCounts(
+        query,
+        int(text.get("num_key_value_heads") or query),
+        None if linear is None else int(linear),
+    )
+    if min(heads.query, heads.key_value, heads.linear or 1) < 1:
         raise ValueError("no heads")
     return heads
 
@@ -70,6 +80,8 @@ def _obstacle(heads: HeadCounts, sets: Mapping[str, Mapping[str, Layout]], size:
     more, fewer = max(heads.key_value, size), min(heads.key_value, size)
     if more % fewer:
         return f"{heads.key_value} key-value heads cannot be shared out over {size}"
+    if heads.linear is not None and heads.linear % size:
+        return f"{heads.linear} heads of linear attention are not a multiple of {size}"
     for name, layers in sets.items():
         for layer, layout in layers.items():
             if reason := _layer_obstacle(layer, layout, heads, size):
@@ -85,6 +97,8 @@ def _layer_obstacle(layer: str, layout: Layout, heads: HeadCounts, size: int) ->
         return None
     if leaf in _FUSED:
         return _fused_obstacle(leaf, layout, heads, size)
+    if heads.linear is not None and layer.rpartition(".")[0].endswith(".linear_attn"):
+        return _linear_obstacle(leaf, layout, heads, size)
     if leaf not in _QUERY | _KEY_VALUE | _MLP:
         return "not known how vLLM splits this layer"
     if leaf in _ROW_PARALLEL:
@@ -116,6 +130,14 @@ def _fused_obstacle(leaf: str, layout: Layout, heads: HeadCounts, size: int) -> 
     return _cut(heads.query * head, size, unit, "outputs of q") or _cut(
         heads.key_value * head, min(size, heads.key_value), unit, "outputs of k and of v"
     )
+
+
+def _linear_obstacle(leaf: str, layout: Layout, heads: HeadCounts, size: int) -> str | None:
+    """Say why a layer of linear attention cannot be cut: its units stay together in each head."""
+    assert heads.linear is not None
+    if leaf == "out_proj":
+        return _cut(layout.in_features, size, _column_unit(layout), "inputs")
+    return _cut(layout.out_features, size, _row_unit(layout), "outputs")
 
 
 def _cut(length: int, parts: int, unit: int, what: str) -> str | None:

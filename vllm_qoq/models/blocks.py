@@ -46,6 +46,25 @@ class Mixture:
 
 
 @dataclass(frozen=True, slots=True)
+class LinearAttention:
+    """What some blocks have in place of attention: a state of one size, which each token changes.
+
+    readers  the layers that are quantized and read what the norm gives
+    floats   those that read it and stay in float: a few outputs, which decide what the state keeps
+    norm     the norm of what a head gives, whose weight is the same for all heads and multiplies
+             the inputs of o
+    o        what writes to the stream
+    kept     the tensors that no step changes, in the precision in which a model has them
+    """
+
+    readers: tuple[str, ...]
+    floats: tuple[str, ...]
+    norm: str
+    o: str
+    kept: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class BlockNames:
     """The layers of one block.
 
@@ -56,6 +75,8 @@ class BlockNames:
     mlps                      the MLP, or all experts and what every token goes through besides
     routers                   the layers in float that read what the MLPs read
     expert_share              the share of tokens that an expert computes if all get the same number
+    has_keys                  whether attention has keys and values, which linear attention has not
+    attention_floats          the layers in float that read what attention reads
     """
 
     attention_norm: str | None
@@ -65,13 +86,15 @@ class BlockNames:
     mlps: tuple[Mlp, ...]
     routers: tuple[str, ...] = ()
     expert_share: float = 1.0
+    has_keys: bool = True
+    attention_floats: tuple[str, ...] = ()
 
     @property
     def norms(self) -> dict[str, tuple[str, ...]]:
         """Map each norm to the layers that read it."""
         found: dict[str, tuple[str, ...]] = {}
         for norm, readers in (
-            (self.attention_norm, self.attention),
+            (self.attention_norm, self._attention_readers),
             (self.mlp_norm, self._mlp_readers),
         ):
             if norm is not None:
@@ -89,6 +112,14 @@ class BlockNames:
         return (self.attention, (self.o,), *of_mlps)
 
     @property
+    def smoothed(self) -> tuple[str, ...]:
+        """List the layers whose inputs get scales: all down, and what linear attention writes with.
+
+        The inputs of any other o get those of the values.
+        """
+        return (*(() if self.has_keys else (self.o,)), *(mlp.down for mlp in self.mlps))
+
+    @property
     def linears(self) -> tuple[str, ...]:
         """List all quantized layers."""
         return tuple(name for group in self.inputs for name in group)
@@ -97,6 +128,10 @@ class BlockNames:
     def stream_writers(self) -> tuple[str, ...]:
         """List the layers that write to the residual stream."""
         return (self.o, *(mlp.down for mlp in self.mlps))
+
+    @property
+    def _attention_readers(self) -> tuple[str, ...]:
+        return (*self.attention, *self.attention_floats)
 
     @property
     def _mlp_readers(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The layers of a model by what they do, experts among them, from its `config.json` alone."""
+"""The layers of a model by what they do, also where its blocks differ, from its `config.json`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ def names_of(config: Mapping[str, Any]) -> LayerNames | None:
     Raises FormatError as `expected_tensors` does.
     """
     model = architecture_of(config)
-    if model is None or model.names is None or model.experts is None:
+    if model is None or model.names is None or (model.experts is None and not model.kinds):
         return model.names if model is not None else None
     sizes = expected_tensors(config)
+    names = replace(model.names, kinds=tuple(sizes.kinds))
+    if model.experts is None:
+        return names
     mixture = _mixture(model.experts, sizes.experts, sizes.experts_of_token)
-    return replace(
-        model.names, mixtures=tuple(mixture if sparse else None for sparse in sizes.is_sparse)
-    )
+    return replace(names, mixtures=tuple(mixture if sparse else None for sparse in sizes.is_sparse))
 
 
 def _mixture(experts: Experts, count: int, each: int) -> Mixture:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 LM_HEAD = "lm_head"
+
+Shard = TypeVar("Shard")
 
 _LAYER = re.compile(r"(?P<prefix>(?:.*\.)?layers\.)(?P<index>\d+)\.(?P<module>.+)")
 _EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<projection>[^.]+)")
@@ -13,8 +16,13 @@ _EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<projection
 FUSED: Mapping[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
+    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
+    "in_proj_ba": ("in_proj_b", "in_proj_a"),
 }
 """Projections that vLLM runs as one layer, under its name."""
+
+# How many outputs of vLLM's layer one projection is, where that is not one: q, k and v.
+_OUTPUTS = {"in_proj_qkv": 3}
 
 
 def split_decoder(name: str) -> tuple[str, int, str] | None:
@@ -38,6 +46,24 @@ def split_expert(name: str) -> tuple[str, int, str] | None:
 def experts_of(names: Iterable[str]) -> frozenset[str]:
     """Find the mixtures of experts that layers with these `names` belong to."""
     return frozenset(place[0] for place in map(split_expert, names) if place is not None)
+
+
+def shards_of_parts(
+    parts: Sequence[str], shards: Iterable[Shard]
+) -> list[tuple[str, tuple[Shard, ...]]]:
+    """Share out the `shards` of a layer of vLLM among the layers that it is made of.
+
+    parts  their names; where one layer does the work of all, it is one
+    """
+    left = tuple(shards)
+    counts = [_OUTPUTS.get(part.rpartition(".")[2], 1) for part in parts]
+    if sum(counts) != len(left):
+        return [(parts[0], left)]
+    found = []
+    for part, count in zip(parts, counts, strict=True):
+        found.append((part, left[:count]))
+        left = left[count:]
+    return found
 
 
 def layer_globs(chosen: Iterable[str], every: Iterable[str]) -> tuple[str, ...]:

@@ -7,16 +7,18 @@ class in transformers (tests/unit/test_expected.py); see "Extending" in the docu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm_qoq.errors import FormatError, shown
-from vllm_qoq.models.blocks import BlockNames, Mixture, Mlp
+from vllm_qoq.models.blocks import BlockNames, LinearAttention, Mixture, Mlp
 from vllm_qoq.models.config import CONFIG, architecture_name
 from vllm_qoq.models.names import split_decoder
 from vllm_qoq.models.vision import language_config
 
 _MLP_NAMES = Mlp("gate_proj", "up_proj", "down_proj")
+FULL, LINEAR = "full_attention", "linear_attention"
+"""The kinds of decoder layers that `layer_types` of a hybrid model's `config.json` has."""
 REMEDY = "mend it, or download the model again"
 """The advice in errors about an impossible `config.json`."""
 
@@ -25,11 +27,14 @@ REMEDY = "mend it, or download the model again"
 class LayerSpec:
     """The weight of a layer: the names of its sizes (`tensors`), of which a linear layer has two.
 
-    bias  the keys of `config.json` of which any announces a bias; or True, always, or False, never
+    bias        the keys of `config.json` of which any announces a bias; or True, always, or False,
+                never
+    is_tensor   whether this is a tensor by itself, no module that has a weight
     """
 
     sizes: tuple[str, ...]
     bias: tuple[str, ...] | bool = False
+    is_tensor: bool = False
 
     def has_bias(self, config: Mapping[str, Any], defaults: Mapping[str, int | bool]) -> bool:
         """Whether the layer has a bias beside its weight; `defaults` are the architecture's."""
@@ -72,12 +77,18 @@ class LayerNames:
     has_heads_first   whether q_norm and k_norm get [batch, heads, tokens, D] in transformers, not
                       heads after tokens
     neighbor_pairs    whether RoPE turns the channels 2 i and 2 i + 1 of a head, not i and i + R / 2
+    still_kind        the kind of layer, of `layer_types`, without RoPE; None where all have it
     is_rope_partial   whether RoPE turns the first R channels of a head alone, where `config.json`
                       says so
     has_capped_scores whether attention bounds its scores, c tanh(score / c)
+    has_output_gate   whether each channel of what attention gives is multiplied by a gate, for
+                      which q_proj has outputs, too
+    has_plain_head    whether vLLM's lm_head of this class takes no quantization
     activation        of the MLP, down(activation(gate(x)) * up(x))
     mixtures          the mixture of experts of each block, None for one with an MLP; empty where
                       all have an MLP
+    linear            linear attention, in the blocks whose kind is LINEAR
+    kinds             the kind of each block, FULL or LINEAR; empty where all have attention
     has_wrong_hidden_act  whether `hidden_act` in `config.json` may be another, which vLLM ignores
     """
 
@@ -104,30 +115,62 @@ class LayerNames:
     has_head: bool = True
     has_heads_first: bool = False
     neighbor_pairs: bool = False
+    still_kind: str | None = None
     is_rope_partial: bool = False
     has_capped_scores: bool = False
+    has_output_gate: bool = False
+    has_plain_head: bool = False
     activation: str = "silu"
     has_wrong_hidden_act: bool = False
+    linear: LinearAttention | None = None
+    kinds: tuple[str, ...] = field(default=(), repr=False)
     mixtures: tuple[Mixture | None, ...] = field(default=(), repr=False)
 
     def of_block(self, index: int) -> BlockNames:
         """Name the layers of the block `index`."""
         mixture = self.mixtures[index] if self.mixtures else None
-        norms, attention = (self.attention_norm, self.mlp_norm), (self.q, self.k, self.v)
-        layers = (*norms, tuple(dict.fromkeys(attention)), self.o)
+        attention = tuple(dict.fromkeys((self.q, self.k, self.v)))
+        block = BlockNames(
+            self.attention_norm,
+            self.mlp_norm,
+            attention,
+            self.o,
+            mlps=(Mlp(self.gate, self.up, self.down),),
+        )
+        if self.linear is not None and self.kinds and self.kinds[index] == LINEAR:
+            block = replace(
+                block,
+                attention=self.linear.readers,
+                o=self.linear.o,
+                has_keys=False,
+                attention_floats=self.linear.floats,
+            )
         if mixture is None:
-            return BlockNames(*layers, mlps=(Mlp(self.gate, self.up, self.down),))
-        return BlockNames(
-            *layers,
+            return block
+        return replace(
+            block,
             mlps=(*mixture.experts, *mixture.shared),
             routers=mixture.routers,
             expert_share=mixture.each / len(mixture.experts),
         )
 
     @property
-    def routers(self) -> tuple[str, ...]:
-        """List what stays in float in blocks with a mixture of experts, named below a block."""
-        return next((mixture.routers for mixture in self.mixtures if mixture is not None), ())
+    def floats(self) -> tuple[str, ...]:
+        """List the linear layers of blocks that stay in float, named below a block."""
+        routers = next((mixture.routers for mixture in self.mixtures if mixture is not None), ())
+        return (*routers, *(self.linear.floats if self.linear is not None else ()))
+
+    def keeps(self, tensor: str) -> bool:
+        """Whether no step changes a tensor of the model, nor its precision."""
+        place = split_decoder(tensor)
+        return self.linear is not None and place is not None and place[2] in self.linear.kept
+
+    @property
+    def fixed_values(self) -> str | None:
+        """Say why the values of a head cannot be rotated; None where they can."""
+        if self.has_output_gate:
+            return "a gate multiplies every channel of what attention gives"
+        return None
 
     @property
     def fixed_stream(self) -> str | None:
@@ -146,6 +189,7 @@ class Architecture:
     """A kind of model, whose layers are named relative to a decoder layer (`model.layers.3.`).
 
     common    what every decoder layer has
+    kinds     what a layer of each kind in `layer_types` has besides; empty where all are alike
     mlp       what a layer without experts has besides
     experts   what the other layers have besides; None where all layers have `mlp`
     is_tied   whether the embedding is the lm_head, too, when the config does not say
@@ -153,6 +197,8 @@ class Architecture:
     names     what its layers do, for a model that can be quantized, imported and merged with norms
               that differ; None for one of which only the tensors are known
     type      the `model_type` of `config.json`, where there are `names`
+    unused    the modules beside the language model that are neither quantized nor copied, with
+              what they are
     """
 
     common: Mapping[str, LayerSpec]
@@ -162,6 +208,8 @@ class Architecture:
     defaults: Mapping[str, int | bool] = field(default_factory=dict)
     names: LayerNames | None = None
     type: str = ""
+    kinds: Mapping[str, Mapping[str, LayerSpec]] = field(default_factory=dict)
+    unused: Mapping[str, str] = field(default_factory=dict)
 
 
 _NORM, _HEAD_NORM = LayerSpec(("hidden",)), LayerSpec(("head",))
@@ -169,7 +217,6 @@ _NORMS = {"input_layernorm": _NORM, "post_attention_layernorm": _NORM}
 _FOUR_NORMS = _NORMS | {"pre_feedforward_layernorm": _NORM, "post_feedforward_layernorm": _NORM}
 _QK_NORMS = {"self_attn.q_norm": _HEAD_NORM, "self_attn.k_norm": _HEAD_NORM}
 _BIAS = ("attention_bias",)
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
 def _attention(qkv: tuple[str, ...] | bool, o: tuple[str, ...] | bool) -> dict[str, LayerSpec]:
@@ -214,6 +261,77 @@ _FOUR_NORMS_NAMES: dict[str, Any] = {
 }
 _GEMMA_NAMES: dict[str, Any] = {"norm_offset": 1.0, "activation": "gelu_pytorch_tanh"}
 _GEMMA_HEADS = {"head_dim": 256, "num_key_value_heads": 4}
+_COHERE_NAMES: dict[str, Any] = {
+    "mlp_norm": "input_layernorm",
+    "has_mean_norms": True,
+    "has_head": False,
+    "neighbor_pairs": True,
+}
+_GATED_ATTENTION = _QK_NORMS | {
+    "self_attn.q_proj": LayerSpec(("gated_query", "hidden")),
+    "self_attn.k_proj": LayerSpec(("key", "hidden")),
+    "self_attn.v_proj": LayerSpec(("key", "hidden")),
+    "self_attn.o_proj": LayerSpec(("hidden", "query")),
+}
+_LINEAR_HEADS = {
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+}
+_HYBRID_NAMES: dict[str, Any] = _QK_NORMS_NAMES | {
+    "norm_offset": 1.0,
+    "is_rope_partial": True,
+    "has_output_gate": True,
+}
+_MTP = {"mtp": "the heads that predict further tokens (MTP)"}
+
+
+def _linear_attention(**projections: LayerSpec) -> dict[str, LayerSpec]:
+    """List the layers of a Gated DeltaNet; `projections` read the stream."""
+    return {
+        **{f"linear_attn.{name}": spec for name, spec in projections.items()},
+        "linear_attn.conv1d": LayerSpec(("linear_qkv", "one", "kernel")),
+        "linear_attn.A_log": LayerSpec(("linear_heads",), is_tensor=True),
+        "linear_attn.dt_bias": LayerSpec(("linear_heads",), is_tensor=True),
+        "linear_attn.norm": LayerSpec(("linear_head",)),
+        "linear_attn.out_proj": LayerSpec(("hidden", "linear_value")),
+    }
+
+
+def _linear_names(readers: tuple[str, ...], floats: tuple[str, ...]) -> LinearAttention:
+    def below(names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(f"linear_attn.{name}" for name in names)
+
+    return LinearAttention(
+        below(readers),
+        below(floats),
+        norm="linear_attn.norm",
+        o="linear_attn.out_proj",
+        kept=below(("conv1d.weight", "A_log", "dt_bias")),
+    )
+
+
+_QWEN3_5_KINDS = {
+    FULL: _GATED_ATTENTION,
+    LINEAR: _linear_attention(
+        in_proj_qkv=LayerSpec(("linear_qkv", "hidden")),
+        in_proj_z=LayerSpec(("linear_value", "hidden")),
+        in_proj_b=LayerSpec(("linear_heads", "hidden")),
+        in_proj_a=LayerSpec(("linear_heads", "hidden")),
+    ),
+}
+_QWEN3_5_NAMES: dict[str, Any] = _HYBRID_NAMES | {
+    "linear": _linear_names(("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a"))
+}
+_SHARED_EXPERT: dict[str, Any] = {
+    "shared": {
+        **_mlp("mlp.shared_expert.", "shared_inner"),
+        "mlp.shared_expert_gate": LayerSpec(("one", "hidden")),
+    },
+    "shared_mlps": (_MLP_NAMES.below("mlp.shared_expert"),),
+}
 ARCHITECTURES: Mapping[str, Architecture] = {
     "LlamaForCausalLM": _LLAMA,
     "MistralForCausalLM": Architecture(
@@ -315,10 +433,15 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         {"input_layernorm": _NORM} | _attention(_BIAS, _BIAS),
         _mlp(),
         is_tied=True,
-        names=LayerNames(
-            mlp_norm="input_layernorm", has_mean_norms=True, has_head=False, neighbor_pairs=True
-        ),
+        names=LayerNames(**_COHERE_NAMES),
         type="cohere",
+    ),
+    "Cohere2ForCausalLM": Architecture(
+        {"input_layernorm": _NORM} | _attention(_BIAS, _BIAS),
+        _mlp(),
+        is_tied=True,
+        names=LayerNames(still_kind=FULL, **_COHERE_NAMES),
+        type="cohere2",
     ),
     "Ministral3ForCausalLM": Architecture(
         _NORMS | _attention(False, False),
@@ -351,11 +474,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "mlp.gate",
             "mlp.experts",
             _mlp("", "expert_inner"),
-            shared={
-                **_mlp("mlp.shared_expert.", "shared_inner"),
-                "mlp.shared_expert_gate": LayerSpec(("one", "hidden")),
-            },
-            shared_mlps=(_MLP_NAMES.below("mlp.shared_expert"),),
+            **_SHARED_EXPERT,
         ),
         defaults={"num_key_value_heads": 16, "qkv_bias": True, "num_experts_per_tok": 4},
         names=LayerNames(),
@@ -368,6 +487,51 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         defaults={"num_key_value_heads": 4, "num_experts_per_tok": 8},
         names=LayerNames(**_QK_NORMS_NAMES),
         type="qwen3_moe",
+    ),
+    "Qwen3NextForCausalLM": Architecture(
+        _NORMS,
+        _mlp(),
+        Experts("mlp.gate", "mlp.experts", _mlp("", "expert_inner"), **_SHARED_EXPERT),
+        defaults={
+            **{"head_dim": 256, "num_key_value_heads": 2, "num_experts_per_tok": 10},
+            **_LINEAR_HEADS,
+        },
+        names=LayerNames(
+            linear=_linear_names(("in_proj_qkvz",), ("in_proj_ba",)),
+            has_plain_head=True,
+            **_HYBRID_NAMES,
+        ),
+        type="qwen3_next",
+        kinds={
+            FULL: _GATED_ATTENTION,
+            LINEAR: _linear_attention(
+                in_proj_qkvz=LayerSpec(("linear_qkvz", "hidden")),
+                in_proj_ba=LayerSpec(("two_linear_heads", "hidden")),
+            ),
+        },
+        unused=_MTP,
+    ),
+    "Qwen3_5ForCausalLM": Architecture(
+        _NORMS,
+        _mlp(),
+        defaults={"head_dim": 256, "num_key_value_heads": 4, **_LINEAR_HEADS},
+        names=LayerNames(**_QWEN3_5_NAMES),
+        type="qwen3_5_text",
+        kinds=_QWEN3_5_KINDS,
+        unused=_MTP,
+    ),
+    "Qwen3_5MoeForCausalLM": Architecture(
+        _NORMS,
+        {},
+        Experts("mlp.gate", "mlp.experts", _mlp("", "expert_inner"), **_SHARED_EXPERT),
+        defaults={
+            **{"head_dim": 256, "num_key_value_heads": 2, "num_experts_per_tok": 8},
+            **_LINEAR_HEADS,
+        },
+        names=LayerNames(**_QWEN3_5_NAMES),
+        type="qwen3_5_moe_text",
+        kinds=_QWEN3_5_KINDS,
+        unused=_MTP,
     ),
 }
 """Every architecture whose tensors are known; those with `names` can be quantized."""
@@ -408,16 +572,50 @@ def router_globs() -> tuple[str, ...]:
 def norm_readers(config: Mapping[str, Any], norm: str) -> tuple[str, ...]:
     """List the linear layers that read the module `norm`; empty when that is not known.
 
-    What a router and experts read is not listed, because a router is one for all sets.
+    What a router and experts read is not listed, because a router is one for all sets. Nor is what
+    linear attention reads, of which some layers are one for all sets, too.
     """
     known, place = architecture_of(language_config(config)), split_decoder(norm)
     if known is None or place is None:
         return ()
-    norms = known.names.of_block(0).norms if known.names is not None else {}
-    if known.experts is not None:
-        norms = {"input_layernorm": _QKV}
+    if known.names is None:
+        return ()
     prefix, index, module = place
+    kinds = layer_kinds(known, language_config(config), index + 1) if known.kinds else ()
+    block = replace(known.names, kinds=tuple(kinds)).of_block(index)
+    norms = block.norms
+    if known.experts is not None:
+        norms = {"input_layernorm": block.attention}
+    if block.attention_norm is not None and block.attention_floats:
+        del norms[block.attention_norm]
     return tuple(f"{prefix}{index}.{reader}" for reader in norms.get(module, ()))
+
+
+def layer_kinds(model: Architecture, config: Mapping[str, Any], layers: int) -> list[str]:
+    """Read the kinds of the first `layers` decoder layers of a hybrid model, FULL or LINEAR.
+
+    Raises FormatError for `layer_types` that are not known, or fewer.
+    """
+    found = config.get("layer_types")
+    if found is None:
+        every = config.get("full_attention_interval", 4)
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise FormatError(
+                f"{CONFIG}: full_attention_interval: {shown(every)} is no count; {REMEDY}"
+            )
+        return [LINEAR if (i + 1) % every else FULL for i in range(layers)]
+    if not isinstance(found, list) or len(found) < layers:
+        raise FormatError(
+            f"{CONFIG}: layer_types: {shown(found)} is no list with a kind for each of {layers} "
+            f"layers; {REMEDY}"
+        )
+    for kind in found:
+        if not isinstance(kind, str) or kind not in model.kinds:
+            raise FormatError(
+                f"{CONFIG}: layer_types: {shown(kind)} is not known; known are "
+                f"{', '.join(model.kinds)}; {REMEDY}"
+            )
+    return found[:layers]
 
 
 def norm_offset(config: Mapping[str, Any]) -> float:

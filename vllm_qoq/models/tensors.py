@@ -20,6 +20,7 @@ from vllm_qoq.models.table import (
     LayerSpec,
     architecture_of,
     flag,
+    layer_kinds,
 )
 
 Shape = tuple[int, ...]
@@ -37,8 +38,9 @@ class ExpectedTensors(Mapping[str, Shape]):
     Shapes are computed when asked for. `outside` are those of no decoder layer. `optional` are
     those that a checkpoint may have besides: the lm_head, where it is the embedding. `key_heads` is
     the number of heads of K, and their size. `is_sparse` says of each layer whether it has a
-    mixture of `experts`, of which a token goes through `experts_of_token`. FormatError names a key
-    that is missing or impossible.
+    mixture of `experts`, of which a token goes through `experts_of_token`, and `kinds` names the
+    kinds of the layers of a hybrid model, none where all are alike. FormatError names a key that is
+    missing or impossible.
     """
 
     def __init__(self, model: Architecture, config: Mapping[str, Any]) -> None:
@@ -56,9 +58,15 @@ class ExpectedTensors(Mapping[str, Shape]):
         self._indices = {str(index): index for index in range(self.layers)}
         self.is_sparse = _sparse_layers(model, config, self.layers)
         self.experts, self.experts_of_token = _experts(sizes) if any(self.is_sparse) else (0, 0)
-        self._modules = {kind: _modules(model, sizes, kind) for kind in set(self.is_sparse)}
-        self._kinds = {
-            kind: dict(_tensors(modules, config, sizes)) for kind, modules in self._modules.items()
+        self.kinds = layer_kinds(model, config, self.layers) if model.kinds else []
+        self._alike = list(zip(self.kinds or [""] * self.layers, self.is_sparse, strict=True))
+        self._sizes_of = {
+            alike: dict(_tensors(_modules(model, sizes, *alike), config, sizes))
+            for alike in dict.fromkeys(self._alike)
+        }
+        self._shapes = {
+            alike: {name: tuple(sizes[one] for one in of_tensor) for name, of_tensor in all.items()}
+            for alike, all in self._sizes_of.items()
         }
 
     def keys_of(self, name: str) -> tuple[str, ...]:
@@ -66,14 +74,12 @@ class ExpectedTensors(Mapping[str, Shape]):
         index, _, tensor = name.removeprefix(LAYERS).partition(".")
         if not name.startswith(LAYERS):
             return ("hidden_size",) if name == FINAL_NORM else ("vocab_size", "hidden_size")
-        layer, _, leaf = tensor.rpartition(".")
-        sizes = self._modules[self.is_sparse[self._indices[index]]][layer].sizes
-        keys = tuple(_KEYS[size] for size in sizes)
-        return keys[:1] if leaf == "bias" else keys
+        sizes = self._sizes_of[self._alike[self._indices[index]]]
+        return tuple(_KEYS[size] for size in sizes[tensor])
 
     def of_layer(self, index: int) -> Mapping[str, Shape]:
         """List the tensors of decoder layer `index`, named relative to it."""
-        return self._kinds[self.is_sparse[index]]
+        return self._shapes[self._alike[index]]
 
     def __getitem__(self, name: str) -> Shape:
         index, dot, tensor = name.removeprefix(LAYERS).partition(".")
@@ -105,12 +111,15 @@ def expected_tensors(config: Mapping[str, Any]) -> ExpectedTensors:
     return ExpectedTensors(model, config)
 
 
-def _modules(model: Architecture, sizes: _Sizes, is_sparse: bool) -> dict[str, LayerSpec]:
-    """List the modules of a decoder layer with or without experts."""
+def _modules(
+    model: Architecture, sizes: _Sizes, kind: str, is_sparse: bool
+) -> dict[str, LayerSpec]:
+    """List the modules of a decoder layer of a kind, with or without experts."""
+    common = {**model.common, **model.kinds.get(kind, {})}
     if not is_sparse or model.experts is None:
-        return {**model.common, **model.mlp}
+        return {**common, **model.mlp}
     router = {model.experts.router: LayerSpec(("experts", "hidden"))}
-    modules = {**model.common, **router, **model.experts.shared}
+    modules = {**common, **router, **model.experts.shared}
     for number in range(sizes["experts"]):
         for name, module in model.experts.modules.items():
             modules[f"{model.experts.prefix}.{number}.{name}"] = module
@@ -119,12 +128,12 @@ def _modules(model: Architecture, sizes: _Sizes, is_sparse: bool) -> dict[str, L
 
 def _tensors(
     modules: Mapping[str, LayerSpec], config: Mapping[str, Any], sizes: _Sizes
-) -> Iterator[tuple[str, Shape]]:
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """List the tensors of `modules`, with the names of their sizes."""
     for name, module in modules.items():
-        shape = tuple(sizes[size] for size in module.sizes)
-        yield f"{name}.weight", shape
+        yield name if module.is_tensor else f"{name}.weight", module.sizes
         if module.has_bias(config, sizes.defaults):
-            yield f"{name}.bias", shape[:1]
+            yield f"{name}.bias", module.sizes[:1]
 
 
 def _sparse_layers(model: Architecture, config: Mapping[str, Any], layers: int) -> list[bool]:
@@ -149,6 +158,8 @@ def _is_tied(model: Architecture, config: Mapping[str, Any]) -> bool:
     return flag(config, "tie_word_embeddings") if is_said else model.is_tied
 
 
+_LINEAR_KEY = "linear_num_key_heads * linear_key_head_dim"
+_LINEAR_VALUE = "linear_num_value_heads * linear_value_head_dim"
 # The keys of `config.json` that each size is made of, as messages show them.
 _KEYS = {
     "hidden": "hidden_size",
@@ -157,12 +168,20 @@ _KEYS = {
     "two_inner": "2 * intermediate_size",
     "head": "head_dim",
     "query": "num_attention_heads * head_dim",
+    "gated_query": "2 * num_attention_heads * head_dim",
     "key": "num_key_value_heads * head_dim",
     "qkv": "(num_attention_heads + 2 * num_key_value_heads) * head_dim",
     "expert_inner": "moe_intermediate_size",
     "experts": "num_experts",
     "shared_inner": "shared_expert_intermediate_size",
     "one": "1",
+    "linear_value": _LINEAR_VALUE,
+    "linear_qkv": f"2 * {_LINEAR_KEY} + {_LINEAR_VALUE}",
+    "linear_qkvz": f"2 * {_LINEAR_KEY} + 2 * {_LINEAR_VALUE}",
+    "linear_heads": "linear_num_value_heads",
+    "two_linear_heads": "2 * linear_num_value_heads",
+    "linear_head": "linear_value_head_dim",
+    "kernel": "linear_conv_kernel_dim",
 }
 
 
@@ -191,6 +210,22 @@ class _Sizes:
                 return self._key_value_heads() * self["head"]
             case "qkv":
                 return self["query"] + 2 * self["key"]
+            case "gated_query":
+                return 2 * self["query"]
+            case "linear_value":
+                return self["linear_heads"] * self["linear_head"]
+            case "linear_qkv":
+                return 2 * self._linear_key() + self["linear_value"]
+            case "linear_qkvz":
+                return 2 * self._linear_key() + 2 * self["linear_value"]
+            case "linear_heads":
+                return self._linear_heads()
+            case "two_linear_heads":
+                return 2 * self["linear_heads"]
+            case "linear_head":
+                return self.key("linear_value_head_dim")
+            case "kernel":
+                return self.key("linear_conv_kernel_dim")
             case "expert_inner":
                 return self.key("moe_intermediate_size")
             case "shared_inner":
@@ -234,6 +269,18 @@ class _Sizes:
                 f"{heads}, and there is no head_dim; {REMEDY}"
             )
         return hidden // heads
+
+    def _linear_key(self) -> int:
+        return self.key("linear_num_key_heads") * self.key("linear_key_head_dim")
+
+    def _linear_heads(self) -> int:
+        heads, keys = self.key("linear_num_value_heads"), self.key("linear_num_key_heads")
+        if heads % keys:
+            raise FormatError(
+                f"{CONFIG}: linear_num_value_heads: {heads} is not a multiple of "
+                f"linear_num_key_heads, {keys}; {REMEDY}"
+            )
+        return heads
 
     def _key_value_heads(self) -> int:
         heads = self.key("num_attention_heads")

@@ -54,6 +54,14 @@ VISION_LANGUAGE: Mapping[str, VisionLanguage] = {
         {"qwen3_vl_text": ("Qwen3ForCausalLM", "qwen3")},
         ("visual.merger.linear_fc2", "visual.deepstack_merger_list.*.linear_fc2"),
     ),
+    "Qwen3_5ForConditionalGeneration": VisionLanguage(
+        {"qwen3_5_text": ("Qwen3_5ForCausalLM", "qwen3_5_text")},
+        ("visual.merger.linear_fc2",),
+    ),
+    "Qwen3_5MoeForConditionalGeneration": VisionLanguage(
+        {"qwen3_5_moe_text": ("Qwen3_5MoeForCausalLM", "qwen3_5_moe_text")},
+        ("visual.merger.linear_fc2",),
+    ),
 }
 """Every model of images and text whose language model can be quantized, by class name.
 

@@ -101,7 +101,7 @@ def section(options: QuantizeOptions, names: LayerNames, towers: tuple[str, ...]
     towers  modules beside the language model
     """
     return Section(
-        sets={kind.name: kind.config(names.routers, towers) for kind in options.kinds},
+        sets={kind.name: kind.config(names.floats, towers) for kind in options.kinds},
         routing=Routing(prefill=options.sets[0], decode=(DecodeRow(set_name=options.sets[-1]),)),
         kv_cache=KVCache(
             bits=options.kv_bits, hadamard=bool(options.kv_hadamard), k_mean=options.has_k_mean

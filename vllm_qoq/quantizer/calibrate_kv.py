@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_qoq.checkpoint import card, hub, values, verify
+from vllm_qoq.checkpoint import card, hub, k_mean, values, verify
 from vllm_qoq.checkpoint.folder import Checkpoint, TensorInfo, check_link, side_files
 from vllm_qoq.checkpoint.format import (
     K_MEAN,
@@ -26,6 +26,7 @@ from vllm_qoq.checkpoint.format import (
     split_name,
 )
 from vllm_qoq.checkpoint.kv_config import UNQUANTIZED, Bits, KVCache
+from vllm_qoq.checkpoint.language import language_part
 from vllm_qoq.checkpoint.output import check_output, check_space
 from vllm_qoq.checkpoint.output_config import output_config
 from vllm_qoq.checkpoint.shards import (
@@ -35,6 +36,7 @@ from vllm_qoq.checkpoint.shards import (
     total_bytes,
     write_checkpoint,
 )
+from vllm_qoq.checkpoint.stacked_experts import experts_apart
 from vllm_qoq.errors import FormatError, shown
 from vllm_qoq.models.config import CONFIG
 from vllm_qoq.models.vision import vision_language
@@ -124,8 +126,9 @@ def calibrate_kv(
     cache = _cache(source, options, kv_bits)
     size = (dimensions.kv_heads, dimensions.head_dim)
     infos = [
-        TensorInfo(f"{names.blocks}.{i}.{names.attention}.{K_MEAN}", "F32", size, "")
+        TensorInfo(k_mean.name_of(i), "F32", size, "")
         for i in range(dimensions.layers)
+        if names.of_block(i).has_keys
     ]
     kept = [i for i in source.checkpoint.tensors.values() if split_layer(i.name)[1] != K_MEAN]
     shards = cut(_groups([*kept, *infos], source.section), max_shard_bytes)
@@ -135,7 +138,7 @@ def calibrate_kv(
     result = Calibrated(
         output=out,
         kv_cache=cache,
-        layers=dimensions.layers,
+        layers=len(infos),
         samples=count,
         seqlen=options.seqlen,
         total_bytes=total_bytes(shards),
@@ -183,7 +186,7 @@ def open_source(folder: Path) -> Source:
 
     Raises UserError for one whose model cannot be run, or is not sound.
     """
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = experts_apart(Checkpoint.open(folder))
     if vision_language(checkpoint.config) is not None:
         raise QuantizeError(
             f"{folder}: {CONFIG}: architectures: {shown(checkpoint.config.get('architectures'))}: "
@@ -199,7 +202,7 @@ def open_source(folder: Path) -> Source:
             "-o MERGED`, and give MERGED"
         )
     if raw is None:
-        return Source(checkpoint, None, check_model(checkpoint, "calibrated"))
+        return Source(checkpoint, None, check_model(language_part(checkpoint), "calibrated"))
     from vllm_qoq.checkpoint.float_view import FloatView  # which imports torch
 
     _, section, sets = verify.open_merged(folder)
@@ -305,7 +308,7 @@ def _measured(
         biased = keys.large_biases(model, names, dimensions, options)
     if biased:
         print(f"warning: {keys.warning(biased, options)}", file=sys.stderr, flush=True)
-    means = smooth.named_means(smooth.k_means(step.found, dimensions), names)
+    means = smooth.named_means(smooth.k_means(step.found), names)
     return means, biased, len(samples)
 
 

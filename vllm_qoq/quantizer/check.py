@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,7 @@ class SetCheck:
     quiet: bool
 
     def measure(
-        self, model: Module, label: str, k_means: Sequence[torch.Tensor] | None = None
+        self, model: Module, label: str, k_means: Mapping[int, torch.Tensor] | None = None
     ) -> dict[str, Any]:
         """Measure `perplexity` by KV cache ("kv16", "kv4") and make `generated` texts."""
         found: dict[str, Any] = {}
@@ -63,12 +63,12 @@ class SetCheck:
         names: LayerNames,
         kind: SetKind,
         layers: Iterable[Mapping[str, torch.Tensor]],
-        k_means: Sequence[torch.Tensor] | None,
+        k_means: Mapping[int, torch.Tensor] | None,
     ) -> dict[str, Any]:
         """Measure one set, like `measure`. The transformed `model` gets the weights of the set.
 
         layers   the tensors of each block, named SET.LAYER.LEAF
-        k_means  float32 [kv_heads, head_dim] of each block, which the cache leaves out
+        k_means  float32 [kv_heads, head_dim] by the index of the block, which the cache leaves out
         """
         if not (self.windows or self.prompts):
             return {}
@@ -84,7 +84,7 @@ class SetCheck:
             return self.measure(model, kind.name, k_means)
 
     def _perplexity(
-        self, model: Module, bits: Bits, label: str, k_means: Sequence[torch.Tensor] | None
+        self, model: Module, bits: Bits, label: str, k_means: Mapping[int, torch.Tensor] | None
     ) -> float:
         of = f"{label}, {short_name(bits).upper()}"
         clock = Clock(f"perplexity of {of}", len(self.windows), self.quiet)

@@ -9,7 +9,7 @@ are rounded to 4 or 8 bits each, per token and head. The protocol is that of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,14 +38,14 @@ def perplexity(
     kv_bits: Bits = UNQUANTIZED,
     done: Callable[[], object] = lambda: None,
     kv_hadamard: bool = False,
-    k_means: Sequence[torch.Tensor] | None = None,
+    k_means: Mapping[int, torch.Tensor] | None = None,
 ) -> float:
     """Measure the perplexity of a model on windows of token ids.
 
     This is exp of the mean negative log-likelihood of every token but the first of each window.
     `kv_hadamard` rotates keys before they are rounded to `kv_bits`, and `k_means`, float32
-    [kv_heads, head_dim] of each layer, are subtracted before that; `done` is called after each
-    window.
+    [kv_heads, head_dim] by the index of the layer, are subtracted before that; `done` is called
+    after each window.
     """
     device = device_of(model)
     total, count = 0.0, 0
@@ -142,7 +142,7 @@ class _simulated_cache:
         model: Module,
         bits: Bits,
         use_hadamard: bool,
-        k_means: Sequence[torch.Tensor] | None,
+        k_means: Mapping[int, torch.Tensor] | None,
     ) -> None:
         self.model, self.bits, self.use_hadamard = model, bits, use_hadamard
         self.k_means = k_means
@@ -158,7 +158,7 @@ class _simulated_cache:
 
 
 def _register(
-    bits: QuantizedBits, use_hadamard: bool, k_means: Sequence[torch.Tensor] | None
+    bits: QuantizedBits, use_hadamard: bool, k_means: Mapping[int, torch.Tensor] | None
 ) -> str:
     """Make an attention that rounds keys and values known to transformers; returns its name."""
     from transformers import AttentionInterface, AttentionMaskInterface

@@ -39,7 +39,9 @@ _POSITIVE = ("rope_theta", "rope_local_base_freq", "factor", "original_max_posit
 _ACTIVATIONS = ("hidden_act", "hidden_activation")
 _CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 # What changes the computation of a model in a way that no entry of the table has.
-_REFUSED = ("use_bidirectional_attention", "use_qk_norm")
+_REFUSED = ("use_bidirectional_attention", "use_qk_norm", "layer_scale")
+_GATE, _LINEAR_GATE = "attn_output_gate", "output_gate_type"
+_SILU = (None, "silu", "swish")
 # Every tokenizer has at least one of these files, whatever its class.
 _TOKENIZERS = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
@@ -207,6 +209,16 @@ def _check_constants(config: Mapping[str, Any], names: LayerNames) -> None:
             raise QuantizeError(
                 f"{CONFIG}: {key}: {shown(config[key])} is not supported; give another model"
             )
+    if names.has_output_gate and config.get(_GATE, True) is not True:
+        raise QuantizeError(
+            f"{CONFIG}: {_GATE}: {shown(config[_GATE])} is not supported: transformers computes a "
+            "gate in every attention of this model; give another model"
+        )
+    if names.linear is not None and config.get(_LINEAR_GATE, "silu") not in _SILU:
+        raise QuantizeError(
+            f"{CONFIG}: {_LINEAR_GATE}: {shown(config[_LINEAR_GATE])} is not supported: "
+            "transformers computes 'silu' in the linear attention of this model; give another model"
+        )
     for key in _CAPS:
         if config.get(key) is not None and not is_positive(config[key]):
             raise QuantizeError(

@@ -18,7 +18,7 @@ from vllm_qoq.checkpoint import hub
 from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.checkpoint.format import STREAM
 from vllm_qoq.checkpoint.kv_config import UNQUANTIZED, Bits
-from vllm_qoq.checkpoint.language import LanguagePart, language_part
+from vllm_qoq.checkpoint.language import LanguagePart, language_part, unused
 from vllm_qoq.checkpoint.shards import MAX_SHARD_BYTES, write_checkpoint
 from vllm_qoq.models.config import CONFIG
 from vllm_qoq.models.table import LayerNames
@@ -134,7 +134,7 @@ def prepare(job: Job, options: QuantizeOptions) -> CheckedJob:
     plan = check_job(job, options)
     rotate.require_sizes(
         [plan.dimensions.hidden] * plan.options.turns_stream
-        + [plan.dimensions.head_dim] * bool(plan.options.rotate)
+        + [plan.dimensions.head_dim] * _turns_values(plan)
     )
     workdir.check(job.work_dir, fingerprint(job, plan), job.resume)
     return plan
@@ -169,7 +169,7 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
         steps.done("rotating")
         k_means = _smooth(model, plan, options, work, quiet=job.quiet)
         steps.done("smoothing")
-        if options.rotate:
+        if _turns_values(plan):
             rotate.rotate_values(model, names, dimensions)  # after the channels have been smoothed
         biased = keys.large_biases(model, names, dimensions, options)
         biased = [in_output(job.model, layer) for layer in biased]
@@ -179,7 +179,8 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
             original = language_part(Checkpoint.open(job.model))
             is_one = stays_tied(is_tied(original.config), options)
             shared = _shared(model, names, options, is_one)
-            shared |= smooth.named_means(k_means or (), names)
+            shared |= {name: original.get(name) for name in shared if names.keeps(name)}
+            shared |= smooth.named_means(k_means or {}, names)
             if options.turns_stream and isinstance(original, LanguagePart):
                 shared |= towers.rotated(original, rotate.hadamard(dimensions.hidden))
             work.save(SHARED, shared, {})
@@ -211,7 +212,7 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
             "options": options.model_dump(mode="json"),
             "effort": options.effort,
             "steps": steps_that_ran(options, len(plan.samples)),
-            **left_out(names, options),
+            **left_out(names, options, unused(Checkpoint.open(job.model))),
             **worst_layers(errors, options.sets),
             **summary(errors, steps.seconds),
             **({"starved_experts": few} if few else {}),
@@ -226,6 +227,10 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
         )
         work.remove()
     return report
+
+
+def _turns_values(plan: CheckedJob) -> bool:
+    return bool(plan.options.rotate) and plan.names.fixed_values is None
 
 
 def _results(work: WorkDir, layers: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -302,8 +307,8 @@ def _sha256(content: bytes) -> str:
 
 def _smooth(
     model: Module, plan: CheckedJob, options: QuantizeOptions, work: WorkDir, quiet: bool
-) -> list[torch.Tensor] | None:
-    """Smooth the model; returns the mean of K of each block, float32 [kv_heads, head_dim]."""
+) -> dict[int, torch.Tensor] | None:
+    """Smooth the model; returns the means of K, float32 [kv_heads, head_dim], by block."""
     wanted = SmoothOptions(
         k_mean=options.has_k_mean,
         # A 16-bit cache rounds nothing that a scale could help.
@@ -321,7 +326,7 @@ def _smooth(
     if work.has(_SMOOTHING):
         found = work.load(_SMOOTHING)
         apply_saved(model, found, plan.names, plan.dimensions)
-        return _k_means(found, plan, wanted)
+        return smooth.k_means(found) if wanted.k_mean else None
     samples = spread(plan.samples, -(-SMOOTHING_TOKENS // options.seqlen))
     step = SmoothPass(
         names=plan.names,
@@ -334,15 +339,7 @@ def _smooth(
     pipeline.run(model, step, samples, plan.tokenizer, propagate=False)
     apply_saved(model, step.found, plan.names, plan.dimensions)
     work.save(_SMOOTHING, step.found, {})
-    return _k_means(step.found, plan, wanted)
-
-
-def _k_means(
-    found: Mapping[str, torch.Tensor], plan: CheckedJob, wanted: SmoothOptions
-) -> list[torch.Tensor] | None:
-    if not wanted.k_mean:
-        return None
-    return smooth.k_means(found, plan.dimensions)
+    return smooth.k_means(step.found) if wanted.k_mean else None
 
 
 def _quantize(

@@ -28,6 +28,9 @@ def large_biases(
         return []
     found = []
     for index, block in enumerate(blocks(model, names)):
+        rope = rope_of(model, names, dimensions, index)
+        if rope is None:
+            continue
         q, k = (rows(block, part, names, dimensions) for part in _PARTS)
         if k.bias is None:
             continue
@@ -43,7 +46,7 @@ def large_biases(
         if key_bias.is_too_large(
             queries.view(-1, dimensions.heads, dimensions.head_dim),
             (x @ weight.t()).view(-1, dimensions.kv_heads, dimensions.head_dim),
-            _turned(bias, rope_of(model, names, dimensions, index), options.k_mean),
+            _turned(bias, rope, options.k_mean),
             bits=options.key_bits,
             use_hadamard=bool(options.kv_hadamard),
         ):

@@ -16,6 +16,21 @@ from vllm_qoq.models.vision import VISION_LANGUAGE
 from vllm_qoq.quantizer import QuantizeError
 
 _CAP = "attn_logit_softcapping"
+# What well-known models compute that no entry of the table has, by their model_type.
+_UNKNOWN = {
+    **dict.fromkeys(
+        ("llama4", "llama4_text"),
+        "experts that are one product and whose inputs the router weights, nor for norms of keys "
+        "behind RoPE",
+    ),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), "attention over compressed keys (MLA)"),
+    "gpt_oss": "experts with biases",
+    **dict.fromkeys(
+        ("bamba", "falcon_h1", "granitemoehybrid", "jamba", "nemotron_h", "zamba2"), "Mamba layers"
+    ),
+    **dict.fromkeys(("lfm2", "lfm2_moe"), "layers that are short convolutions"),
+    "olmo_hybrid": "norms that are in other places in layers of another kind",
+}
 
 
 def layer_names(config: Mapping[str, Any]) -> LayerNames:
@@ -27,8 +42,10 @@ def layer_names(config: Mapping[str, Any]) -> LayerNames:
         raise QuantizeError("the model is quantized already; give the one in bf16 or fp16")
     classes, kind = _classes(), config.get("model_type")
     if not isinstance(kind, str) or kind not in classes:
+        lacks = _UNKNOWN.get(kind) if isinstance(kind, str) else None
+        because = f", because there are no steps for {lacks}" if lacks is not None else ""
         raise QuantizeError(
-            f"{CONFIG}: model_type {shown(kind)} is not supported; supported are "
+            f"{CONFIG}: model_type {shown(kind)} is not supported{because}; supported are "
             f"{', '.join(classes)}, and the language models in {', '.join(VISION_LANGUAGE)}"
         )
     if config.get("architectures", [classes[kind]]) not in (None, [classes[kind]]):

@@ -61,7 +61,7 @@ class _BlockPass(Modifier):
         """Finish the blocks that this step ran: one, or none for the step of lm_head."""
         seen = set(map(id, modules))
         for index, block in enumerate(self._blocks):
-            if id(block.get_submodule(self.names.q)) in seen:
+            if id(block.get_submodule(self.names.of_block(index).attention[0])) in seen:
                 # Rounding computes in float32, in loops that `products` would slow down.
                 with torch._C.DisableTorchFunction():
                     self.finish(index, block)
@@ -88,7 +88,7 @@ class SmoothPass(_BlockPass):
 
     _observers: dict[int, Observer] = PrivateAttr(default_factory=dict)
     _found: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
-    _ropes: list[Rope] = PrivateAttr(default_factory=list)
+    _ropes: list[Rope | None] = PrivateAttr(default_factory=list)
 
     @property
     def found(self) -> dict[str, torch.Tensor]:
@@ -100,8 +100,8 @@ class SmoothPass(_BlockPass):
         for index, block in enumerate(self._blocks):
             rope = rope_of(state.model, self.names, self.dimensions, index)
             self._ropes.append(rope)
-            downs = [mlp.down for mlp in self.names.of_block(index).mlps]
-            observer = Observer(self.names, self.dimensions, rope, downs, self.samples)
+            smoothed = self.names.of_block(index).smoothed
+            observer = Observer(self.names, self.dimensions, rope, smoothed, self.samples)
             self._observers[index] = observer
             for name, see in observer.outputs.items():
                 self.register_hook(block.get_submodule(name), _output_hook(see), "forward")

@@ -11,7 +11,7 @@ from vllm_qoq.models.table import LayerNames
 from vllm_qoq.quantizer.model import Dimensions
 from vllm_qoq.quantizer.parts import Part, part_rows
 from vllm_qoq.quantizer.rope import Rope
-from vllm_qoq.quantizer.smooth import Seen, SeenDown
+from vllm_qoq.quantizer.smooth import Seen, SeenAttention, SeenDown
 
 SMOOTHING_TOKENS = 16384
 """So much of the calibration text is observed: means and magnitudes do not need more."""
@@ -20,10 +20,11 @@ _SAMPLE_TOKENS = 1024
 
 
 class Observer:
-    """An observer that gathers `Seen` from the outputs of q, k and v and the inputs of `downs`.
+    """An observer that gathers `Seen` from outputs of q, k and v and the inputs of `smoothed`.
 
-    downs    the names of the block's down_proj, one for each MLP
-    samples  pieces of text, with one of which it is called at a time
+    rope      of the block's attention; None where linear attention has no q, k and v
+    smoothed  the layers that `BlockNames.smoothed` lists
+    samples   pieces of text, with one of which it is called at a time
 
     It keeps a few tokens of each, `_SAMPLE_TOKENS` in all.
     """
@@ -32,11 +33,11 @@ class Observer:
         self,
         names: LayerNames,
         dimensions: Dimensions,
-        rope: Rope,
-        downs: Iterable[str],
+        rope: Rope | None,
+        smoothed: Iterable[str],
         samples: int,
     ) -> None:
-        self._names, self._dimensions, self._rope = names, dimensions, rope
+        self._names, self._dimensions = names, dimensions
         self._tokens_per_sample = max(1, _SAMPLE_TOKENS // samples)
         self._positions: list[torch.Tensor] = []
         self._sampled: dict[str, list[torch.Tensor]] = {}
@@ -44,29 +45,37 @@ class Observer:
         self._sums: dict[str, torch.Tensor] = {}
         self._squares: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
-        self.outputs: dict[str, Callable[[torch.Tensor], None]] = {
-            names.q_norm or names.q: self._queries,
-            names.k_norm or names.k: self._keys,
-            names.v: self._values,
-        }
-        if names.q == names.k == names.v:
-            self.outputs = {names.q: self._fused}
-        self.inputs = {name: partial(self._down, name) for name in downs}
+        self.outputs: dict[str, Callable[[torch.Tensor], None]] = {}
+        if rope is not None:
+            self._rope = rope
+            self.outputs = {
+                names.q_norm or names.q: self._queries,
+                names.k_norm or names.k: self._keys,
+                names.v: self._values,
+            }
+            if names.q == names.k == names.v:
+                self.outputs = {names.q: self._fused}
+        self.inputs = {name: partial(self._down, name) for name in smoothed}
 
     def seen(self) -> Seen:
         """Put together what was gathered."""
+        return Seen(
+            attention=self._attention() if self.outputs else None,
+            downs={
+                name: SeenDown(torch.cat(self._sampled[name]), largest)
+                for name, largest in self._largest.items()
+            },
+        )
+
+    def _attention(self) -> SeenAttention:
         low, high = self._mean_square("queries").chunk(2, dim=-1)  # the halves of RoPE's pairs
         queries = (low + high).view(self._dimensions.kv_heads, self._dimensions.queries_per_kv, -1)
-        return Seen(
+        return SeenAttention(
             keys=torch.cat(self._sampled["keys"]),
             positions=torch.cat(self._positions),
             mean_key=self._sums["keys"] / self._counts["keys"],
             query_pairs=queries.mean(dim=1).sqrt(),
             values=self._mean_square("values").sqrt(),
-            downs={
-                name: SeenDown(torch.cat(self._sampled[name]), largest)
-                for name, largest in self._largest.items()
-            },
         )
 
     def _fused(self, x: torch.Tensor) -> None:

@@ -125,6 +125,10 @@ class QuantizeOptions(BaseModel):
 
     def of_model(self, names: LayerNames) -> QuantizeOptions:
         """Decide what the kind of the model decides; QuantizeError for what it cannot have."""
+        if self.lm_head_bits == 8 and names.has_plain_head:
+            raise QuantizeError(
+                "lm_head_bits: vLLM takes an lm_head of this model in float alone; give 16"
+            )
         if self.lm_head_bits == 8 and not names.has_head:
             raise QuantizeError(
                 "lm_head_bits: vLLM takes no lm_head but the embedding for this model, so none can "
@@ -134,6 +138,11 @@ class QuantizeOptions(BaseModel):
             if "k_mean" in self.model_fields_set:
                 raise QuantizeError(f"k_mean: {NO_MEAN_UNDER_A_CAP}; leave it out")
             return self.model_copy(update={"k_mean": False}).of_model(names)
+        if self.rotate == "values" and names.fixed_values is not None:
+            raise QuantizeError(
+                f"rotate: V of this model cannot be rotated, because {names.fixed_values}; leave "
+                "it out to rotate the residual stream, or give --no-rotate"
+            )
         if names.fixed_stream is None or not self.turns_stream:
             return self
         if "rotate" in self.model_fields_set:

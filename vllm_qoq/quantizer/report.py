@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, TypedDict
 
 from typing_extensions import NotRequired
@@ -134,11 +135,18 @@ def steps_that_ran(options: QuantizeOptions, samples: int) -> str:
     )
 
 
-def left_out(names: LayerNames, options: QuantizeOptions) -> dict[str, Any]:
-    """Say which steps the model cannot take, and why: {"left_out": {step: reason}}, or nothing."""
-    steps = {}
+def left_out(
+    names: LayerNames, options: QuantizeOptions, unused: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Say which steps the model cannot take, and why: {"left_out": {step: reason}}, or nothing.
+
+    unused  modules of the model that are not in the output, with what they are
+    """
+    steps = {module: f"{what} are not in the output" for module, what in unused.items()}
     if names.fixed_stream is not None and options.rotate == "values":
         steps["rotation of the residual stream"] = names.fixed_stream
+    if names.fixed_values is not None and options.rotate:
+        steps["rotation of V"] = names.fixed_values
     if names.has_capped_scores and options.is_cache_quantized:
         steps["mean of K"] = NO_MEAN_UNDER_A_CAP
     return {"left_out": steps} if steps else {}

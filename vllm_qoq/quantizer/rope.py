@@ -45,12 +45,16 @@ class Rope:
         return self.of_model(torch.cat((of_pairs, of_pairs), dim=-1))
 
 
-def rope_of(model: Module, names: LayerNames, dimensions: Dimensions, index: int) -> Rope:
-    """Read the rotary embedding of block `index` from the model."""
+def rope_of(model: Module, names: LayerNames, dimensions: Dimensions, index: int) -> Rope | None:
+    """Read the rotary embedding of block `index` from the model; None for linear attention."""
+    if not names.of_block(index).has_keys:
+        return None
     rotary = model.get_submodule(names.rotary)
     # A model whose layers differ has one set of angles for each kind.
     kind = f"{model.config.layer_types[index]}_" if hasattr(rotary, "layer_types") else ""
     turning = getattr(rotary, f"{kind}inv_freq").detach().float()
+    if names.still_kind is not None and model.config.layer_types[index] == names.still_kind:
+        turning = torch.zeros_like(turning)
     scaling = torch.ones(dimensions.head_dim // 2)
     scaling[: len(turning)] = getattr(rotary, f"{kind}attention_scaling")
     still = torch.zeros(dimensions.head_dim // 2 - len(turning), device=turning.device)

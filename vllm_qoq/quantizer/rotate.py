@@ -3,7 +3,8 @@
 R1 turns the residual stream: the embedding and what writes to the stream (o, down)
 on their outputs, what reads it (q, k, v, gate, up, routers, lm_head) on their inputs. An
 RMSNorm commutes with a rotation once its weight is folded into the layers that read
-it. R2 turns each value head: v on its outputs, o on its inputs.
+it. R2 turns each value head: v on its outputs, o on its inputs. A gate between them, which
+multiplies each channel, would not commute with it.
 
 The matrices are Hadamard matrices divided by the square root of their size
 (compressed-tensors has the tables for sizes that are no power of two), with the
@@ -100,9 +101,10 @@ def rotate_stream(model: Module, names: LayerNames, dimensions: Dimensions) -> N
 def rotate_values(model: Module, names: LayerNames, dimensions: Dimensions) -> None:
     """Apply R2 to the values of every head."""
     rotation = hadamard(dimensions.head_dim)
-    for block in blocks(model, names):
-        turn_outputs(rows(block, "v", names, dimensions), rotation)
-        turn_inputs(block.get_submodule(names.o), rotation)
+    for index, block in enumerate(blocks(model, names)):
+        if names.of_block(index).has_keys:
+            turn_outputs(rows(block, "v", names, dimensions), rotation)
+            turn_inputs(block.get_submodule(names.o), rotation)
 
 
 def turn_inputs(layer: Module, rotation: torch.Tensor, scale: torch.Tensor | None = None) -> None:

@@ -63,7 +63,8 @@ class SetKind:
     def config(self, floats: tuple[str, ...] = (), towers: tuple[str, ...] = ()) -> dict[str, Any]:
         """Make the set's entry in `quantization_config.sets`.
 
-        floats  names, below a block, of layers that no set quantizes: routers
+        floats  names, below a block, of layers that no set quantizes: routers, and the
+                narrow ones of linear attention
         towers  modules beside the language model, of which no set quantizes any layer
         """
         if self.base is not None:

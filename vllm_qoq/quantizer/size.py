@@ -76,7 +76,7 @@ def sizes(
     item = _item_bytes(checkpoint, names)
     in_sets = {f"{layer}.{leaf}" for layer in linears for leaf in ("weight", "bias")}
     shared = sum(
-        item * math.prod(info.shape)
+        info.nbytes if names.keeps(name) else item * math.prod(info.shape)
         for name, info in checkpoint.tensors.items()
         if name not in in_sets and not name.endswith(CONSTANT)
     )
@@ -92,7 +92,8 @@ def sizes(
     if options.turns_stream:
         shared += hidden * hidden + item * hidden  # the tensors that turn hidden states back
     if options.has_k_mean:
-        shared += _FLOAT32 * dimensions.layers * dimensions.kv_heads * dimensions.head_dim
+        with_keys = sum(names.of_block(i).has_keys for i in range(dimensions.layers))
+        shared += _FLOAT32 * with_keys * dimensions.kv_heads * dimensions.head_dim
     biases = item * sum(
         n for layer, (n, _) in linears.items() if f"{layer}.bias" in checkpoint.tensors
     )

@@ -8,7 +8,8 @@ of all heads (OLMo 2). A norm that multiplies by 1 + w (Gemma 3) stores w in few
 which almost none are left where 1 + w is far below 1, so scales do not take it there.
 
 Outputs of a block are smoothed in its last products: v_proj's rows are divided by a
-scale and o_proj's columns multiplied, and up_proj's and down_proj's likewise. `order`
+scale and o_proj's columns multiplied, and up_proj's and down_proj's likewise. Linear attention
+norms what its heads give, with one weight for all of them, which takes the scale. `order`
 sorts the inputs of down_proj by magnitude, so that a group holds channels of one
 size. Every expert has scales and an order of its own. These are QServe's steps (arXiv
 2405.04532); `strength` chooses the scales.
@@ -53,10 +54,10 @@ class SmoothOptions:
 
 @dataclass(frozen=True)
 class SeenDown:
-    """What the calibration text showed of the inputs of a down_proj.
+    """What the calibration text showed of the inputs of a down_proj, or of a layer like it.
 
-    inputs   float [tokens, intermediate], a sample
-    largest  float32 [intermediate]: largest magnitudes
+    inputs   float [tokens, K], a sample
+    largest  float32 [K]: largest magnitudes
     """
 
     inputs: torch.Tensor
@@ -64,8 +65,8 @@ class SeenDown:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """The magnitudes and samples that the calibration text showed of one block.
+class SeenAttention:
+    """The magnitudes and samples that the calibration text showed of the attention of a block.
 
     Keys and pairs of queries are in the order of `Rope.paired`.
 
@@ -74,7 +75,6 @@ class Seen:
     mean_key     float64 [kv_heads, head_dim]: mean of all keys before RoPE
     query_pairs  float32 [kv_heads, head_dim / 2]: root mean square of the queries' pairs
     values       float32 [kv_heads, head_dim]: root mean square
-    downs        what each down_proj got, by its name; experts without a token are left out
     """
 
     keys: torch.Tensor
@@ -82,11 +82,25 @@ class Seen:
     mean_key: torch.Tensor
     query_pairs: torch.Tensor
     values: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the calibration text showed of one block.
+
+    attention  of its keys and values; None where linear attention has none
+    downs      what the layers that `BlockNames.smoothed` lists got, by their names; experts without
+               a token are left out
+    """
+
+    attention: SeenAttention | None
     downs: Mapping[str, SeenDown]
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Go through all that was seen."""
-        yield from (self.keys, self.mean_key, self.query_pairs, self.values)
+        seen = self.attention
+        if seen is not None:
+            yield from (seen.keys, seen.mean_key, seen.query_pairs, seen.values)
         for down in self.downs.values():
             yield from (down.inputs, down.largest)
 
@@ -97,23 +111,60 @@ def transforms(
     block: Module,
     names: LayerNames,
     dimensions: Dimensions,
-    rope: Rope,
+    rope: Rope | None,
     options: SmoothOptions,
 ) -> dict[str, torch.Tensor]:
     """Find the tensors that `apply` needs for one block, those that `options` ask for.
 
-    The results are
+    The results are, where there are keys and values,
 
     k_mean       float32 [kv_heads, head_dim], of the keys after RoPE that `apply` leaves; it needs
                  nothing of this one, which is for the checkpoint
     key_scale    float32 [kv_heads, head_dim], the same for both channels of a pair
     value_scale  float32 [kv_heads, head_dim]
 
-    and with the name of a down_proj and a dot in front, of each
+    and with the name of a layer of `BlockNames.smoothed` and a dot in front, of each
 
-    scale        float32 [intermediate]
-    order        int64 [intermediate]
+    scale        float32 [K], in linear attention the same for all heads
+    order        int64 [K], where it is a down_proj
     """
+    found = {}
+    if seen.attention is not None and rope is not None:
+        found = _of_attention(seen.attention, block, names, dimensions, rope, options)
+    for name, down in seen.downs.items():
+        heads = _linear_heads(block, names, name)
+        if options.outputs:
+            found[f"{name}.scale"] = strength.down_scale(
+                down.inputs,
+                down.largest,
+                block.get_submodule(name).weight.detach(),
+                options.weight_bits,
+                options.group_size,
+                heads or 1,
+            )
+        if options.reorder and heads is None:
+            scaled = down.largest / found.get(f"{name}.scale", 1)
+            found[f"{name}.order"] = scaled.argsort(descending=True)
+    return found
+
+
+def _linear_heads(block: Module, names: LayerNames, layer: str) -> int | None:
+    """Count the heads whose outputs linear attention writes with `layer`; None for any other."""
+    if names.linear is None or layer != names.linear.o:
+        return None
+    of_head: int = block.get_submodule(names.linear.norm).weight.numel()
+    inputs: int = block.get_submodule(layer).weight.shape[1]
+    return inputs // of_head
+
+
+def _of_attention(
+    seen: SeenAttention,
+    block: Module,
+    names: LayerNames,
+    dimensions: Dimensions,
+    rope: Rope,
+    options: SmoothOptions,
+) -> dict[str, torch.Tensor]:
     found = {}
     if options.k_mean:
         inv_freq = rope.inv_freq.to(seen.mean_key.device)
@@ -140,31 +191,19 @@ def transforms(
         readers = block.get_submodule(names.o).weight.detach().float().square().sum(dim=0)
         readers = readers.view(dimensions.kv_heads, dimensions.queries_per_kv, -1).sum(dim=1).sqrt()
         found["value_scale"] = strength.value_scale(seen.values, readers)
-    for name, down in seen.downs.items():
-        if options.outputs:
-            found[f"{name}.scale"] = strength.down_scale(
-                down.inputs,
-                down.largest,
-                block.get_submodule(name).weight.detach(),
-                options.weight_bits,
-                options.group_size,
-            )
-        if options.reorder:
-            scaled = down.largest / found.get(f"{name}.scale", 1)
-            found[f"{name}.order"] = scaled.argsort(descending=True)
     return found
 
 
-def k_means(found: Mapping[str, torch.Tensor], dimensions: Dimensions) -> list[torch.Tensor]:
-    """Take the mean of K of each block from the transforms of all blocks, named INDEX.NAME."""
-    return [found[f"{index}.{K_MEAN}"] for index in range(dimensions.layers)]
+def k_means(found: Mapping[str, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Take the means of K, by the index of the block, from the transforms of all blocks."""
+    places = ((key.partition("."), mean) for key, mean in found.items())
+    return {int(index): mean for (index, _, name), mean in places if name == K_MEAN}
 
 
-def named_means(means: Iterable[torch.Tensor], names: LayerNames) -> dict[str, torch.Tensor]:
+def named_means(means: Mapping[int, torch.Tensor], names: LayerNames) -> dict[str, torch.Tensor]:
     """Name the means of K of the blocks as the checkpoint does."""
     return {
-        f"{names.blocks}.{index}.{names.attention}.{K_MEAN}": mean
-        for index, mean in enumerate(means)
+        f"{names.blocks}.{index}.{names.attention}.{K_MEAN}": mean for index, mean in means.items()
     }
 
 
@@ -187,6 +226,11 @@ def apply(
         _scale_rows(rows(block, "v", names, dimensions), 1 / scale.flatten())
         per_head = scale.repeat_interleave(dimensions.queries_per_kv, dim=0)
         _scale_columns(block.get_submodule(names.o), per_head.flatten())
+    if names.linear is not None and f"{names.linear.o}.scale" in found:
+        scale = found[f"{names.linear.o}.scale"].double()
+        norm = block.get_submodule(names.linear.norm)
+        _scale_vector(norm, 1 / scale[: norm.weight.numel()], offset=0.0)
+        _scale_columns(block.get_submodule(names.linear.o), scale)
     for mlp in mlps:
         if f"{mlp.down}.scale" in found:
             scale = found[f"{mlp.down}.scale"].double()

@@ -55,12 +55,14 @@ def down_scale(
     weight: torch.Tensor,
     weight_bits: int,
     group_size: int,
+    heads: int = 1,
 ) -> torch.Tensor:
     """Find scales float32 [K] for a layer [N, K] whose inputs are rounded to int8 per token.
 
     inputs       float [tokens, K], a sample
     largest      float32 [K], the largest magnitudes of all inputs
     weight_bits  4, in groups of `group_size`, or 8 with a scale per row
+    heads        equal parts of the inputs, which get the same K / heads scales
     """
     inputs, weight = inputs.float(), weight.float()
     columns = weight.abs().amax(dim=0)
@@ -71,7 +73,8 @@ def down_scale(
         y = to_int8(inputs / candidate) @ rounded.t()
         return float(y.sub_(exact).square_().sum())
 
-    candidates = (scale(largest, x, columns, y) for x, y in _DOWN_EXPONENTS)
+    largest, columns = (x.unflatten(0, (heads, -1)).amax(dim=0) for x in (largest, columns))
+    candidates = (scale(largest, x, columns, y).repeat(heads) for x, y in _DOWN_EXPONENTS)
     return _best(candidates, error)
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from vllm_qoq.bench.serving.cases import Lengths
 from vllm_qoq.bench.serving.formats import CACHES, OUR_CACHES, SCALES_BYTES, Format
 from vllm_qoq.models.linears import linear_layers
-from vllm_qoq.models.table import ARCHITECTURES, architecture_of
+from vllm_qoq.models.table import ARCHITECTURES, LINEAR, architecture_of
 from vllm_qoq.models.tensors import expected_tensors
 
 
@@ -41,9 +41,10 @@ class Model:
     weights        weights of the linear layers that all tokens go through
     experts        weights of all experts of all layers
     share          share of the experts of a layer that a token goes through
-    routers        weights in float that say where: of routers and the gates of shared experts
+    routers        weights in float that say where: of routers and the gates of shared experts, and
+                   what the state of linear attention keeps
     head_weights   weights of the lm_head
-    layers         layers with attention
+    layers         layers with attention to all tokens
     """
 
     weights: int
@@ -61,24 +62,27 @@ class Model:
         """Read a model's `config.json`; FormatError for one that is not in the table of models."""
         linears = linear_layers(config, "measured against a floor", ARCHITECTURES).linears
         layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
+        kinds = expected_tensors(config).kinds
         architecture = architecture_of(config)
         assert architecture is not None
         defaults, mixture = architecture.defaults, architecture.experts
         count, share = {"weights": 0, "experts": 0, "routers": 0}, 0.0
+        linear = architecture.names.linear if architecture.names is not None else None
+        narrow = tuple(f".{name}" for name in linear.floats) if linear is not None else ()
         for name, shape in linears.items():
             kind = "weights"
             if mixture is not None and f".{mixture.prefix}." in name:
                 kind = "experts"
             elif mixture is not None and name.endswith(f".{mixture.router}"):
                 kind, share = "routers", expected_tensors(config).experts_of_token / shape[0]
-            elif shape[0] == 1:  # the gate of a shared expert
+            elif shape[0] == 1 or name.endswith(narrow):  # the gate of a shared expert
                 kind = "routers"
             count[kind] += math.prod(shape)
         return cls(
             **count,
             share=share,
             head_weights=int(config["vocab_size"]) * int(config["hidden_size"]),
-            layers=layers,
+            layers=layers - kinds.count(LINEAR),
             heads=heads,
             kv_heads=int(
                 config.get("num_key_value_heads") or defaults.get("num_key_value_heads", heads)

@@ -33,6 +33,7 @@ from vllm.model_executor.parameter import (
 from vllm_qoq import ops
 from vllm_qoq.checkpoint.format import QOQ_LINEAR, QoQSet
 from vllm_qoq.errors import FormatError
+from vllm_qoq.models.names import shards_of_parts
 from vllm_qoq.numerics import reference
 from vllm_qoq.ops import linear_ops, w4a8_layout
 from vllm_qoq.serving.methods.dummy_values import make_valid
@@ -256,14 +257,10 @@ class QoQLinearMethod(LinearMethodBase):
 
     def _rows(self) -> Iterator[tuple[str, slice]]:
         """List the checkpoint layers and their rows in the fused weight."""
-        sizes = self.output_partition_sizes
-        parts = self.parts
-        if len(parts) != len(sizes):  # they are fused on disk, too
-            parts, sizes = [self.prefix], [sum(sizes)]
         start = 0
-        for part, size in zip(parts, sizes, strict=True):
-            yield part, slice(start, start + size)
-            start += size
+        for part, sizes in shards_of_parts(self.parts, self.output_partition_sizes):
+            yield part, slice(start, start + sum(sizes))
+            start += sum(sizes)
 
 
 def _per_channel(size: int, load: dict[str, Any]) -> ChannelQuantScaleParameter:

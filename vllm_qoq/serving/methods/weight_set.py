@@ -15,6 +15,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_qoq.checkpoint.format import INPUT_RATIO, join_name
 from vllm_qoq.errors import FormatError
+from vllm_qoq.models.names import shards_of_parts
 from vllm_qoq.serving.methods.after_loading import AfterLoading
 from vllm_qoq.serving.methods.qoq_linear import QuantizedTokens
 from vllm_qoq.serving.vllm_versions import has_loader_v2
@@ -115,11 +116,10 @@ class WeightSet(nn.Module):
             shards = self._loaded.get(id(parameter), set())
             if None in shards or len(shards) == len(self.shard_ids):
                 continue
-            # A layer that is fused on disk too has one part for all its shards.
             lost = [
                 join_name(self.set_name, f"{part}.{name}")
-                for part, shard in zip(parts, self.shard_ids, strict=False)
-                if shard not in shards
+                for part, filled in shards_of_parts(parts, self.shard_ids)
+                if not shards.issuperset(filled)
             ]
             raise FormatError(
                 f"{prefix}: the checkpoint did not fill {lost[0]} ({len(lost)} tensors of set "
@@ -257,8 +257,9 @@ class WeightSet(nn.Module):
     def _name_of(self, param: Parameter, shard_id: Any) -> str:
         """Find a parameter's name in the checkpoint."""
         leaf = next((name for name, own in self.named_parameters() if own is param), "a tensor")
-        parts = dict(zip(self.shard_ids, self.parts, strict=False))
-        return join_name(self.set_name, f"{parts.get(shard_id, self.prefix)}.{leaf}")
+        filled = shard_id if isinstance(shard_id, tuple) else (shard_id,)
+        parts = {shards: part for part, shards in shards_of_parts(self.parts, self.shard_ids)}
+        return join_name(self.set_name, f"{parts.get(filled, self.prefix)}.{leaf}")
 
     def _bias(self, layer: LinearBase, size: int, dtype: torch.dtype) -> Parameter:
         """Make the bias of this set, which is its own because kernels convert it in place."""
