@@ -63,9 +63,11 @@ def test_each_set_of_a_quantized_model_answers_nearly_as_the_float_model(
         score_window(expected, logits[set_name], window[FIRST + 1 :]).divergence
         for set_name in SETS
     )
+    most_tokens = [_divergences(expected, logits[set_name]).median() for set_name in SETS]
     has_experts = name.partition(",")[0] in with_experts()
-    most = 0.4 if has_experts else 0.3  # some tokens go to other experts
-    assert eight < most * four and four < 0.3
+    assert most_tokens[0] < 0.2 * most_tokens[1]
+    # Of a mixture a few tokens, which go to other experts, make up most of the mean.
+    assert four < 0.3 and (has_experts or eight < 0.3 * four)
     if has_experts:
         for weights in open_merged(out)[2]:
             _check_against_dequantized(weights, window, logits[weights.name])
@@ -77,8 +79,13 @@ def _check_against_dequantized(weights, window, logits):
     model, names = load_model(view).float(), layer_names(view.config)
     with torch.no_grad(), int8_inputs(linears(model, names)):
         expected = model(torch.tensor([window]), logits_to_keep=LENGTH - FIRST).logits[0, :-1]
-    expected, found = expected.log_softmax(-1), logits.float().log_softmax(-1)
-    assert (expected.exp() * (expected - found)).sum(-1).median() < 0.003
+    assert _divergences(expected, logits).median() < 0.003
+
+
+def _divergences(expected, found):
+    """The divergence of each token, in nats: float32 [tokens]."""
+    expected, found = expected.float().log_softmax(-1), found.float().log_softmax(-1)
+    return (expected.exp() * (expected - found)).sum(-1)
 
 
 def _check_what_was_left_out(names, report, model, out):
