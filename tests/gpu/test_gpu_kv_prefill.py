@@ -45,6 +45,7 @@ def test_a_step_is_the_reference(head_size, window, kind):
         soft_cap=soft_cap,
         sinks=None if sinks is None else sinks.to(DEVICE),
         max_new_tokens=512,
+        max_query_len=1,
     )
     new = [count for _, count in REQUESTS]
     lengths = [sum(pair) for pair in REQUESTS]
@@ -84,7 +85,10 @@ def test_a_step_is_the_reference(head_size, window, kind):
         seq_lens=torch.tensor(lengths).int().to(DEVICE),
         block_table=table.to(DEVICE),
         slot_mapping=torch.cat(slots).to(DEVICE),
+        most_decode_tokens=1,
         num_decodes=decodes,
+        decode_tokens=decodes,
+        query_len=1,
         prefill=plan_prefill(prompts, history, window, 700, DEVICE),
     )
     out = torch.zeros(sum(new), HEADS * head_size, dtype=torch.bfloat16, device=DEVICE)
@@ -104,6 +108,6 @@ def test_windows_that_flash_attention_gets_wrong_are_refused(window, is_served):
     layer = SimpleNamespace(
         num_heads=HEADS, num_kv_heads=KV_HEADS, head_size=256, has_sink=False, sliding_window=window
     )
-    said = list(CUDAKV8Backend.obstacles(layer, torch.bfloat16))
+    said = list(CUDAKV8Backend.obstacles(layer, torch.bfloat16, 1))
     assert is_served == (not said)
     assert is_served or "a window of 100 tokens" in said[0]

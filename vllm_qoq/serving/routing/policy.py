@@ -21,6 +21,7 @@ from vllm_qoq.serving.options import NAMESPACE, Options
 from vllm_qoq.serving.signals.counters import StepCounters, counter_file
 from vllm_qoq.serving.signals.queue import LoadReader, check_engine, load_file
 from vllm_qoq.serving.signals.trace import Trace
+from vllm_qoq.serving.speculation import is_draft, most_decode_tokens
 from vllm_qoq.serving.vllm_versions import engine_index
 
 logger = init_logger("vllm." + __name__)  # below vLLM's, so that its settings apply
@@ -74,9 +75,7 @@ class Policy:
         self._map_name = map_name
         self.use(routing_in_force(section, options))
         self.compilation_config: CompilationConfig = vllm_config.compilation_config
-        speculative = vllm_config.speculative_config
-        speculated = speculative.num_speculative_tokens if speculative is not None else 0
-        self.tokens_per_request = 1 + (speculated or 0)
+        self.tokens_per_request = most_decode_tokens(vllm_config, is_draft(vllm_config))
         self.max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         self._layers: list[str] = []
         self._is_pipeline = vllm_config.parallel_config.pipeline_parallel_size > 1
