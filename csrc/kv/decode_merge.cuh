@@ -21,9 +21,11 @@ struct Partial {
   float maximum = -INFINITY, weights = 0;
   alignas(16) float values[kChannels] = {};
 
-  // `maximum` has to be that of all that is added.
+  // `maximum` has to be that of all that is added, which `kMayBeEmpty` says may have seen no token.
+  template <bool kMayBeEmpty>
   __device__ void add(float other_maximum, float other_weights, const float* other_values) {
-    const float factor = ptx::exp2_approx(other_maximum - maximum);
+    const float base = kMayBeEmpty && maximum == -INFINITY ? 0 : maximum;
+    const float factor = ptx::exp2_approx(other_maximum - base);
     weights = fmaf(factor, other_weights, weights);
     add_values(factor, other_values);
   }
@@ -322,7 +324,8 @@ class Merger {
 #pragma unroll
     for (int warp = 0; warp < A::kWarps; ++warp)
       if (has_part(warp))
-        sum.add(numbers[warp].x, numbers[warp].y, reinterpret_cast<const float*>(&values[warp]));
+        sum.template add<A::kHasManyQueries>(numbers[warp].x, numbers[warp].y,
+                                             reinterpret_cast<const float*>(&values[warp]));
     return sum;
   }
 

@@ -279,6 +279,15 @@ def test_new_tokens_are_as_one_after_the_other():
         assert_close(together[:, i], one.double())
 
 
+def test_new_tokens_show_nan():
+    cache = Cache([100, 100], 2, 128, 4, 16)
+    query = torch.randn(8, 8, 128, device=DEVICE).half()
+    query[2, 1, 5] = math.nan
+    out = decode_new(cache, query, [4, 4])
+    assert out[2, 1].isnan().all()
+    assert out.isnan().sum() == 128
+
+
 def test_new_tokens_in_a_graph_follow_lengths_and_starts():
     cache = Cache([3000] * 16, 8, 128, 4, 16)
     query = torch.randn(64, 32, 128, device=DEVICE).bfloat16()

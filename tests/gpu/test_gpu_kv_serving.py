@@ -41,6 +41,32 @@ def test_graphs_equal_eager(runner, tiny_model, tmp_path, bits):
     assert graphs["generation"] == eager["generation"]
 
 
+REPEATING = (
+    "def f(a):\n    return a\n\ndef g(a):\n    return a\n\ndef h(a):\n    return",
+    "import os\nimport sys\nimport os\nimport",
+    "for i in range(10):\n    print(i)\nfor i in range(10):\n   ",
+)
+
+
+@pytest.mark.parametrize("bits", [4, 8, "k8v4"])
+def test_what_is_verified_is_what_would_be_generated(runner, tiny_model, tmp_path, bits):
+    """But for rounding: in CUDA graphs and without, with n-grams and with the model as its draft."""
+    ngram = {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    draft = {"method": "draft_model", "model": str(tiny_model)}
+    counted = {"disable_log_stats": False}
+    speculating = [
+        options | counted | {"speculative_config": method | {"num_speculative_tokens": 3}}
+        for options in (EAGER, GRAPHS)
+        for method in (ngram, draft)
+    ]
+    more = {"prompts": list(REPEATING), "max_tokens": 60}
+    specs = [spec(tiny_model, bits, options, **more) for options in (EAGER, *speculating)]
+    plain, *results = run_engines(tmp_path, specs, **runner)
+    for result in results:
+        assert result["accepted"] > 30
+        assert largest_gap(result["generation"], plain["generation"]) < 0.3
+
+
 def test_thousands_of_steps_with_preemption_equal_fresh_runs(runner, tiny_model, tmp_path):
     """64 requests of 300 tokens, 8 at a time in a pool for 5."""
     room = 1500 * LAYERS * KV_HEADS * slot_bytes(HEAD, 8)
