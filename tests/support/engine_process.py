@@ -50,11 +50,10 @@ def run_engines(
     A spec is {"checkpoint": PATH, "qoq": {...}, "options": {...}, "prompts": [...], "max_tokens":
     N, "text": T, "waiting": [N, ...]}; a result has the `generation`, the `counts` of steps in it
     ("decode w4a16": n), how many routing decisions were `traced` during it, if the spec asks for a
-    trace, how many `cache_tokens` the KV cache holds, the `preemptions` and the `accepted` tokens of
-    those that were speculated so far, if the options ask for statistics, and the `perplexity` of the
-    text, if there is one. After the generation come
-    the `loads`, one for each number of waiting requests that the engine is told: another
-    `generation`, its `counts` and what was `traced`.
+    trace, how many `cache_tokens` the KV cache holds, the `preemptions` so far and how many
+    speculated tokens were `accepted`, if the options ask for statistics, and the `perplexity` of
+    the text, if there is one. After the generation come the `loads`, one for each number of waiting
+    requests that the engine is told: another `generation`, its `counts` and what was `traced`.
     "sleep": [LEVEL, ...] lets the engine sleep and wake; each time adds its generation to `awake`,
     and in the end `counters` is how many integers of the GEMMs' workspace are not zero.
     """
