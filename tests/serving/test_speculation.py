@@ -6,12 +6,14 @@ vLLM's second model runner needs Triton, so that it runs on GPUs alone (tests/gp
 import json
 
 import pytest
+import torch
 from engines import engine, generate
+from safetensors.torch import load_file, save_file
 
 import vllm_qoq
 
-# Of vLLM's search for n-grams.
-pytestmark = pytest.mark.filterwarnings("ignore::numba.NumbaPendingDeprecationWarning")
+# Numba's of vLLM's search for n-grams, by its text: vLLM's first engine must not find numba loaded.
+pytestmark = pytest.mark.filterwarnings(r"ignore:[\s\S]*reflected list")
 
 # Longer than what a request verifies, and such that n-grams repeat.
 PROMPTS = (
@@ -65,3 +67,26 @@ def test_a_draft_model_may_be_routed_and_have_a_quantized_cache(nested_dir, tmp_
     steps = [json.loads(line) for line in trace.read_text().splitlines()]
     assert [step["phase"] for step in steps].count("prefill") == 2
     assert max(step["num_tokens"] for step in steps if step["phase"] == "decode") == 20
+
+
+@pytest.fixture
+def eagle_head(tiny_model, tmp_path):
+    """A float head for EAGLE that is the model's last layer behind the sum of its two inputs."""
+    config = json.loads((tiny_model / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    weights = load_file(tiny_model / "model.safetensors")
+    last = "model.layers.1."
+    head = {f"layers.0.{k.removeprefix(last)}": v for k, v in weights.items() if last in k}
+    del head["layers.0.input_layernorm.weight"]  # EAGLE's first layer has none
+    head["fc.weight"] = torch.eye(config["hidden_size"]).repeat(1, 2).bfloat16()
+    save_file(head, tmp_path / "model.safetensors", {"format": "pt"})
+    return tmp_path
+
+
+def test_a_float_head_drafts_from_hidden_states_that_are_not_rotated(nested_dir, eagle_head):
+    """Its cache has 16 bits beside the model's 4; a rotated checkpoint refuses it."""
+    speculative = {"method": "eagle", "model": str(eagle_head), "num_speculative_tokens": 3}
+    options = {"speculative_config": speculative, "disable_log_stats": False}
+    llm = engine(nested_dir, {"kv_bits": 4}, **options)
+    assert generate(llm, PROMPTS, max_tokens=24) == plain(nested_dir, 4)
+    assert accepted(llm) > 0
