@@ -12,9 +12,6 @@ from safetensors.torch import load_file, save_file
 
 import vllm_qoq
 
-# Numba's of vLLM's search for n-grams, by its text: vLLM's first engine must not find numba loaded.
-pytestmark = pytest.mark.filterwarnings(r"ignore:[\s\S]*reflected list")
-
 # Longer than what a request verifies, and such that n-grams repeat.
 PROMPTS = (
     "def f(a):\n    return a\n\ndef g(a):\n    return a\n\ndef h(a):\n    return",
