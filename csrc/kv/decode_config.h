@@ -104,7 +104,7 @@ struct Attention : PageValue {
 
   // Once it is done, a warp's ring holds what it has of its last segment.
   static_assert(kWarpRingBytes >= kMaxGroup * kPartial * 4);
-  static constexpr int kSharesBytes = kHasManyQueries ? kWarps * 60 + 96 : kWarps * 44 + 64;
+  static constexpr int kSharesBytes = kHasManyQueries ? kWarps * 52 + 80 : kWarps * 44 + 64;
 
   static constexpr int shared_bytes(int group) {
     return 128 + kRingBytes + kBarrierBytes + kSharesBytes + kWarps * group * kPartial * 4;

@@ -122,7 +122,7 @@ __device__ inline Vector<A> add_parts(const float* parts, int slice, int count, 
 template <class A>
 struct Shares {
   // A segment of which several warps, or other blocks, may have parts too.
-  struct alignas(16) Share {
+  struct alignas(A::kHasManyQueries ? 8 : 16) Share {
     Segment<A> segment;
     int first_warp, last_warp;  // of this block; none where first_warp > last_warp
     int first_part;             // where the first warp's part is, in bytes of the shared memory

@@ -76,7 +76,7 @@ def decode_shared_bytes(head_size: int, bits: QuantizedBits, group: int, query_l
     columns = decode_columns(head_size, group, query_len)
     ring = stages * (DECODE_TILE * slot_bytes(head_size, bits) + 8)
     sums = columns * (head_size + WORKSPACE_PADDING) * 4
-    of_warp, of_block = (44, 64) if query_len == 1 else (60, 96)
+    of_warp, of_block = (44, 64) if query_len == 1 else (52, 80)
     return 128 + DECODE_FEWEST_WARPS * (ring + sums + of_warp) + of_block
 
 

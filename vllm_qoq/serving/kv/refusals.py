@@ -31,10 +31,13 @@ def check_engine(vllm_config: VllmConfig) -> None:
 
 def check_query_len(vllm_config: VllmConfig) -> None:
     """Raise UserError where a request verifies more tokens than the kernels of a GPU take."""
-    query_len = most_decode_tokens(vllm_config, is_draft(vllm_config))
+    is_of_draft = is_draft(vllm_config)
+    query_len = most_decode_tokens(vllm_config, is_of_draft)
     if query_len > MAX_QUERY_LEN:
-        speculated = vllm_config.speculative_config.num_speculative_tokens
-        most = speculated - (query_len - MAX_QUERY_LEN)
+        speculative = vllm_config.speculative_config
+        speculated = speculative.num_speculative_tokens
+        places = 2 if is_of_draft and speculative.parallel_drafting else 1  # for each of them
+        most = speculated + (MAX_QUERY_LEN - query_len) // places
         raise UserError(
             f"the quantized KV cache does not work with {speculated} speculated tokens on a GPU, "
             f"whose kernels take {MAX_QUERY_LEN} new tokens of a request; set "
