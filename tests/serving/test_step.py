@@ -148,6 +148,17 @@ def test_sets_that_only_padding_reaches_are_reachable(make_policy):
     assert policy.reachable(route) == {"w8a8", "w4a16"}
 
 
+def test_sets_of_steps_that_verify_fewer_tokens_are_reachable(make_policy):
+    policy, config, _ = make_policy(DEFAULT, max_num_seqs=3)
+    policy.tokens_per_request = 4
+    config.compilation_config.cudagraph_capture_sizes = [4, 8, 12]
+    assert policy.reachable(policy.routing.route(["x"])) == {"w8a8", "w4a16"}
+    config.compilation_config.cudagraph_capture_sizes = [1, 2, 3, 12, 16]
+    assert policy._largest_batch() == 3
+    config.compilation_config.cudagraph_capture_sizes = [5, 12]
+    assert policy._largest_batch() == 5
+
+
 def test_an_engine_counts_under_the_index_by_which_its_front_end_reads():
     """vLLM tells an engine of a dense model under data parallelism that its rank is 0."""
     config = vllm_config()

@@ -134,11 +134,14 @@ class Policy:
         return None
 
     def _largest_batch(self) -> int:
+        # Requests may all have fewer tokens than they may have, where little is speculated.
+        return max(self._padded_batch(1), self._padded_batch(self.tokens_per_request))
+
+    def _padded_batch(self, tokens: int) -> int:
         sizes = self.compilation_config.cudagraph_capture_sizes or []
         # A decode step is padded to the next captured size, which may exceed max_num_seqs.
-        padded = [size for size in sizes if size >= self.max_num_seqs * self.tokens_per_request]
-        largest = min(padded, default=self.max_num_seqs * self.tokens_per_request)
-        return -(-largest // self.tokens_per_request)
+        padded = [size for size in sizes if size >= self.max_num_seqs * tokens]
+        return -(-min(padded, default=self.max_num_seqs * tokens) // tokens)
 
     def check_rules(self) -> None:
         """Refuse layer rules that match nothing; call when all layers exist."""
