@@ -117,7 +117,8 @@ class CUDAKVMetadataBuilder(KVMetadataBuilder):
         return CUDAKVMetadata(
             **vars(super().build(common_prefix_len, common, fast_build)),
             num_decodes=decodes,
-            decode_tokens=decode_tokens,
+            # vLLM may count those that pad a graph.
+            decode_tokens=min(decode_tokens, decodes * query_len),
             query_len=query_len,
             prefill=prefill,
         )
