@@ -64,7 +64,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_rms_norm_quantize(const Tensor& x
 void kv_decode(const Tensor& q, const Tensor& cache, const Tensor& block_table,
                const Tensor& seq_lens, double scale, int64_t k_bits, int64_t v_bits, int64_t window,
                bool hadamard, Tensor out, Tensor workspace, double soft_cap,
-               const std::optional<Tensor>& sinks);
+               const std::optional<Tensor>& sinks, int64_t query_len,
+               const std::optional<Tensor>& query_start);
 
 void kv_write(const Tensor& key, const Tensor& value, const Tensor& slots, int64_t k_bits,
               int64_t v_bits, bool hadamard, Tensor cache, const std::optional<Tensor>& k_mean);

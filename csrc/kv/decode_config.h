@@ -22,6 +22,7 @@ constexpr int kMostLines = 1024;
 
 // vllm_qoq/ops/kv_ops.py makes the workspace with these numbers and with the largest kResident.
 constexpr int kMaxGroup = 16;     // query heads of a KV head
+constexpr int kMaxQueryLen = 8;   // new tokens of a sequence
 constexpr int kMaxBlocks = 1024;  // and as many counters at the beginning of the workspace
 // Partial sums carry their two numbers, the maximum and the sum of weights, behind the channels.
 constexpr int kPartialPadding = 4;
@@ -52,14 +53,30 @@ __host__ __device__ constexpr bool has_one_tile(int head_size) {
   return head_size == 96 || head_size == 256;
 }
 
-// The numbers that follow from a page, how many query heads share a KV head, and the warps of a
-// block.
-template <class PageValue, int kHeadTilesValue, int kWarpsValue = kMostWarps>
+// How the query heads of a KV head, for each of the new tokens, are divided: into 2^shift parts of
+// at most `count` columns, each of which reads the pages.
+struct Columns {
+  int count, shift;
+};
+
+constexpr Columns columns_of(int64_t head_size, int64_t group, int64_t query_len) {
+  const int most = has_one_tile(static_cast<int>(head_size)) ? kHeadsOfTile : 2 * kHeadsOfTile;
+  const int all = static_cast<int>(group * query_len);
+  Columns columns{all, 0};
+  while (columns.count > most) columns.count = divide_up(all, 1 << ++columns.shift);
+  return columns;
+}
+
+// The numbers that follow from a page, how many query heads share a KV head, the warps of a
+// block, and whether a sequence may have more than one new token.
+template <class PageValue, int kHeadTilesValue, int kWarpsValue = kMostWarps,
+          bool kHasManyQueriesValue = false>
 struct Attention : PageValue {
   using Base = PageValue;
   using K = Operand<Base::kHeadSize, Base::K::kBits>;
   using V = Operand<Base::kHeadSize, Base::V::kBits>;
   static constexpr int kHeadTiles = kHeadTilesValue;  // of kHeadsOfTile query heads each
+  static constexpr bool kHasManyQueries = kHasManyQueriesValue;
   static constexpr int kWarps = kWarpsValue;
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kResident =
@@ -87,7 +104,7 @@ struct Attention : PageValue {
 
   // Once it is done, a warp's ring holds what it has of its last segment.
   static_assert(kWarpRingBytes >= kMaxGroup * kPartial * 4);
-  static constexpr int kSharesBytes = kWarps * 44 + 64;
+  static constexpr int kSharesBytes = kHasManyQueries ? kWarps * 52 + 80 : kWarps * 44 + 64;
 
   static constexpr int shared_bytes(int group) {
     return 128 + kRingBytes + kBarrierBytes + kSharesBytes + kWarps * group * kPartial * 4;
@@ -102,7 +119,7 @@ struct Copy {
 };
 
 struct Params {
-  const void* q;  // [sequences, query heads, head size], bfloat16 or float16
+  const void* q;  // [new tokens, query heads, head size], bfloat16 or float16
   const uint8_t* cache;
   const int32_t* block_table;
   const int32_t* seq_lens;
@@ -115,7 +132,7 @@ struct Params {
   int head_stride;
   int64_t table_stride;
   int sequences, kv_heads, group;
-  int head_shift;               // 1 where KV heads 2 i and 2 i + 1 are one of the cache, else 0
+  int head_shift;               // so many times two KV heads in a row are one of the cache
   int resident;                 // blocks of the launch that a multiprocessor holds
   int row_lines;                // of the block table, if it is fetched beforehand; otherwise 0
   int page_tokens, max_tokens;  // of a sequence: what the block table has room for
@@ -133,6 +150,11 @@ struct Params {
   int copy_count;
   int v_offset, k_scale_offset, v_scale_offset, step_bytes, scale_step_bytes;
   int v_step_bytes;  // where rows of V are not as long as those of K; else step_bytes is of both
+  // Where sequences have more than one new token each, `group` counts columns (`column_of`).
+  const int32_t* query_start;  // [sequences + 1]: sequence i has rows [i] to [i + 1] of q and out
+  int rows, query_len;         // of q; the most of them that a sequence has
+  int heads_of_kv;             // query heads of a KV head of the cache
+  uint32_t inverse_heads;      // 2^16 / heads_of_kv, rounded up
 };
 
 // The blocks that a multiprocessor gets. It is one where the block table has no room for more than

@@ -1,4 +1,4 @@
-// Attention of one query token of each sequence over the sequence's quantized pages.
+// Attention of the last tokens of each sequence, one or a few, over the sequence's quantized pages.
 //
 // The tiles of all sequences and KV heads are cut into as many equal ranges as there are warps,
 // from the lengths on the device, so a graph stays right when they change. A warp loads its tiles
@@ -14,12 +14,21 @@ namespace qoq::kv {
 // Writes zeros for sequences without a token that is seen.
 template <class A>
 __device__ inline void write_zeros(const Params& p) {
-  const int elements = p.kv_heads * p.group * A::kHeadSize;
+  auto write_row = [&](int row, int heads) {
+    auto* out = static_cast<uint16_t*>(p.out) + row * p.out_stride;
+    for (int j = threadIdx.x; j < heads * A::kHeadSize; j += A::kThreads)
+      out[j / A::kHeadSize * p.out_head_stride + j % A::kHeadSize] = 0;
+  };
   for (int i = blockIdx.x; i < p.sequences; i += gridDim.x) {
     if (p.seq_lens[i] > 0) continue;
-    auto* out = static_cast<uint16_t*>(p.out) + i * p.out_stride;
-    for (int j = threadIdx.x; j < elements; j += A::kThreads)
-      out[j / A::kHeadSize * p.out_head_stride + j % A::kHeadSize] = 0;
+    if constexpr (A::kHasManyQueries) {
+      NewTokens<true> tokens;
+      tokens.read_tokens(p, i);
+      for (int token = 0; token < tokens.count; ++token)
+        write_row(tokens.first_row + token, (p.kv_heads >> p.head_shift) * p.heads_of_kv);
+    } else {
+      write_row(i, p.kv_heads * p.group);
+    }
   }
 }
 
@@ -33,6 +42,8 @@ __device__ inline void prefetch(const Params& p) {
     ptx::prefetch_l2(p.block_table + thread / p.row_lines * p.table_stride +
                      thread % p.row_lines * kLineInts);
   if (thread < divide_up(p.sequences, kLineInts)) ptx::prefetch_l2(p.seq_lens + thread * kLineInts);
+  if constexpr (A::kHasManyQueries)
+    if (thread <= p.sequences / kLineInts) ptx::prefetch_l2(p.query_start + thread * kLineInts);
 }
 
 template <class A>
@@ -51,7 +62,7 @@ __global__ void __launch_bounds__(A::kThreads, A::kResident)
   ptx::griddepcontrol_launch_dependents();
   ptx::griddepcontrol_wait();
 
-  const Range range = range_of_warp<A>(p);
+  const Range<A> range = range_of_warp<A>(p);
   if (range.block.begin == range.block.end) return write_zeros<A>(p);
   const bool has_tiles = range.begin < range.end;
   uint2 raw_query[A::kHeadTiles][Query<A>::kRaw];
@@ -60,7 +71,7 @@ __global__ void __launch_bounds__(A::kThreads, A::kResident)
   write_zeros<A>(p);
 
   Merger<A> merger(p, range, shared);
-  Segment segment = range.first;
+  Segment<A> segment = range.first;
   int tile = range.begin;
   while (has_tiles) {
     const int end = min(segment.end(), range.end);
@@ -71,9 +82,7 @@ __global__ void __launch_bounds__(A::kThreads, A::kResident)
     for (; tile < end; ++tile) {
       const int done = tile - range.begin, stage = done % A::kStages;
       Copies<A>::wait(barriers + stage * 8, done / A::kStages % 2);
-      const int token = segment.token_of(p, tile);
-      Tile<A>(p, ring + stage * A::kStageBytes, segment.first_token(p) - token,
-              segment.length - token)
+      Tile<A>(p, ring + stage * A::kStageBytes, segment, segment.token_of(p, tile))
           .attend(query, sums);
       __syncwarp();
       loader.load_next();

@@ -112,7 +112,7 @@ template <class A>
 class Loader {
  public:
   // `copy` is the one of p.copies that this lane does.
-  __device__ Loader(const Params& p, const Copy& copy, const Range& range, uint32_t ring,
+  __device__ Loader(const Params& p, const Copy& copy, const Range<A>& range, uint32_t ring,
                     uint32_t barriers)
       : p_(p),
         copy_(copy),
@@ -153,7 +153,8 @@ class Loader {
     const int token = first + copy_.token;
     if (copy_.bytes == 0 || token >= segment_.length) return place;
     const int index = __umulhi(token / kTokenMultiple * 2, p_.inverse_page);
-    const int head = has_one_tile(A::kHeadSize) ? segment_.head >> p_.head_shift : segment_.head;
+    constexpr bool kIsShifted = A::kHasManyQueries || has_one_tile(A::kHeadSize);
+    const int head = kIsShifted ? segment_.head >> p_.head_shift : segment_.head;
     place.offset =
         head * p_.head_stride + copy_.source + (token - index * p_.page_tokens) * copy_.source_step;
     place.page = p_.block_table[segment_.sequence * p_.table_stride + index];
@@ -162,7 +163,7 @@ class Loader {
 
   const Params& p_;
   const Copy copy_;
-  Segment segment_;  // the segment of tile_, which is the next tile to be found
+  Segment<A> segment_;  // the segment of tile_, which is the next tile to be found
   int tile_, end_, stage_ = 0;
   uint32_t ring_, barriers_;
   Place next_;

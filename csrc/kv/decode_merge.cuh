@@ -21,9 +21,11 @@ struct Partial {
   float maximum = -INFINITY, weights = 0;
   alignas(16) float values[kChannels] = {};
 
-  // `maximum` has to be that of all that is added.
+  // `maximum` has to be that of all that is added, which `kMayBeEmpty` says may have seen no token.
+  template <bool kMayBeEmpty>
   __device__ void add(float other_maximum, float other_weights, const float* other_values) {
-    const float factor = ptx::exp2_approx(other_maximum - maximum);
+    const float base = kMayBeEmpty && maximum == -INFINITY ? 0 : maximum;
+    const float factor = ptx::exp2_approx(other_maximum - base);
     weights = fmaf(factor, other_weights, weights);
     add_values(factor, other_values);
   }
@@ -120,14 +122,14 @@ __device__ inline Vector<A> add_parts(const float* parts, int slice, int count, 
 template <class A>
 struct Shares {
   // A segment of which several warps, or other blocks, may have parts too.
-  struct alignas(16) Share {
-    Segment segment;
+  struct alignas(A::kHasManyQueries ? 8 : 16) Share {
+    Segment<A> segment;
     int first_warp, last_warp;  // of this block; none where first_warp > last_warp
     int first_part;             // where the first warp's part is, in bytes of the shared memory
   };
   // Of the first segment of every warp, and of the block's last segment. A segment is here once.
   Share shares[A::kWarps + 1];
-  Segment last;
+  Segment<A> last;
   BlockRange blocks[A::kWarps];  // the same for all, each its own until they have met
   int is_last[2];  // whether this block is the last to come, at its first and last segment
 };
@@ -139,7 +141,7 @@ class Merger {
   static_assert(sizeof(Shares<A>) <= A::kSharesBytes && A::kSharesBytes % 16 == 0);
 
   // `shared` is the block's shared memory, which begins with the rings of its warps.
-  __device__ Merger(const Params& p, const Range& range, char* shared)
+  __device__ Merger(const Params& p, const Range<A>& range, char* shared)
       : p_(p), begin_(range.begin), end_(range.end), shared_(shared) {
     const int warp = threadIdx.x / 32;
     if (threadIdx.x % 32 != 0) return;
@@ -151,7 +153,7 @@ class Merger {
 
   // Called by a warp when its part of a segment is complete. Parts are left to add_warps: of the
   // warp's segments, only the first can have begun before, and only the last go on.
-  __device__ void finish(const Segment& segment, const Query<A>& query, Sums<A>& sums) const {
+  __device__ void finish(const Segment<A>& segment, const Query<A>& query, Sums<A>& sums) const {
     using V = typename A::V;
     const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4, warp = threadIdx.x / 32;
     const bool is_whole = segment.is_in(begin_, end_);
@@ -196,7 +198,7 @@ class Merger {
 
   // Called by all threads once their warps are done; `last` is the warp's last segment. A segment
   // of which other blocks have parts too is left to add_blocks.
-  __device__ void add_warps(const Segment& last) const {
+  __device__ void add_warps(const Segment<A>& last) const {
     const int warp = threadIdx.x / 32;
     const int lane = threadIdx.x % 32;
     if (lane == 0 && begin_ < end_ && end_ == shares().blocks[warp].end) {
@@ -246,7 +248,7 @@ class Merger {
 #pragma unroll 1  // so that the code is there only once
     for (int i = 0; i < 2; ++i) {
       if (!shares().is_last[i]) continue;
-      const Segment segment = end_of_block(i);
+      const Segment<A> segment = end_of_block(i);
       const Owners owners = owners_of(segment);
       for (int j = warp; j < p_.group * A::kSlices; j += A::kWarps) {
         const int head = j / A::kSlices, slice = j % A::kSlices;
@@ -266,7 +268,7 @@ class Merger {
   }
 
   // The first segment of the block, and the last one.
-  __device__ const Segment& end_of_block(int i) const {
+  __device__ const Segment<A>& end_of_block(int i) const {
     return i == 0 ? shares().shares[0].segment : shares().last;
   }
 
@@ -275,13 +277,13 @@ class Merger {
     int first, last;
   };
 
-  __device__ Owners owners_of(const Segment& segment) const {
+  __device__ Owners owners_of(const Segment<A>& segment) const {
     const int length = A::kWarps * shares().blocks[0].share;
     return {segment.begin / length, (segment.end() - 1) / length};
   }
 
   // A segment as one that warps share if `is_declared` and this warp has not all of it.
-  __device__ Share share_of(const Segment& segment, bool is_declared,
+  __device__ Share share_of(const Segment<A>& segment, bool is_declared,
                             const BlockRange& block) const {
     if (!is_declared || segment.is_in(begin_, end_)) return {segment, 1, 0, 0};
     const int begin = max(segment.begin, block.begin), end = min(segment.end(), block.end);
@@ -322,7 +324,8 @@ class Merger {
 #pragma unroll
     for (int warp = 0; warp < A::kWarps; ++warp)
       if (has_part(warp))
-        sum.add(numbers[warp].x, numbers[warp].y, reinterpret_cast<const float*>(&values[warp]));
+        sum.template add<A::kHasManyQueries>(numbers[warp].x, numbers[warp].y,
+                                             reinterpret_cast<const float*>(&values[warp]));
     return sum;
   }
 
@@ -334,7 +337,7 @@ class Merger {
       *reinterpret_cast<float2*>(out + A::kHeadSize) = {v.maximum, v.weights};
   }
 
-  __device__ void write_slice(const Segment& segment, int head, int slice,
+  __device__ void write_slice(const Segment<A>& segment, int head, int slice,
                               const Vector<A>& v) const {
     const int part = slice * (A::kSlice / A::kVector) + vector_of<A>(threadIdx.x % 32);
     write_output<A::kVector>(segment, head, part, v.values, v.maximum, v.weights);
@@ -343,20 +346,27 @@ class Merger {
   // Writes the `part`-th kCount channels of a head. A sink adds its weight to those of the tokens,
   // which are 2^kWeightExponent where the score is the maximum.
   template <int kCount>
-  __device__ void write_output(const Segment& segment, int head_of_group, int part,
+  __device__ void write_output(const Segment<A>& segment, int head_of_group, int part,
                                const float* values, float maximum, float weights) const {
-    const int head = segment.head * p_.group + head_of_group;
+    const auto [head, token, is_there] = column_of<A>(p_, segment, head_of_group);
+    bool is_seeing = true;
+    if constexpr (A::kHasManyQueries) {
+      if (!is_there) return;
+      is_seeing = segment.length - segment.count + token >= 0;
+    }
     if (p_.sinks != nullptr) {
       const float sink = to_float2(static_cast<const uint16_t*>(p_.sinks)[head], p_.is_bfloat16).x;
       weights += ptx::exp2_approx(fmaf(sink, kLog2E, A::kWeightExponent - maximum));
     }
-    auto* out = static_cast<uint16_t*>(p_.out) + segment.sequence * p_.out_stride +
+    auto* out = static_cast<uint16_t*>(p_.out) + row_of<A>(segment, token) * p_.out_stride +
                 head * p_.out_head_stride + part * kCount;
     const float factor = 1 / weights;
     uint32_t pairs[kCount / 2];
 #pragma unroll
     for (int i = 0; i < kCount / 2; ++i)
-      pairs[i] = to_pair(values[2 * i] * factor, values[2 * i + 1] * factor, p_.is_bfloat16);
+      pairs[i] = is_seeing
+                     ? to_pair(values[2 * i] * factor, values[2 * i + 1] * factor, p_.is_bfloat16)
+                     : 0;
     if constexpr (kCount == 2) {
       *reinterpret_cast<uint32_t*>(out) = pairs[0];
     } else {

@@ -7,8 +7,9 @@
 
 namespace qoq::kv {
 
-// Query heads 2 c and 2 c + 1 of each head tile, where lane = 4 g + c; fragments hold head g. With
-// them, a score is
+// Query heads 2 c and 2 c + 1 of each head tile, where lane = 4 g + c; fragments hold head g. Where
+// sequences have several new tokens, a head is a column of the segment (`column_of`). With them, a
+// score is
 //   scale of the token * (sum of query * code - zero * sum of query) * to_log2
 template <class A>
 struct Query {
@@ -24,21 +25,20 @@ struct Query {
 
   // Reads the query of a segment, and zeros for heads that the group lacks. It is to be issued
   // before many copies, behind which it would wait.
-  __device__ static void fetch(const Params& p, const Segment& segment,
+  __device__ static void fetch(const Params& p, const Segment<A>& segment,
                                uint2 (&raw)[A::kHeadTiles][kRaw]) {
     const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
 #pragma unroll
     for (int t = 0; t < A::kHeadTiles; ++t) {
-      const int head_of_group = t * kHeadsOfTile + g, head = segment.head * p.group + head_of_group;
-      const auto* q = static_cast<const uint16_t*>(p.q) + segment.sequence * p.q_stride +
-                      head * p.q_head_stride;
+      const Column column = column_of<A>(p, segment, t * kHeadsOfTile + g);
+      const auto* q = static_cast<const uint16_t*>(p.q) +
+                      row_of<A>(segment, column.token) * p.q_stride + column.head * p.q_head_stride;
 #pragma unroll
       for (int i = 0; i < kRaw; ++i) {
         // Thread c has the c-th of 4 pieces of a K row, and likewise of the second 4, if any.
         constexpr int kPieceRaw = K::kPieceBytes * 8 / K::kBits / 4;
         const int from = ((i / kPieceRaw * 4 + c) * kPieceRaw + i % kPieceRaw) * 4;
-        raw[t][i] =
-            head_of_group < p.group ? __ldcg(reinterpret_cast<const uint2*>(q + from)) : uint2{};
+        raw[t][i] = column.is_there ? __ldcg(reinterpret_cast<const uint2*>(q + from)) : uint2{};
       }
     }
   }

@@ -87,19 +87,21 @@ struct Sums {
   }
 };
 
-// A tile in shared memory: `address` is its stage. Tokens outside of [first_seen, end_seen),
-// counted from its first, are not seen, and what is stored of them may be anything.
+// A tile in shared memory: `address` is its stage, and `token` the first of its tokens, from which
+// others are counted. Tokens outside of [first_seen_, end_seen_) are not seen, and what is stored
+// of them may be anything.
 template <class A>
 class Tile {
  public:
-  __device__ Tile(const Params& p, uint32_t address, int first_seen, int end_seen)
+  __device__ Tile(const Params& p, uint32_t address, const Segment<A>& segment, int token)
       : p_(p),
+        segment_(segment),
         address_(address),
         g_(threadIdx.x % 32 / 4),
         c_(threadIdx.x % 4),
-        first_seen_(first_seen),
-        end_seen_(end_seen),
-        is_partial_(first_seen > 0 || end_seen < kTileTokens),
+        first_seen_(segment.first_token(p) - token),
+        end_seen_(segment.length - token),
+        is_partial_(is_hidden_from_some()),
         is_plain_(!is_partial_ && p.cap_log2 == 0) {}
 
   __device__ void attend(const Query<A>& query, Sums<A>& sums) const {
@@ -132,13 +134,28 @@ class Tile {
   }
 
   __device__ void hide_unseen(float (&scores)[A::kHeadTiles][kTileSteps][4]) const {
+    if constexpr (A::kHasManyQueries) {
 #pragma unroll
-    for (int step = 0; step < kTileSteps; ++step)
+      for (int t = 0; t < A::kHeadTiles; ++t)
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
+        for (int j = 0; j < 4; ++j) {
+          const int query = column_of<A>(p_, segment_, t * kHeadsOfTile + 2 * c_ + j % 2).token;
+          const int end = end_of_first() + query, first = p_.window > 0 ? end - p_.window : 0;
 #pragma unroll
-        for (int t = 0; t < A::kHeadTiles; ++t)
-          if (!is_seen(16 * step + g_ + j / 2 * 8)) scores[t][step][j] = -INFINITY;
+          for (int step = 0; step < kTileSteps; ++step) {
+            const int token = 16 * step + g_ + j / 2 * 8;
+            if (token < first || token >= end) scores[t][step][j] = -INFINITY;
+          }
+        }
+    } else {
+#pragma unroll
+      for (int step = 0; step < kTileSteps; ++step)
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+#pragma unroll
+          for (int t = 0; t < A::kHeadTiles; ++t)
+            if (!is_seen(16 * step + g_ + j / 2 * 8)) scores[t][step][j] = -INFINITY;
+    }
   }
 
   // cap * tanh(score / cap), from tanh(y) = 1 - 2 / (1 + e^2y), which is right to 2^-22 of the cap.
@@ -215,8 +232,10 @@ class Tile {
       for (int lanes = 4; lanes < 32; lanes *= 2)
         largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, lanes));
       is_larger |= largest != sums.maximum[t][j];
-      factor[j] = (sums.maximum[t][j] - largest) * query.to_log2[t][j];
-      offset[j] = A::kWeightExponent - largest * query.to_log2[t][j];
+      // Of several queries, one may not have seen a token yet.
+      const float base = A::kHasManyQueries && largest == -INFINITY ? 0 : largest;
+      factor[j] = (sums.maximum[t][j] - base) * query.to_log2[t][j];
+      offset[j] = A::kWeightExponent - base * query.to_log2[t][j];
       sums.maximum[t][j] = largest;
     }
     if (__any_sync(kAllLanes, is_larger)) {
@@ -281,9 +300,22 @@ class Tile {
     }
   }
 
+  // Whether any query sees a token.
   __device__ bool is_seen(int token) const { return token >= first_seen_ && token < end_seen_; }
 
+  // Where the tokens end that the first query sees; each further one sees one more.
+  __device__ int end_of_first() const { return end_seen_ - (segment_.count - 1); }
+
+  __device__ bool is_hidden_from_some() const {
+    if constexpr (A::kHasManyQueries) {
+      const bool has_left = p_.window > 0 && end_seen_ > p_.window;  // the window of the last query
+      return has_left || end_of_first() < kTileTokens;
+    }
+    return first_seen_ > 0 || end_seen_ < kTileTokens;
+  }
+
   const Params& p_;
+  const Segment<A>& segment_;
   const uint32_t address_;
   const int g_, c_, first_seen_, end_seen_;
   const bool is_partial_;

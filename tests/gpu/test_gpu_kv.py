@@ -60,13 +60,29 @@ class Cache:
                 out[i] = kv_oracle.attention(query[i], key, value, length, scale, window, **options)
         return out
 
+    def expected_of_new(self, query, counts, scale, window=0, **options):
+        """The same for sequences with `counts` new tokens, NaN in rows of none of them."""
+        out = torch.full(query.shape, math.nan, dtype=torch.float64, device=DEVICE)
+        first = 0
+        for i, (length, count) in enumerate(zip(self.lengths, counts, strict=True)):
+            rows, first = slice(first, first + count), first + count
+            key, value = kv_oracle.read(self.pages, self.table[i], self.head_size, self.bits)
+            given = (query[rows], key, value, length, scale, window)
+            out[rows] = kv_oracle.attention_of_new(*given, **options)
+        return out
+
+
+def starts_of(counts):
+    return torch.tensor([0, *counts], device=DEVICE).cumsum(0).int()
+
 
 def decode(cache, query, *, window=0, hadamard=False, out=None, **options):
     out = torch.full_like(query, math.nan) if out is None else out
     group = query.shape[1] // cache.pages.shape[1]
     kv_ops.kv_decode(
         *(query, cache.pages, cache.table, cache.seq_lens, query.shape[-1] ** -0.5, cache.bits),
-        *(window, hadamard, out, kv_ops.workspace(DEVICE, group, query.shape[-1])),
+        *(window, hadamard, out),
+        kv_ops.workspace(DEVICE, group, query.shape[-1], options.get("query_len", 1)),
         **options,
     )
     return out
@@ -191,6 +207,110 @@ def test_decode_in_a_graph_follows_lengths_and_tables():
         cache.table.copy_(cache.table.roll(1, 0))
         graph.replay()
         assert_close(out, cache.expected(query, 128**-0.5, 0))
+
+
+def decode_new(cache, query, counts, **options):
+    return decode(cache, query, query_len=max(2, *counts), query_start=starts_of(counts), **options)
+
+
+def assert_close_in_rows_of_sequences(out, expected, more=0.0):
+    """`assert_close`, and nothing was written where no sequence has a row."""
+    is_used = ~expected.isnan().flatten(1).any(1)
+    assert out[~is_used].isnan().all()
+    assert_close(out[is_used], expected[is_used], more)
+
+
+# With EDGES, sequences that are shorter than their new tokens, that begin a tile with some of them,
+# and that have none in this step.
+COUNTS = [1, 1, 4, 2, 4, 4, 3, 4, 0, 4, 2, 0, 4, 4]
+
+
+@pytest.mark.parametrize("bits, head_size", BITS_AND_SIZES)
+@pytest.mark.parametrize("page_tokens", [16, 48, 64])
+@pytest.mark.parametrize("heads, kv_heads", [(8, 8), (32, 8), (28, 4), (16, 2), (16, 1)])
+@pytest.mark.parametrize("most", [2, 4, 8])
+def test_new_tokens_see_what_is_before_them(bits, head_size, page_tokens, heads, kv_heads, most):
+    skip_without_room(head_size, bits, heads // kv_heads, most)
+    counts = [count * most // 4 for count in COUNTS]
+    cache = Cache(EDGES, kv_heads, head_size, bits, page_tokens)
+    query = torch.randn(sum(counts) + 3, heads, head_size, device=DEVICE).half()
+    out = decode_new(cache, query, counts)
+    expected = cache.expected_of_new(query, counts, head_size**-0.5)
+    assert_close_in_rows_of_sequences(out, expected)
+    group = heads // kv_heads
+    assert not kv_ops.workspace(DEVICE, group, head_size, max(2, *counts))[:1024].any()
+
+
+@pytest.mark.parametrize("bits, head_size", BITS_AND_SIZES)
+@pytest.mark.parametrize("window", [1, 3, 40, 700])
+@pytest.mark.parametrize("soft_cap, has_sinks", [(0.0, False), (2.0, True)])
+def test_new_tokens_have_windows_of_their_own(bits, head_size, window, soft_cap, has_sinks):
+    skip_without_room(head_size, bits, 4, 4)
+    cache = Cache(EDGES, 2, head_size, bits, 16)
+    query = torch.randn(sum(COUNTS), 8, head_size, device=DEVICE).bfloat16()
+    sinks = torch.linspace(-20, 20, 8, device=DEVICE).bfloat16() if has_sinks else None
+    options = {"window": window, "soft_cap": soft_cap, "sinks": sinks}
+    expected = cache.expected_of_new(query, COUNTS, head_size**-0.5, **options)
+    assert_close(decode_new(cache, query, COUNTS, **options), expected, 1e-6)
+
+
+@pytest.mark.parametrize("lengths", [[8192], [100000, 3], [700] * 64, [5] * 300])
+@pytest.mark.parametrize("head_size", kv_layout.HEAD_SIZES)
+@pytest.mark.parametrize("query_len", [2, 4])
+def test_new_tokens_of_any_batch_repeat_to_the_bit(lengths, head_size, query_len):
+    skip_without_room(head_size, 4, 4, query_len)
+    cache, counts = Cache(lengths, 8, head_size, 4, 16), [query_len] * len(lengths)
+    query = torch.randn(sum(counts), 32, head_size, device=DEVICE).bfloat16()
+    out = decode_new(cache, query, counts)
+    assert_close(out, cache.expected_of_new(query, counts, head_size**-0.5))
+    for _ in range(10):
+        assert torch.equal(decode_new(cache, query, counts), out)
+
+
+def test_new_tokens_are_as_one_after_the_other():
+    """What a request generates is what it verifies."""
+    lengths, count = [33, 700, 4096], 4
+    cache = Cache(lengths, 8, 128, 4, 64)
+    query = torch.randn(3, count, 32, 128, device=DEVICE).bfloat16()
+    together = decode_new(cache, query.flatten(0, 1), [count] * 3).view(query.shape)
+    for i in range(count):
+        cache.seq_lens = torch.tensor(lengths, device=DEVICE).int() - count + 1 + i
+        one = decode(cache, query[:, i].contiguous())
+        assert_close(together[:, i], one.double())
+
+
+def test_new_tokens_show_nan():
+    cache = Cache([100, 100], 2, 128, 4, 16)
+    query = torch.randn(8, 8, 128, device=DEVICE).half()
+    query[2, 1, 5] = math.nan
+    out = decode_new(cache, query, [4, 4])
+    assert out[2, 1].isnan().all()
+    assert out.isnan().sum() == 128
+
+
+def test_new_tokens_in_a_graph_follow_lengths_and_starts():
+    cache = Cache([3000] * 16, 8, 128, 4, 16)
+    query = torch.randn(64, 32, 128, device=DEVICE).bfloat16()
+    out, starts = torch.empty_like(query), starts_of([4] * 16)
+    options = {"query_len": 4, "query_start": starts, "out": out}
+    decode(cache, query, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decode(cache, query, **options)
+    for lengths, counts in (
+        ([3000] * 16, [4] * 16),
+        ([0] * 16, [4] * 16),
+        ([5] * 15 + [2999], [4] * 12 + [0] * 4),  # a batch that is padded
+        ([3000, 2048] * 8, [1, 4, 3, 2] * 4),
+    ):
+        query.normal_()
+        out.fill_(math.nan)
+        cache.lengths = lengths
+        cache.seq_lens.copy_(torch.tensor(lengths))
+        starts.copy_(starts_of(counts))
+        graph.replay()
+        expected = cache.expected_of_new(query, counts, 128**-0.5)
+        assert_close_in_rows_of_sequences(out, expected)
 
 
 def skip_where_nothing_rotates(head_size, hadamard):

@@ -21,6 +21,7 @@ DEVICE = torch.device("cuda")
 HEADS, KV_HEADS, BLOCK, BITS = 8, 2, 64, 8
 # (tokens in the cache, new tokens): generation, then prompts whole, in pieces, behind prefixes
 REQUESTS = [(500, 1), (70, 1), (0, 300), (1000, 40), (64, 64), (3, 2)]
+VERIFYING = [(500, 4), (70, 1), (30, 3), (0, 300), (1000, 40), (64, 64)]
 
 
 # Where heads are large, FlashAttention 3 is right about windows of whole tiles.
@@ -29,8 +30,9 @@ WINDOWS = [(size, w) for size in kv_layout.HEAD_SIZES for w in (None, 128 if siz
 
 @pytest.mark.parametrize("head_size, window", WINDOWS)
 @pytest.mark.parametrize("kind", ["plain", "capped", "sinks", "capped sinks"])
-def test_a_step_is_the_reference(head_size, window, kind):
-    skip_without_room(head_size, BITS, HEADS // KV_HEADS)
+@pytest.mark.parametrize("requests, most", [(REQUESTS, 1), (VERIFYING, 4)], ids=["", "verifying"])
+def test_a_step_is_the_reference(head_size, window, kind, requests, most):
+    skip_without_room(head_size, BITS, HEADS // KV_HEADS, most)
     from vllm_qoq.serving.kv.cuda import CUDAKVMetadata, CUDAQuantizedKVImpl
     from vllm_qoq.serving.kv.prefill import plan_prefill
 
@@ -45,12 +47,13 @@ def test_a_step_is_the_reference(head_size, window, kind):
         soft_cap=soft_cap,
         sinks=None if sinks is None else sinks.to(DEVICE),
         max_new_tokens=512,
+        max_query_len=most,
     )
-    new = [count for _, count in REQUESTS]
-    lengths = [sum(pair) for pair in REQUESTS]
+    new = [count for _, count in requests]
+    lengths = [sum(pair) for pair in requests]
     blocks = [-(-length // BLOCK) for length in lengths]
     order = torch.randperm(sum(blocks)).int().split(blocks)
-    table = torch.zeros(len(REQUESTS), max(blocks), dtype=torch.int32)
+    table = torch.zeros(len(requests), max(blocks), dtype=torch.int32)
     slot_bytes = kv_layout.slot_bytes(head_size, BITS)
     pages = torch.zeros(sum(blocks), KV_HEADS, BLOCK * slot_bytes, dtype=torch.uint8)
     fresh, slots = [], []
@@ -69,13 +72,14 @@ def test_a_step_is_the_reference(head_size, window, kind):
         *(query, key, value, pages, table, torch.tensor(lengths), torch.tensor(starts)),
         scale=impl.scale,
         bits=BITS,
+        most_decode_tokens=most,
         sliding_window=window,
         soft_cap=soft_cap,
         sinks=sinks,
     )
-    decodes = new.count(1)
-    prompts = [start - decodes for start in starts[decodes:]]
-    history = [past for past, _ in REQUESTS[decodes:]]
+    decodes = sum(count <= most for count in new)
+    prompts = [start - starts[decodes] for start in starts[decodes:]]
+    history = [past for past, _ in requests[decodes:]]
     metadata = CUDAKVMetadata(
         num_actual_tokens=sum(new),
         max_query_len=max(new),
@@ -84,7 +88,10 @@ def test_a_step_is_the_reference(head_size, window, kind):
         seq_lens=torch.tensor(lengths).int().to(DEVICE),
         block_table=table.to(DEVICE),
         slot_mapping=torch.cat(slots).to(DEVICE),
+        most_decode_tokens=most,
         num_decodes=decodes,
+        decode_tokens=starts[decodes],
+        query_len=max(new[:decodes]),
         prefill=plan_prefill(prompts, history, window, 700, DEVICE),
     )
     out = torch.zeros(sum(new), HEADS * head_size, dtype=torch.bfloat16, device=DEVICE)
@@ -104,6 +111,6 @@ def test_windows_that_flash_attention_gets_wrong_are_refused(window, is_served):
     layer = SimpleNamespace(
         num_heads=HEADS, num_kv_heads=KV_HEADS, head_size=256, has_sink=False, sliding_window=window
     )
-    said = list(CUDAKV8Backend.obstacles(layer, torch.bfloat16))
+    said = list(CUDAKV8Backend.obstacles(layer, torch.bfloat16, 1))
     assert is_served == (not said)
     assert is_served or "a window of 100 tokens" in said[0]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -39,6 +40,35 @@ def test_graphs_equal_eager(runner, tiny_model, tmp_path, bits):
     specs = [spec(tiny_model, bits, options, max_tokens=40) for options in (EAGER, GRAPHS)]
     eager, graphs = run_engines(tmp_path, specs, **runner)
     assert graphs["generation"] == eager["generation"]
+
+
+V2_NGRAM = "vllm.v1.worker.gpu.spec_decode.ngram"
+REPEATING = (
+    "def f(a):\n    return a\n\ndef g(a):\n    return a\n\ndef h(a):\n    return",
+    "import os\nimport sys\nimport os\nimport",
+    "for i in range(10):\n    print(i)\nfor i in range(10):\n   ",
+)
+
+
+@pytest.mark.parametrize("bits", [4, 8, "k8v4"])
+def test_what_is_verified_is_what_would_be_generated(runner, tiny_model, tmp_path, bits):
+    """But for rounding: in graphs and without them, with n-grams and with the model as a draft."""
+    if runner["VLLM_USE_V2_MODEL_RUNNER"] == "1" and find_spec(V2_NGRAM) is None:
+        pytest.skip("the second model runner of this vLLM has neither n-grams nor draft models")
+    ngram = {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    draft = {"method": "draft_model", "model": str(tiny_model)}
+    counted = {"disable_log_stats": False}
+    speculating = [
+        options | counted | {"speculative_config": method | {"num_speculative_tokens": 3}}
+        for options in (EAGER, GRAPHS)
+        for method in (ngram, draft)
+    ]
+    more = {"prompts": list(REPEATING), "max_tokens": 60}
+    specs = [spec(tiny_model, bits, options, **more) for options in (EAGER, *speculating)]
+    plain, *results = run_engines(tmp_path, specs, **runner)
+    for result in results:
+        assert result["accepted"] > 30
+        assert largest_gap(result["generation"], plain["generation"]) < 0.3
 
 
 def test_thousands_of_steps_with_preemption_equal_fresh_runs(runner, tiny_model, tmp_path):

@@ -29,6 +29,7 @@ CONSTANTS = [
     ("kv/write.cuh", "kLargest", kv_layout.FP16_MAX),
     ("kv/write.cuh", "kSmallestScale", kv_layout.SMALLEST_SCALE),
     ("kv/decode_config.h", "kMaxGroup", kv_ops.MAX_GROUP),
+    ("kv/decode_config.h", "kMaxQueryLen", kv_ops.MAX_QUERY_LEN),
     ("kv/decode_config.h", "kMaxBlocks", kv_ops.WORKSPACE_COUNTERS),
     ("kv/decode_config.h", "kPartialPadding", kv_ops.WORKSPACE_PADDING),
     ("kv/decode_config.h", "kFewestWarps", kv_ops.DECODE_FEWEST_WARPS),
@@ -105,6 +106,8 @@ def test_the_shared_memory_of_the_decode_attention_is_what_the_model_says():
         **{(128, "k8v4", 16): 85424, (64, "k8v4", 4): 58096},
         # Halves of 16 query heads: as much as of 8.
         **{(256, 4, 16): 101296, (256, 4, 8): 101296, (256, 8, 8): 166832, (96, 8, 16): 64432},
+        # 4 heads of 4 tokens are as 16 heads, and 64 columns are 4 parts of 16.
+        **{(128, 8, 4, 4): 101856, (128, 8, 16, 4): 101856, (256, 8, 8, 2): 166880},
     }
     for arguments, expected in known.items():
         assert kv_ops.decode_shared_bytes(*arguments) == expected
@@ -113,6 +116,7 @@ def test_the_shared_memory_of_the_decode_attention_is_what_the_model_says():
 def test_the_benchmark_knows_what_the_kernels_serve():
     assert attention_cases.HEAD_SIZES == kv_layout.HEAD_SIZES
     assert attention_cases.MAX_GROUP == kv_ops.MAX_GROUP
+    assert attention_cases.MAX_QUERY_LEN == kv_ops.MAX_QUERY_LEN
     assert attention_cases.BLOCK_MULTIPLE == kv_layout.BLOCK_MULTIPLE
 
 

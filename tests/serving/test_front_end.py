@@ -55,9 +55,6 @@ def no_writer(monkeypatch):
     monkeypatch.setattr(queue, "_is_writer_here", False)
 
 
-NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
-
-
 @pytest.mark.parametrize(
     ("qoq", "options", "message"),
     [
@@ -71,7 +68,6 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
         (None, {"additional_config": {"kv_bits": 4}}, "'kv_bits' would be ignored"),
         (None, {"additional_config": {"QoQ": {}}}, "'QoQ' would be ignored"),
         (None, {"enable_lora": True}, "does not serve LoRA .*without --enable-lora"),
-        ({"kv_bits": 4}, {"speculative_config": NGRAM}, "does not work with speculative decoding"),
         ({"kv_bits": 4}, {"block_size": 8}, "--block-size 8"),
         ({"kv_bits": 4}, {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
         ({"routing": LOAD}, {"api_process_count": 2}, "2 API processes.*--api-server-count 1"),

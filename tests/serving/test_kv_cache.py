@@ -290,8 +290,11 @@ def test_settings_of_the_cache_that_contradict_are_refused(engine_config, change
         attention(kv_config(KV4), engine_config(**changes))
 
 
-def with_speculation(config):
-    config.speculative_config = SpeculativeConfig.__new__(SpeculativeConfig)
+def with_speculation(config, device="cuda"):
+    config.device_config.device_type = device
+    speculative = SpeculativeConfig.__new__(SpeculativeConfig)
+    speculative.method, speculative.num_speculative_tokens = "ngram", 8
+    config.speculative_config = speculative
 
 
 def with_context_parallelism(config):
@@ -305,7 +308,7 @@ def with_another_device(config):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (with_speculation, "speculative decoding"),
+        (with_speculation, r"8 speculated tokens on a GPU.*num_speculative_tokens.* to 7 or less"),
         (with_context_parallelism, "decode-context-parallel"),
         (with_another_device, "not on xpu.*kv_bits"),
     ],
@@ -315,6 +318,29 @@ def test_engines_that_are_not_served_are_refused(engine_config, change, message)
     change(config)
     with pytest.raises(UserError, match=message), tensor_parallel(0, 1, config):
         kv_config(KV4).kv_cache()
+
+
+def test_a_cpu_verifies_any_number_of_tokens(engine_config):
+    config = engine_config()
+    with_speculation(config, "cpu")
+    with tensor_parallel(0, 1, config):
+        assert kv_config(KV4).kv_cache().kv_cache.bits == 4
+
+
+def test_a_model_asks_for_its_own_layers_alone(engine_config):
+    """The layers of a draft model are in vLLM's table, too, and those of its model are in its."""
+    config, quant_config, of_draft = engine_config(), kv_config(KV4), kv_config(KV4)
+    attention(quant_config, config)
+    quant_config.kv_cache().check_layers()
+    attention(None, config, index=1)  # a float head, which has no config
+    quant_config.kv_cache().check_layers()
+    attention(of_draft, config, index=2)
+    of_draft.kv_cache().check_layers()
+    other = kv_config(KV4)
+    for index, owner in ((3, other), (4, None)):
+        attention(owner, config, index=index)
+    with pytest.raises(UserError, match=r"layers\.4.*does not offer its attention"):
+        other.kv_cache().check_layers()
 
 
 def test_hybrid_models_need_a_vllm_whose_backends_size_pages(engine_config):
@@ -382,7 +408,6 @@ def test_a_layer_that_hides_from_quantization_is_noticed_before_weights_are_load
     config, quant_config = engine_config(), kv_config(KV4)
     attention(quant_config, config)
     with tensor_parallel(0, 1, config):
-        quant_config.get_cache_scale_mapper()
         attention(None, config, index=1)
         with pytest.raises(UserError, match=r"model\.layers\.1\..* does not offer"):
             quant_config.get_cache_scale_mapper()

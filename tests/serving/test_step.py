@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from plugin_units import qoq_config, tensor_parallel, vllm_config
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context, set_forward_context
@@ -10,6 +11,7 @@ from vllm.forward_context import get_forward_context, set_forward_context
 from vllm_qoq.routing.table import Phase
 from vllm_qoq.serving.routing.step import current_step
 from vllm_qoq.serving.signals.counters import CounterReader, counter_file
+from vllm_qoq.serving.speculation import is_draft, most_decode_tokens
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 DEFAULT, DECODE_ONLY = CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.FULL_DECODE_ONLY
@@ -98,6 +100,45 @@ def test_speculated_tokens_still_decode_and_batch_counts_requests(make_policy):
     assert (step.phase, step.batch) == (Phase.DECODE, 4)
 
 
+@pytest.mark.parametrize("counts", [[4, 1, 1, 2, 1], [1, 1, 1, 1, 1], [4, 4, 4, 4, 4]])
+def test_requests_may_verify_fewer_tokens_than_others(make_policy, counts):
+    policy, config, _ = make_policy(NONE)
+    policy.tokens_per_request = 4
+    starts = torch.tensor([0, *counts]).cumsum(0)
+    metadata = {"layer": SimpleNamespace(max_query_len=max(counts), query_start_loc=starts)}
+    with set_forward_context(metadata, config, num_tokens=sum(counts)):
+        step = current_step(get_forward_context(), sum(counts), policy)
+    assert (step.phase, step.batch) == (Phase.DECODE, 5)
+
+
+@pytest.mark.parametrize(
+    ("method", "is_parallel", "of_model", "of_draft"),
+    [
+        ("ngram", False, 4, None),
+        ("draft_model", False, 4, 5),
+        ("draft_model", True, 4, 7),
+        ("eagle", False, 4, None),
+    ],
+)
+def test_a_draft_model_has_more_tokens_than_the_model_that_verifies(
+    method, is_parallel, of_model, of_draft
+):
+    config = vllm_config()
+    model, draft = object(), object()
+    config.model_config = model
+    config.speculative_config = SimpleNamespace(
+        method=method,
+        num_speculative_tokens=3,
+        parallel_drafting=is_parallel,
+        # vLLM has the model's own where there is no draft.
+        draft_model_config=model if method == "ngram" else draft,
+    )
+    assert most_decode_tokens(config, is_draft(config)) == of_model
+    config.model_config = draft
+    if of_draft is not None:
+        assert most_decode_tokens(config, is_draft(config)) == of_draft
+
+
 def test_sets_that_only_padding_reaches_are_reachable(make_policy):
     policy, config, _ = make_policy(DEFAULT, max_num_seqs=3)
     route = policy.routing.route(["x"])  # w4a16 up to 4, then w8a8; prefill w8a8
@@ -105,6 +146,17 @@ def test_sets_that_only_padding_reaches_are_reachable(make_policy):
     assert "w4a16" in policy.reachable(route)
     policy.max_num_seqs = 5  # padded to 8
     assert policy.reachable(route) == {"w8a8", "w4a16"}
+
+
+def test_sets_of_steps_that_verify_fewer_tokens_are_reachable(make_policy):
+    policy, config, _ = make_policy(DEFAULT, max_num_seqs=3)
+    policy.tokens_per_request = 4
+    config.compilation_config.cudagraph_capture_sizes = [4, 8, 12]
+    assert policy.reachable(policy.routing.route(["x"])) == {"w8a8", "w4a16"}
+    config.compilation_config.cudagraph_capture_sizes = [1, 2, 3, 12, 16]
+    assert policy._largest_batch() == 3
+    config.compilation_config.cudagraph_capture_sizes = [5, 12]
+    assert policy._largest_batch() == 5
 
 
 def test_an_engine_counts_under_the_index_by_which_its_front_end_reads():

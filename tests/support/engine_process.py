@@ -50,10 +50,10 @@ def run_engines(
     A spec is {"checkpoint": PATH, "qoq": {...}, "options": {...}, "prompts": [...], "max_tokens":
     N, "text": T, "waiting": [N, ...]}; a result has the `generation`, the `counts` of steps in it
     ("decode w4a16": n), how many routing decisions were `traced` during it, if the spec asks for a
-    trace, how many `cache_tokens` the KV cache holds, the `preemptions` so far, if the options ask
-    for statistics, and the `perplexity` of the text, if there is one. After the generation come
-    the `loads`, one for each number of waiting requests that the engine is told: another
-    `generation`, its `counts` and what was `traced`.
+    trace, how many `cache_tokens` the KV cache holds, the `preemptions` so far and how many
+    speculated tokens were `accepted`, if the options ask for statistics, and the `perplexity` of
+    the text, if there is one. After the generation come the `loads`, one for each number of waiting
+    requests that the engine is told: another `generation`, its `counts` and what was `traced`.
     "sleep": [LEVEL, ...] lets the engine sleep and wake; each time adds its generation to `awake`,
     and in the end `counters` is how many integers of the GEMMs' workspace are not zero.
     """
@@ -96,9 +96,9 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
         workspace = linear_ops.workspace(torch.device("cuda", 0))
         result["counters"] = int(workspace.count_nonzero())
     if spec.get("options", {}).get("disable_log_stats") is False:
-        (result["preemptions"],) = (
-            metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"
-        )
+        found = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
+        result["preemptions"] = found["vllm:num_preemptions"]
+        result["accepted"] = found.get("vllm:spec_decode_num_accepted_tokens")
     if "text" in spec:
         result["perplexity"] = text_perplexity(llm, spec["text"], 256)["perplexity"]
     if spec.get("options", {}).get("tensor_parallel_size", 1) > 1:

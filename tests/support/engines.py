@@ -24,6 +24,8 @@ if current_platform.is_cpu():
     # Its sampler compiles a comparison for ten seconds, also where the engine is eager.
     current_platform.simple_compile_backend = "eager"
     once.kernel_overrides()
+    # Its search for n-grams compiles for ten seconds, where numba is not kept from it.
+    os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
 
 # Options of an engine that is traced, as one that compiles is, without Inductor's C++ of half a
 # minute. On a CPU vLLM takes another backend in no other mode than this, of one trace.

@@ -113,6 +113,8 @@ def right_arguments(op: str, device: torch.device, weights: str = "grouped") -> 
             "workspace": kv_ops.workspace(device, GROUP, HEAD),
             "soft_cap": 30.0,
             "sinks": _rows(device, GROUP * KV_HEADS),
+            "query_len": 1,
+            "query_start": None,
         },
         "kv_dequantize": lambda: {
             "pages": _pages(device),
@@ -691,6 +693,45 @@ def _of_kv_decode() -> Iterator[Refusal]:
     text = "soft_cap is -1, expected 0 (not capped) or a positive number"
     yield decode("soft_cap", lambda a: {"soft_cap": -1.0}, text)
     yield decode("soft_cap NaN", lambda a: {"soft_cap": float("nan")}, "soft_cap is ")
+    for length in (0, 9):
+        yield decode(
+            f"query_len {length}",
+            lambda a, length=length: {"query_len": length},
+            f"query_len is {length}, expected 1 to 8",
+        )
+
+    def starts(a: Arguments, count: int = SEQUENCES + 1) -> torch.Tensor:
+        return torch.arange(count, dtype=torch.int32, device=a["query"].device)
+
+    text = "query_len is 2, which needs query_start"
+    yield decode("no query_start", lambda a: {"query_len": 2}, text)
+    text = "query_len is 1, and query_start is for more"
+    yield decode("needless query_start", lambda a: {"query_start": starts(a)}, text)
+    expected = f"expected contiguous Int [{SEQUENCES + 1}]"
+    for name, change, text in (
+        ("type", lambda t: t.long(), f"query_start is Long [{SEQUENCES + 1}], {expected}"),
+        ("deeper", lambda t: t[None], f"query_start is Int [1, {SEQUENCES + 1}], {expected}"),
+        ("short", lambda t: t[1:], f"query_start is Int [{SEQUENCES}], {expected}"),
+        ("gaps", with_gaps, f"query_start is Int [{SEQUENCES + 1}], {expected}"),
+        ("elsewhere", lambda t: t.cpu(), "query_start is not on CUDA device 0, where the cache is"),
+    ):
+        yield decode(
+            f"query_start {name}",
+            lambda a, change=change: {"query_len": 2, "query_start": change(starts(a))},
+            text,
+        )
+
+    def more_rows(a: Arguments) -> Arguments:
+        query = a["query"].repeat(3, 1, 1)
+        return {
+            "query": query,
+            "out": torch.empty_like(query),
+            "query_len": 2,
+            "query_start": starts(a),
+        }
+
+    text = f"q has {3 * SEQUENCES} rows, but {SEQUENCES} sequences of up to 2 new tokens have fewer"
+    yield decode("more rows", more_rows, text)
     yield from _of_block_table(op)
     yield from _of_ints(op, "seq_lens", SEQUENCES)
     yield decode("scale", lambda a: {"scale": 0.0}, "scale is 0, expected a positive number")

@@ -230,8 +230,10 @@ def test_options_reach_the_measurement_and_json_is_alone_on_stdout(run):
     "arguments, message",
     [
         (["--cases", "16"], "'16' is not a list of sequences x tokens"),
+        (["--cases", "16x100x9"], "16x100x9 has 9 new tokens a sequence; take 8 or fewer"),
+        (["--cases", "16x3x4"], "16x3x4 has 4 new tokens a sequence; take 3 or fewer"),
         (["--cases", "16x0"], "'16x0' is not a list"),
-        (["--cases", "1x2x3"], "'1x2x3' is not a list"),
+        (["--cases", "1x2x3x4"], "'1x2x3x4' is not a list"),
         (["--kernels", "qoq-kv4,fa3"], "'fa3' is not a kernel; choose from qoq-kv4"),
         (["--heads", "0"], "'0' is not a positive number"),
         (["--heads", "30"], "--heads 30 is not a multiple of --kv-heads 8"),
@@ -247,6 +249,8 @@ def test_bad_arguments_name_the_value(run, arguments, message):
 
 def test_cases_keep_their_order():
     assert cli.decodes("64x1024,1x8192,64x1024") == (Decode(64, 1024), Decode(1, 8192))
+    assert cli.decodes("64x1024x4,64x1024x1") == (Decode(64, 1024, 4), Decode(64, 1024))
+    assert str(Decode(64, 1024, 4)) == "64x1024x4"
 
 
 def test_peers_alone_need_no_kernels_of_ours(run, monkeypatch):
@@ -467,6 +471,24 @@ def test_calls_have_the_shapes_that_the_kernels_take(vllm_calls, small, name):
     given = function.call_args
     table = given.args[2] if name in OURS else given.kwargs["block_table"]
     assert table.shape == (3, 4) and table.dtype == torch.int32 and table.unique().numel() == 12
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_several_new_tokens_are_rows_of_the_query(vllm_calls, small, name):
+    heads, case = small[0], small[1]._replace(query_len=4)
+    with OnCPU():
+        if name not in OURS and not name.startswith("fa3"):
+            with pytest.raises(ValueError, match="one new token a sequence, not for 4"):
+                prepared(name, heads, case)
+            return
+        out = prepared(name, heads, case)[1][-1]()
+    assert out.shape == (12, 8, 64)
+    if name in OURS:
+        *_, query_len, starts = vllm_calls["decode"].call_args.args
+        assert query_len == 4 and starts.tolist() == [0, 4, 8, 12]
+    else:
+        given = vllm_calls["fa3"].call_args.kwargs
+        assert given["max_seqlen_q"] == 4 and given["cu_seqlens_q"].tolist() == [0, 4, 8, 12]
 
 
 @pytest.mark.parametrize("name", [name for name in KERNELS if name not in WITHOUT_PROMPT])

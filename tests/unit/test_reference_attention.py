@@ -190,6 +190,35 @@ def test_a_whole_prompt_sees_no_quantization(bits):
 
 
 @BITS
+@pytest.mark.parametrize("window", [None, 7])
+def test_a_few_new_tokens_are_read_from_the_pages_as_one_at_a_time_is(bits, window):
+    requests = [(15, 3), (70, 2), (0, 3), (33, 1)]
+    step = Step(bits, heads=(6, 2), requests=requests)
+    outputs = step.run(most_decode_tokens=3, sliding_window=window)
+    for request, (past, new) in enumerate(requests):
+        for i in range(new):
+            one = Step(bits, heads=(6, 2), requests=[(past + i, 1)])
+            one.pages, one.query = step.pages, step.query[step.query_start_loc[request] + i][None]
+            one.keys, one.values = (
+                [of_all[request][: past + i + 1]] for of_all in (step.keys, step.values)
+            )
+            one.block_table = step.block_table[request][None]
+            assert torch.equal(one.run(sliding_window=window)[0][0], outputs[request][i])
+    # A request with more reads its own as they are.
+    longer = step.run(most_decode_tokens=2, sliding_window=window)
+    changed = [not torch.equal(a, b) for a, b in zip(longer, outputs, strict=True)]
+    assert changed == [True, False, True, False]
+
+
+def test_new_tokens_before_the_first_of_a_request_see_nothing():
+    step = Step(4, requests=[(0, 3)])
+    step.run()
+    step.seq_lens -= 2
+    first, second, third = step.run(most_decode_tokens=3)[0]
+    assert not first.any() and not second.any() and third.any()
+
+
+@BITS
 def test_the_batch_does_not_change_a_request(bits):
     step = Step(bits)
     together = step.run()

@@ -46,11 +46,12 @@ ARROWS = {
     "quantizer": _COMMANDS,
     "merge_tools": _COMMANDS,
     "serving.vllm_versions": (),
+    "serving.speculation": (),
     "serving.options": ("errors", "routing", "checkpoint"),
     "serving.signals": ("routing", "serving.options", "serving.vllm_versions"),
     "serving.routing": (
         *("errors", "routing", "checkpoint"),
-        *("serving.options", "serving.signals", "serving.vllm_versions"),
+        *("serving.options", "serving.signals", "serving.speculation", "serving.vllm_versions"),
     ),
     "serving.methods": (
         *("errors", "routing", "checkpoint", "models", "numerics", "ops"),
@@ -58,7 +59,7 @@ ARROWS = {
     ),
     "serving.kv": (
         *("errors", "checkpoint", "models", "numerics", "ops"),
-        *("serving.options", "serving.methods", "serving.vllm_versions"),
+        *("serving.options", "serving.methods", "serving.speculation", "serving.vllm_versions"),
     ),
     "serving.plugin": (
         *("errors", "version", "environment", "routing", "checkpoint", "models", "ops"),

@@ -17,13 +17,15 @@ class Heads(NamedTuple):
 
 
 class Decode(NamedTuple):
-    """A decode step: one new token for each of `batch` sequences of `context` tokens with it."""
+    """A decode step: `batch` sequences of `context` tokens, the last `query_len` of them new."""
 
     batch: int
     context: int
+    query_len: int = 1
 
     def __str__(self) -> str:
-        return f"{self.batch}x{self.context}"
+        several = f"x{self.query_len}" if self.query_len > 1 else ""
+        return f"{self.batch}x{self.context}{several}"
 
 
 DECODES = tuple(
@@ -43,10 +45,11 @@ OURS = {"qoq-kv4": (4, 4), "qoq-kv8": (8, 4), "qoq-k8v4": (6, 4)}
 PEERS = {"fa3-bf16": (16, 0), "fa3-fp8": (8, 0), "triton-int4": (4, 4), "turboquant-4bit": (4, 3)}
 KERNELS = (*OURS, *PEERS)
 
-# Our kernels serve these head sizes, up to so many query heads of a KV head, and blocks whose
-# tokens are a multiple of this, as `kv_ops` and `kv_layout` say.
+# Our kernels serve these head sizes, up to so many query heads of a KV head and new tokens of a
+# sequence, and blocks whose tokens are a multiple of this, as `kv_ops` and `kv_layout` say.
 HEAD_SIZES = (64, 96, 128, 256)
 MAX_GROUP = 16
+MAX_QUERY_LEN = 8
 BLOCK_MULTIPLE = 16
 
 # A case with a smaller cache goes round the blocks of several calls: more bytes than any L2 holds,

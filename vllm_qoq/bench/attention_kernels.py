@@ -39,9 +39,9 @@ class Kernel(NamedTuple):
 class DecodeInputs(NamedTuple):
     """The inputs that the calls of a case share."""
 
-    query: torch.Tensor  # bfloat16 [R, Hq, D]
+    query: torch.Tensor  # bfloat16 [T, Hq, D]
     lengths: torch.Tensor  # int32 [R]
-    out: torch.Tensor  # bfloat16 [R, Hq, D], NaN until a call writes it
+    out: torch.Tensor  # bfloat16 [T, Hq, D], NaN until a call writes it
 
 
 def qoq(heads: Heads, blocks: int, name: str, bits: kv_layout.QuantizedBits) -> Kernel:
@@ -58,8 +58,11 @@ def qoq(heads: Heads, blocks: int, name: str, bits: kv_layout.QuantizedBits) -> 
 
     def decode(case: Decode) -> list[Call]:
         given = _inputs(heads, case)
-        workspace = kv_ops.workspace(given.query.device, heads.query // heads.kv, heads.size)
-        rest = (given.lengths, heads.size**-0.5, bits, 0, False, given.out, workspace)
+        device, group = given.query.device, heads.query // heads.kv
+        workspace = kv_ops.workspace(device, group, heads.size, case.query_len)
+        starts = torch.arange(case.batch + 1, dtype=torch.int32, device=device) * case.query_len
+        several = (0.0, None, case.query_len, starts) if case.query_len > 1 else ()
+        rest = (given.lengths, heads.size**-0.5, bits, 0, False, given.out, workspace, *several)
         return [
             partial(_then, given.out, kv_ops.kv_decode, given.query, pages, table, *rest)
             for table in _tables(heads, case, blocks, name)
@@ -102,7 +105,8 @@ def fa3(heads: Heads, blocks: int, name: str, is_fp8: bool) -> Kernel:
     def decode(case: Decode) -> list[Call]:
         given = _inputs(heads, case)
         query = given.query.to(numbers.dtype)
-        call = attend(heads, case, query, *numbers.split(heads.size, -1), given.lengths, given.out)
+        parts = numbers.split(heads.size, -1)
+        call = attend(heads, case, query, *parts, given.lengths, given.out, case.query_len)
         tables = _tables(heads, case, blocks, name)
         return [partial(_then, given.out, call, block_table=table) for table in tables]
 
@@ -147,6 +151,7 @@ def triton_int4(heads: Heads, blocks: int, name: str) -> Kernel:
     parts = cache.split(half, -1)
 
     def decode(case: Decode) -> list[Call]:
+        _need_one_token(case)
         given = _inputs(heads, case)
         call = attend(case, given.query, *parts, k_scale, v_scale, given.lengths, given.out)
         tables = _tables(heads, case, blocks, name)
@@ -174,6 +179,7 @@ def turboquant(heads: Heads, blocks: int, name: str) -> Kernel:
         store(*_new_tokens(heads, len(slots)), cache, slots)
 
     def decode(case: Decode) -> list[Call]:
+        _need_one_token(case)
         given = _inputs(heads, case)
         call = attend(given.query, cache, given.lengths, given.out)
         tables = _tables(heads, case, blocks, name)
@@ -186,6 +192,11 @@ def turboquant(heads: Heads, blocks: int, name: str) -> Kernel:
         ]
 
     return Kernel(decode, write, None)
+
+
+def _need_one_token(case: Decode) -> None:
+    if case.query_len > 1:
+        raise ValueError(f"measured for one new token a sequence, not for {case.query_len}")
 
 
 def _write_then(write: Callable[[], object], attend: Call) -> torch.Tensor:
@@ -202,7 +213,7 @@ def _then(
 
 
 def _inputs(heads: Heads, case: Decode) -> DecodeInputs:
-    shape = case.batch, heads.query, heads.size
+    shape = case.batch * case.query_len, heads.query, heads.size
     query = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
     lengths = torch.full((case.batch,), case.context, dtype=torch.int32, device="cuda")
     return DecodeInputs(query, lengths, torch.full_like(query, torch.nan))

@@ -53,7 +53,8 @@ def _head(result: AttentionResult) -> Iterator[str]:
     yield f"    {command(result)}\n"
     sizes = ", ".join(f"{name} {token_bytes(name, heads)}" for name in result.kernels)
     yield (
-        "One query token a sequence. Microseconds of a call, the median of CUDA-graph replays;\n"
+        "One query token a sequence, or as many as a third number of a case says, which are its\n"
+        "last. Microseconds of a call, the median of CUDA-graph replays;\n"
         f"random numbers in a cache of random blocks of {heads.block_tokens} tokens, small cases\n"
         "going round 1 GB of it or 128 calls. FlashAttention 3 with the scheduler's metadata of\n"
         "vLLM's CUDA graphs; it and a query's conversion to fp8 are not timed. The int4 of vLLM\n"

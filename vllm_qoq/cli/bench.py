@@ -54,7 +54,8 @@ def _add_attention(benchmarks: Commands[Parser]) -> None:
         type=decodes,
         default=DECODES,
         metavar="BxC,...",
-        help=f"B sequences of C tokens (default: {','.join(map(str, DECODES))})",
+        help="B sequences of C tokens, of which one is new, or Q with BxCxQ "
+        f"(default: {','.join(map(str, DECODES))})",
     )
     heads = Heads()
     for option, value, text in (
@@ -78,13 +79,21 @@ def tokens(text: str) -> tuple[int, ...]:
 
 
 def decodes(text: str) -> tuple[Decode, ...]:
-    """Parse cases such as `16x1024,1x8192`, in the order given and each once."""
-    pairs = [part.split("x") for part in text.split(",")]
-    if not all(len(pair) == 2 and all(map(is_positive, pair)) for pair in pairs):
+    """Parse cases such as `16x1024,1x8192,64x1024x4`, in the order given and each once."""
+    found = [part.split("x") for part in text.split(",")]
+    if not all(len(one) in (2, 3) and all(map(is_positive, one)) for one in found):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list of sequences x tokens like 1x8192,64x1024"
+            f"{text!r} is not a list of sequences x tokens like 1x8192,64x1024, or with new tokens "
+            "like 64x1024x4"
         )
-    return tuple(dict.fromkeys(Decode(int(batch), int(context)) for batch, context in pairs))
+    cases = tuple(dict.fromkeys(Decode(*map(int, one)) for one in found))
+    for case in cases:
+        most = min(case.context, attention_cases.MAX_QUERY_LEN)
+        if case.query_len > most:
+            raise argparse.ArgumentTypeError(
+                f"{case} has {case.query_len} new tokens a sequence; take {most} or fewer"
+            )
+    return cases
 
 
 def _gemm(args: argparse.Namespace) -> int:

@@ -4,8 +4,9 @@ It is the CPU backend of the plugin and the oracle of the CUDA kernels. A step f
 tokens into the pages (`update`), then attends (`attention`):
 
 * A request with one new token, which is how every decode step looks, reads all its keys and
-  values from the pages, the new token's too. (QServe takes that token unquantized.)
-* A request with several reads the new ones as they are and those before them from the pages.
+  values from the pages, the new token's too. (QServe takes that token unquantized.) So does one
+  with a few that are speculated, one after the other, which gives what one at a time gives.
+* A request with more reads the new ones as they are and those before them from the pages.
   So a prompt that runs in one piece sees no quantization at all, and one that runs in chunks, or
   hits the prefix cache, sees its history quantized.
 
@@ -24,6 +25,8 @@ what else the step does.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 
@@ -92,6 +95,7 @@ def attention(
     *,
     scale: float,
     bits: QuantizedBits,
+    most_decode_tokens: int = 1,
     sliding_window: int | None = None,
     use_hadamard: bool = False,
     k_mean: torch.Tensor | None = None,
@@ -109,6 +113,7 @@ def attention(
     scale            factor of the scores, usually 1 / sqrt(D)
     sliding_window   a token sees itself and the sliding_window - 1 before it; None means all
     k_mean           float32 [H, D], which the keys in the pages lack
+    most_decode_tokens  a request with no more new tokens reads them from the pages, too
     soft_cap         scores stay below it; 0 means that they are not capped
     sinks            float [Hq], the score of each query head's sink
 
@@ -122,19 +127,27 @@ def attention(
         query, key = hadamard(query), hadamard(key)
     output = torch.zeros(query.shape, dtype=torch.float32)
     starts = query_start_loc.tolist()
+    attend = partial(
+        _causal, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap, sinks=sinks
+    )
     for request, length in enumerate(seq_lens.tolist()):
         rows = slice(starts[request], starts[request + 1])
         num_new = rows.stop - rows.start
         if num_new <= 0:  # CUDA graphs are padded with empty requests
             continue
-        num_read = length if num_new == 1 else length - num_new
+        is_decode = num_new <= most_decode_tokens
+        num_read = length if is_decode else length - num_new
         keys, values = kv_layout.read(pages, block_table[request], num_read, query.shape[-1], bits)
-        if num_new > 1:
-            keys = torch.cat([keys, key[rows].float()])
-            values = torch.cat([values, value[rows].float()])
-        output[rows] = _causal(
-            query[rows].float(), keys, values, scale, sliding_window, soft_cap, sinks
-        )
+        if is_decode:
+            for row in range(rows.start, rows.stop):
+                seen = length - (rows.stop - row) + 1
+                if seen > 0:
+                    one = slice(row, row + 1)
+                    output[one] = attend(query[one].float(), keys[:seen], values[:seen])
+            continue
+        keys = torch.cat([keys, key[rows].float()])
+        values = torch.cat([values, value[rows].float()])
+        output[rows] = attend(query[rows].float(), keys, values)
     return output
 
 

@@ -29,6 +29,7 @@ struct Problem {
   float query_size = 1;
   float soft_cap = 0;
   bool has_sinks = false;
+  int query_len = 1;  // sequences have up to so many new tokens, and some have none
 };
 
 // Codes, scales and zeros of one token and head, and where they lie in a page of the contract.
@@ -81,7 +82,7 @@ Token random_token(float size) {
 template <class A>
 int count_wrong(const Problem& problem) {
   const auto& [lengths, group, kv_heads, page_tokens, blocks, window, is_bfloat16, size, soft_cap,
-               has_sinks] = problem;
+               has_sinks, query_len] = problem;
   const int sequences = lengths.size(), heads = group * kv_heads, d = A::kHeadSize;
   const int table_pages = divide_up(*std::ranges::max_element(lengths), page_tokens);
   std::vector<int> table(sequences * table_pages, 1 << 30), free_pages;
@@ -90,7 +91,14 @@ int count_wrong(const Problem& problem) {
   for (int i = 0; i < pages; ++i) free_pages.push_back(i);
   std::shuffle(free_pages.begin(), free_pages.end(), values);
   Cache<A> cache(pages, kv_heads, page_tokens);
-  std::vector<uint16_t> q(sequences * heads * d), out(q.size(), 0x7FFF);
+  std::vector<int> starts{0};
+  for (int s = 0; s < sequences; ++s)
+    starts.push_back(starts[s] + (!A::kHasManyQueries ? 1
+                                  : s % 3 == 0        ? query_len
+                                                      : random_int(0, query_len + 1)));
+  // Rows of no sequence are left as they are.
+  const int rows = starts.back() + (A::kHasManyQueries ? 2 : 0);
+  std::vector<uint16_t> q(rows * heads * d), out(q.size(), 0x7FFF);
   for (auto& v : q) v = to_16_bits(is_bfloat16, size * random_float(-1, 1));
   const float scale = 1 / std::sqrt(static_cast<float>(d));
   std::vector<uint16_t> sinks;  // around the scores, and one that hides all tokens
@@ -99,7 +107,8 @@ int count_wrong(const Problem& problem) {
 
   std::vector<double> expected(q.size()), tolerance(q.size());
   for (int s = 0; s < sequences; ++s) {
-    const int first = window > 0 ? std::max(0, lengths[s] - window) : 0;
+    const int count = starts[s + 1] - starts[s], earliest = lengths[s] - std::max(count, 1) + 1;
+    const int written = window > 0 ? std::max(0, earliest - window) : 0;
     for (int i = 0; i < divide_up(lengths[s], page_tokens); ++i) {
       table[s * table_pages + i] = free_pages.back();
       free_pages.pop_back();
@@ -110,14 +119,16 @@ int count_wrong(const Problem& problem) {
         k.push_back(random_token<A::kHeadSize, typename A::K>(4));
         v.push_back(random_token<A::kHeadSize, typename A::V>(1));
         const int page = table[s * table_pages + t / page_tokens];
-        if (t < first) continue;
+        if (t < written) continue;
         cache.write(page, h, t % page_tokens, false, k.back());
         cache.write(page, h, t % page_tokens, true, v.back());
       }
-      for (int j = 0; j < group && lengths[s] > 0; ++j) {
-        const int row = (s * heads + h * group + j) * d;
+      for (int i = 0; i < count * group; ++i) {
+        const int j = i % group, row = ((starts[s] + i / group) * heads + h * group + j) * d;
+        const int end = earliest + i / group, first = window > 0 ? std::max(0, end - window) : 0;
+        if (end <= 0) continue;  // zeros
         std::vector<double> scores(lengths[s], -INFINITY);
-        for (int t = first; t < lengths[s]; ++t) {
+        for (int t = first; t < end; ++t) {
           scores[t] = 0;
           for (int i = 0; i < d; ++i)
             scores[t] += from_16_bits(is_bfloat16, q[row + i]) * k[t].at(i) * scale;
@@ -126,7 +137,7 @@ int count_wrong(const Problem& problem) {
         const double largest = *std::ranges::max_element(scores);
         const double sink = from_16_bits(is_bfloat16, sinks[h * group + j]);
         double sum = has_sinks ? std::exp(sink - largest) : 0;
-        for (int t = first; t < lengths[s]; ++t) {
+        for (int t = first; t < end; ++t) {
           const double weight = std::exp(scores[t] - largest);
           sum += weight;
           for (int i = 0; i < d; ++i) {
@@ -145,9 +156,9 @@ int count_wrong(const Problem& problem) {
     }
   }
 
-  const int head_shift = has_one_tile(d) && group > kHeadsOfTile ? 1 : 0;
+  const Columns columns = columns_of(d, group, query_len);
   std::vector<int> counters(kMaxBlocks);
-  std::vector<float> partials(blocks * 2 * group * A::kPartial, NAN);
+  std::vector<float> partials(blocks * 2 * columns.count * A::kPartial, NAN);
   Params p{
       .q = q.data(),
       .cache = cache.bytes.data(),
@@ -164,9 +175,9 @@ int count_wrong(const Problem& problem) {
       .head_stride = cache.head_bytes,
       .table_stride = table_pages,
       .sequences = sequences,
-      .kv_heads = kv_heads << head_shift,
-      .group = group >> head_shift,
-      .head_shift = head_shift,
+      .kv_heads = kv_heads << columns.shift,
+      .group = columns.count,
+      .head_shift = columns.shift,
       .page_tokens = page_tokens,
       .max_tokens = table_pages * page_tokens,
       .window = window,
@@ -175,6 +186,11 @@ int count_wrong(const Problem& problem) {
       .cap_exponent = soft_cap > 0 ? 2 / soft_cap : 0,
       .sinks = has_sinks ? sinks.data() : nullptr,
       .is_bfloat16 = is_bfloat16,
+      .query_start = starts.data(),
+      .rows = rows,
+      .query_len = query_len,
+      .heads_of_kv = group,
+      .inverse_heads = static_cast<uint32_t>(divide_up(1 << 16, group)),
   };
   lay_out<A>(p, blocks, random_int(1, A::kResident + 1));
   model::bulk_memory = cache.bytes;
@@ -189,16 +205,19 @@ int count_wrong(const Problem& problem) {
   run();
   int wrong = once != out;
   double worst = 0;
-  for (size_t i = 0; i < out.size(); ++i) {
+  const size_t used = size_t{1} * starts.back() * heads * d;
+  for (size_t i = used; i < out.size(); ++i) wrong += out[i] != 0x7FFF;
+  for (size_t i = 0; i < used; ++i) {
     const double off = std::abs(from_16_bits(is_bfloat16, out[i]) - expected[i]);
     worst = std::max(worst, off / (tolerance[i] + 1e-9));
     wrong += !(off <= tolerance[i]);
   }
   for (const int v : counters) wrong += v != 0;
   std::printf(
-      "D %d, %d and %d bits, %d x %d heads, pages of %d, %zu sequences, %d blocks, window %d%s%s: ",
-      d, A::K::kBits, A::V::kBits, kv_heads, group, page_tokens, lengths.size(), blocks, window,
-      soft_cap > 0 ? ", capped" : "", has_sinks ? ", sinks" : "");
+      "D %d, %d and %d bits, %d x %d heads, %d tokens, pages of %d, %zu sequences, %d blocks, "
+      "window %d%s%s: ",
+      d, A::K::kBits, A::V::kBits, kv_heads, group, query_len, page_tokens, lengths.size(), blocks,
+      window, soft_cap > 0 ? ", capped" : "", has_sinks ? ", sinks" : "");
   std::printf("%d wrong, at most %.2f of what is allowed\n", wrong, worst);
   std::fflush(stdout);
   return wrong;
@@ -215,11 +234,17 @@ int count_wrong_of() {
   using One = Attention<P, 1>;
   using Two = Attention<P, 2>;
   using Narrow = Attention<P, 1, kFewestWarps>;
+  using ManyOne = Attention<P, 1, kMostWarps, true>;
+  using ManyTwo = Attention<P, 2, kFewestWarps, true>;
   int wrong = 0;
   // Edges of pages and tiles, and rows that a graph has left empty.
   wrong += count_wrong<One>({{0, 1, 0, 16, 17, 31, 32, 33, 64, 0}, 4, 2, 16, 3});
   wrong += count_wrong<Two>({random_lengths(3, 300), 11, 2, 128, 3, 100, true, 1, 0.5, true});
   wrong += count_wrong<Narrow>({random_lengths(30, 200), 5, 2, 32, 2, 0, false, 1, 0, true});
+  // Several new tokens: sequences that are shorter, and that begin a tile with them.
+  wrong += count_wrong<ManyTwo>(
+      {{0, 1, 3, 16, 17, 31, 32, 33, 34, 35, 36, 64, 0}, 4, 2, 16, 3, 0, true, 1, 0, false, 4});
+  wrong += count_wrong<ManyTwo>({random_lengths(4, 200), 7, 1, 32, 3, 60, false, 1, 1, true, 5});
   // Where the widths differ, the rest is as where they are the same.
   if constexpr (P::K::kBits != P::V::kBits) return wrong;
   wrong += count_wrong<One>({{0, 0}, 4, 2, 16, 3});          // no column in the block table
@@ -229,6 +254,8 @@ int count_wrong_of() {
   wrong += count_wrong<Two>({random_lengths(4, 150), 16, 1, 16, 6});
   // Warps with several whole segments, and segments over two warps or blocks.
   wrong += count_wrong<One>({random_lengths(60, 90), 3, 2, 64, 2});
+  wrong += count_wrong<ManyOne>({random_lengths(60, 90), 4, 2, 64, 2, 0, true, 1, 0, false, 2});
+  wrong += count_wrong<ManyTwo>({{700, 3}, 16, 1, 64, 5, 1, false, 1, 0, false, 8});
   return wrong;
 }
 
@@ -236,11 +263,13 @@ int count_wrong_of() {
 template <class P>
 int count_wrong_of_other_size() {
   using Narrow = Attention<P, 1, kFewestWarps>;
+  using Many = Attention<P, 1, kFewestWarps, true>;
   int wrong = 0;
   wrong += count_wrong<Narrow>({{0, 1, 0, 16, 17, 31, 32, 33, 0}, 3, 1, 16, 2, 0, true});
   // Halves of a group; warps, and blocks, with parts of a segment.
   wrong += count_wrong<Narrow>({random_lengths(2, 150), 10, 1, 32, 3, 100, false, 1, 1, true});
   wrong += count_wrong<Narrow>({random_lengths(9, 60), 2, 2, 48, 2});
+  wrong += count_wrong<Many>({{33, 100, 2}, 10, 1, 32, 2, 40, true, 1, 0, true, 3});
   return wrong;
 }
 

@@ -30,6 +30,7 @@ from vllm_qoq.numerics.kv_layout import (
 )
 from vllm_qoq.serving.kv.k_mean import mean_of
 from vllm_qoq.serving.kv.spec import packed
+from vllm_qoq.serving.speculation import DRAFT_PREFIX, most_decode_tokens
 from vllm_qoq.serving.vllm_versions import kv_cache_layouts
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class KVMetadata(AttentionMetadata):
 
     query_start_loc  int32 [R + 1]             seq_lens      int32 [R], the new tokens included
     block_table      int32 [R, max_blocks]     slot_mapping  int64 [>= T]
+
+    most_decode_tokens  a request with no more new tokens reads them from the pages, too
     """
 
     num_actual_tokens: int
@@ -57,6 +60,7 @@ class KVMetadata(AttentionMetadata):
     seq_lens: torch.Tensor
     block_table: torch.Tensor
     slot_mapping: torch.Tensor
+    most_decode_tokens: int
 
 
 class KVMetadataBuilder(AttentionMetadataBuilder[KVMetadata]):
@@ -70,6 +74,8 @@ class KVMetadataBuilder(AttentionMetadataBuilder[KVMetadata]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        is_draft = any(name.startswith(DRAFT_PREFIX) for name in layer_names)
+        self.most_decode_tokens = most_decode_tokens(vllm_config, is_draft)
 
     def build(
         self,
@@ -87,6 +93,7 @@ class KVMetadataBuilder(AttentionMetadataBuilder[KVMetadata]):
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
             slot_mapping=common.slot_mapping,
+            most_decode_tokens=self.most_decode_tokens,
         )
 
 
@@ -210,8 +217,11 @@ class QuantizedKVBackend(AttentionBackend):
         return {}
 
     @classmethod
-    def obstacles(cls, layer: Attention, dtype: torch.dtype) -> Iterator[str]:
-        """List what this device does not serve of a layer that computes in `dtype`."""
+    def obstacles(cls, layer: Attention, dtype: torch.dtype, query_len: int) -> Iterator[str]:
+        """List what this device does not serve of a layer that computes in `dtype`.
+
+        query_len  the most new tokens of a request that generates
+        """
         return iter(())
 
     @classmethod

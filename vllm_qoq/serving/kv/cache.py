@@ -31,6 +31,7 @@ from vllm_qoq.serving.kv.key_bias import KeyBiasWatch
 from vllm_qoq.serving.kv.scores import sinks_of, soft_cap_of
 from vllm_qoq.serving.kv.spec import spec_of_layer
 from vllm_qoq.serving.options import NAMESPACE, Options
+from vllm_qoq.serving.speculation import is_draft, most_decode_tokens
 from vllm_qoq.serving.vllm_versions import set_kv_cache_spec
 
 logger = init_logger("vllm." + __name__)
@@ -77,6 +78,8 @@ def check_kv_cache(kv_cache: KVCache, vllm_config: VllmConfig) -> None:
             f"the quantized KV cache runs on {' and '.join(DEVICES)}, not on {device}; "
             f"{kv_refusals.REMEDY}"
         )
+    if device == "cuda":
+        kv_refusals.check_query_len(vllm_config)
 
 
 class QuantizedKVCache:
@@ -93,6 +96,9 @@ class QuantizedKVCache:
         self._vllm_config = vllm_config
         self._layers: dict[str, Bits] = {}
         check_kv_cache(self.kv_cache, vllm_config)
+        # A model and its draft share the table of layers, and the draft is built later.
+        self._of_others = frozenset(vllm_config.compilation_config.static_forward_context)
+        self._is_checked = False
         self._key_biases = KeyBiasWatch()
         if not self.kv_cache.is_quantized():
             return
@@ -114,7 +120,8 @@ class QuantizedKVCache:
         if bits == UNQUANTIZED:
             return
         backend, dtype = self._backends[bits], self._vllm_config.model_config.dtype
-        of_device = partial(backend.obstacles, dtype=dtype)
+        query_len = most_decode_tokens(self._vllm_config, is_draft(self._vllm_config))
+        of_device = partial(backend.obstacles, dtype=dtype, query_len=query_len)
         kv_refusals.check_layer(layer, prefix, self.kv_cache, of_device)
         if layer.sliding_window is not None:
             kv_refusals.check_mixed_windows(self.kv_cache, self._vllm_config)
@@ -139,14 +146,18 @@ class QuantizedKVCache:
         """Refuse layers that were never asked about, and rules without a layer.
 
         Call when all layers exist. A model that does not hand its quantization config to an
-        attention layer would silently keep that one unquantized.
+        attention layer would silently keep that one unquantized. Later calls are for other models
+        that are built with the same config, such as a draft head, and for weights that are loaded
+        anew.
         """
-        if not self.kv_cache.is_quantized():
+        if not self.kv_cache.is_quantized() or self._is_checked:
             return
+        self._is_checked = True
         layers: dict[str, Any] = self._vllm_config.compilation_config.static_forward_context
         for name, layer in layers.items():
             is_decoder = isinstance(layer, Attention) and layer.attn_type == AttentionType.DECODER
-            if (is_decoder or isinstance(layer, MLAAttention)) and name not in self._layers:
+            is_known = name in self._layers or name in self._of_others
+            if (is_decoder or isinstance(layer, MLAAttention)) and not is_known:
                 raise UserError(
                     f"{name}: this model does not offer its attention to quantization; "
                     f"{kv_refusals.REMEDY}"

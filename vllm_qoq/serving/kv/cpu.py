@@ -63,6 +63,7 @@ class CPUQuantizedKVImpl(QuantizedKVImpl[KVMetadata]):
             attn_metadata.query_start_loc,
             scale=self.scale,
             bits=self.bits,
+            most_decode_tokens=attn_metadata.most_decode_tokens,
             sliding_window=self.sliding_window,
             use_hadamard=self.use_hadamard,
             k_mean=k_mean,

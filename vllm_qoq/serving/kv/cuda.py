@@ -39,6 +39,7 @@ from vllm_qoq.serving.kv.prefill import (
     plan_prefill,
 )
 from vllm_qoq.serving.kv.scores import sinks_of
+from vllm_qoq.serving.speculation import is_draft, most_decode_tokens
 
 # The versions of FlashAttention that take sinks.
 VERSIONS_WITH_SINKS = (3, 4)
@@ -53,13 +54,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class CUDAKVMetadata(KVMetadata):
-    """The metadata of a step in which requests with one new token come first.
+    """The metadata of a step in which requests that generate come first.
 
-    num_decodes  how many of those there are
-    prefill      the plan for all others, None without any
+    num_decodes    how many of those there are
+    decode_tokens  how many new tokens they have together
+    query_len      the most that one of them has
+    prefill        the plan for all others, None without any
     """
 
     num_decodes: int
+    decode_tokens: int
+    query_len: int
     prefill: Prefill | None
 
 
@@ -69,10 +74,7 @@ class CUDAKVMetadataBuilder(KVMetadataBuilder):
     Nothing in such a step depends on the host.
     """
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = (
-        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    )
-    reorder_batch_threshold: int | None = 1
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(
         self,
@@ -82,6 +84,7 @@ class CUDAKVMetadataBuilder(KVMetadataBuilder):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self._window: int | None = getattr(kv_cache_spec, "sliding_window", None)
         max_new = vllm_config.scheduler_config.max_num_batched_tokens
         self._rows = buffer_rows(self._window, max_new)
@@ -94,9 +97,15 @@ class CUDAKVMetadataBuilder(KVMetadataBuilder):
     ) -> CUDAKVMetadata:
         """Make the metadata of one step, without synchronization with the device."""
         common = common_attn_metadata
-        decodes, prefills, decode_tokens, _ = split_decodes_and_prefills(common, decode_threshold=1)
-        prefill = None
+        # Of requests that generate, only the device knows the length where vLLM schedules a step
+        # before the one that verifies has ended. So all of them are the kernel's.
+        decodes, prefills, decode_tokens, _ = split_decodes_and_prefills(
+            common, decode_threshold=self.most_decode_tokens
+        )
+        query_len, prefill = common.max_query_len, None
         if prefills:
+            first = common.query_start_loc_cpu[: decodes + 1]
+            query_len = int((first[1:] - first[:-1]).max()) if decodes else 0
             starts = common.query_start_loc_cpu[decodes : common.num_reqs + 1] - decode_tokens
             # The bound is exact for prompts, and it is known on the host.
             lengths = common.seq_lens_cpu_upper_bound
@@ -108,6 +117,9 @@ class CUDAKVMetadataBuilder(KVMetadataBuilder):
         return CUDAKVMetadata(
             **vars(super().build(common_prefix_len, common, fast_build)),
             num_decodes=decodes,
+            # vLLM may count those that pad a graph.
+            decode_tokens=min(decode_tokens, decodes * query_len),
+            query_len=query_len,
             prefill=prefill,
         )
 
@@ -118,10 +130,14 @@ class CUDAQuantizedKVImpl(QuantizedKVImpl[CUDAKVMetadata]):
     `vllm_qoq.numerics.reference_attention` says what it computes.
 
     max_new_tokens  the most new tokens of a step
+    max_query_len   the most new tokens of a request that generates
     """
 
-    def __init__(self, *sizes: Any, max_new_tokens: int, **options: Any) -> None:
+    def __init__(
+        self, *sizes: Any, max_new_tokens: int, max_query_len: int, **options: Any
+    ) -> None:
         super().__init__(*sizes, **options)
+        self._max_query_len = max_query_len
         self._buffer_rows = buffer_rows(self.sliding_window, max_new_tokens)
         self._flash_version = _flash_version(self.head_size, self.sinks)
 
@@ -162,9 +178,11 @@ class CUDAQuantizedKVImpl(QuantizedKVImpl[CUDAKVMetadata]):
             self._workspace(query)
             return output.zero_()
         pages, decodes = head_pages(kv_cache), attn_metadata.num_decodes
+        has_one_each = attn_metadata.query_len == 1
+        decode_tokens = decodes if has_one_each else attn_metadata.decode_tokens
         if decodes:
             kv_ops.kv_decode(
-                query=query[:decodes],
+                query=query[:decode_tokens],
                 pages=pages,
                 block_table=attn_metadata.block_table[:decodes],
                 seq_lens=attn_metadata.seq_lens[:decodes],
@@ -172,13 +190,17 @@ class CUDAQuantizedKVImpl(QuantizedKVImpl[CUDAKVMetadata]):
                 bits=self.bits,
                 window=self.sliding_window or 0,
                 hadamard=self.use_hadamard,
-                out=out[:decodes],
+                out=out[:decode_tokens],
                 workspace=self._workspace(query),
                 soft_cap=self.soft_cap,
                 sinks=self.sinks,
+                query_len=attn_metadata.query_len,
+                query_start=(
+                    None if has_one_each else attn_metadata.query_start_loc[: decodes + 1]
+                ),
             )
         if attn_metadata.prefill is not None:
-            rows = slice(decodes, attn_metadata.num_actual_tokens)
+            rows = slice(decode_tokens, attn_metadata.num_actual_tokens)
             block_table = attn_metadata.block_table[decodes:]
             attend_prefill(
                 query=query[rows],
@@ -194,7 +216,7 @@ class CUDAQuantizedKVImpl(QuantizedKVImpl[CUDAKVMetadata]):
 
     def _workspace(self, query: torch.Tensor) -> torch.Tensor:
         group = self.num_heads // self.num_kv_heads
-        return kv_ops.workspace(query.device, group, self.head_size)
+        return kv_ops.workspace(query.device, group, self.head_size, self._max_query_len)
 
     def _buffers(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         shape = self._buffer_rows, self.num_kv_heads, self.head_size
@@ -305,11 +327,14 @@ class CUDAKV4Backend(QuantizedKVBackend):
 
     @classmethod
     def impl_options(cls, vllm_config: VllmConfig) -> dict[str, Any]:
-        """Tell the implementation how many new tokens a step of the engine may have."""
-        return {"max_new_tokens": vllm_config.scheduler_config.max_num_batched_tokens}
+        """Tell the implementation how many new tokens a step and a request may have."""
+        return {
+            "max_new_tokens": vllm_config.scheduler_config.max_num_batched_tokens,
+            "max_query_len": most_decode_tokens(vllm_config, is_draft(vllm_config)),
+        }
 
     @classmethod
-    def obstacles(cls, layer: Attention, dtype: torch.dtype) -> Iterator[str]:
+    def obstacles(cls, layer: Attention, dtype: torch.dtype, query_len: int) -> Iterator[str]:
         """List what the kernels do not serve of a layer that computes in `dtype`."""
         if not ops.has_kernels("cuda"):
             yield f"a machine without its kernels: {ops.missing_kernels()}"
@@ -342,7 +367,7 @@ class CUDAKV4Backend(QuantizedKVBackend):
             if sinks.dtype != dtype:
                 yield f"attention sinks in {sinks.dtype} of a model in {dtype}"
         if torch.cuda.is_available():
-            yield from kv_ops.lacking_shared_memory(layer.head_size, cls.bits, group)
+            yield from kv_ops.lacking_shared_memory(layer.head_size, cls.bits, group, query_len)
 
 
 class CUDAKV8Backend(CUDAKV4Backend):

@@ -14,7 +14,9 @@ from vllm.v1.attention.backend import AttentionType
 from vllm_qoq.checkpoint.kv_config import KVCache
 from vllm_qoq.errors import UserError
 from vllm_qoq.numerics.kv_layout import BLOCK_MULTIPLE, HEAD_SIZES
+from vllm_qoq.ops.kv_ops import MAX_QUERY_LEN
 from vllm_qoq.serving.kv.scores import sinks_of, soft_cap_of
+from vllm_qoq.serving.speculation import is_draft, most_decode_tokens
 from vllm_qoq.serving.vllm_versions import backends_size_pages
 
 REMEDY = 'serve with vLLM\'s own cache: --additional-config \'{"qoq": {"kv_bits": 16}}\''
@@ -25,6 +27,22 @@ def check_engine(vllm_config: VllmConfig) -> None:
     """Raise UserError for settings of the engine that the quantized cache does not serve."""
     for what, remedy in _engine_obstacles(vllm_config):
         raise UserError(f"the quantized KV cache does not work with {what}; {remedy}, or {REMEDY}")
+
+
+def check_query_len(vllm_config: VllmConfig) -> None:
+    """Raise UserError where a request verifies more tokens than the kernels of a GPU take."""
+    is_of_draft = is_draft(vllm_config)
+    query_len = most_decode_tokens(vllm_config, is_of_draft)
+    if query_len > MAX_QUERY_LEN:
+        speculative = vllm_config.speculative_config
+        speculated = speculative.num_speculative_tokens
+        places = 2 if is_of_draft and speculative.parallel_drafting else 1  # for each of them
+        most = speculated + (MAX_QUERY_LEN - query_len) // places
+        raise UserError(
+            f"the quantized KV cache does not work with {speculated} speculated tokens on a GPU, "
+            f"whose kernels take {MAX_QUERY_LEN} new tokens of a request; set "
+            f"num_speculative_tokens of --speculative-config to {most} or less, or {REMEDY}"
+        )
 
 
 def check_layer(
@@ -65,8 +83,6 @@ def _engine_obstacles(vllm_config: VllmConfig) -> Iterator[tuple[str, str]]:
         yield f"--kv-cache-dtype {cache.cache_dtype}", "leave it out"
     if cache.user_specified_block_size and cache.block_size % BLOCK_MULTIPLE:
         yield f"--block-size {cache.block_size}", f"use a multiple of {BLOCK_MULTIPLE}"
-    if vllm_config.speculative_config is not None:
-        yield "speculative decoding", "leave out --speculative-config"
     if parallel.decode_context_parallel_size > 1:
         yield "--decode-context-parallel-size", "leave it out"
     # Before, the pages of all layers are as long as those of attention in 16 bits would be.

@@ -21,6 +21,7 @@ from vllm_qoq.serving.options import NAMESPACE, Options
 from vllm_qoq.serving.signals.counters import StepCounters, counter_file
 from vllm_qoq.serving.signals.queue import LoadReader, check_engine, load_file
 from vllm_qoq.serving.signals.trace import Trace
+from vllm_qoq.serving.speculation import is_draft, most_decode_tokens
 from vllm_qoq.serving.vllm_versions import engine_index
 
 logger = init_logger("vllm." + __name__)  # below vLLM's, so that its settings apply
@@ -74,9 +75,7 @@ class Policy:
         self._map_name = map_name
         self.use(routing_in_force(section, options))
         self.compilation_config: CompilationConfig = vllm_config.compilation_config
-        speculative = vllm_config.speculative_config
-        speculated = speculative.num_speculative_tokens if speculative is not None else 0
-        self.tokens_per_request = 1 + (speculated or 0)
+        self.tokens_per_request = most_decode_tokens(vllm_config, is_draft(vllm_config))
         self.max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         self._layers: list[str] = []
         self._is_pipeline = vllm_config.parallel_config.pipeline_parallel_size > 1
@@ -135,11 +134,14 @@ class Policy:
         return None
 
     def _largest_batch(self) -> int:
+        # Requests may all have fewer tokens than they may have, where little is speculated.
+        return max(self._padded_batch(1), self._padded_batch(self.tokens_per_request))
+
+    def _padded_batch(self, tokens: int) -> int:
         sizes = self.compilation_config.cudagraph_capture_sizes or []
         # A decode step is padded to the next captured size, which may exceed max_num_seqs.
-        padded = [size for size in sizes if size >= self.max_num_seqs * self.tokens_per_request]
-        largest = min(padded, default=self.max_num_seqs * self.tokens_per_request)
-        return -(-largest // self.tokens_per_request)
+        padded = [size for size in sizes if size >= self.max_num_seqs * tokens]
+        return -(-min(padded, default=self.max_num_seqs * tokens) // tokens)
 
     def check_rules(self) -> None:
         """Refuse layer rules that match nothing; call when all layers exist."""

@@ -18,6 +18,9 @@ Rules that both model runners and all CUDA graph modes obey:
   step, which does not enter Python, and no metadata of an eager step tells it apart. So a step in
   which no request has more tokens than one that generates (1, plus those that are speculated) is
   a decode step, eagerly as under graphs. Which request reads its prompt is not asked.
+* So a step that verifies is a decode step, unless its requests verify different numbers of tokens
+  under PIECEWISE graphs: FULL graphs are for equal numbers, and the graph that is replayed instead
+  may also read prompts.
 * A step without any metadata is a profiling or warm-up run. It takes the prefill
   set and is not counted.
 """
@@ -47,16 +50,18 @@ def current_step(context: ForwardContext, num_tokens: int, policy: Policy) -> St
 def _classify(context: ForwardContext, num_tokens: int, policy: Policy) -> Step:
     mode = context.cudagraph_runtime_mode
     largest_query = _largest_query(context.attn_metadata)
+    requests = -(-num_tokens // policy.tokens_per_request)
     if _graph_serves_both_phases(mode, policy):
         is_decode = num_tokens <= policy.max_num_seqs * policy.tokens_per_request
     elif mode is CUDAGraphMode.PIECEWISE:
         is_decode = False
     else:
         is_decode = largest_query is not None and largest_query <= policy.tokens_per_request
+        requests = _requests(context.attn_metadata) or requests
 
     step = Step(
         Phase.DECODE if is_decode else Phase.PREFILL,
-        batch=-(-num_tokens // policy.tokens_per_request),
+        batch=requests,
         # This comes ahead of the count, which on the device depends on it, and is done in every
         # forward pass, because a graph may be captured without metadata.
         is_busy=policy.follow_load(),
@@ -89,6 +94,18 @@ def _largest_query(metadata: object) -> int | None:
         num_prefills = getattr(layer_metadata, "num_prefills", None)
         if num_prefills is not None:  # FlashInfer's metadata
             return _MANY if num_prefills else 1
+    return None
+
+
+def _requests(metadata: object) -> int | None:
+    """Count the requests of this step, of which some may verify fewer tokens than others.
+
+    In a graph it is the padded number. None where no layer's metadata tells.
+    """
+    for layer_metadata in _each(metadata):
+        starts = getattr(layer_metadata, "query_start_loc", None)
+        if starts is not None:
+            return len(starts) - 1
     return None
 
 

@@ -1,0 +1,30 @@
+"""How many tokens a request has in a step that verifies what was speculated."""
+
+from __future__ import annotations
+
+from vllm.config import VllmConfig
+
+# vLLM builds a draft model below this name, in both model runners.
+DRAFT_PREFIX = "draft_model."
+
+
+def most_decode_tokens(vllm_config: VllmConfig, is_draft: bool = False) -> int:
+    """Count the most tokens of a request that generates: one, and those that are speculated.
+
+    is_draft  of a draft model, whose first step of each round also has the token that the last
+              round ended with, or, where it drafts in parallel, a place for every token
+    """
+    speculative = vllm_config.speculative_config
+    speculated = (speculative.num_speculative_tokens or 0) if speculative is not None else 0
+    if not is_draft:
+        return 1 + speculated
+    is_parallel = speculative is not None and speculative.parallel_drafting
+    return 1 + speculated + (speculated if is_parallel else 1)
+
+
+def is_draft(vllm_config: VllmConfig) -> bool:
+    """Whether the model that is being built with `vllm_config` is a draft model."""
+    speculative = vllm_config.speculative_config
+    if speculative is None or speculative.method != "draft_model":
+        return False  # with n-grams, the draft's config is the model's own
+    return speculative.draft_model_config is vllm_config.model_config
