@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,55 +36,67 @@ SOURCES, HEADERS = (
 )
 
 
-def why_no_cuda() -> str | None:
+def module(name: str) -> Any:
+    """A module of the package, without the package, which needs torch and more."""
+    path = Path(__file__).parent / "vllm_qoq" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    sys.modules[name] = found
+    spec.loader.exec_module(found)
+    return found
+
+
+cards, toolkit = module("cards"), module("toolkit")
+
+
+class Missing(Exception):
     """What is missing for a build of the kernels."""
+
+
+def flags_of_cards() -> Any:
+    """What nvcc is told of the GPUs to build for; Missing, or SystemExit for what was asked."""
     try:
         import torch
-        from torch.utils.cpp_extension import CUDA_HOME
     except ImportError:
-        return "torch is not installed here (with pip, use --no-build-isolation)"
+        raise Missing("torch is not installed here (with pip, use --no-build-isolation)") from None
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA"
-    if CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").exists():
-        return "there is no nvcc; install the CUDA toolkit or set CUDA_HOME"
-    if not Path(CUDA_HOME, "include", "cuda_runtime.h").exists():
-        return f"{CUDA_HOME} has nvcc but no include/cuda_runtime.h; set CUDA_HOME to CUDA's folder"
-    return None
-
-
-def cards_table() -> Any:
-    """The package's table of GPUs, without the package, which needs torch and more."""
-    path = Path(__file__).parent / "vllm_qoq" / "cards.py"
-    spec = importlib.util.spec_from_file_location("cards", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def flags_of_cards(cards: Any) -> Any:
-    """What nvcc is told of the GPUs to build for."""
-    import torch
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    nvcc = Path(CUDA_HOME, "bin", "nvcc")
-    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
+        raise Missing(f"torch {torch.__version__} is built without CUDA")
+    if int(torch.version.cuda.split(".")[0]) < toolkit.NEEDED:
+        raise Missing(
+            f"torch {torch.__version__} is built for CUDA {torch.version.cuda}; install one for "
+            f"CUDA {toolkit.NEEDED}"
+        )
+    try:
+        found = toolkit.find()
+        known = found.architectures()
+    except toolkit.ToolkitError as error:
+        raise Missing(str(error)) from None
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        raise Missing("there is no C++ compiler; install g++, or name one in CXX")
+    # torch looks for the toolkit itself, and not where we did.
+    os.environ["CUDA_HOME"] = str(found.home)
     present = [
         torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())
     ]
-    asked = cards.asked_for(os.environ, present, known.stdout)
     try:
-        return cards.build_for(asked, choice_of("VLLM_QOQ_PORTABLE", "0", "1") == "1")
+        asked = cards.asked_for(os.environ, present, known)
+        build = cards.build_for(asked, choice_of("VLLM_QOQ_PORTABLE", "0", "1") == "1")
+        cards.require_known(build, known)
+        return build
     except ValueError as error:
-        raise SystemExit(f"vllm-qoq: {cards.refusal(error, os.environ)}") from error
+        message = cards.refusal(error, os.environ)
+        # What is asked of all packages that are built with torch need not be for us.
+        if cards.is_asked_of_us(os.environ):
+            raise SystemExit(f"vllm-qoq: {message}") from error
+        raise Missing(message) from error
 
 
 def kernels() -> dict[str, Any]:
     """The arguments of `setup` that build the library."""
+    build = flags_of_cards()
     from torch.utils.cpp_extension import BuildExtension, CUDAExtension
 
-    cards = cards_table()
-    build = flags_of_cards(cards)
     nvcc = ["-std=c++20", OPTIMIZE, TORCH_TARGET, "-DUSE_CUDA"]
     cxx = ["-std=c++20", OPTIMIZE, TORCH_TARGET, f"-DQOQ_BUILT_FOR={':'.join(build.codes)}"]
     sources = [
@@ -138,7 +150,7 @@ def kernels() -> dict[str, Any]:
 
 def choice_of(variable: str, *choices: str) -> str:
     """The value of an environment variable, which is the first of `choices` where it is not set."""
-    choice = os.environ.get(variable, choices[0])
+    choice = os.environ.get(variable) or choices[0]
     if choice not in choices:
         expected = f"{', '.join(choices[:-1])} or {choices[-1]}"
         raise SystemExit(f"{variable}={choice}: expected {expected}")
@@ -150,14 +162,14 @@ def arguments() -> dict[str, Any]:
     choice = choice_of("VLLM_QOQ_CUDA", "auto", "0", "1")
     if choice == "0":
         return {}
-    missing = why_no_cuda()
-    if missing is None:
+    try:
         return kernels()
-    if choice == "1":
-        raise SystemExit(f"VLLM_QOQ_CUDA=1, but {missing}")
-    # pip shows it with -v; `vllm-qoq doctor` says it at any time.
-    print(f"vllm-qoq: a build without CUDA kernels: {missing}", file=sys.stderr)
-    return {}
+    except Missing as missing:
+        if choice == "1":
+            raise SystemExit(f"VLLM_QOQ_CUDA=1, but {missing}") from None
+        # pip shows it with -v; `vllm-qoq doctor` says it at any time.
+        print(f"vllm-qoq: a build without CUDA kernels: {missing}", file=sys.stderr)
+        return {}
 
 
 setup(**arguments())

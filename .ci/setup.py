@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -158,9 +159,14 @@ def install(kind: str) -> None:
 
 def build_kernels() -> None:
     """Install the project once more, with the torch that is in `.venv` now, for its kernels."""
-    toolkit = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    if shutil.which("nvcc") is None and not Path(toolkit, "bin", "nvcc").exists():
-        say("There is no nvcc, so the kernels are not built: w4a8 sets cannot run on this GPU")
+    spec = importlib.util.spec_from_file_location("toolkit", ROOT / "vllm_qoq" / "toolkit.py")
+    assert spec is not None and spec.loader is not None
+    toolkit = sys.modules["toolkit"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(toolkit)
+    try:
+        toolkit.find()
+    except toolkit.ToolkitError as error:
+        say(f"The kernels are not built, so w4a8 sets cannot run on this GPU: {error}")
         return
     say("Building the CUDA kernels (1 to 2 minutes)")
     command = [VENV / "bin" / "uv", "pip", "install", "--python", PYTHON, "--no-build-isolation"]

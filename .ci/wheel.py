@@ -19,6 +19,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / ".ci" / "requirements-wheel.txt"
@@ -42,7 +43,6 @@ SAID = {
 def main() -> int:
     """Build the wheel and print what is in it."""
     home = toolkit()
-    check_nvcc(home / "bin" / "nvcc")
     OUT.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="vllm-qoq-wheel-") as folder:
         log = build(Path(folder), home)
@@ -54,31 +54,31 @@ def main() -> int:
 
 
 def toolkit() -> Path:
-    """The folder of CUDA, with nvcc and headers; nvcc on the PATH may be a script elsewhere."""
-    home, nvcc = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
-    places = [home] if home else [nvcc and Path(nvcc).resolve().parent.parent, "/usr/local/cuda"]
-    for place in (Path(place) for place in places if place):
-        if (place / "bin" / "nvcc").exists() and (place / "include" / "cuda_runtime.h").exists():
-            return place
-    raise SystemExit(
-        "error: there is no nvcc with cuda_runtime.h; install the CUDA toolkit or set CUDA_HOME"
-    )
-
-
-def check_nvcc(nvcc: Path) -> None:
-    """End with a message where nvcc cannot compile for every GPU."""
-    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
-    # The table of GPUs alone: the package needs torch, which is not here.
-    spec = importlib.util.spec_from_file_location("cards", ROOT / "vllm_qoq" / "cards.py")
-    assert spec is not None and spec.loader is not None
-    cards = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(cards)
-    missing = [one.code for one in cards.FAMILIES if f"compute_{one.code}" not in known]
+    """The folder of CUDA; ends with a message unless its nvcc compiles for every GPU."""
+    finding = module("toolkit")
+    try:
+        found = finding.find()
+        known = found.architectures().split()
+    except finding.ToolkitError as error:
+        raise SystemExit(f"error: {error}") from None
+    families = module("cards").FAMILIES
+    missing = [one.code for one in families if f"compute_{one.code}" not in known]
     if missing:
         raise SystemExit(
-            f"error: {nvcc} does not compile for {', '.join(missing)}, and a wheel is for every "
-            "GPU; install CUDA 13"
+            f"error: {found.nvcc} does not compile for {', '.join(missing)}, and a wheel is for "
+            "every GPU; install CUDA 13"
         )
+    return Path(found.home)
+
+
+def module(name: str) -> Any:
+    """A module of the package alone: the package needs torch, which is not here."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "vllm_qoq" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    sys.modules[name] = found
+    spec.loader.exec_module(found)
+    return found
 
 
 def build(folder: Path, home: Path) -> str:

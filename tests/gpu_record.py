@@ -31,7 +31,7 @@ ON_THE_GPU = (
 _SHOWN = 3  # changes that are named
 
 PREPARE = """\
-  make test-gpu needs a Hopper GPU (two for all tests), its driver, nvcc of CUDA 13 and g++:
+  make test-gpu needs a GPU from Ampere on (two for all tests), its driver, nvcc of CUDA 13 and g++:
     make setup       an environment in .venv with vLLM's CUDA build, llmcompressor and our kernels
     make test-gpu    6 minutes on one H200 with 16 cores and GPU_WORKERS=8
   In an environment of your own, which has vLLM, llmcompressor, pytest-xdist and the project

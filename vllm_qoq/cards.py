@@ -77,6 +77,9 @@ def needed() -> str:
     return ", ".join(f"{one.gpus} ({one.capabilities})" for one in FAMILIES)
 
 
+_FORM = " (as in 8.0;9.0;12.0+PTX, or all)"
+
+
 class Build(NamedTuple):
     """What nvcc is told of most files, and of those of the Hopper path (None: left out).
 
@@ -101,7 +104,7 @@ def build_for(asked: str, is_portable: bool = False) -> Build:
         one = found and family((int(found[1]), int(found[2])))
         if not found or not one:
             raise ValueError(
-                f"{wanted!r} is no compute capability that the kernels are for: {needed()}"
+                f"{wanted!r} is no compute capability that the kernels are for: {needed()}{_FORM}"
             )
         with_ptx[one.code] = with_ptx.get(one.code, False) or bool(found[3])
     if not with_ptx:
@@ -154,6 +157,31 @@ def refusal(error: ValueError, environment: Mapping[str, str]) -> str:
     return f"{variable}={environment[variable]}: {error}; correct it{instead}, {without}"
 
 
+def is_asked_of_us(environment: Mapping[str, str]) -> bool:
+    """Whether the GPUs to build for are asked of this package, and not of all that torch builds."""
+    return bool(environment.get(_OURS))
+
+
+def require_known(build: Build, known_to_nvcc: str) -> None:
+    """Raise ValueError unless nvcc compiles for all that is asked of it.
+
+    known_to_nvcc  what `nvcc --list-gpu-arch` prints
+    """
+    known = known_to_nvcc.split()
+    for code in build.codes:
+        if "compute_" + re.sub(r"\D", "", code) not in known:
+            raise ValueError(f"this nvcc does not compile for {code}")
+
+
+def name_for(capability: Capability) -> str:
+    """Name what a GPU runs, for VLLM_QOQ_CUDA_ARCHS: its family's code, or else PTX."""
+    if family(capability):
+        return name(capability)
+    last = FAMILIES[-1]
+    nearest = last if capability > (last.major, last.minors[-1]) else FAMILIES[0]
+    return f"{nearest.major}.0+PTX"
+
+
 def asked_for(
     environment: Mapping[str, str], present: Iterable[Capability], known_to_nvcc: str
 ) -> str:
@@ -161,7 +189,7 @@ def asked_for(
 
     VLLM_QOQ_CUDA_ARCHS asks, where "all" is a name, too, or TORCH_CUDA_ARCH_LIST for everything
     that is built with torch, with torch's names of generations; of the latter, what is older than
-    our kernels is left out.
+    our kernels is left out, and GPUs between the families have PTX of the oldest code.
     `known_to_nvcc` is what `nvcc --list-gpu-arch` prints: an older nvcc does not know the latest
     GPUs. A build for all has PTX of the oldest code, for GPUs between the families, as of compute
     capability 11.0, and of the newest, for GPUs after them.
@@ -170,11 +198,23 @@ def asked_for(
     if variable == _OURS:
         return environment[_OURS]
     if variable is not None:
-        names = [TORCH_NAMES.get(n, n) for n in re.split(r"[;, ]+", environment[variable])]
-        return ";".join(n for n in names if n and not re.match(r"[1-7]\.", n))
-    usable = sorted({capability for capability in present if family(capability)})
+        listed = re.split(r"[;, ]+", environment[variable])
+        names = ";".join(TORCH_NAMES.get(one, one) for one in listed).split(";")
+        return ";".join(dict.fromkeys(filter(None, map(_ours_of, names))))
+    usable = sorted({capability for capability in present if capability >= OLDEST})
     if usable and not ours:
-        return ";".join(map(name, usable))
+        return ";".join(dict.fromkeys(map(name_for, usable)))
     known = [one for one in FAMILIES if f"compute_{one.code}" in known_to_nvcc.split()]
     with_ptx = (known[0], known[-1]) if known else ()
     return ";".join(f"{one.major}.0{'+PTX' if one in with_ptx else ''}" for one in known)
+
+
+def _ours_of(torchs: str) -> str:
+    """Write what one of torch's capabilities is for us, as in 9.0a; empty for an older GPU."""
+    found = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", torchs)
+    if found is None:
+        return torchs
+    capability = int(found[1]), int(found[2])
+    if capability < OLDEST:
+        return ""
+    return torchs if family(capability) else name_for(capability)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shlex
 from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
 from vllm_qoq import cards
+from vllm_qoq.toolkit import NEEDED
 
 PATH = Path(__file__).with_name("_C.so")
 BUILD = "VLLM_QOQ_CUDA=1 pip install --no-build-isolation --no-deps --force-reinstall ."
@@ -32,7 +34,8 @@ class Problem(NamedTuple):
 
 NO_LIBRARY = Problem(
     "this build of vllm-qoq has no CUDA kernels",
-    f"on an NVIDIA GPU from Ampere on build them in a clone, with nvcc: {BUILD} (README, Install)",
+    f"on an NVIDIA GPU from Ampere on build them in a clone, with the nvcc of CUDA {NEEDED} and a "
+    f"torch for it: {BUILD} (README, Install)",
 )
 OBSTRUCTED = Problem(
     f"{PATH} is no file, but should be the library of CUDA kernels", f"remove it, then {BUILD}"
@@ -45,6 +48,14 @@ def without(ops: Collection[str]) -> Problem:
         "the library of CUDA kernels was built from another version of vllm-qoq: it lacks "
         f"{', '.join(ops)}",
         f"build it anew in a clone of this version, with nvcc: {BUILD}",
+    )
+
+
+def unloadable(error: OSError, cuda: str) -> str:
+    """Say why torch, which is built for a version of CUDA, cannot load the library."""
+    return (
+        f"{PATH} cannot be loaded by a torch for CUDA {cuda}: {error}; the kernels need a torch "
+        f"that is built for CUDA {NEEDED}, and to be built from this version of vllm-qoq: {BUILD}"
     )
 
 
@@ -118,23 +129,34 @@ def problem_of(
     capability: cards.Capability,
     codes: Collection[str] | None,
     lacking: Collection[str] = (),
+    beside: Collection[cards.Capability] = (),
 ) -> Problem | None:
     """Say why a library does not run on a GPU; None if it does.
 
     codes    what it was built for: the result of `built_for`
     lacking  the ops that it has no kernel for: the result of `ops.missing_ops`
+    beside   compute capabilities of the other GPUs here, which a new build has to be for, too
     """
     has = f"{gpu} has compute capability {cards.name(capability)}"
     if capability < cards.OLDEST:
-        return Problem(f"our kernels are for {cards.needed()}; {has}", "use one of those GPUs")
+        return Problem(
+            f"our kernels are for {cards.needed()}; {has}",
+            "use one of those GPUs, or serve sets in W8A8 and W4A16 with a 16-bit KV cache",
+        )
     if codes is None:
         return OBSTRUCTED if is_obstructed() else NO_LIBRARY
     if choice(capability, codes) is not None:
         return without(lacking) if lacking else None
     held = ", ".join(codes) or "GPUs that it does not name"
-    # A GPU between or after those of the table runs the PTX that a build for all has.
-    asked = cards.name(capability) if cards.family(capability) else "all"
     return Problem(
         f"the CUDA kernels of this installation are built for {held}; {has}",
-        f"build them for it in a clone, with nvcc: VLLM_QOQ_CUDA_ARCHS={asked} {BUILD}",
+        f"build them for it in a clone, with nvcc: {build_for([capability, *beside])}",
     )
+
+
+def build_for(capabilities: Collection[cards.Capability]) -> str:
+    """Write the command that builds the library for GPUs, all of them that it can be for."""
+    usable = sorted({one for one in capabilities if one >= cards.OLDEST})
+    # A GPU between or after those of the table runs the PTX that a build for all has.
+    asked = ";".join(map(cards.name, usable)) if all(map(cards.family, usable)) else "all"
+    return f"VLLM_QOQ_CUDA_ARCHS={shlex.quote(asked)} {BUILD}"

@@ -54,7 +54,12 @@ def test_what_is_no_gpu_of_ours_is_refused(asked):
         ({}, [(9, 0), (8, 9), (9, 0), (7, 5)], ALL, "8.9;9.0"),
         ({"VLLM_QOQ_CUDA_ARCHS": "all"}, [(9, 0)], ALL, "8.0+PTX;9.0;10.0;12.0+PTX"),
         ({}, [(7, 5)], ALL, "8.0+PTX;9.0;10.0;12.0+PTX"),
-        ({}, [(13, 0)], ALL, "8.0+PTX;9.0;10.0;12.0+PTX"),
+        ({}, [(13, 0)], ALL, "12.0+PTX"),
+        ({}, [(8, 0), (11, 0)], ALL, "8.0;8.0+PTX"),
+        (
+            {"TORCH_CUDA_ARCH_LIST": "7.5;8.0;9.0a;11.0;12.0+PTX;13.0"},
+            *([], ALL, "8.0;9.0a;8.0+PTX;12.0+PTX"),
+        ),
         ({}, [], "compute_80", "8.0+PTX"),
         ({}, [], "compute_75 compute_80 compute_90", "8.0+PTX;9.0+PTX"),
     ],
@@ -81,7 +86,7 @@ def refused(environment):
     ("environment", "said"),
     [
         ({"TORCH_CUDA_ARCH_LIST": "Turing"}, "TORCH_CUDA_ARCH_LIST=Turing: no compute capability"),
-        ({"TORCH_CUDA_ARCH_LIST": "8.0;11.0"}, "TORCH_CUDA_ARCH_LIST=8.0;11.0: '11.0' is no"),
+        ({"TORCH_CUDA_ARCH_LIST": "8.0;x"}, "TORCH_CUDA_ARCH_LIST=8.0;x: 'x' is no"),
         ({"TORCH_CUDA_ARCH_LIST": "ampere"}, "TORCH_CUDA_ARCH_LIST=ampere: 'ampere' is no compute"),
         (
             {"VLLM_QOQ_CUDA_ARCHS": "Ada", "TORCH_CUDA_ARCH_LIST": "Turing"},

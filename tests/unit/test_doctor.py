@@ -76,7 +76,7 @@ def test_a_machine_with_all_that_serving_needs_has_no_problem(monkeypatch, capsy
 @pytest.mark.parametrize(
     ("gpus", "facts", "what", "remedy"),
     [
-        ([("Tesla T4", (7, 5))], {}, r"Tesla T4 has compute capability 7.5", "one of those GPUs"),
+        ([("Tesla T4", (7, 5))], {}, r"Tesla T4 has compute capability 7.5", "sets in W8A8 and"),
         ([A100], {}, "built for sm_90, sm_90a; NVIDIA A100", "VLLM_QOQ_CUDA_ARCHS=8.0 VLLM"),
         ([A100], {"kernels": None}, "has no CUDA kernels", "VLLM_QOQ_CUDA=1 pip install"),
         (
@@ -114,12 +114,29 @@ def test_what_is_missing_is_one_problem_with_a_remedy(monkeypatch, gpus, facts, 
     assert main() == 1
 
 
+def test_the_remedy_for_one_gpu_does_not_undo_that_for_another(monkeypatch):
+    blackwell = ("NVIDIA RTX PRO 6000", (12, 0))
+    report = machine(monkeypatch, A100, H200, blackwell)
+    assert [problem["what"].split(";")[1] for problem in report["problems"]] == [
+        " NVIDIA A100 has compute capability 8.0",
+        " NVIDIA RTX PRO 6000 has compute capability 12.0",
+    ]
+    for problem in report["problems"]:
+        assert "VLLM_QOQ_CUDA_ARCHS='8.0;9.0;12.0' VLLM_QOQ_CUDA=1" in problem["remedy"]
+
+
+def test_a_probe_that_a_signal_ends_is_said_to_be(monkeypatch):
+    monkeypatch.setattr(examining, "_PROBE", ("/bin/sh", "-c", "echo a warning >&2; kill -BUS $$"))
+    assert examining._probe()["fault"].startswith("Bus error: the library may be damaged")
+
+
 @pytest.mark.parametrize(
     ("gpus", "facts", "note"),
     [
         ([("NVIDIA B300", (10, 3))], {"kernels": ["sm_100"]}, r"157 TOPS\): W4A8 pays there up to"),
         ([A100], {"kernels": ["sm_80"]}, "compiled and emulated for NVIDIA A100, and not run"),
         ([H200], {"kernels": ["compute_80"]}, "PTX .*VLLM_QOQ_CUDA_ARCHS=9.0 "),
+        ([H200], {"kernels": ["sm_90"]}, "faster path of w4a8_gemm than this .*_ARCHS=9.0 "),
         ([H200], {"packages": {"vllm": "0.99.0"}}, "tested with vLLM 0.26 to .*this is 0.99.0"),
         ([], CPU, "so the CPU does all"),
         ([], CPU | {"gpus": [{"name": "NVIDIA H200"}]}, "so NVIDIA H200 is not used"),
@@ -177,7 +194,7 @@ def test_the_doctor_of_this_machine_needs_no_torch_in_its_own_process():
     ("program", "fault"),
     [
         ("raise OSError('_C.so: undefined symbol')", "OSError: _C.so: undefined symbol"),
-        ("import os; os.abort()", "the process ended with status -6"),
+        ("import os; os.abort()", "Aborted: the library may be damaged, or not for this machine"),
         ("print('I greet you')", "the probe of torch ended without a result"),
         (
             f"print('{MARK}{{')",

@@ -95,7 +95,11 @@ def test_a_library_is_for_every_gpu_that_it_is_built_for():
         ((8, 0), None, r"no CUDA kernels; .*VLLM_QOQ_CUDA=1 pip install .*README"),
         ((8, 0), ("sm_90", "sm_90a"), r"built for sm_90, sm_90a; GPU .* 8\.0; .*ARCHS=8\.0 V"),
         ((8, 0), (), r"built for GPUs that it does not name; .*VLLM_QOQ_CUDA_ARCHS=8\.0 V"),
-        ((13, 0), ("sm_90",), r"GPU has compute capability 13\.0; .*VLLM_QOQ_CUDA_ARCHS=all V"),
+        (
+            (13, 0),
+            ("sm_90",),
+            r"GPU has compute capability 13\.0; .*VLLM_QOQ_CUDA_ARCHS=all V",
+        ),
     ],
 )
 def test_a_library_for_other_gpus_says_for_which_and_how_to_build(capability, codes, message):

