@@ -43,7 +43,9 @@ def main(folder: Path, kills: int, seed: int) -> str:
     ends, lines = [], 0
     for number in range(kills):
         ending = ENDINGS[number % len(ENDINGS)]
-        ends.append((ending, _run(job, ending, chosen.uniform(0.05, 0.6))))
+        # A full disk ends the job by itself.
+        seconds = 60 if ending == "full disk" else chosen.uniform(0.05, 0.6)
+        ends.append((ending, _run(job, ending, seconds)))
         seen = _lines(job.out)
         assert seen >= lines, "a caption is lost"
         lines = seen
@@ -90,9 +92,11 @@ def _run(job: Job, ending: str, seconds: float) -> int:
 
 
 def _child(job: Job, is_full: bool) -> int:
-    fork_where_vllm_spawns()
+    # A shell begins what runs in the background with SIGINT ignored, which children inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if is_full:
         resource.setrlimit(resource.RLIMIT_FSIZE, (_LIMIT_BYTES, _LIMIT_BYTES))
+    fork_where_vllm_spawns()
     try:
         return 0 if caption(check(job), shards.slow_colours).is_complete else 1
     except KeyboardInterrupt:
@@ -122,7 +126,9 @@ def _engines(pid: int) -> list[int]:
 
 def _children(pid: int) -> list[int]:
     with suppress(FileNotFoundError):
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return [
+            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        ]
     return []
 
 
