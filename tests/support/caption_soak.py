@@ -66,13 +66,17 @@ def _run(job: Job, ending: str, seconds: float) -> int:
             status = _child(job, is_full=ending == "full disk")
         except KeyboardInterrupt:  # before the job has begun
             status = 130
+        except Exception:
+            traceback.print_exc()
         finally:
             os._exit(status)
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
-            return os.waitstatus_to_exitcode(status)
+            code = os.waitstatus_to_exitcode(status)
+            assert code != _WRONG
+            return code
         time.sleep(0.005)
     engines = _engines(pid)
     if ending == "kill the engine" and engines:
@@ -106,8 +110,6 @@ def _child(job: Job, is_full: bool) -> int:
         expected = ("its process ended with", "File too large")
         if any(part in str(error) for part in expected):
             return 2
-        traceback.print_exc()
-    except BaseException:
         traceback.print_exc()
     return _WRONG
 

@@ -217,7 +217,7 @@ def _set_environment(environment: Mapping[str, str]) -> None:
 def fork_where_vllm_spawns() -> None:
     """Make a fork server of this state, and all processes of the method `spawn` its forks."""
     listener = socket.socket(socket.AF_UNIX)
-    address = os.path.join(util.get_temp_dir(), "warm")
+    address = os.path.join(util.get_temp_dir(), f"warm-{os.getpid()}")
     listener.bind(address)
     listener.listen()
     alive, ours = os.pipe()
