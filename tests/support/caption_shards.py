@@ -84,6 +84,9 @@ class Colours:
             for ticket, image in done
         ]
 
+    def close(self) -> None:
+        """There is nothing to end."""
+
 
 def colours(_: Request) -> Colours:
     """An engine that is as fast as it can be."""

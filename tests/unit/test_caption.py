@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from warm_process import fork_where_vllm_spawns
 
-from vllm_qoq.caption import devices, folder, journal, pipeline, run
+from vllm_qoq.caption import devices, folder, journal, pipeline, run, status
 from vllm_qoq.caption.bounded import Bounded, Closed
 from vllm_qoq.caption.errors import CaptionError
 from vllm_qoq.caption.job import Job, check
@@ -469,3 +469,28 @@ def test_engines_get_gpus_of_their_own(monkeypatch):
         devices.groups(3, 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert devices.groups(None, 1) == [None] and devices.groups(2, 1) == [None, None]
+
+
+def test_progress_is_a_line_now_and_then_and_on_a_terminal_a_bar(capsys):
+    clock = iter((0.0, 5.0, 11.0, 12.0, 25.0))
+    counts = pipeline.Counts(images=40, seconds=10.0, done_bytes=300, skipped_bytes=100)
+    counts.failures["damaged"] = 2
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(time, "monotonic", lambda: next(clock))
+        with status.shown(1000, 4, quiet=False) as shown:
+            shown.show([counts], 1)
+            shown.show([pipeline.Counts()], 0)  # no engine has begun
+            shown.show([counts, pipeline.Counts()], 1)
+            shown.show([counts, counts], 3)
+    with status.shown(1000, 4, quiet=True) as shown:
+        shown.show([counts], 1)
+    assert capsys.readouterr().err.splitlines() == [
+        "captions: 1 of 4 shards, 40 images, 4.0 images/s, 2 failed, about 20 s left",
+        "captions: 3 of 4 shards, 80 images, 8.0 images/s, 4 failed, about 3 s left",
+    ]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("sys.stderr.isatty", lambda: True)
+        with status.shown(1000, 4, quiet=False) as shown:
+            shown.show([counts], 1)
+            assert shown.bar.n == 400
+    assert "1/4 shards, 40 images, 2 failed" in capsys.readouterr().err

@@ -78,6 +78,10 @@ class Engine:
             if output.finished
         ]
 
+    def close(self) -> None:
+        """End vLLM's processes, which it leaves to the end of this one, and that waits for them."""
+        self._llm.llm_engine.engine_core.shutdown()
+
     def _try(self) -> None:
         from PIL import Image
 

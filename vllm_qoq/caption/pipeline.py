@@ -48,6 +48,9 @@ class Captioner(Protocol):
     def step(self) -> list[tuple[int, Caption | Uncaptioned]]:
         """Work until something may be done; tickets and what became of them."""
 
+    def close(self) -> None:
+        """End the processes of the engine."""
+
 
 @dataclass
 class Counts:

@@ -137,14 +137,16 @@ class _Run:
                     self._wait(_POLL_SECONDS)
                     done = len(self._facts) - len(self._checked.finished)
                     shown.show([one.counts for one in self._engines], done)
+            self._join()
             for engine in self._engines:
-                engine.process.join(_END_SECONDS)
                 engine.log.unlink(missing_ok=True)
         except KeyboardInterrupt:
             self._stop()
+            self._join()
             raise KeyboardInterrupt(self._state()) from None
         except BaseException:
             self._stop()
+            self._join()
             raise
         finally:
             for engine in self._engines:
@@ -246,6 +248,13 @@ class _Run:
         while self._alive() and time.monotonic() < ends:
             with suppress(CaptionError):  # the first error is the one that is told
                 self._wait(_POLL_SECONDS)
+
+    def _join(self) -> None:
+        """Give the processes that have said their last the time to end what they started."""
+        ends = time.monotonic() + _END_SECONDS
+        for engine in self._engines:
+            if engine.has_ended:
+                engine.process.join(max(0, ends - time.monotonic()))
 
     def _state(self) -> str:
         return f"captions so far are in {self._checked.job.out}; the same command goes on there"

@@ -113,8 +113,11 @@ def _serve(pipe: _Pipe, request: Request, make: MakeCaptioner) -> None:
         captioner, request.out, request.name, pipe.next_shard, report, request.decoders
     )
     pipe.on_stop(pipeline.stop)
-    pipeline.run()
-    pipe.send(Ended(pipeline.counts))
+    try:
+        pipeline.run()
+        pipe.send(Ended(pipeline.counts))
+    finally:
+        captioner.close()
 
 
 def _message(error: Exception) -> str:
