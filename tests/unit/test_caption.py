@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import caption_shards as shards
 import pytest
+from conftest import ROOT
 from PIL import Image
 from warm_process import fork_where_vllm_spawns
 
@@ -54,8 +56,8 @@ def command(model, tmp_path, monkeypatch, capfd):
     """Runs the command on `data`, into `out`; its status, stdout and stderr."""
     monkeypatch.setattr(run, "caption", partial(run.caption, make=shards.colours))
 
-    def ask(*more):
-        line = ["vllm-qoq", "caption", tmp_path / "data", "-o", tmp_path / "out"]
+    def ask(*more, data=tmp_path / "data"):
+        line = ["vllm-qoq", "caption", data, "-o", tmp_path / "out"]
         monkeypatch.setattr(sys, "argv", [*map(str, [*line, "--model", model, *more])])
         stdout = os.dup(1)  # the command leaves it to what libraries print
         status = cli.main()
@@ -494,3 +496,23 @@ def test_progress_is_a_line_now_and_then_and_on_a_terminal_a_bar(capsys):
             shown.show([counts], 1)
             assert shown.bar.n == 400
     assert "1/4 shards, 40 images, 2 failed" in capsys.readouterr().err
+
+
+def test_the_page_goes_from_a_folder_of_images_to_a_dataset(command, tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "captioning.md").read_text()
+    make, use = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images" / "v1.0").mkdir(parents=True)
+    (tmp_path / "shards").mkdir()
+    for seed, name in enumerate(("a.b.jpg", "c.jpg", "v1.0/c.jpg")):
+        (tmp_path / "images" / name).write_bytes(shards.jpeg(seed))
+    (tmp_path / "images" / "d.jpg").write_bytes(b"words")
+    exec(make, {})
+    assert command("-o", "captions", "--model-name", "CKPT", data="shards")[0] == 1
+    found = {}
+    exec(use, found)
+    captions = {one["__key__"]: one["caption"] for one in found["dataset"]}
+    assert captions == {
+        **{"a_b": "24 x 16, 0 0 0", "c": "24 x 16, 1 0 0"},
+        "v1_0/c": "24 x 16, 2 0 0",
+    }
