@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -17,6 +18,9 @@ from PIL import Image
 from vllm import SamplingParams
 from warm_process import WITHOUT_TORCHVISION
 
+from vllm_qoq.caption.engine import Engine
+from vllm_qoq.caption.errors import CaptionError
+from vllm_qoq.caption.messages import Request
 from vllm_qoq.checkpoint.format import SECTION
 from vllm_qoq.quantizer.job import quantize
 from vllm_qoq.quantizer.options import QuantizeOptions
@@ -98,6 +102,30 @@ def test_captions_are_those_of_chats_whatever_ends_the_command_between(llava, tm
         for seed in part[::4]:
             assert captions[f"k{seed}"] == {"tiny": chat(llm, seed)}
     assert len({json.dumps(caption) for caption in captions.values()}) > 6
+
+
+def test_models_that_cannot_caption_are_refused_by_name(llava, tiny_model, tmp_path):
+    def start(model):
+        facts = {"out": tmp_path, "name": "x", "prompt": PROMPT, "system_prompt": None, "log": None}
+        facts |= {"max_tokens": 2, "temperature": 0.0, "engine_args": ENGINE, "decoders": 1}
+        return Engine(Request(model=str(model), devices=None, processors=None, **facts))
+
+    with pytest.raises(CaptionError, match="takes no images; give a model that does"):
+        start(tiny_model)
+    silent = tmp_path / "silent"
+    shutil.copytree(llava, silent)
+    words = json.loads((silent / "tokenizer_config.json").read_text())
+    words.pop("chat_template", None)
+    (silent / "tokenizer_config.json").write_text(json.dumps(words))
+    (silent / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(CaptionError, match=r"cannot caption a grey image: .*chat template"):
+        start(silent)
+    with pytest.raises(CaptionError, match=r"vLLM did not start: .*max_model_lem"):
+        ENGINE["max_model_lem"] = 1
+        try:
+            start(llava)
+        finally:
+            del ENGINE["max_model_lem"]
 
 
 def lines(out):

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
@@ -471,6 +472,23 @@ def test_engines_get_gpus_of_their_own(monkeypatch):
         devices.groups(3, 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert devices.groups(None, 1) == [None] and devices.groups(2, 1) == [None, None]
+
+
+def test_engines_on_a_cpu_get_processors_of_their_own(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {7, 1, 2, 3, 5})
+    assert devices.processors(2) == [{1, 2}, {3, 5}]
+    assert devices.processors(6) == [{1, 2, 3, 5, 7}] * 6
+
+
+def alone(request):
+    """An engine that fails where it may use what others may."""
+    assert request.processors == os.sched_getaffinity(0)
+    return shards.Colours()
+
+
+def test_the_processes_of_several_engines_are_bound(job, tmp_path):
+    write_good(tmp_path / "data" / "1.tar")
+    assert run.caption(check(replace(job, engines=2)), alone).is_complete
 
 
 def test_progress_is_a_line_now_and_then_and_on_a_terminal_a_bar(capsys):

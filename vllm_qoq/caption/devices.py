@@ -1,4 +1,4 @@
-"""Which GPUs each engine of a job gets."""
+"""Which GPUs each engine of a job gets, or which processors where there are none."""
 
 from __future__ import annotations
 
@@ -28,6 +28,19 @@ def groups(engines: int | None, each: int) -> list[str | None]:
         ",".join(names[each * index : each * (index + 1)])
         for index in range(engines or len(names) // each)
     ]
+
+
+def processors(engines: int) -> list[frozenset[int]]:
+    """Divide the processors that this process may use: a share of its own for each engine.
+
+    vLLM binds the threads of an engine to some that it may use, and so those of all engines to the
+    same. With fewer processors than engines all have all.
+    """
+    allowed = sorted(os.sched_getaffinity(0))
+    each = len(allowed) // engines
+    if not each:
+        return [frozenset(allowed)] * engines
+    return [frozenset(allowed[each * index : each * (index + 1)]) for index in range(engines)]
 
 
 def _visible() -> list[str]:

@@ -13,6 +13,7 @@ from vllm_qoq.caption import MAX_TOKENS, PROMPT, devices, folder, journal
 from vllm_qoq.caption.errors import CaptionError
 from vllm_qoq.caption.records import Facts
 from vllm_qoq.caption.shards import Shard, find
+from vllm_qoq.checkpoint import hub
 from vllm_qoq.checkpoint.folder import read_config, require_folder
 
 _REFUSED = ("model", "trust_remote_code", "skip_tokenizer_init", "data_parallel_size")
@@ -58,7 +59,7 @@ class Job:
     @property
     def model_name(self) -> str:
         """The model's name in the output."""
-        return self.name or self.model.resolve().name
+        return self.name or hub.name_of(self.model.absolute())
 
     @property
     def label(self) -> str:

@@ -22,6 +22,7 @@ class Request:
     system_prompt  None for none
     engine_args    arguments of `LLM()`
     devices        value of CUDA_VISIBLE_DEVICES; None where there are no GPUs
+    processors     that it may use; None for those that its parent may
     decoders       threads that decode images
     log            file for what the engine prints; None to print it
     """
@@ -35,6 +36,7 @@ class Request:
     temperature: float
     engine_args: Mapping[str, Any]
     devices: str | None
+    processors: frozenset[int] | None
     decoders: int
     log: Path | None
 

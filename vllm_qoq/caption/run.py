@@ -20,7 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NoReturn
 
-from vllm_qoq.caption import folder, journal, status
+from vllm_qoq.caption import devices, folder, journal, status
 from vllm_qoq.caption.errors import CaptionError
 from vllm_qoq.caption.job import CheckedJob
 from vllm_qoq.caption.messages import (
@@ -165,7 +165,7 @@ class _Run:
         )
 
     def _start(self, index: int, where: str | None) -> _Engine:
-        job = self._checked.job
+        job, count = self._checked.job, len(self._checked.devices)
         log = (job.out / f"{folder.PREFIX}.{job.label}.engine-{index}.log").absolute()
         log.unlink(missing_ok=True)
         request = Request(
@@ -178,6 +178,7 @@ class _Run:
             temperature=job.temperature,
             engine_args=job.engine_args,
             devices=where,
+            processors=devices.processors(count)[index] if where is None and count > 1 else None,
             decoders=self._checked.decoders,
             log=log,
         )

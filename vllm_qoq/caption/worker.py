@@ -29,7 +29,8 @@ MakeCaptioner = Callable[[Request], Captioner]
 
 
 def vllm_captioner(request: Request) -> Captioner:
-    """Start vLLM."""
+    """Start vLLM, whose processes are no forks of this one, as with `vllm serve`: it has threads."""
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     from vllm_qoq.caption.engine import Engine
 
     return Engine(request)
@@ -43,6 +44,8 @@ def main(pipe: Connection, request: Request, make: MakeCaptioner) -> None:
         _print_into(str(request.log))
     if request.devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = request.devices
+    if request.processors is not None:
+        os.sched_setaffinity(0, request.processors)
     # The log would have a line for each odd image.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
