@@ -403,6 +403,30 @@ def test_a_failing_write_ends_the_pipeline_and_what_was_written_stays(shard, tmp
     assert facts.captions == 9
 
 
+def test_a_disk_that_fails_is_not_taken_for_a_damaged_shard(shard, tmp_path, monkeypatch):
+    read_at, reads = os.pread, []
+
+    def fail(*arguments):
+        reads.append(arguments)
+        if len(reads) == 4:
+            raise OSError(5, "Input/output error")
+        return read_at(*arguments)
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(OSError, match="Input/output error") as failed:
+        in_this_process(shard, tmp_path / "out")
+    assert failed.value.filename == str(shard.path)
+    (facts,), _ = in_this_process(shard, tmp_path / "out")
+    assert facts.is_complete
+
+
+def test_a_shard_that_another_process_has_finished_meanwhile_is_left(job):
+    checked = check(job)
+    with folder.opened(job.out, checked.run, "job-1-of-2"):
+        in_this_process(checked.shards[0], job.out)
+    assert run.caption(checked, failing).is_complete
+
+
 def test_memory_is_bounded_while_the_engine_is_slow(tmp_path):
     """Of 400 images of 1 MB, only what queues hold is decoded before the engine takes it."""
     samples = [{"__key__": f"k{n}", "jpg": shards.jpeg(n, (640, 512))} for n in range(400)]

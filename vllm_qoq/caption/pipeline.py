@@ -194,7 +194,10 @@ class Pipeline:
             journal = Journal.open(self._out, shard, self._model)
             if journal is not None:
                 self._journals.add(journal)
-                self._read_shard(journal)
+                try:
+                    self._read_shard(journal)
+                except OSError as error:  # which does not always name the file
+                    raise OSError(error.errno, error.strerror, str(shard.path)) from error
         self._files.close()
 
     def _read_shard(self, journal: Journal) -> None:

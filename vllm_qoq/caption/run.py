@@ -155,7 +155,7 @@ class _Run:
                 engine.pipe.close()
         return Result(
             self._checked,
-            {shard.name: self._facts[shard.name] for shard in self._checked.shards},
+            {shard.name: self._facts_of(shard) for shard in self._checked.shards},
             tuple(
                 EngineResult(
                     one.request.devices, one.ready.seconds if one.ready else 0.0, one.counts
@@ -163,6 +163,12 @@ class _Run:
                 for one in self._engines
             ),
         )
+
+    def _facts_of(self, shard: Shard) -> Facts:
+        facts = self._facts.get(shard.name) or journal.finished(self._checked.job.out, shard)
+        if facts is None:
+            raise RuntimeError(f"{shard.name}: is not finished, and no engine has failed")
+        return facts
 
     def _start(self, index: int, where: str | None) -> _Engine:
         job, count = self._checked.job, len(self._checked.devices)

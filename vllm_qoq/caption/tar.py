@@ -7,6 +7,7 @@ for the end. Names are keys and nothing else: no file is opened by one. Nothing 
 
 from __future__ import annotations
 
+import errno
 import os
 import tarfile
 from collections import Counter
@@ -56,7 +57,7 @@ class Sample:
 
 
 class Reader:
-    """Reads the samples of an opened shard, in order.
+    """Reads the samples of an opened shard, in order; OSError where the disk does not give them.
 
     ignored  kind -> members that are no part of a sample: `links`, `special` (devices and sparse
              files), `nameless` (without an ending) and `repeated` (of one name)
@@ -116,6 +117,8 @@ class Reader:
                 last = self._end = archive.offset
                 yield info
         except Exception as error:  # The file may hold anything.
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                raise  # of the disk: the next run may be able to read it
             self.damage = f"not readable behind byte {self._end}: {reason(error)}"
             return
         self._file.seek(archive.offset)

@@ -29,7 +29,7 @@ MakeCaptioner = Callable[[Request], Captioner]
 
 
 def vllm_captioner(request: Request) -> Captioner:
-    """Start vLLM, whose processes are no forks of this one, as with `vllm serve`: it has threads."""
+    """Start vLLM, whose processes are no forks of this one, which has threads."""
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     from vllm_qoq.caption.engine import Engine
 
@@ -125,7 +125,7 @@ def _serve(pipe: _Pipe, request: Request, make: MakeCaptioner) -> None:
 
 def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}; make room there, or look after the disk"
+        return f"{error.filename}: {error.strerror}; look whether its disk is full or fails"
     return str(error)
 
 
