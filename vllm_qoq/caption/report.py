@@ -10,6 +10,7 @@ from vllm_qoq.caption.job import CheckedJob
 from vllm_qoq.caption.run import EngineResult, Result
 from vllm_qoq.caption.shards import Shard
 from vllm_qoq.caption.tar import Reader
+from vllm_qoq.errors import printable
 from vllm_qoq.progress import duration, human_bytes
 
 
@@ -110,7 +111,7 @@ def summary_text(found: dict[str, Any]) -> str:
         kinds = ", ".join(f"{kind} {count}" for kind, count in found["failures"].items())
         lines.append(f"without a caption: {kinds}; named in *.failures.json")
     for shard, damage in found["damaged_shards"].items():
-        lines.append(f"{shard}: {damage}")
+        lines.append(printable(f"{shard}: {damage}"))
     if found["ignored_members"]:
         kinds = ", ".join(f"{kind} {count}" for kind, count in found["ignored_members"].items())
         lines.append(f"files in the shards that were ignored: {kinds}")
