@@ -200,7 +200,7 @@ def _begin(request: dict[str, Any]) -> None:
         from no_videos import NoVideos
 
         NoVideos.use()
-    _fork_where_vllm_spawns()
+    fork_where_vllm_spawns()
 
 
 def _end() -> None:
@@ -217,10 +217,10 @@ def _set_environment(environment: Mapping[str, str]) -> None:
     os.environ.update(environment)
 
 
-def _fork_where_vllm_spawns() -> None:
+def fork_where_vllm_spawns() -> None:
     """Make a fork server of this state, and all processes of the method `spawn` its forks."""
     listener = socket.socket(socket.AF_UNIX)
-    address = os.path.join(util.get_temp_dir(), "warm")
+    address = os.path.join(util.get_temp_dir(), f"warm-{os.getpid()}")
     listener.bind(address)
     listener.listen()
     alive, ours = os.pipe()

@@ -131,6 +131,7 @@ def test_every_command_is_documented():
         "perplexity",
         "evaluate",
         "tune",
+        "caption",
         "doctor",
     }
 

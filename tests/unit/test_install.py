@@ -219,7 +219,10 @@ def test_the_core_commands_run_without_extras(core, inputs):
 
 @pytest.mark.parametrize(
     "name",
-    ["quantize", "merge", "inspect", "verify", "import", "perplexity", "tune", "bench", "doctor"],
+    [
+        *("quantize", "merge", "inspect", "verify", "import", "perplexity", "caption", "tune"),
+        *("bench", "doctor"),
+    ],
 )
 def test_every_command_answers_help_without_extras(core, name):
     assert run(core / "vllm-qoq", name, "--help").startswith(f"usage: vllm-qoq {name}")
@@ -232,6 +235,7 @@ def test_every_command_answers_help_without_extras(core, name):
         ("vllm", "perplexity float --text float/config.json"),
         ("vllm", "tune nested"),
         ("plots", "bench gemm -o out"),
+        ("caption", "caption float -o out --model float"),
     ],
 )
 def test_a_command_names_the_extra_that_it_lacks(core, inputs, extra, command):

@@ -19,6 +19,7 @@ VLLM_AT = (
     *("vllm_qoq/serving/", "vllm_qoq/tuner/vllm_engine.py"),
     *("vllm_qoq/bench/perplexity.py", "vllm_qoq/bench/serving/engine.py"),
     *("vllm_qoq/bench/evaluate/engine.py", "vllm_qoq/bench/serving/random_weights.py"),
+    "vllm_qoq/caption/engine.py",
 )
 # The benchmark times vLLM's kernels, and imports them when it runs.
 VLLM_PEERS = "vllm_qoq/bench/peers.py"
@@ -76,9 +77,10 @@ ARROWS = {
         *("serving.options", "serving.routing", "serving.methods"),
     ),
     "plots": (),
+    "caption": ("errors", "progress", "checkpoint"),
     "cli": (
         *(*_COMMANDS, "ops"),
-        *("quantizer", "importer", "tuner", "bench", "doctor", "merge_tools"),
+        *("quantizer", "importer", "tuner", "bench", "caption", "doctor", "merge_tools"),
     ),
     # The package itself: functions that are imported when they are asked for.
     "vllm_qoq": ("errors", "version", "environment", "serving.plugin"),

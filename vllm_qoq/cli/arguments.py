@@ -117,9 +117,29 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def count(text: str) -> int:
+    """Parse a whole number from 0 on, of at most 9 digits."""
+    if text != "0" and not is_positive(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
+    return int(text)
+
+
 def is_positive(text: str) -> bool:
     """Whether `positive` takes the text."""
     return text.isascii() and text.isdecimal() and len(text) < 10 and int(text) > 0
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Parse a JSON object."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a JSON object like '{{\"enforce_eager\": true}}'"
+        )
+    return found
 
 
 def at_least_two(text: str) -> int:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm_qoq.bench import BenchError
 from vllm_qoq.bench.serving import cases, formats, shapes
 from vllm_qoq.bench.serving.cases import Lengths
 from vllm_qoq.cli import bench_online, measurement
-from vllm_qoq.cli.arguments import is_positive, positive
+from vllm_qoq.cli.arguments import is_positive, json_object, positive
 from vllm_qoq.cli.parser import Commands, Parser
 
 if TYPE_CHECKING:
@@ -85,7 +84,7 @@ def add_parser(benchmarks: Commands[Parser]) -> None:
     )
     parser.add_argument(
         "--engine-args",
-        type=engine_args,
+        type=json_object,
         default={},
         metavar="JSON",
         help="arguments of LLM() for all engines, such as '{\"tensor_parallel_size\": 2}'",
@@ -155,19 +154,6 @@ def minutes(text: str) -> float:
         found = 0.0
     if not 0 < found < 1e6:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes above 0")
-    return found
-
-
-def engine_args(text: str) -> dict[str, Any]:
-    """Parse a JSON object."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a JSON object like '{{\"enforce_eager\": true}}'"
-        )
     return found
 
 

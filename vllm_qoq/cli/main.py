@@ -8,6 +8,7 @@ import sys
 from vllm_qoq.cli import (
     bench,
     calibrate_kv,
+    caption,
     doctor,
     evaluate,
     import_checkpoint,
@@ -25,7 +26,7 @@ from vllm_qoq.version import __version__
 
 _COMMANDS = (
     *(quantize, calibrate_kv, merge, inspect, verify, import_checkpoint, perplexity, evaluate),
-    *(tune, bench, doctor),
+    *(caption, tune, bench, doctor),
 )
 
 

@@ -1,0 +1,45 @@
+"""Why a sample has no caption, and why a job cannot run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from vllm_qoq.errors import UserError
+
+Kind = Literal[
+    "no_image",
+    "not_an_image",
+    "damaged",
+    "too_large",
+    "duplicate_key",
+    "bad_name",
+    "refused",
+    "engine",
+]
+"""Kind of a sample without a caption.
+
+no_image       it has no file with the ending of an image
+not_an_image   the file is in none of the formats that are read
+damaged        the image cannot be decoded, or the shard ends within it
+too_large      it has more bytes or more pixels than are read
+duplicate_key  an earlier sample of the shard has the key
+bad_name       its name is not UTF-8
+refused        the engine does not take it, for example because its prompt would be too long
+engine         the engine gave it up
+"""
+
+
+class CaptionError(UserError):
+    """A job that cannot begin or go on; the message says why, and what to do."""
+
+
+class Uncaptioned(Exception):
+    """A sample that gets no caption.
+
+    kind  what is wrong
+    why   the reason in words, for people
+    """
+
+    def __init__(self, kind: Kind, why: str) -> None:
+        super().__init__(kind, why)
+        self.kind, self.why = kind, why

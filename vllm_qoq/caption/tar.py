@@ -1,0 +1,154 @@
+"""The samples of a shard, one after the other, from a tar file that nobody vouches for.
+
+Which files are one sample, and what its key is, decides the webdataset library. The members are
+read here, because the library reads each into memory whatever its size, and takes a damaged header
+for the end. Names are keys and nothing else: no file is opened by one. Nothing is decompressed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, Any
+
+from vllm_qoq.caption.errors import Uncaptioned
+from vllm_qoq.errors import reason, shown
+
+MOST_BYTES = 64 << 20
+"""The largest file of an image that is read."""
+
+IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
+"""Endings of files that are taken for a sample's image, in small letters."""
+
+# Names and pax headers are read whole; real ones have some hundred bytes.
+_HEADER_BYTES = 1 << 20
+_END = bytes(tarfile.BLOCKSIZE)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A regular file in a shard: its name and the place of its bytes.
+
+    is_whole  whether the shard has all of them
+    """
+
+    name: str
+    offset: int
+    bytes: int
+    is_whole: bool
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample: its place in the order of the shard, from 0, its key, and the file of its image.
+
+    member  None where it has no image
+    end     byte of the shard at which the search for it ended
+    """
+
+    position: int
+    key: str
+    member: Member | None
+    end: int
+
+
+class Reader:
+    """Reads the samples of an opened shard, in order; OSError where the disk does not give them.
+
+    ignored  kind -> members that are no part of a sample: `links`, `special` (devices and sparse
+             files), `nameless` (without an ending) and `repeated` (of one name)
+    damage   why nothing is read behind the last sample; None where the shard is whole
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._size = os.fstat(file.fileno()).st_size
+        self._end = 0
+        self.ignored: Counter[str] = Counter()
+        self.damage: str | None = None
+
+    def __iter__(self) -> Iterator[Sample]:
+        from webdataset.tariterators import group_by_keys
+
+        groups = group_by_keys(self._named(), handler=self._repeated)
+        for position, group in enumerate(groups):
+            yield Sample(position, group["__key__"], _image(group), self._end)
+
+    def read(self, member: Member) -> bytes:
+        """Read the bytes of a member; Uncaptioned where they are too many, or not all there."""
+        if member.bytes > MOST_BYTES:
+            raise Uncaptioned("too_large", f"{member.bytes} bytes; {MOST_BYTES} are read")
+        content = os.pread(self._file.fileno(), member.bytes, member.offset)
+        if not member.is_whole or len(content) != member.bytes:
+            raise Uncaptioned("damaged", "the shard ends within it")
+        return content
+
+    def _named(self) -> Iterator[dict[str, Any]]:
+        """The members in the form that the library groups; their data is the Member."""
+        from webdataset.tariterators import base_plus_ext
+
+        for info in self._infos():
+            if info.issym() or info.islnk():
+                self.ignored["links"] += 1
+            elif info.isdir():
+                continue
+            elif not info.isreg() or info.issparse():
+                self.ignored["special"] += 1
+            elif (ending := base_plus_ext(info.name)[1]) is None or ending.startswith("__"):
+                self.ignored["nameless"] += 1  # the library has keys of its own like `__key__`
+            else:
+                whole = info.offset_data + info.size <= self._size
+                member = Member(info.name, info.offset_data, info.size, whole)
+                yield {"fname": info.name, "data": member, "__url__": ""}
+
+    def _infos(self) -> Iterator[tarfile.TarInfo]:
+        """The headers of the archive; ends at damage, which it notes."""
+        try:
+            archive = tarfile.open(fileobj=_Headers(self._file), mode="r:")  # type: ignore[call-overload]  # noqa: SIM115
+            last = -1
+            while (info := archive.next()) is not None:
+                archive.members.clear()  # the list would grow with the shard
+                if info.size < 0 or archive.offset <= last:
+                    raise tarfile.ReadError("a size below zero")
+                last = self._end = archive.offset
+                yield info
+        except Exception as error:  # The file may hold anything.
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                raise  # of the disk: the next run may be able to read it
+            self.damage = f"not readable behind byte {self._end}: {reason(error)}"
+            return
+        self._file.seek(archive.offset)
+        if self._file.read(tarfile.BLOCKSIZE) != _END:
+            self.damage = f"cut off, or damaged, at byte {archive.offset}: no end is there"
+        self._end = self._size
+
+    def _repeated(self, _: Exception) -> bool:
+        self.ignored["repeated"] += 1
+        return True
+
+
+def _image(group: dict[str, Any]) -> Member | None:
+    """Choose the image of a sample: `key.jpg` before `key.mask.png`, then the first."""
+    images = [
+        (ending.count("."), member)
+        for ending, member in group.items()
+        if isinstance(member, Member) and ending.rpartition(".")[2] in IMAGES
+    ]
+    return min(images, key=lambda image: image[0])[1] if images else None
+
+
+class _Headers:
+    """A file from which tarfile reads headers, and nothing larger."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, count: int = -1) -> bytes:
+        if not 0 <= count <= _HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {shown(count)} bytes")
+        return self._file.read(count)
