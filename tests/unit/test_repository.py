@@ -36,9 +36,10 @@ ARROWS = {
     "numerics": (),
     "text_file": ("errors",),
     "cards": (),
-    "kernel_library": ("cards",),
+    "toolkit": (),
+    "kernel_library": ("cards", "toolkit"),
     "environment": ("version", "kernel_library"),
-    "doctor": ("environment", "errors", "cards", "kernel_library", "ops"),
+    "doctor": ("environment", "errors", "cards", "toolkit", "kernel_library", "ops"),
     "models": ("errors",),
     "routing": ("errors",),
     "ops": ("numerics", "kernel_library"),
@@ -55,7 +56,7 @@ ARROWS = {
         *("serving.options", "serving.signals", "serving.speculation", "serving.vllm_versions"),
     ),
     "serving.methods": (
-        *("errors", "routing", "checkpoint", "models", "numerics", "ops"),
+        *("errors", "cards", "routing", "checkpoint", "models", "numerics", "ops"),
         *("serving.routing", "serving.vllm_versions"),
     ),
     "serving.kv": (
