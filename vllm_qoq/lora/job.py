@@ -101,18 +101,18 @@ def _transforms(checkpoint: Checkpoint) -> transforms.Transforms:
         reason = "its residual stream is rotated"
     if reason is not None:
         raise UserError(
-            f"{path}: {reason}, and it holds no {transforms.FILE}, which says how: an older version "
-            f"or another command made it; quantize the model again, or {_MERGE}"
+            f"{path}: {reason}, and it holds no {transforms.FILE}, which says how: an older "
+            f"version or another command made it; quantize the model again, or {_MERGE}"
         )
     if section.input_ratio:
         raise UserError(
-            f"{path}: its sets were smoothed by another tool (input_ratio), which leaves nothing to "
-            f"convert with; merge with --prefill of a set that has the norms of the model, and "
+            f"{path}: its sets were smoothed by another tool (input_ratio), which leaves nothing "
+            f"to convert with; merge with --prefill of a set that has the norms of the model, and "
             f"{_AS_IT_IS}, or {_MERGE}"
         )
     raise UserError(
         f"{path}: no conversion is needed: its weights were not transformed, as far as it tells. "
-        f"{_AS_IT_IS.capitalize()}, unless another tool smoothed the model before its sets were made"
+        f"{_AS_IT_IS.capitalize()}, unless another tool smoothed the model first"
     )
 
 
@@ -148,8 +148,8 @@ def _places(adapter: Adapter, config: Mapping[str, Any]) -> dict[str, tuple[int,
 
 def _no_layer(adapter: Adapter, layer: str, linears: tuple[str, ...]) -> UserError:
     return UserError(
-        f"{adapter.path}: {WEIGHTS}: {shown(layer)}: is none of the layers that can be converted, "
-        f"which are {', '.join(linears)} of each block; train an adapter of these alone, or {_MERGE}"
+        f"{adapter.path}: {WEIGHTS}: {shown(layer)}: is none of the layers that can be converted: "
+        f"{', '.join(linears)} of each block; train an adapter of these alone, or {_MERGE}"
     )
 
 
@@ -172,8 +172,8 @@ def _changed(
                 changed = change(index, own, given.double()).to(given.dtype).contiguous()
                 if not changed.isfinite().all():
                     raise UserError(
-                        f"{adapter.path}: {WEIGHTS}: {info.name}: holds NaN, infinity or, after the "
-                        f"conversion, numbers too large for {info.dtype}; save it in float32"
+                        f"{adapter.path}: {WEIGHTS}: {info.name}: holds NaN, infinity or, after "
+                        f"the conversion, numbers too large for {info.dtype}; save it in float32"
                     )
                 tensors[info.name] = changed
     return tensors

@@ -15,7 +15,7 @@ with CUDA graphs those of a `load` are made on the device, so `busy` is null the
 names the other set. `kv_bits` stores the keys and values of every layer in that many bits; 16 is
 vLLM's own cache, and "k8v4" keys of 8 bits and values of 4. `kv_hadamard` says whether keys are
 rotated before they are quantized, which helps where few channels are far larger than the others.
-`lora` says that LoRA adapters are in the basis of the checkpoint's weights (`vllm-qoq convert-lora`).
+`lora` says that LoRA adapters are in the basis of the checkpoint (`vllm-qoq convert-lora`).
 """
 
 from __future__ import annotations

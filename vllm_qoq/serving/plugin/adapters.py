@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
 
 from vllm_qoq.checkpoint import hub, transforms
@@ -38,7 +38,7 @@ def check_adapters(section: Section, vllm_config: VllmConfig) -> None:
         refuse_experts(with_mixture[0])
     if Options.of(vllm_config).lora is not None:
         return
-    reason = _other_basis(section, model.model, model.revision)
+    reason = _other_basis(section, model)
     if reason is not None:
         raise UserError(
             f"--enable-lora: {reason}, so adapters of the original model do not fit; convert each "
@@ -59,15 +59,15 @@ def refuse_experts(place: str) -> None:
     )
 
 
-def _other_basis(section: Section, model: str, revision: str | None) -> str | None:
+def _other_basis(section: Section, model: ModelConfig) -> str | None:
     """Say why the weights of a checkpoint may be in another basis than the original model's."""
     if section.stream is not None:
         return "the residual stream of this checkpoint is rotated"
     if section.input_ratio:
         return "the norms of the sets differ, so one of them is smoothed (input_ratio)"
-    folder = Path(model)
+    folder = Path(model.model)
     if folder.is_dir():
         return transforms.in_folder(folder)
-    if hub.has_file(model, revision, transforms.FILE):
+    if hub.has_file(model.model, model.revision, transforms.FILE):
         return "the weights of this checkpoint were transformed"
     return None
