@@ -121,6 +121,13 @@ def test_adapters_are_refused_where_the_weights_are_in_another_basis(
     config["quantization_config"]["stream"] = {"rotation": "stored"}
     (changed / "config.json").write_text(json.dumps(config))
     assert "the residual stream of this checkpoint is rotated" in refusal(changed)
+    int8 = json.loads((nested_dir / "config.json").read_text())
+    int8["quantization_config"]["lm_head"] = {"bits": 8}
+    (changed / transforms.REPORT).unlink()
+    (changed / "config.json").write_text(json.dumps(int8))
+    with pytest.raises(EngineError, match="the lm_head of this checkpoint is int8"):
+        configure(changed, enable_lora=True)
+    configure(changed, enable_lora=True, lora_target_modules=["q_proj"])
     mixture = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
     (changed / "config.json").write_text(json.dumps(config | mixture))
     with pytest.raises(EngineError, match=r"Qwen3MoeForCausalLM: LoRA .*mixtures of experts"):

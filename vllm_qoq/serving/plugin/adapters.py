@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import LoRAConfig, ModelConfig, VllmConfig
 from vllm.logger import init_logger
 
 from vllm_qoq.checkpoint import hub, transforms
 from vllm_qoq.checkpoint.format import Section
 from vllm_qoq.errors import UserError
+from vllm_qoq.models.names import LM_HEAD
 from vllm_qoq.models.table import with_experts
 from vllm_qoq.serving.options import Options
 
@@ -36,6 +37,12 @@ def check_adapters(section: Section, vllm_config: VllmConfig) -> None:
     model = vllm_config.model_config
     if with_mixture := sorted(set(model.architectures) & set(with_experts())):
         refuse_experts(with_mixture[0])
+    if section.lm_head is not None and _reaches_head(vllm_config.lora_config):
+        raise UserError(
+            "--enable-lora: the lm_head of this checkpoint is int8, and vLLM would put adapters on "
+            "it; name the layers without it (--lora-target-modules q_proj k_proj ...), or quantize "
+            "with --lm-head-bits 16"
+        )
     if Options.of(vllm_config).lora is not None:
         return
     reason = _other_basis(section, model)
@@ -57,6 +64,12 @@ def refuse_experts(place: str) -> None:
         f"{place}: LoRA adapters on a model with mixtures of experts in sets are not served; merge "
         "the adapter into the model before quantizing, or start without --enable-lora"
     )
+
+
+def _reaches_head(lora: LoRAConfig) -> bool:
+    """Whether vLLM prepares the lm_head for adapters, as it does unless the user names layers."""
+    targets = getattr(lora, "target_modules", None)  # older versions prepare all layers
+    return not targets or LM_HEAD in targets
 
 
 def _other_basis(section: Section, model: ModelConfig) -> str | None:
