@@ -123,10 +123,10 @@ def has_file(repository: str, revision: str | None, name: str) -> bool:
     False for what is no repository.
     """
     import httpx
-    from huggingface_hub import errors, file_exists, try_to_load_from_cache
+    from huggingface_hub import HfApi, errors, try_to_load_from_cache
 
     try:
-        return bool(file_exists(repository, name, revision=revision))
+        return HfApi().file_exists(repository, name, revision=revision)
     except errors.HFValidationError:
         return False
     except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, httpx.HTTPError):

@@ -61,8 +61,8 @@ FOLDED, KEY_SCALE, VALUE_SCALE, SCALE, ORDER = (
 )
 
 _VERSION_KEY, _VERSION = "transforms_version", "1"
-METADATA = {"format": "pt", _VERSION_KEY: _VERSION}
-"""The metadata of the file."""
+METADATA = {_VERSION_KEY: _VERSION}
+"""The metadata of the file; of several keys the library would write any first."""
 
 _REPORT_BYTES = 256 << 20
 _REMEDY = "download or quantize the model again"
