@@ -137,6 +137,35 @@ def test_the_command_writes_an_adapter_that_says_what_it_is_for(
     assert "was converted already" in capsys.readouterr().err
 
 
+def test_the_language_part_of_a_model_of_images_has_other_names(smoothed_dir, adapter, tmp_path):
+    whole = shutil.copytree(smoothed_dir, tmp_path / "whole")
+    config = json.loads((whole / "config.json").read_text())
+    section = config.pop("quantization_config")
+    config = {"text_config": config, "quantization_config": section}
+    config |= {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
+    (whole / "config.json").write_text(json.dumps(config))
+    renamed = shutil.copytree(adapter, tmp_path / "renamed")
+    file = "adapter_model.safetensors"
+    inner = {
+        name.replace("model.layers", "model.language_model.layers"): tensor
+        for name, tensor in load_file(adapter / file).items()
+    }
+    save_file(inner, renamed / file)
+    vllm_qoq.convert_lora(adapter, smoothed_dir, tmp_path / "text")
+    vllm_qoq.convert_lora(renamed, whole, tmp_path / "both")
+    expected, found = (load_file(tmp_path / name / file) for name in ("text", "both"))
+    assert found.keys() == inner.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(
+            found[name.replace("model.layers", "model.language_model.layers")], tensor
+        )
+    tower = "base_model.model.model.vision_tower.layers.0.self_attn.q_proj.lora_{}.weight"
+    inner |= {tower.format("A"): torch.zeros(8, 4), tower.format("B"): torch.zeros(4, 8)}
+    save_file(inner, renamed / file)
+    with pytest.raises(UserError, match=r"vision_tower.*is none of the layers"):
+        vllm_qoq.convert_lora(renamed, whole, tmp_path / "towers")
+
+
 @pytest.mark.parametrize(
     ("changes_of_config", "message"),
     [

@@ -89,8 +89,8 @@ whose upper part is a qoq_linear set with groups. It quantizes the same layers a
 
 with everything but qresidual the base's: a step reads one plane of 4 bits or both.
 
-Beside the index lies `qoq_transforms.safetensors` (`vllm_qoq.checkpoint.transforms`), which says how
-the weights were changed before they were rounded.
+Beside the index may lie `qoq_transforms.safetensors` (`vllm_qoq.checkpoint.transforms`), which says
+how the weights were changed before they were rounded.
 
 A model without quantized weights may have the section, too, for its KV cache alone (`KVSection`):
 
