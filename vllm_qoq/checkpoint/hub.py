@@ -129,7 +129,7 @@ def has_file(repository: str, revision: str | None, name: str) -> bool:
         return HfApi().file_exists(repository, name, revision=revision)
     except errors.HFValidationError:
         return False
-    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, httpx.HTTPError):
+    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, httpx.HTTPError, OSError):
         return isinstance(try_to_load_from_cache(repository, name, revision=revision), str)
 
 
