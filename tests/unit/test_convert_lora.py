@@ -25,27 +25,33 @@ from vllm_qoq.quantizer.model import blocks, layer_names
 RANK = 3
 
 
-def found_of(mlps, heads, inner=256):
-    """What smoothing may find for a block; the keys' scale is for all heads, as norms need it."""
-    found = {
-        "key_scale": (torch.rand(heads[1]) + 0.5).expand(heads),
-        "value_scale": torch.rand(heads) + 0.5,
-        "k_mean": torch.randn(heads),
-    }
-    for mlp in mlps:
+def found_of(layers, heads, inner=256, linear=None):
+    """What smoothing may find for a block; norms of all heads alike may have to take a scale.
+
+    linear  heads of linear attention, and their size
+    """
+    found = {}
+    if layers.has_keys:
+        found["key_scale"] = (torch.rand(heads[1]) + 0.5).expand(heads)
+        found["value_scale"] = torch.rand(heads) + 0.5
+        found["k_mean"] = torch.randn(heads)
+    else:
+        found[f"{layers.o}.scale"] = (torch.rand(linear[1]) + 0.5).repeat(linear[0])
+    for mlp in layers.mlps:
         found |= {f"{mlp.down}.scale": torch.rand(inner) + 0.5}
         found |= {f"{mlp.down}.order": torch.randperm(inner)}
     return found
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "qwen3", "phi3", "glm", "olmo2", "gemma3", "ministral3", "cohere"]
+    "name", ["llama", "qwen3", "phi3", "glm", "olmo2", "gemma3", "ministral3", "cohere", "qwen3.5"]
 )
 @torch.no_grad()
 def test_a_converted_adapter_adds_what_the_transformed_model_gained(name):
     base = Model(name)
     for tensor in base.model.parameters():
-        tensor.copy_(tensor.float())  # what a checkpoint stores of norms
+        # A checkpoint stores in float32 what norms multiply by.
+        tensor.copy_((tensor + base.names.norm_offset).float().double() - base.names.norm_offset)
     other, pairs = copy.deepcopy(base), {}
     names, dimensions = base.names, base.dimensions
     for index, block in enumerate(blocks(other.model, names)):
@@ -62,14 +68,18 @@ def test_a_converted_adapter_adds_what_the_transformed_model_gained(name):
             rotate.rotate_stream(one.model, names, dimensions)
     found = {}
     for index in range(dimensions.layers):
-        own = found_of(names.of_block(index).mlps, (dimensions.kv_heads, dimensions.head_dim))
+        config, heads = base.model.config, (dimensions.kv_heads, dimensions.head_dim)
+        linear = names.linear and (config.linear_num_value_heads, config.linear_value_head_dim)
+        own = found_of(names.of_block(index), heads, linear=linear)
         found |= {f"{index}.{key}": tensor for key, tensor in own.items()}
         for one in (base, other):
             mlps = names.of_block(index).mlps
             smooth.apply(blocks(one.model, names)[index], own, names, dimensions, mlps)
-    for one in (base, other):
-        rotate.rotate_values(one.model, names, dimensions)
-    values = rotate.hadamard(dimensions.head_dim)
+    values = None
+    if names.fixed_values is None:
+        values = rotate.hadamard(dimensions.head_dim)
+        for one in (base, other):
+            rotate.rotate_values(one.model, names, dimensions)
     stored = load(changes.stored(names, folded, found, values))
     signs = rotate.hadamard(dimensions.hidden).sign().to(torch.int8) if can_rotate else None
     config = base.model.config.to_dict() | {"architectures": [type(base.model).__name__]}
@@ -94,8 +104,7 @@ def smoothed_dir(nested_dir, tmp_path_factory):
     """A checkpoint that says that its weights were smoothed."""
     out = tmp_path_factory.mktemp("smoothed") / "checkpoint"
     shutil.copytree(nested_dir, out)
-    mlps = NAMES.of_block(0).mlps
-    found = [found_of(mlps, HEADS, INNER) for _ in range(2)]
+    found = [found_of(NAMES.of_block(0), HEADS, INNER) for _ in range(2)]
     smoothed = {f"{i}.{key}": t for i, own in enumerate(found) for key, t in own.items()}
     values = rotate.hadamard(HEADS[1])
     (out / transforms.FILE).write_bytes(changes.stored(NAMES, {}, smoothed, values))

@@ -25,6 +25,7 @@ itself. For a weight W [N, K] of the original model, with R1 the rotation of the
     rows of v, columns of o            W / value_scale, W * value_scale; then R2.T @ W, W @ R2 in
                                        every head
     rows of up, columns of down        W / scale, W * scale
+    columns of o of linear attention   W * scale, whose norm was divided by it
     rows of gate and up, columns       W[order], W[:, order]
       of down
 
@@ -202,11 +203,12 @@ def _expected(config: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...]
         sizes = model.of_layer(index)
         for norm in layers.norms:
             found[f"{block}.{norm}.{FOLDED}"] = ("F32", sizes[f"{norm}.weight"])
-        found |= {f"{block}.{name}": ("F32", heads) for name in (KEY_SCALE, VALUE_SCALE)}
+        for name in (KEY_SCALE, VALUE_SCALE) if layers.has_keys else ():
+            found[f"{block}.{name}"] = ("F32", heads)
+        for layer in layers.smoothed:
+            found[f"{block}.{layer}.{SCALE}"] = ("F32", sizes[f"{layer}.weight"][1:])
         for mlp in layers.mlps:
-            inner = sizes[f"{mlp.down}.weight"][1:]
-            found[f"{block}.{mlp.down}.{SCALE}"] = ("F32", inner)
-            found[f"{block}.{mlp.down}.{ORDER}"] = ("I32", inner)
+            found[f"{block}.{mlp.down}.{ORDER}"] = ("I32", sizes[f"{mlp.down}.weight"][1:])
     return found
 
 

@@ -32,7 +32,9 @@ class Basis:
         self._names: LayerNames = names
         self._found = found
         self._kv_heads, self._head = model.key_heads
-        self._heads = model.of_layer(0)[f"{names.o}.weight"][1] // self._head
+        shapes = (model.of_layer(i).get(f"{names.o}.weight") for i in range(model.layers))
+        inputs = next((shape[1] for shape in shapes if shape is not None), 0)
+        self._heads = inputs // self._head
         self._stream = _orthogonal(found.rotation)
         self._values = _orthogonal(found.of(transforms.VALUE_ROTATION))
 
@@ -44,7 +46,10 @@ class Basis:
             if layer in readers and folded is not None:
                 assert self._stream is not None
                 a = (a * folded) @ self._stream
-        if layer == layers.o:
+        if layer == layers.o and not layers.has_keys:
+            scale = self._of(index, f"{layer}.{transforms.SCALE}")
+            a = a if scale is None else a * scale
+        elif layer == layers.o:
             scale = self._of(index, transforms.VALUE_SCALE)
             if scale is not None:
                 a = a * self._of_queries(scale)
@@ -63,9 +68,11 @@ class Basis:
         layers = self._names.of_block(index)
         if layer in layers.stream_writers and self._stream is not None:
             b = self._stream.t() @ b
-        if layer in layers.attention:
+        if layers.has_keys and layer in layers.attention:
             parts = [part for part in _PARTS if getattr(self._names, part) == layer]
-            rows = [self._kv_heads * self._head if p != "q" else self._query for p in parts]
+            heads = {"q": self._heads, "k": self._kv_heads, "v": self._kv_heads}
+            # Alone, q may have gates besides.
+            rows = [heads[part] * self._head for part in parts] if len(parts) > 1 else [len(b)]
             split = zip(parts, b.split(rows), strict=True)
             b = torch.cat([self._part(index, part, own) for part, own in split])
         for mlp in layers.mlps:
@@ -74,10 +81,6 @@ class Basis:
                 split = zip(parts, b.chunk(len(parts)), strict=True)
                 b = torch.cat([self._half(index, mlp.down, part, own) for part, own in split])
         return b
-
-    @property
-    def _query(self) -> int:
-        return self._heads * self._head
 
     def _part(self, index: int, part: str, b: torch.Tensor) -> torch.Tensor:
         """Change the rows of q, k or v."""

@@ -233,7 +233,7 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
                     names,
                     folded,
                     work.load(_SMOOTHING) if work.has(_SMOOTHING) else {},
-                    rotate.hadamard(dimensions.head_dim) if options.rotate else None,
+                    rotate.hadamard(dimensions.head_dim) if _turns_values(plan) else None,
                 ),
             ),
             job.overwrite,
