@@ -81,6 +81,7 @@ def test_a_converted_adapter_adds_what_the_transformed_model_gained(name):
         for one in (base, other):
             rotate.rotate_values(one.model, names, dimensions)
     stored = load(changes.stored(names, folded, found, values))
+    stored = {name.removeprefix("transforms."): tensor for name, tensor in stored.items()}
     signs = rotate.hadamard(dimensions.hidden).sign().to(torch.int8) if can_rotate else None
     config = base.model.config.to_dict() | {"architectures": [type(base.model).__name__]}
     basis = Basis(config, Transforms(stored, signs))
@@ -276,7 +277,7 @@ def test_a_checkpoint_without_transforms_says_whether_any_are_needed(
     assert "stream is rotated, and it holds no" in message(old)
 
 
-L0 = "model.layers.0"
+L0 = "transforms.model.layers.0"
 
 
 def findings_of(folder):
@@ -299,8 +300,14 @@ def test_verify_takes_a_checkpoint_with_transforms_and_looks_at_them(smoothed_di
         ({f"{L0}.value_scale": torch.zeros(HEADS)}, "value_scale: holds a scale that is not"),
         ({f"{L0}.value_scale": torch.full(HEADS, torch.nan)}, "value_scale: holds NaN"),
         ({f"{L0}.mlp.down_proj.order": torch.zeros(INNER).int()}, "is no order of channels"),
-        ({"value_rotation": torch.ones(64, 64).to(torch.int8)}, "rows that are not orthogonal"),
-        ({"model.layers.7.key_scale": torch.ones(HEADS)}, "is no transform of this model"),
+        (
+            {"transforms.value_rotation": torch.ones(64, 64).to(torch.int8)},
+            "rows that are not orthogonal",
+        ),
+        (
+            {"transforms.model.layers.7.key_scale": torch.ones(HEADS)},
+            "is no transform of this model",
+        ),
         ({f"{L0}.input_layernorm.folded": torch.ones(HIDDEN)}, "input_layernorm.folded"),
     ],
 )

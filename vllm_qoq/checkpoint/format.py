@@ -121,6 +121,8 @@ QOQ_RESIDUAL = "qoq_residual"
 INT8_HEAD_TENSORS = ("weight", "weight_scale")
 """The leaves of an int8 lm_head."""
 STREAM = "stream"
+TRANSFORMS = "transforms"
+"""The first component of the names in the file that says how the weights were changed."""
 
 _SET_NAME = re.compile(r"[a-z][a-z0-9]{0,31}")
 # These are first components of tensor names in Hugging Face checkpoints, and attributes
@@ -130,7 +132,7 @@ _RESERVED = frozenset(
         *("model", "transformer", "language", "visual", "vision", "backbone"),
         *("encoder", "decoder", "thinker", "talker"),
         *("weight", "bias", "scheme", "prefix"),
-        STREAM,
+        *(STREAM, TRANSFORMS),
     }
 )
 

@@ -3,16 +3,17 @@
 `quantize` turns, scales and reorders the inputs and outputs of the linear layers, which leaves the
 function of the model as it is. A LoRA adapter that was trained on the model has to be changed
 alike. So what depends on the model is stored beside the weights, in a file that servers do not
-read: it is not in the index.
+read: it is not in the index. Where there is no index, vLLM takes all files of a folder, and the
+plugin drops what has `transforms.` in front.
 
     qoq_transforms.safetensors, with "transforms_version": "1" in its metadata
 
-    model.layers.0.input_layernorm.folded  float32 [H]         what the layers behind the norm took
-    model.layers.0.key_scale               float32 [heads of K, D]
-    model.layers.0.value_scale             float32 [heads of K, D]
-    model.layers.0.mlp.down_proj.scale     float32 [inner]
-    model.layers.0.mlp.down_proj.order     int32 [inner]
-    value_rotation                         int8 [D, D]         R2 * sqrt(D)
+    transforms.model.layers.0.input_layernorm.folded  float32 [H]  what those behind the norm took
+    transforms.model.layers.0.key_scale               float32 [heads of K, D]
+    transforms.model.layers.0.value_scale             float32 [heads of K, D]
+    transforms.model.layers.0.mlp.down_proj.scale     float32 [inner]
+    transforms.model.layers.0.mlp.down_proj.order     int32 [inner]
+    transforms.value_rotation                         int8 [D, D]  R2 * sqrt(D)
 
 H is the size of the residual stream, D that of a head. The names are those of the language model by
 itself. For a weight W [N, K] of the original model, with R1 the rotation of the stream
@@ -43,7 +44,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from vllm_qoq.checkpoint.folder import Checkpoint, TensorInfo, read_header, read_json
-from vllm_qoq.checkpoint.format import STREAM, Section
+from vllm_qoq.checkpoint.format import STREAM, TRANSFORMS, Section
 from vllm_qoq.errors import FormatError, shown
 from vllm_qoq.models.mixtures import names_of
 from vllm_qoq.models.names import split_expert
@@ -61,6 +62,7 @@ FOLDED, KEY_SCALE, VALUE_SCALE, SCALE, ORDER = (
     *("scale", "order"),
 )
 
+_PREFIX = f"{TRANSFORMS}."
 _VERSION_KEY, _VERSION = "transforms_version", "1"
 METADATA = {_VERSION_KEY: _VERSION}
 """The metadata of the file; of several keys the library would write any first."""
@@ -75,7 +77,7 @@ _STEPS = ("rotate", "smooth_outputs", "reorder")
 class Transforms:
     """The transforms of one checkpoint.
 
-    tensors   those of the file, by name
+    tensors   those of the file, by name without `transforms.`
     rotation  int8 [H, H]: R1 * sqrt(H); None where the stream is the original model's
     """
 
@@ -97,7 +99,8 @@ def read(checkpoint: Checkpoint) -> Transforms | None:
     if not _is_there(checkpoint.path):
         return None
     with safe_open(checkpoint.path / FILE, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        names = file.keys()
+        tensors = {name.removeprefix(_PREFIX): file.get_tensor(name) for name in names}
     name = f"{STREAM}.rotation"
     rotation = checkpoint.get(name) if name in checkpoint.tensors else None
     return Transforms(tensors, rotation)
@@ -209,7 +212,7 @@ def _expected(config: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...]
             found[f"{block}.{layer}.{SCALE}"] = ("F32", sizes[f"{layer}.weight"][1:])
         for mlp in layers.mlps:
             found[f"{block}.{mlp.down}.{ORDER}"] = ("I32", sizes[f"{mlp.down}.weight"][1:])
-    return found
+    return {_PREFIX + name: kind for name, kind in found.items()}
 
 
 def _missing(

@@ -18,8 +18,8 @@ from vllm_qoq.checkpoint.replace import LOCK, replacing
 from vllm_qoq.checkpoint.writer import sync_folder, write_bytes, write_json
 from vllm_qoq.errors import FormatError, UserError, shown
 from vllm_qoq.lora.adapter import CONFIG, CONFIG_BYTES, MARK, WEIGHTS, Adapter
+from vllm_qoq.models.mixtures import names_of
 from vllm_qoq.models.names import split_decoder
-from vllm_qoq.models.table import architecture_of
 from vllm_qoq.models.tensors import expected_tensors
 from vllm_qoq.models.vision import language_config, language_name, vision_language
 
@@ -120,9 +120,9 @@ def _places(adapter: Adapter, config: Mapping[str, Any]) -> dict[str, tuple[int,
     """Find block and layer of each pair of matrices; UserError for those that have none."""
     is_whole = vision_language(config) is not None
     config = language_config(config)
-    known, model = architecture_of(config), expected_tensors(config)
-    assert known is not None and known.names is not None
-    if known.experts is not None:
+    names, model = names_of(config), expected_tensors(config)
+    assert names is not None  # or the transforms would have been refused
+    if names.mixtures:
         raise UserError(
             f"{adapter.path}: adapters on a model with mixtures of experts are not served; {_MERGE}"
         )
@@ -130,11 +130,11 @@ def _places(adapter: Adapter, config: Mapping[str, Any]) -> dict[str, tuple[int,
     for layer, pair in adapter.pairs.items():
         name = language_name(layer) if is_whole else layer
         place = split_decoder(name) if name is not None else None
-        if place is None or place[0] != f"{known.names.blocks}." or place[1] >= model.layers:
-            raise _no_layer(adapter, layer, known.names.of_block(0).linears)
+        if place is None or place[0] != f"{names.blocks}." or place[1] >= model.layers:
+            raise _no_layer(adapter, layer, names.of_block(0).linears)
         _, index, own = place
-        if own not in known.names.of_block(index).linears:
-            raise _no_layer(adapter, layer, known.names.of_block(index).linears)
+        if own not in names.of_block(index).linears:
+            raise _no_layer(adapter, layer, names.of_block(index).linears)
         size = model.of_layer(index)[f"{own}.weight"]
         if (pair.b.shape[0], pair.a.shape[1]) != size:
             raise UserError(

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save
 
 from vllm_qoq.checkpoint import transforms
-from vllm_qoq.checkpoint.format import K_MEAN
+from vllm_qoq.checkpoint.format import K_MEAN, TRANSFORMS
 from vllm_qoq.models.table import LayerNames
 from vllm_qoq.numerics import rotation as basis
 from vllm_qoq.quantizer.model import Module, blocks
@@ -46,4 +46,6 @@ def stored(
             tensors[f"{names.blocks}.{key}"] = tensor.to(dtype).contiguous()
     if values is not None:
         tensors[transforms.VALUE_ROTATION] = basis.signs(values).cpu()
-    return save(tensors, transforms.METADATA) if tensors else None
+    if not tensors:
+        return None
+    return save({f"{TRANSFORMS}.{name}": t for name, t in tensors.items()}, transforms.METADATA)

@@ -19,7 +19,14 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from vllm_qoq.checkpoint.format import QUANT_METHOD, STREAM, KVSection, Section, split_name
+from vllm_qoq.checkpoint.format import (
+    QUANT_METHOD,
+    STREAM,
+    TRANSFORMS,
+    KVSection,
+    Section,
+    split_name,
+)
 from vllm_qoq.errors import FormatError, as_engine_error
 from vllm_qoq.models.vision import stored_pattern
 from vllm_qoq.routing.table import Phase, RoutingError
@@ -163,6 +170,7 @@ class QoQConfig(QuantizationConfig):
         is_turned = self.section is not None and self.section.stream is not None
         if is_turned and not (self._way_back is not None and self._way_back.keeps_tensors()):
             rules[re.compile(rf"^{STREAM}\.")] = None  # generation does without
+        rules[re.compile(rf"^{TRANSFORMS}\.")] = None  # of a folder without an index
         rules |= self.kv_cache().loading_rules()
         inherited = QuantizationConfig.get_cache_scale_mapper().orig_to_new_regex
         return WeightsMapper(orig_to_new_regex={**rules, **inherited})
