@@ -4,8 +4,8 @@ Importing this package touches neither torch nor vLLM. vLLM calls `register`
 through the entry point `vllm.general_plugins` in every process that it starts.
 
 Each command is a function of this package, imported when it is asked for: `quantize`, `merge`,
-`calibrate_kv`, `import_checkpoint`, `inspect`, `verify`, `tune`, `perplexity` and `evaluate`. They
-return what they found, and raise `UserError` with what is wrong and what to do.
+`calibrate_kv`, `import_checkpoint`, `inspect`, `verify`, `convert_lora`, `tune`, `perplexity` and
+`evaluate`. They return what they found, and raise `UserError` with what is wrong and what to do.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vllm_qoq.checkpoint.inspect import inspect as inspect
     from vllm_qoq.checkpoint.verify import verify as verify
     from vllm_qoq.importer.job import import_checkpoint as import_checkpoint
+    from vllm_qoq.lora.job import convert_lora as convert_lora
     from vllm_qoq.quantizer.calibrate_kv import calibrate_kv as calibrate_kv
     from vllm_qoq.quantizer.job import quantize as quantize
     from vllm_qoq.tuner.job import tune as tune
@@ -38,6 +39,7 @@ _COMMANDS = {
     "import_checkpoint": "vllm_qoq.importer.job",
     "inspect": "vllm_qoq.checkpoint.inspect",
     "verify": "vllm_qoq.checkpoint.verify",
+    "convert_lora": "vllm_qoq.lora.job",
     "tune": "vllm_qoq.tuner.job",
     "perplexity": "vllm_qoq.bench.perplexity",
     "evaluate": "vllm_qoq.bench.evaluate.job",

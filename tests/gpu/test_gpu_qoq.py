@@ -3,7 +3,8 @@
 import pytest
 import torch
 from engine_process import DEFAULT, EAGER, GRAPHS, run_engines
-from engines import engine
+from engines import engine, largest_gap
+from lora_adapters import write_adapter
 from qoq_checkpoints import write_checkpoint, write_dequantized
 
 from vllm_qoq import ops
@@ -29,6 +30,21 @@ def test_graphs_equal_eager(runner, w4a8_dir, w4a8_per_channel_dir, tmp_path):
     eager, graphs, eager_per_channel, graphs_per_channel = run_engines(tmp_path, specs, **runner)
     assert graphs["generation"] == eager["generation"]
     assert graphs_per_channel["generation"] == eager_per_channel["generation"]
+
+
+def test_graphs_and_compiled_steps_give_every_request_its_adapter(
+    runner, nested_dir, tiny_model, tmp_path
+):
+    one, other = (write_adapter(tiny_model, tmp_path / f"{seed}", seed) for seed in (1, 2))
+    adapters = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
+    spec = {"checkpoint": str(nested_dir), "adapters": [str(one), None, str(other), None]}
+    specs = [spec | {"options": options | adapters} for options in (EAGER, GRAPHS, DEFAULT)]
+    specs.append({"checkpoint": str(nested_dir), "options": EAGER})
+    found = run_engines(tmp_path, specs, **runner)
+    eager, graphs, compiled, without = (result["generation"] for result in found)
+    assert largest_gap(graphs, eager) < 0.1 and largest_gap(compiled, eager) < 0.2
+    assert largest_gap(eager[1::2], without[1::2]) < 0.1
+    assert all(largest_gap([eager[i]], [without[i]]) > 0.5 for i in (0, 2))
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)

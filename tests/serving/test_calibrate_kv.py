@@ -15,11 +15,13 @@ from vllm_qoq.bench.evaluate.engine import Engine
 from vllm_qoq.bench.evaluate.float_model import FloatModel, load_tokenizer
 from vllm_qoq.bench.evaluate.scores import combine, score_window
 from vllm_qoq.bench.evaluate.windows import cut
-from vllm_qoq.checkpoint import inspect, verify
+from vllm_qoq.checkpoint import inspect, transforms, verify
 from vllm_qoq.checkpoint.dequantize import dequantize, row_chunks
 from vllm_qoq.checkpoint.float_view import FloatView
 from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.errors import UserError
+from vllm_qoq.models.table import LayerNames
+from vllm_qoq.quantizer import changes, rotate
 
 TEXT = DATA / "calibration.txt"
 FEW = {"samples": 8, "seqlen": 128}
@@ -108,8 +110,14 @@ def test_sets_of_any_tool_get_the_means_of_the_model_that_they_compute(
     name, tiny_model, tmp_path, request
 ):
     folder = request.getfixturevalue(name)
+    if name == "w4a8_dir":  # as `quantize` makes it, with how it transformed the weights
+        folder = shutil.copytree(folder, tmp_path / "in")
+        stored = changes.stored(LayerNames(), {}, {}, rotate.hadamard(64))
+        (folder / transforms.FILE).write_bytes(stored)
     found = vllm_qoq.calibrate_kv(folder, tmp_path / "out", TEXT, **FEW)
     assert found.kv_cache.k_mean and vllm_qoq.verify(tmp_path / "out").findings == ()
+    if name == "w4a8_dir":
+        assert (tmp_path / "out" / transforms.FILE).read_bytes() == stored
     before, after = Checkpoint.open(folder), Checkpoint.open(tmp_path / "out")
     assert after.section == before.section.model_copy(update={"kv_cache": found.kv_cache})
     vllm_qoq.calibrate_kv(tiny_model, tmp_path / "float", TEXT, **FEW)

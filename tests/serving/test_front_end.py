@@ -16,6 +16,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.v1.metrics.loggers import load_stat_logger_plugin_factories
 
 from vllm_qoq import kernel_library, ops
+from vllm_qoq.checkpoint import transforms
 from vllm_qoq.cli.main import main
 from vllm_qoq.errors import EngineError, UserError
 from vllm_qoq.routing.table import RoutingError
@@ -67,7 +68,8 @@ def no_writer(monkeypatch):
         ({"trace": "/nowhere/steps.jsonl"}, {}, "qoq.trace is '/nowhere/steps.jsonl'"),
         (None, {"additional_config": {"kv_bits": 4}}, "'kv_bits' would be ignored"),
         (None, {"additional_config": {"QoQ": {}}}, "'QoQ' would be ignored"),
-        (None, {"enable_lora": True}, "does not serve LoRA .*without --enable-lora"),
+        ({"lora": "converted"}, {}, "qoq.lora says what adapters are.*add --enable-lora"),
+        ({"lora": "yes"}, {"enable_lora": True}, "qoq.lora: .*'converted'"),
         ({"kv_bits": 4}, {"block_size": 8}, "--block-size 8"),
         ({"kv_bits": 4}, {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
         ({"routing": LOAD}, {"api_process_count": 2}, "2 API processes.*--api-server-count 1"),
@@ -93,6 +95,43 @@ def test_what_cannot_be_served_is_refused_before_an_engine_starts(
 def test_so_is_what_a_model_without_sets_cannot_do(tiny_model, qoq, message):
     with pytest.raises(EngineError, match=message):
         configure(tiny_model, qoq, quantization="qoq")
+
+
+def test_adapters_are_refused_where_the_weights_are_in_another_basis(
+    nested_dir, merged_dir, tmp_path
+):
+    """Unless the user says that they are in it."""
+
+    def refusal(checkpoint):
+        with pytest.raises(EngineError, match=r"--enable-lora: .*convert-lora ADAPTER ") as found:
+            configure(checkpoint, enable_lora=True)
+        assert """'{"qoq": {"lora": "converted"}}'""" in str(found.value)
+        configure(checkpoint, {"lora": "converted"}, enable_lora=True)
+        return str(found.value)
+
+    configure(nested_dir, enable_lora=True)
+    assert "norms of the sets differ" in refusal(merged_dir)
+    changed = Path(shutil.copytree(nested_dir, tmp_path / "changed"))
+    (changed / transforms.FILE).write_bytes(b"")
+    assert "its weights were transformed (qoq_transforms.safetensors)" in refusal(changed)
+    (changed / transforms.FILE).unlink()
+    (changed / transforms.REPORT).write_text(json.dumps({"options": {"reorder": True}}))
+    assert "(quantization_report.json: reorder)" in refusal(changed)
+    config = json.loads((changed / "config.json").read_text())
+    config["quantization_config"]["stream"] = {"rotation": "stored"}
+    (changed / "config.json").write_text(json.dumps(config))
+    assert "the residual stream of this checkpoint is rotated" in refusal(changed)
+    int8 = json.loads((nested_dir / "config.json").read_text())
+    int8["quantization_config"]["lm_head"] = {"bits": 8}
+    (changed / transforms.REPORT).unlink()
+    (changed / "config.json").write_text(json.dumps(int8))
+    with pytest.raises(EngineError, match="the lm_head of this checkpoint is int8"):
+        configure(changed, enable_lora=True)
+    configure(changed, enable_lora=True, lora_target_modules=["q_proj"])
+    mixture = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
+    (changed / "config.json").write_text(json.dumps(config | mixture))
+    with pytest.raises(EngineError, match=r"Qwen3MoeForCausalLM: LoRA .*mixtures of experts"):
+        configure(changed, {"lora": "converted"}, enable_lora=True)
 
 
 @pytest.fixture

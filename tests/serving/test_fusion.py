@@ -140,6 +140,18 @@ def test_what_the_op_does_not_compute_is_left_alone(function):
     assert_close(got, function(*arguments))
 
 
+def test_a_product_that_an_adapter_reads_as_well_is_left_alone():
+    def read_twice(x):
+        half = x.shape[-1] // 2
+        product = torch.nn.functional.silu(x[..., :half]) * x[..., half:]
+        return *torch.ops.qoq.quantize_per_token(product), product
+
+    x = torch.randn(3, 2 * K).bfloat16()
+    got, left = compiled(read_twice, x)
+    assert left == ["qoq.quantize_per_token.default"]
+    torch.testing.assert_close(got[-1], read_twice(x)[-1])
+
+
 def test_a_weight_of_another_dtype_is_left_alone():
     x, residual = (torch.randn(3, K).bfloat16() for _ in "ab")
     _, left = compiled(add_norm_quantize, x, residual, torch.randn(K))

@@ -3,19 +3,23 @@
 import re
 import shutil
 
-import engines  # noqa: F401 - has vLLM run in this process
+import engines
 import pytest
 import torch
 from linear_layers import finish
+from lora_adapters import TARGETS, write_adapter, write_merged
 from no_videos import NoVideos
 from plugin_units import HIDDEN, qoq_config, tensor_parallel, vllm_config
 from qoq_checkpoints import round_to_nearest
 from rtn_checkpoints import edit, w4a16, w8a8
 from safetensors.torch import save_file
 from tiny_models import write
+from transformers import AutoModelForCausalLM
+from vllm import SamplingParams
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
+import vllm_qoq
 from merge_tools.job import merge
 from vllm_qoq.bench.evaluate.engine import Engine
 from vllm_qoq.bench.evaluate.float_model import load_tokenizer
@@ -33,6 +37,7 @@ NoVideos.use()
 
 LENGTH, FIRST = 64, 8
 SETS = ("w8a8", "w4a8", "w4a16")
+LINEAR = ("in_proj_qkv", "in_proj_z", "out_proj")
 
 _kept = []  # vLLM cannot build an engine after another was collected in the same process
 
@@ -51,6 +56,29 @@ def checkpoint(tiny_model, heldout_text, tmp_path_factory):
     options = QuantizeOptions.parse(given, "options")
     quantize(model, folder / "out", folder / "text.txt", options)
     return folder / "out"
+
+
+@torch.no_grad()
+def test_a_converted_adapter_changes_linear_attention_as_it_does_in_the_model(checkpoint, tmp_path):
+    model = checkpoint.parent / "model"
+    trained = write_adapter(model, tmp_path / "trained", seed=1, targets=(*TARGETS, *LINEAR))
+    vllm_qoq.convert_lora(trained, checkpoint, tmp_path / "converted")
+    merged = write_merged(model, trained, tmp_path / "merged")
+    tokens = list(range(40, 80))
+    exact = AutoModelForCausalLM.from_pretrained(merged).float()(torch.tensor([tokens])).logits
+    exact = exact[0, -1].log_softmax(-1)
+    options = {"enable_lora": True, "max_lora_rank": 8, "max_num_seqs": 4}
+    llm = engines.engine(checkpoint, {"force_set": "w8a8", "lora": "converted"}, **options)
+    sampling = SamplingParams(temperature=0, max_tokens=1, logprobs=20)
+
+    def gap(path):
+        request, prompt = engines.adapter(path), {"prompt_token_ids": tokens}
+        (output,) = llm.generate([prompt], sampling, lora_request=[request], use_tqdm=False)
+        (found,) = output.outputs[0].logprobs
+        return max(abs(entry.logprob - float(exact[token])) for token, entry in found.items())
+
+    assert gap(tmp_path / "converted") < 0.4
+    assert min(gap(None), gap(trained)) > 2
 
 
 def test_each_set_computes_what_its_weights_and_a_4_bit_cache_give(checkpoint, heldout_text):

@@ -23,7 +23,7 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 
-from vllm_qoq.errors import FormatError
+from vllm_qoq.errors import FormatError, UserError
 from vllm_qoq.routing.table import RoutingError
 
 SETS = {"w8a8": 8, "w4a16": 4}
@@ -202,11 +202,12 @@ def test_a_layer_rule_that_matches_nothing_is_refused():
             config.policy().check_rules()
 
 
-def test_lora_is_refused():
+def test_an_engine_refuses_adapters_in_another_basis_too():
     config = vllm_config()
     config.lora_config = SimpleNamespace()
-    with tensor_parallel(0, 1, config), pytest.raises(ValueError, match="LoRA"):
-        Block(qoq_config())
+    config.model_config = SimpleNamespace(architectures=["LlamaForCausalLM"], model="MODEL")
+    with tensor_parallel(0, 1, config), pytest.raises(UserError, match=r"MODEL -o OUT.*converted"):
+        Block(qoq_config(stream={"rotation": "unknown"}))
 
 
 def test_a_quantized_lm_head_is_refused():

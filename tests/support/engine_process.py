@@ -48,12 +48,13 @@ def run_engines(
     """Run the engines that `specs` describe, one after the other, and return what each did.
 
     A spec is {"checkpoint": PATH, "qoq": {...}, "options": {...}, "prompts": [...], "max_tokens":
-    N, "text": T, "waiting": [N, ...]}; a result has the `generation`, the `counts` of steps in it
-    ("decode w4a16": n), how many routing decisions were `traced` during it, if the spec asks for a
-    trace, how many `cache_tokens` the KV cache holds, the `preemptions` so far and how many
-    speculated tokens were `accepted`, if the options ask for statistics, and the `perplexity` of
-    the text, if there is one. After the generation come the `loads`, one for each number of waiting
-    requests that the engine is told: another `generation`, its `counts` and what was `traced`.
+    N, "adapters": [PATH, ...], "text": T, "waiting": [N, ...]}; a result has the `generation`, the
+    `counts` of steps in it ("decode w4a16": n), how many routing decisions were `traced` during it,
+    if the spec asks for a trace, how many `cache_tokens` the KV cache holds, the `preemptions` so
+    far and how many speculated tokens were `accepted`, if the options ask for statistics, and the
+    `perplexity` of the text, if there is one. After the generation come the `loads`, one for each
+    number of waiting requests that the engine is told: another `generation`, its `counts` and what
+    was `traced`.
     "sleep": [LEVEL, ...] lets the engine sleep and wake; each time adds its generation to `awake`,
     and in the end `counters` is how many integers of the GEMMs' workspace are not zero.
     """
@@ -79,7 +80,7 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
         counts, traced = _counts(llm), _lines(qoq.get("trace"))
         prompts = tuple(spec.get("prompts", PROMPTS))
         return {
-            "generation": generate(llm, prompts, spec.get("max_tokens", 12)),
+            "generation": generate(llm, prompts, spec.get("max_tokens", 12), spec.get("adapters")),
             "counts": {key: n - counts[key] for key, n in _counts(llm).items()},
             "traced": _lines(qoq.get("trace")) - traced,
         }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 import once
 from vllm import LLM, SamplingParams
 from vllm.distributed import parallel_state
+from vllm.lora.request import LoRARequest
 from vllm.model_executor.models import registry
 from vllm.platforms import current_platform
 
@@ -62,10 +65,19 @@ def have_expert_group() -> None:
         parallel_state._EP = parallel_state._TP
 
 
-def generate(llm: LLM, prompts: tuple[str, ...] = PROMPTS, max_tokens: int = 12) -> Generation:
-    """Greedy tokens and the log-probabilities of the two likeliest at each position."""
+def generate(
+    llm: LLM,
+    prompts: tuple[str, ...] = PROMPTS,
+    max_tokens: int = 12,
+    adapters: Sequence[str | None] | None = None,
+) -> Generation:
+    """Greedy tokens and the log-probabilities of the two likeliest at each position.
+
+    adapters  folder of the LoRA adapter of each prompt, None for the model without one
+    """
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=2, ignore_eos=True)
-    outputs = llm.generate(list(prompts), sampling, use_tqdm=False)
+    requests = [adapter(folder) for folder in adapters] if adapters is not None else None
+    outputs = llm.generate(list(prompts), sampling, lora_request=requests, use_tqdm=False)
     return [
         (
             tuple(output.outputs[0].token_ids),
@@ -76,6 +88,11 @@ def generate(llm: LLM, prompts: tuple[str, ...] = PROMPTS, max_tokens: int = 12)
         )
         for output in outputs
     ]
+
+
+def adapter(folder: str | Path | None) -> LoRARequest | None:
+    """What vLLM takes for a prompt: the LoRA adapter in a folder, which has one number."""
+    return folder and LoRARequest(str(folder), 1 + zlib.crc32(str(folder).encode()), str(folder))
 
 
 def largest_gap(a: Generation, b: Generation) -> float:

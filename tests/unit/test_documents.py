@@ -124,6 +124,7 @@ def test_every_command_is_documented():
     assert named >= {
         "quantize",
         "calibrate-kv",
+        "convert-lora",
         "merge",
         "import",
         "inspect",

@@ -19,7 +19,7 @@ from qoq_checkpoints import write_plain
 import vllm_qoq
 from vllm_qoq.bench import perplexity
 from vllm_qoq.bench.evaluate import job as evaluate_job
-from vllm_qoq.checkpoint import hub
+from vllm_qoq.checkpoint import hub, transforms
 from vllm_qoq.checkpoint.folder import Checkpoint, side_files
 from vllm_qoq.cli.main import main
 from vllm_qoq.quantizer import inputs
@@ -127,6 +127,18 @@ def test_what_is_in_the_cache_is_not_downloaded_again(server, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert hub.local_folder(REPOSITORY) == folder
     assert set(server.downloads.values()) == {1}
+
+
+def test_the_transforms_of_the_weights_come_along(server, monkeypatch):
+    """A server asks for them before it downloads anything, and in the cache without the Hub."""
+    assert not hub.has_file(REPOSITORY, None, transforms.FILE)
+    server.files[transforms.FILE] = b"how"
+    assert hub.has_file(REPOSITORY, None, transforms.FILE)
+    assert (hub.local_folder(REPOSITORY) / transforms.FILE).read_bytes() == b"how"
+    offline(monkeypatch)
+    assert hub.has_file(REPOSITORY, None, transforms.FILE)
+    assert not hub.has_file(REPOSITORY, None, "other.safetensors")
+    assert not hub.has_file("s3://bucket/model", None, transforms.FILE)
 
 
 def test_a_revision_is_downloaded(server):

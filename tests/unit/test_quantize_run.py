@@ -10,11 +10,14 @@ import time
 
 import pytest
 import torch
+import transformers
 import warm_process
 from conftest import DATA
 from cpu_kernels import needs_exact_int8, needs_wna16
-from engines import engine, generate
+from engines import adapter, engine, generate
+from lora_adapters import write_adapter, write_merged
 from safetensors import safe_open
+from vllm import SamplingParams
 
 import vllm_qoq
 from vllm_qoq.bench.perplexity import text_perplexity
@@ -130,6 +133,38 @@ def test_prompts_and_generation_run_in_the_first_and_the_last_set(quantized):
     generate(llm, max_tokens=4)
     counts = {key: n - before[key] for key, n in vllm_qoq.step_counts(llm).items() if n}
     assert counts == {("prefill", "w8a8"): 1, ("decode", "w4a8"): 3}
+
+
+@torch.no_grad()
+def test_a_converted_adapter_does_what_it_does_to_the_model(quantized, tiny_model, tmp_path):
+    """A vocabulary of logits after each prompt, against the model in floating point."""
+    trained = write_adapter(tiny_model, tmp_path / "trained", seed=0, strength=0.2)
+    vllm_qoq.convert_lora(trained, quantized[0], tmp_path / "converted")
+    options = {"enable_lora": True, "max_loras": 3, "max_lora_rank": 8, "max_logprobs": -1}
+    llm = engine(quantized[0], {"force_set": "w8a8", "lora": "converted"}, **options)
+    sampling = SamplingParams(temperature=0, max_tokens=1, logprobs=-1)
+    texts = (DATA / "heldout.txt").read_text()
+    prompts = [
+        {"prompt_token_ids": llm.get_tokenizer().encode(texts[start : start + 200])}
+        for start in range(0, 6000, 1000)
+    ]
+
+    def divergence(folder, path):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder).float()
+        request = [adapter(path)] * len(prompts)
+        outputs = llm.generate(prompts, sampling, lora_request=request, use_tqdm=False)
+        found = []
+        for prompt, output in zip(prompts, outputs, strict=True):
+            exact = model(torch.tensor([prompt["prompt_token_ids"]])).logits[0, -1].log_softmax(-1)
+            (served,) = output.outputs[0].logprobs
+            rows = torch.tensor([served[token].logprob for token in range(len(exact))])
+            found.append(float((exact.exp() * (exact - rows)).sum()))
+        return sum(found) / len(found)
+
+    merged = write_merged(tiny_model, trained, tmp_path / "merged")
+    plain = divergence(tiny_model, None)
+    assert divergence(merged, tmp_path / "converted") < 3 * plain < 0.05
+    assert min(divergence(merged, None), divergence(merged, trained)) > 50 * plain
 
 
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(tiny_model, tmp_path, quantize):

@@ -46,6 +46,7 @@ ARROWS = {
     "checkpoint": (*_SMALL, "models", "numerics", "routing"),
     "importer": _COMMANDS,
     "quantizer": _COMMANDS,
+    "lora": _COMMANDS,
     "merge_tools": _COMMANDS,
     "serving.vllm_versions": (),
     "serving.speculation": (),
@@ -81,7 +82,8 @@ ARROWS = {
     "caption": ("errors", "progress", "checkpoint"),
     "cli": (
         *(*_COMMANDS, "ops"),
-        *("quantizer", "importer", "tuner", "bench", "caption", "doctor", "merge_tools"),
+        *("quantizer", "importer", "lora", "tuner", "bench", "caption", "doctor"),
+        "merge_tools",
     ),
     # The package itself: functions that are imported when they are asked for.
     "vllm_qoq": ("errors", "version", "environment", "serving.plugin"),

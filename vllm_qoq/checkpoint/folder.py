@@ -116,7 +116,7 @@ class Checkpoint:
         files = sorted(set(weight_map.values())) if weight_map else [weights_entry(path)]
         tensors: dict[str, TensorInfo] = {}
         for file in files:
-            for info in _read_header(path / file):
+            for info in read_header(path / file):
                 if len(tensors) == _MOST_TENSORS:
                     raise FormatError(
                         f"{file}: has more than {_MOST_TENSORS} tensors with the files before it; "
@@ -420,7 +420,7 @@ def _is_weight_file_name(file: object) -> bool:
     )
 
 
-def _read_header(path: Path) -> Iterator[TensorInfo]:
+def read_header(path: Path) -> Iterator[TensorInfo]:
     _require_regular(path)
     try:
         # The framework is numpy only so that reading headers does not import torch.

@@ -89,6 +89,9 @@ whose upper part is a qoq_linear set with groups. It quantizes the same layers a
 
 with everything but qresidual the base's: a step reads one plane of 4 bits or both.
 
+Beside the index may lie `qoq_transforms.safetensors` (`vllm_qoq.checkpoint.transforms`), which says
+how the weights were changed before they were rounded.
+
 A model without quantized weights may have the section, too, for its KV cache alone (`KVSection`):
 
     "quantization_config": {"quant_method": "qoq", "kv_cache": {"bits": 4}}
@@ -118,6 +121,8 @@ QOQ_RESIDUAL = "qoq_residual"
 INT8_HEAD_TENSORS = ("weight", "weight_scale")
 """The leaves of an int8 lm_head."""
 STREAM = "stream"
+TRANSFORMS = "transforms"
+"""The first component of the names in the file that says how the weights were changed."""
 
 _SET_NAME = re.compile(r"[a-z][a-z0-9]{0,31}")
 # These are first components of tensor names in Hugging Face checkpoints, and attributes
@@ -127,7 +132,7 @@ _RESERVED = frozenset(
         *("model", "transformer", "language", "visual", "vision", "backbone"),
         *("encoder", "decoder", "thinker", "talker"),
         *("weight", "bias", "scheme", "prefix"),
-        STREAM,
+        *(STREAM, TRANSFORMS),
     }
 )
 

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_qoq.checkpoint import transforms
 from vllm_qoq.checkpoint.folder import (
     INDEX,
     NO_SIDE_FILES,
@@ -116,6 +117,22 @@ def id_of(folder: Path) -> str | None:
     return "/".join(parts)
 
 
+def has_file(repository: str, revision: str | None, name: str) -> bool:
+    """Whether a repository has the file `name`; where the Hub cannot be asked, whether the cache.
+
+    False for what is no repository.
+    """
+    import httpx
+    from huggingface_hub import HfApi, errors, try_to_load_from_cache
+
+    try:
+        return HfApi().file_exists(repository, name, revision=revision)
+    except errors.HFValidationError:
+        return False
+    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, httpx.HTTPError, OSError):
+        return isinstance(try_to_load_from_cache(repository, name, revision=revision), str)
+
+
 def side_names(names: Collection[str]) -> list[str]:
     """Choose the files beside the weights from all of a repository: what `side_files` copies.
 
@@ -129,7 +146,7 @@ def side_names(names: Collection[str]) -> list[str]:
 def _is_side(name: str, with_weights: Collection[str]) -> bool:
     first, slash, _ = name.partition("/")
     leaf = name.rpartition("/")[2]
-    if name == INDEX:
+    if name in (INDEX, transforms.FILE):
         return True
     if any(part.startswith((".", "__")) for part in name.split("/")):
         return False

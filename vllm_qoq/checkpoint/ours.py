@@ -23,7 +23,7 @@ _INDEX_BYTES = 256 << 20
 # Files that commands of ours write, and those that models have beside their weights.
 _NAMES = re.compile(
     r"config\.json|model\.safetensors\.index\.json|README\.md|recipe(-[a-z0-9]+)?\.yaml"
-    r"|quantization_report\.json|qoq_tune\.(json|md|png)|\.vllm-qoq-lock|\.gitattributes|\.cache"
+    r"|quantization_report\.json|qoq_transforms\.safetensors|qoq_tune\.(json|md|png)|\.vllm-qoq-lock|\.gitattributes|\.cache"
     r"|\.[\w.]+\.partial-\d+"
     r"|(generation|preprocessor|processor|video_preprocessor|image_processor)_config\.json"
     r"|(special_tokens_map|added_tokens|vocab|modules|config_sentence_transformers)\.json"

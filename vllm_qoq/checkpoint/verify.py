@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from vllm_qoq.checkpoint import complete, hub, k_mean, stream, values
+from vllm_qoq.checkpoint import complete, hub, k_mean, stream, transforms, values
 from vllm_qoq.checkpoint import layer_rules as rules
 from vllm_qoq.checkpoint.folder import Checkpoint, TensorInfo
 from vllm_qoq.checkpoint.format import (
@@ -104,6 +104,7 @@ def structure(folder: Path) -> list[str]:
     return [
         *head,
         *stream.structure(checkpoint, section),
+        *transforms.structure(checkpoint),
         *k_mean.structure(checkpoint, section.kv_cache),
         *_structure(section, sets),
     ]
@@ -119,7 +120,7 @@ def contents(folder: Path, progress: Progress) -> list[str]:
             found += [message] if message else []
             advance(info.nbytes)
     if isinstance(section, Section):
-        found += stream.contents(checkpoint, section)
+        found += [*stream.contents(checkpoint, section), *transforms.contents(checkpoint)]
     return found + [f for weights in sets for f in values.set_findings(weights)]
 
 

@@ -9,6 +9,7 @@ from vllm_qoq.cli import (
     bench,
     calibrate_kv,
     caption,
+    convert_lora,
     doctor,
     evaluate,
     import_checkpoint,
@@ -26,7 +27,7 @@ from vllm_qoq.version import __version__
 
 _COMMANDS = (
     *(quantize, calibrate_kv, merge, inspect, verify, import_checkpoint, perplexity, evaluate),
-    *(caption, tune, bench, doctor),
+    *(convert_lora, caption, tune, bench, doctor),
 )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from vllm_qoq.checkpoint import card
+from vllm_qoq.checkpoint import card, transforms
 from vllm_qoq.checkpoint.folder import Checkpoint, TensorInfo, read_config, side_files
 from vllm_qoq.checkpoint.format import (
     STREAM,
@@ -40,7 +40,7 @@ from vllm_qoq.quantizer.plan import Job
 from vllm_qoq.quantizer.workdir import WorkDir
 from vllm_qoq.routing.table import DecodeRow, Routing
 
-REPORT = "quantization_report.json"
+REPORT = transforms.REPORT
 SHARED = "shared"
 
 
@@ -74,8 +74,12 @@ def content(
     layers: int,
     options: QuantizeOptions,
     report: dict[str, Any],
+    changes: bytes | None,
 ) -> Content:
-    """Describe the checkpoint made of the pieces in `work` and of the model's other files."""
+    """Describe the checkpoint made of the pieces in `work` and of the model's other files.
+
+    changes  the content of the file that says how the weights were transformed, if they were
+    """
     whole = Checkpoint.open(job.model)
     stored = {one.info.name: one for one in _tensors(work, names, layers, options)}
     if vision_language(whole.config) is not None:
@@ -91,7 +95,11 @@ def content(
         read=lambda info: pieces.read(stored[info.name]),
         config=_config(output_config(whole.config, announced), options),
         copied={file: job.model / file for file in side_files(job.model) if str(file) != REPORT},
-        others={REPORT: json_bytes(report), card.README: text.encode()},
+        others={
+            REPORT: json_bytes(report),
+            card.README: text.encode(),
+            **({transforms.FILE: changes} if changes is not None else {}),
+        },
     )
 
 

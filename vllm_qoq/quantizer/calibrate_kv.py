@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_qoq.checkpoint import card, hub, k_mean, values, verify
+from vllm_qoq.checkpoint import card, hub, k_mean, transforms, values, verify
 from vllm_qoq.checkpoint.folder import Checkpoint, TensorInfo, check_link, side_files
 from vllm_qoq.checkpoint.format import (
     K_MEAN,
@@ -325,10 +325,10 @@ def _check_values(source: Source, progress: Progress) -> None:
 
 
 def _copied(folder: Path) -> dict[Path, Path]:
-    """List what is copied of a checkpoint: its side files, and its model card, which stays true."""
+    """List what is copied of a checkpoint: side files, and what stays true of it, as its card."""
     files = side_files(folder)
-    readme = folder / card.README
-    if readme.is_file():
-        check_link(folder, readme)
-        files.append(Path(card.README))
+    for name in (card.README, transforms.FILE):
+        if (folder / name).is_file():
+            check_link(folder, folder / name)
+            files.append(Path(name))
     return {file: folder / file for file in files}

@@ -24,7 +24,7 @@ from vllm_qoq.models.config import CONFIG
 from vllm_qoq.models.table import LayerNames
 from vllm_qoq.numerics import GROUP_SIZES, MAX_CLIPPED
 from vllm_qoq.progress import Clock, Progress
-from vllm_qoq.quantizer import head, keys, noise, pipeline, rotate, smooth, towers, workdir
+from vllm_qoq.quantizer import changes, head, keys, noise, pipeline, rotate, smooth, towers, workdir
 from vllm_qoq.quantizer.assemble import SHARED, content, in_output
 from vllm_qoq.quantizer.attention import fused_attention
 from vllm_qoq.quantizer.check import PROMPT_TOKENS, SetCheck
@@ -158,13 +158,14 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
         fast_products(),
         fused_attention(),
     ):
-        model = _load(job.model, names)
+        model, folded = _load(job.model, names), {}
         steps.done("loading")
         before = check.measure(model, "the model")
         steps.done("measuring the model")
         if options.turns_stream:
             if not work.has(STREAM):
                 work.save(STREAM, rotate.way_back(model, names, dimensions), {})
+            folded = changes.folded_norms(model, names)
             rotate.rotate_stream(model, names, dimensions)
         steps.done("rotating")
         k_means = _smooth(model, plan, options, work, quiet=job.quiet)
@@ -221,7 +222,20 @@ def run(job: Job, options: QuantizeOptions) -> dict[str, Any]:
         }
         write_checkpoint(
             job.out,
-            content(job, work, names, layers=dimensions.layers, options=options, report=report),
+            content(
+                job,
+                work,
+                names,
+                layers=dimensions.layers,
+                options=options,
+                report=report,
+                changes=changes.stored(
+                    names,
+                    folded,
+                    work.load(_SMOOTHING) if work.has(_SMOOTHING) else {},
+                    rotate.hadamard(dimensions.head_dim) if _turns_values(plan) else None,
+                ),
+            ),
             job.overwrite,
             Progress(quiet=True),
         )

@@ -80,6 +80,7 @@ class FlexLinearMethod(LinearMethodBase):
         self.in_features = input_size_per_partition
         self.out_features = sum(output_partition_sizes)
         self.is_tracked = vllm_config.load_config.load_format not in UNTRACKED_LOADERS
+        self._takes_adapters = vllm_config.lora_config is not None
         for name, choice in self.sets.items():
             if hasattr(layer, name):
                 raise FormatError(f"{self.prefix} has an attribute {name!r}; rename the set")
@@ -126,6 +127,11 @@ class FlexLinearMethod(LinearMethodBase):
             self._warm_up(weights)
         with_ratio = (w.set_name for w in self._weights.values() if w.input_ratio is not None)
         self._index_of_scaled = {name: index for index, name in enumerate(with_ratio)}
+        if self._takes_adapters:
+            # vLLM asks a layer's weight for the device of its adapters, and the sets have them all
+            # here. It is no parameter, which loaders would look for.
+            device = next(layer.parameters()).device
+            vars(layer)["weight"] = torch.empty(0, dtype=layer.params_dtype, device=device)
 
     def apply(
         self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None

@@ -19,7 +19,14 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from vllm_qoq.checkpoint.format import QUANT_METHOD, STREAM, KVSection, Section, split_name
+from vllm_qoq.checkpoint.format import (
+    QUANT_METHOD,
+    STREAM,
+    TRANSFORMS,
+    KVSection,
+    Section,
+    split_name,
+)
 from vllm_qoq.errors import FormatError, as_engine_error
 from vllm_qoq.models.vision import stored_pattern
 from vllm_qoq.routing.table import Phase, RoutingError
@@ -40,10 +47,11 @@ from vllm_qoq.serving.methods.routed_linear import FlexLinearMethod, SetMethod
 from vllm_qoq.serving.methods.set_config import set_config
 from vllm_qoq.serving.methods.weight_set import UNTRACKED_LOADERS
 from vllm_qoq.serving.plugin import front_end, refusal
+from vllm_qoq.serving.plugin.adapters import check_adapters, refuse_experts
 from vllm_qoq.serving.plugin.load_check import begin_load
 from vllm_qoq.serving.plugin.root import model_in_the_making, owner_in_the_making
 from vllm_qoq.serving.plugin.shared_files import new_stem
-from vllm_qoq.serving.routing.policy import Policy, check_lora
+from vllm_qoq.serving.routing.policy import Policy
 from vllm_qoq.serving.signals import queue
 from vllm_qoq.serving.vllm_versions import (
     RoutedExperts,
@@ -162,6 +170,7 @@ class QoQConfig(QuantizationConfig):
         is_turned = self.section is not None and self.section.stream is not None
         if is_turned and not (self._way_back is not None and self._way_back.keeps_tensors()):
             rules[re.compile(rf"^{STREAM}\.")] = None  # generation does without
+        rules[re.compile(rf"^{TRANSFORMS}\.")] = None  # of a folder without an index
         rules |= self.kv_cache().loading_rules()
         inherited = QuantizationConfig.get_cache_scale_mapper().orig_to_new_regex
         return WeightsMapper(orig_to_new_regex={**rules, **inherited})
@@ -226,7 +235,7 @@ class QoQConfig(QuantizationConfig):
         if self._policy is None:
             assert self.section is not None
             vllm_config = get_current_vllm_config()
-            check_lora(vllm_config)
+            check_adapters(self.section, vllm_config)
             hidden_states.check_engine(self.section, vllm_config)
             install_fusion(vllm_config.compilation_config)
             self._policy = Policy(
@@ -260,6 +269,8 @@ class QoQConfig(QuantizationConfig):
         """Choose the method of a mixture of experts, of which a set quantizes all or none."""
         assert self.section is not None
         policy = self.policy()
+        if get_current_vllm_config().lora_config is not None:
+            refuse_experts(prefix)
         route = policy.routing.route([prefix])
         reachable = policy.reachable(route)
         methods, is_own = self._ask_sets_for_experts(layer, prefix, reachable)

@@ -25,7 +25,8 @@ from vllm_qoq.serving.kv.cache import check_kv_cache, check_without_sets, kv_cac
 from vllm_qoq.serving.methods.weight_set import UNTRACKED_LOADERS
 from vllm_qoq.serving.options import Options
 from vllm_qoq.serving.plugin import stat_logger_plugin
-from vllm_qoq.serving.routing.policy import check_lora, routing_in_force
+from vllm_qoq.serving.plugin.adapters import check_adapters
+from vllm_qoq.serving.routing.policy import routing_in_force
 from vllm_qoq.serving.signals import queue
 from vllm_qoq.serving.signals.trace import Trace
 from vllm_qoq.serving.vllm_versions import (
@@ -76,7 +77,7 @@ def check(config: QoQConfig, front_end: FrontEnd) -> Routing | None:
     if config.section is None:
         check_without_sets(config.checkpoint_kv_cache, vllm_config)
     else:
-        check_lora(vllm_config)
+        check_adapters(config.section, vllm_config)
         routing = routing_in_force(config.section, options)
         if routing.load is not None:
             will_tell = front_end.is_server and api_process_rank(vllm_config.parallel_config) >= 0

@@ -15,7 +15,6 @@ from vllm.distributed import (
 from vllm.logger import init_logger
 
 from vllm_qoq.checkpoint.format import Section
-from vllm_qoq.errors import UserError
 from vllm_qoq.routing.table import LayerRoute, Phase, Routing, RoutingError, Step
 from vllm_qoq.serving.options import NAMESPACE, Options
 from vllm_qoq.serving.signals.counters import StepCounters, counter_file
@@ -49,15 +48,6 @@ def routing_in_force(section: Section, options: Options) -> Routing:
             "'load'; leave it out"
         )
     return routing.in_state(is_busy)
-
-
-def check_lora(vllm_config: VllmConfig) -> None:
-    """Raise UserError for an engine that is to serve LoRA adapters on top of sets."""
-    if vllm_config.lora_config is not None:
-        raise UserError(
-            "quantization 'qoq' does not serve LoRA adapters yet; merge the adapter into "
-            "the model before quantizing, or start without --enable-lora"
-        )
 
 
 class Policy:
