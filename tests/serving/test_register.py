@@ -48,7 +48,7 @@ def test_registering_brings_names_and_nothing_else(seen):
             *(f"vllm_qoq.routing{name}" for name in ("", ".table")),
             *(f"vllm_qoq.serving{name}" for name in ("", ".plugin")),
             *(f"vllm_qoq.serving.plugin.{name}" for name in ("flex_models", "register")),
-            "vllm_qoq.version",
+            *("vllm_qoq.toolkit", "vllm_qoq.version"),
         ],
         "finders": 0,
     }
