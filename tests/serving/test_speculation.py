@@ -4,6 +4,7 @@ vLLM's second model runner needs Triton, so that it runs on GPUs alone (tests/gp
 """
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from engines import engine, generate
 from safetensors.torch import load_file, save_file
 
 import vllm_qoq
+from vllm_qoq.errors import UserError
+from vllm_qoq.serving.speculation import check_speculation
 
 # Longer than what a request verifies, and such that n-grams repeat.
 PROMPTS = (
@@ -87,3 +90,15 @@ def test_a_float_head_drafts_from_hidden_states_that_are_not_rotated(nested_dir,
     llm = engine(nested_dir, {"kv_bits": 4}, **options)
     assert generate(llm, PROMPTS, max_tokens=24) == plain(nested_dir, 4)
     assert accepted(llm) > 0
+
+
+def test_hybrids_are_refused_where_vllm_answers_wrongly():
+    """On a CPU, for the float model, too: what was rejected stays in the state."""
+    model = SimpleNamespace(model="MODEL", is_hybrid=True)
+    config = SimpleNamespace(speculative_config=None, model_config=model)
+    check_speculation(config)
+    config.speculative_config = object()
+    with pytest.raises(UserError, match=r"wrong answers to MODEL.*leave it out"):
+        check_speculation(config)
+    model.is_hybrid = False
+    check_speculation(config)

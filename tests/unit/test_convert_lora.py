@@ -181,6 +181,11 @@ def test_the_language_part_of_a_model_of_images_has_other_names(smoothed_dir, ad
     [
         ({"modules_to_save": ["lm_head"]}, "modules_to_save: whole modules"),
         ({"use_dora": True}, "use_dora: DoRA"),
+        ({"r": "eight"}, "r: 'eight' is not a positive number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha: nan is not a positive number"),
+        ({"lora_alpha": None}, "lora_alpha: None is not a positive number"),
+        ({"r": 64}, "r is 64, but the matrices of .* are of rank 8"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights: 'pissa_niter_4' changes"),
         ({"bias": "all"}, "bias: 'all'"),
         ({"lora_bias": True}, "lora_bias: biases"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
@@ -223,6 +228,7 @@ A, B = (f"base_model.model.model.layers.0.self_attn.q_proj.lora_{side}.weight" f
         ),
         ({A: (8, 64)}, r"is for a weight of \[\d+, 64\]"),
         ({A: (4, HIDDEN)}, "different ranks"),
+        ({A.removeprefix("base_model.model."): (8, HIDDEN)}, "are of one layer"),
         ({A: (8,)}, "expected a matrix"),
     ],
 )

@@ -49,7 +49,7 @@ ARROWS = {
     "lora": _COMMANDS,
     "merge_tools": _COMMANDS,
     "serving.vllm_versions": (),
-    "serving.speculation": (),
+    "serving.speculation": ("errors",),
     "serving.options": ("errors", "routing", "checkpoint"),
     "serving.signals": ("routing", "serving.options", "serving.vllm_versions"),
     "serving.routing": (
@@ -68,7 +68,7 @@ ARROWS = {
         *("errors", "version", "environment", "routing", "checkpoint", "models", "ops"),
         *("cards", "kernel_library"),
         *("serving.options", "serving.signals", "serving.routing", "serving.methods"),
-        *("serving.kv", "serving.vllm_versions"),
+        *("serving.kv", "serving.speculation", "serving.vllm_versions"),
     ),
     "bench": (
         *(*_COMMANDS, "measuring", "ops", "plots", "cards", "kernel_library"),

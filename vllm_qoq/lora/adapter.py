@@ -6,6 +6,7 @@ products of linear layers is refused by name, because it would be lost without a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
 _DTYPES = ("F32", "BF16", "F16", "F64")
+# Ways to begin a training that change the weights of the model, too.
+_CHANGES_WEIGHTS = ("pissa", "olora", "corda", "loftq")
 # What PEFT may have an adapter do besides, by the key of its config.
 _REFUSED = {
     "modules_to_save": "whole modules beside the adapter",
@@ -75,7 +78,10 @@ class Adapter:
         try:
             config = read_json(path / CONFIG, CONFIG_BYTES)
             _check_config(config)
-            return cls(path, config, _pairs(read_header(path / WEIGHTS)))
+            _check_numbers(config)
+            pairs = _pairs(read_header(path / WEIGHTS))
+            _check_ranks(config, pairs)
+            return cls(path, config, pairs)
         except FormatError as error:
             raise UserError(f"{path}: {error}") from None
 
@@ -101,6 +107,34 @@ def _check_config(config: Mapping[str, Any]) -> None:
         )
 
 
+def _check_numbers(config: Mapping[str, Any]) -> None:
+    """Raise FormatError unless the adapter's scaling is a number, which vLLM takes as it is."""
+    for key in ("r", "lora_alpha"):
+        value = config.get(key)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 < float(value or 0) < math.inf:
+            raise FormatError(
+                f"{CONFIG}: {key}: {shown(value)} is not a positive number; save the adapter again"
+            )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_WEIGHTS):
+        raise FormatError(
+            f"{CONFIG}: init_lora_weights: {shown(start)} changes the weights of the model that is "
+            "trained; convert the adapter to a plain one first (PEFT: "
+            "path_initial_model_for_weight_conversion)"
+        )
+
+
+def _check_ranks(config: Mapping[str, Any], pairs: Mapping[str, Pair]) -> None:
+    """Raise FormatError where the scaling, lora_alpha / r, is not that of the matrices."""
+    for layer, pair in pairs.items() if not config.get("rank_pattern") else ():
+        if pair.a.shape[0] != config["r"]:
+            raise FormatError(
+                f"{CONFIG}: r is {config['r']}, but the matrices of {layer} are of rank "
+                f"{pair.a.shape[0]}; save the adapter again"
+            )
+
+
 def _pairs(header: Any) -> dict[str, Pair]:
     found: dict[str, dict[str, TensorInfo]] = {}
     for info in header:
@@ -116,7 +150,13 @@ def _pairs(header: Any) -> dict[str, Pair]:
                 f"{WEIGHTS}: {info.name}: is {info.dtype} {list(info.shape)}, expected a matrix of "
                 f"{', '.join(_DTYPES)}"
             )
-        found.setdefault(info.name.removeprefix(_PREFIX).removesuffix(end), {})[end] = info
+        pair = found.setdefault(info.name.removeprefix(_PREFIX).removesuffix(end), {})
+        if end in pair:
+            raise FormatError(
+                f"{WEIGHTS}: {pair[end].name} and {info.name} are of one layer; save the adapter "
+                "again"
+            )
+        pair[end] = info
     if not found:
         raise FormatError(f"{WEIGHTS}: holds no matrices of an adapter")
     for layer, pair in found.items():

@@ -1,11 +1,28 @@
-"""How many tokens a request has in a step that verifies what was speculated."""
+"""What is speculated: where that is refused, and how many tokens a request verifies in a step."""
 
 from __future__ import annotations
 
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+
+from vllm_qoq.errors import UserError
 
 # vLLM builds a draft model below this name, in both model runners.
 DRAFT_PREFIX = "draft_model."
+
+
+def check_speculation(vllm_config: VllmConfig) -> None:
+    """Raise UserError where vLLM answers wrongly once tokens are speculated.
+
+    On a CPU vLLM 0.32 does for models with linear attention, whatever serves their weights: the
+    state has what was speculated and rejected.
+    """
+    speculative, model = vllm_config.speculative_config, vllm_config.model_config
+    if speculative is not None and model.is_hybrid and current_platform.is_cpu():
+        raise UserError(
+            f"--speculative-config: on a CPU vLLM gives wrong answers to {model.model}, which has "
+            "layers with a state, when it speculates; leave it out"
+        )
 
 
 def most_decode_tokens(vllm_config: VllmConfig, is_draft: bool = False) -> int:

@@ -49,7 +49,7 @@ def check_adapters(section: Section, vllm_config: VllmConfig) -> None:
     if reason is not None:
         raise UserError(
             f"--enable-lora: {reason}, so adapters of the original model do not fit; convert each "
-            f"with `vllm-qoq convert-lora ADAPTER {model.model} -o OUT` and serve them with "
+            f"with `vllm-qoq convert-lora ADAPTER {model.model} -o CONVERTED` and serve them with "
             f"{_OPTION}"
         )
     logger.info(

@@ -53,6 +53,7 @@ from vllm_qoq.serving.plugin.root import model_in_the_making, owner_in_the_makin
 from vllm_qoq.serving.plugin.shared_files import new_stem
 from vllm_qoq.serving.routing.policy import Policy
 from vllm_qoq.serving.signals import queue
+from vllm_qoq.serving.speculation import check_speculation
 from vllm_qoq.serving.vllm_versions import (
     RoutedExperts,
     UnquantizedFusedMoEMethod,
@@ -236,6 +237,7 @@ class QoQConfig(QuantizationConfig):
             assert self.section is not None
             vllm_config = get_current_vllm_config()
             check_adapters(self.section, vllm_config)
+            check_speculation(vllm_config)
             hidden_states.check_engine(self.section, vllm_config)
             install_fusion(vllm_config.compilation_config)
             self._policy = Policy(

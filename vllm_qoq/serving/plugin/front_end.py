@@ -29,6 +29,7 @@ from vllm_qoq.serving.plugin.adapters import check_adapters
 from vllm_qoq.serving.routing.policy import routing_in_force
 from vllm_qoq.serving.signals import queue
 from vllm_qoq.serving.signals.trace import Trace
+from vllm_qoq.serving.speculation import check_speculation
 from vllm_qoq.serving.vllm_versions import (
     FrontEnd,
     api_process_count,
@@ -78,6 +79,7 @@ def check(config: QoQConfig, front_end: FrontEnd) -> Routing | None:
         check_without_sets(config.checkpoint_kv_cache, vllm_config)
     else:
         check_adapters(config.section, vllm_config)
+        check_speculation(vllm_config)
         routing = routing_in_force(config.section, options)
         if routing.load is not None:
             will_tell = front_end.is_server and api_process_rank(vllm_config.parallel_config) >= 0
