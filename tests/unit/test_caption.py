@@ -340,6 +340,16 @@ def test_a_part_of_a_line_is_dropped_and_its_sample_done_again(shard, tmp_path):
     assert in_this_process(shard, tmp_path / "out")[1].images == 9
 
 
+def test_a_shard_that_changed_between_two_runs_is_refused(shard, tmp_path):
+    """Also one of the same size."""
+    begun = Journal.open(tmp_path / "out", shard, "tiny")
+    begun.append([line(1).model_copy(update={"key": "another"})])
+    begun.close()
+    with pytest.raises(CaptionError, match=r"sample 1 is '.*' now, and another when it was"):
+        in_this_process(shard, tmp_path / "out")
+    assert not (tmp_path / "out" / "0.json").exists()
+
+
 def test_a_damaged_line_is_refused(shard, tmp_path):
     begun = Journal.open(tmp_path / "out", shard, "tiny")
     begun.append([line(4), line(1)])

@@ -76,6 +76,22 @@ def test_lists_that_are_wrong_are_refused(data, entry, says):
     assert says in str(refused.value)
 
 
+def test_what_a_folder_would_hide_is_refused(data, tmp_path):
+    assert names(data) == ["000", "001", "more/000"]
+    for make, says in (
+        (lambda at: at.with_suffix(".tar.gz").touch(), "unpack or rename it"),
+        (lambda at: at.with_suffix(".TAR").touch(), "unpack or rename it"),
+        (lambda at: at.symlink_to(data / "more"), "a link to a folder, and these are not followed"),
+    ):
+        make(data / "more" / "x")
+        with pytest.raises(CaptionError, match=says):
+            find(str(data))
+        for file in (data / "more").glob("x*"):
+            file.unlink()
+    with pytest.raises(CaptionError, match=r"has \.\. behind the fixed part"):
+        find(str(data / "mor*" / ".." / "000.tar"))
+
+
 def test_what_is_no_shard_is_refused(data):
     os.mkfifo(data / "fifo.tar")
     (data / "x.tar.gz").write_bytes(b"")
@@ -237,6 +253,16 @@ def png_of(width, height):
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def test_a_lack_of_memory_is_not_taken_for_damage(monkeypatch):
+    def lack(_):
+        raise MemoryError
+
+    for part in ("_upright", "_rgb"):
+        with monkeypatch.context() as patched, pytest.raises(MemoryError):
+            patched.setattr(f"vllm_qoq.caption.image.{part}", lack)
+            image.decode(shards.jpeg(0))
 
 
 def test_bytes_that_are_no_image_are_refused_by_kind():

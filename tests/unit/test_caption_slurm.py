@@ -8,6 +8,7 @@ import time
 from conftest import ROOT
 
 COMMAND = """#!/usr/bin/env bash
+[[ $2 == none ]] && exit 2
 echo "$@"
 trap 'exit 130' TERM
 touch "$4.begun"
@@ -42,3 +43,10 @@ def test_a_job_whose_time_is_over_is_put_into_the_queue_again(tmp_path):
     job.send_signal(signal.SIGTERM)
     out, _ = job.communicate(timeout=20)
     assert (job.returncode, out.splitlines()[-1]) == (130, "requeue 77_3")
+
+
+def test_the_status_of_a_command_that_ends_at_once_is_not_lost(tmp_path):
+    for _ in range(20):
+        job = begin(tmp_path, "none")
+        job.communicate(timeout=20)
+        assert job.returncode == 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from contextlib import suppress
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -31,6 +30,8 @@ def decode(content: bytes) -> Image.Image:
         raise Uncaptioned("not_an_image", f"none of {', '.join(FORMATS)}") from None
     except Image.DecompressionBombError as error:
         raise Uncaptioned("too_large", reason(error)) from None
+    except MemoryError:  # of this machine: the next run may have more
+        raise
     except Exception as error:  # The bytes may be anything.
         raise Uncaptioned("damaged", reason(error)) from None
     width, height = image.size
@@ -38,11 +39,20 @@ def decode(content: bytes) -> Image.Image:
         raise Uncaptioned("too_large", f"{width} x {height} pixels; {MOST_PIXELS} are decoded")
     try:
         image.load()
-        with suppress(Exception):  # Where its orientation cannot be read, it stays as it lies.
-            image = ImageOps.exif_transpose(image)
-        return _rgb(image)
+        return _rgb(_upright(image))
+    except MemoryError:
+        raise
     except Exception as error:
         raise Uncaptioned("damaged", reason(error)) from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
+    except Exception:
+        return image  # Where its orientation cannot be read, it stays as it lies.
 
 
 def _rgb(image: Image.Image) -> Image.Image:

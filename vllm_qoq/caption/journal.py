@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ def finished(out: Path, shard: Shard) -> Facts | None:
 
     Raises CaptionError where they are those of another shard of its name, or damaged.
     """
-    if not _file(out, shard, "json").exists():
+    if not _file(out, shard, "json").is_file():
         return None
     file = _file(out, shard, "failures.json")
     try:
@@ -74,6 +75,7 @@ class Journal:
     def __init__(self, out: Path, shard: Shard, model: str, handle: int) -> None:
         self.shard = shard
         self.done: dict[int, int] = {}
+        self._keys: dict[int, int] = {}  # of lines of an earlier run: position -> digest of the key
         self._out, self._model, self._handle = out, model, handle
         self._path = _file(out, shard, "partial.jsonl")
         self._end = 0
@@ -104,6 +106,14 @@ class Journal:
             journal.close()
             raise
         return journal
+
+    def check_key(self, position: int, key: str) -> None:
+        """Raise CaptionError where an earlier run had a sample of another key in the place."""
+        if self._keys[position] != _digest(key):
+            raise CaptionError(
+                f"{self.shard.path}: sample {position} is {key!r} now, and another when it was "
+                f"captioned; delete {self.shard.name}.* in the output to caption the shard as it is"
+            )
 
     def append(self, lines: Iterable[Line]) -> None:
         """Add lines, which are on the disk when this returns.
@@ -209,6 +219,7 @@ class Journal:
                 "is captioned again"
             )
         self.done[line.position] = self._end
+        self._keys[line.position] = _digest(line.key)
 
     def _write(self, content: bytes) -> None:
         """Write at the end; what an error leaves there is a part of a line, which `_load` drops."""
@@ -224,6 +235,10 @@ class Journal:
 
 def _file(out: Path, shard: Shard, kind: str) -> Path:
     return out / f"{shard.name}.{kind}"
+
+
+def _digest(key: str) -> int:
+    return zlib.crc32(key.encode(errors="backslashreplace"))
 
 
 def _json(value: object) -> str:

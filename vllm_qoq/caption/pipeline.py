@@ -210,6 +210,7 @@ class Pipeline:
                 is_new = sample.key not in keys
                 keys.add(sample.key)
                 if sample.position in done:
+                    journal.check_key(sample.position, _utf8(sample.key))
                     self.counts.skipped_bytes += place.bytes
                     continue
                 try:

@@ -79,5 +79,6 @@ class Facts(_Record):
 
     @property
     def is_complete(self) -> bool:
-        """Whether every sample of the shard has a caption."""
-        return self.captions == self.samples and not self.missing and self.damage is None
+        """Whether every sample has a caption, and no file was left out for its name."""
+        is_whole = self.damage is None and not self.ignored.get("repeated")
+        return self.captions == self.samples and not self.missing and is_whole

@@ -11,6 +11,7 @@ import glob
 import itertools
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated
@@ -22,6 +23,7 @@ from vllm_qoq.errors import one_line, shown
 
 METADATA = "metadata_info.json"
 _SUFFIX = ".tar"
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _MOST = 1_000_000
 _LIST_BYTES = 1 << 28
 # Names of files beside those of a shard (`vllm_qoq.caption.journal`).
@@ -82,9 +84,33 @@ def find(named: str) -> tuple[Shard, ...]:
 
 def _in_folder(folder: Path) -> list[Shard]:
     listed = _in_list(folder / METADATA) if (folder / METADATA).exists() else {}
-    paths = itertools.islice(sorted(folder.rglob(f"*{_SUFFIX}")), _MOST)
-    found = [_shard(path, folder) for path in paths]
+    paths = itertools.islice(sorted(_files_below(folder)), _MOST)
+    found = [_shard(path, folder) for path in paths if path.suffix == _SUFFIX]
     return [listed.get(shard.name, shard) for shard in found]
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Go through all files below a folder; CaptionError for what would be left out unseen."""
+
+    def fail(error: OSError) -> None:
+        raise CaptionError(f"{error.filename}: {error.strerror}; get the right to read it")
+
+    for parent, folders, files in os.walk(folder, onerror=fail):
+        for name in folders:
+            if (Path(parent) / name).is_symlink():
+                raise CaptionError(
+                    f"{Path(parent) / name}: is a link to a folder, and these are not followed; "
+                    "name its shards by a pattern"
+                )
+        for name in files:
+            if name.lower().endswith(_COMPRESSED) or (
+                name.lower().endswith(_SUFFIX) and not name.endswith(_SUFFIX)
+            ):
+                raise CaptionError(
+                    f"{Path(parent) / name}: does not end in {_SUFFIX}; unpack or rename it, or "
+                    "name the other shards by a pattern"
+                )
+            yield Path(parent) / name
 
 
 def _of_pattern(named: str) -> list[Shard]:
@@ -129,6 +155,8 @@ def _shard(path: Path, root: Path, samples: int | None = None) -> Shard:
     if size < 0 or not os.access(path, os.R_OK):
         raise CaptionError(f"{path}: not readable; get the right to read it")
     name = path.relative_to(root).as_posix().removesuffix(_SUFFIX)
+    if ".." in path.relative_to(root).parts:  # the files of the output would be outside of it
+        raise CaptionError(f"{path}: has .. behind the fixed part of the pattern; leave it out")
     try:
         name.encode()
     except UnicodeEncodeError:

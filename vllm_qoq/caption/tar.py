@@ -117,8 +117,9 @@ class Reader:
                 last = self._end = archive.offset
                 yield info
         except Exception as error:  # The file may hold anything.
-            if isinstance(error, OSError) and error.errno != errno.EINVAL:
-                raise  # of the disk: the next run may be able to read it
+            is_of_disk = isinstance(error, OSError) and error.errno != errno.EINVAL
+            if is_of_disk or isinstance(error, MemoryError):
+                raise  # the next run may be able to read it
             self.damage = f"not readable behind byte {self._end}: {reason(error)}"
             return
         self._file.seek(archive.offset)
