@@ -225,7 +225,7 @@ def without_means(checkpoint, out):
     assert config["quantization_config"]["kv_cache"].pop("k_mean")
     (out / "config.json").write_text(json.dumps(config))
     tensors = {}
-    for file in out.glob("*.safetensors*"):
+    for file in out.glob("model*.safetensors*"):
         tensors |= load_file(file) if file.suffix == ".safetensors" else {}
         file.unlink()
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(".k_mean")}

@@ -176,9 +176,10 @@ def test_a_burst_makes_a_server_busy_and_its_end_calm(with_load_dir, tmp_path, m
         assert alone["prefill", "w8a8"] == 1 and alone["decode", "w8a8"] == 3
         assert alone["prefill", "w4a8"] == alone["decode", "w4a8"] == 0
         assert busy_and_switches(server) == (0, 0)
-        prompts = [f"class Number{i}:\n    " for i in range(12)]
-        with ThreadPoolExecutor(12) as pool:
-            texts = list(pool.map(lambda prompt: server.text(prompt, max_tokens=16), prompts))
+        # Long enough that a front end which gets little of a processor tells the engine of it.
+        prompts = [f"class Number{i}:\n    " for i in range(24)]
+        with ThreadPoolExecutor(24) as pool:
+            texts = list(pool.map(lambda prompt: server.text(prompt, max_tokens=40), prompts))
         assert all(texts)
         deadline = time.monotonic() + 10
         while busy_and_switches(server)[0] and time.monotonic() < deadline:

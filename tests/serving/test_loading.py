@@ -206,7 +206,7 @@ def test_an_engine_refuses_adapters_in_another_basis_too():
     config = vllm_config()
     config.lora_config = SimpleNamespace()
     config.model_config = SimpleNamespace(architectures=["LlamaForCausalLM"], model="MODEL")
-    with tensor_parallel(0, 1, config), pytest.raises(UserError, match=r"MODEL -o OUT.*converted"):
+    with tensor_parallel(0, 1, config), pytest.raises(UserError, match=r"MODEL -o CONV.*converted"):
         Block(qoq_config(stream={"rotation": "unknown"}))
 
 

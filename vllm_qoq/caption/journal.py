@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -31,6 +32,10 @@ from vllm_qoq.caption.records import Facts, FailedSample, Head, Line
 from vllm_qoq.caption.shards import Shard
 from vllm_qoq.checkpoint.writer import durable, sync_folder
 from vllm_qoq.errors import one_line
+
+
+# Of a killed job, an engine ends a moment later, and lets go of its shard then.
+_DYING_SECONDS = 5.0
 
 
 def finished(out: Path, shard: Shard) -> Facts | None:
@@ -89,7 +94,9 @@ class Journal:
         """
         path = _file(out, shard, "partial.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = locked(path)
+        deadline = time.monotonic() + _DYING_SECONDS
+        while (handle := locked(path)) is None and time.monotonic() < deadline:
+            time.sleep(0.05)
         if handle is None:
             raise CaptionError(
                 f"{path}: another process captions this shard; give all jobs of an output folder "
