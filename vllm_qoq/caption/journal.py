@@ -33,7 +33,6 @@ from vllm_qoq.caption.shards import Shard
 from vllm_qoq.checkpoint.writer import durable, sync_folder
 from vllm_qoq.errors import one_line
 
-
 # Of a killed job, an engine ends a moment later, and lets go of its shard then.
 _DYING_SECONDS = 5.0
 
