@@ -150,11 +150,11 @@ def problem_of(
     held = ", ".join(codes) or "GPUs that it does not name"
     return Problem(
         f"the CUDA kernels of this installation are built for {held}; {has}",
-        f"build them for it in a clone, with nvcc: {build_for([capability, *beside])}",
+        f"build them for it in a clone, with nvcc: {build_command([capability, *beside])}",
     )
 
 
-def build_for(capabilities: Collection[cards.Capability]) -> str:
+def build_command(capabilities: Collection[cards.Capability]) -> str:
     """Write the command that builds the library for GPUs, all of them that it can be for."""
     usable = sorted({one for one in capabilities if one >= cards.OLDEST})
     # A GPU between or after those of the table runs the PTX that a build for all has.

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from vllm_qoq import cards
 from vllm_qoq.environment import PLUGIN, SERVED_VLLM, is_served
-from vllm_qoq.kernel_library import BUILD, Problem, build_for, choice, problem_of
+from vllm_qoq.kernel_library import BUILD, Problem, build_command, choice, problem_of
 from vllm_qoq.toolkit import NEEDED
 
 _CAPABILITY = re.compile(r"([0-9]{1,3})\.([0-9]{1,3})")
@@ -147,12 +147,12 @@ def _advice_on(
     if found.is_ptx and family is not None:
         yield (
             f"{gpu.name} runs {found.code}, PTX that the driver compiles when it is first needed; "
-            f"for machine code: {build_for(here)}"
+            f"for machine code: {build_command(here)}"
         )
     elif family is not None and found.gemm != family.gemm:
         yield (
             f"{gpu.name} has a faster path of w4a8_gemm than this build, which is one for tests; "
-            f"build the kernels anew: {build_for(here)}"
+            f"build the kernels anew: {build_command(here)}"
         )
     if family is None or not family.was_run:
         yield (
