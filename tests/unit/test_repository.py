@@ -39,7 +39,9 @@ ARROWS = {
     "toolkit": (),
     "kernel_library": ("cards", "toolkit"),
     "environment": ("version", "kernel_library"),
-    "doctor": ("environment", "errors", "cards", "toolkit", "kernel_library", "ops"),
+    "doctor": (
+        *("environment", "errors", "cards", "toolkit", "kernel_library", "numerics", "ops"),
+    ),
     "models": ("errors",),
     "routing": ("errors",),
     "ops": ("numerics", "kernel_library"),

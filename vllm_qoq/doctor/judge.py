@@ -17,15 +17,23 @@ from vllm_qoq.environment import PLUGIN, SERVED_VLLM, is_served
 from vllm_qoq.kernel_library import BUILD, Problem, build_command, choice, problem_of
 from vllm_qoq.toolkit import NEEDED
 
+_NAMED = 3  # of what differs; the JSON has all
 _CAPABILITY = re.compile(r"([0-9]{1,3})\.([0-9]{1,3})")
 
 
 class Gpu(NamedTuple):
-    """A GPU that vLLM would use here; `fault` says why one of our kernels failed on it."""
+    """A GPU that vLLM would use here, and how our kernels did on it (`doctor.trial`).
+
+    fault  why one of them failed
+    tried  how many were run and compared with their reference
+    wrong  what differed
+    """
 
     name: str
     capability: cards.Capability
     fault: str | None = None
+    tried: int = 0
+    wrong: tuple[str, ...] = ()
 
 
 def gpus(facts: dict[str, Any], probe: dict[str, Any]) -> list[Gpu]:
@@ -33,7 +41,13 @@ def gpus(facts: dict[str, Any], probe: dict[str, Any]) -> list[Gpu]:
     if facts["cuda"] is None:
         return []
     if probe["gpus"]:
-        return [Gpu(one["name"], tuple(one["capability"]), one["fault"]) for one in probe["gpus"]]
+        return [
+            Gpu(
+                *(one["name"], tuple(one["capability"]), one["fault"]),
+                *(len(one["tried"]), tuple(one["wrong"])),
+            )
+            for one in probe["gpus"]
+        ]
     found = []
     for one in facts["gpus"] or ():
         numbers = _CAPABILITY.fullmatch(one.get("compute_cap", ""))
@@ -104,6 +118,15 @@ def _problem_on(
             f"our kernels fail on {gpu.name}: {gpu.fault}",
             "free its memory if all of it is in use, update the driver, or build them anew: "
             f"{BUILD}",
+        )
+    if found is None and gpu.wrong:
+        named = "; ".join(gpu.wrong[:_NAMED])
+        others = f"; and {len(gpu.wrong) - _NAMED} more" * (len(gpu.wrong) > _NAMED)
+        return Problem(
+            f"our kernels do not compute on {gpu.name} what their reference does: {named}{others}",
+            f"serve nothing on it that needs them, and build them anew: {BUILD}; if it stays so, "
+            "either this GPU is broken or the kernels are wrong for its kind: please report it, "
+            "with the form for results from your GPU",
         )
     return found
 

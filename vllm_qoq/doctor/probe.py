@@ -4,8 +4,9 @@
     fault        why they were not, or why torch cannot use CUDA; None where it can
     missing_ops  the ops of this version that the library has no kernel for, as in qoq::w4a8_gemm;
                  empty where torch cannot use CUDA
-    gpus         of each GPU that torch sees: name, capability [major, minor], and why a kernel that
-                 was tried failed there, None where it did not
+    gpus         of each GPU that torch sees: name, capability [major, minor]; why a kernel failed
+                 there, None where none did; the ops that were tried; and what of them came out
+                 wrong (`doctor.trial`)
 
 A process of its own, because a library that does not fit may end it.
 """
@@ -22,7 +23,7 @@ MARK = "vllm-qoq probe: "
 
 
 def probe() -> dict[str, Any]:
-    """Try torch, CUDA, and a kernel on each GPU that the library is for."""
+    """Try torch, CUDA, and all kernels on each GPU that the library is for."""
     try:
         import torch
 
@@ -61,14 +62,21 @@ def _gpu(index: int) -> dict[str, Any]:
 
     name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
     fault = None
+    tried: list[str] = []
+    wrong: list[str] = []
     if ops.is_built("cuda") and kernel_library.choice(capability, kernel_library.built_for() or ()):
+        from vllm_qoq.doctor import trial
+
         try:
-            x = torch.zeros(1, 128, dtype=torch.bfloat16, device=torch.device("cuda", index))
-            torch.ops.qoq.quantize_per_token(x)
-            torch.cuda.synchronize(index)
+            with torch.cuda.device(index):
+                found = trial.run(torch.device("cuda", index))
+            tried, wrong = sorted(found.tried), found.wrong
         except RuntimeError as error:
             fault = _first_line(error)
-    return {"name": name, "capability": list(capability), "fault": fault}
+    return {
+        **{"name": name, "capability": list(capability)},
+        **{"fault": fault, "tried": tried, "wrong": wrong},
+    }
 
 
 def _first_line(error: BaseException) -> str:

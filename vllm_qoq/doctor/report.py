@@ -66,4 +66,6 @@ def _table(codes: list[str]) -> list[str]:
 def _chosen(gpu: dict[str, Any]) -> str:
     if gpu["code"] is None:
         return "none of our kernels"
-    return str(kernel_library.Choice(gpu["code"], gpu["w4a8_gemm"]))
+    said = str(kernel_library.Choice(gpu["code"], gpu["w4a8_gemm"]))
+    right = f"; {gpu['right']} kernels give what their reference gives" * (gpu["right"] > 0)
+    return f"{said}{right}"
