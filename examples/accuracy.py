@@ -94,8 +94,8 @@ ORDER = (
     ROUNDED,
 )
 SETTINGS = (
-    *("model", "text", "heldout", "samples", "seqlen", "windows", "chunk", "group_size"),
-    "dequantized",
+    *("model", "text", "heldout", "samples", "seqlen", "windows", "chunk", "generate"),
+    *("group_size", "dequantized"),
 )
 
 
@@ -159,7 +159,10 @@ def measure(name: str, folder: Path, bits: Bits, args: argparse.Namespace) -> li
     sets = tuple(s for s in rows if s is not None) if is_set else ()
     label = f"{name}, {short_name(bits).upper()}"
     found = job.run_task(
-        job.Task(folder, sets, args.model, together, bits, args.chunk, label, quiet=True)
+        job.Task(
+            *(folder, sets, args.model, together, bits, args.chunk, args.generate, label),
+            quiet=True,
+        )
     )
     scored = []
     for set_name, row in rows.items():
@@ -242,7 +245,7 @@ def say(text: str) -> None:
 def check(args: argparse.Namespace) -> None:
     """Raise UserError before work begins; OUT has to be a new folder or one of these settings."""
     for text in args.heldout:
-        job.check(args.model, args.model, text, args.seqlen, (16,))
+        job.check(args.model, args.model, text, args.seqlen, (16,), args.generate)
     stems = [text.stem for text in args.heldout]
     if len(set(stems)) < len(stems):
         raise UserError(f"--heldout: two texts are named {stems[0]}; rename one")
@@ -268,6 +271,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seqlen", type=int, default=512, help="tokens a piece and a window")
     parser.add_argument("--windows", type=int, help="at most so many of each text (default: all)")
     parser.add_argument("--chunk", type=int, default=16, help="as of evaluate (default: 16)")
+    parser.add_argument("--generate", type=int, default=32, help="as of evaluate (default: 32)")
     parser.add_argument("--group-size", type=int, default=128, help="of W4A16 (default: 128)")
     parser.add_argument(
         "--kv-bits", nargs="+", default=["16", "8", "k8v4", "4"],

@@ -85,6 +85,8 @@ def test_the_loss_in_vllm_is_ordered_as_the_bits_are(quantized, model, text):
     loss = {name: row.score.divergence.value for name, row in rows.items()}
     assert loss[FLOAT] < loss["w8a8"] < loss["w4a8"]
     assert loss["w8a8"] < 0.5 * loss["w4a8"]
+    greedy = {name: row.score.greedy_tokens.value for name, row in rows.items()}
+    assert 32 >= greedy[FLOAT] > greedy["w4a8"] > 0 and found.generated == 32
     assert rows["w8a8"].weight_bytes > rows["w4a8"].weight_bytes
     scores = [row.score for row in found.rows]
     assert len({score.float_perplexity for score in scores}) == 1, "one float model for all"

@@ -5,6 +5,7 @@ import math
 import os
 import re
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from vllm_qoq.bench import BenchError
 from vllm_qoq.bench.evaluate import plot, report
 from vllm_qoq.bench.evaluate.job import FLOAT, Evaluation, Row, check
 from vllm_qoq.bench.evaluate.log import pool_settings
-from vllm_qoq.bench.evaluate.scores import Estimate, Score, combine, score_window
+from vllm_qoq.bench.evaluate.scores import Estimate, Score, combine, same_tokens, score_window
 from vllm_qoq.bench.evaluate.windows import begins_with, cut
 from vllm_qoq.plots import title_of
 
@@ -85,6 +86,16 @@ def test_errors_are_those_of_paired_windows():
     )
 
 
+def test_greedy_tokens_count_up_to_the_first_that_differs():
+    assert [same_tokens([5, 6, 7], found) for found in ([5, 6, 7], [5, 0, 7], [1, 6, 7])] == [
+        3,
+        1,
+        0,
+    ]
+    windows = [replace(score_window(*[torch.eye(2)] * 2, [0, 1]), greedy_tokens=n) for n in (0, 4)]
+    assert combine(windows).greedy_tokens == Estimate(2, 2)
+
+
 def evaluation():
     def score(divergence, agreement):
         return Score(
@@ -93,6 +104,7 @@ def evaluation():
             perplexity=21.0,
             float_perplexity=20.0,
             log_ratio=Estimate(math.log(1.05), 0.002),
+            greedy_tokens=Estimate(32 * agreement, 0.5),
         )
 
     rows = (
@@ -103,14 +115,15 @@ def evaluation():
         Row("w8a8", 4, 200_000_000, score(0.05, 0.9)),
         Row("w4a8", 4, 150_000_000, score(0.3, 0.75)),
     )
-    return Evaluation("OUT", "MODEL", "text.txt", 512, 4, 1020, 16, rows)
+    return Evaluation("OUT", "MODEL", "text.txt", 512, 4, 1020, 16, 32, rows)
 
 
 def test_the_table_has_a_row_for_every_set_and_cache_and_the_document_all_numbers():
     text = report.text(evaluation())
     assert "| w4a8        |   4 bits | 150.0 MB | 0.30000 ± 0.03000 | 75.00 ± 1.00 % |" in text
     assert "| w8a8        |     k8v4 | 200.0 MB | 0.04000 ± 0.00400 | 92.00 ± 1.00 % |" in text
-    assert "1020 tokens of text.txt" in text
+    assert "1020 tokens of text.txt" in text and "Each made 32 tokens of the first half" in text
+    assert re.search(r" 24\.0 ± 0\.5 +\|$", text.splitlines()[-1])
     document = json.loads(json.dumps(evaluation().document()))
     assert document["rows"][5]["score"]["divergence"] == {"value": 0.3, "error": 0.03}
 
@@ -147,6 +160,8 @@ def test_models_that_do_not_belong_together_are_refused_before_one_is_loaded(
 ):
     with pytest.raises(BenchError, match="quantization_config; give the model in bf16"):
         check(w4a8_dir, w4a8_dir, heldout_text, 256, (16, 8, 4))
+    with pytest.raises(BenchError, match=r"--generate 129: at most 128, which is half of"):
+        check(w4a8_dir, tiny_model, heldout_text, 256, (16, 8, 4), 129)
     with pytest.raises(BenchError, match=r"bytes, fewer than two windows of 65536 tokens"):
         check(w4a8_dir, tiny_model, heldout_text, 65536, (16, 8, 4))
     other = tmp_path / "other"

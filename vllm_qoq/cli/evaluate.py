@@ -47,6 +47,13 @@ def add_parser(commands: Commands[Parser]) -> None:
         metavar="N",
         help="tokens a step where the KV cache is quantized (default: 16)",
     )
+    parser.add_argument(
+        "--generate",
+        type=arguments.count,
+        metavar="N",
+        help="greedy tokens made of the first half of every window, compared with those of the "
+        "float model; 0 for none (default: 32, or half a window that is shorter)",
+    )
     measurement.add_output_options(parser, "evaluate", _evaluate)
 
 
@@ -59,7 +66,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         measurement.check_vllm()
         found = job.local_folders(args.checkpoint, args.against, args.text, quiet=quiet)
         args.checkpoint, args.against = found
-        job.check(*found, args.text, args.seqlen, args.kv_bits)
+        job.check(*found, args.text, args.seqlen, args.kv_bits, args.generate or 0)
 
     def work() -> measurement.Finished:
         from vllm_qoq.bench.evaluate import plot, report
@@ -72,6 +79,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             windows=args.windows,
             kv_bits=args.kv_bits,
             chunk=args.chunk,
+            generate=args.generate,
             quiet=quiet,
         )
         return measurement.Finished(

@@ -68,16 +68,19 @@ def least_ratio(rows: Sequence[Measured], name: str, to: str) -> float | None:
 def table(rows: Sequence[Measured], text: str) -> str:
     """Lay out the table of one text; what was not measured has no number.
 
-    KL in nats a token, the share of tokens with the same likeliest next one, and the perplexity.
+    KL in nats a token, the share of tokens with the same likeliest next one, the perplexity, and
+    how many greedy tokens are the float model's before the first that is not.
     """
     found = {name: by_kv(rows, name, text) for name in names(rows)}
     known = [bits for bits in KV_BITS if any(bits in scores for scores in found.values())]
     ends = [bits for bits in _ENDS if bits in known]
+    has_text = any(score.greedy_tokens for scores in found.values() for score in scores.values())
     head = [
         "Weights",
         *(f"KL, {described(bits)}" for bits in known),
         *(f"same top token, {described(bits)}" for bits in ends),
         *(f"perplexity, {described(bits)}" for bits in ends),
+        *(f"same greedy tokens, {described(bits)}" for bits in ends if has_text),
     ]
     return markdown_table(
         head,
@@ -87,6 +90,7 @@ def table(rows: Sequence[Measured], text: str) -> str:
                 *(_divergence(scores.get(bits)) for bits in known),
                 *(_agreement(scores.get(bits)) for bits in ends),
                 *(_perplexity(scores.get(bits)) for bits in ends),
+                *(_greedy(scores.get(bits)) for bits in ends if has_text),
             ]
             for name, scores in found.items()
             if scores
@@ -106,3 +110,8 @@ def _agreement(score: Score | None) -> str:
 
 def _perplexity(score: Score | None) -> str:
     return "" if score is None else f"{score.perplexity:.3f}"
+
+
+def _greedy(score: Score | None) -> str:
+    same = None if score is None else score.greedy_tokens
+    return "" if same is None else f"{same.value:.1f} ± {same.error:.1f}"

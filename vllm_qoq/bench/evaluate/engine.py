@@ -80,9 +80,7 @@ class Engine:
     def logits(self, window: Sequence[int], first: int, set_name: str | None) -> torch.Tensor:
         """Compute the logits [tokens, vocabulary] of a window from position `first` to its last but
         one, in one set."""
-        if self._steering is not None and set_name is not None:
-            row = DecodeRow(set_name=set_name)
-            self._steering.follow(Routing(prefill=set_name, decode=(row,)))
+        self._steer(set_name)
         steps: list[torch.Tensor] = []
         hook = self._model.register_forward_hook(lambda _, __, hidden: steps.append(hidden.clone()))
         try:
@@ -99,6 +97,21 @@ class Engine:
         with torch.inference_mode(), set_current_vllm_config(self._vllm_config):
             logits: torch.Tensor = self._model.compute_logits(hidden[first:-1])
         return logits
+
+    def continuation(self, context: Sequence[int], count: int, set_name: str | None) -> list[int]:
+        """Go on after tokens with the likeliest one, `count` times, whatever ends a text."""
+        self._steer(set_name)
+        (found,) = self._llm.generate(
+            [{"prompt_token_ids": list(context)}],
+            SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False),
+            use_tqdm=False,
+        )
+        return list(found.outputs[0].token_ids)
+
+    def _steer(self, set_name: str | None) -> None:
+        if self._steering is not None and set_name is not None:
+            row = DecodeRow(set_name=set_name)
+            self._steering.follow(Routing(prefill=set_name, decode=(row,)))
 
 
 def _itself(model: nn.Module) -> Any:

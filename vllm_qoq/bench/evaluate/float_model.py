@@ -58,6 +58,17 @@ class FloatModel:
         logits: torch.Tensor = self._model(ids, use_cache=False, logits_to_keep=keep).logits
         return logits[0, :-1]
 
+    @torch.inference_mode()
+    def continuation(self, context: Sequence[int], count: int) -> list[int]:
+        """Go on after tokens with the likeliest one, `count` times, whatever ends a text."""
+        ids, cache, made = torch.tensor([list(context)], device=self._device), None, list[int]()
+        while len(made) < count:
+            found = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = found.past_key_values
+            ids = found.logits[:, -1].argmax(dim=-1, keepdim=True)
+            made.append(int(ids))
+        return made
+
 
 def load_tokenizer(folder: Path) -> Any:
     """Load the tokenizer of a folder; no code of it is run."""

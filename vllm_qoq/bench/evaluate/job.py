@@ -10,14 +10,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vllm_qoq.bench import BenchError
 from vllm_qoq.bench.evaluate import windows as pieces
 from vllm_qoq.bench.evaluate.log import pool_settings
-from vllm_qoq.bench.evaluate.scores import Score, WindowScore, combine, score_window
+from vllm_qoq.bench.evaluate.scores import (
+    Score,
+    WindowScore,
+    combine,
+    same_tokens,
+    score_window,
+)
 from vllm_qoq.bench.evaluate.windows import Windows
 from vllm_qoq.bench.foreign import refuse_cache
 from vllm_qoq.checkpoint import hub
@@ -55,6 +61,7 @@ class Evaluation:
 
     seqlen, windows, scored_tokens  tokens of a window, their number, and scored tokens in all
     chunk                           tokens a step of the engines whose KV cache is quantized
+    generated                       tokens that each made of the first half of every window
     """
 
     checkpoint: str
@@ -64,6 +71,7 @@ class Evaluation:
     windows: int
     scored_tokens: int
     chunk: int
+    generated: int
     rows: tuple[Row, ...]
 
     def document(self) -> dict[str, Any]:
@@ -81,6 +89,7 @@ class Task:
     windows: Windows
     kv_bits: Bits
     chunk: int
+    generate: int
     label: str
     quiet: bool
 
@@ -94,6 +103,7 @@ def evaluate(
     windows: int | None = None,
     kv_bits: Sequence[Bits] = (16, 8, 4),
     chunk: int = 16,
+    generate: int | None = None,
     quiet: bool = True,
 ) -> Evaluation:
     """Compare the next token of every set of a checkpoint with that of the float model.
@@ -106,12 +116,15 @@ def evaluate(
     windows     at most so many, taken from all over the text; None for all
     kv_bits     precisions of the KV cache, of 16, 8, "k8v4" and 4
     chunk       tokens a step where the cache is quantized, so that all others are read from it
+    generate    greedy tokens that each makes of the first half of every window, up to half a
+                window; 0 for none; 32 by default, or half a window that is shorter
     quiet       print no progress
 
     Raises UserError for what does not fit together, and where vLLM does not start.
     """
     folder, model = local_folders(checkpoint, against, Path(text), quiet=quiet)
-    check(folder, model, Path(text), seqlen, kv_bits)
+    generate = min(32, seqlen // 2) if generate is None else generate
+    check(folder, model, Path(text), seqlen, kv_bits, generate)
     cut = cut_windows(folder, model, Path(text), seqlen, windows)
     sizes = {FLOAT: Checkpoint.open(model).total_bytes}
     sets, own = sets_of(folder)
@@ -120,7 +133,7 @@ def evaluate(
     for bits in kv_bits:
         for label, place, names in ((FLOAT, model, ()), ("sets", folder, sets)):
             shown = f"{label}, {short_name(bits).upper()}"
-            task = Task(place, names, model, cut, bits, chunk, shown, quiet)
+            task = Task(place, names, model, cut, bits, chunk, generate, shown, quiet)
             for name, scores in run_task(task).items():
                 row = FLOAT if label == FLOAT else name or next(iter(own))
                 rows.append(Row(row, bits, sizes[row], combine(scores)))
@@ -132,6 +145,7 @@ def evaluate(
         windows=len(cut.tokens),
         scored_tokens=len(cut.tokens) * cut.scored,
         chunk=chunk,
+        generated=generate,
         rows=tuple(rows),
     )
 
@@ -144,9 +158,15 @@ def local_folders(
     return hub.local_folder(checkpoint, quiet=quiet), hub.local_folder(against, quiet=quiet)
 
 
-def check(folder: Path, model: Path, text: Path, seqlen: int, kv_bits: Sequence[Bits]) -> None:
+def check(
+    folder: Path, model: Path, text: Path, seqlen: int, kv_bits: Sequence[Bits], generate: int = 0
+) -> None:
     """Raise UserError for what can be refused before a model is loaded."""
     check_text("--text", text)
+    if generate > seqlen // 2:
+        raise BenchError(
+            f"--generate {generate}: at most {seqlen // 2}, which is half of --seqlen {seqlen}"
+        )
     size = text.stat().st_size
     if size < 2 * seqlen - 1:  # no token is shorter than a byte; some have a space before it
         raise BenchError(
@@ -251,5 +271,12 @@ def _measure(task: Task) -> dict[str | None, list[WindowScore]]:
         for name in names:
             logits = engine.logits(window, cut.first, name)
             scores[name].append(score_window(expected, logits, cut.targets(index)))
+        if task.generate:
+            context = cut.context(index)
+            expected_text = reference.continuation(context, task.generate)
+            for name in names:
+                found = engine.continuation(context, task.generate, name)
+                same = same_tokens(expected_text, found)
+                scores[name][-1] = replace(scores[name][-1], greedy_tokens=same)
         done()
     return scores

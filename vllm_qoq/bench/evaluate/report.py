@@ -13,14 +13,21 @@ _HEAD = ["Set", "KV cache", "weights", "KL", "same top token", "perplexity", "ch
 
 def text(found: Evaluation) -> str:
     """Lay out the table, with what was measured above it."""
+    generated = (
+        f" Each made {found.generated} tokens of the first half of every window, always the "
+        "likeliest; the last column says how many before the first that differs."
+    ) * (found.generated > 0)
     return (
         f"{found.checkpoint} against {found.against}: {found.scored_tokens} tokens of "
         f"{found.text}, the second halves of {found.windows} windows of {found.seqlen}. KL in nats "
         "a token from the float model in transformers, whose perplexity is "
         f"{found.rows[0].score.float_perplexity:.4f}; changes are of the perplexity, and errors "
         f"standard errors over the windows, which are paired. Quantized caches were read in "
-        f"steps of {found.chunk} tokens.\n\n"
-        + markdown_table(_HEAD, [_cells(row) for row in found.rows])
+        f"steps of {found.chunk} tokens.{generated}\n\n"
+        + markdown_table(
+            [*_HEAD, "same greedy tokens"] if found.generated else _HEAD,
+            [_cells(row) for row in found.rows],
+        )
     )
 
 
@@ -34,6 +41,7 @@ def _cells(row: Row) -> list[str]:
         _percent(score.agreement),
         f"{score.perplexity:.4f}",
         _percent(score.log_ratio, sign="+"),
+        *(f"{same.value:.1f} ± {same.error:.1f}" for same in (score.greedy_tokens,) if same),
     ]
 
 

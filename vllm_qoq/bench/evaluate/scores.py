@@ -17,16 +17,19 @@ import torch
 class WindowScore:
     """Means over the scored tokens of one window.
 
-    divergence  KL(p, q) = sum p (log p - log q), nats
-    agreement   share of tokens for which p and q have the same likeliest token
-    loss        -log q of the text's token, nats
-    float_loss  -log p of it
+    divergence     KL(p, q) = sum p (log p - log q), nats
+    agreement      share of tokens for which p and q have the same likeliest token
+    loss           -log q of the text's token, nats
+    float_loss     -log p of it
+    greedy_tokens  how many tokens both models make of the window's first half, each the likeliest,
+                   before the first that differs; None where none were made
     """
 
     divergence: float
     agreement: float
     loss: float
     float_loss: float
+    greedy_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Score:
     perplexity: float
     float_perplexity: float
     log_ratio: Estimate
+    greedy_tokens: Estimate | None = None
 
 
 def score_window(
@@ -68,14 +72,22 @@ def score_window(
     )
 
 
+def same_tokens(expected: Sequence[int], found: Sequence[int]) -> int:
+    """Count the tokens before the first that differs."""
+    pairs = zip(expected, found, strict=True)
+    return next((i for i, (one, other) in enumerate(pairs) if one != other), len(expected))
+
+
 def combine(windows: Sequence[WindowScore]) -> Score:
     """Combine the scores of two or more windows."""
+    greedy = [window.greedy_tokens for window in windows if window.greedy_tokens is not None]
     return Score(
         divergence=_mean([window.divergence for window in windows]),
         agreement=_mean([window.agreement for window in windows]),
         perplexity=_exp(_mean([window.loss for window in windows]).value),
         float_perplexity=_exp(_mean([window.float_loss for window in windows]).value),
         log_ratio=_mean([window.loss - window.float_loss for window in windows]),
+        greedy_tokens=_mean(greedy) if greedy else None,
     )
 
 

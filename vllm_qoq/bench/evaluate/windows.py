@@ -31,6 +31,10 @@ class Windows:
         """The position whose logits are the first to be scored."""
         return self.length // 2
 
+    def context(self, index: int) -> tuple[int, ...]:
+        """The tokens of a window before those that are scored."""
+        return self.tokens[index][: self.first + 1]
+
     @property
     def scored(self) -> int:
         """Scored tokens of a window."""
