@@ -19,7 +19,7 @@ export HF_HUB_OFFLINE := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint format docs wheel clean
+.PHONY: help setup demo test test-slow test-gpu lint format docs wheel clean
 
 help:  ## list the targets
 	@echo "vllm-qoq: make TARGET"
@@ -38,6 +38,9 @@ test: setup  ## every test that this machine can run, and lint
 	@$(MAKE) --no-print-directory lint & lint=$$!; \
 	$(VENV)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS); \
 	tests=$$?; wait $$lint || { echo "error: make lint failed, see above" >&2; exit 1; }; exit $$tests
+
+test-slow: setup  ## what takes minutes and seldom changes: two ranks of every class of models
+	@$(VENV)/python -m pytest -m slow $(TESTS)
 
 test-gpu:  ## every GPU test, and a line in tests/gpu_record.tsv (GPU_PYTHON=, GPU_WORKERS=)
 	@$(GPU_PYTHON) tests/gpu_record.py -n $(GPU_WORKERS) --dist worksteal
