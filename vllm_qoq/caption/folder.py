@@ -28,7 +28,7 @@ PREFIX = "vllm-qoq-caption"
 
 _RUN = f"{PREFIX}.json"
 _RUN_BYTES = 1 << 20
-_MARK, _VERSION = "vllm-qoq captions", 1
+_MARK, _VERSION = "vllm-qoq captions", 2
 _SAMPLE_BYTES = 1 << 16
 _POLL_SECONDS, _PATIENCE_SECONDS = 0.05, 10.0
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
@@ -159,7 +159,7 @@ def _check_others(out: Path, own: Path, note: Mapping[str, Any]) -> None:
             continue
         handle = locked(lock)
         if handle is not None:  # left by a job that was killed
-            os.close(handle)
+            _let_go(lock, handle)
             continue
         theirs = note_of(lock)
         for key, value in note.items():
