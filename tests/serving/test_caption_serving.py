@@ -107,6 +107,7 @@ def test_captions_are_those_of_chats_whatever_ends_the_command_between(llava, tm
 def test_models_that_cannot_caption_are_refused_by_name(llava, tiny_model, tmp_path):
     def start(model):
         facts = {"out": tmp_path, "name": "x", "prompt": PROMPT, "system_prompt": None, "log": None}
+        facts |= {"retry_failed": False}
         facts |= {"max_tokens": 2, "temperature": 0.0, "engine_args": ENGINE, "decoders": 1}
         return Engine(Request(model=str(model), devices=None, processors=None, **facts))
 

@@ -24,6 +24,7 @@ from warm_process import fork_where_vllm_spawns
 from vllm_qoq.caption.errors import CaptionError
 from vllm_qoq.caption.job import Job, check
 from vllm_qoq.caption.run import caption
+from vllm_qoq.caption.sigterm import terminable
 
 ENDINGS = ("kill", "kill the engine", "interrupt", "terminate", "full disk")
 _SHARDS = 6
@@ -102,7 +103,8 @@ def _child(job: Job, is_full: bool) -> int:
         resource.setrlimit(resource.RLIMIT_FSIZE, (_LIMIT_BYTES, _LIMIT_BYTES))
     fork_where_vllm_spawns()
     try:
-        return 0 if caption(check(job), shards.slow_colours).is_complete else 1
+        with terminable():
+            return 0 if caption(check(job), shards.slow_colours).is_complete else 1
     except KeyboardInterrupt:
         return 130
     except (CaptionError, OSError) as error:

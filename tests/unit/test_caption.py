@@ -19,13 +19,13 @@ from conftest import ROOT
 from PIL import Image
 from warm_process import fork_where_vllm_spawns
 
-from vllm_qoq.caption import devices, folder, journal, pipeline, run, status
+from vllm_qoq.caption import devices, folder, journal, lock, pipeline, run, status
 from vllm_qoq.caption.bounded import Bounded, Closed
-from vllm_qoq.caption.errors import CaptionError
+from vllm_qoq.caption.errors import CaptionError, Uncaptioned
 from vllm_qoq.caption.job import Job, check
 from vllm_qoq.caption.journal import Journal
-from vllm_qoq.caption.records import Caption, Line
-from vllm_qoq.caption.shards import Shard
+from vllm_qoq.caption.records import Caption, Failure, Line
+from vllm_qoq.caption.shards import find
 from vllm_qoq.cli import main as cli
 
 BAD = {"ok.1": None, "text": "no_image", "words": "not_an_image", "cut": "damaged"}
@@ -37,9 +37,11 @@ GOOD = {"ok": "24 x 16, 1 0 0", "same": "24 x 16, 3 0 0", "last": "24 x 16, 4 0 
 @pytest.fixture(autouse=True, scope="module")
 def forked():
     """Processes of engines are forks of this one, which has imported everything."""
-    get_context = multiprocessing.get_context
+    get_context, seconds = multiprocessing.get_context, journal._DYING_SECONDS
+    journal._DYING_SECONDS = 0.5  # nothing is killed here
     fork_where_vllm_spawns()
     yield
+    journal._DYING_SECONDS = seconds
     multiprocessing.get_context = get_context
     os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
     forkserver._forkserver._stop()
@@ -118,10 +120,10 @@ def test_every_sample_has_a_caption_or_a_reason(command, tmp_path):
     lines = (tmp_path / "out" / "0.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
         {
-            **{"key": key, "model": "colours", "caption": text},
+            **{"key": key, "model": "colours", "position": place, "caption": text},
             **{"prompt_tokens": 3, "tokens": 5, "finish": "stop"},
         }
-        for key, text in GOOD.items()
+        for place, (key, text) in zip((0, 5, 8), GOOD.items(), strict=True)
     ]
     facts = read(tmp_path / "out" / "0.failures.json")
     named = {kind: [one["key"] for one in samples] for kind, samples in facts["failures"].items()}
@@ -150,7 +152,9 @@ def test_a_second_run_does_nothing_and_says_the_same(command, tmp_path, monkeypa
 def test_all_captioned_is_status_0_and_the_output_of_jobs_is_one(command, tmp_path):
     for number in range(5):
         write_good(tmp_path / "data" / f"{number}.tar", start=5 * number)
-    assert [command("--num-jobs", "2", "--job-id", job)[0] for job in ("0", "1")] == [0, 0]
+    status, out, _ = command("--num-jobs", "2")
+    assert status == 0 and "of all jobs, 3 of 5 shards are finished" in out
+    assert command("--num-jobs", "2", "--job-id", "1")[0] == 0
     status, out, _ = command("--json")  # all of both, as one job
     assert status == 0 and json.loads(out)["shards_finished_before"] == 5
     found = [read(tmp_path / "out" / f"{number}.json") for number in range(5)]
@@ -238,16 +242,129 @@ def job(tmp_path, model):
 def test_two_processes_are_not_the_same_job(job):
     checked = check(job)
     with (
-        folder.opened(job.out, checked.run, job.label),
-        pytest.raises(CaptionError, match="another process captions there as job-0-of-1"),
+        folder.opened(job.out, checked.run, job.label, checked.division),
+        pytest.raises(CaptionError, match=f"there as job-0-of-1: process {os.getpid()} on '.*', s"),
     ):
         run.caption(checked, shards.colours)
     shard = checked.shards[0]
-    held = Journal.open(job.out, shard, "tiny")
+    held = Journal.open(job.out, shard, "tiny", retry=False)
     with pytest.raises(CaptionError, match="the same --num-jobs"):
         run.caption(checked, shards.colours)
     held.close()
     assert run.caption(checked, shards.colours).is_complete
+
+
+@pytest.mark.parametrize(
+    "key, other, says",
+    [
+        ("num_jobs", 2, "another num jobs runs there: 2, and here it is 1; wait for process"),
+        ("list_of_shards", "2 shards", "another list of shards runs there: '2 shards', and here"),
+        ("prompt", "other", "another prompt runs there: 'other', and here it is 'Describe"),
+    ],
+)
+def test_jobs_that_run_at_once_agree(job, key, other, says):
+    """Also before the first caption."""
+    checked, free = check(job), check(replace(job, out=job.out.with_name("free")))
+    theirs = {**checked.run, **checked.division, key: other}
+    run_of_theirs = {key: theirs.pop(key) for key in checked.run}
+    with folder.opened(job.out, run_of_theirs, "job-1-of-2", theirs):
+        with pytest.raises(CaptionError) as refused:
+            run.caption(checked, shards.colours)
+        assert says in str(refused.value)
+    with folder.opened(free.job.out, free.run, "job-1-of-2", free.division):
+        assert run.caption(free, shards.colours).is_complete
+    left = job.out / "vllm-qoq-caption.job-7-of-8.lock"  # of a job that was killed
+    left.write_text('{"num_jobs": 8}')
+    assert run.caption(checked, shards.colours).is_complete and not left.exists()
+
+
+def test_a_first_start_that_failed_binds_to_nothing(job):
+    with pytest.raises(CaptionError):
+        run.caption(check(job), missing)
+    Journal.open(job.out, check(job).shards[0], "tiny", retry=False).close()
+    other = replace(job, prompt="other", engine_args={"dtype": "float16"})
+    assert run.caption(check(other), shards.colours).is_complete
+    with pytest.raises(CaptionError, match="prompt was 'other' and is 'Describe"):
+        check(job)
+
+
+def test_who_has_the_folder_is_said_while_a_job_waits(job, monkeypatch, capsys):
+    monkeypatch.setattr(folder, "_PATIENCE_SECONDS", 0.1)
+    job.out.mkdir()
+    path = job.out / "vllm-qoq-caption.lock"
+    handle = lock.locked(path)
+    lock.sign(handle, {})
+    threading.Timer(0.3, os.close, [handle]).start()
+    assert run.caption(check(job), shards.colours).is_complete
+    said = capsys.readouterr().err
+    assert (
+        f"{path}: waiting for process {os.getpid()} on " in said and "if it hangs, end it" in said
+    )
+
+
+def test_sigterm_says_what_it_ends_from_the_beginning_on(command, tmp_path, monkeypatch):
+    write_good(tmp_path / "data" / "0.tar", 1)
+    monkeypatch.setattr(
+        "vllm_qoq.caption.job.check", lambda _: os.kill(os.getpid(), signal.SIGTERM)
+    )
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        status, _, err = command()
+    finally:
+        signal.signal(signal.SIGINT, handlers[0])
+    assert (status, err) == (130, "interrupted\n")
+    assert signal.getsignal(signal.SIGTERM) == handlers[1]
+
+
+def test_a_model_is_another_with_another_file_that_is_served(model):
+    names = ("vocab.txt", "merges.txt", "qwen.tiktoken", "tokenizer.model", "pytorch_model.bin")
+    digests = {folder.digest_of(model)}
+    for name in names:
+        for content in ("one", "two"):
+            (model / name).write_text(content)
+            digests.add(folder.digest_of(model))
+    assert len(digests) == 1 + 2 * len(names)
+    (model / "README.md").write_text("words")
+    assert folder.digest_of(model) in digests
+
+
+class Refusing(shards.Colours):
+    """An engine that refuses every third image."""
+
+    count = 0
+
+    def add(self, ticket, image, seed):
+        self.count += 1
+        if self.count % 3 == 0:
+            raise Uncaptioned("refused", "too long")
+        super().add(ticket, image, seed)
+
+
+def refusing(_):
+    return Refusing()
+
+
+def test_failed_samples_are_tried_again_where_that_is_asked(command, tmp_path, monkeypatch):
+    write_bad(tmp_path / "data" / "0.tar")
+    write_good(tmp_path / "data" / "1.tar", 9)
+    files = [tmp_path / "out" / f"1.{kind}" for kind in ("json", "jsonl", "failures.json")]
+    assert command()[0] == 1
+    expected = [file.read_bytes() for file in files]
+    for file in (tmp_path / "out").iterdir():
+        file.unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "caption", partial(run.caption.func, make=refusing))
+        assert json.loads(command("--json")[1])["failures"]["refused"] > 2
+    left = json.loads(command("--json")[1])
+    assert left["run"]["engines"] == [] and left["shards_finished_before"] == 2
+    plan = json.loads(command("--json", "--dry-run", "--retry-failed")[1])
+    assert plan["shards_finished"] == 0 and files[0].exists()
+    found = json.loads(command("--json", "--retry-failed")[1])
+    assert (found["captions"], found["failures"]["refused"]) == (3 + 9, 1)
+    assert found["run"]["images"] == 12 - left["captions"]
+    assert [file.read_bytes() for file in files] == expected
+    found = json.loads(command("--json", "--retry-failed")[1])
+    assert found["run"]["images"] == 0 and found["shards_finished_before"] == 1
 
 
 class Failing(shards.Colours):
@@ -295,7 +412,7 @@ def test_an_engine_that_fails_ends_the_job_and_what_it_did_stays(job, make, says
     assert run.caption(check(job), shards.colours).is_complete
 
 
-def in_this_process(shard, out, captioner=None, decoders=2):
+def in_this_process(shard, out, captioner=None, decoders=2, retry=False):
     """Run a pipeline over one shard."""
     waiting, facts = [shard], []
     report = lambda finished: facts.append(finished) if finished else None  # noqa: E731
@@ -306,6 +423,7 @@ def in_this_process(shard, out, captioner=None, decoders=2):
         lambda: waiting.pop() if waiting else None,
         report,
         decoders,
+        retry,
     )
     flow.run()
     return facts, flow.counts
@@ -315,7 +433,7 @@ def in_this_process(shard, out, captioner=None, decoders=2):
 def shard(tmp_path):
     path = write_good(tmp_path / "0.tar", 9)
     (tmp_path / "out").mkdir()
-    return Shard("0", path, path.stat().st_size)
+    return find(str(path))[0]
 
 
 def line(position):
@@ -324,7 +442,7 @@ def line(position):
 
 
 def test_a_part_of_a_line_is_dropped_and_its_sample_done_again(shard, tmp_path):
-    begun = Journal.open(tmp_path / "out", shard, "tiny")
+    begun = Journal.open(tmp_path / "out", shard, "tiny", retry=False)
     begun.append([line(4), line(1)])
     begun.close()
     file = tmp_path / "out" / "0.partial.jsonl"
@@ -342,7 +460,7 @@ def test_a_part_of_a_line_is_dropped_and_its_sample_done_again(shard, tmp_path):
 
 def test_a_shard_that_changed_between_two_runs_is_refused(shard, tmp_path):
     """Also one of the same size."""
-    begun = Journal.open(tmp_path / "out", shard, "tiny")
+    begun = Journal.open(tmp_path / "out", shard, "tiny", retry=False)
     begun.append([line(1).model_copy(update={"key": "another"})])
     begun.close()
     with pytest.raises(CaptionError, match=r"sample 1 is '.*' now, and another when it was"):
@@ -350,8 +468,32 @@ def test_a_shard_that_changed_between_two_runs_is_refused(shard, tmp_path):
     assert not (tmp_path / "out" / "0.json").exists()
 
 
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_shard_that_another_of_its_size_takes_the_place_of_is_refused(
+    shard, tmp_path, is_finished
+):
+    if is_finished:
+        in_this_process(shard, tmp_path / "out")
+    else:
+        Journal.open(tmp_path / "out", shard, "tiny", retry=False).close()
+    os.utime(shard.path, ns=(1, 1))  # as a copy has another time
+    (same,) = find(str(shard.path))
+    assert same.modified_ns == 1
+    if is_finished:
+        assert journal.finished(tmp_path / "out", same).captions == 9
+    else:
+        Journal.open(tmp_path / "out", same, "tiny", retry=False).close()
+    content = bytearray(shard.path.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.path.write_bytes(content)
+    (other,) = find(str(shard.path))
+    assert other.bytes == shard.bytes
+    with pytest.raises(CaptionError, match=r"another shard of the size of .*; delete 0\.\* there"):
+        in_this_process(other, tmp_path / "out")
+
+
 def test_a_damaged_line_is_refused(shard, tmp_path):
-    begun = Journal.open(tmp_path / "out", shard, "tiny")
+    begun = Journal.open(tmp_path / "out", shard, "tiny", retry=False)
     begun.append([line(4), line(1)])
     begun.close()
     file = tmp_path / "out" / "0.partial.jsonl"
@@ -364,7 +506,50 @@ def test_a_damaged_line_is_refused(shard, tmp_path):
     ):
         file.write_bytes(content)
         with pytest.raises(CaptionError, match=says):
-            Journal.open(tmp_path / "out", shard, "tiny")
+            Journal.open(tmp_path / "out", shard, "tiny", retry=False)
+
+
+def test_a_failed_sample_of_an_unfinished_shard_is_tried_again(shard, tmp_path):
+    failed = Line(position=4, key="k4", failure=Failure(kind="engine", why="gave up"))
+    begun = Journal.open(tmp_path / "out", shard, "tiny", retry=False)
+    begun.append([line(1), failed, failed.model_copy(update={"position": 2, "key": "k2"})])
+    begun.close()
+    begun = Journal.open(tmp_path / "out", shard, "tiny", retry=False)
+    assert sorted(begun.done) == [1, 2, 4]
+    begun.close()
+    again = Journal.open(tmp_path / "out", shard, "tiny", retry=True)
+    assert list(again.done) == [1]
+    again.append([line(4)])
+    again.close()
+    (found,), counts = in_this_process(shard, tmp_path / "out")
+    assert (counts.images, found.captions, found.failures) == (6, 8, {"engine": 1})
+
+
+@pytest.mark.parametrize("step", range(3))
+def test_a_kill_while_a_shard_is_opened_again_loses_nothing(shard, tmp_path, monkeypatch, step):
+    in_this_process(shard, tmp_path / "out", Refusing())
+    (tmp_path / "whole").mkdir()
+    in_this_process(shard, tmp_path / "whole")
+    file, parts = tmp_path / "out" / "0.json", ("_begin", "append", "_write")
+    with monkeypatch.context() as patched:
+        if step == 2:
+            patched.setattr(Path, "unlink", lambda self, **_: os.unlink(self) or kill())
+        else:
+            patched.setattr(Journal, parts[step], lambda *_: kill())
+        with pytest.raises(KeyboardInterrupt):
+            Journal.open(tmp_path / "out", shard, "tiny", retry=True)
+    assert file.exists() == (step < 2)
+    if step < 2:
+        assert journal.finished(tmp_path / "out", shard).failures == {"refused": 3}
+    (found,), counts = in_this_process(shard, tmp_path / "out", retry=True)
+    assert counts.images == 3 and found.is_complete
+    for kind in ("json", "jsonl", "failures.json"):
+        names = [tmp_path / folder / f"0.{kind}" for folder in ("out", "whole")]
+        assert names[0].read_bytes() == names[1].read_bytes()
+
+
+def kill():
+    raise KeyboardInterrupt  # nothing catches it on the way
 
 
 @pytest.mark.parametrize("step", range(4))
@@ -432,7 +617,7 @@ def test_a_disk_that_fails_is_not_taken_for_a_damaged_shard(shard, tmp_path, mon
 
 def test_a_shard_that_another_process_has_finished_meanwhile_is_left(job):
     checked = check(job)
-    with folder.opened(job.out, checked.run, "job-1-of-2"):
+    with folder.opened(job.out, checked.run, "job-x", checked.division):
         in_this_process(checked.shards[0], job.out)
     assert run.caption(checked, failing).is_complete
 
@@ -458,8 +643,7 @@ def test_memory_is_bounded_while_the_engine_is_slow(tmp_path):
     captioner, decode = Waiting(capacity=6), pipeline.decode
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(pipeline, "decode", lambda content: decoded.append(1) or decode(content))
-        shard = Shard("0", path, path.stat().st_size)
-        (facts,), _ = in_this_process(shard, tmp_path / "out", captioner)
+        (facts,), _ = in_this_process(find(str(path))[0], tmp_path / "out", captioner)
     # The one that was taken, a full queue, and what the two threads have in hand.
     assert captioner.most == 1 + 6 + 2 and facts.captions == 400
 

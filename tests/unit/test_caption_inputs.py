@@ -5,6 +5,7 @@ import json
 import os
 import struct
 import tarfile
+import tracemalloc
 import zlib
 
 import caption_shards as shards
@@ -92,7 +93,8 @@ def test_what_a_folder_would_hide_is_refused(data, tmp_path):
         find(str(data / "mor*" / ".." / "000.tar"))
 
 
-def test_what_is_no_shard_is_refused(data):
+def test_what_is_no_shard_is_refused(data, monkeypatch):
+    monkeypatch.setattr("vllm_qoq.caption.shards._MOST", 1000)
     os.mkfifo(data / "fifo.tar")
     (data / "x.tar.gz").write_bytes(b"")
     (data / "empty").mkdir()
@@ -102,15 +104,36 @@ def test_what_is_no_shard_is_refused(data):
         ("none.tar", "no such file"),
         ("x.tar.gz", "does not end in .tar"),
         ("{000..001.tar", "close its braces"),
-        ("{0..9999999}.tar", "more than 1000000 names"),
+        ("{0..9999999}.tar", "more than 1000 names"),
         ("empty", "no shards are there"),
         ("none.json", "give a list of shards"),
-        ("z", "ends like files of the output; rename it"),
+        ("z", "is called like files of the output; rename it"),
         ("*.none.tar", "no shards are there"),
     ):
         with pytest.raises(CaptionError) as refused:
             find(str(data / named))
         assert says in str(refused.value), named
+
+
+def test_names_whose_files_could_not_be_written_are_refused_before(tmp_path):
+    (tmp_path / "a.tar").touch()
+    for name, says in (
+        ("a.json/b.tar", "is called like a file of the output for 'a'; rename one of both"),
+        ("a.partial.jsonl/c/b.tar", "is called like a file of the output for 'a'"),
+        (f"{'x' * 235}.tar", "has a name too long for files of the output by 3 bytes; rename it"),
+        ("vllm-qoq-caption.x.tar", "is called like files of the output; rename it"),
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        with pytest.raises(CaptionError) as refused:
+            find(str(tmp_path))
+        assert says in str(refused.value), name
+        path.unlink()
+    for name in ("b.json/a.tar", f"{'x' * 232}.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert len(find(str(tmp_path))) == 3
 
 
 def read(path):
@@ -163,6 +186,14 @@ def test_members_that_are_no_files_are_ignored_and_counted(tmp_path):
     assert reader.damage is None
 
 
+def test_of_a_sample_of_many_files_the_first_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(tar, "_MOST_FILES", 3)
+    names = ("a.1", "a.2", "a.3", "a.jpg", "b.1", "b.jpg")
+    samples, reader = read(shards.write_members(tmp_path / "0.tar", map(member, names)))
+    files = [(sample.key, sample.member and sample.member.name) for sample in samples]
+    assert files == [("a", None), ("b", "b.jpg")] and reader.ignored == {"excess": 1}
+
+
 @pytest.fixture
 def whole(tmp_path):
     """Four samples, of each 512 bytes of header and 1024 for an image of 700."""
@@ -199,6 +230,15 @@ def hostile(kind):
     if kind == "negative":
         block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
         block[124:136] = b"\xff" * 11 + b"\x00"
+    elif kind == "sparse":
+        info.type = tarfile.GNUTYPE_SPARSE
+        block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+        block[482] = 1  # more of the map follows, and more behind it
+        more = bytearray(512)
+        more[504] = 1
+        return _checked(block) + bytes(more) * (4 << 11)
+    elif kind == "global":
+        return b"".join(_global_header(number) for number in range(200)) + bytes(1024)
     elif kind == "long name":
         info.type, info.size = tarfile.GNUTYPE_LONGNAME, 1 << 40
         block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
@@ -209,18 +249,43 @@ def hostile(kind):
     return _checked(block) + bytes(2048)
 
 
+def _global_header(number):
+    """One with a key of its own, and a file behind it."""
+    record = b"%02d key%03d=%s\n" % (99, number, b"x" * 99)
+    record = record[:98] + b"\n"
+    info = tarfile.TarInfo("pax")
+    info.type, info.size = tarfile.XGLTYPE, len(record)
+    header = bytes(info.tobuf(tarfile.USTAR_FORMAT)) + record.ljust(512, b"\0")
+    return header + tarfile.TarInfo(f"{number}.jpg").tobuf(tarfile.USTAR_FORMAT)
+
+
 def _checked(block):
     block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block)
     return bytes(block)
 
 
-@pytest.mark.parametrize("kind", ["negative", "long name", "headers of headers"])
-def test_hostile_headers_end_a_shard(tmp_path, kind):
+@pytest.mark.parametrize(
+    "kind, says, samples",
+    [
+        ("negative", "", 0),
+        ("long name", "headers of more than 1048576 bytes", 0),
+        ("headers of headers", "", 0),
+        ("sparse", "headers of more than 1048576 bytes", 0),
+        ("global", "more than 64 global headers", 64),
+    ],
+)
+def test_hostile_headers_end_a_shard(tmp_path, kind, says, samples):
     path = tmp_path / "0.tar"
     path.write_bytes(hostile(kind))
-    samples, reader = read(path)
-    assert samples == [] and reader.damage
+    tracemalloc.start()
+    try:
+        found, reader = read(path)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(found) == samples and says in reader.damage
+    assert most < 16 << 20  # the map of the sparse one would be 20 MiB
 
 
 def test_a_large_member_is_not_read(tmp_path):

@@ -9,6 +9,7 @@ from conftest import ROOT
 
 COMMAND = """#!/usr/bin/env bash
 [[ $2 == none ]] && exit 2
+[[ $2 == early ]] && kill -TERM $$
 echo "$@"
 trap 'exit 130' TERM
 touch "$4.begun"
@@ -43,6 +44,11 @@ def test_a_job_whose_time_is_over_is_put_into_the_queue_again(tmp_path):
     job.send_signal(signal.SIGTERM)
     out, _ = job.communicate(timeout=20)
     assert (job.returncode, out.splitlines()[-1]) == (130, "requeue 77_3")
+
+
+def test_a_command_that_is_told_to_end_while_it_begins_is_put_there_too(tmp_path):
+    out, _ = (job := begin(tmp_path, "early")).communicate(timeout=20)
+    assert (job.returncode, out) == (143, "requeue 77_3\n")
 
 
 def test_the_status_of_a_command_that_ends_at_once_is_not_lost(tmp_path):

@@ -7,7 +7,7 @@ Modules, in the order in which they import each other:
     tar       the samples of one shard, streamed from its tar file
     image     bytes to pixels, within limits
     records   lines of the write-ahead file, and the facts of a finished shard
-    lock      a file for one process alone
+    lock      a file for one process alone, and who has it
     journal   the write-ahead file of a shard, and the files that it becomes
     folder    the output folder: whose it is, and which job is in it
     bounded   a queue that is full by number or by bytes
@@ -15,6 +15,7 @@ Modules, in the order in which they import each other:
     messages  what processes tell each other
     worker    the process of one engine
     engine    vLLM as the engine of a pipeline
+    sigterm   SIGTERM as Ctrl-C
     devices   which GPUs an engine gets
     job       what is asked, checked before work begins
     status    progress for a terminal or a log

@@ -31,6 +31,8 @@ _FIRST_PIXELS = 224
 class Engine:
     """An engine that has captioned a grey image, so that it is known to work.
 
+    llm  vLLM's
+
     Raises CaptionError where vLLM does not start, or takes no images.
     """
 
@@ -38,12 +40,12 @@ class Engine:
         self._request = request
         try:
             args = {**_DEFAULTS, **request.engine_args}
-            self._llm = LLM(request.model, trust_remote_code=False, **args)
+            self.llm = LLM(request.model, trust_remote_code=False, **args)
         except Exception as error:  # vLLM raises its own and pydantic's
             raise CaptionError(f"{request.model}: vLLM did not start: {reason(error)}") from error
-        if not self._llm.llm_engine.model_config.is_multimodal_model:
+        if not self.llm.llm_engine.model_config.is_multimodal_model:
             raise CaptionError(f"{request.model}: takes no images; give a model that does")
-        most = self._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
+        most = self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
         # Some wait in the engine, so that the next one is there when another ends.
         self.capacity = most + max(1, most // 4)
         self._tickets: dict[str, int] = {}
@@ -63,7 +65,7 @@ class Engine:
             seed=seed if request.temperature else None,
         )
         try:
-            (name,) = self._llm.enqueue_chat(messages, sampling, use_tqdm=False)
+            (name,) = self.llm.enqueue_chat(messages, sampling, use_tqdm=False)
         except (EngineDeadError, MemoryError):
             raise
         except Exception as error:  # of vLLM, of the model's processor, of its chat template
@@ -74,13 +76,13 @@ class Engine:
         """Run a step of the engine; the captions that it has finished."""
         return [
             (self._tickets.pop(_number(output.request_id)), _found(output))
-            for output in self._llm.llm_engine.step()
+            for output in self.llm.llm_engine.step()
             if output.finished
         ]
 
     def close(self) -> None:
         """End vLLM's processes, which it leaves to the end of this one, and that waits for them."""
-        self._llm.llm_engine.engine_core.shutdown()
+        self.llm.llm_engine.engine_core.shutdown()
 
     def _try(self) -> None:
         from PIL import Image

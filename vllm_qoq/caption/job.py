@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 
 from vllm_qoq.caption import MAX_TOKENS, PROMPT, devices, folder, journal
 from vllm_qoq.caption.errors import CaptionError
-from vllm_qoq.caption.records import Facts
+from vllm_qoq.caption.records import Outcome
 from vllm_qoq.caption.shards import Shard, find
 from vllm_qoq.checkpoint import hub
 from vllm_qoq.checkpoint.folder import read_config, require_folder
@@ -21,12 +22,13 @@ _REFUSED = ("model", "trust_remote_code", "skip_tokenizer_init", "data_parallel_
 _OPERATION = frozenset(
     {
         *("gpu_memory_utilization", "kv_cache_memory_bytes", "cpu_offload_gb"),
-        *("max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size"),
+        *("max_num_seqs", "max_num_batched_tokens", "max_model_len", "tensor_parallel_size"),
         *("pipeline_parallel_size", "enforce_eager", "compilation_config"),
         *("disable_log_stats", "enable_prefix_caching", "mm_processor_cache_gb"),
     }
 )
 _MOST_DECODERS = 16
+_LONGEST_PATH = 4095
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Job:
     engine_args    more arguments of `LLM()`
     engines        processes with an engine; None for as many as there are GPUs for
     job_id         which of `num_jobs` this is, from 0; each has every `num_jobs`-th shard
+    retry_failed   whether samples that failed in an earlier run are tried again
     """
 
     shards: str
@@ -54,6 +57,7 @@ class Job:
     engines: int | None = None
     job_id: int = 0
     num_jobs: int = 1
+    retry_failed: bool = False
     quiet: bool = False
 
     @property
@@ -71,17 +75,17 @@ class Job:
 class CheckedJob:
     """A job that can begin.
 
-    all_shards  how many shards there are for all jobs
+    all_shards  the shards of all jobs
     shards      those of this job
-    finished    name -> facts of those that are finished
+    finished    name -> what became of those that are finished
     run         what the captions depend on
     devices     a value of CUDA_VISIBLE_DEVICES for each engine, None without GPUs
     """
 
     job: Job
-    all_shards: int
+    all_shards: tuple[Shard, ...]
     shards: tuple[Shard, ...]
-    finished: Mapping[str, Facts]
+    finished: Mapping[str, Outcome]
     run: Mapping[str, Any]
     devices: tuple[str | None, ...]
 
@@ -89,6 +93,14 @@ class CheckedJob:
     def pending(self) -> tuple[Shard, ...]:
         """The shards that are not finished."""
         return tuple(shard for shard in self.shards if shard.name not in self.finished)
+
+    @property
+    def division(self) -> dict[str, Any]:
+        """How shards are divided among the jobs of the output folder."""
+        names = "\0".join(shard.name for shard in self.all_shards)
+        digest = hashlib.sha256(names.encode()).hexdigest()[:12]
+        shards = f"{len(self.all_shards)} shards, {digest}"
+        return {"num_jobs": self.job.num_jobs, "list_of_shards": shards}
 
     @property
     def decoders(self) -> int:
@@ -114,16 +126,29 @@ def check(job: Job) -> CheckedJob:
     require_folder(job.model)
     read_config(job.model)
     shards = find(job.shards)
+    _check_paths(job.out, shards)
     run = _run(job)
     folder.check(job.out, run)
     mine = shards[job.job_id :: job.num_jobs]
     finished = {}
     for shard in mine:
-        if (facts := journal.finished(job.out, shard)) is not None:
-            finished[shard.name] = facts
+        found = journal.finished(job.out, shard)
+        if found is not None and not (job.retry_failed and found.failures):
+            finished[shard.name] = found
     groups = devices.groups(job.engines, _gpus_each(job.engine_args))
     used = max(1, min(len(groups), len(mine) - len(finished)))
-    return CheckedJob(job, len(shards), mine, finished, run, tuple(groups[:used]))
+    return CheckedJob(job, shards, mine, finished, run, tuple(groups[:used]))
+
+
+def _check_paths(out: Path, shards: tuple[Shard, ...]) -> None:
+    """Raise CaptionError where a file of the output would have too long a path."""
+    room = _LONGEST_PATH - len(os.fsencode(out.absolute())) - len("/..failures.json.partial")
+    for shard in shards:
+        if len(shard.name.encode()) > room:
+            raise CaptionError(
+                f"{shard.path}: has a path too long for files in {out}; choose an output folder "
+                "with a shorter path"
+            )
 
 
 def _run(job: Job) -> dict[str, Any]:

@@ -9,7 +9,8 @@ A shard NAME has in the output folder
 
 A line counts once all of it is there: of one that a killed process left unfinished, the next drops
 the part. NAME.json comes last, so a shard that has it is finished; what a process leaves that is
-killed before that is written anew from the lines.
+killed before that is written anew from the lines. A failed sample that is tried again gets another
+line, and the later one counts.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pydantic import ValidationError
 
 from vllm_qoq.caption.errors import CaptionError
 from vllm_qoq.caption.lock import locked
-from vllm_qoq.caption.records import Facts, FailedSample, Head, Line
+from vllm_qoq.caption.records import Caption, Facts, FailedSample, Head, Line, Outcome, Written
 from vllm_qoq.caption.shards import Shard
 from vllm_qoq.checkpoint.writer import durable, sync_folder
 from vllm_qoq.errors import one_line
@@ -37,10 +38,10 @@ from vllm_qoq.errors import one_line
 _DYING_SECONDS = 5.0
 
 
-def finished(out: Path, shard: Shard) -> Facts | None:
-    """Read the facts of a finished shard; None where it is not finished.
+def finished(out: Path, shard: Shard) -> Outcome | None:
+    """Read what became of a finished shard; None where it is not finished.
 
-    Raises CaptionError where they are those of another shard of its name, or damaged.
+    Raises CaptionError where it is another shard of its name, or the files are damaged.
     """
     if not _file(out, shard, "json").is_file():
         return None
@@ -48,12 +49,22 @@ def finished(out: Path, shard: Shard) -> Facts | None:
     try:
         facts = Facts.model_validate_json(file.read_bytes())
     except (ValidationError, FileNotFoundError):
-        raise CaptionError(
-            f"{file}: is not what a finished shard has; delete {_file(out, shard, 'json')} to "
-            "caption it again"
-        ) from None
-    _check_same(file, Head(shard=facts.shard, bytes=facts.bytes), shard)
-    return facts
+        raise _damaged(file, out, shard) from None
+    _check_same(file, facts, shard)
+    return facts.outcome
+
+
+def count_finished(out: Path, shards: Iterable[Shard]) -> int:
+    """Count the shards that are finished, by the names of files alone."""
+    names: dict[Path, frozenset[str]] = {}
+    count = 0
+    for shard in shards:
+        file = _file(out, shard, "json")
+        if file.parent not in names:
+            is_there = file.parent.is_dir()
+            names[file.parent] = frozenset(os.listdir(file.parent) if is_there else ())
+        count += file.name in names[file.parent]
+    return count
 
 
 def clean(out: Path, shard: Shard) -> None:
@@ -79,14 +90,18 @@ class Journal:
     def __init__(self, out: Path, shard: Shard, model: str, handle: int) -> None:
         self.shard = shard
         self.done: dict[int, int] = {}
+        self._failed: set[int] = set()  # of these, the samples that an earlier run did not caption
         self._keys: dict[int, int] = {}  # of lines of an earlier run: position -> digest of the key
         self._out, self._model, self._handle = out, model, handle
         self._path = _file(out, shard, "partial.jsonl")
         self._end = 0
+        self._head: Head
 
     @classmethod
-    def open(cls, out: Path, shard: Shard, model: str) -> Journal | None:
+    def open(cls, out: Path, shard: Shard, model: str, retry: bool) -> Journal | None:
         """Go on with the file of a shard or begin it; None where the shard is finished.
+
+        retry  whether samples that have failed are not done, and a shard with some not finished
 
         Raises CaptionError while another process has it, and where it is damaged or of another
         shard.
@@ -103,11 +118,14 @@ class Journal:
             )
         journal = cls(out, shard, model, handle)
         try:
-            if finished(out, shard) is not None:  # by another process, since this one looked
-                clean(out, shard)
-                journal.close()
-                return None
-            journal._load()
+            if (found := finished(out, shard)) is not None:
+                if not (retry and found.failures):  # by another process, since this one looked
+                    clean(out, shard)
+                    journal.close()
+                    return None
+                journal._reopen()
+            else:
+                journal._load(retry)
         except BaseException:
             journal.close()
             raise
@@ -137,7 +155,7 @@ class Journal:
         self._end = end
         self.done |= places
 
-    def finish(self, samples: int, damage: str | None, ignored: Counter[str]) -> Facts:
+    def finish(self, samples: int, damage: str | None, ignored: Counter[str]) -> Outcome:
         """Write the files of the finished shard, and delete this one."""
         if sorted(self.done) != list(range(samples)):
             raise RuntimeError(f"{self.shard.name}: {len(self.done)} lines of {samples} samples")
@@ -151,15 +169,15 @@ class Journal:
                     )
                     failures.setdefault(line.failure.kind, []).append(failed)
                 elif (found := line.caption) is not None:
-                    file.write(
-                        _encoded({"key": line.key, "model": self._model, **found.model_dump()})
-                    )
+                    place = {"key": line.key, "model": self._model, "position": line.position}
+                    file.write(_encoded({**place, **found.model_dump()}))
                     counts["captions"] += 1
                     counts["prompt_tokens"] += found.prompt_tokens
                     counts["tokens"] += found.tokens
         facts = Facts.model_validate(
             {
-                **{"shard": self.shard.name, "bytes": self.shard.bytes, "samples": samples},
+                **self._head.model_dump(),
+                "samples": samples,
                 **{name: counts[name] for name in ("captions", "prompt_tokens", "tokens")},
                 "missing": max(0, (self.shard.samples or 0) - samples),
                 **{"damage": damage, "ignored": dict(ignored)},
@@ -179,7 +197,7 @@ class Journal:
             file.write(b"\n}\n" if before == "," else b"{}\n")
         clean(self._out, self.shard)
         self.close()
-        return facts
+        return facts.outcome
 
     def close(self) -> None:
         """Let other processes have the shard; its lines stay."""
@@ -194,7 +212,7 @@ class Journal:
                 file.seek(self.done[position])
                 yield Line.model_validate_json(file.readline())
 
-    def _load(self) -> None:
+    def _load(self, retry: bool) -> None:
         """Find the lines that are there; drops a part of a line, and begins a new file."""
         with self._path.open("rb") as file:
             for number, text in enumerate(file, 1):
@@ -202,7 +220,8 @@ class Journal:
                     break
                 try:
                     if number == 1:
-                        _check_same(self._path, Head.model_validate_json(text), self.shard)
+                        self._head = Head.model_validate_json(text)
+                        _check_same(self._path, self._head, self.shard)
                     else:
                         self._note(Line.model_validate_json(text))
                 except ValidationError as error:
@@ -213,19 +232,54 @@ class Journal:
                 self._end += len(text)
         os.ftruncate(self._handle, self._end)
         if self._end == 0:
-            head = _encoded(Head(shard=self.shard.name, bytes=self.shard.bytes).model_dump())
-            self._write(head)
-            self._end = len(head)
-            sync_folder(self._path.parent)
+            self._begin()
+        if retry:
+            for position in self._failed:
+                del self.done[position]
+
+    def _begin(self) -> None:
+        shard = self.shard
+        self._head = Head(
+            shard=shard.name,
+            bytes=shard.bytes,
+            modified_ns=shard.modified_ns,
+            fingerprint=shard.fingerprint(),
+        )
+        head = _encoded(self._head.model_dump())
+        self._write(head)
+        self._end = len(head)
+        sync_folder(self._path.parent)
+
+    def _reopen(self) -> None:
+        """Make lines of the captions of the finished shard, which is unfinished from then on."""
+        os.ftruncate(self._handle, 0)
+        self._begin()
+        file = _file(self._out, self.shard, "jsonl")
+        lines = []
+        try:
+            for text in file.read_bytes().splitlines():
+                one = Written.model_validate_json(text)
+                caption = Caption(**one.model_dump(include=set(Caption.model_fields)))
+                lines.append(Line(position=one.position, key=one.key, caption=caption))
+                self._keys[one.position] = _digest(one.key)
+        except (ValidationError, FileNotFoundError):
+            raise _damaged(file, self._out, self.shard) from None
+        self.append(lines)
+        _file(self._out, self.shard, "json").unlink()
+        sync_folder(self._path.parent)
 
     def _note(self, line: Line) -> None:
-        if line.position in self.done:
+        if line.position in self.done and line.position not in self._failed:
             raise CaptionError(
                 f"{self._path}: has sample {line.position} twice; delete the file, and what it has "
                 "is captioned again"
             )
         self.done[line.position] = self._end
         self._keys[line.position] = _digest(line.key)
+        if line.failure is None:
+            self._failed.discard(line.position)
+        else:
+            self._failed.add(line.position)
 
     def _write(self, content: bytes) -> None:
         """Write at the end; what an error leaves there is a part of a line, which `_load` drops."""
@@ -256,12 +310,25 @@ def _encoded(value: object) -> bytes:
     return f"{_json(value)}\n".encode(errors="backslashreplace")
 
 
+def _damaged(file: Path, out: Path, shard: Shard) -> CaptionError:
+    return CaptionError(
+        f"{file}: is not what a finished shard has; delete {_file(out, shard, 'json')} to caption "
+        "it again"
+    )
+
+
 def _check_same(file: Path, head: Head, shard: Shard) -> None:
+    """Raise CaptionError for another shard; one that was copied or touched is the same."""
     if (head.shard, head.bytes) != (shard.name, shard.bytes):
-        raise CaptionError(
-            f"{file}: is of a shard of {head.bytes} bytes, and {shard.path} has {shard.bytes}; "
-            f"delete {shard.name}.* there to caption the new one, or choose another output folder"
-        )
+        what = f"a shard of {head.bytes} bytes, and {shard.path} has {shard.bytes}"
+    elif head.modified_ns == shard.modified_ns or head.fingerprint == shard.fingerprint():
+        return
+    else:
+        what = f"another shard of the size of {shard.path}, which has changed since"
+    raise CaptionError(
+        f"{file}: is of {what}; delete {shard.name}.* there to caption the new one, or choose "
+        "another output folder"
+    )
 
 
 @contextmanager

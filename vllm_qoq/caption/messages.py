@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_qoq.caption.pipeline import Counts
-from vllm_qoq.caption.records import Facts
+from vllm_qoq.caption.records import Outcome
 from vllm_qoq.caption.shards import Shard
 
 
@@ -21,6 +21,7 @@ class Request:
     prompt         what is asked about each image
     system_prompt  None for none
     engine_args    arguments of `LLM()`
+    retry_failed   whether samples that failed in an earlier run are tried again
     devices        value of CUDA_VISIBLE_DEVICES; None where there are no GPUs
     processors     that it may use; None for those that its parent may
     decoders       threads that decode images
@@ -35,6 +36,7 @@ class Request:
     max_tokens: int
     temperature: float
     engine_args: Mapping[str, Any]
+    retry_failed: bool
     devices: str | None
     processors: frozenset[int] | None
     decoders: int
@@ -58,7 +60,7 @@ class Progress:
     """What an engine has done so far, and the shard that it has just finished."""
 
     counts: Counts
-    finished: Facts | None
+    finished: Outcome | None
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from vllm_qoq.caption.bounded import Bounded, Closed
 from vllm_qoq.caption.errors import Uncaptioned
 from vllm_qoq.caption.image import decode
 from vllm_qoq.caption.journal import Journal
-from vllm_qoq.caption.records import Caption, Facts, Failure, Line
+from vllm_qoq.caption.records import Caption, Failure, Line, Outcome
 from vllm_qoq.caption.shards import Shard
 from vllm_qoq.caption.tar import Reader, Sample
 
@@ -110,9 +110,10 @@ class Pipeline:
     """Captions shards with one engine.
 
     next_shard  gives the next shard, None where there are no more; it may wait
-    report      is called, from the thread that writes, after each write, with the facts of a shard
-                that it has finished, or None
+    report      is called, from the thread that writes, after each write, with the outcome of a
+                shard that it has finished, or None
     decoders    threads that decode images
+    retry       whether samples that failed in an earlier run are tried again
     """
 
     def __init__(
@@ -121,12 +122,13 @@ class Pipeline:
         out: Path,
         model: str,
         next_shard: Callable[[], Shard | None],
-        report: Callable[[Facts | None], None],
+        report: Callable[[Outcome | None], None],
         decoders: int,
+        retry: bool = False,
     ) -> None:
         self.counts = Counts()
         self._captioner, self._out, self._model = captioner, out, model
-        self._next_shard, self._report = next_shard, report
+        self._next_shard, self._report, self._retry = next_shard, report, retry
         self._files: Bounded[tuple[_Place, bytes]] = Bounded(_FILES, _FILE_BYTES)
         self._images: Bounded[tuple[_Place, Image]] = Bounded(captioner.capacity, _IMAGE_BYTES)
         self._results: Bounded[_Done | _End] = Bounded(1 << 14, 1)
@@ -191,7 +193,7 @@ class Pipeline:
 
     def _read(self) -> None:
         while not self._stopped.is_set() and (shard := self._next_shard()) is not None:
-            journal = Journal.open(self._out, shard, self._model)
+            journal = Journal.open(self._out, shard, self._model, self._retry)
             if journal is not None:
                 self._journals.add(journal)
                 try:

@@ -12,10 +12,17 @@ class _Record(BaseModel):
 
 
 class Head(_Record):
-    """The first line: which shard it is, and its size by which another of the name is told."""
+    """The first line: which shard it is, and by what another of the name is told.
+
+    bytes        its size
+    modified_ns  when it was changed last, in nanoseconds since 1970
+    fingerprint  `Shard.fingerprint`
+    """
 
     shard: str
     bytes: int
+    modified_ns: int
+    fingerprint: str
 
 
 class Caption(_Record):
@@ -47,6 +54,14 @@ class Line(_Record):
     failure: Failure | None = None
 
 
+class Written(Caption):
+    """A line of a finished shard's `.jsonl`."""
+
+    key: str
+    model: str
+    position: int = Field(ge=0)
+
+
 class FailedSample(_Record):
     """A sample without a caption, by name."""
 
@@ -55,10 +70,9 @@ class FailedSample(_Record):
     why: str
 
 
-class Facts(_Record):
+class Facts(Head):
     """A finished shard, in its `.failures.json`.
 
-    bytes          of the shard
     samples        that it has, with captions or without
     missing        samples that a list promised besides
     damage         why nothing was read behind the last sample; None where all was
@@ -66,8 +80,6 @@ class Facts(_Record):
     failures       kind -> samples without a caption
     """
 
-    shard: str
-    bytes: int
     samples: int
     captions: int
     prompt_tokens: int
@@ -76,6 +88,29 @@ class Facts(_Record):
     damage: str | None
     ignored: dict[str, int]
     failures: dict[Kind, list[FailedSample]]
+
+    @property
+    def outcome(self) -> Outcome:
+        """The facts without the names of samples."""
+        return Outcome(
+            **self.model_dump(exclude={*Head.model_fields, "failures"}),
+            shard=self.shard,
+            failures={kind: len(samples) for kind, samples in self.failures.items()},
+        )
+
+
+class Outcome(_Record):
+    """What is kept of a finished shard in memory: `Facts`, of failures the numbers alone."""
+
+    shard: str
+    samples: int
+    captions: int
+    prompt_tokens: int
+    tokens: int
+    missing: int
+    damage: str | None
+    ignored: dict[str, int]
+    failures: dict[Kind, int]
 
     @property
     def is_complete(self) -> bool:

@@ -19,16 +19,17 @@ def plan(checked: CheckedJob) -> dict[str, Any]:
     job = checked.job
     samples = done = 0
     for shard in checked.shards:
-        facts = checked.finished.get(shard.name)
-        samples += _samples(shard) if facts is None else facts.samples
-        done += journal.begun(job.out, shard) if facts is None else facts.samples
+        found = checked.finished.get(shard.name)
+        count = _samples(shard) if found is None else found.samples
+        samples += count
+        done += min(count, journal.begun(job.out, shard)) if found is None else count
     return {
         "output": str(job.out),
         "dry_run": True,
         "model": job.model_name,
         "job_id": job.job_id,
         "num_jobs": job.num_jobs,
-        "all_shards": checked.all_shards,
+        **_of_all_jobs(checked),
         "shards": len(checked.shards),
         "shards_finished": len(checked.finished),
         "bytes": sum(shard.bytes for shard in checked.shards),
@@ -41,6 +42,8 @@ def plan(checked: CheckedJob) -> dict[str, Any]:
 def plan_text(found: dict[str, Any]) -> str:
     """Write a plan for people."""
     return (
+        f"of all jobs, {found['all_shards_finished']} of {found['all_shards']} shards are "
+        "finished\n"
         f"would caption {found['shards'] - found['shards_finished']} of {found['all_shards']} "
         f"shards as {found['model']} into {found['output']}\n"
         f"job {found['job_id']} of {found['num_jobs']}: {found['shards']} shards, "
@@ -52,14 +55,14 @@ def plan_text(found: dict[str, Any]) -> str:
 
 def summary(result: Result) -> dict[str, Any]:
     """Describe what a job has, and what this run of it did."""
-    job, facts = result.checked.job, result.facts.values()
+    job, outcomes = result.checked.job, result.outcomes.values()
     seconds = max((one.counts.seconds for one in result.engines), default=0.0)
     images = sum(one.counts.images for one in result.engines)
     tokens = sum(one.counts.tokens for one in result.engines)
     failures: Counter[str] = Counter()
     ignored: Counter[str] = Counter()
-    for one in facts:
-        failures.update({kind: len(samples) for kind, samples in one.failures.items()})
+    for one in outcomes:
+        failures.update(one.failures)
         ignored.update(one.ignored)
         failures["missing"] += one.missing
     return {
@@ -69,15 +72,16 @@ def summary(result: Result) -> dict[str, Any]:
         "job_id": job.job_id,
         "num_jobs": job.num_jobs,
         "is_complete": result.is_complete,
-        "shards": len(result.facts),
+        **_of_all_jobs(result.checked),
+        "shards": len(result.outcomes),
         "shards_finished_before": len(result.checked.finished),
-        "samples": sum(one.samples for one in facts),
-        "captions": sum(one.captions for one in facts),
-        "prompt_tokens": sum(one.prompt_tokens for one in facts),
-        "tokens": sum(one.tokens for one in facts),
+        "samples": sum(one.samples for one in outcomes),
+        "captions": sum(one.captions for one in outcomes),
+        "prompt_tokens": sum(one.prompt_tokens for one in outcomes),
+        "tokens": sum(one.tokens for one in outcomes),
         "failures": {kind: count for kind, count in sorted(failures.items()) if count},
         "ignored_members": dict(sorted(ignored.items())),
-        "damaged_shards": {one.shard: one.damage for one in facts if one.damage is not None},
+        "damaged_shards": {one.shard: one.damage for one in outcomes if one.damage is not None},
         "run": {
             "images": images,
             "prompt_tokens": sum(one.counts.prompt_tokens for one in result.engines),
@@ -95,6 +99,11 @@ def summary_text(found: dict[str, Any]) -> str:
     """Write a summary for people."""
     run = found["run"]
     lines = [f"{found['captions']} captions of {found['samples']} samples in {found['output']}"]
+    if found["num_jobs"] > 1 or found["all_shards_finished"] < found["all_shards"]:
+        lines.append(
+            f"of all jobs, {found['all_shards_finished']} of {found['all_shards']} shards are "
+            "finished"
+        )
     if run["engines"]:
         lines.append(
             f"this run: {run['images']} images, {run['tokens']} tokens in "
@@ -116,6 +125,12 @@ def summary_text(found: dict[str, Any]) -> str:
         kinds = ", ".join(f"{kind} {count}" for kind, count in found["ignored_members"].items())
         lines.append(f"files in the shards that were ignored: {kinds}")
     return "\n".join(lines)
+
+
+def _of_all_jobs(checked: CheckedJob) -> dict[str, int]:
+    """Count what all jobs have done, so that a shard is noticed that was no job's."""
+    finished = journal.count_finished(checked.job.out, checked.all_shards)
+    return {"all_shards": len(checked.all_shards), "all_shards_finished": finished}
 
 
 def _engine(one: EngineResult) -> dict[str, Any]:

@@ -9,11 +9,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
@@ -34,7 +32,7 @@ from vllm_qoq.caption.messages import (
     WantsShard,
 )
 from vllm_qoq.caption.pipeline import Counts
-from vllm_qoq.caption.records import Facts
+from vllm_qoq.caption.records import Outcome
 from vllm_qoq.caption.shards import Shard
 from vllm_qoq.caption.worker import MakeCaptioner, main, vllm_captioner
 
@@ -57,18 +55,18 @@ class EngineResult:
 class Result:
     """A job that has ended.
 
-    facts    name -> facts of all its shards
-    engines  those of this run; none where everything was finished before
+    outcomes  name -> what became of all its shards
+    engines   those of this run; none where everything was finished before
     """
 
     checked: CheckedJob
-    facts: dict[str, Facts]
+    outcomes: dict[str, Outcome]
     engines: tuple[EngineResult, ...]
 
     @property
     def is_complete(self) -> bool:
         """Whether every sample of every shard has a caption."""
-        return all(facts.is_complete for facts in self.facts.values())
+        return all(one.is_complete for one in self.outcomes.values())
 
 
 def caption(checked: CheckedJob, make: MakeCaptioner = vllm_captioner) -> Result:
@@ -76,18 +74,17 @@ def caption(checked: CheckedJob, make: MakeCaptioner = vllm_captioner) -> Result
 
     make  starts the engine in each process
 
-    Raises CaptionError where an engine fails, and KeyboardInterrupt on SIGINT and SIGTERM, which
-    says what is done.
+    Raises CaptionError where an engine fails, and KeyboardInterrupt on SIGINT, which says what is
+    done.
     """
     job = checked.job
-    with folder.opened(job.out, checked.run, job.label):
+    with folder.opened(job.out, checked.run, job.label, checked.division):
         for shard in checked.shards:
             if shard.name in checked.finished:
                 journal.clean(job.out, shard)
         if not checked.pending:
             return Result(checked, dict(checked.finished), ())
-        with _terminable():
-            return _Run(checked, make).to_the_end()
+        return _Run(checked, make).to_the_end()
 
 
 @dataclass
@@ -122,7 +119,7 @@ class _Run:
     def __init__(self, checked: CheckedJob, make: MakeCaptioner) -> None:
         self._checked, self._make = checked, make
         self._shards: deque[Shard] = deque(checked.pending)
-        self._facts = dict(checked.finished)
+        self._outcomes = dict(checked.finished)
         self._engines: list[_Engine] = []
         self._is_stopping = False
 
@@ -135,7 +132,7 @@ class _Run:
             with status.shown(size, len(pending), job.quiet) as shown:
                 while self._alive():
                     self._wait(_POLL_SECONDS)
-                    done = len(self._facts) - len(self._checked.finished)
+                    done = len(self._outcomes) - len(self._checked.finished)
                     shown.show([one.counts for one in self._engines], done)
             self._join()
             for engine in self._engines:
@@ -155,7 +152,7 @@ class _Run:
                 engine.pipe.close()
         return Result(
             self._checked,
-            {shard.name: self._facts_of(shard) for shard in self._checked.shards},
+            {shard.name: self._outcome_of(shard) for shard in self._checked.shards},
             tuple(
                 EngineResult(
                     one.request.devices, one.ready.seconds if one.ready else 0.0, one.counts
@@ -164,11 +161,11 @@ class _Run:
             ),
         )
 
-    def _facts_of(self, shard: Shard) -> Facts:
-        facts = self._facts.get(shard.name) or journal.finished(self._checked.job.out, shard)
-        if facts is None:
+    def _outcome_of(self, shard: Shard) -> Outcome:
+        found = self._outcomes.get(shard.name) or journal.finished(self._checked.job.out, shard)
+        if found is None:
             raise RuntimeError(f"{shard.name}: is not finished, and no engine has failed")
-        return facts
+        return found
 
     def _start(self, index: int, where: str | None) -> _Engine:
         job, count = self._checked.job, len(self._checked.devices)
@@ -183,6 +180,7 @@ class _Run:
             max_tokens=job.max_tokens,
             temperature=job.temperature,
             engine_args=job.engine_args,
+            retry_failed=job.retry_failed,
             devices=where,
             processors=devices.processors(count)[index] if where is None and count > 1 else None,
             decoders=self._checked.decoders,
@@ -222,7 +220,7 @@ class _Run:
         elif isinstance(message, Progress):
             engine.counts = message.counts
             if message.finished is not None:
-                self._facts[message.finished.shard] = message.finished
+                self._outcomes[message.finished.shard] = message.finished
         elif isinstance(message, Ended):
             engine.counts, engine.has_ended = message.counts, True
         elif isinstance(message, Failed):
@@ -265,20 +263,3 @@ class _Run:
 
     def _state(self) -> str:
         return f"captions so far are in {self._checked.job.out}; the same command goes on there"
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM end the block as Ctrl-C does: schedulers send it before they kill."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

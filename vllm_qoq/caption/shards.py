@@ -8,6 +8,7 @@ folder is such a list.
 from __future__ import annotations
 
 import glob
+import hashlib
 import itertools
 import os
 import re
@@ -26,8 +27,14 @@ _SUFFIX = ".tar"
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _MOST = 1_000_000
 _LIST_BYTES = 1 << 28
+# Files of the output that are of no shard (`vllm_qoq.caption.folder`).
+_PREFIX = "vllm-qoq-caption"
 # Names of files beside those of a shard (`vllm_qoq.caption.journal`).
-_TAKEN = (".failures", ".partial", "vllm-qoq-caption")
+_TAKEN = (".failures", ".partial")
+_ENDINGS = (".json", ".jsonl", ".failures.json", ".partial.jsonl")
+_LONGEST_FILE = ".{}.failures.json.partial"
+_LONGEST_NAME = 255
+_PIECES, _PIECE_BYTES = 16, 4096
 Count = Annotated[int, Field(ge=0, lt=1 << 62, strict=True)]
 
 
@@ -35,16 +42,31 @@ Count = Annotated[int, Field(ge=0, lt=1 << 62, strict=True)]
 class Shard:
     """One tar file.
 
-    name     its path below the folder that was named, without `.tar`; also of its output
-    path     where it is
-    bytes    its size
-    samples  how many samples a list says that it has; None where no list does
+    name         its path below the folder that was named, without `.tar`; also of its output
+    path         where it is
+    bytes        its size
+    modified_ns  when it was changed last, in nanoseconds since 1970
+    samples      how many samples a list says that it has; None where no list does
     """
 
     name: str
     path: Path
     bytes: int
+    modified_ns: int
     samples: int | None = None
+
+    def fingerprint(self) -> str:
+        """Digest 16 pieces of 4 KiB, from the first to the last of the file.
+
+        Images are compressed, so two shards hardly agree in a piece, also where one lacks a sample.
+        """
+        digest = hashlib.sha256()
+        last = max(0, self.bytes - _PIECE_BYTES)
+        with self.path.open("rb") as file:
+            for piece in range(_PIECES):
+                file.seek(last * piece // (_PIECES - 1))
+                digest.update(file.read(_PIECE_BYTES))
+        return digest.hexdigest()
 
 
 class _Listed(BaseModel):
@@ -76,10 +98,30 @@ def find(named: str) -> tuple[Shard, ...]:
         shards = _of_pattern(named)
     if not shards:
         raise CaptionError(f"{named}: no shards are there; give a folder with .tar files")
-    for shard in shards:
-        if shard.name.endswith(_TAKEN):
-            raise CaptionError(f"{shard.path}: ends like files of the output; rename it")
+    _check_names(shards)
     return tuple(sorted(shards, key=lambda shard: shard.name))
+
+
+def _check_names(shards: list[Shard]) -> None:
+    """Raise CaptionError for a name whose files in the output could not be written."""
+    names = {shard.name for shard in shards}
+    for shard in shards:
+        if shard.name.endswith(_TAKEN) or shard.name.startswith(_PREFIX):
+            raise CaptionError(f"{shard.path}: is called like files of the output; rename it")
+        place = PurePosixPath(shard.name)
+        length = len(os.fsencode(_LONGEST_FILE.format(place.name)))
+        if length > _LONGEST_NAME:
+            raise CaptionError(
+                f"{shard.path}: has a name too long for files of the output by "
+                f"{length - _LONGEST_NAME} bytes; rename it"
+            )
+        for parent in map(str, place.parents):
+            for ending in _ENDINGS:
+                if parent.endswith(ending) and parent.removesuffix(ending) in names:
+                    raise CaptionError(
+                        f"{shard.path}: is in a folder that is called like a file of the output "
+                        f"for {shown(parent.removesuffix(ending))}; rename one of both"
+                    )
 
 
 def _in_folder(folder: Path) -> list[Shard]:
@@ -149,10 +191,10 @@ def _shard(path: Path, root: Path, samples: int | None = None) -> Shard:
     try:
         if not path.is_file():  # a FIFO would be waited for
             raise CaptionError(f"{path}: not a regular file; give a tar file")
-        size = path.stat().st_size
+        found = path.stat()
     except PermissionError:
-        size = -1
-    if size < 0 or not os.access(path, os.R_OK):
+        found = None
+    if found is None or not os.access(path, os.R_OK):
         raise CaptionError(f"{path}: not readable; get the right to read it")
     name = path.relative_to(root).as_posix().removesuffix(_SUFFIX)
     if ".." in path.relative_to(root).parts:  # the files of the output would be outside of it
@@ -161,7 +203,7 @@ def _shard(path: Path, root: Path, samples: int | None = None) -> Shard:
         name.encode()
     except UnicodeEncodeError:
         raise CaptionError(f"{path}: is not UTF-8; rename it") from None
-    return Shard(name, path.absolute(), size, samples)
+    return Shard(name, path.absolute(), found.st_size, found.st_mtime_ns, samples)
 
 
 def _in_list(path: Path) -> dict[str, Shard]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from vllm_qoq.caption.errors import Uncaptioned
-from vllm_qoq.errors import reason, shown
+from vllm_qoq.errors import reason
 
 MOST_BYTES = 64 << 20
 """The largest file of an image that is read."""
@@ -24,8 +24,11 @@ MOST_BYTES = 64 << 20
 IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
 """Endings of files that are taken for a sample's image, in small letters."""
 
-# Names and pax headers are read whole; real ones have some hundred bytes.
+# All headers of a member, which are read whole and take up to 20 times as much as objects; real
+# ones have some hundred bytes.
 _HEADER_BYTES = 1 << 20
+_GLOBAL_HEADERS = 64  # which stay for all members that follow
+_MOST_FILES = 1000  # of a sample, which are kept until it ends
 _END = bytes(tarfile.BLOCKSIZE)
 
 
@@ -60,7 +63,8 @@ class Reader:
     """Reads the samples of an opened shard, in order; OSError where the disk does not give them.
 
     ignored  kind -> members that are no part of a sample: `links`, `special` (devices and sparse
-             files), `nameless` (without an ending) and `repeated` (of one name)
+             files), `nameless` (without an ending), `repeated` (of one name) and `excess` (of a
+             sample of more than 1000 files)
     damage   why nothing is read behind the last sample; None where the shard is whole
     """
 
@@ -91,15 +95,20 @@ class Reader:
         """The members in the form that the library groups; their data is the Member."""
         from webdataset.tariterators import base_plus_ext
 
+        key, files = None, 0
         for info in self._infos():
-            if info.issym() or info.islnk():
-                self.ignored["links"] += 1
-            elif info.isdir():
+            if info.isdir():
                 continue
-            elif not info.isreg() or info.issparse():
-                self.ignored["special"] += 1
-            elif (ending := base_plus_ext(info.name)[1]) is None or ending.startswith("__"):
+            if not info.isreg() or info.issparse():
+                self.ignored["links" if info.issym() or info.islnk() else "special"] += 1
+                continue
+            own, ending = base_plus_ext(info.name)
+            if ending is None or ending.startswith("__"):
                 self.ignored["nameless"] += 1  # the library has keys of its own like `__key__`
+                continue
+            key, files = own, files + 1 if own == key else 1
+            if files > _MOST_FILES:
+                self.ignored["excess"] += 1
             else:
                 whole = info.offset_data + info.size <= self._size
                 member = Member(info.name, info.offset_data, info.size, whole)
@@ -108,9 +117,13 @@ class Reader:
     def _infos(self) -> Iterator[tarfile.TarInfo]:
         """The headers of the archive; ends at damage, which it notes."""
         try:
-            archive = tarfile.open(fileobj=_Headers(self._file), mode="r:")  # type: ignore[call-overload]  # noqa: SIM115
+            headers = _Headers(self._file)
+            archive = tarfile.open(fileobj=headers, mode="r:")  # type: ignore[call-overload]  # noqa: SIM115
             last = -1
             while (info := archive.next()) is not None:
+                headers.left = _HEADER_BYTES
+                if len(archive.pax_headers) > _GLOBAL_HEADERS:
+                    raise tarfile.ReadError(f"more than {_GLOBAL_HEADERS} global headers")
                 archive.members.clear()  # the list would grow with the shard
                 if info.size < 0 or archive.offset <= last:
                     raise tarfile.ReadError("a size below zero")
@@ -143,13 +156,18 @@ def _image(group: dict[str, Any]) -> Member | None:
 
 
 class _Headers:
-    """A file from which tarfile reads headers, and nothing larger."""
+    """A file from which tarfile reads headers, and nothing larger.
+
+    left  bytes that it may still read for the next member
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self.seek, self.tell = file.seek, file.tell
+        self.left = _HEADER_BYTES
 
     def read(self, count: int = -1) -> bytes:
-        if not 0 <= count <= _HEADER_BYTES:
-            raise tarfile.ReadError(f"a header of {shown(count)} bytes")
+        self.left -= count
+        if count < 0 or self.left < 0:
+            raise tarfile.ReadError(f"headers of more than {_HEADER_BYTES} bytes for a member")
         return self._file.read(count)

@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 
 from vllm_qoq.caption.messages import Ended, Failed, GiveShard, Progress, Ready, Request, WantsShard
 from vllm_qoq.caption.pipeline import Captioner, Pipeline
-from vllm_qoq.caption.records import Facts
+from vllm_qoq.caption.records import Outcome
 from vllm_qoq.caption.shards import Shard
 from vllm_qoq.errors import EngineError, UserError, reason
 
@@ -109,11 +109,17 @@ def _serve(pipe: _Pipe, request: Request, make: MakeCaptioner) -> None:
     captioner = make(request)
     pipe.send(Ready(time.perf_counter() - started))
 
-    def report(finished: Facts | None) -> None:
+    def report(finished: Outcome | None) -> None:
         pipe.send(Progress(pipeline.counts, finished))
 
     pipeline = Pipeline(
-        captioner, request.out, request.name, pipe.next_shard, report, request.decoders
+        captioner,
+        request.out,
+        request.name,
+        pipe.next_shard,
+        report,
+        request.decoders,
+        request.retry_failed,
     )
     pipe.on_stop(pipeline.stop)
     try:

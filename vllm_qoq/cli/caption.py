@@ -87,6 +87,11 @@ def add_parser(commands: Commands[Parser]) -> None:
         metavar="N",
         help="jobs among which the shards are divided (default: 1)",
     )
+    parser.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="try samples again that got no caption in an earlier run",
+    )
     parser.add_argument("--dry-run", action="store_true", help="check and show the plan, then stop")
     arguments.add_reporting(parser, _caption)
 
@@ -110,6 +115,13 @@ def temperature(text: str) -> float:
 
 
 def _caption(args: argparse.Namespace) -> int:
+    from vllm_qoq.caption.sigterm import terminable
+
+    with terminable():
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     from vllm_qoq.caption.job import Job, check
 
     job = Job(
@@ -125,6 +137,7 @@ def _caption(args: argparse.Namespace) -> int:
         engines=args.engines,
         job_id=args.job_id,
         num_jobs=args.num_jobs,
+        retry_failed=args.retry_failed,
         quiet=args.quiet or args.json,
     )
     with stdout_for(sys.stderr.fileno()) as out:  # libraries print
