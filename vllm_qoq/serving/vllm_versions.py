@@ -161,8 +161,11 @@ def _adapters(vllm_config: VllmConfig) -> dict[str, str]:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         arguments = frame.f_locals.get("args")
-        if isinstance(arguments, Namespace) and hasattr(arguments, "lora_modules"):
-            return found | {one.name: one.path for one in arguments.lora_modules or ()}
+        modules = getattr(arguments, "lora_modules", None)
+        if isinstance(arguments, Namespace) and isinstance(modules, list):
+            # A program of somebody else may have other things under this name.
+            named = (one for one in modules if hasattr(one, "name") and hasattr(one, "path"))
+            return found | {one.name: one.path for one in named}
         frame = frame.f_back
     return found
 
