@@ -9,6 +9,7 @@ from typing import Literal
 
 from merge_tools import MergeError, compatible, execute, unused
 from merge_tools import nest as nesting
+from merge_tools.norms import ratio
 from merge_tools.plan import MergePlan, make_plan
 from merge_tools.sources import check_distinct, open_sources
 from merge_tools.survey import survey
@@ -107,6 +108,7 @@ def merge(
         dtype=runs_in if is_dtype_new else None,
     )
     check_space(out, plan.total_bytes)
+    _check_ratios(plan, sources)
     _check_numbers(every, prefill, progress)
     shares = nesting.clipped_shares(*pair, progress) if pair is not None else {}
     nesting.check_clipped(shares, max_clipped)
@@ -164,6 +166,16 @@ def _of_one_model(
     left_out += found
     compatible.check(list(sources.values()), sources[prefill])
     return sources, left_out
+
+
+def _check_ratios(plan: MergePlan, sources: Mapping[str, StoredSet]) -> None:
+    """Raise MergeError for norms that no ratio brings together, before anything is written."""
+    origins = {planned.origin for planned in plan.tensors.values()}
+    for origin in sorted(
+        (origin for origin in origins if origin.how == "ratio"),
+        key=lambda origin: (origin.set_name, origin.tensor),
+    ):
+        ratio(sources[origin.set_name], sources[plan.prefill], origin.tensor)
 
 
 def _check_numbers(sources: Iterable[StoredSet], prefill: StoredSet, progress: Progress) -> None:

@@ -27,6 +27,7 @@ from vllm_qoq.models.table import norm_offset
 if TYPE_CHECKING:
     import torch
 
+_KINDS = ("k_proj", "v_proj", "qkv_proj")
 # A row that keeps its direction but not its length was scaled; noise does not do that.
 _GAIN = (0.87, 1.15)
 _SAME_DIRECTION = 0.9
@@ -39,7 +40,7 @@ def check(reference: StoredSet, other: StoredSet) -> None:
     """Raise MergeError where the K or V of a layer of `other` is in another basis."""
     for layer in sorted(reference.layers):
         kind = layer.rpartition(".")[2]
-        if kind in ("k_proj", "v_proj", "qkv_proj") and layer in other.layers:
+        if kind in _KINDS and layer in other.layers:
             _check_layer(reference, other, layer, kind)
 
 
@@ -116,7 +117,9 @@ def biases(reference: StoredSet, other: StoredSet) -> Iterator[str]:
     import torch
 
     for tensor in reference.tensors:
-        if tensor.endswith((".k_proj.bias", ".v_proj.bias")) and tensor in other.tensors:
-            ours, theirs = reference.get(tensor).float(), other.get(tensor).float()
+        kind = tensor.removesuffix(".bias").rpartition(".")[2]
+        if kind in _KINDS and tensor.endswith(".bias") and tensor in other.tensors:
+            rows = _cached_rows(reference.checkpoint.config, kind, len(reference.get(tensor)))
+            ours, theirs = (one.get(tensor)[rows].float() for one in (reference, other))
             if not torch.allclose(ours, theirs, rtol=0.05, atol=float(ours.abs().max()) * 0.01):
                 yield tensor

@@ -9,6 +9,7 @@ import torch
 import warm_process
 from biased_models import write_qwen2
 from conftest import DATA
+from lora_adapters import write_transforms
 
 import vllm_qoq
 from vllm_qoq.bench.evaluate.engine import Engine
@@ -112,8 +113,8 @@ def test_sets_of_any_tool_get_the_means_of_the_model_that_they_compute(
     folder = request.getfixturevalue(name)
     if name == "w4a8_dir":  # as `quantize` makes it, with how it transformed the weights
         folder = shutil.copytree(folder, tmp_path / "in")
-        stored = changes.stored(LayerNames(), {}, {}, rotate.hadamard(64))
-        (folder / transforms.FILE).write_bytes(stored)
+        tensors = changes.stored(LayerNames(), {}, {}, rotate.hadamard(64))
+        stored = write_transforms(folder, tensors).read_bytes()
     found = vllm_qoq.calibrate_kv(folder, tmp_path / "out", TEXT, **FEW)
     assert found.kv_cache.k_mean and vllm_qoq.verify(tmp_path / "out").findings == ()
     if name == "w4a8_dir":

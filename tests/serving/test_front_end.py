@@ -3,6 +3,7 @@
 Through vLLM's own making of an engine's configuration, which is all that happens there.
 """
 
+import asyncio
 import json
 import shutil
 import sys
@@ -11,14 +12,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lora_adapters import write_adapter, write_transforms
 from safetensors.torch import load_file, save_file
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.metrics.loggers import load_stat_logger_plugin_factories
 
+import vllm_qoq
 from vllm_qoq import kernel_library, ops
-from vllm_qoq.checkpoint import transforms
+from vllm_qoq.checkpoint import hub, transforms
 from vllm_qoq.cli.main import main
 from vllm_qoq.errors import EngineError, UserError
+from vllm_qoq.numerics.rotation import signs
+from vllm_qoq.quantizer.rotate import hadamard
 from vllm_qoq.routing.table import RoutingError
 from vllm_qoq.serving.options import Options
 from vllm_qoq.serving.plugin import front_end
@@ -112,8 +120,15 @@ def test_adapters_are_refused_where_the_weights_are_in_another_basis(
     configure(nested_dir, enable_lora=True)
     assert "norms of the sets differ" in refusal(merged_dir)
     changed = Path(shutil.copytree(nested_dir, tmp_path / "changed"))
-    (changed / transforms.FILE).write_bytes(b"")
+    write_transforms(changed, {transforms.VALUE_ROTATION: signs(hadamard(64))})
     assert "its weights were transformed (qoq_transforms.safetensors)" in refusal(changed)
+    tensors = load_file(changed / transforms.FILE)
+    of_others = transforms.encoded(
+        {transforms.VALUE_ROTATION: tensors["transforms.value_rotation"]}, torch.zeros(32).byte()
+    )
+    (changed / transforms.FILE).write_bytes(of_others)
+    with pytest.raises(EngineError, match="is of other weights than those beside it"):
+        configure(changed, {"lora": "converted"}, enable_lora=True)
     (changed / transforms.FILE).unlink()
     (changed / transforms.REPORT).write_text(json.dumps({"options": {"reorder": True}}))
     assert "(quantization_report.json: reorder)" in refusal(changed)
@@ -132,6 +147,60 @@ def test_adapters_are_refused_where_the_weights_are_in_another_basis(
     (changed / "config.json").write_text(json.dumps(config | mixture))
     with pytest.raises(EngineError, match=r"Qwen3MoeForCausalLM: LoRA .*mixtures of experts"):
         configure(changed, {"lora": "converted"}, enable_lora=True)
+
+
+def serve_arguments(checkpoint, adapter, qoq=None):
+    """The arguments of `vllm serve`, by its own parser."""
+    given = [str(checkpoint), "--enable-lora", "--max-model-len=512", "--enforce-eager"]
+    given += [f"--kv-cache-memory-bytes={64 << 20}", "--lora-modules", f"mine={adapter}"]
+    given += [f"--additional-config={json.dumps({'qoq': qoq})}"] if qoq is not None else []
+    found = make_arg_parser(FlexibleArgumentParser()).parse_args(given)
+    found.model = found.model_tag
+    return found
+
+
+def test_a_server_starts_with_adapters_in_the_basis_of_its_checkpoint(
+    nested_dir, tiny_model, tmp_path, monkeypatch
+):
+    turned = []
+    for name in ("one", "other"):
+        folder = Path(shutil.copytree(nested_dir, tmp_path / name))
+        scales = {f"model.layers.{i}.key_scale": torch.rand(2, 64) + 1 for i in range(2)}
+        write_transforms(folder, scales)
+        turned.append(folder)
+    trained = write_adapter(tiny_model, tmp_path / "trained", seed=0)
+    converted = vllm_qoq.convert_lora(trained, turned[0], tmp_path / "converted").output
+
+    def accept(*arguments):
+        args = serve_arguments(*arguments)  # where vLLM's functions have them, too
+        AsyncEngineArgs.from_cli_args(args).create_engine_config()
+
+    def refusal(*arguments):
+        async def start():
+            async with build_async_engine_client(serve_arguments(*arguments)):
+                pass
+
+        with pytest.raises(EngineError, match=r"^LoRA adapter mine=") as found:
+            asyncio.run(start())
+        return str(found.value)
+
+    both = {"lora": "converted"}, {"lora": "trained"}
+    accept(nested_dir, trained)
+    for qoq in both:
+        accept(turned[0], converted, qoq)
+    accept(turned[0], trained, both[1])
+    accept(turned[0], tmp_path / "nowhere", both[0])  # vLLM says that nothing is there
+    found = refusal(turned[0], trained, both[0])
+    assert f"convert-lora {trained} {turned[0]} -o CONVERTED" in found
+    assert """'{"qoq": {"lora": "trained"}}'""" in found
+    for qoq in both:
+        found = refusal(turned[1], converted, qoq)
+        assert "was converted for 'one'" in found and f"ADAPTER {turned[1]} -o" in found
+    assert "serve the adapter as it was trained" in refusal(nested_dir, converted)
+    (converted / "adapter_config.json").write_text("{")
+    assert "adapter_config.json: is not JSON" in refusal(turned[0], converted, both[0])
+    monkeypatch.setattr(hub, "one_file", lambda *_: trained / "adapter_config.json")
+    assert "mine=org/adapter: was not converted" in refusal(turned[0], "org/adapter", both[0])
 
 
 @pytest.fixture

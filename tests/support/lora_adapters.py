@@ -10,6 +10,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from vllm_qoq.checkpoint import transforms
+from vllm_qoq.checkpoint.folder import Checkpoint
+from vllm_qoq.checkpoint.weights_digest import weights_digest
+
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ALPHA = 16
 
@@ -60,6 +64,14 @@ def write_config(adapter: Path, **changes: object) -> None:
         "target_modules": list(TARGETS),
     }
     (adapter / "adapter_config.json").write_text(json.dumps(config | changes))
+
+
+def write_transforms(folder: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
+    """The file that says how the weights of a checkpoint were transformed, as `quantize` does."""
+    opened = Checkpoint.open(folder)
+    own = weights_digest(opened.tensors.values(), opened.get)
+    (folder / transforms.FILE).write_bytes(transforms.encoded(tensors, own))
+    return folder / transforms.FILE
 
 
 def products(adapter: Path) -> Mapping[str, torch.Tensor]:

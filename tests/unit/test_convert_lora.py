@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-from lora_adapters import products, write_adapter, write_config
-from safetensors.torch import load, load_file, save, save_file
+from lora_adapters import products, write_adapter, write_config, write_transforms
+from safetensors.torch import load_file, save, save_file
 from transformed_models import SIZES, Model
 
 import vllm_qoq
@@ -80,8 +80,7 @@ def test_a_converted_adapter_adds_what_the_transformed_model_gained(name):
         values = rotate.hadamard(dimensions.head_dim)
         for one in (base, other):
             rotate.rotate_values(one.model, names, dimensions)
-    stored = load(changes.stored(names, folded, found, values))
-    stored = {name.removeprefix("transforms."): tensor for name, tensor in stored.items()}
+    stored = changes.stored(names, folded, found, values)
     signs = rotate.hadamard(dimensions.hidden).sign().to(torch.int8) if can_rotate else None
     config = base.model.config.to_dict() | {"architectures": [type(base.model).__name__]}
     basis = Basis(config, Transforms(stored, signs))
@@ -107,8 +106,7 @@ def smoothed_dir(nested_dir, tmp_path_factory):
     shutil.copytree(nested_dir, out)
     found = [found_of(NAMES.of_block(0), HEADS, INNER) for _ in range(2)]
     smoothed = {f"{i}.{key}": t for i, own in enumerate(found) for key, t in own.items()}
-    values = rotate.hadamard(HEADS[1])
-    (out / transforms.FILE).write_bytes(changes.stored(NAMES, {}, smoothed, values))
+    write_transforms(out, changes.stored(NAMES, {}, smoothed, rotate.hadamard(HEADS[1])))
     return out
 
 
@@ -127,7 +125,8 @@ def test_the_command_writes_an_adapter_that_says_what_it_is_for(
 ):
     out = tmp_path / "converted"
     assert run(monkeypatch, adapter, smoothed_dir, "-o", out) == 0
-    assert "14 layers" in capsys.readouterr().out
+    out_text = capsys.readouterr().out
+    assert "14 layers" in out_text and "--enable-lora --max-lora-rank 8 and" in out_text
     before, after = (
         json.loads((path / "adapter_config.json").read_text()) for path in (adapter, out)
     )
@@ -255,8 +254,35 @@ def test_numbers_that_leave_their_dtype_are_refused(smoothed_dir, adapter, tmp_p
     tensors = load_file(adapter / "adapter_model.safetensors")
     halves = {name: torch.full_like(t, 65000).half() for name, t in tensors.items()}
     save_file(halves, changed / "adapter_model.safetensors")
-    with pytest.raises(UserError, match="too large for F16; save it in float32"):
+    message = r"safetensors: .*lora_A\.weight: holds numbers up to 64992, which the conversion "
+    message += r"makes as large as \d+\.\d, beyond the 65504 of F16; save the adapter in float32"
+    with pytest.raises(UserError, match=message):
         vllm_qoq.convert_lora(changed, smoothed_dir, tmp_path / "out")
+    tensors[A][0, 0] = torch.inf
+    save_file(tensors, changed / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=rf"{re.escape(A)}: holds NaN or infinity; train"):
+        vllm_qoq.convert_lora(changed, smoothed_dir, tmp_path / "out")
+
+
+def test_the_files_of_an_adapter_are_in_its_folder_as_those_of_a_checkpoint(
+    smoothed_dir, adapter, tmp_path
+):
+    """But for the links of the Hub's cache."""
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        folder = tmp_path / f"with-{file}"
+        shutil.copytree(adapter, folder)
+        (folder / file).unlink()
+        (folder / file).symlink_to(adapter / file)
+        with pytest.raises(UserError, match=rf"{file}: is a symbolic link to .*, outside of"):
+            vllm_qoq.convert_lora(folder, smoothed_dir, tmp_path / "out")
+    cache = tmp_path / "models--org--name"
+    shutil.copytree(adapter, cache / "blobs")
+    (cache / "snapshots" / "0").mkdir(parents=True)
+    for file in adapter.iterdir():
+        (cache / "snapshots" / "0" / file.name).symlink_to(f"../../blobs/{file.name}")
+    assert vllm_qoq.convert_lora(cache / "snapshots" / "0", smoothed_dir, tmp_path / "out").layers
+    with pytest.raises(UserError, match=r"`hf download org/name --local-dir DIR`"):
+        vllm_qoq.convert_lora("org/name", smoothed_dir, tmp_path / "out2")
 
 
 def test_a_checkpoint_without_transforms_says_whether_any_are_needed(
@@ -315,15 +341,31 @@ def test_verify_takes_a_checkpoint_with_transforms_and_looks_at_them(smoothed_di
             "is no transform of this model",
         ),
         ({f"{L0}.input_layernorm.folded": torch.ones(HIDDEN)}, "input_layernorm.folded"),
+        ({"transforms.weights": None}, "weights: missing, so nothing says that the file is of"),
     ],
 )
 def test_verify_checks_the_transforms(smoothed_dir, tmp_path, change, message):
     copied = shutil.copytree(smoothed_dir, tmp_path / "copy")
     tensors = load_file(copied / transforms.FILE) | change
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    save_file(tensors, copied / transforms.FILE, transforms.METADATA)
+    save_file(tensors, copied / transforms.FILE, {"transforms_version": "1"})
     findings = findings_of(copied)
     assert any(re.search(f"^{transforms.FILE}: .*{message}", one) for one in findings), findings
+
+
+def test_transforms_of_another_run_are_refused(smoothed_dir, nested_dir, adapter, tmp_path):
+    copied = shutil.copytree(smoothed_dir, tmp_path / "copy")
+    for file in nested_dir.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in [name for name in tensors if name.endswith("up_proj.channel_scale")]:
+            tensors[name][5] *= 1.01
+        save_file(tensors, copied / file.name, {"format": "pt"})
+    (finding,) = vllm_qoq.verify(copied).findings
+    assert finding.startswith(f"{transforms.FILE}: is of other weights than those beside it")
+    with pytest.raises(UserError, match=r"copy: .*is of other weights than those beside it"):
+        vllm_qoq.convert_lora(adapter, copied, tmp_path / "out")
+    (copied / transforms.FILE).unlink()
+    assert vllm_qoq.verify(copied).findings == ()
 
 
 @pytest.mark.parametrize(

@@ -132,11 +132,14 @@ def test_what_is_in_the_cache_is_not_downloaded_again(server, monkeypatch):
 def test_the_transforms_of_the_weights_come_along(server, monkeypatch):
     """A server asks for them before it downloads anything, and in the cache without the Hub."""
     assert not hub.has_file(REPOSITORY, None, transforms.FILE)
+    assert hub.one_file(REPOSITORY, None, transforms.FILE) is None
     server.files[transforms.FILE] = b"how"
     assert hub.has_file(REPOSITORY, None, transforms.FILE)
     assert (hub.local_folder(REPOSITORY) / transforms.FILE).read_bytes() == b"how"
     offline(monkeypatch)
     assert hub.has_file(REPOSITORY, None, transforms.FILE)
+    assert hub.one_file(REPOSITORY, None, transforms.FILE).read_bytes() == b"how"
+    assert hub.one_file(REPOSITORY, None, "other.safetensors") is None
     assert not hub.has_file(REPOSITORY, None, "other.safetensors")
     assert not hub.has_file("s3://bucket/model", None, transforms.FILE)
 

@@ -6,6 +6,7 @@ from rtn_checkpoints import edit, w8a8
 from safetensors.torch import load_file
 from tiny_models import write
 
+from merge_tools import MergeError
 from merge_tools.job import merge
 from vllm_qoq.checkpoint.verify import verify
 
@@ -49,3 +50,18 @@ def test_the_readers_of_a_norm_make_up_for_it(name, norm, offset, readers, tiny_
     }
     for ratio in ratios.values():
         torch.testing.assert_close(ratio, 1 / scale, rtol=1e-3, atol=0)
+
+
+def test_norms_that_no_ratio_brings_together_are_refused_before_anything_is_written(
+    tiny_model, tmp_path
+):
+    model = write("Phi3ForCausalLM", tmp_path / "model", tiny_model)
+    b = w8a8(model, tmp_path / "b")
+
+    def without_a_channel(tensors, config):
+        tensors["model.layers.1.input_layernorm.weight"][5] = 0
+
+    a = w8a8(edit(model, without_a_channel), tmp_path / "a")
+    message = r"layers\.1\.input_layernorm.*channel 5 is 0 in a and .* no factor brings together"
+    with pytest.raises(MergeError, match=message):
+        merge({"a": a, "b": b}, tmp_path / "out", dry_run=True)

@@ -5,10 +5,13 @@ import json
 import pytest
 import torch
 from rtn_checkpoints import awq, edit, gptq, w8a8
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from merge_tools import kv_basis
 from merge_tools.__main__ import main
 from merge_tools.meaning import normal
+from vllm_qoq.checkpoint.folder import Checkpoint, TensorInfo
+from vllm_qoq.checkpoint.stored_set import StoredSet
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -348,3 +351,17 @@ def test_licences_that_differ_are_said_and_not_chosen(merge, pair, tmp_path):
     assert merge() == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "\nlicense:" not in card and "differ in license: apache-2.0, mit" in card
+
+
+def test_biases_of_k_and_v_are_compared_in_fused_layers_too(tmp_path):
+    name, sets = "model.layers.0.self_attn.qkv_proj.bias", {}
+    config = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    for place, row in (("one", None), ("of_q", 0), ("of_k", 16)):
+        bias = torch.ones(32)  # of q 16 rows, of k and v 8 each
+        if row is not None:
+            bias[row] = 2
+        save_file({name: bias}, tmp_path / f"{place}.safetensors")
+        info = TensorInfo(name, "F32", (32,), f"{place}.safetensors")
+        sets[place] = StoredSet(place, Checkpoint(tmp_path, config, {name: info}), {}, {name: info})
+    assert list(kv_basis.biases(sets["one"], sets["of_q"])) == []
+    assert list(kv_basis.biases(sets["one"], sets["of_k"])) == [name]

@@ -156,6 +156,10 @@ def all_at_once(tensors, config):
     tensors[f"{layer}.up_proj"] = torch.stack(up)
 
 
+def ignoring(entry):
+    return lambda tensors, config: config["quantization_config"]["ignore"].append(entry)
+
+
 def of_another_architecture(tensors, config):
     config["architectures"] = ["DeepseekV2ForCausalLM"]
 
@@ -176,12 +180,32 @@ def of_another_architecture(tensors, config):
             r"layers\.0\.mlp\.shared_expert_gate: is quantized, but all sets share",
         ),
         (all_at_once, FormatError, r"experts\.up_proj: holds all experts of a layer at once"),
+        (
+            ignoring(UP),
+            FormatError,
+            r"1\.mlp\.experts: .*config leaves out only some of .*experts\.2\.up_proj, or",
+        ),
+        (
+            ignoring(r"re:.*\.0\.mlp\.experts\.2\..*"),
+            FormatError,
+            r"0\.mlp\.experts\.2\.down_proj: is quantized, but .* leaves it out",
+        ),
         (of_another_architecture, FormatError, r"DeepseekV2.*Mixtral.*Qwen2Moe.*Qwen3Moe"),
     ],
 )
 def test_what_cannot_be_merged_is_named(merge, change, error, message):
     with pytest.raises(error, match=message):
         merge("w4a16", "w8a8", change=("w8a8", change))
+
+
+def test_verify_names_an_expert_that_a_set_leaves_out_and_has(merge, tmp_path):
+    merge("qoq", "w8a8")
+    file = tmp_path / "out" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["sets"]["qoq"]["ignore"].append("*.0.mlp.experts.3.*")
+    file.write_text(json.dumps(config))
+    (finding,) = vllm_qoq.verify(tmp_path / "out").findings
+    assert finding.startswith("set qoq: model.layers.0.mlp.experts.3.down_proj: is quantized, but")
 
 
 def test_a_layer_rule_names_a_mixture_not_an_expert(merge):

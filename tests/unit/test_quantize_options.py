@@ -52,6 +52,20 @@ def test_a_recipe_with_the_command_lines_names_is_refused_with_its_own(recipe, k
         QuantizeOptions.read(recipe(**{key: value}), {})
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("min_expert_tokens", 0, r"0 is out of range; give 1 \(GPTQ for every expert .*\) or more"),
+        ("samples", -1, "-1 is out of range; give 1 or more pieces of text"),
+        ("seqlen", 1, "1 is out of range; give 2 or more tokens"),
+        ("passes", 101, r"101 is out of range; give 0 \(GPTQ alone\) to 100"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_with_what_may_be_given(recipe, key, value, message):
+    with pytest.raises(QuantizeError, match=rf"recipe\.json\.{key}: {message}"):
+        QuantizeOptions.read(recipe(**{key: value}), {})
+
+
 def test_the_report_says_which_steps_ran():
     assert steps_that_ran(QuantizeOptions(), 44) == (
         "effort default: rotate, k_mean, smooth_attention, smooth_outputs, reorder, clip, gptq "

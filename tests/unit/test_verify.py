@@ -88,6 +88,10 @@ def add(name, tensor):
     return lambda config, tensors: tensors.update({name: tensor})
 
 
+def narrow(name, columns):
+    return lambda config, tensors: tensors.update({name: tensors[name][:, :columns].clone()})
+
+
 def fewer_rows_in_all_leaves(config, tensors):
     for name in [name for name in tensors if name.startswith(f"w4a8.{UP}.")]:
         tensors[name] = tensors[name][:-8].clone()
@@ -138,6 +142,18 @@ DAMAGE = {
     "final norm": (cut(NORM), (NORM, "is [255]", "[256] (hidden_size)")),
     "a norm": (widen("model.layers.1.input_layernorm.weight"), ("is [512]", "[256]")),
     "rows of a layer": (fewer_rows_in_all_leaves, (UP, "is [760, 256]", "intermediate_size")),
+    "fewer rows of codes": (
+        cut(f"w4a8.{UP}.qweight"),
+        (f"w4a8.{UP}.qweight: is U8 [767, 128], expected 768 rows, as channel_scale, group_scale",),
+    ),
+    "fewer columns of codes": (
+        narrow(f"w4a8.{UP}.qweight", 64),
+        (f"{UP}.qweight: is U8 [768, 64], expected 2 groups of columns, as group_scale, group_o",),
+    ),
+    "fewer scales": (
+        cut(f"w4a8.{UP}.channel_scale"),
+        (f"{UP}.channel_scale: is F32 [767], expected F32 [768]",),
+    ),
     "hidden_size": (say("hidden_size", 512), ("[1024, 256]", "[1024, 512]")),
     "vocab_size": (say("vocab_size", 1000), (EMBEDDING, HEAD, "[1000, 256]")),
     "intermediate_size": (say("intermediate_size", 1024), (UP, "[1024, 256]")),

@@ -133,6 +133,17 @@ def has_file(repository: str, revision: str | None, name: str) -> bool:
         return isinstance(try_to_load_from_cache(repository, name, revision=revision), str)
 
 
+def one_file(repository: str, revision: str | None, name: str) -> Path | None:
+    """Download the small file `name` of a repository into the cache; None if it cannot be had."""
+    import httpx
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repository, name, revision=revision))
+    except (errors.HFValidationError, errors.HfHubHTTPError, httpx.HTTPError, OSError):
+        return None
+
+
 def side_names(names: Collection[str]) -> list[str]:
     """Choose the files beside the weights from all of a repository: what `side_files` copies.
 

@@ -238,9 +238,28 @@ def _qoq(leaves: Leaves, config: Mapping[str, Any]) -> Layout:
     except FormatError as error:
         qweight = leaves["qweight"]
         raise FormatError(f"{qweight.file}: {qweight.name}: {error}") from None
+    _check_codes(leaves, expected)
     _only(leaves, expected, f"group_size {qoq_set.group_size}")
     group = k if qoq_set.group_size == -1 else qoq_set.group_size
     return Layout("qoq", n, k, bits=4, block=(1, group))
+
+
+def _check_codes(leaves: Leaves, expected: Mapping[str, tuple[str, list[int]]]) -> None:
+    """Raise FormatError for a qweight whose size all other tensors of the layer contradict alike.
+
+    expected  what a layer of the size of the qweight has
+    """
+    others = [leaf for leaf in expected if leaf != "qweight"]
+    for axis, what in enumerate(("rows", "groups of columns")):
+        sizes = {
+            leaf: leaves[leaf].shape[axis] if len(leaves[leaf].shape) > axis else None
+            for leaf in others
+            if leaf in leaves and len(expected[leaf][1]) > axis
+        }
+        size = next(iter(sizes.values()), None)
+        is_one = len(sizes) > 1 and size is not None and set(sizes.values()) == {size}
+        if is_one and size != expected[next(iter(sizes))][1][axis]:
+            raise _wrong(leaves["qweight"], f"{size} {what}, as {', '.join(sizes)} have")
 
 
 def _residual(leaves: Leaves) -> Layout:

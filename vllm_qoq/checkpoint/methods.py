@@ -510,8 +510,8 @@ def _all_parts(unit: Unit, rule: Callable[[str], bool]) -> bool:
 
 def _mixed(unit: Unit) -> FormatError:
     return FormatError(
-        f"{unit.name}: only some of {', '.join(unit.parts)} are quantized, or not alike, but vLLM "
-        "runs them as one layer; quantize all of them alike"
+        f"{unit.name}: {_WHERE} leaves out only some of {', '.join(unit.parts)}, or treats them "
+        "differently, but vLLM runs them as one layer; quantize all of them alike"
     )
 
 

@@ -12,7 +12,7 @@ from vllm_qoq.checkpoint.format import SECTION
 from vllm_qoq.checkpoint.methods import GPTQ, QuantizationMethod, Unit, is_nested
 from vllm_qoq.checkpoint.stored_set import StoredSet
 from vllm_qoq.errors import FormatError
-from vllm_qoq.models.names import split_decoder
+from vllm_qoq.models.names import split_decoder, split_expert
 
 _TOWERS = ("vision", "visual", "audio", "image")
 _REMEDY = "download or quantize the model again"
@@ -69,20 +69,38 @@ def _disagreement(
             "quantize both or neither"
         )
         return
+    for each in (unit, *_other_experts(unit, layers)):
+        finding = _unlike_config(weights, method, each, is_stored=bool(stored))
+        if finding is not None:
+            yield finding
+            return
+
+
+def _unlike_config(
+    weights: StoredSet, method: QuantizationMethod, unit: Unit, is_stored: bool
+) -> str | None:
+    """Find whether the config says otherwise of a unit than the tensors do."""
     # Names in patterns are vLLM's, which differ from the checkpoint's in models with several parts.
     for name in (unit, *_other_names(weights, unit)):
-        if method.quantizes(name, frozenset(name.parts if stored else ())) == bool(stored):
-            break
-    else:
-        if stored:
-            yield (
-                f"{unit.parts[0]}: is quantized, but {SECTION} leaves it out, so vLLM would not "
-                f"load it; mend the config or quantize the model again"
-            )
-        else:
-            yield (
-                f"{unit.parts[0]}: is not quantized, but {SECTION} does not leave it out; {_REMEDY}"
-            )
+        if method.quantizes(name, frozenset(name.parts if is_stored else ())) == is_stored:
+            return None
+    if is_stored:
+        return (
+            f"{unit.parts[0]}: is quantized, but {SECTION} leaves it out, so vLLM would not "
+            f"load it; mend the config or quantize the model again"
+        )
+    return f"{unit.parts[0]}: is not quantized, but {SECTION} does not leave it out; {_REMEDY}"
+
+
+def _other_experts(unit: Unit, layers: Collection[str]) -> Iterator[Unit]:
+    """List the experts of a mixture after the first, each as a unit of the mixture's name."""
+    experts: dict[int, list[str]] = {}
+    for layer in sorted(layers):
+        place = split_expert(layer)
+        if place is not None and layer not in unit.parts:
+            experts.setdefault(place[1], []).append(layer)
+    for _, parts in sorted(experts.items()):
+        yield Unit(unit.name, tuple(parts))
 
 
 def _is_linear(weights: StoredSet, layer: str, modules: Collection[str | None]) -> bool:

@@ -14,6 +14,7 @@ plugin drops what has `transforms.` in front.
     transforms.model.layers.0.mlp.down_proj.scale     float32 [inner]
     transforms.model.layers.0.mlp.down_proj.order     int32 [inner]
     transforms.value_rotation                         int8 [D, D]  R2 * sqrt(D)
+    transforms.weights                                uint8 [32]  `weights_digest` of the checkpoint
 
 H is the size of the residual stream, D that of a head. The names are those of the language model by
 itself. For a weight W [N, K] of the original model, with R1 the rotation of the stream
@@ -30,11 +31,14 @@ itself. For a weight W [N, K] of the original model, with R1 the rotation of the
     rows of gate and up, columns       W[order], W[:, order]
       of down
 
-A step that was not taken has no tensors, and an expert that no text went through has none.
+A step that was not taken has no tensors, and an expert that no text went through has none. Another
+run of `quantize`, on other text or with other options, transforms the same model in another way; by
+`weights` its file is told from that of the weights here.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -45,6 +49,7 @@ from safetensors import SafetensorError, safe_open
 
 from vllm_qoq.checkpoint.folder import Checkpoint, TensorInfo, read_header, read_json
 from vllm_qoq.checkpoint.format import STREAM, TRANSFORMS, Section
+from vllm_qoq.checkpoint.weights_digest import weights_digest
 from vllm_qoq.errors import FormatError, shown
 from vllm_qoq.models.mixtures import names_of
 from vllm_qoq.models.names import split_expert
@@ -57,6 +62,7 @@ if TYPE_CHECKING:
 FILE = "qoq_transforms.safetensors"
 REPORT = "quantization_report.json"
 VALUE_ROTATION = "value_rotation"
+WEIGHTS = "weights"
 FOLDED, KEY_SCALE, VALUE_SCALE, SCALE, ORDER = (
     *("folded", "key_scale", "value_scale"),
     *("scale", "order"),
@@ -64,11 +70,12 @@ FOLDED, KEY_SCALE, VALUE_SCALE, SCALE, ORDER = (
 
 _PREFIX = f"{TRANSFORMS}."
 _VERSION_KEY, _VERSION = "transforms_version", "1"
-METADATA = {_VERSION_KEY: _VERSION}
-"""The metadata of the file; of several keys the library would write any first."""
+# Of several keys the library would write any first.
+_METADATA = {_VERSION_KEY: _VERSION}
 
 _REPORT_BYTES = 256 << 20
 _REMEDY = "download or quantize the model again"
+_OR_WITHOUT = "or remove the file, without which no adapter can be converted"
 # Options of `quantize` that bring the weights into another basis.
 _STEPS = ("rotate", "smooth_outputs", "reorder")
 
@@ -87,6 +94,23 @@ class Transforms:
     def of(self, place: str) -> torch.Tensor | None:
         """Find a tensor by its name; None where the step was not taken."""
         return self.tensors.get(place)
+
+
+def encoded(tensors: Mapping[str, torch.Tensor], weights: torch.Tensor) -> bytes:
+    """Make the content of the file.
+
+    tensors  by name without `transforms.`
+    weights  the `weights_digest` of the checkpoint
+    """
+    from safetensors.torch import save
+
+    every = {**tensors, WEIGHTS: weights}
+    return save({_PREFIX + name: tensor for name, tensor in every.items()}, _METADATA)
+
+
+def digest(file: Path) -> str:
+    """Digest such a file: 16 hex digits, which an adapter that was converted with it has, too."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def read(checkpoint: Checkpoint) -> Transforms | None:
@@ -156,6 +180,11 @@ def structure(checkpoint: Checkpoint) -> Iterator[str]:
                 f"{list(shape)}; {_REMEDY}"
             )
     yield from _missing(found, expected)
+    if _PREFIX + WEIGHTS not in found:
+        yield (
+            f"{FILE}: {_PREFIX}{WEIGHTS}: missing, so nothing says that the file is of the weights "
+            f"beside it; quantize the model again, {_OR_WITHOUT}"
+        )
     section = checkpoint.section
     is_stored = isinstance(section, Section) and section.stream is not None
     if is_stored != any(name.endswith(f".{FOLDED}") for name in found):
@@ -174,6 +203,8 @@ def contents(checkpoint: Checkpoint) -> Iterator[str]:
     with safe_open(checkpoint.path / FILE, "pt") as file:
         for name in sorted(file.keys()):
             tensor, leaf = file.get_tensor(name), name.rpartition(".")[2]
+            if leaf == WEIGHTS:
+                continue
             if leaf == VALUE_ROTATION:
                 wrong = rotation.finding(tensor)
             elif leaf == ORDER:
@@ -186,6 +217,21 @@ def contents(checkpoint: Checkpoint) -> Iterator[str]:
                 wrong = None if is_sound else "holds a scale that is not positive"
             if wrong:
                 yield f"{FILE}: {name}: {wrong}; {_REMEDY}"
+    yield from belongs(checkpoint)
+
+
+def belongs(checkpoint: Checkpoint) -> Iterator[str]:
+    """Find whether the file is of other weights than those beside it. Reads little of either."""
+    import torch
+
+    own = weights_digest(checkpoint.tensors.values(), checkpoint.get)
+    with safe_open(checkpoint.path / FILE, "pt") as file:
+        if not torch.equal(file.get_tensor(_PREFIX + WEIGHTS), own):
+            yield (
+                f"{FILE}: is of other weights than those beside it, such as those of another run "
+                f"of quantize; put back the file of these, or quantize the model again, "
+                f"{_OR_WITHOUT}"
+            )
 
 
 def _is_there(folder: Path) -> bool:
@@ -200,7 +246,10 @@ def _expected(config: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...]
         return {}
     model = expected_tensors(config)
     heads = model.key_heads
-    found: dict[str, tuple[str, tuple[int, ...]]] = {VALUE_ROTATION: ("I8", (heads[1], heads[1]))}
+    found: dict[str, tuple[str, tuple[int, ...]]] = {
+        VALUE_ROTATION: ("I8", (heads[1], heads[1])),
+        WEIGHTS: ("U8", (32,)),
+    }
     for index in range(model.layers):
         block, layers = f"{names.blocks}.{index}", names.of_block(index)
         sizes = model.of_layer(index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from vllm_qoq.cli import arguments
@@ -39,11 +40,11 @@ def _convert_lora(args: argparse.Namespace) -> int:
         quiet=args.quiet or args.json,
     )
     if args.json:
-        document = {"output": str(found.output), "layers": list(found.layers), "basis": found.basis}
-        print(json.dumps(document))
+        print(json.dumps({**asdict(found), "output": str(found.output)}))
     else:
         print(
-            f"wrote {found.output}: {len(found.layers)} layers; serve it with --enable-lora and "
+            f"wrote {found.output}: {len(found.layers)} layers; serve it with --enable-lora "
+            f"--max-lora-rank {found.max_lora_rank} and "
             """--additional-config '{"qoq": {"lora": "converted"}}'"""
         )
     return 0

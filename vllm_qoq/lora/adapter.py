@@ -12,15 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_qoq.checkpoint.folder import TensorInfo, read_header, read_json
+from vllm_qoq.checkpoint.adapter_mark import CONFIG, CONFIG_BYTES, KEY
+from vllm_qoq.checkpoint.folder import TensorInfo, check_link, read_header, read_json
+from vllm_qoq.checkpoint.hub import is_to_download
 from vllm_qoq.errors import FormatError, UserError, shown
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-MARK = "vllm_qoq"
-"""The key of the config under which a converted adapter says so."""
-
-CONFIG_BYTES = 1 << 20
-"""The bytes that a config has at most."""
+WEIGHTS = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -64,10 +61,16 @@ class Adapter:
 
     @classmethod
     def open(cls, path: str | Path) -> Adapter:
-        """Read the config and the header of the folder `path`; UserError for what is refused."""
+        """Read the config and the header of the folder `path`; UserError for what is refused.
+
+        A link out of the folder is, as in a checkpoint, because an output is made of both files.
+        """
         path = Path(path)
         if not path.is_dir():
-            raise UserError(f"{path}: not a folder; give the folder that has {CONFIG} in it")
+            hint = ""
+            if is_to_download(path):
+                hint = f"; an adapter of the Hub comes by `hf download {path} --local-dir DIR`"
+            raise UserError(f"{path}: not a folder; give the folder that has {CONFIG} in it{hint}")
         if not (path / WEIGHTS).exists():
             for pickle in _PICKLES:
                 if (path / pickle).exists():
@@ -76,6 +79,8 @@ class Adapter:
                         "adapter as safetensors (PEFT: save_pretrained) where that may run"
                     )
         try:
+            for file in (CONFIG, WEIGHTS):
+                check_link(path, path / file)
             config = read_json(path / CONFIG, CONFIG_BYTES)
             _check_config(config)
             _check_numbers(config)
@@ -87,9 +92,9 @@ class Adapter:
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
-    if MARK in config:
+    if KEY in config:
         raise FormatError(
-            f"{CONFIG}: {MARK}: this adapter was converted already; give the one that was trained"
+            f"{CONFIG}: {KEY}: this adapter was converted already; give the one that was trained"
         )
     kind = config.get("peft_type")
     if kind != "LORA":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 
 from vllm_qoq.checkpoint import hub, transforms
-from vllm_qoq.checkpoint.folder import Checkpoint, read_json
+from vllm_qoq.checkpoint.adapter_mark import CONFIG, CONFIG_BYTES, KEY, Mark
+from vllm_qoq.checkpoint.folder import Checkpoint, TensorInfo, read_json
 from vllm_qoq.checkpoint.format import Section
 from vllm_qoq.checkpoint.output import check_output
 from vllm_qoq.checkpoint.replace import LOCK, replacing
 from vllm_qoq.checkpoint.writer import sync_folder, write_bytes, write_json
 from vllm_qoq.errors import FormatError, UserError, shown
-from vllm_qoq.lora.adapter import CONFIG, CONFIG_BYTES, MARK, WEIGHTS, Adapter
+from vllm_qoq.lora.adapter import WEIGHTS, Adapter
 from vllm_qoq.models.mixtures import names_of
 from vllm_qoq.models.names import split_decoder
 from vllm_qoq.models.tensors import expected_tensors
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _MERGE = "merge the adapter into the model before quantizing"
 _AS_IT_IS = "serve the adapter as it is"
+# What vLLM's --max-lora-rank may be.
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,13 @@ class Converted:
     output  the folder of the adapter
     layers  the layers that it changes, as the adapter names them
     basis   a digest of the transforms, which `adapter_config.json` has, too
+    max_lora_rank  the least `--max-lora-rank` of vLLM that takes the adapter
     """
 
     output: Path
     layers: tuple[str, ...]
     basis: str
+    max_lora_rank: int
 
 
 def convert_lora(
@@ -70,20 +74,19 @@ def convert_lora(
     check_output(out, [Path(adapter), weights.path], overwrite, _foreign)
     found = _transforms(weights)
     places = _places(opened, weights.config)
-    digest = _digest(weights.path)
+    basis = transforms.digest(weights.path / transforms.FILE)
+    mark = Mark(hub.name_of(weights.path.resolve()), basis)
     tensors = _changed(opened, places, weights.config, found)
-    marked = {
-        **opened.config,
-        MARK: {"converted_for": weights.path.resolve().name, "basis": digest},
-    }
 
     from safetensors.torch import save
 
     with replacing(out, overwrite, _foreign) as folder:
         write_bytes(folder / WEIGHTS, save(tensors, {"format": "pt"}))
-        write_json(folder / CONFIG, marked)
+        write_json(folder / CONFIG, {**opened.config, KEY: mark.to_json()})
         sync_folder(folder)
-    return Converted(out, tuple(opened.pairs), digest)
+    rank = max(int(opened.config["r"]), *(pair.a.shape[0] for pair in opened.pairs.values()))
+    least = next((most for most in _RANKS if most >= rank), rank)
+    return Converted(out, tuple(opened.pairs), basis, least)
 
 
 def _transforms(checkpoint: Checkpoint) -> transforms.Transforms:
@@ -169,18 +172,31 @@ def _changed(
             pair = adapter.pairs[layer]
             for info, change in ((pair.a, basis.inputs), (pair.b, basis.outputs)):
                 given = file.get_tensor(info.name)
-                changed = change(index, own, given.double()).to(given.dtype).contiguous()
-                if not changed.isfinite().all():
+                if not given.isfinite().all():
                     raise UserError(
-                        f"{adapter.path}: {WEIGHTS}: {info.name}: holds NaN, infinity or, after "
-                        f"the conversion, numbers too large for {info.dtype}; save it in float32"
+                        f"{adapter.path}: {WEIGHTS}: {info.name}: holds NaN or infinity; train the "
+                        "adapter again, or take an earlier checkpoint of its training"
                     )
+                exact = change(index, own, given.double())
+                changed = exact.to(given.dtype).contiguous()
+                if not changed.isfinite().all():
+                    raise _too_large(adapter, info, given, exact)
                 tensors[info.name] = changed
     return tensors
 
 
-def _digest(folder: Path) -> str:
-    return hashlib.sha256((folder / transforms.FILE).read_bytes()).hexdigest()[:16]
+def _too_large(
+    adapter: Adapter, info: TensorInfo, given: torch.Tensor, exact: torch.Tensor
+) -> UserError:
+    import torch
+
+    before, after = float(given.abs().max()), float(exact.abs().max())
+    limit = torch.finfo(given.dtype).max
+    remedy = "save the adapter in float32" if info.dtype == "F16" else "train it again"
+    return UserError(
+        f"{adapter.path}: {WEIGHTS}: {info.name}: holds numbers up to {before:g}, which the "
+        f"conversion makes as large as {after:g}, beyond the {limit:g} of {info.dtype}; {remedy}"
+    )
 
 
 def _foreign(folder: Path) -> str | None:
@@ -189,7 +205,7 @@ def _foreign(folder: Path) -> str | None:
     if others := sorted(names - {CONFIG, WEIGHTS}):
         return f"holds {others[0]}, which is no part of a converted adapter"
     try:
-        is_ours = MARK in read_json(folder / CONFIG, CONFIG_BYTES) if names else True
+        is_ours = KEY in read_json(folder / CONFIG, CONFIG_BYTES) if names else True
     except (FormatError, OSError):
         is_ours = False
     return None if is_ours else "is no adapter that convert-lora made"

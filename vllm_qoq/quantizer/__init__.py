@@ -5,7 +5,11 @@ Before the work:
     options    the options of a quantization
     effort     names for several of them, by the time that a run may take
     inputs     checks of config, headers and texts that need no slow import
+    gguf_source  makes a folder of Hugging Face of a model in GGUF
     model      layer names, dimensions and blocks of the model
+    experts    mixtures of experts as modules with a layer for each projection
+    parts      finds the rows of q, k and v in a layer that does the work of several
+    rope       finds which channels of a head turn together, and how fast
     load       loads model and tokenizer, from checked files alone
     text       cuts a text into pieces
     size       how much disk and memory a run takes
@@ -19,6 +23,8 @@ Transforming, which preserves the function of the float model:
     strength   finds the scales for which rounding costs least
     k_mean     the mean of K after RoPE, which the cache leaves out
     smooth     SmoothAttention on K, scales and order of the inputs of o_proj and down_proj
+    towers     rotates what a vision tower writes into the stream
+    changes    says how the weights were transformed, for LoRA adapters
     keys       finds biases of K that a quantized cache cannot hold
 
 Rounding:
@@ -29,6 +35,7 @@ Rounding:
     gptq       rounds block of columns by block, with what is known of the inputs
     rounding   the loops inside a block, in PyTorch (`rounding_plain`) and in Triton
                (`rounding_triton`)
+    matmul     products of float32 matrices on tensor cores
     layers     rounds the layers with one input in every set
     sets       the grid of each set, and its entry in config.json
     head       the int8 lm_head

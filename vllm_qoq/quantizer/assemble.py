@@ -24,6 +24,7 @@ from vllm_qoq.checkpoint.format import (
 )
 from vllm_qoq.checkpoint.output_config import output_config
 from vllm_qoq.checkpoint.shards import Content, cut
+from vllm_qoq.checkpoint.weights_digest import weights_digest
 from vllm_qoq.checkpoint.writer import json_bytes
 from vllm_qoq.models.table import LayerNames
 from vllm_qoq.models.vision import (
@@ -74,11 +75,11 @@ def content(
     layers: int,
     options: QuantizeOptions,
     report: dict[str, Any],
-    changes: bytes | None,
+    changes: Mapping[str, torch.Tensor],
 ) -> Content:
     """Describe the checkpoint made of the pieces in `work` and of the model's other files.
 
-    changes  the content of the file that says how the weights were transformed, if they were
+    changes  how the weights were transformed (`changes.stored`), nothing where they were not
     """
     whole = Checkpoint.open(job.model)
     stored = {one.info.name: one for one in _tensors(work, names, layers, options)}
@@ -89,17 +90,18 @@ def content(
     groups = groupby((one.info for one in stored.values()), key=lambda i: i.name.partition(".")[0])
     shards = cut((list(group) for _, group in groups), job.max_shard_bytes)
     announced = section(options, names, towers(whole.config))
+    others = {REPORT: json_bytes(report)}
+    if changes:
+        every = [one.info for one in stored.values()]
+        weights = weights_digest(every, lambda name: pieces.read(stored[name]))
+        others[transforms.FILE] = transforms.encoded(changes, weights)
     text = _card(job.out.name, options, announced, job.model, stored.values())
     return Content(
         shards=shards,
         read=lambda info: pieces.read(stored[info.name]),
         config=_config(output_config(whole.config, announced), options),
         copied={file: job.model / file for file in side_files(job.model) if str(file) != REPORT},
-        others={
-            REPORT: json_bytes(report),
-            card.README: text.encode(),
-            **({transforms.FILE: changes} if changes is not None else {}),
-        },
+        others={**others, card.README: text.encode()},
     )
 
 

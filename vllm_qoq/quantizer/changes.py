@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from safetensors.torch import save
 
 from vllm_qoq.checkpoint import transforms
-from vllm_qoq.checkpoint.format import K_MEAN, TRANSFORMS
+from vllm_qoq.checkpoint.format import K_MEAN
 from vllm_qoq.models.table import LayerNames
 from vllm_qoq.numerics import rotation as basis
 from vllm_qoq.quantizer.model import Module, blocks
@@ -32,8 +31,8 @@ def stored(
     folded: Mapping[str, torch.Tensor],
     smoothed: Mapping[str, torch.Tensor],
     values: torch.Tensor | None,
-) -> bytes | None:
-    """Make the content of the file; None for weights that stayed as they were.
+) -> dict[str, torch.Tensor]:
+    """List the tensors of the file, without that of the weights; none where they stayed.
 
     folded    the `folded_norms`, where the stream is rotated
     smoothed  the transforms that smoothing found, named INDEX.NAME
@@ -46,6 +45,4 @@ def stored(
             tensors[f"{names.blocks}.{key}"] = tensor.to(dtype).contiguous()
     if values is not None:
         tensors[transforms.VALUE_ROTATION] = basis.signs(values).cpu()
-    if not tensors:
-        return None
-    return save({f"{TRANSFORMS}.{name}": t for name, t in tensors.items()}, transforms.METADATA)
+    return tensors

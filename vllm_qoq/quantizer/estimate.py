@@ -113,9 +113,9 @@ def _rounding(
     return max(few / _COLUMNS - per_weight * _FEW_ROWS, 0.0), per_weight
 
 
-def _timed(work: object, device: torch.device) -> float:
+def _timed(work: Callable[[], object], device: torch.device) -> float:
     started = time.monotonic()
-    work()  # type: ignore[operator]
+    work()
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.monotonic() - started

@@ -9,7 +9,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    PositiveInt,
     ValidationError,
     field_validator,
     model_validator,
@@ -32,6 +31,8 @@ STEPS = ("rotate", "k_mean", "smooth_attention", "smooth_outputs", "reorder", "c
 
 _RECIPE_BYTES = 1 << 20
 _MOST_PASSES = 100
+# What pydantic calls numbers that are too small or too large.
+_BOUNDS = ("greater_than_equal", "less_than_equal")
 
 
 class QuantizeOptions(BaseModel):
@@ -68,8 +69,10 @@ class QuantizeOptions(BaseModel):
     kv_bits: Bits = 4
     kv_hadamard: bool | None = None
     lm_head_bits: Literal[8, 16] = 16
-    samples: PositiveInt = EFFORTS["default"]["samples"]
-    seqlen: Annotated[int, Field(ge=2)] = 1024
+    samples: Annotated[int, Field(ge=1, description="1 or more pieces of text")] = EFFORTS[
+        "default"
+    ]["samples"]
+    seqlen: Annotated[int, Field(ge=2, description="2 or more tokens")] = 1024
     rotate: bool | Literal["values"] = True
     k_mean: bool = True
     smooth_attention: bool = True
@@ -77,8 +80,13 @@ class QuantizeOptions(BaseModel):
     reorder: bool = True
     clip: bool = True
     gptq: bool = True
-    passes: Annotated[int, Field(ge=0, le=_MOST_PASSES)] = EFFORTS["default"]["passes"]
-    min_expert_tokens: PositiveInt = 128
+    passes: Annotated[
+        int, Field(ge=0, le=_MOST_PASSES, description=f"0 (GPTQ alone) to {_MOST_PASSES}")
+    ] = EFFORTS["default"]["passes"]
+    min_expert_tokens: Annotated[
+        int,
+        Field(ge=1, description="1 (GPTQ for every expert that a token goes through) or more"),
+    ] = 128
 
     @model_validator(mode="before")
     @classmethod
@@ -173,6 +181,14 @@ class QuantizeOptions(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
+            finding = error.errors(include_url=False)[0]
+            key = str(finding["loc"][0]) if finding["loc"] else ""
+            field = cls.model_fields.get(key)
+            if finding["type"] in _BOUNDS and field is not None and field.description:
+                given = shown(finding["input"])
+                raise QuantizeError(
+                    f"{where}.{key}: {given} is out of range; give {field.description}"
+                ) from None
             raise QuantizeError(one_line(error, where)) from None
 
     @classmethod

@@ -55,7 +55,7 @@ class Sizes:
     work    the pieces in the work folder, which exist until the output is complete
     memory  what is in memory at once, by its purpose
     head    the lm_head among `output`, 0 where it is the embedding
-    gpu     the part of it that is on the GPU where there is one
+    gpu     the purposes of `memory` that are on the GPU where there is one
     """
 
     output: int

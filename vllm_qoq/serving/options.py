@@ -7,6 +7,7 @@
     --additional-config '{"qoq": {"kv_bits": 4}}'
     --additional-config '{"qoq": {"kv_bits": 4, "kv_hadamard": true}}'
     --additional-config '{"qoq": {"lora": "converted"}}'
+    --additional-config '{"qoq": {"lora": "trained"}}'
 
 `force_set` uses one set for everything, `routing` replaces the checkpoint's table, `force_load`
 keeps a table with a `load` in one state, "calm" or "busy", however long the queue is. `trace`
@@ -15,7 +16,8 @@ with CUDA graphs those of a `load` are made on the device, so `busy` is null the
 names the other set. `kv_bits` stores the keys and values of every layer in that many bits; 16 is
 vLLM's own cache, and "k8v4" keys of 8 bits and values of 4. `kv_hadamard` says whether keys are
 rotated before they are quantized, which helps where few channels are far larger than the others.
-`lora` says that LoRA adapters are in the basis of the checkpoint (`vllm-qoq convert-lora`).
+`lora` says that LoRA adapters are in the basis of the checkpoint: "converted" into it (`vllm-qoq
+convert-lora`), or "trained" on its weights.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ class Options(BaseModel):
     trace: str | None = None
     kv_bits: Bits | None = None
     kv_hadamard: bool | None = None
-    lora: Literal["converted"] | None = None
+    lora: Literal["converted", "trained"] | None = None
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> Options:

@@ -16,7 +16,7 @@ tests/serving/test_vllm_sources.py runs unit tests against the oldest and the ne
 * `front_end_in_the_making`: the configuration of an engine while vLLM makes it. vLLM makes the
   quantization config in the middle of that, and hands it neither the options of the user nor
   anything later on in this process; but it is on the stack. Without it everything is refused a
-  minute later, by the engine.
+  minute later, by the engine. So are the arguments of the command, which name its LoRA adapters.
 * `engine_index`: which data-parallel engine this is (vllm.config.ParallelConfig). Engines of dense
   models are told that their rank is 0.
 * `map_name`: what a model calls a layer that the checkpoint calls otherwise
@@ -38,7 +38,8 @@ tests/serving/test_vllm_sources.py runs unit tests against the oldest and the ne
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -125,11 +126,13 @@ class FrontEnd:
 
     is_server          whether the engine will have vLLM's asynchronous front end, not `LLM()`
     counts_statistics  whether it will count statistics, as without `--disable-log-stats`
+    adapters           name -> path or id of the LoRA adapters that it will start with
     """
 
     vllm_config: VllmConfig
     is_server: bool
     counts_statistics: bool
+    adapters: Mapping[str, str]
 
 
 def front_end_in_the_making() -> FrontEnd | None:
@@ -145,7 +148,26 @@ def front_end_in_the_making() -> FrontEnd | None:
         vllm_config,
         is_server=isinstance(arguments, AsyncEngineArgs),
         counts_statistics=not getattr(arguments, "disable_log_stats", False),
+        adapters=_adapters(vllm_config),
     )
+
+
+def _adapters(vllm_config: VllmConfig) -> dict[str, str]:
+    """Find the adapters that a server starts with: `--default-mm-loras` and `--lora-modules`.
+
+    The latter are not an engine's, so they are in the arguments of the command alone.
+    """
+    found = dict(getattr(vllm_config.lora_config, "default_mm_loras", None) or {})
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        arguments = frame.f_locals.get("args")
+        modules = getattr(arguments, "lora_modules", None)
+        if isinstance(arguments, Namespace) and isinstance(modules, list):
+            # A program of somebody else may have other things under this name.
+            named = (one for one in modules if hasattr(one, "name") and hasattr(one, "path"))
+            return found | {one.name: one.path for one in named}
+        frame = frame.f_back
+    return found
 
 
 def _self_of(method: Callable[..., Any]) -> Any:

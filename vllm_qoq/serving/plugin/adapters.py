@@ -14,15 +14,20 @@ from vllm.config import LoRAConfig, ModelConfig, VllmConfig
 from vllm.logger import init_logger
 
 from vllm_qoq.checkpoint import hub, transforms
+from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.checkpoint.format import Section
-from vllm_qoq.errors import UserError
+from vllm_qoq.errors import FormatError, UserError
 from vllm_qoq.models.names import LM_HEAD
 from vllm_qoq.models.table import with_experts
+from vllm_qoq.serving.methods.weight_set import UNTRACKED_LOADERS
 from vllm_qoq.serving.options import Options
 
 logger = init_logger("vllm." + __name__)  # below vLLM's, so that its settings apply
 
-_OPTION = """--additional-config '{"qoq": {"lora": "converted"}}'"""
+CONVERTED, TRAINED = (
+    f"""--additional-config '{{"qoq": {{"lora": "{value}"}}}}'"""
+    for value in ("converted", "trained")
+)
 
 
 def check_adapters(section: Section, vllm_config: VllmConfig) -> None:
@@ -44,13 +49,14 @@ def check_adapters(section: Section, vllm_config: VllmConfig) -> None:
             "with --lm-head-bits 16"
         )
     if Options.of(vllm_config).lora is not None:
+        _check_transforms(vllm_config)
         return
     reason = _other_basis(section, model)
     if reason is not None:
         raise UserError(
             f"--enable-lora: {reason}, so adapters of the original model do not fit; convert each "
             f"with `vllm-qoq convert-lora ADAPTER {model.model} -o CONVERTED` and serve them with "
-            f"{_OPTION}"
+            f"{CONVERTED}"
         )
     logger.info(
         "LoRA adapters are added as they are: they have to be of the model that the sets of this "
@@ -64,6 +70,18 @@ def refuse_experts(place: str) -> None:
         f"{place}: LoRA adapters on a model with mixtures of experts in sets are not served; merge "
         "the adapter into the model before quantizing, or start without --enable-lora"
     )
+
+
+def _check_transforms(vllm_config: VllmConfig) -> None:
+    """Raise FormatError for transforms, in a folder, that are not those of the weights there."""
+    folder = Path(vllm_config.model_config.model)
+    if not folder.is_dir() or vllm_config.load_config.load_format in UNTRACKED_LOADERS:
+        return
+    try:
+        checkpoint = Checkpoint.open(folder)
+    except FormatError:  # vLLM may load it in other ways, or says why not
+        return
+    transforms.read(checkpoint)
 
 
 def _reaches_head(lora: LoRAConfig) -> bool:

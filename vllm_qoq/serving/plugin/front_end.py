@@ -26,6 +26,7 @@ from vllm_qoq.serving.methods.weight_set import UNTRACKED_LOADERS
 from vllm_qoq.serving.options import Options
 from vllm_qoq.serving.plugin import stat_logger_plugin
 from vllm_qoq.serving.plugin.adapters import check_adapters
+from vllm_qoq.serving.plugin.named_adapters import check_named_adapters
 from vllm_qoq.serving.routing.policy import routing_in_force
 from vllm_qoq.serving.signals import queue
 from vllm_qoq.serving.signals.trace import Trace
@@ -79,6 +80,7 @@ def check(config: QoQConfig, front_end: FrontEnd) -> Routing | None:
         check_without_sets(config.checkpoint_kv_cache, vllm_config)
     else:
         check_adapters(config.section, vllm_config)
+        check_named_adapters(front_end.adapters, vllm_config)
         check_speculation(vllm_config)
         routing = routing_in_force(config.section, options)
         if routing.load is not None:
