@@ -19,13 +19,17 @@ PAGE = ROOT / "docs" / "hardware-and-models.md"
 RUNS = ROOT / "docs" / "measurements" / "data" / "throughput_h200"
 BEGIN, END = "<!-- what ran, by class: begin -->\n", "<!-- what ran, by class: end -->\n"
 HEAD = (
-    "| Class | `quantize` | two nested sets and an 8-bit cache, served on a CPU | throughput on an "
-    "H200 |\n|---|---|---|---|\n"
+    "| Class | `quantize` | two nested sets and an 8-bit cache | two ranks and a 4-bit cache | "
+    "throughput on an H200 |\n|---|---|---|---|---|\n"
 )
 
 
 def classes_served() -> set[str]:
-    """The classes of the models that tests/serving/test_architectures.py serves."""
+    """The classes of the models that two tests of tests/serving serve on a CPU.
+
+    They are test_architectures.py, of `make test`, and test_architecture_ranks.py, of `make
+    test-slow`.
+    """
     return {name.partition(",")[0] for name in MODELS}
 
 
@@ -45,7 +49,7 @@ def table() -> str:
         quantize = ", but ".join(("yes", *lost))
         served = "yes" if name in classes_served() else "no"
         speed = ", ".join(measured(name)) or "not run"
-        rows.append(f"| `{name}` | {quantize} | {served} | {speed} |\n")
+        rows.append(f"| `{name}` | {quantize} | {served} | {served} | {speed} |\n")
     return HEAD + "".join(rows)
 
 

@@ -16,4 +16,4 @@ def test_every_class_that_is_quantized_is_served_in_a_test():
 
 def test_a_measured_shape_is_named_in_the_row_of_its_class():
     (row,) = (row for row in model_table.table().splitlines() if "`Qwen3ForCausalLM`" in row)
-    assert row == "| `Qwen3ForCausalLM` | yes | yes | qwen3-32b |"
+    assert row == "| `Qwen3ForCausalLM` | yes | yes | yes | qwen3-32b |"
