@@ -61,7 +61,7 @@ ARROWS = {
         *("serving.routing", "serving.vllm_versions"),
     ),
     "serving.kv": (
-        *("errors", "checkpoint", "models", "numerics", "ops"),
+        *("errors", "version", "checkpoint", "models", "numerics", "ops"),
         *("serving.options", "serving.methods", "serving.speculation", "serving.vllm_versions"),
     ),
     "serving.plugin": (
