@@ -80,7 +80,8 @@ def step_counts(llm: LLM) -> dict[tuple[str, str], int]:
 
     Counts every forward pass with real requests since the model was loaded, and,
     under CUDA graphs, the few that vLLM runs to capture them; take differences.
-    Raises ValueError when the model was not loaded with the method `qoq`.
+    Raises ValueError when the model was not loaded with the method `qoq`, or its engine counts on
+    another host.
     """
     from vllm_qoq.serving.plugin.step_counts import read_step_counts
 

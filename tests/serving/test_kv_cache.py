@@ -6,6 +6,7 @@ Also run against the sources of the oldest and the newest vLLM (tests/serving/te
 import pickle
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,10 @@ import torch
 from conftest import DATA
 from plugin_units import section, tensor_parallel, vllm_config
 from vllm.config import ModelConfig, SpeculativeConfig
+from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import (
+    compute_nixl_compatibility_hash,
+)
 from vllm.model_executor.layers.attention import Attention, EncoderOnlyAttention, MLAAttention
 from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
 from vllm.platforms.interface import Platform
@@ -24,6 +29,7 @@ from vllm_qoq.checkpoint.kv_config import KVCache
 from vllm_qoq.errors import FormatError, UserError
 from vllm_qoq.numerics.kv_layout import slot_bytes
 from vllm_qoq.serving.kv.backend import PREFERRED_BLOCK_SIZE, QuantizedKVBackend, head_pages
+from vllm_qoq.serving.kv.cache import backend_name
 from vllm_qoq.serving.kv.cpu import CPUK8V4Backend, CPUKV4Backend, CPUKV8Backend
 from vllm_qoq.serving.plugin.config import QoQConfig
 from vllm_qoq.serving.vllm_versions import backends_size_pages
@@ -130,7 +136,9 @@ def test_the_first_rule_that_matches_decides():
 def test_a_layer_gets_the_backend_and_the_pages_of_its_bits(engine_config, bits, backend):
     config, quant_config = engine_config(), kv_config({"bits": bits})
     layer = attention(quant_config, config)
-    assert layer.attn_backend is backend and layer.backend is AttentionBackendEnum.CUSTOM
+    assert issubclass(layer.attn_backend, backend)
+    assert layer.attn_backend.full_cls_name() == backend.full_cls_name()
+    assert layer.backend is AttentionBackendEnum.CUSTOM
     assert isinstance(layer.impl, backend.get_impl_cls()) and layer.impl.bits == bits
     assert layer.impl.scale == 0.1 and layer.impl.sliding_window is None
     spec = spec_of(layer, config)
@@ -189,11 +197,39 @@ def test_vllm_groups_windows_and_full_attention_in_small_pages(
 def test_vllm_groups_layers_of_different_bits(engine_config):
     config, quant_config = engine_config(), kv_config({**RULED, "hadamard": False})
     layers = [attention(quant_config, config, index) for index in range(3)]
-    assert [layer.attn_backend.get_name() for layer in layers] == ["CPU_ATTN", "CUSTOM", "CUSTOM"]
+    names = [layer.attn_backend.get_name() for layer in layers]
+    assert names == ["CPU_ATTN", *[backend_name(quant_config.kv_cache().kv_cache)] * 2]
     specs = {layer.layer_name: spec_of(layer, config) for layer in layers}
     (group,) = groups_of(config, specs)
     expected = BLOCK * KV_HEADS * (4 * HEAD + 2 * slot_bytes(HEAD, 4))
     assert group.kv_cache_spec.page_size_bytes == expected
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"bits": 8},
+        {"bits": "k8v4"},
+        {"bits": 16},
+        {**KV4, "hadamard": True},
+        {**KV4, "layers": [{"match": "model.layers.1.*", "bits": 8}]},
+    ],
+)
+def test_nixl_refuses_a_peer_with_another_cache(engine_config, other):
+    """Pages of 4 bits with and without a rotation of K are equally long."""
+
+    def compatibility(kv_cache):
+        config = engine_config()
+        quant_config = kv_config(kv_cache)
+        for index in range(2):
+            attention(quant_config, config, index)
+        # As NIXL's connector does where it registers the cache.
+        first = get_current_attn_backends(config)[0].get_name()
+        return compute_nixl_compatibility_hash(config, first, **options)
+
+    asked = signature(compute_nixl_compatibility_hash).parameters
+    options = {"cross_layers_blocks": False} if "cross_layers_blocks" in asked else {}  # 0.26
+    assert compatibility(KV4) == compatibility(dict(KV4)) != compatibility(other)
 
 
 def groups_of(config, specs):

@@ -12,7 +12,7 @@ from nested_layers import stored
 from plugin_units import qoq_config, scheme, tensor_parallel, vllm_config
 from prometheus_client import REGISTRY
 from qoq_checkpoints import NESTED
-from vllm.config import CUDAGraphMode
+from vllm.config import CUDAGraphMode, ParallelConfig
 from vllm.forward_context import get_forward_context, set_forward_context
 from vllm.model_executor.models.utils import AutoWeightsLoader
 
@@ -21,12 +21,14 @@ from vllm_qoq.numerics.reference import quantize_per_token
 from vllm_qoq.ops import w4a8_layout
 from vllm_qoq.routing.table import Load, Phase, RoutingError, Step
 from vllm_qoq.serving.options import Options
+from vllm_qoq.serving.plugin import metrics
 from vllm_qoq.serving.plugin.config import QoQConfig
 from vllm_qoq.serving.plugin.metrics import RoutingStatLogger
+from vllm_qoq.serving.plugin.step_counts import read_step_counts
 from vllm_qoq.serving.routing.policy import routing_in_force
 from vllm_qoq.serving.routing.step import current_step
 from vllm_qoq.serving.signals import queue
-from vllm_qoq.serving.signals.counters import CounterReader, counter_file
+from vllm_qoq.serving.signals.counters import CounterReader, StepCounters, counter_file
 from vllm_qoq.serving.signals.queue import LoadReader, LoadWriter, load_file
 from vllm_qoq.serving.signals.trace import Trace
 
@@ -152,6 +154,21 @@ def test_without_a_load_in_force_nothing_is_told(routing, extra):
     labels = {"model_name": "quiet", "engine": "0"}
     assert logger.load is None
     assert REGISTRY.get_sample_value("vllm:qoq_busy", labels) is None
+
+
+def test_steps_that_are_counted_on_another_host_are_said_to_be(monkeypatch):
+    said = []
+    monkeypatch.setattr(metrics.logger, "warning", lambda text, *_: said.append(text))
+    config = qoq_config()
+    here = front_end(config)
+    here.parallel_config = ParallelConfig()
+    RoutingStatLogger(here).log_engine_initialized()
+    assert "counts its steps on another host" in said[0]
+    with pytest.raises(ValueError, match="on another host"):
+        read_step_counts(here)
+    StepCounters(counter_file(config.counter_stem, 0), config.set_names, torch.device("cpu"))
+    RoutingStatLogger(here).log_engine_initialized()
+    assert len(said) == 1 and set(read_step_counts(here).values()) == {0}
 
 
 def test_prometheus_is_told_the_bits_of_the_cache():

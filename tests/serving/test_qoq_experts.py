@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from engines import PROMPTS, engine, generate
+from engine_process import run_engines
+from engines import PROMPTS, engine, generate, largest_gap
 from moe_models import write_model
 from qoq_checkpoints import PER_CHANNEL, write_checkpoint, write_dequantized, write_nested
 from vllm import SamplingParams
@@ -46,6 +47,13 @@ def test_experts_of_a_nested_set_have_both_planes(tiny_model, tmp_path):
         for name in ("w8a8", "w4a8")
     }
     assert error["w8a8"] < 0.2 and error["w4a8"] > 3 * error["w8a8"]
+    options = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+    options["kv_cache_memory_bytes"] = 32 << 20
+    spec = {"checkpoint": str(nested), "options": options, "max_tokens": 1}
+    (ranks,) = run_engines(tmp_path, [spec], VLLM_CPU_OMP_THREADS_BIND="0|1")
+    assert ranks["counts"]["prefill w8a8"] == 1
+    # Of the first token, since the choice of experts and so the rest turns on roundings.
+    assert largest_gap(ranks["generation"], generate(engine(nested), max_tokens=1)) < 0.5
     llm = engine(nested)
     before = vllm_qoq.step_counts(llm)
     generate(llm, PROMPTS[:1], max_tokens=3)

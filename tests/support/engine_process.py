@@ -6,6 +6,7 @@ tests; the file itself is the child: `python tests/support/engine_process.py SPE
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import warm_process
 from engines import PROMPTS, engine, generate
+from vllm import SamplingParams
 
 import vllm_qoq
 from vllm_qoq.bench.perplexity import text_perplexity
@@ -57,6 +59,9 @@ def run_engines(
     was `traced`.
     "sleep": [LEVEL, ...] lets the engine sleep and wake; each time adds its generation to `awake`,
     and in the end `counters` is how many integers of the GEMMs' workspace are not zero.
+    "forget": true empties the KV cache, whose prompts a KV connector has kept, and generates again:
+    `pages` are the digests of all pages that are not empty, before and after, and `kept` is how
+    many tokens of each prompt were not read anew.
     """
     (folder / "specs.json").write_text(json.dumps(specs))
     command = [sys.executable, __file__, str(folder / "specs.json"), str(folder / "results.json")]
@@ -92,6 +97,13 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
         for waiting in spec["waiting"]:
             stat_logger.record(SimpleNamespace(num_waiting_reqs=waiting), None)
             result["loads"].append(run())
+    if spec.get("forget"):
+        before = llm.collective_rpc(_pages)[0]
+        llm.reset_prefix_cache()
+        llm.collective_rpc(_empty)
+        outputs = llm.generate(spec["prompts"], SamplingParams(max_tokens=2), use_tqdm=False)
+        result["kept"] = [output.num_cached_tokens for output in outputs]
+        result["pages"] = [before, llm.collective_rpc(_pages)[0]]
     if "sleep" in spec:
         result["awake"] = [_awake(llm, level, run) for level in spec["sleep"]]
         workspace = linear_ops.workspace(torch.device("cuda", 0))
@@ -115,6 +127,21 @@ def _awake(llm: Any, level: int, run: Callable[[], dict[str, Any]]) -> Any:
         llm.collective_rpc("reload_weights")
     llm.reset_prefix_cache()
     return run()["generation"]
+
+
+def _pages(worker: Any) -> list[str]:
+    """The digest of each page that is not empty, of all layers."""
+    found = []
+    for layer, cache in enumerate(worker.model_runner.kv_caches):
+        pages = cache.cpu().flatten(1)
+        for page in pages[pages.any(1)]:
+            found.append(f"{layer} {hashlib.sha256(page.numpy().tobytes()).hexdigest()}")
+    return found
+
+
+def _empty(worker: Any) -> None:
+    for cache in worker.model_runner.kv_caches:
+        cache.zero_()
 
 
 def _cache_tokens(llm: Any) -> int:

@@ -8,10 +8,11 @@ import shutil
 import stat
 import sys
 from pathlib import Path
-from unittest import mock
+from types import SimpleNamespace
 
 import pytest
 import torch
+import warm_process
 from hypothesis import given
 from hypothesis import strategies as st
 from plugin_units import scheme
@@ -323,9 +324,9 @@ def run(monkeypatch, capfd):
     monkeypatch.setattr(command, "stdout_for", lambda file: contextlib.nullcontext(sys.stdout))
 
     def call(engine, *arguments):
-        def open_engine(folder, sets, max_batch):
+        def open_engine(folder, sets, max_batch, tensor_parallel_size):
             assert engine is not None, "an engine was started"
-            assert sets == tuple(SETS)
+            assert sets == tuple(SETS) and tensor_parallel_size == 1
             return engine
 
         monkeypatch.setattr(job, "open_engine", open_engine)
@@ -541,11 +542,12 @@ def test_a_dry_run_leaves_the_checkpoint_as_it_is(checkpoint, run):
 
 
 @pytest.mark.parametrize("where", ["linear_seconds", "step_seconds"])
+@pytest.mark.parametrize("of", [torch.OutOfMemoryError, RuntimeError], ids=["here", "in a rank"])
 def test_a_gpu_without_enough_memory_is_named_and_nothing_is_written(
-    checkpoint, run, where, monkeypatch
+    checkpoint, run, where, of, monkeypatch
 ):
     def run_out(*_):
-        raise torch.OutOfMemoryError(
+        raise of(
             "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 4 GiB"
         )
 
@@ -681,6 +683,26 @@ def test_a_missing_folder_or_package_is_named(run, tmp_path, monkeypatch, checkp
         device.check_sets({"w8a8": "compressed-tensors"})
 
 
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(TuneError, match=r"--tensor-parallel-size 4: torch finds 2 GPUs"):
+        device.check_gpus(4)
+    device.check_gpus(2)
+
+
+@pytest.mark.parametrize(
+    "size, said",
+    [
+        (3, "--tensor-parallel-size 3: is not one of 1, 2, 4, 8, 16"),
+        (8, r"--tensor-parallel-size 8: 4 attention heads .* can be served with 1, 2, 4"),
+    ],
+)
+def test_a_split_that_the_checkpoint_does_not_take_is_refused(nested_dir, size, said):
+    with pytest.raises(TuneError, match=said):
+        job.tune(nested_dir, tensor_parallel_size=size, dry_run=True)
+
+
 def test_sets_that_this_gpu_cannot_run_are_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("vllm_qoq.ops.has_kernels", lambda device_type: False)
@@ -694,6 +716,23 @@ def test_sets_that_this_gpu_cannot_run_are_refused(monkeypatch):
 # In vLLM
 
 
+class Ranks:
+    """vLLM's LLM with workers that extend a made-up one; each runs in this process."""
+
+    def __init__(self, model, **answers):
+        from vllm_qoq.tuner.vllm_worker import TuneWorker
+
+        config = SimpleNamespace(cache_config=SimpleNamespace(num_gpu_blocks=9))
+        self.llm_engine, self._answers = SimpleNamespace(vllm_config=config), answers
+        self._worker = type("Worker", (TuneWorker,), {"get_model": lambda self: model})()
+
+    def generate(self, *_, **__):
+        pass
+
+    def collective_rpc(self, name, args):
+        return self._answers.get(name) or [getattr(self._worker, name)(*args)]
+
+
 def test_a_model_without_routed_layers_is_refused():
     from torch import nn
 
@@ -701,7 +740,27 @@ def test_a_model_without_routed_layers_is_refused():
     from vllm_qoq.tuner.vllm_engine import TuneEngine
 
     with pytest.raises(FormatError, match="no linear layer is quantized"):
-        TuneEngine(mock.Mock(), nn.Linear(2, 2))
+        TuneEngine(Ranks(nn.Linear(2, 2)))
+
+
+def test_a_layer_takes_as_long_as_its_slowest_rank_and_a_step_as_the_rank_that_begins_last():
+    from vllm_qoq.tuner.vllm_engine import TuneEngine
+
+    answers = {
+        "tune_groups": [[LayerGroup("m.0.o_proj", 64, 32, 2)]] * 2,
+        "tune_linear_seconds": [1.0, 3.0],
+        "tune_head_seconds": [5.0, 4.0],
+        "tune_begin_steps": [None, None],
+        "tune_end_steps": [[7.0, 9.0, 5.0], [8.0, 6.0, 5.5]],
+    }
+    tuned = TuneEngine(Ranks(None, **answers))
+    (group,) = tuned.layers()
+    assert tuned.linear_seconds(group, "w8a8", 1) == 3 and tuned.head_seconds(1) == 5
+    assert tuned.step_seconds(Routing.forced("w8a8"), 8) == 6
+    assert tuned.step_seconds(Routing.forced("w8a8"), 9) is None, "a cache of 8 requests"
+    answers |= {"tune_head_seconds": [None, None], "tune_end_steps": [[], []]}
+    tuned = TuneEngine(Ranks(None, **answers))
+    assert tuned.head_seconds(1) is None and tuned.step_seconds(Routing.forced("a"), 1) is None
 
 
 @pytest.mark.parametrize("sets", [("a", "b"), ("a", "b", "c", "d")])
@@ -718,6 +777,7 @@ def test_a_checkpoint_is_tuned_in_vllm_and_serves_with_the_routing(
     from engines import engine, generate
 
     import vllm_qoq
+    from vllm_qoq.tuner.vllm_worker import TuneWorker
 
     folder = tmp_path / "checkpoint"
     shutil.copytree(two_sets_dir, folder)
@@ -768,10 +828,54 @@ def test_a_checkpoint_is_tuned_in_vllm_and_serves_with_the_routing(
         ("w8a8", Routing.forced("w8a8")),
         ("w4a8", Routing.forced("w4a8")),
     ]:
-        tuned._steering.follow(table)
+        tuned._ranks(TuneWorker.tune_begin_steps, table, 4)
+        tuned._ranks(TuneWorker.tune_end_steps)
         switched[name] = generate(tuned._llm)
     served = engine(folder)
     assert generate(served) == switched["routing"]
     assert len({str(generation) for generation in switched.values()}) == 3
     decode_set = routing.route([]).choose(decode_step(4))
     assert vllm_qoq.step_counts(served)["decode", decode_set] == 11
+
+
+TWO_RANKS = """
+import sys
+from vllm_qoq.cli import main
+from vllm_qoq.tuner import job
+
+if __name__ == "__main__":
+    job.PREFILL_TOKENS = (64,)
+    sys.exit(main.main())
+"""
+
+
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="each rank needs a GPU")
+def test_ranks_are_tuned_together_and_remembered_as_such(nested_dir, tmp_path):
+    folder, script = tmp_path / "checkpoint", tmp_path / "script.py"
+    shutil.copytree(nested_dir, folder)
+    script.write_text(TWO_RANKS)
+    split = ("--tensor-parallel-size", "2")
+    options = (*split, "--max-batch", "2", "--json", "--on-cpu")
+    done = warm_process.run(
+        [sys.executable, script, "tune", folder, *options],
+        timeout=300,
+        env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    document = json.loads(done.stdout.splitlines()[-1])
+    shapes = {
+        (layer["layer"].rpartition(".")[2], layer["out_features"], layer["in_features"])
+        for layer in document["layers"]
+    }
+    assert shapes == {
+        ("qkv_proj", 256, 256),
+        ("o_proj", 256, 128),
+        ("gate_up_proj", 768, 256),
+        ("down_proj", 256, 384),
+    }, "of one rank"
+    assert document["tensor_parallel_size"] == 2 and document["check"]
+    assert set(document["lm_head_milliseconds"]) == {"1", "2"}
+    assert config_of(folder)["quantization_config"]["routing"] == document["routing"]
+    (run,) = memory.load(folder)[0].runs
+    key = run.measured.key
+    assert key == device.key(key.checkpoint, 2) != device.key(key.checkpoint, 1)

@@ -34,6 +34,13 @@ def add_parser(commands: Commands[Parser]) -> None:
         help="largest decode step to measure (default: 256)",
     )
     parser.add_argument(
+        "--tensor-parallel-size",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="GPUs that will share each layer, as in `vllm serve` (default: 1)",
+    )
+    parser.add_argument(
         "--again", action="store_true", help="measure even if qoq_tune.json has this device"
     )
     parser.add_argument(
@@ -69,12 +76,14 @@ def _tune(args: argparse.Namespace) -> int:
 
     check_max_batch(args.max_batch)
     target = Target.open(args.checkpoint, will_write=not args.dry_run)
+    target.check_split(args.tensor_parallel_size)
     kept = target.layers_to_keep(args.keep_first, args.keep_sensitive)
 
     def check() -> None:
         from vllm_qoq.tuner import device
 
         device.check_sets(target.methods)
+        device.check_gpus(args.tensor_parallel_size)
         device.check_consent(writes=not args.dry_run, on_cpu=args.on_cpu)
 
     def work() -> measurement.Finished:
@@ -84,6 +93,7 @@ def _tune(args: argparse.Namespace) -> int:
         request = Request(
             prefer=args.prefer,
             max_batch=args.max_batch,
+            tensor_parallel_size=args.tensor_parallel_size,
             again=args.again,
             dry_run=args.dry_run,
             drop_layer_rules=args.drop_layer_rules,

@@ -6,7 +6,8 @@ A module for each step:
     accuracy      orders the sets by accuracy, as far as their bits tell
     device        names what this machine measures on, and checks that it can
     engine        what a running engine has to measure
-    vllm_engine   such an engine in vLLM; the only module that imports it
+    vllm_engine   such an engine in vLLM
+    vllm_worker   one of its ranks, which measures; these two alone import vLLM
     measure       measures all layers of all sets over all numbers of tokens, and whole steps
     measurements  what was measured, and what follows for a step
     memory        keeps measurements in qoq_tune.json for the next run

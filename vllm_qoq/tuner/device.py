@@ -15,15 +15,15 @@ from vllm_qoq.tuner import TuneError
 from vllm_qoq.tuner.measurements import PREFILL_TOKENS, Key
 from vllm_qoq.version import __version__
 
-# One GPU is measured, or one CPU engine.
-_TENSOR_PARALLEL_SIZE = 1
+# What torch says in the words of its error, all that a rank in another process passes on.
+_OUT_OF_MEMORY = "CUDA out of memory"
 
 
-def key(checkpoint_digest: str) -> Key:
+def key(checkpoint_digest: str, tensor_parallel_size: int) -> Key:
     """Make the key under which measurements of this checkpoint on this machine are kept."""
     return Key(
         device=name(),
-        tensor_parallel_size=_TENSOR_PARALLEL_SIZE,
+        tensor_parallel_size=tensor_parallel_size,
         vllm_qoq=__version__,
         vllm=environment.describe()["packages"]["vllm"] or "unknown",
         checkpoint=checkpoint_digest,
@@ -55,6 +55,19 @@ def check_sets(methods: Mapping[str, str]) -> None:
         )
 
 
+def check_gpus(tensor_parallel_size: int) -> None:
+    """Raise TuneError where there are GPUs, but fewer than the ranks that each need one."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if torch.cuda.is_available() and count < tensor_parallel_size:
+        raise TuneError(
+            f"--tensor-parallel-size {tensor_parallel_size}: torch finds {count} GPUs on this "
+            "machine, and each rank needs one; give as many as there are, or tune on the machine "
+            "that will serve"
+        )
+
+
 def check_consent(*, writes: bool, on_cpu: bool) -> None:
     """Raise TuneError where the routing of a CPU would be written and nobody asked for one."""
     import torch
@@ -74,7 +87,9 @@ def within_memory(folder: Path) -> Iterator[None]:
 
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and _OUT_OF_MEMORY not in str(error):
+            raise
         said = str(error).partition(". GPU")[0]
         raise TuneError(
             f"{folder}: all sets of the checkpoint together, and a prompt of {PREFILL_TOKENS[-1]} "

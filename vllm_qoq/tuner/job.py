@@ -22,6 +22,7 @@ class Request:
 
     prefer            a key of `preferences.SLOWER`
     max_batch         the largest decode step to measure
+    tensor_parallel_size  ranks that share each layer
     again             measure even if there are measurements of this device
     dry_run           leave the checkpoint as it is
     drop_layer_rules  leave out the layer rules of the routing that is there
@@ -30,6 +31,7 @@ class Request:
 
     prefer: Preference
     max_batch: int
+    tensor_parallel_size: int = 1
     again: bool = False
     dry_run: bool = False
     drop_layer_rules: bool = False
@@ -57,6 +59,7 @@ def tune(
     *,
     prefer: Preference = DEFAULT,
     max_batch: int = MAX_BATCH,
+    tensor_parallel_size: int = 1,
     again: bool = False,
     drop_layer_rules: bool = False,
     keep_first: int = 0,
@@ -70,6 +73,7 @@ def tune(
     checkpoint        folder of a checkpoint with several sets
     prefer            how much slower than the fastest set a more accurate one may be
     max_batch         the largest decode step to measure
+    tensor_parallel_size  ranks that share each layer, as vLLM's option of this name
     again             measure even if there are measurements of this device
     drop_layer_rules  leave out the layer rules of the routing that is there
     keep_first        the first so many decoder layers generate in the most accurate set
@@ -78,16 +82,20 @@ def tune(
     on_cpu            write the routing for this machine's CPU, where there is no GPU
     quiet             print no progress
 
-    Raises UserError with what is wrong and what to do. vLLM runs in this process.
+    Raises UserError with what is wrong and what to do. vLLM runs in this process, with tensor
+    parallelism in one more for each rank.
     """
     check_max_batch(max_batch)
     target = Target.open(Path(checkpoint), will_write=not dry_run)
+    target.check_split(tensor_parallel_size)
     kept = target.layers_to_keep(keep_first, keep_sensitive)
     device.check_sets(target.methods)
+    device.check_gpus(tensor_parallel_size)
     device.check_consent(writes=not dry_run, on_cpu=on_cpu)
     request = Request(
         prefer=prefer,
         max_batch=max_batch,
+        tensor_parallel_size=tensor_parallel_size,
         again=again,
         dry_run=dry_run,
         drop_layer_rules=drop_layer_rules,
@@ -97,20 +105,22 @@ def tune(
     return run(target, request)
 
 
-def open_engine(folder: Path, sets: tuple[str, ...], max_batch: int) -> Engine:
+def open_engine(
+    folder: Path, sets: tuple[str, ...], max_batch: int, tensor_parallel_size: int
+) -> Engine:
     """Load all `sets` of the checkpoint `folder` into vLLM for decode steps of up to `max_batch`.
 
     This takes as long as vLLM takes to start.
     """
     from vllm_qoq.tuner import vllm_engine
 
-    return vllm_engine.open_engine(folder, sets, max_batch)
+    return vllm_engine.open_engine(folder, sets, max_batch, tensor_parallel_size)
 
 
 def run(target: Target, request: Request) -> Outcome:
     """Carry out `request`. Nothing is written before everything is measured."""
     notes: list[str] = []
-    key = device.key(target.digest)
+    key = device.key(target.digest, request.tensor_parallel_size)
     known, problem = memory.load(target.folder)
     sets = tuple(target.section.sets)
     remembered = None
@@ -124,7 +134,9 @@ def run(target: Target, request: Request) -> Outcome:
     if remembered is None:
         decode = decode_batches(request.max_batch)
         with device.within_memory(target.folder):
-            opened = open_engine(target.folder, sets, request.max_batch)
+            opened = open_engine(
+                target.folder, sets, request.max_batch, request.tensor_parallel_size
+            )
             measured = measure(
                 opened,
                 key,

@@ -76,7 +76,10 @@ def crossings(rows: Sequence[DecodeRow], decode: Sequence[int]) -> str:
 def _head(outcome: Outcome) -> Iterator[str]:
     key, request = outcome.measured.key, outcome.request
     yield f"# Routing of {printable(outcome.folder.resolve().name)} on {printable(key.device)}\n"
-    yield f"    vllm-qoq tune {printable(str(outcome.folder))} --prefer {request.prefer}\n"
+    split = ""
+    if key.tensor_parallel_size > 1:
+        split = f" --tensor-parallel-size {key.tensor_parallel_size}"
+    yield f"    vllm-qoq tune {printable(str(outcome.folder))} --prefer {request.prefer}{split}\n"
     yield (
         f"vllm-qoq {key.vllm_qoq}, vLLM {key.vllm}, tensor-parallel size "
         f"{key.tensor_parallel_size}, measured {'before' if outcome.is_remembered else 'now'}.\n"

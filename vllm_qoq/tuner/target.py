@@ -11,6 +11,8 @@ from typing import Any
 
 from vllm_qoq.checkpoint.folder import read_config
 from vllm_qoq.checkpoint.format import QUANT_METHOD, SECTION, Section
+from vllm_qoq.checkpoint.inspect import inspect
+from vllm_qoq.checkpoint.tensor_parallel import SIZES
 from vllm_qoq.checkpoint.writer import replace_file
 from vllm_qoq.errors import FormatError
 from vllm_qoq.models.config import CONFIG
@@ -52,6 +54,18 @@ class Target:
                 f"{folder}: not writable; copy the checkpoint, or add --dry-run to measure only"
             )
         return cls(folder, section, order, _digest(config))
+
+    def check_split(self, tensor_parallel_size: int) -> None:
+        """Raise TuneError for a number of ranks that the layers cannot be split over."""
+        if tensor_parallel_size == 1:
+            return
+        option = f"--tensor-parallel-size {tensor_parallel_size}"
+        found = inspect(self.folder)["tensor_parallel"]
+        sizes = ", ".join(map(str, found["sizes"]))
+        if tensor_parallel_size not in SIZES:
+            raise TuneError(f"{option}: is not one of {', '.join(map(str, SIZES))}")
+        if reason := found["refused"].get(str(tensor_parallel_size)):
+            raise TuneError(f"{option}: {reason}; {self.folder} can be served with {sizes}")
 
     def layers_to_keep(self, first: int, sensitive: int) -> tuple[str, ...]:
         """The decoder layers that `--keep-first` and `--keep-sensitive` name, each once."""

@@ -8,6 +8,7 @@ preemption, KV connectors) sees an ordinary cache. vLLM asks again once the weig
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +25,7 @@ from vllm_qoq.checkpoint.kv_config import UNQUANTIZED, Bits, KVCache, described
 from vllm_qoq.errors import UserError
 from vllm_qoq.numerics.kv_layout import QuantizedBits
 from vllm_qoq.serving.kv import refusals as kv_refusals
-from vllm_qoq.serving.kv.backend import QuantizedKVBackend
+from vllm_qoq.serving.kv.backend import NAME, QuantizedKVBackend, named
 from vllm_qoq.serving.kv.cpu import CPUK8V4Backend, CPUKV4Backend, CPUKV8Backend
 from vllm_qoq.serving.kv.k_mean import REFUSING, add_mean, check_mean, loading_rules
 from vllm_qoq.serving.kv.key_bias import KeyBiasWatch
@@ -33,6 +34,7 @@ from vllm_qoq.serving.kv.spec import spec_of_layer
 from vllm_qoq.serving.options import NAMESPACE, Options
 from vllm_qoq.serving.speculation import is_draft, most_decode_tokens
 from vllm_qoq.serving.vllm_versions import set_kv_cache_spec
+from vllm_qoq.version import __version__
 
 logger = init_logger("vllm." + __name__)
 
@@ -102,7 +104,9 @@ class QuantizedKVCache:
         self._key_biases = KeyBiasWatch()
         if not self.kv_cache.is_quantized():
             return
-        self._backends = backends_of(vllm_config.device_config.device_type)
+        name = backend_name(self.kv_cache)
+        of_device = backends_of(vllm_config.device_config.device_type)
+        self._backends = {bits: named(backend, name) for bits, backend in of_device.items()}
         logger.info("Quantized KV cache: %s", self.kv_cache.to_json())
 
     def attach(self, layer: nn.Module, prefix: str) -> None:
@@ -185,8 +189,16 @@ class QuantizedKVCache:
             sinks=sinks_of(layer),
             **backend.impl_options(self._vllm_config),
         )
-        layer.backend = AttentionBackendEnum[backend.get_name()]
+        layer.backend = AttentionBackendEnum.CUSTOM  # vLLM's word for a plugin's
         set_kv_cache_spec(layer, partial(spec_of_layer, layer, bits))
+
+
+def backend_name(kv_cache: KVCache) -> str:
+    """Name all that two engines have to agree on to read each other's pages.
+
+    KV connectors compare the name of the first layer's backend.
+    """
+    return f"{NAME} {__version__} {json.dumps(kv_cache.to_json(), sort_keys=True)}"
 
 
 def check_without_sets(kv_cache: KVCache | None, vllm_config: VllmConfig) -> None:

@@ -90,6 +90,12 @@ class RoutingStatLogger(StatLoggerBase):
     def log_engine_initialized(self) -> None:
         """Leave out the steps that vLLM ran to capture CUDA graphs; log the last ones at exit."""
         if self._reader is not None:
+            if self._reader.is_elsewhere():
+                logger.warning(
+                    "Engine %s counts its steps on another host, where its first rank is: "
+                    "vllm:qoq_steps_total stays zero, and the log has no steps by set",
+                    self._engine,
+                )
             self._at_start = self._reader.read()
             # `vllm run-batch` never asks for a log, and a server not for its last seconds.
             atexit.register(self.log)

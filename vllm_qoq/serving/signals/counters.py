@@ -52,6 +52,10 @@ class CounterReader:
     def __init__(self, path: Path, sets: tuple[str, ...]) -> None:
         self._path, self._sets = path, sets
 
+    def is_elsewhere(self) -> bool:
+        """Whether an engine whose model is loaded counts on another host, as its first rank may."""
+        return bool(self._sets) and not self._path.exists()
+
     def read(self) -> dict[tuple[str, str], int]:
         """Read the steps so far by (phase, set), all zero before the model is loaded."""
         shape = (len(Phase), len(self._sets))
