@@ -56,7 +56,9 @@ def test_concurrent_requests_all_answer_and_the_batch_changes_the_set(server):
         texts = list(pool.map(lambda prompt: server.text(prompt, max_tokens=24), prompts))
     assert all(texts)
     after = server.steps()
-    assert after["decode", "w8a8"] > before["decode", "w8a8"], "no two requests were decoded together"
+    assert after["decode", "w8a8"] > before["decode", "w8a8"], (
+        "no two requests were decoded together"
+    )
 
 
 def replay(server, trace, out, monkeypatch):

@@ -34,6 +34,7 @@ class OriginalBasis(nn.Module):
         self.norm = self._parameter(torch.ones(shapes["norm"], dtype=dtype))
         self.quant_method = _Finish(is_tracked)
         self.loaded: set[str] = set()
+        self._kept: dict[str, torch.Tensor] = {}
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Turn what leaves the final norm, [num_tokens, H]; the dtype stays."""
@@ -59,9 +60,9 @@ class OriginalBasis(nn.Module):
         if is_tracked and (message := basis.finding(self.rotation)):
             raise FormatError(f"{STREAM}.rotation: {message}; download the checkpoint again")
         scale, norm = basis.scale(len(self.rotation)), self.norm.float()
-        self.register_buffer("turn", basis.matrix(self.rotation, self.norm.dtype), persistent=False)
-        self.register_buffer("of_last", norm * scale, persistent=False)
-        self.register_buffer("of_head", scale / norm, persistent=False)
+        self._keep("turn", basis.matrix(self.rotation, self.norm.dtype))
+        self._keep("of_last", norm * scale)
+        self._keep("of_head", scale / norm)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load tensors, which vLLM names below this module; returns the names of the parameters.
@@ -77,6 +78,13 @@ class OriginalBasis(nn.Module):
             parameter.weight_loader(parameter, tensor)
             loaded.add(leaf)
         return loaded
+
+    def _keep(self, name: str, content: torch.Tensor) -> None:
+        """Make a buffer, one tensor for good: when weights are loaded anew, graphs hold the old."""
+        kept = self._kept.setdefault(name, content)
+        if kept is not content:
+            kept.copy_(content)
+        self.register_buffer(name, kept, persistent=False)
 
     def _parameter(self, content: torch.Tensor) -> Parameter:
         parameter = Parameter(content, requires_grad=False)
