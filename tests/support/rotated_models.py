@@ -38,7 +38,7 @@ def write_rotated(model: Path, out: Path) -> Path:
         (turned / file).write_bytes((model / file).read_bytes())
     write_nested(turned, out)
     tensors = load_file(out / "model.safetensors")
-    stored = {name: t if t.dtype == torch.int8 else t.bfloat16() for name, t in stored.items()}
+    stored = {n: (t if t.dtype == torch.int8 else t.bfloat16()).cpu() for n, t in stored.items()}
     save_file(tensors | stored, out / "model.safetensors", {"format": "pt"})
     config = json.loads((out / "config.json").read_text())
     config["quantization_config"][STREAM] = {"rotation": "stored"}

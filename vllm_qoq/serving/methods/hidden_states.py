@@ -122,7 +122,7 @@ def _check_head(vllm_config: VllmConfig) -> None:
     is_mtp, head = speculative.method == "mtp", speculative.draft_model_config.model
     if is_mtp and head == model.model:
         raise UserError(
-            f"--speculative-config: {head} has no heads of MTP, which `quantize` leaves out; name "
+            f"--speculative-config: {head} has no heads of MTP, which quantize leaves out; name "
             'the original model, {"method": "mtp", "model": ORIGINAL, ...}, whose heads fit'
         )
     has_own = not is_mtp and _has_lm_head(Path(head))
