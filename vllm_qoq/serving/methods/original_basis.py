@@ -21,6 +21,8 @@ class OriginalBasis(nn.Module):
 
     rotation  int8 [H, H]  as in the checkpoint
     norm      [H]          in the model's dtype
+
+    is_tracked  whether they are loaded from a checkpoint in a way that is seen here
     """
 
     turn: torch.Tensor  # `vllm_qoq.numerics.rotation.matrix`, in the model's dtype
@@ -33,6 +35,7 @@ class OriginalBasis(nn.Module):
         self.rotation = self._parameter(torch.zeros(shapes["rotation"], dtype=torch.int8))
         self.norm = self._parameter(torch.ones(shapes["norm"], dtype=dtype))
         self.quant_method = _Finish(is_tracked)
+        self.is_tracked = is_tracked
         self.loaded: set[str] = set()
         self._kept: dict[str, torch.Tensor] = {}
 
