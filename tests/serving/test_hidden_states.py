@@ -86,7 +86,7 @@ def basis_of(rotation, norm):
 @pytest.mark.parametrize("size", [96, 256])
 def test_what_is_turned_is_rounded_like_the_stream_and_never_overflows(dtype, size):
     """With a channel as large as models have: the sum of signs would be infinite in float16."""
-    rotation, norm = basis.signs(rotate.hadamard(size)), torch.rand(size) + 0.5
+    rotation, norm = basis.signs(rotate.hadamard(size).cpu()), torch.rand(size) + 0.5
     way, stream = basis_of(rotation, norm.to(dtype)), torch.randn(5, size).double()
     stream[:, 7] = 30000
     turned = (stream @ rotation.double() / size**0.5).to(dtype)

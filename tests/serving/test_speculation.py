@@ -12,6 +12,7 @@ from engines import TRACED, engine, generate
 from rotated_models import Original, write_rotated
 from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
+from vllm.platforms import current_platform
 
 import vllm_qoq
 from vllm_qoq.errors import UserError
@@ -104,6 +105,7 @@ def original(tiny_model, heldout_text):
     return Original(tiny_model, heldout_text.read_text())
 
 
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="tests/gpu has it for GPUs")
 @pytest.mark.parametrize("method", ["eagle", "eagle3", "mtp"])
 def test_heads_of_the_original_model_draft_for_a_rotated_one(rotated, original, tmp_path, method):
     """What they take, share and draft is what it would be beside the original model."""
