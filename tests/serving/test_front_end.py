@@ -203,6 +203,25 @@ def test_a_server_starts_with_adapters_in_the_basis_of_its_checkpoint(
     assert "mine=org/adapter: was not converted" in refusal(turned[0], "org/adapter", both[0])
 
 
+def test_hidden_states_that_cannot_be_turned_are_refused(nested_dir, tiny_model, tmp_path):
+    changed = Path(shutil.copytree(nested_dir, tmp_path / "changed"))
+    config = json.loads((changed / "config.json").read_text())
+
+    def refusal(rotation, **options):
+        config["quantization_config"]["stream"] = {"rotation": rotation}
+        (changed / "config.json").write_text(json.dumps(config))
+        with pytest.raises(EngineError, match="the hidden states of this checkpoint are rot") as it:
+            configure(changed, **options)
+        return str(it.value)
+
+    head = {"method": "eagle", "model": str(tiny_model), "num_speculative_tokens": 2}
+    assert "method 'eagle' needs" in refusal("unknown", speculative_config=head)
+    assert "--enable-prompt-embeds needs" in refusal("stored", enable_prompt_embeds=True)
+    staged = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
+    assert "in 2 pipeline stages" in refusal("stored", speculative_config=head, **staged)
+    configure(changed, speculative_config=head)
+
+
 @pytest.fixture
 def with_means(tiny_model, tmp_path):
     """`with_means(KV_CACHE, LAYERS)`: a copy that announces KV_CACHE and has means of LAYERS."""

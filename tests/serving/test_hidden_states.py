@@ -1,5 +1,6 @@
 """Hidden states of a rotated model: turned back where they leave it, or refused."""
 
+import copy
 import json
 import shutil
 import sys
@@ -25,6 +26,8 @@ from vllm_qoq.progress import Progress
 from vllm_qoq.quantizer import rotate
 from vllm_qoq.quantizer.model import Dimensions, layer_names
 from vllm_qoq.serving.methods import hidden_states
+from vllm_qoq.serving.methods.original_basis import OriginalBasis
+from vllm_qoq.serving.methods.way_back import way_back
 
 SIZES = {
     "hidden_size": 96,  # a Hadamard matrix that is no power of two
@@ -56,16 +59,45 @@ def test_what_quantize_stores_leads_back_to_the_original_hidden_states(kind, con
     tokens = torch.randint(0, 64, (1, 20))
     before = model.model(tokens, output_hidden_states=True)
     rotate.untie(model, names)
+    original_head = copy.deepcopy(model.lm_head)
     stored = rotate.way_back(model, names, dimensions)
     rotate.rotate_stream(model, names, dimensions)
     after = model.model(tokens, output_hidden_states=True)
 
-    signs = stored["stream.rotation"].double()
-    last = basis.last_hidden_state(after.last_hidden_state, signs, stored["stream.norm"])
+    way = basis_of(stored["stream.rotation"], stored["stream.norm"])
+    last = way(after.last_hidden_state)
     torch.testing.assert_close(last, before.last_hidden_state, rtol=1e-5, atol=1e-5)
-    streams = zip(after.hidden_states[:-1], before.hidden_states[:-1], strict=True)
-    for turned, original in streams:  # what EAGLE-3 takes from inside the model
-        torch.testing.assert_close(turned @ signs.T / 96**0.5, original)
+    # What EAGLE-3 takes from inside the model, side by side.
+    turned, original = (torch.cat(x.hidden_states[:-1], dim=-1) for x in (after, before))
+    torch.testing.assert_close(way.stream(turned), original)
+    logits = model.lm_head(way.head_input(last))
+    torch.testing.assert_close(logits, original_head(last), rtol=1e-5, atol=1e-5)
+
+
+def basis_of(rotation, norm):
+    """What a model of the dtype of `norm` has, once it is loaded."""
+    way = OriginalBasis(len(norm), norm.dtype, is_tracked=True)
+    way.load_weights([("rotation", rotation), ("norm", norm)])
+    way.quant_method.process_weights_after_loading(way)
+    return way
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [96, 256])
+def test_what_is_turned_is_rounded_like_the_stream_and_never_overflows(dtype, size):
+    """With a channel as large as models have: the sum of signs would be infinite in float16."""
+    rotation, norm = basis.signs(rotate.hadamard(size).cpu()), torch.rand(size) + 0.5
+    way, stream = basis_of(rotation, norm.to(dtype)), torch.randn(5, size).double()
+    stream[:, 7] = 30000
+    turned = (stream @ rotation.double() / size**0.5).to(dtype)
+    exact = turned.double() @ rotation.double().T / size**0.5
+    found = way.stream(turned)
+    assert found.dtype == dtype
+    step = torch.finfo(dtype).eps
+    assert (found.double() - exact).abs().max() < 2 * step * stream[:, 7].max()
+    last = way(turned / 30000 * size**0.5)
+    expected = exact / 30000 * size**0.5 * norm.to(dtype).double()
+    torch.testing.assert_close(last.double(), expected, rtol=2 * step, atol=8 * step)
 
 
 def test_one_wrong_sign_is_found():
@@ -269,31 +301,43 @@ def test_generation_leaves_the_way_back_on_the_disk():
     assert other._map_name("stream.rotation") == "stream.rotation"  # refused by vLLM's loader
 
 
-def engine_of(runner="generate", method=None, folder="none", **model):
+def engine_of(runner="generate", method=None, folder="none", head="head", stages=1, **model):
     names = {"runner_type": runner, "convert_type": "none", "enable_prompt_embeds": False}
     names |= {"is_multimodal_model": False, "model": str(folder), "revision": None}
     configs = {"hf_config": SimpleNamespace(), "hf_text_config": SimpleNamespace()}
-    speculative = SimpleNamespace(method=method) if method else None
+    drafts = SimpleNamespace(method=method, draft_model_config=SimpleNamespace(model=str(head)))
     return SimpleNamespace(
-        model_config=SimpleNamespace(**names | configs | model), speculative_config=speculative
+        model_config=SimpleNamespace(**names | configs | model),
+        speculative_config=drafts if method else None,
+        parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
     )
 
 
 @pytest.mark.parametrize(
-    ("engine", "message"),
+    ("rotation", "engine", "message"),
     [
-        ({"method": "eagle"}, "'eagle' needs"),
-        ({"method": "eagle3"}, "'eagle3' needs"),
-        ({"method": "mtp"}, "use 'ngram' or 'draft_model'"),
-        ({"method": "medusa"}, "'medusa' needs"),
-        ({"method": "extract_hidden_states"}, "--no-rotate"),
-        ({"enable_prompt_embeds": True}, "--enable-prompt-embeds needs"),
+        ("unknown", {"method": "eagle"}, "'eagle' needs"),
+        ("unknown", {"method": "eagle3"}, "'eagle3' needs"),
+        ("unknown", {"method": "mtp"}, "use 'ngram' or 'draft_model'"),
+        ("unknown", {"method": "medusa"}, "'medusa' needs"),
+        ("stored", {"method": "dflash"}, "'dflash' needs"),
+        ("stored", {"method": "extract_hidden_states"}, "--no-rotate"),
+        ("stored", {"method": "eagle", "stages": 2}, "in 2 pipeline stages.*--tensor-parallel"),
+        ("stored", {"enable_prompt_embeds": True}, "--enable-prompt-embeds needs"),
     ],
 )
-def test_other_exits_and_entries_of_a_rotated_stream_are_refused(engine, message):
+def test_other_exits_and_entries_of_a_rotated_stream_are_refused(rotation, engine, message):
+    stream = {"rotation": rotation}
     with pytest.raises(UserError, match=message):
-        hidden_states.check_engine(Section.parse(section(stream=STORED)), engine_of(**engine))
+        hidden_states.check_engine(Section.parse(section(stream=stream)), engine_of(**engine))
     hidden_states.check_engine(Section.parse(section()), engine_of(**engine))
+
+
+def test_heads_of_mtp_are_not_in_a_rotated_checkpoint(tmp_path):
+    engine = engine_of(method="mtp", folder=tmp_path, head=tmp_path)
+    with pytest.raises(UserError, match=r"has no heads of MTP.*name the original model"):
+        hidden_states.check_engine(Section.parse(section(stream=STORED)), engine)
+    hidden_states.check_engine(Section.parse(section()), engine)
 
 
 def test_an_encoder_is_served_where_its_outputs_were_rotated_along():
@@ -303,8 +347,10 @@ def test_an_encoder_is_served_where_its_outputs_were_rotated_along():
         hidden_states.check_engine(Section.parse(section(stream={"rotation": "unknown"})), engine)
 
 
-@pytest.mark.parametrize("method", ["ngram", "ngram_gpu", "suffix", "draft_model", None])
-def test_drafts_that_need_no_hidden_states_are_served(method):
+@pytest.mark.parametrize(
+    "method", ["ngram", "suffix", "draft_model", "eagle", "eagle3", "mtp", "medusa", None]
+)
+def test_drafts_that_need_no_hidden_states_or_turned_ones_are_served(method):
     hidden_states.check_engine(Section.parse(section(stream=STORED)), engine_of(method=method))
 
 
@@ -336,7 +382,7 @@ def test_a_classifier_of_rows_of_lm_head_reads_the_stream_as_it_is():
     config = engine_of("pooling", convert_type="classify", hf_config=reranker)
     stored = Section.parse(section(stream=STORED))
     hidden_states.check_engine(stored, config)
-    assert hidden_states.way_back(stored, config, torch.nn.Identity(), "") is None
+    assert way_back(stored, config, torch.nn.Identity(), "") is None
     with pytest.raises(UserError, match="--lm-head-bits 16"):
         hidden_states.check_engine(Section.parse(section(lm_head={"bits": 8})), config)
 

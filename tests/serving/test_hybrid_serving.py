@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from types import SimpleNamespace
 
 import engines
 import pytest
@@ -32,6 +33,7 @@ from vllm_qoq.quantizer.job import quantize
 from vllm_qoq.quantizer.load import load_model
 from vllm_qoq.quantizer.model import layer_names
 from vllm_qoq.quantizer.options import QuantizeOptions
+from vllm_qoq.serving import speculation
 
 NoVideos.use()
 
@@ -59,6 +61,39 @@ def checkpoint(tiny_model, heldout_text, tmp_path_factory):
 
 
 @torch.no_grad()
+@pytest.mark.skipif(not engines.current_platform.is_cpu(), reason="reads the worker here")
+def test_heads_of_mtp_come_from_the_original_model(checkpoint, tmp_path, monkeypatch):
+    """Built and joined to the rotated model; a CPU cannot speculate with a state, in any model."""
+    model = shutil.copytree(checkpoint.parent / "model", tmp_path / "model")
+
+    def add_head(tensors, config):
+        config["mtp_num_hidden_layers"] = 1
+        for name in [name for name in tensors if name.startswith("model.layers.1.")]:
+            tensors[name.replace("model.layers.1.", "mtp.layers.0.")] = tensors[name]
+        tensors["mtp.fc.weight"] = torch.ones(128, 256)
+        for norm in ("norm", "pre_fc_norm_hidden", "pre_fc_norm_embedding"):
+            tensors[f"mtp.{norm}.weight"] = torch.ones(128)
+
+    edit(model, add_head)
+    monkeypatch.setattr(speculation, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    llm = engines.engine(
+        checkpoint,
+        {"force_set": "w4a8"},
+        speculative_config={"method": "mtp", "model": str(model), "num_speculative_tokens": 1},
+        hf_overrides={"mtp_num_hidden_layers": 1},
+    )
+    head = llm.llm_engine.model_executor.driver_worker.model_runner.drafter.model
+    original, hidden = Checkpoint.open(model), torch.randn(5, 128).to(torch.bfloat16)
+    embedding, lm_head = (
+        original.get(f"{name}.weight").float() for name in ("model.embed_tokens", "lm_head")
+    )
+    rows = head.model.embed_tokens(torch.arange(len(embedding))).float()
+    assert (rows - embedding).norm() < 0.01 * embedding.norm()
+    logits = hidden.float() @ lm_head.T
+    assert (head.compute_logits(hidden).float() - logits).norm() < 0.02 * logits.norm()
+    assert head.model.layers[0].self_attn.qkv_proj.weight.dtype == torch.bfloat16
+
+
 def test_a_converted_adapter_changes_linear_attention_as_it_does_in_the_model(checkpoint, tmp_path):
     model = checkpoint.parent / "model"
     trained = write_adapter(model, tmp_path / "trained", seed=1, targets=(*TARGETS, *LINEAR))

@@ -20,10 +20,14 @@ from vllm_qoq.checkpoint import verify
 from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.errors import FormatError
 from vllm_qoq.numerics.reference import quantize_per_token
+from vllm_qoq.numerics.rotation import signs
 from vllm_qoq.progress import Progress
 from vllm_qoq.quantizer.job import run
 from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.plan import Job
+from vllm_qoq.quantizer.rotate import hadamard
+from vllm_qoq.serving.methods.draft_heads import original_head
+from vllm_qoq.serving.methods.original_basis import OriginalBasis
 
 VOCABULARY, HIDDEN = 200, 128
 SECTION = {"lm_head": {"bits": 8}}
@@ -130,6 +134,22 @@ def test_every_rank_computes_its_part_of_the_vocabulary(rank, size):
     columns = slice(part.org_vocab_start_index, part.org_vocab_end_index)
     mine = logits[:, : part.num_org_elements].float()
     torch.testing.assert_close(mine, expected[:, columns], rtol=2e-2, atol=2e-2)
+
+
+def test_a_head_that_drafts_for_the_original_model_reads_it_turned():
+    layer, norm = head(), torch.rand(HIDDEN) + 0.5
+    rotation = hadamard(HIDDEN).float().cpu()
+    weight = torch.randn(VOCABULARY, HIDDEN)
+    codes, scale, _ = quantize_per_token(weight * norm @ rotation)
+    layer.weight.weight_loader(layer.weight, codes)
+    layer.weight_scale.weight_loader(layer.weight_scale, scale[:, None])
+    layer.quant_method.process_weights_after_loading(layer)
+    basis = OriginalBasis(HIDDEN, torch.float16, is_tracked=True)
+    basis.load_weights([("rotation", signs(rotation)), ("norm", norm)])
+    basis.quant_method.process_weights_after_loading(basis)
+    turned, x = original_head(layer, basis), torch.randn(5, HIDDEN)
+    logits = turned.quant_method.apply(turned, x.half())[:, :VOCABULARY].float()
+    assert (logits - x @ weight.t()).norm() < 0.05 * (x @ weight.t()).norm()
 
 
 def test_a_tensor_that_did_not_arrive_is_named():

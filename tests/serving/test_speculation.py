@@ -8,8 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engines import engine, generate
+from engines import TRACED, engine, generate
+from rotated_models import Original, write_rotated
 from safetensors.torch import load_file, save_file
+from vllm import SamplingParams
+from vllm.platforms import current_platform
 
 import vllm_qoq
 from vllm_qoq.errors import UserError
@@ -84,7 +87,7 @@ def eagle_head(tiny_model, tmp_path):
 
 
 def test_a_float_head_drafts_from_hidden_states_that_are_not_rotated(nested_dir, eagle_head):
-    """Its cache has 16 bits beside the model's 4; a rotated checkpoint refuses it."""
+    """Its cache has 16 bits beside the model's 4."""
     speculative = {"method": "eagle", "model": str(eagle_head), "num_speculative_tokens": 3}
     options = {"speculative_config": speculative, "disable_log_stats": False}
     llm = engine(nested_dir, {"kv_bits": 4}, **options)
@@ -92,12 +95,66 @@ def test_a_float_head_drafts_from_hidden_states_that_are_not_rotated(nested_dir,
     assert accepted(llm) > 0
 
 
+@pytest.fixture(scope="module")
+def rotated(tiny_model, tmp_path_factory):
+    return write_rotated(tiny_model, tmp_path_factory.mktemp("rotated") / "rotated")
+
+
+@pytest.fixture(scope="module")
+def original(tiny_model, heldout_text):
+    return Original(tiny_model, heldout_text.read_text())
+
+
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="tests/gpu has it for GPUs")
+@pytest.mark.parametrize("method", ["eagle", "eagle3", "mtp"])
+def test_heads_of_the_original_model_draft_for_a_rotated_one(rotated, original, tmp_path, method):
+    """What they take, share and draft is what it would be beside the original model."""
+    head = original.write(method, tmp_path / "head")
+    count = 1 if method == "mtp" else 3
+    speculative = {"method": method, "model": str(head), "num_speculative_tokens": count}
+    options = {"speculative_config": speculative, "disable_log_stats": False}
+    if method == "eagle":
+        options |= TRACED
+    if method == "mtp":
+        # A layer of Llama, with which heads of Ernie are built: their config is the model's own.
+        options["hf_overrides"] = {"num_nextn_predict_layers": 1}
+    llm = engine(rotated, {"kv_bits": 4}, **options)
+    drafter = llm.llm_engine.model_executor.driver_worker.model_runner.drafter
+    seen = []
+    hook = drafter.model.register_forward_hook(
+        lambda module, _, kwargs, output: seen.append((kwargs["hidden_states"].clone(), output)),
+        with_kwargs=True,
+    )
+    tokens = original.tokens[0].tolist()
+    llm.generate([{"prompt_token_ids": tokens}], SamplingParams(max_tokens=1), use_tqdm=False)
+    hook.remove()
+
+    states, output = seen[0]
+    drafted = output[0] if isinstance(output, tuple) else output
+    states, drafted = (part[: len(tokens)].double() for part in (states, drafted))
+    rows = drafter.model.model.embed_tokens(torch.arange(len(original.embedding)))
+    logits = drafter.model.compute_logits(drafted.bfloat16())
+    assert apart(rows, original.embedding) < 0.01  # of bf16 alone
+    assert apart(logits, drafted @ original.lm_head.T) < 0.01
+    taken, made = (part[0] for part in original.expected[method])
+    assert apart(states, taken) < 0.1  # of the model's 8 bits
+    agree = logits[:-1].argmax(-1) == (made @ original.lm_head.T).argmax(-1)
+    assert agree.double().mean() > 0.85
+
+    assert generate(llm, PROMPTS, max_tokens=24) == plain(rotated, 4)
+    assert accepted(llm) > 10
+
+
+def apart(found, wanted):
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
 def test_hybrids_are_refused_where_vllm_answers_wrongly():
     """On a CPU, for the float model, too: what was rejected stays in the state."""
     model = SimpleNamespace(model="MODEL", is_hybrid=True)
     config = SimpleNamespace(speculative_config=None, model_config=model)
     check_speculation(config)
-    config.speculative_config = object()
+    config.speculative_config = SimpleNamespace(method="ngram")
     with pytest.raises(UserError, match=r"wrong answers to MODEL.*leave it out"):
         check_speculation(config)
     model.is_hybrid = False

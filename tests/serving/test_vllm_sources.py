@@ -22,6 +22,7 @@ UNITS = (
     "test_kv_cache.py",
     "test_k_mean.py",
     "test_hidden_states.py",
+    "test_draft_heads.py",
     "test_bench_commands.py",
 )
 

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 # The integers of the probe stay below this, so that every sum over two products of up to 2**15
@@ -44,14 +46,59 @@ def finding(stored: torch.Tensor) -> str | None:
     return "has rows that are not orthogonal"
 
 
+def matrix(stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Make the rotation of its signs [H, H], but for the factor `scale(H)`.
+
+    Its entries are one power of two, which no dtype rounds, and near 1 / sqrt(H), so that products
+    with a stream are as large as the stream: float16 holds them.
+    """
+    return stored.to(dtype) * 2.0 ** -_exponent(len(stored))
+
+
+def scale(size: int) -> float:
+    """Say by what the products with `matrix` have to be multiplied: 1 or nearly so."""
+    return float(2.0 ** _exponent(size) / size**0.5)
+
+
+def original_stream(stream: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    """Turn states of the stream [..., n * H] into the original model's, each H of them by itself.
+
+    turn  `matrix`, in the dtype of `stream`
+    """
+    turned = torch.nn.functional.linear(stream.unflatten(-1, (-1, len(turn))), turn).flatten(-2)
+    factor = scale(len(turn))
+    return turned if factor == 1 else turned * factor
+
+
 def last_hidden_state(
-    hidden: torch.Tensor, stored: torch.Tensor, norm: torch.Tensor
+    hidden: torch.Tensor, turn: torch.Tensor, factor: torch.Tensor
 ) -> torch.Tensor:
     """Turn the last hidden state [..., H] of a rotated model into the original model's.
 
-    stored  the rotation's signs [H, H] in the dtype of `hidden`
-    norm    [H], the final norm's weight in the original model
+    turn    `matrix`, in the dtype of `hidden`
+    factor  float32 [H], `scale(H)` times the final norm's weight in the original model
     """
-    # What leaves the norm has a length of sqrt(H), so no sum exceeds H: float16 holds it.
-    turned = torch.nn.functional.linear(hidden, stored)
-    return (turned.float() * (norm.float() / len(stored) ** 0.5)).to(hidden.dtype)
+    return torch.nn.functional.linear(hidden, turn).mul_(factor)  # rounded to the dtype once more
+
+
+def head_input(hidden: torch.Tensor, turn: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Turn what the original lm_head would read [..., H] into what the rotated model's reads.
+
+    turn    `matrix`, in the dtype of `hidden`
+    factor  float32 [H], `scale(H)` divided by the final norm's weight in the original model, which
+            is a part of the rotated model's lm_head
+    """
+    return (hidden * factor).to(hidden.dtype) @ turn
+
+
+def spread(norm: torch.Tensor) -> float:
+    """Say by what a norm's weight [H] enlarges rounding when it is divided out of what it scaled.
+
+    1 where all weights are alike, infinite where one is zero.
+    """
+    weight = norm.double()
+    return float((weight.square().mean() * weight.square().reciprocal().mean()).sqrt())
+
+
+def _exponent(size: int) -> int:
+    return round(math.log2(size) / 2)

@@ -21,7 +21,10 @@ methods/  the linear layers of a model
     qoq_residual        the method of a nested set: int8 weights from two 4-bit planes
     int8_head           the lm_head in int8
     fusion              the compile pass that puts quantization into the kernel before it
-    hidden_states       the way back from a rotated stream, where hidden states leave the model
+    hidden_states       where hidden states leave a rotated model, and what is refused
+    original_basis      the module that turns them into the original model's
+    way_back            adds it to a model, for a pooler or a head that drafts
+    draft_heads         turns what such a head takes from the model and shares with it
     after_loading       a method that vLLM calls once weights are loaded
 routing/  the set of a step
     step                prefill or decode: reading vLLM's forward context

@@ -12,17 +12,36 @@ DRAFT_PREFIX = "draft_model."
 
 
 def check_speculation(vllm_config: VllmConfig) -> None:
-    """Raise UserError where vLLM answers wrongly once tokens are speculated.
+    """Raise UserError where vLLM answers wrongly once tokens are speculated, or drafts wrongly.
 
     On a CPU vLLM 0.32 does for models with linear attention, whatever serves their weights: the
     state has what was speculated and rejected.
     """
     speculative, model = vllm_config.speculative_config, vllm_config.model_config
+    if speculative is not None and speculative.method == "mtp":
+        heads = speculative.draft_model_config
+        if heads.quantization not in (None, model.quantization):
+            raise UserError(
+                f"--speculative-config: {heads.model} is quantized ({heads.quantization}), and "
+                "heads of MTP are served in float beside a checkpoint of vllm-qoq; name the "
+                "original model in bf16"
+            )
     if speculative is not None and model.is_hybrid and current_platform.is_cpu():
         raise UserError(
             f"--speculative-config: on a CPU vLLM gives wrong answers to {model.model}, which has "
             "layers with a state, when it speculates; leave it out"
         )
+
+
+def has_float_heads(vllm_config: VllmConfig) -> bool:
+    """Whether heads of MTP come from a model in float, not from the checkpoint that is served.
+
+    vLLM builds them with the quantization config of the model that they draft for.
+    """
+    speculative = vllm_config.speculative_config
+    if speculative is None or speculative.method != "mtp":
+        return False
+    return speculative.draft_model_config.quantization is None
 
 
 def most_decode_tokens(vllm_config: VllmConfig, is_draft: bool = False) -> int:

@@ -17,6 +17,9 @@ tests/serving/test_vllm_sources.py runs unit tests against the oldest and the ne
   quantization config in the middle of that, and hands it neither the options of the user nor
   anything later on in this process; but it is on the stack. Without it everything is refused a
   minute later, by the engine. So are the arguments of the command, which name its LoRA adapters.
+* `drafter_in_the_making`, `handed_to`: what drafts with hidden states while its model is being
+  built, and what its `propose` calls that which comes from the model. vLLM's model runners keep it
+  in an attribute, and hand it to no quantization method; but they are on the stack.
 * `engine_index`: which data-parallel engine this is (vllm.config.ParallelConfig). Engines of dense
   models are told that their rank is 0.
 * `map_name`: what a model calls a layer that the checkpoint calls otherwise
@@ -37,6 +40,7 @@ tests/serving/test_vllm_sources.py runs unit tests against the oldest and the ne
 
 from __future__ import annotations
 
+import inspect
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -73,6 +77,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FrontEnd",
     "FusedMoEMethodBase",
+    "HandedToDrafter",
     "InductorPass",
     "LayerNameType",
     "RoutedExperts",
@@ -81,12 +86,14 @@ __all__ = [
     "api_process_rank",
     "backends_size_pages",
     "device_view",
+    "drafter_in_the_making",
     "enable_fake_mode",
     "encode_layer_name",
     "engine_index",
     "experts_create_arguments",
     "front_end_in_the_making",
     "fused_add_rms_norm",
+    "handed_to",
     "has_loader_v2",
     "kv_cache_layouts",
     "map_name",
@@ -178,6 +185,50 @@ def _self_of(method: Callable[..., Any]) -> Any:
             return frame.f_locals.get("self")
         frame = frame.f_back
     return None
+
+
+def drafter_in_the_making() -> Any:
+    """Find what drafts for the model that a model runner is loading in this thread, None if none.
+
+    It is the runner's `drafter` (a proposer) or `speculator`, on the last pipeline stage alone.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "load_model":
+            runner = frame.f_locals.get("self")
+            for name in ("drafter", "speculator"):
+                if (found := getattr(runner, name, None)) is not None:
+                    return found
+        frame = frame.f_back
+    return None
+
+
+@dataclass(frozen=True)
+class HandedToDrafter:
+    """The names of those arguments of `propose` that come from the model; None where it has none.
+
+    hidden   the hidden states after the final norm
+    streams  the stream at several layers, a list or side by side in one tensor; may be None, and
+             where it is not, it is taken in the place of `hidden`
+    images   a pair of a list of embeddings of images and a mask, or None
+    """
+
+    hidden: str | None
+    streams: str | None
+    images: str
+
+
+def handed_to(drafter: Any) -> HandedToDrafter | None:
+    """Find out what `drafter.propose` takes from the model; None where that is not known."""
+    names = inspect.signature(drafter.propose).parameters
+    if {"last_hidden_states", "aux_hidden_states"} <= names.keys():
+        return HandedToDrafter("last_hidden_states", "aux_hidden_states", "mm_inputs")
+    states = "target_hidden_states"
+    if states not in names:
+        return None
+    if getattr(drafter, "eagle3_use_aux_hidden_state", False):
+        return HandedToDrafter(None, states, "mm_embed_inputs")
+    return HandedToDrafter(states, None, "mm_embed_inputs")
 
 
 def map_name(mapper: WeightsMapper, name: str) -> str:

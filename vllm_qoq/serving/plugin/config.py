@@ -31,8 +31,8 @@ from vllm_qoq.errors import FormatError, as_engine_error
 from vllm_qoq.models.vision import stored_pattern
 from vllm_qoq.routing.table import Phase, RoutingError
 from vllm_qoq.serving.kv.cache import QuantizedKVCache, check_without_sets
-from vllm_qoq.serving.methods import hidden_states
 from vllm_qoq.serving.methods.fusion import install as install_fusion
+from vllm_qoq.serving.methods.hidden_states import check_engine
 from vllm_qoq.serving.methods.int8_head import Int8HeadMethod
 from vllm_qoq.serving.methods.qoq_linear import fused_parts
 from vllm_qoq.serving.methods.qoq_residual import QoQResidualConfig, QoQResidualMethod
@@ -45,6 +45,7 @@ from vllm_qoq.serving.methods.routed_experts import (
 )
 from vllm_qoq.serving.methods.routed_linear import FlexLinearMethod, SetMethod
 from vllm_qoq.serving.methods.set_config import set_config
+from vllm_qoq.serving.methods.way_back import WayBack, way_back
 from vllm_qoq.serving.methods.weight_set import UNTRACKED_LOADERS
 from vllm_qoq.serving.plugin import front_end, refusal
 from vllm_qoq.serving.plugin.adapters import check_adapters, refuse_experts
@@ -53,7 +54,7 @@ from vllm_qoq.serving.plugin.root import model_in_the_making, owner_in_the_makin
 from vllm_qoq.serving.plugin.shared_files import new_stem
 from vllm_qoq.serving.routing.policy import Policy
 from vllm_qoq.serving.signals import queue
-from vllm_qoq.serving.speculation import check_speculation
+from vllm_qoq.serving.speculation import check_speculation, has_float_heads
 from vllm_qoq.serving.vllm_versions import (
     RoutedExperts,
     UnquantizedFusedMoEMethod,
@@ -94,15 +95,16 @@ class QoQConfig(QuantizationConfig):
         self._policy: Policy | None = None
         self._kv_cache: QuantizedKVCache | None = None
         self._mappers: list[WeightsMapper] = []
-        self._way_back: hidden_states.WayBack | None = None
+        self._way_back: WayBack | None = None
         self._model: weakref.ref[nn.Module] | None = None
+        self._target: weakref.ref[nn.Module] | None = None
         self._used: set[str] = set()
         self._unreachable: list[tuple[str, str]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """Make what the front end sends to its engines, with whether it will tell their load."""
         own = {"_has_load_writer": self._has_load_writer or queue.is_writer_here()}
-        return vars(self) | own | {"_model": None}
+        return vars(self) | own | {"_model": None, "_target": None}
 
     @classmethod
     def get_name(cls) -> str:
@@ -187,6 +189,8 @@ class QoQConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Choose the method of `layer`: routed if a set quantizes it, vLLM's own otherwise."""
+        if self._is_of_float_heads():
+            return _float_method(layer)
         self._remember_model()
         kv_cache = self.kv_cache()
         if isinstance(layer, Attention | MLAAttention):
@@ -205,6 +209,18 @@ class QoQConfig(QuantizationConfig):
         if all(isinstance(choice.method, UnquantizedLinearMethod) for choice in methods.values()):
             return UnquantizedLinearMethod()
         return self._routed(layer, prefix, methods)
+
+    def _is_of_float_heads(self) -> bool:
+        """Whether the layer in the making is of heads of MTP, which are built with this config.
+
+        They come from another checkpoint than the model, which is built before them.
+        """
+        root = model_in_the_making()
+        target = self._target() if self._target is not None else None
+        if target is None and root is not None:
+            self._target = weakref.ref(root)
+        is_other = root is not None and target is not None and root is not target
+        return is_other and has_float_heads(get_current_vllm_config())
 
     def _remember_model(self) -> None:
         self._model = None
@@ -238,7 +254,7 @@ class QoQConfig(QuantizationConfig):
             vllm_config = get_current_vllm_config()
             check_adapters(self.section, vllm_config)
             check_speculation(vllm_config)
-            hidden_states.check_engine(self.section, vllm_config)
+            check_engine(self.section, vllm_config)
             install_fusion(vllm_config.compilation_config)
             self._policy = Policy(
                 self.section,
@@ -255,7 +271,7 @@ class QoQConfig(QuantizationConfig):
         policy, parts = self.policy(), self._parts(prefix)
         if self._way_back is None:
             assert self.section is not None
-            self._way_back = hidden_states.way_back(
+            self._way_back = way_back(
                 self.section, get_current_vllm_config(), model_in_the_making(), prefix
             )
         route = policy.route(prefix, parts)
@@ -387,6 +403,15 @@ class QoQConfig(QuantizationConfig):
         """Take the names of a set from those read from the checkpoint, without the set's prefix."""
         split = (split_name(module, self.set_names) for module in modules)
         return [module for owner, module in split if owner in (None, name)]
+
+
+def _float_method(layer: nn.Module) -> QuantizeMethodBase | None:
+    """Give the method that `layer` has in a model that is not quantized."""
+    if isinstance(layer, LinearBase):
+        return UnquantizedLinearMethod()
+    if isinstance(layer, RoutedExperts):
+        return UnquantizedFusedMoEMethod(layer.moe_config)
+    return None
 
 
 def _check_nested(

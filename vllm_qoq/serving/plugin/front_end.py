@@ -22,6 +22,7 @@ from vllm_qoq.checkpoint.kv_config import KVCache
 from vllm_qoq.errors import FormatError
 from vllm_qoq.routing.table import Routing, RoutingError
 from vllm_qoq.serving.kv.cache import check_kv_cache, check_without_sets, kv_cache_in_force
+from vllm_qoq.serving.methods.hidden_states import check_engine
 from vllm_qoq.serving.methods.weight_set import UNTRACKED_LOADERS
 from vllm_qoq.serving.options import Options
 from vllm_qoq.serving.plugin import stat_logger_plugin
@@ -82,6 +83,7 @@ def check(config: QoQConfig, front_end: FrontEnd) -> Routing | None:
         check_adapters(config.section, vllm_config)
         check_named_adapters(front_end.adapters, vllm_config)
         check_speculation(vllm_config)
+        check_engine(config.section, vllm_config)
         routing = routing_in_force(config.section, options)
         if routing.load is not None:
             will_tell = front_end.is_server and api_process_rank(vllm_config.parallel_config) >= 0
