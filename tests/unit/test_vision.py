@@ -235,6 +235,18 @@ def test_another_model_of_images_is_refused_by_name(qwen, text, tmp_path, change
             ),
             "is in the checkpoint twice",
         ),
+        (
+            lambda tensors: tensors.pop("visual.blocks.1.attn.qkv.weight"),
+            r"missing keys: .*visual\.blocks\.1\.attn\.qkv\.weight: the model that config",
+        ),
+        (
+            lambda tensors: tensors.update({"visual.more.weight": torch.zeros(2)}),
+            r"unexpected keys: .*visual\.more\.weight: the model that config",
+        ),
+        (
+            lambda tensors: tensors.update({"visual.blocks.0.norm1.weight": torch.zeros(2)}),
+            r"mismatched keys: .*blocks\.0\.norm1\.weight.*the model that config",
+        ),
     ],
 )
 def test_a_broken_tower_is_refused_before_work_begins(qwen, text, tmp_path, change, message):

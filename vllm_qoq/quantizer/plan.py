@@ -109,6 +109,7 @@ def check_job(job: Job, options: QuantizeOptions) -> CheckedJob:
     size.check_disks([(job.out, needed.output), (job.work_dir, to_come)])
 
     load.check_model(checkpoint)
+    load.check_towers(checkpoint)
     tokenizer = load.load_tokenizer(checkpoint)
     rows, _ = checkpoint.tensors[EMBEDDING].shape
     windows = []
