@@ -127,7 +127,8 @@ class Reader:
                 archive.members.clear()  # the list would grow with the shard
                 if info.size < 0 or archive.offset <= last:
                     raise tarfile.ReadError("a size below zero")
-                last = self._end = archive.offset
+                last = archive.offset
+                self._end = min(last, self._size)  # of a file that is cut off
                 yield info
         except Exception as error:  # The file may hold anything.
             is_of_disk = isinstance(error, OSError) and error.errno != errno.EINVAL
@@ -137,7 +138,8 @@ class Reader:
             return
         self._file.seek(archive.offset)
         if self._file.read(tarfile.BLOCKSIZE) != _END:
-            self.damage = f"cut off, or damaged, at byte {archive.offset}: no end is there"
+            place = min(archive.offset, self._size)
+            self.damage = f"cut off, or damaged, at byte {place}: no end is there"
         self._end = self._size
 
     def _repeated(self, _: Exception) -> bool:
