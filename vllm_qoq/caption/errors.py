@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from vllm_qoq.errors import UserError
@@ -29,6 +30,9 @@ engine         the engine gave it up
 """
 
 
+_ADDRESS = re.compile(" at 0x[0-9a-fA-F]+")
+
+
 class CaptionError(UserError):
     """A job that cannot begin or go on; the message says why, and what to do."""
 
@@ -37,9 +41,10 @@ class Uncaptioned(Exception):
     """A sample that gets no caption.
 
     kind  what is wrong
-    why   the reason in words, for people
+    why   the reason in words, for people, without the addresses that a library puts into it, so
+          that each run has the same
     """
 
     def __init__(self, kind: Kind, why: str) -> None:
         super().__init__(kind, why)
-        self.kind, self.why = kind, why
+        self.kind, self.why = kind, _ADDRESS.sub("", why)

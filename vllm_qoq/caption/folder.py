@@ -39,8 +39,14 @@ _SMALL = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab", ".bpe", ".
 def check(out: Path, run: Mapping[str, Any]) -> None:
     """Raise CaptionError for a folder with captions of another run; nothing is written."""
     if not os.path.lexists(out):
-        if not out.absolute().parent.is_dir():
-            raise CaptionError(f"{out.absolute().parent}: no such folder; create it first")
+        parent = out.absolute().parent
+        for above in (parent, *parent.parents):
+            if above.exists() and not above.is_dir():
+                raise CaptionError(
+                    f"{above}: is a file, not a folder; choose another output folder"
+                )
+        if not parent.is_dir():
+            raise CaptionError(f"{parent}: no such folder; create it first")
         return
     if not out.is_dir():
         raise CaptionError(f"{out}: is not a folder; choose another output folder")
