@@ -21,6 +21,7 @@ from warm_process import fork_where_vllm_spawns
 
 from vllm_qoq.caption import devices, folder, journal, lock, pipeline, run, status
 from vllm_qoq.caption.bounded import Bounded, Closed
+from vllm_qoq.caption.cause import cause
 from vllm_qoq.caption.errors import CaptionError, Uncaptioned
 from vllm_qoq.caption.job import Job, check
 from vllm_qoq.caption.journal import Journal
@@ -375,7 +376,7 @@ def test_failed_samples_are_tried_again_where_that_is_asked(command, tmp_path, m
 
 
 class Failing(shards.Colours):
-    """An engine that captions once, and then raises."""
+    """An engine that captions some, and then raises."""
 
     has_worked = False
 
@@ -383,7 +384,9 @@ class Failing(shards.Colours):
         if self.has_worked:
             raise MemoryError("out of it")
         self.has_worked = True
-        return super().step()
+        while not (done := super().step()):
+            pass
+        return done
 
 
 class Dying(shards.Colours):
@@ -399,24 +402,70 @@ def dying(_):
     return Dying()
 
 
+def imageless(_):
+    raise CaptionError("takes no images; give another")
+
+
 def missing(_):
     return Path("/none").read_text()
+
+
+GOES_ON = "the same command goes on there"
+BEGINS = "there are no captions yet; the same command begins anew"
 
 
 @pytest.mark.parametrize(
     "make, says",
     [
-        (failing, "the engine: MemoryError: out of it; its log is"),
-        (dying, "its process ended with"),
-        (missing, "the engine: /none: No such file"),
+        (
+            failing,
+            "MemoryError: out of it; its log is {log}; captions so far are in {out}; " + GOES_ON,
+        ),
+        (dying, "for want of memory; its log is {log}; " + BEGINS),
+        (
+            missing,
+            "/none: No such file or directory; look whether its disk is full or fails; its log "
+            "is {log}; " + BEGINS,
+        ),
+        (imageless, "the engine: takes no images; give another; its log is {log}"),
     ],
 )
 def test_an_engine_that_fails_ends_the_job_and_what_it_did_stays(job, make, says):
     with pytest.raises(CaptionError) as failed:
         run.caption(check(job), make)
-    assert says in str(failed.value) and "the same command goes on there" in str(failed.value)
+    said, log = str(failed.value), job.out / "vllm-qoq-caption.job-0-of-1.engine-0.log"
+    assert said.endswith(says.format(log=log, out=job.out)), said
     assert list(job.out.glob("*.log")) and not list(job.out.glob("*.lock"))
     assert run.caption(check(job), shards.colours).is_complete
+
+
+# Of vLLM 0.32, without the frames.
+LOG = """\
+(VllmWorker-0 pid=7) ERROR 11-28 07:43:50 [multiproc_executor.py:953] KeyError: 'first'
+(VllmWorker-0 pid=7) ERROR 11-28 07:43:50 [multiproc_executor.py:953]     raise ValueError(
+(VllmWorker-0 pid=7) ERROR 11-28 07:43:50 [multiproc_executor.py:953] {}
+(VllmWorker-0 pid=7) INFO 11-28 07:43:51 [core.py:9] ValueError: of no traceback
+(EngineCore pid=6) ERROR 11-28 07:43:52 [core.py:1511] Exception: WorkerProc initialization failed \
+due to an exception in a background process. See stack trace for root cause.
+Exception: WorkerProc initialization failed. See stack trace for root cause.
+RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {{}}
+"""
+
+
+def test_why_vllm_did_not_start_is_taken_from_its_log(tmp_path):
+    log, above = tmp_path / "log", RuntimeError("initialization failed. See root cause above.")
+    for said in (
+        "ValueError: Free memory is less",
+        "torch.OutOfMemoryError: CUDA out",
+        "A.BError: x",
+    ):
+        log.write_text(LOG.format(said))
+        assert cause(above, log) == said
+        log.write_text(f"(EngineCore pid=6) {said}\n")
+        assert cause(above, log) == said
+        assert cause(ValueError("its own"), log) == "its own"
+    log.write_bytes(b"\xff no error\n")
+    assert cause(above, log) == cause(above, None) == str(above)
 
 
 def in_this_process(shard, out, captioner=None, decoders=2, retry=False):

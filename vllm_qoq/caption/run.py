@@ -140,7 +140,7 @@ class _Run:
         except KeyboardInterrupt:
             self._stop()
             self._join()
-            raise KeyboardInterrupt(self._state()) from None
+            raise KeyboardInterrupt(self._state(may_repeat=True)) from None
         except BaseException:
             self._stop()
             self._join()
@@ -225,7 +225,9 @@ class _Run:
             engine.counts, engine.has_ended = message.counts, True
         elif isinstance(message, Failed):
             engine.has_ended = True
-            raise CaptionError(f"{engine.name}: {message.message}; {self._after(engine)}")
+            raise CaptionError(
+                f"{engine.name}: {message.message}; {self._after(engine, not message.is_refusal)}"
+            )
 
     def _died(self, engine: _Engine) -> NoReturn:
         engine.has_ended = True
@@ -234,11 +236,12 @@ class _Run:
         code = engine.process.exitcode
         raise CaptionError(
             f"{engine.name}: its process ended with {code}, as it does for want of memory; "
-            f"{self._after(engine)}"
+            f"{self._after(engine, may_repeat=True)}"
         )
 
-    def _after(self, engine: _Engine) -> str:
-        return f"its log is {engine.log}; {self._state()}"
+    def _after(self, engine: _Engine, may_repeat: bool) -> str:
+        state = self._state(may_repeat)
+        return f"its log is {engine.log}{'; ' if state else ''}{state}"
 
     def _stop(self) -> None:
         """Let all engines write what they have done, for a while; a second Ctrl-C does not wait."""
@@ -261,5 +264,10 @@ class _Run:
             if engine.has_ended:
                 engine.process.join(max(0, ends - time.monotonic()))
 
-    def _state(self) -> str:
-        return f"captions so far are in {self._checked.job.out}; the same command goes on there"
+    def _state(self, may_repeat: bool) -> str:
+        """Say where captions are, if there are any, and what the same command does."""
+        out = self._checked.job.out
+        if not folder.has_captions(out):
+            return "there are no captions yet; the same command begins anew" if may_repeat else ""
+        more = "; the same command goes on there" if may_repeat else ""
+        return f"captions so far are in {out}{more}"
