@@ -430,9 +430,12 @@ BEGINS = "there are no captions yet; the same command begins anew"
         (imageless, "the engine: takes no images; give another; its log is {log}"),
     ],
 )
-def test_an_engine_that_fails_ends_the_job_and_what_it_did_stays(job, make, says):
+def test_an_engine_that_fails_ends_the_job_and_what_it_did_stays(job, make, says, capsys):
     with pytest.raises(CaptionError) as failed:
-        run.caption(check(job), make)
+        run.caption(check(replace(job, quiet=False)), make)
+    shown = re.findall("([0-9]+) images,", capsys.readouterr().err)
+    begun = journal.begun(job.out, check(job).shards[0])
+    assert shown[-1:] == ([str(begun)] if begun else [])
     said, log = str(failed.value), job.out / "vllm-qoq-caption.job-0-of-1.engine-0.log"
     assert said.endswith(says.format(log=log, out=job.out)), said
     assert list(job.out.glob("*.log")) and not list(job.out.glob("*.lock"))

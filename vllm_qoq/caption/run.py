@@ -126,30 +126,8 @@ class _Run:
     def to_the_end(self) -> Result:
         job, pending = self._checked.job, self._checked.pending
         size = sum(shard.bytes for shard in pending)
-        try:
-            for index, where in enumerate(self._checked.devices):
-                self._engines.append(self._start(index, where))
-            with status.shown(size, len(pending), job.quiet) as shown:
-                while self._alive():
-                    self._wait(_POLL_SECONDS)
-                    done = len(self._outcomes) - len(self._checked.finished)
-                    shown.show([one.counts for one in self._engines], done)
-            self._join()
-            for engine in self._engines:
-                engine.log.unlink(missing_ok=True)
-        except KeyboardInterrupt:
-            self._stop()
-            self._join()
-            raise KeyboardInterrupt(self._state(may_repeat=True)) from None
-        except BaseException:
-            self._stop()
-            self._join()
-            raise
-        finally:
-            for engine in self._engines:
-                if engine.process.is_alive():
-                    engine.kill()
-                engine.pipe.close()
+        with status.shown(size, len(pending), job.quiet) as shown:
+            self._work(shown)
         return Result(
             self._checked,
             {shard.name: self._outcome_of(shard) for shard in self._checked.shards},
@@ -160,6 +138,34 @@ class _Run:
                 for one in self._engines
             ),
         )
+
+    def _work(self, shown: status.Status) -> None:
+        try:
+            for index, where in enumerate(self._checked.devices):
+                self._engines.append(self._start(index, where))
+            while self._alive():
+                self._wait(_POLL_SECONDS)
+                shown.show(*self._progress())
+            self._join()
+            for engine in self._engines:
+                engine.log.unlink(missing_ok=True)
+        except BaseException as error:
+            self._stop()
+            shown.show_last(*self._progress())
+            self._join()
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(self._state(may_repeat=True)) from None
+            raise
+        finally:
+            for engine in self._engines:
+                if engine.process.is_alive():
+                    engine.kill()
+                engine.pipe.close()
+
+    def _progress(self) -> tuple[list[Counts], int]:
+        """What each engine has done, and how many shards they have finished."""
+        finished = len(self._outcomes) - len(self._checked.finished)
+        return [one.counts for one in self._engines], finished
 
     def _outcome_of(self, shard: Shard) -> Outcome:
         found = self._outcomes.get(shard.name) or journal.finished(self._checked.job.out, shard)
