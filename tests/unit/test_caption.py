@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import tarfile
 import threading
 import time
 from dataclasses import replace
@@ -142,6 +143,25 @@ def test_every_sample_has_a_caption_or_a_reason(command, tmp_path):
     left = sorted(file.name for file in (tmp_path / "out").iterdir())
     kinds = ("failures.json", "json", "jsonl")
     assert left == [*(f"{n}.{kind}" for n in (0, 1) for kind in kinds), "vllm-qoq-caption.json"]
+
+
+def test_an_image_of_no_sample_is_a_failure_and_what_macos_adds_is_not(command, tmp_path):
+    names = ("a.jpg", "._a.jpg", ".b\udcff.jpg", "README")
+    members = [(tarfile.TarInfo(name), shards.jpeg(1)) for name in names]
+    (tmp_path / "data").mkdir()
+    path = shards.write_members(tmp_path / "data" / "0.tar", members)
+    status, out, _ = command()
+    assert status == 1 and "1 captions of 1 samples" in out
+    assert "without a caption: no_key 1; named in *.failures.json" in out
+    assert "that were ignored: apple_double 1, no_key 1" in out
+    (failed,) = read(tmp_path / "out" / "0.failures.json")["failures"]["no_key"]
+    assert (failed["key"], failed["file"]) == (None, ".b\\udcff.jpg")
+    status, out, _ = command("--retry-failed")
+    assert status == 1 and "busy" not in out, "no engine has anything to do"
+    shards.write_members(path, [*members[:2], members[3]])
+    for file in (tmp_path / "out").glob("0.*"):
+        file.unlink()
+    assert command()[0] == 0
 
 
 def test_a_second_run_does_nothing_and_says_the_same(command, tmp_path, monkeypatch):

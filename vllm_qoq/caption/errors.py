@@ -16,8 +16,10 @@ Kind = Literal[
     "bad_name",
     "refused",
     "engine",
+    "no_key",
+    "repeated",
 ]
-"""Kind of a sample without a caption.
+"""Kind of a sample without a caption, and of an image that is of no sample.
 
 no_image       it has no file with the ending of an image
 not_an_image   the file is in none of the formats that are read
@@ -27,6 +29,8 @@ duplicate_key  an earlier sample of the shard has the key
 bad_name       its name is not UTF-8
 refused        the engine does not take it, for example because its prompt would be too long
 engine         the engine gave it up
+no_key         an image whose name gives no key, and so no sample
+repeated       a second image of one name in a sample
 """
 
 
