@@ -121,7 +121,9 @@ def test_models_that_cannot_caption_are_refused_by_name(llava, tiny_model, tmp_p
     (silent / "chat_template.jinja").unlink(missing_ok=True)
     with pytest.raises(CaptionError, match=r"cannot caption a grey image: .*chat template"):
         start(silent)
-    with pytest.raises(CaptionError, match=r"vLLM did not start: .*max_model_lem"):
+    with pytest.raises(
+        CaptionError, match=r"vLLM did not start: .*max_model_lem.*; change --engine-args"
+    ):
         ENGINE["max_model_lem"] = 1
         try:
             start(llava)

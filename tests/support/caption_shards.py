@@ -71,7 +71,7 @@ class Colours:
 
     def add(self, ticket: int, image: Image.Image, seed: int) -> None:
         if image.width > 20 * image.height:
-            raise Uncaptioned("refused", "too wide")
+            raise Uncaptioned("refused", f"too wide: {image!r}")
         self._given.append((ticket, image))
 
     def step(self) -> list[tuple[int, Caption | Uncaptioned]]:

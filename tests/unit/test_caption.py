@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import tarfile
 import threading
 import time
 from dataclasses import replace
@@ -21,6 +22,7 @@ from warm_process import fork_where_vllm_spawns
 
 from vllm_qoq.caption import devices, folder, journal, lock, pipeline, run, status
 from vllm_qoq.caption.bounded import Bounded, Closed
+from vllm_qoq.caption.cause import cause
 from vllm_qoq.caption.errors import CaptionError, Uncaptioned
 from vllm_qoq.caption.job import Job, check
 from vllm_qoq.caption.journal import Journal
@@ -30,6 +32,8 @@ from vllm_qoq.cli import main as cli
 
 BAD = {"ok.1": None, "text": "no_image", "words": "not_an_image", "cut": "damaged"}
 BAD |= {"wide": "refused", "same": "duplicate_key", "b\udcfed": "bad_name", "ok.2": None}
+# Without the address of the object, which differs from run to run.
+WIDE = "too wide: <PIL.Image.Image image mode=RGB size=100x2>"
 # A key ends at the first dot of a name.
 GOOD = {"ok": "24 x 16, 1 0 0", "same": "24 x 16, 3 0 0", "last": "24 x 16, 4 0 0"}
 
@@ -63,7 +67,10 @@ def command(model, tmp_path, monkeypatch, capfd):
         line = ["vllm-qoq", "caption", data, "-o", tmp_path / "out"]
         monkeypatch.setattr(sys, "argv", [*map(str, [*line, "--model", model, *more])])
         stdout = os.dup(1)  # the command leaves it to what libraries print
-        status = cli.main()
+        try:
+            status = cli.main()
+        except SystemExit as refused:  # of the parser
+            status = refused.code
         os.dup2(stdout, 1)
         os.close(stdout)
         said = capfd.readouterr()
@@ -131,11 +138,30 @@ def test_every_sample_has_a_caption_or_a_reason(command, tmp_path):
         **{"no_image": ["text"], "not_an_image": ["words"], "damaged": ["cut"]},
         **{"refused": ["wide"], "duplicate_key": ["same"], "bad_name": ["b\\udcfed"]},
     }
-    assert facts["failures"]["refused"] == [{"key": "wide", "file": "wide.jpg", "why": "too wide"}]
+    assert facts["failures"]["refused"] == [{"key": "wide", "file": "wide.jpg", "why": WIDE}]
     assert read(tmp_path / "out" / "1.failures.json")["failures"] == {}
     left = sorted(file.name for file in (tmp_path / "out").iterdir())
     kinds = ("failures.json", "json", "jsonl")
     assert left == [*(f"{n}.{kind}" for n in (0, 1) for kind in kinds), "vllm-qoq-caption.json"]
+
+
+def test_an_image_of_no_sample_is_a_failure_and_what_macos_adds_is_not(command, tmp_path):
+    names = ("a.jpg", "._a.jpg", ".b\udcff.jpg", "README")
+    members = [(tarfile.TarInfo(name), shards.jpeg(1)) for name in names]
+    (tmp_path / "data").mkdir()
+    path = shards.write_members(tmp_path / "data" / "0.tar", members)
+    status, out, _ = command()
+    assert status == 1 and "1 captions of 1 samples" in out
+    assert "without a caption: no_key 1; named in *.failures.json" in out
+    assert "that were ignored: apple_double 1, no_key 1" in out
+    (failed,) = read(tmp_path / "out" / "0.failures.json")["failures"]["no_key"]
+    assert (failed["key"], failed["file"]) == (None, ".b\\udcff.jpg")
+    status, out, _ = command("--retry-failed")
+    assert status == 1 and "busy" not in out, "no engine has anything to do"
+    shards.write_members(path, [*members[:2], members[3]])
+    for file in (tmp_path / "out").glob("0.*"):
+        file.unlink()
+    assert command()[0] == 0
 
 
 def test_a_second_run_does_nothing_and_says_the_same(command, tmp_path, monkeypatch):
@@ -215,6 +241,8 @@ def test_a_shard_that_is_cut_off_is_told(command, tmp_path):
         (("-o", "{}/data"), "data: holds '0.tar', which is of no captions"),
         (("-o", "{}/none/out"), "none: no such folder; create it first"),
         (("-o", "{}/tiny/config.json"), "is not a folder"),
+        (("-o", "{}/tiny/config.json/a/b"), "tiny/config.json: is a file, not a folder"),
+        (("--prompt", " "), "argument --prompt: is empty"),
         (("--model", "{}/none"), "none: not a folder"),
     ],
 )
@@ -368,7 +396,7 @@ def test_failed_samples_are_tried_again_where_that_is_asked(command, tmp_path, m
 
 
 class Failing(shards.Colours):
-    """An engine that captions once, and then raises."""
+    """An engine that captions some, and then raises."""
 
     has_worked = False
 
@@ -376,7 +404,9 @@ class Failing(shards.Colours):
         if self.has_worked:
             raise MemoryError("out of it")
         self.has_worked = True
-        return super().step()
+        while not (done := super().step()):
+            pass
+        return done
 
 
 class Dying(shards.Colours):
@@ -392,24 +422,73 @@ def dying(_):
     return Dying()
 
 
+def imageless(_):
+    raise CaptionError("takes no images; give another")
+
+
 def missing(_):
     return Path("/none").read_text()
+
+
+GOES_ON = "the same command goes on there"
+BEGINS = "there are no captions yet; the same command begins anew"
 
 
 @pytest.mark.parametrize(
     "make, says",
     [
-        (failing, "the engine: MemoryError: out of it; its log is"),
-        (dying, "its process ended with"),
-        (missing, "the engine: /none: No such file"),
+        (
+            failing,
+            "MemoryError: out of it; its log is {log}; captions so far are in {out}; " + GOES_ON,
+        ),
+        (dying, "for want of memory; its log is {log}; " + BEGINS),
+        (
+            missing,
+            "/none: No such file or directory; look whether its disk is full or fails; its log "
+            "is {log}; " + BEGINS,
+        ),
+        (imageless, "the engine: takes no images; give another; its log is {log}"),
     ],
 )
-def test_an_engine_that_fails_ends_the_job_and_what_it_did_stays(job, make, says):
+def test_an_engine_that_fails_ends_the_job_and_what_it_did_stays(job, make, says, capsys):
     with pytest.raises(CaptionError) as failed:
-        run.caption(check(job), make)
-    assert says in str(failed.value) and "the same command goes on there" in str(failed.value)
+        run.caption(check(replace(job, quiet=False)), make)
+    shown = re.findall("([0-9]+) images,", capsys.readouterr().err)
+    begun = journal.begun(job.out, check(job).shards[0])
+    assert shown[-1:] == ([str(begun)] if begun else [])
+    said, log = str(failed.value), job.out / "vllm-qoq-caption.job-0-of-1.engine-0.log"
+    assert said.endswith(says.format(log=log, out=job.out)), said
     assert list(job.out.glob("*.log")) and not list(job.out.glob("*.lock"))
     assert run.caption(check(job), shards.colours).is_complete
+
+
+# Of vLLM 0.32, without the frames.
+LOG = """\
+(VllmWorker-0 pid=7) ERROR 11-28 07:43:50 [multiproc_executor.py:953] KeyError: 'first'
+(VllmWorker-0 pid=7) ERROR 11-28 07:43:50 [multiproc_executor.py:953]     raise ValueError(
+(VllmWorker-0 pid=7) ERROR 11-28 07:43:50 [multiproc_executor.py:953] {}
+(VllmWorker-0 pid=7) INFO 11-28 07:43:51 [core.py:9] ValueError: of no traceback
+(EngineCore pid=6) ERROR 11-28 07:43:52 [core.py:1511] Exception: WorkerProc initialization failed \
+due to an exception in a background process. See stack trace for root cause.
+Exception: WorkerProc initialization failed. See stack trace for root cause.
+RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {{}}
+"""
+
+
+def test_why_vllm_did_not_start_is_taken_from_its_log(tmp_path):
+    log, above = tmp_path / "log", RuntimeError("initialization failed. See root cause above.")
+    for said in (
+        "ValueError: Free memory is less",
+        "torch.OutOfMemoryError: CUDA out",
+        "A.BError: x",
+    ):
+        log.write_text(LOG.format(said))
+        assert cause(above, log) == said
+        log.write_text(f"(EngineCore pid=6) {said}\n")
+        assert cause(above, log) == said
+        assert cause(ValueError("its own"), log) == "its own"
+    log.write_bytes(b"\xff no error\n")
+    assert cause(above, log) == cause(above, None) == str(above)
 
 
 def in_this_process(shard, out, captioner=None, decoders=2, retry=False):

@@ -716,6 +716,16 @@ def test_sets_that_this_gpu_cannot_run_are_refused(monkeypatch):
 # In vLLM
 
 
+def test_a_model_that_vllm_does_not_take_is_one_line(checkpoint, monkeypatch, capfd):
+    config = config_of(checkpoint) | {"architectures": ["NoSuchForCausalLM"], "model_type": "llama"}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(command, "stdout_for", lambda file: contextlib.nullcontext(sys.stdout))
+    monkeypatch.setattr(sys, "argv", ["vllm-qoq", "tune", str(checkpoint), "--dry-run"])
+    assert cli.main() == 2
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: {checkpoint}: vLLM did not start: ") and "NoSuch" in said
+
+
 class Ranks:
     """vLLM's LLM with workers that extend a made-up one; each runs in this process."""
 

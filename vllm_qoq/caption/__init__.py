@@ -14,6 +14,7 @@ Modules, in the order in which they import each other:
     pipeline  reading, decoding, captioning and writing, each in threads of its own
     messages  what processes tell each other
     worker    the process of one engine
+    cause     why vLLM did not start, from its log
     engine    vLLM as the engine of a pipeline
     sigterm   SIGTERM as Ctrl-C
     devices   which GPUs an engine gets

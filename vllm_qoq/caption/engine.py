@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vllm import LLM, SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from vllm_qoq.caption.cause import cause
 from vllm_qoq.caption.errors import CaptionError, Uncaptioned
 from vllm_qoq.caption.messages import Request
 from vllm_qoq.caption.records import Caption
@@ -24,6 +25,11 @@ _DEFAULTS: dict[str, Any] = {
     "disable_log_stats": True,
     "max_num_seqs": 256,
 }
+_OF_MEMORY = (
+    "end what else has the memory, or give gpu_memory_utilization, kv_cache_memory_bytes or "
+    "max_model_len in --engine-args"
+)
+_OF_ANYTHING = "change --engine-args, or give another model"
 _FINISHED = ("stop", "length")
 _FIRST_PIXELS = 224
 
@@ -42,7 +48,9 @@ class Engine:
             args = {**_DEFAULTS, **request.engine_args}
             self.llm = LLM(request.model, trust_remote_code=False, **args)
         except Exception as error:  # vLLM raises its own and pydantic's
-            raise CaptionError(f"{request.model}: vLLM did not start: {reason(error)}") from error
+            why = cause(error, request.log)
+            remedy = _OF_MEMORY if "memory" in why.lower() else _OF_ANYTHING
+            raise CaptionError(f"{request.model}: vLLM did not start: {why}; {remedy}") from error
         if not self.llm.llm_engine.model_config.is_multimodal_model:
             raise CaptionError(f"{request.model}: takes no images; give a model that does")
         most = self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from vllm_qoq.errors import UserError
@@ -15,8 +16,10 @@ Kind = Literal[
     "bad_name",
     "refused",
     "engine",
+    "no_key",
+    "repeated",
 ]
-"""Kind of a sample without a caption.
+"""Kind of a sample without a caption, and of an image that is of no sample.
 
 no_image       it has no file with the ending of an image
 not_an_image   the file is in none of the formats that are read
@@ -26,7 +29,12 @@ duplicate_key  an earlier sample of the shard has the key
 bad_name       its name is not UTF-8
 refused        the engine does not take it, for example because its prompt would be too long
 engine         the engine gave it up
+no_key         an image whose name gives no key, and so no sample
+repeated       a second image of one name in a sample
 """
+
+
+_ADDRESS = re.compile(" at 0x[0-9a-fA-F]+")
 
 
 class CaptionError(UserError):
@@ -37,9 +45,10 @@ class Uncaptioned(Exception):
     """A sample that gets no caption.
 
     kind  what is wrong
-    why   the reason in words, for people
+    why   the reason in words, for people, without the addresses that a library puts into it, so
+          that each run has the same
     """
 
     def __init__(self, kind: Kind, why: str) -> None:
         super().__init__(kind, why)
-        self.kind, self.why = kind, why
+        self.kind, self.why = kind, _ADDRESS.sub("", why)

@@ -39,8 +39,14 @@ _SMALL = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab", ".bpe", ".
 def check(out: Path, run: Mapping[str, Any]) -> None:
     """Raise CaptionError for a folder with captions of another run; nothing is written."""
     if not os.path.lexists(out):
-        if not out.absolute().parent.is_dir():
-            raise CaptionError(f"{out.absolute().parent}: no such folder; create it first")
+        parent = out.absolute().parent
+        for above in (parent, *parent.parents):
+            if above.exists() and not above.is_dir():
+                raise CaptionError(
+                    f"{above}: is a file, not a folder; choose another output folder"
+                )
+        if not parent.is_dir():
+            raise CaptionError(f"{parent}: no such folder; create it first")
         return
     if not out.is_dir():
         raise CaptionError(f"{out}: is not a folder; choose another output folder")
@@ -65,7 +71,7 @@ def check(out: Path, run: Mapping[str, Any]) -> None:
             f"{file}: is not of this version of vllm-qoq; choose another output folder"
         )
     wanted = json.loads(json.dumps(run))
-    if known != wanted and not _has_captions(out):
+    if known != wanted and not has_captions(out):
         return  # the first start had failed
     for key in {**wanted, **known}:
         if known.get(key) != wanted.get(key):
@@ -129,6 +135,16 @@ def digest_of(model: Path) -> str:
     return digest.hexdigest()
 
 
+def has_captions(out: Path) -> bool:
+    """Whether there is more than files of a job that failed before its first line."""
+    for parent, _, files in os.walk(out):
+        for name in files:
+            is_ours = Path(parent) == out and name.startswith((f"{PREFIX}.", f".{PREFIX}."))
+            if not is_ours and not _is_empty(Path(parent) / name):
+                return True
+    return False
+
+
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """Look around in the folder and change it while no other job does; says whom it waits for."""
@@ -180,20 +196,13 @@ def _begin(out: Path, run: Mapping[str, Any]) -> None:
         replace_file(file, content)
 
 
-def _has_captions(out: Path) -> bool:
-    """Whether there is more than files of a job that failed before its first line."""
-    for parent, _, files in os.walk(out):
-        for name in files:
-            is_ours = Path(parent) == out and name.startswith((f"{PREFIX}.", f".{PREFIX}."))
-            if not is_ours and not _is_empty(Path(parent) / name):
-                return True
-    return False
-
-
 def _is_empty(file: Path) -> bool:
     """Whether a write-ahead file has its head alone."""
     if not file.name.endswith(".partial.jsonl"):
         return False
-    with file.open("rb") as opened_file:
-        opened_file.readline()
-        return not opened_file.readline().endswith(b"\n")
+    try:
+        with file.open("rb") as opened_file:
+            opened_file.readline()
+            return not opened_file.readline().endswith(b"\n")
+    except FileNotFoundError:  # another job has just finished the shard
+        return False

@@ -133,7 +133,7 @@ def check(job: Job) -> CheckedJob:
     finished = {}
     for shard in mine:
         found = journal.finished(job.out, shard)
-        if found is not None and not (job.retry_failed and found.failures):
+        if found is not None and not (job.retry_failed and found.has_failed):
             finished[shard.name] = found
     groups = devices.groups(job.engines, _gpus_each(job.engine_args))
     used = max(1, min(len(groups), len(mine) - len(finished)))

@@ -20,7 +20,7 @@ import os
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -119,7 +119,7 @@ class Journal:
         journal = cls(out, shard, model, handle)
         try:
             if (found := finished(out, shard)) is not None:
-                if not (retry and found.failures):  # by another process, since this one looked
+                if not (retry and found.has_failed):  # by another process, since this one looked
                     clean(out, shard)
                     journal.close()
                     return None
@@ -155,12 +155,21 @@ class Journal:
         self._end = end
         self.done |= places
 
-    def finish(self, samples: int, damage: str | None, ignored: Counter[str]) -> Outcome:
-        """Write the files of the finished shard, and delete this one."""
+    def finish(
+        self,
+        samples: int,
+        damage: str | None,
+        ignored: Counter[str],
+        strays: Mapping[str, list[FailedSample]],
+    ) -> Outcome:
+        """Write the files of the finished shard, and delete this one.
+
+        strays  images that are of no sample
+        """
         if sorted(self.done) != list(range(samples)):
             raise RuntimeError(f"{self.shard.name}: {len(self.done)} lines of {samples} samples")
         counts: Counter[str] = Counter()
-        failures: dict[str, list[FailedSample]] = {}
+        failures: dict[str, list[FailedSample]] = {**strays}
         with _replacing(_file(self._out, self.shard, "jsonl")) as file:
             for line in self._lines():
                 if line.failure is not None:

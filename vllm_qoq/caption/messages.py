@@ -72,9 +72,13 @@ class Ended:
 
 @dataclass(frozen=True)
 class Failed:
-    """An engine cannot go on; its log has the traceback."""
+    """An engine cannot go on; its log has the traceback.
+
+    is_refusal  whether the same command fails again, unless what the message says is done
+    """
 
     message: str
+    is_refusal: bool
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,19 @@ from vllm_qoq.caption.bounded import Bounded, Closed
 from vllm_qoq.caption.errors import Uncaptioned
 from vllm_qoq.caption.image import decode
 from vllm_qoq.caption.journal import Journal
-from vllm_qoq.caption.records import Caption, Failure, Line, Outcome
+from vllm_qoq.caption.records import Caption, FailedSample, Failure, Line, Outcome
 from vllm_qoq.caption.shards import Shard
-from vllm_qoq.caption.tar import Reader, Sample
+from vllm_qoq.caption.tar import Reader, Sample, Stray
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _FILES, _FILE_BYTES = 64, 256 << 20
 _IMAGE_BYTES = 1 << 30
+_WHY_STRAY = {
+    "no_key": "its name gives no key, which would be what is before the first dot",
+    "repeated": "its sample has a file of this name already",
+}
 # The writer waits so long for more before it makes the disk write.
 _GATHER_SECONDS, _GATHER_MOST = 0.5, 512
 
@@ -104,6 +108,7 @@ class _End(NamedTuple):
     samples: int
     damage: str | None
     ignored: Counter[str]
+    strays: dict[str, list[FailedSample]]
 
 
 class Pipeline:
@@ -221,7 +226,8 @@ class Pipeline:
                     self._results.put(_Done(place, failure))
                 else:
                     self._files.put((place, content), len(content))
-        self._results.put(_End(journal, count, reader.damage, reader.ignored))
+        strays = _named(reader.strays)
+        self._results.put(_End(journal, count, reader.damage, reader.ignored, strays))
 
     def _decode(self) -> None:
         try:
@@ -290,7 +296,8 @@ class Pipeline:
                 self._report(None)
                 for journal in [one for one in ends if len(one.done) == ends[one].samples]:
                     end = ends.pop(journal)
-                    self._report(journal.finish(end.samples, end.damage, end.ignored))
+                    facts = (end.samples, end.damage, end.ignored, end.strays)
+                    self._report(journal.finish(*facts))
                     self._journals.discard(journal)
         except Closed:
             raise
@@ -338,6 +345,16 @@ def _content(reader: Reader, sample: Sample, is_new: bool) -> bytes:
     if sample.member is None:
         raise Uncaptioned("no_image", "no file of it has the ending of an image")
     return reader.read(sample.member)
+
+
+def _named(strays: list[Stray]) -> dict[str, list[FailedSample]]:
+    """The images that are of no sample, by kind."""
+    named: dict[str, list[FailedSample]] = {}
+    for one in strays:
+        key, file = one.key and _utf8(one.key), _utf8(one.name)
+        failed = FailedSample(key=key, file=file, why=_WHY_STRAY[one.kind])
+        named.setdefault(one.kind, []).append(failed)
+    return named
 
 
 def _seed(place: _Place) -> int:

@@ -63,9 +63,9 @@ class Written(Caption):
 
 
 class FailedSample(_Record):
-    """A sample without a caption, by name."""
+    """A sample without a caption, by name; an image that is of none has no key."""
 
-    key: str
+    key: str | None
     file: str | None
     why: str
 
@@ -77,7 +77,7 @@ class Facts(Head):
     missing        samples that a list promised besides
     damage         why nothing was read behind the last sample; None where all was
     ignored        kind -> members that are no part of a sample
-    failures       kind -> samples without a caption
+    failures       kind -> samples without a caption, and images that are of no sample
     """
 
     samples: int
@@ -113,7 +113,12 @@ class Outcome(_Record):
     failures: dict[Kind, int]
 
     @property
+    def has_failed(self) -> bool:
+        """Whether there are samples to try again."""
+        return self.captions < self.samples
+
+    @property
     def is_complete(self) -> bool:
-        """Whether every sample has a caption, and no file was left out for its name."""
-        is_whole = self.damage is None and not self.ignored.get("repeated")
+        """Whether every sample has a caption, and every image a sample."""
+        is_whole = self.damage is None and not self.failures
         return self.captions == self.samples and not self.missing and is_whole

@@ -126,30 +126,8 @@ class _Run:
     def to_the_end(self) -> Result:
         job, pending = self._checked.job, self._checked.pending
         size = sum(shard.bytes for shard in pending)
-        try:
-            for index, where in enumerate(self._checked.devices):
-                self._engines.append(self._start(index, where))
-            with status.shown(size, len(pending), job.quiet) as shown:
-                while self._alive():
-                    self._wait(_POLL_SECONDS)
-                    done = len(self._outcomes) - len(self._checked.finished)
-                    shown.show([one.counts for one in self._engines], done)
-            self._join()
-            for engine in self._engines:
-                engine.log.unlink(missing_ok=True)
-        except KeyboardInterrupt:
-            self._stop()
-            self._join()
-            raise KeyboardInterrupt(self._state()) from None
-        except BaseException:
-            self._stop()
-            self._join()
-            raise
-        finally:
-            for engine in self._engines:
-                if engine.process.is_alive():
-                    engine.kill()
-                engine.pipe.close()
+        with status.shown(size, len(pending), job.quiet) as shown:
+            self._work(shown)
         return Result(
             self._checked,
             {shard.name: self._outcome_of(shard) for shard in self._checked.shards},
@@ -160,6 +138,34 @@ class _Run:
                 for one in self._engines
             ),
         )
+
+    def _work(self, shown: status.Status) -> None:
+        try:
+            for index, where in enumerate(self._checked.devices):
+                self._engines.append(self._start(index, where))
+            while self._alive():
+                self._wait(_POLL_SECONDS)
+                shown.show(*self._progress())
+            self._join()
+            for engine in self._engines:
+                engine.log.unlink(missing_ok=True)
+        except BaseException as error:
+            self._stop()
+            shown.show_last(*self._progress())
+            self._join()
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(self._state(may_repeat=True)) from None
+            raise
+        finally:
+            for engine in self._engines:
+                if engine.process.is_alive():
+                    engine.kill()
+                engine.pipe.close()
+
+    def _progress(self) -> tuple[list[Counts], int]:
+        """What each engine has done, and how many shards they have finished."""
+        finished = len(self._outcomes) - len(self._checked.finished)
+        return [one.counts for one in self._engines], finished
 
     def _outcome_of(self, shard: Shard) -> Outcome:
         found = self._outcomes.get(shard.name) or journal.finished(self._checked.job.out, shard)
@@ -225,7 +231,9 @@ class _Run:
             engine.counts, engine.has_ended = message.counts, True
         elif isinstance(message, Failed):
             engine.has_ended = True
-            raise CaptionError(f"{engine.name}: {message.message}; {self._after(engine)}")
+            raise CaptionError(
+                f"{engine.name}: {message.message}; {self._after(engine, not message.is_refusal)}"
+            )
 
     def _died(self, engine: _Engine) -> NoReturn:
         engine.has_ended = True
@@ -234,11 +242,12 @@ class _Run:
         code = engine.process.exitcode
         raise CaptionError(
             f"{engine.name}: its process ended with {code}, as it does for want of memory; "
-            f"{self._after(engine)}"
+            f"{self._after(engine, may_repeat=True)}"
         )
 
-    def _after(self, engine: _Engine) -> str:
-        return f"its log is {engine.log}; {self._state()}"
+    def _after(self, engine: _Engine, may_repeat: bool) -> str:
+        state = self._state(may_repeat)
+        return f"its log is {engine.log}{'; ' if state else ''}{state}"
 
     def _stop(self) -> None:
         """Let all engines write what they have done, for a while; a second Ctrl-C does not wait."""
@@ -261,5 +270,10 @@ class _Run:
             if engine.has_ended:
                 engine.process.join(max(0, ends - time.monotonic()))
 
-    def _state(self) -> str:
-        return f"captions so far are in {self._checked.job.out}; the same command goes on there"
+    def _state(self, may_repeat: bool) -> str:
+        """Say where captions are, if there are any, and what the same command does."""
+        out = self._checked.job.out
+        if not folder.has_captions(out):
+            return "there are no captions yet; the same command begins anew" if may_repeat else ""
+        more = "; the same command goes on there" if may_repeat else ""
+        return f"captions so far are in {out}{more}"

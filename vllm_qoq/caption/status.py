@@ -28,6 +28,11 @@ class Status:
         self._shown = now
         print(self._text(engines, finished), file=sys.stderr, flush=True)
 
+    def show_last(self, engines: Sequence[Counts], finished: int) -> None:
+        """Show what has been done by a job that ends early, if that is anything."""
+        if any(one.images or one.failures for one in engines):
+            print(self._text(engines, finished), file=sys.stderr, flush=True)
+
     def _text(self, engines: Sequence[Counts], finished: int) -> str:
         images = sum(one.images for one in engines)
         failed = sum(sum(one.failures.values()) for one in engines)
@@ -59,9 +64,16 @@ class _Bar(Status):
         self.bar.set_postfix_str(f"{text}, {failed} failed" if failed else text, refresh=False)
         self.bar.update(done - self.bar.n)
 
+    def show_last(self, engines: Sequence[Counts], finished: int) -> None:
+        self.show(engines, finished)
+        self.bar.refresh()
+
 
 class _Quiet(Status):
     def show(self, engines: Sequence[Counts], finished: int) -> None:
+        return
+
+    def show_last(self, engines: Sequence[Counts], finished: int) -> None:
         return
 
 

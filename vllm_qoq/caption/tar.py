@@ -13,7 +13,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from vllm_qoq.caption.errors import Uncaptioned
 from vllm_qoq.errors import reason
@@ -31,6 +31,9 @@ _GLOBAL_HEADERS = 64  # which stay for all members that follow
 _MOST_FILES = 1000  # of a sample, which are kept until it ends
 _END = bytes(tarfile.BLOCKSIZE)
 
+StrayKind = Literal["no_key", "repeated"]
+"""Why an image is of no sample: its name gives no key, or the sample has one of the name."""
+
 
 @dataclass(frozen=True)
 class Member:
@@ -43,6 +46,15 @@ class Member:
     offset: int
     bytes: int
     is_whole: bool
+
+
+@dataclass(frozen=True)
+class Stray:
+    """An image that is of no sample: its name, and the key that the name gives, if any."""
+
+    kind: StrayKind
+    name: str
+    key: str | None
 
 
 @dataclass(frozen=True)
@@ -63,8 +75,10 @@ class Reader:
     """Reads the samples of an opened shard, in order; OSError where the disk does not give them.
 
     ignored  kind -> members that are no part of a sample: `links`, `special` (devices and sparse
-             files), `nameless` (without an ending), `repeated` (of one name) and `excess` (of a
-             sample of more than 1000 files)
+             files), `apple_double` (what macOS adds to a file), `no_key` (without one, and no
+             image), `repeated` (of one name, and no image) and `excess` (of a sample of more than
+             1000 files)
+    strays   images without a key, and second ones of one name
     damage   why nothing is read behind the last sample; None where the shard is whole
     """
 
@@ -72,7 +86,9 @@ class Reader:
         self._file = file
         self._size = os.fstat(file.fileno()).st_size
         self._end = 0
+        self._given = "", ""
         self.ignored: Counter[str] = Counter()
+        self.strays: list[Stray] = []
         self.damage: str | None = None
 
     def __iter__(self) -> Iterator[Sample]:
@@ -102,9 +118,13 @@ class Reader:
             if not info.isreg() or info.issparse():
                 self.ignored["links" if info.issym() or info.islnk() else "special"] += 1
                 continue
+            if info.name.rpartition("/")[2].startswith("._"):
+                self.ignored["apple_double"] += 1
+                continue
             own, ending = base_plus_ext(info.name)
             if ending is None or ending.startswith("__"):
-                self.ignored["nameless"] += 1  # the library has keys of its own like `__key__`
+                # The library has keys of its own like `__key__`.
+                self._leave_out("no_key", info.name, None)
                 continue
             key, files = own, files + 1 if own == key else 1
             if files > _MOST_FILES:
@@ -112,6 +132,7 @@ class Reader:
             else:
                 whole = info.offset_data + info.size <= self._size
                 member = Member(info.name, info.offset_data, info.size, whole)
+                self._given = info.name, own
                 yield {"fname": info.name, "data": member, "__url__": ""}
 
     def _infos(self) -> Iterator[tarfile.TarInfo]:
@@ -127,7 +148,8 @@ class Reader:
                 archive.members.clear()  # the list would grow with the shard
                 if info.size < 0 or archive.offset <= last:
                     raise tarfile.ReadError("a size below zero")
-                last = self._end = archive.offset
+                last = archive.offset
+                self._end = min(last, self._size)  # of a file that is cut off
                 yield info
         except Exception as error:  # The file may hold anything.
             is_of_disk = isinstance(error, OSError) and error.errno != errno.EINVAL
@@ -137,12 +159,26 @@ class Reader:
             return
         self._file.seek(archive.offset)
         if self._file.read(tarfile.BLOCKSIZE) != _END:
-            self.damage = f"cut off, or damaged, at byte {archive.offset}: no end is there"
+            place = min(archive.offset, self._size)
+            self.damage = f"cut off, or damaged, at byte {place}: no end is there"
         self._end = self._size
 
     def _repeated(self, _: Exception) -> bool:
-        self.ignored["repeated"] += 1
+        """Leave out the file that the library was given last."""
+        self._leave_out("repeated", *self._given)
         return True
+
+    def _leave_out(self, kind: StrayKind, name: str, key: str | None) -> None:
+        """Note a file that is of no sample: an image by name, of others the number."""
+        if _is_image(name):
+            self.strays.append(Stray(kind, name, key))
+        else:
+            self.ignored[kind] += 1
+
+
+def _is_image(name: str) -> bool:
+    _, dot, ending = name.lower().rpartition(".")
+    return bool(dot) and ending in IMAGES
 
 
 def _image(group: dict[str, Any]) -> Member | None:
@@ -150,7 +186,7 @@ def _image(group: dict[str, Any]) -> Member | None:
     images = [
         (ending.count("."), member)
         for ending, member in group.items()
-        if isinstance(member, Member) and ending.rpartition(".")[2] in IMAGES
+        if isinstance(member, Member) and _is_image(member.name)
     ]
     return min(images, key=lambda image: image[0])[1] if images else None
 

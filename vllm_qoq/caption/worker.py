@@ -51,10 +51,10 @@ def main(pipe: Connection, request: Request, make: MakeCaptioner) -> None:
     try:
         _serve(_Pipe(pipe), request, make)
     except (UserError, EngineError, OSError) as error:
-        pipe.send(Failed(_message(error)))
+        pipe.send(Failed(_message(error), is_refusal=not isinstance(error, OSError)))
         _log()
     except Exception as error:
-        pipe.send(Failed(f"{type(error).__name__}: {reason(error)}"))
+        pipe.send(Failed(f"{type(error).__name__}: {reason(error)}", is_refusal=False))
         _log()
 
 

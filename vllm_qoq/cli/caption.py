@@ -38,12 +38,16 @@ def add_parser(commands: Commands[Parser]) -> None:
     )
     parser.add_argument(
         "--model-name",
-        type=name,
+        type=not_empty,
         metavar="NAME",
         help="of the model in the output (default: the name of its folder)",
     )
     parser.add_argument(
-        "--prompt", default=PROMPT, metavar="TEXT", help=f"for each image (default: {PROMPT!r})"
+        "--prompt",
+        type=not_empty,
+        default=PROMPT,
+        metavar="TEXT",
+        help=f"for each image (default: {PROMPT!r})",
     )
     parser.add_argument("--system-prompt", metavar="TEXT", help="default: none")
     parser.add_argument(
@@ -96,8 +100,8 @@ def add_parser(commands: Commands[Parser]) -> None:
     arguments.add_reporting(parser, _caption)
 
 
-def name(text: str) -> str:
-    """Parse a name that is not empty."""
+def not_empty(text: str) -> str:
+    """Parse a text that is not empty."""
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty")
     return text
