@@ -81,11 +81,21 @@ def _check_config(left: StoredSet, right: StoredSet) -> None:
         if None in values and values != [None, None]:
             values = [normal(config).get(key, default(config, key)) for config in configs]
         if values[0] != values[1]:
+            place, *differing = _innermost(key, values[0], values[1])
             raise MergeError(
-                f"{CONFIG}: {key}: is {_short(values[0])} in {left.name} and {_short(values[1])} "
-                f"in {right.name}; quantize both from the same model, or mend the config that is "
-                "wrong"
+                f"{CONFIG}: {place}: is {_short(differing[0])} in {left.name} and "
+                f"{_short(differing[1])} in {right.name}; quantize both from the same model, or "
+                "mend the config that is wrong"
             )
+
+
+def _innermost(place: str, ours: object, theirs: object) -> tuple[str, object, object]:
+    """Find the first key of nested objects, with dots, in which two that differ do so."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in sorted({*ours, *theirs}):
+            if ours.get(key) != theirs.get(key):
+                return _innermost(f"{place}.{key}", ours.get(key), theirs.get(key))
+    return place, ours, theirs
 
 
 def _short(value: object) -> str:

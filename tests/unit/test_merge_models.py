@@ -247,6 +247,25 @@ def test_a_tokenizer_of_two_versions_is_one(merge, pair, capsys):
     assert "tokenizer.json: differs" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        ({"window_size": 56}, "vision_config.window_size: is 112 in a8 and 56 in b4; "),
+        ({}, "vision_config.window_size: is 112 in a8 and absent in b4; "),
+    ],
+)
+def test_the_key_of_a_nested_config_that_differs_is_named(merge, pair, capsys, theirs, message):
+    long = {f"key_{i}": [i] * 9 for i in range(20)}
+
+    def say(own):
+        return lambda tensors, config: config.update({"vision_config": {**long, **own}})
+
+    edit(pair[0], say({"window_size": 112}))
+    edit(pair[1], say(theirs))
+    assert merge("--dry-run") == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_config_in_a_file_that_vllm_leaves_unread_is_told(merge, pair, capsys):
     def drop(tensors, config):
         section = config.pop("quantization_config")
