@@ -1,4 +1,4 @@
-"""Checks that the inputs are versions of one model, by config, tokenizer and layers."""
+"""Checks that the inputs are versions of one model: config, tokenizer, preprocessing, layers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from merge_tools import MergeError
+from merge_tools import MergeError, preprocessing
 from merge_tools.meaning import default, normal
 from vllm_qoq.checkpoint.folder import read_json
 from vllm_qoq.checkpoint.stored_set import StoredSet
@@ -27,6 +27,7 @@ def check(sources: Sequence[StoredSet], prefill: StoredSet) -> None:
             continue
         _check_config(prefill, source)
         _check_tokenizer(prefill, source)
+        preprocessing.check(prefill, source)
         _check_layers(prefill, source)
 
 
