@@ -32,33 +32,40 @@ _OUTER = ((_INNER, "model."), ("language_model.model.", "model."), ("language_mo
 class VisionLanguage:
     """A kind of model of images and text.
 
+    type       the `model_type` of the whole model
     languages  the `model_type` of its text_config -> class and `model_type` of a language model
                that computes the same of texts
     writers    globs of the modules that write to the stream, below the model
     """
 
+    type: str
     languages: Mapping[str, tuple[str, str]]
     writers: tuple[str, ...]
 
 
 VISION_LANGUAGE: Mapping[str, VisionLanguage] = {
     "Qwen2_5_VLForConditionalGeneration": VisionLanguage(
+        "qwen2_5_vl",
         dict.fromkeys(("qwen2_5_vl_text", "qwen2_5_vl"), ("Qwen2ForCausalLM", "qwen2")),
         ("visual.merger.mlp.2",),
     ),
     "LlavaForConditionalGeneration": VisionLanguage(
+        "llava",
         {"llama": ("LlamaForCausalLM", "llama"), "qwen2": ("Qwen2ForCausalLM", "qwen2")},
         ("multi_modal_projector.linear_2",),
     ),
     "Qwen3VLForConditionalGeneration": VisionLanguage(
+        "qwen3_vl",
         {"qwen3_vl_text": ("Qwen3ForCausalLM", "qwen3")},
         ("visual.merger.linear_fc2", "visual.deepstack_merger_list.*.linear_fc2"),
     ),
     "Qwen3_5ForConditionalGeneration": VisionLanguage(
+        "qwen3_5",
         {"qwen3_5_text": ("Qwen3_5ForCausalLM", "qwen3_5_text")},
         ("visual.merger.linear_fc2",),
     ),
     "Qwen3_5MoeForConditionalGeneration": VisionLanguage(
+        "qwen3_5_moe",
         {"qwen3_5_moe_text": ("Qwen3_5MoeForCausalLM", "qwen3_5_moe_text")},
         ("visual.merger.linear_fc2",),
     ),
