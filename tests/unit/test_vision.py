@@ -123,6 +123,12 @@ def test_a_config_without_a_text_config_is_read_too():
     [
         ({"text_config": {"model_type": "opt"}}, "text_config.model_type: 'opt' is not supported"),
         ({"rms_norm_eps": None}, "rms_norm_eps: missing"),
+        ({"rms_norm_eps": None, "hidden_size": None}, "text_config: missing; mend it"),
+        ({"text_config": "qwen2"}, "text_config: 'qwen2' is not an object; mend it"),
+        (
+            {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"},
+            "text_config: missing; mend it",
+        ),
         (
             {
                 "tie_word_embeddings": True,

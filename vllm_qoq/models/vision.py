@@ -96,6 +96,7 @@ def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     known = vision_language(config)
     if known is None:
         return config
+    _check_nesting(config, known)
     text, kind = text_config(config), text_config(config).get("model_type")
     if not isinstance(kind, str) or kind not in known.languages:
         raise FormatError(
@@ -116,6 +117,16 @@ def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     inner = {key: _rope(value) if key in _ROPES else value for key, value in text.items()}
     inner.pop("vision_config", None)
     return {**outer, **inner, **tied, "architectures": [name], "model_type": own_kind}
+
+
+def _check_nesting(config: Mapping[str, Any], known: VisionLanguage) -> None:
+    """Raise FormatError unless there is a text_config, or in its place its keys, as in old files."""
+    text = config.get("text_config")
+    if text is not None and not isinstance(text, dict):
+        raise FormatError(f"{CONFIG}: text_config: {shown(text)} is not an object; {_REMEDY}")
+    is_flat = known.type in known.languages and config.get("hidden_size") is not None
+    if text is None and not is_flat:
+        raise FormatError(f"{CONFIG}: text_config: missing; {_REMEDY}")
 
 
 def _rope(value: object) -> object:
