@@ -1,6 +1,7 @@
 """Models of images and text: names, configs, merges and what is refused."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -144,8 +145,6 @@ def test_a_config_that_cannot_be_is_named(change, message):
 
 
 def test_a_layer_of_vllm_is_found_under_every_name_of_a_checkpoint():
-    import re
-
     pattern = re.compile(stored_pattern("language_model.model.layers.1.mlp"))
     for prefix in ("model.language_model.", "language_model.model.", "model."):
         assert pattern.fullmatch(f"{prefix}layers.1.mlp")
@@ -252,6 +251,30 @@ def test_a_broken_tower_is_refused_before_work_begins(qwen, text, tmp_path, chan
     with pytest.raises(UserError, match=message):
         quantize(qwen, tmp_path / "out", text, options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("outer", ["model.language_model.", "language_model.model."])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors, name: tensors[name].fill_(torch.nan), "model.safetensors: {}: holds NaN"),
+        (lambda tensors, name: tensors.update({name: torch.zeros(2, 2)}), ": {}: is [2, 2], but"),
+        (lambda tensors, name: tensors.update({f"{name}_x": torch.zeros(2)}), ": {}_x: Qwen2For"),
+        (lambda tensors, name: tensors.pop(name), "model: {} is missing"),
+    ],
+)
+def test_a_tensor_has_its_name_of_the_file_in_errors(qwen, text, tmp_path, outer, change, message):
+    def damage(tensors, config):
+        for name in list(tensors):
+            if name.startswith("model."):
+                tensors[outer + name.removeprefix("model.")] = tensors.pop(name)
+        change(tensors, f"{outer}layers.0.self_attn.q_proj.weight")
+
+    edit(qwen, damage)
+    named = re.escape(message.format(f"{outer}layers.0.self_attn.q_proj.weight"))
+    options = QuantizeOptions.parse({"samples": 4, "seqlen": 32}, "options")
+    with pytest.raises(UserError, match=named):
+        quantize(qwen, tmp_path / "out", text, options)
 
 
 def test_commands_for_texts_refuse_it_by_name(qwen, text):

@@ -120,7 +120,7 @@ def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _check_nesting(config: Mapping[str, Any], known: VisionLanguage) -> None:
-    """Raise FormatError unless there is a text_config, or in its place its keys, as in old files."""
+    """Raise FormatError unless there is a text_config, or its keys beside it, as in old files."""
     text = config.get("text_config")
     if text is not None and not isinstance(text, dict):
         raise FormatError(f"{CONFIG}: text_config: {shown(text)} is not an object; {_REMEDY}")
@@ -157,6 +157,16 @@ def whole_name(name: str) -> str:
     """Name what `language_name` named in the whole model, as transformers and vLLM read it."""
     is_inner = name.startswith("model.") and language_name(name) is not None
     return _INNER + name.removeprefix("model.") if is_inner else name
+
+
+def outer_prefix(name: str, stored: str) -> str:
+    """Find what a checkpoint has for the `model.` of a tensor that it calls `stored`.
+
+    name  what its language model by itself calls the tensor, `model.norm.weight`
+    """
+    rest = name.removeprefix("model.")
+    prefixes = (outer for outer, inner in _OUTER if inner == "model.")
+    return next((one for one in prefixes if stored.endswith(one + rest)), "model.")
 
 
 def stored_pattern(name: str) -> str:
