@@ -22,6 +22,7 @@ _TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens
 
 def check(sources: Sequence[StoredSet], prefill: StoredSet) -> None:
     """Raise MergeError unless all sources are the model that `prefill` is."""
+    preprocessing.check_present(sources, prefill)
     for source in sources:
         if source is prefill:
             continue

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from merge_tools import MergeError
+from vllm_qoq.checkpoint import processor
 from vllm_qoq.checkpoint.folder import check_link, read_json
 from vllm_qoq.checkpoint.stored_set import StoredSet
 from vllm_qoq.errors import FormatError, shown
 
-_JSON_BYTES = 64 << 20
 _TEMPLATE_BYTES = 16 << 20
 _TEMPLATE, _DEFAULT = "chat_template", "default"
 _JINJA, _MORE_JINJA = f"{_TEMPLATE}.jinja", "additional_chat_templates"
-_PROCESSOR = "processor_config.json"
 # Where the settings of images and of videos may be: in a file, or in a part of the processor's.
-_NESTED = {"image_processor": "preprocessor_config.json"}
+_NESTED = {processor.NESTED_IMAGES: processor.IMAGE_PROCESSOR}
 _NESTED |= {"video_processor": "video_preprocessor_config.json"}
 # What names a class or says who wrote the file; versions of transformers differ in them.
 _IGNORED = frozenset(
@@ -28,6 +27,13 @@ _IGNORED = frozenset(
     }
 )
 _SHOWN_BEFORE, _SHOWN = 20, 60
+
+
+def check_present(sources: Sequence[StoredSet], prefill: StoredSet) -> None:
+    """Raise MergeError if a model of images has no processor in any of the folders."""
+    lacks = [processor.finding(x.checkpoint.path, x.checkpoint.config) for x in sources]
+    if all(lacks):
+        raise MergeError(f"{prefill.checkpoint.path}: {lacks[list(sources).index(prefill)]}")
 
 
 def check(left: StoredSet, right: StoredSet) -> None:
@@ -42,10 +48,9 @@ def check(left: StoredSet, right: StoredSet) -> None:
 def _check_processors(left: StoredSet, right: StoredSet) -> None:
     ours, theirs = (_processor_parts(one.checkpoint.path) for one in (left, right))
     for part in sorted(ours.keys() & theirs.keys()):
-        places = ours[part].keys() & theirs[part].keys()
-        pairs = [(place, place) for place in sorted(places)] or [
-            (next(iter(ours[part])), next(iter(theirs[part])))
-        ]
+        # The first is used; others are what older versions of transformers use.
+        pairs = [(next(iter(ours[part])), next(iter(theirs[part])))]
+        pairs += [(place, place) for place in ours[part] if place in theirs[part]]
         for our_place, their_place in pairs:
             found = _difference(ours[part][our_place], theirs[part][their_place])
             if found is None:
@@ -66,18 +71,18 @@ def _remedy(what: str) -> str:
 
 
 def _processor_parts(folder: Path) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """Read the settings by part of the processor, and by their place in the folder."""
+    """Read the settings by part of the processor, and by their place: first what is used."""
     parts: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for part, file in _NESTED.items():
-        if (content := _json(folder, file)) is not None:
-            parts.setdefault(part, {})[file] = content
-    whole = _json(folder, _PROCESSOR)
+    whole = _json(folder, processor.PROCESSOR)
     if whole is not None:
         for part in _NESTED:
             if isinstance(nested := whole.get(part), dict):
-                parts.setdefault(part, {})[f"{_PROCESSOR}: {part}"] = nested
+                parts.setdefault(part, {})[f"{processor.PROCESSOR}: {part}"] = nested
         rest = {key: value for key, value in whole.items() if key not in _NESTED}
-        parts["processor"] = {_PROCESSOR: rest}
+        parts["processor"] = {processor.PROCESSOR: rest}
+    for part, file in _NESTED.items():
+        if (content := _json(folder, file)) is not None:
+            parts.setdefault(part, {})[file] = content
     return parts
 
 
@@ -133,7 +138,7 @@ def _stored_templates(folder: Path) -> Iterator[tuple[str, str, str]]:
         if path.is_file():
             name = _DEFAULT if path == files[0] else path.stem
             yield path.relative_to(folder).as_posix(), name, _text(folder, path)
-    for file in (f"{_TEMPLATE}.json", _PROCESSOR, "tokenizer_config.json"):
+    for file in (f"{_TEMPLATE}.json", processor.PROCESSOR, "tokenizer_config.json"):
         stored = (_json(folder, file) or {}).get(_TEMPLATE)
         place = f"{file}: {_TEMPLATE}"
         # A tokenizer may have several, as a list of objects or by name.
@@ -150,7 +155,7 @@ def _json(folder: Path, file: str) -> dict[str, Any] | None:
     if not (folder / file).is_file():
         return None
     check_link(folder, folder / file)
-    return read_json(folder / file, _JSON_BYTES)
+    return read_json(folder / file, processor.JSON_BYTES)
 
 
 def _text(folder: Path, path: Path) -> str:

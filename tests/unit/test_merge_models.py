@@ -260,7 +260,11 @@ PIXELS = {"image_mean": [0.5, 0.5, 0.5], "size": {"longest_edge": 512, "shortest
         ),
         (
             {"preprocessor_config.json": PIXELS},
-            {"processor_config.json": {"image_processor": {"size": {"longest_edge": 64}}}},
+            {
+                "preprocessor_config.json": PIXELS,
+                # This is what is read.
+                "processor_config.json": {"image_processor": {"size": {"longest_edge": 64}}},
+            },
             "size.longest_edge: is 512 in a8 and 64 in b4 (processor_config.json: image_processor)",
         ),
         (

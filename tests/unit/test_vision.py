@@ -277,6 +277,30 @@ def test_a_tensor_has_its_name_of_the_file_in_errors(qwen, text, tmp_path, outer
         quantize(qwen, tmp_path / "out", text, options)
 
 
+def test_a_model_without_its_processor_is_refused(qwen, text, tmp_path):
+    lost = "preprocessor_config.json: missing, .*; copy the files of the original model's processor"
+    files = {name: vision_models.finish(w8a8(qwen, tmp_path / name, TOWERS), qwen) for name in "ab"}
+    whole = tmp_path / "whole"
+    (files["a"] / "preprocessor_config.json").unlink()
+    merge(files, whole)  # b has it
+    content = json.loads((whole / "preprocessor_config.json").read_text())
+    (whole / "preprocessor_config.json").unlink()
+    (finding,) = verify(whole).findings
+    assert re.match(lost, finding)
+    (whole / "processor_config.json").write_text(json.dumps({"patch_size": 14}))
+    assert verify(whole).findings == (finding,)
+    (whole / "processor_config.json").write_text(json.dumps({"image_processor": content}))
+    assert verify(whole).findings == ()
+
+    (files["b"] / "preprocessor_config.json").unlink()
+    with pytest.raises(UserError, match=lost):
+        merge(files, tmp_path / "out")
+    (qwen / "preprocessor_config.json").unlink()
+    with pytest.raises(UserError, match=lost):
+        quantize(qwen, tmp_path / "out", text)
+    assert not (tmp_path / "out").exists()
+
+
 def test_commands_for_texts_refuse_it_by_name(qwen, text):
     with pytest.raises(UserError, match=r"Qwen2_5_VL.*calibrate-kv takes models of text alone"):
         calibrate_kv.open_source(qwen)

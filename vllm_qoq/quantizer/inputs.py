@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_qoq.checkpoint import constants, hub
+from vllm_qoq.checkpoint import constants, hub, processor
 from vllm_qoq.checkpoint.constants import is_finite, is_positive
 from vllm_qoq.checkpoint.folder import Checkpoint, TensorInfo, side_files
 from vllm_qoq.checkpoint.language import language_part, stored_name
@@ -86,7 +86,10 @@ def with_local_model(job: Job, model: str | Path) -> Job:
 
 def check_inputs(job: Job) -> Inputs:
     """Open the model; a UserError names what cannot be quantized or would be lost."""
-    inputs = check_model(language_part(Checkpoint.open(job.model)), "quantized")
+    whole = Checkpoint.open(job.model)
+    inputs = check_model(language_part(whole), "quantized")
+    if lacks := processor.finding(whole.path, whole.config):
+        raise QuantizeError(f"{whole.path}: {lacks}")
     _check_others(job, [job.model])
     return inputs
 
