@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 
 from merge_tools.job import merge
 from vllm_qoq.bench.evaluate import job as evaluate
-from vllm_qoq.checkpoint import inspect
+from vllm_qoq.checkpoint import complete, inspect
 from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.checkpoint.format import SECTION, Section
 from vllm_qoq.checkpoint.language import language_part
+from vllm_qoq.checkpoint.stored_set import StoredSet
 from vllm_qoq.checkpoint.verify import verify
 from vllm_qoq.errors import FormatError, UserError
 from vllm_qoq.models.tensors import expected_tensors
@@ -253,7 +254,33 @@ def test_a_broken_tower_is_refused_before_work_begins(qwen, text, tmp_path, chan
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("outer", ["model.language_model.", "language_model.model."])
+OUTER = ("model.language_model.", "language_model.model.", "model.")
+
+
+def put_below(tensors, outer):
+    for name in list(tensors):
+        if name.startswith("model."):
+            tensors[outer + name.removeprefix("model.")] = tensors.pop(name)
+
+
+@pytest.mark.parametrize("outer", OUTER)
+def test_a_lost_tensor_has_its_name_of_the_file_in_findings(qwen, outer):
+    lost = [f"{outer}layers.0.self_attn.q_proj", f"{outer}norm", f"{outer}layers.1"]
+
+    def damage(tensors, config):
+        put_below(tensors, outer)
+        for name in list(tensors):
+            if name.startswith(tuple(lost)):
+                del tensors[name]
+
+    edit(qwen, damage)
+    checkpoint = Checkpoint.open(qwen)
+    found = "\n".join(complete.findings(StoredSet("", checkpoint, {}, checkpoint.tensors)))
+    assert f"{lost[0]}: missing; " in found and f"{lost[1]}.weight: missing; " in found
+    assert f"{lost[2]}: has no tensors at all; " in found
+
+
+@pytest.mark.parametrize("outer", OUTER[:2])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -265,9 +292,7 @@ def test_a_broken_tower_is_refused_before_work_begins(qwen, text, tmp_path, chan
 )
 def test_a_tensor_has_its_name_of_the_file_in_errors(qwen, text, tmp_path, outer, change, message):
     def damage(tensors, config):
-        for name in list(tensors):
-            if name.startswith("model."):
-                tensors[outer + name.removeprefix("model.")] = tensors.pop(name)
+        put_below(tensors, outer)
         change(tensors, f"{outer}layers.0.self_attn.q_proj.weight")
 
     edit(qwen, damage)
