@@ -1,4 +1,4 @@
-"""Checks that the inputs are versions of one model, by config, tokenizer and layers."""
+"""Checks that the inputs are versions of one model: config, tokenizer, preprocessing, layers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from merge_tools import MergeError
+from merge_tools import MergeError, preprocessing
 from merge_tools.meaning import default, normal
 from vllm_qoq.checkpoint.folder import read_json
 from vllm_qoq.checkpoint.stored_set import StoredSet
@@ -22,11 +22,13 @@ _TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens
 
 def check(sources: Sequence[StoredSet], prefill: StoredSet) -> None:
     """Raise MergeError unless all sources are the model that `prefill` is."""
+    preprocessing.check_present(sources, prefill)
     for source in sources:
         if source is prefill:
             continue
         _check_config(prefill, source)
         _check_tokenizer(prefill, source)
+        preprocessing.check(prefill, source)
         _check_layers(prefill, source)
 
 
@@ -81,11 +83,21 @@ def _check_config(left: StoredSet, right: StoredSet) -> None:
         if None in values and values != [None, None]:
             values = [normal(config).get(key, default(config, key)) for config in configs]
         if values[0] != values[1]:
+            place, *differing = _innermost(key, values[0], values[1])
             raise MergeError(
-                f"{CONFIG}: {key}: is {_short(values[0])} in {left.name} and {_short(values[1])} "
-                f"in {right.name}; quantize both from the same model, or mend the config that is "
-                "wrong"
+                f"{CONFIG}: {place}: is {_short(differing[0])} in {left.name} and "
+                f"{_short(differing[1])} in {right.name}; quantize both from the same model, or "
+                "mend the config that is wrong"
             )
+
+
+def _innermost(place: str, ours: object, theirs: object) -> tuple[str, object, object]:
+    """Find the first key of nested objects, with dots, in which two that differ do so."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in sorted({*ours, *theirs}):
+            if ours.get(key) != theirs.get(key):
+                return _innermost(f"{place}.{key}", ours.get(key), theirs.get(key))
+    return place, ours, theirs
 
 
 def _short(value: object) -> str:

@@ -247,6 +247,104 @@ def test_a_tokenizer_of_two_versions_is_one(merge, pair, capsys):
     assert "tokenizer.json: differs" in capsys.readouterr().err
 
 
+PIXELS = {"image_mean": [0.5, 0.5, 0.5], "size": {"longest_edge": 512, "shortest_edge": 256}}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "message"),
+    [
+        (
+            {"preprocessor_config.json": PIXELS},
+            {"preprocessor_config.json": PIXELS | {"image_mean": [0.4, 0.5, 0.5]}},
+            "preprocessor_config.json: image_mean: is [0.5, 0.5, 0.5] in a8 and [0.4, 0.5, 0.5] in",
+        ),
+        (
+            {"preprocessor_config.json": PIXELS},
+            {
+                "preprocessor_config.json": PIXELS,
+                # This is what is read.
+                "processor_config.json": {"image_processor": {"size": {"longest_edge": 64}}},
+            },
+            "size.longest_edge: is 512 in a8 and 64 in b4 (processor_config.json: image_processor)",
+        ),
+        (
+            {"processor_config.json": {"patch_size": 14}},
+            {"processor_config.json": {"patch_size": 16}},
+            "processor_config.json: patch_size: is 14 in a8 and 16 in b4",
+        ),
+        (
+            {"video_preprocessor_config.json": {"fps": 2}},
+            {"video_preprocessor_config.json": {"fps": 4}},
+            "video_preprocessor_config.json: fps: is 2 in a8 and 4 in b4",
+        ),
+        ({"chat_template.jinja": "{{ a }} x"}, {"chat_template.jinja": "{{ a }} y"}, "character 8"),
+        (
+            {"chat_template.jinja": "x"},
+            {"chat_template.json": {"chat_template": "y"}},
+            "chat_template.jinja: differs from character 0 on: is 'x' in a8 and 'y' in b4 (chat_",
+        ),
+        (
+            {"tokenizer_config.json": {"chat_template": [{"name": "tools", "template": "x"}]}},
+            {"additional_chat_templates/tools.jinja": "y"},
+            "tokenizer_config.json: chat_template: 'tools': differs",
+        ),
+    ],
+)
+def test_other_pixels_or_prompts_are_refused(merge, pair, tmp_path, capsys, ours, theirs, message):
+    for folder, files in zip(pair, (ours, theirs), strict=True):
+        write_files(folder, files)
+    assert merge("--dry-run") == 2
+    error = capsys.readouterr().err
+    assert message in error and "copy the right file into the folders of all other sets" in error
+    assert not (tmp_path / "out").exists()
+
+
+def write_files(folder, files):
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        text = content if isinstance(content, str) else json.dumps(content)
+        (folder / name).write_text(text)
+
+
+def test_what_tools_rewrite_in_processors_and_templates_is_no_difference(merge, pair, tmp_path):
+    old = {"size": 224, "do_resize": None, "image_mean": [0.5] * 3, "processor_class": "A"}
+    sides = {"height": 224, "width": 224, "longest_edge": None}
+    new = {"size": sides, "do_resize": True, "rescale_factor": 0.1, "image_mean": [0.5] * 3}
+    write_files(
+        pair[0],
+        {"preprocessor_config.json": old, "tokenizer_config.json": {"chat_template": "{{ a }}"}},
+    )
+    write_files(
+        pair[1],
+        {
+            "processor_config.json": {"image_processor": new, "processor_class": "B"},
+            "chat_template.jinja": "{{ a }}\n",
+            # Left over from before, and not read beside the file.
+            "tokenizer_config.json": {"chat_template": "old"},
+        },
+    )
+    assert merge("--dry-run") == 0
+
+
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        ({"window_size": 56}, "vision_config.window_size: is 112 in a8 and 56 in b4; "),
+        ({}, "vision_config.window_size: is 112 in a8 and absent in b4; "),
+    ],
+)
+def test_the_key_of_a_nested_config_that_differs_is_named(merge, pair, capsys, theirs, message):
+    long = {f"key_{i}": [i] * 9 for i in range(20)}
+
+    def say(own):
+        return lambda tensors, config: config.update({"vision_config": {**long, **own}})
+
+    edit(pair[0], say({"window_size": 112}))
+    edit(pair[1], say(theirs))
+    assert merge("--dry-run") == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_config_in_a_file_that_vllm_leaves_unread_is_told(merge, pair, capsys):
     def drop(tensors, config):
         section = config.pop("quantization_config")

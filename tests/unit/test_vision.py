@@ -1,6 +1,7 @@
 """Models of images and text: names, configs, merges and what is refused."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -11,10 +12,11 @@ from safetensors.torch import load_file
 
 from merge_tools.job import merge
 from vllm_qoq.bench.evaluate import job as evaluate
-from vllm_qoq.checkpoint import inspect
+from vllm_qoq.checkpoint import complete, inspect
 from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.checkpoint.format import SECTION, Section
 from vllm_qoq.checkpoint.language import language_part
+from vllm_qoq.checkpoint.stored_set import StoredSet
 from vllm_qoq.checkpoint.verify import verify
 from vllm_qoq.errors import FormatError, UserError
 from vllm_qoq.models.tensors import expected_tensors
@@ -123,6 +125,12 @@ def test_a_config_without_a_text_config_is_read_too():
     [
         ({"text_config": {"model_type": "opt"}}, "text_config.model_type: 'opt' is not supported"),
         ({"rms_norm_eps": None}, "rms_norm_eps: missing"),
+        ({"rms_norm_eps": None, "hidden_size": None}, "text_config: missing; mend it"),
+        ({"text_config": "qwen2"}, "text_config: 'qwen2' is not an object; mend it"),
+        (
+            {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"},
+            "text_config: missing; mend it",
+        ),
         (
             {
                 "tie_word_embeddings": True,
@@ -138,8 +146,6 @@ def test_a_config_that_cannot_be_is_named(change, message):
 
 
 def test_a_layer_of_vllm_is_found_under_every_name_of_a_checkpoint():
-    import re
-
     pattern = re.compile(stored_pattern("language_model.model.layers.1.mlp"))
     for prefix in ("model.language_model.", "language_model.model.", "model."):
         assert pattern.fullmatch(f"{prefix}layers.1.mlp")
@@ -202,7 +208,10 @@ def test_an_older_file_with_a_tied_head_is_quantized(qwen, text, tmp_path):
     ("change", "message"),
     [
         ({"model_type": "qwen2_vl"}, "model_type 'qwen2_vl' .* and the language models in Qwen2_5"),
-        ({"architectures": ["Qwen2VLForConditionalGeneration"]}, "model_type 'qwen2_5_vl' .*Llava"),
+        *(
+            ({"architectures": names}, "architectures: .* cannot be quantized; .*'Qwen2_5_VLForCon")
+            for names in (["Qwen2VLForConditionalGeneration"], None)
+        ),
     ],
 )
 def test_another_model_of_images_is_refused_by_name(qwen, text, tmp_path, change, message):
@@ -254,6 +263,78 @@ def test_a_broken_tower_is_refused_before_work_begins(qwen, text, tmp_path, chan
     options = QuantizeOptions.parse({"samples": 4, "seqlen": 32}, "options")
     with pytest.raises(UserError, match=message):
         quantize(qwen, tmp_path / "out", text, options)
+    assert not (tmp_path / "out").exists()
+
+
+OUTER = ("model.language_model.", "language_model.model.", "model.")
+
+
+def put_below(tensors, outer):
+    for name in list(tensors):
+        if name.startswith("model."):
+            tensors[outer + name.removeprefix("model.")] = tensors.pop(name)
+
+
+@pytest.mark.parametrize("outer", OUTER)
+def test_a_lost_tensor_has_its_name_of_the_file_in_findings(qwen, outer):
+    lost = [f"{outer}layers.0.self_attn.q_proj", f"{outer}norm", f"{outer}layers.1"]
+
+    def damage(tensors, config):
+        put_below(tensors, outer)
+        for name in list(tensors):
+            if name.startswith(tuple(lost)):
+                del tensors[name]
+
+    edit(qwen, damage)
+    checkpoint = Checkpoint.open(qwen)
+    found = "\n".join(complete.findings(StoredSet("", checkpoint, {}, checkpoint.tensors)))
+    assert f"{lost[0]}: missing; " in found and f"{lost[1]}.weight: missing; " in found
+    assert f"{lost[2]}: has no tensors at all; " in found
+
+
+@pytest.mark.parametrize("outer", OUTER[:2])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors, name: tensors[name].fill_(torch.nan), "model.safetensors: {}: holds NaN"),
+        (lambda tensors, name: tensors.update({name: torch.zeros(2, 2)}), ": {}: is [2, 2], but"),
+        (lambda tensors, name: tensors.update({f"{name}_x": torch.zeros(2)}), ": {}_x: Qwen2For"),
+        (lambda tensors, name: tensors.pop(name), "model: {} is missing"),
+    ],
+)
+def test_a_tensor_has_its_name_of_the_file_in_errors(qwen, text, tmp_path, outer, change, message):
+    def damage(tensors, config):
+        put_below(tensors, outer)
+        change(tensors, f"{outer}layers.0.self_attn.q_proj.weight")
+
+    edit(qwen, damage)
+    named = re.escape(message.format(f"{outer}layers.0.self_attn.q_proj.weight"))
+    options = QuantizeOptions.parse({"samples": 4, "seqlen": 32}, "options")
+    with pytest.raises(UserError, match=named):
+        quantize(qwen, tmp_path / "out", text, options)
+
+
+def test_a_model_without_its_processor_is_refused(qwen, text, tmp_path):
+    lost = "preprocessor_config.json: missing, .*; copy the files of the original model's processor"
+    files = {name: vision_models.finish(w8a8(qwen, tmp_path / name, TOWERS), qwen) for name in "ab"}
+    whole = tmp_path / "whole"
+    (files["a"] / "preprocessor_config.json").unlink()
+    merge(files, whole)  # b has it
+    content = json.loads((whole / "preprocessor_config.json").read_text())
+    (whole / "preprocessor_config.json").unlink()
+    (finding,) = verify(whole).findings
+    assert re.match(lost, finding)
+    (whole / "processor_config.json").write_text(json.dumps({"patch_size": 14}))
+    assert verify(whole).findings == (finding,)
+    (whole / "processor_config.json").write_text(json.dumps({"image_processor": content}))
+    assert verify(whole).findings == ()
+
+    (files["b"] / "preprocessor_config.json").unlink()
+    with pytest.raises(UserError, match=lost):
+        merge(files, tmp_path / "out")
+    (qwen / "preprocessor_config.json").unlink()
+    with pytest.raises(UserError, match=lost):
+        quantize(qwen, tmp_path / "out", text)
     assert not (tmp_path / "out").exists()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from vllm_qoq.checkpoint.folder import Checkpoint, TensorInfo
 from vllm_qoq.checkpoint.format import K_MEAN, SECTION, split_layer
 from vllm_qoq.checkpoint.kv_config import UNQUANTIZED, KVCache
-from vllm_qoq.checkpoint.language import language_part
+from vllm_qoq.checkpoint.language import language_part, stored_name
 from vllm_qoq.errors import FormatError, shown
 from vllm_qoq.models.config import CONFIG
 from vllm_qoq.models.table import LINEAR, architecture_of
@@ -65,6 +65,7 @@ def structure(checkpoint: Checkpoint, cache: KVCache | None) -> Iterator[str]:
         if name in found:
             yield from _misshapen(found.pop(name), expected.key_heads)
         elif cache.bits_of(f"{LAYERS}{layer}.{_ATTENTION}.attn") != UNQUANTIZED:
+            name = stored_name(name, checkpoint.tensors)
             yield f"{name}: {CONFIG} announces it, but it is missing; {_REMEDY}"
     for info in found.values():
         yield f"{info.file}: {info.name}: the model has no such layer; {_REMEDY}"

@@ -14,10 +14,20 @@ from vllm_qoq.checkpoint.stacked_experts import experts_apart
 from vllm_qoq.checkpoint.stored_set import StoredSet
 from vllm_qoq.errors import FormatError
 from vllm_qoq.models.table import architecture_of
-from vllm_qoq.models.vision import language_config, language_name, vision_language
+from vllm_qoq.models.tensors import EMBEDDING
+from vllm_qoq.models.vision import (
+    language_config,
+    language_name,
+    outer_prefix,
+    vision_language,
+)
 
 if TYPE_CHECKING:
     import torch
+
+
+# Tensors that every language model has, outside of its decoder layers.
+_IN_EVERY_MODEL = (EMBEDDING, "model.norm.weight")
 
 
 class _Used(Checkpoint):
@@ -35,15 +45,16 @@ class _Used(Checkpoint):
 class LanguagePart(Checkpoint):
     """A language model, with the names and the config that it would have in a folder of its own.
 
+    The tensors keep what they are called in the file as their `info.name`, for messages.
+
     whole  the checkpoint that has it
     """
 
     def __init__(self, whole: Checkpoint) -> None:
         self.whole = whole
         config = dict(language_config(whole.config))
-        found = _used(config, _language_tensors(whole.tensors))
-        self._stored = {name: info.name for name, info in found.items()}
-        tensors = {name: replace(info, name=name) for name, info in found.items()}
+        tensors = _used(config, _language_tensors(whole.tensors))
+        self._stored = {name: info.name for name, info in tensors.items()}
         super().__init__(whole.path, config, tensors)
 
     def get(self, name: str) -> torch.Tensor:
@@ -67,6 +78,20 @@ def language_part(checkpoint: Checkpoint) -> Checkpoint:
     if len(tensors) == len(checkpoint.tensors):
         return checkpoint
     return _Used(checkpoint, tensors)
+
+
+def stored_name(name: str, tensors: Mapping[str, TensorInfo]) -> str:
+    """Name a tensor or layer of a language model as its file does, or would if it had it.
+
+    tensors  all those of the language model, by the names that it has by itself
+    """
+    if name in tensors:
+        return tensors[name].name
+    known = (outer_prefix(one, tensors[one].name) for one in _IN_EVERY_MODEL if one in tensors)
+    prefix = next(known, "model.")
+    if name.startswith("model."):
+        return prefix + name.removeprefix("model.")
+    return prefix.removesuffix("model.") + name
 
 
 def unused(checkpoint: Checkpoint) -> dict[str, str]:

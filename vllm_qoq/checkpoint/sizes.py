@@ -18,6 +18,7 @@ from vllm_qoq.checkpoint.format import (
     STREAM,
     split_layer,
 )
+from vllm_qoq.checkpoint.language import stored_name
 from vllm_qoq.checkpoint.layout import FLOATS, QUANTIZED_LEAVES
 from vllm_qoq.checkpoint.stored_set import StoredSet
 from vllm_qoq.errors import FormatError
@@ -59,7 +60,8 @@ def findings(weights: StoredSet) -> Iterator[str]:
     present = _present_layers(weights)
     for index in range(tensors.layers):
         if index not in present:
-            yield f"{LAYERS}{index}: has no tensors at all; {_REMEDY}"
+            layer = stored_name(f"{LAYERS}{index}", weights.tensors)
+            yield f"{layer}: has no tensors at all; {_REMEDY}"
             continue
         for name, shape in tensors.of_layer(index).items():
             yield from _tensor(weights, tensors, f"{LAYERS}{index}.{name}", shape)
@@ -102,11 +104,13 @@ def _tensor(weights: StoredSet, tensors: ExpectedTensors, name: str, shape: Shap
     layer, leaf = split_layer(name)
     leaves = weights.layers.get(layer)
     if not leaves:
-        yield f"{layer if name.startswith(LAYERS) else name}: missing; {_REMEDY}"
+        lost = stored_name(layer if name.startswith(LAYERS) else name, weights.tensors)
+        yield f"{lost}: missing; {_REMEDY}"
     elif layer in weights.quantized and leaf == "weight":
         yield from _quantized(weights, tensors, layer, shape)
     elif leaf not in leaves:
-        yield f"{name}: missing, {CONFIG} says that the model has it; {_REMEDY}"
+        lost = stored_name(name, weights.tensors)
+        yield f"{lost}: missing, {CONFIG} says that the model has it; {_REMEDY}"
     else:
         yield from _plain(weights, tensors, leaves[leaf], name=name, shape=shape)
 
@@ -115,7 +119,8 @@ def _quantized(
     weights: StoredSet, tensors: ExpectedTensors, layer: str, shape: Shape
 ) -> Iterator[str]:
     if len(shape) != 2:
-        yield f"{layer}: is quantized, but no linear layer; {_REMEDY}"
+        place = stored_name(layer, weights.tensors)
+        yield f"{place}: is quantized, but no linear layer; {_REMEDY}"
         return
     try:
         size = weights.size(layer)
@@ -123,8 +128,9 @@ def _quantized(
         return
     if size != shape:
         some = next(iter(weights.layers[layer].values()))
+        place = stored_name(layer, weights.tensors)
         yield (
-            f"{some.file}: {layer}: is {list(size)}, but {CONFIG} says "
+            f"{some.file}: {place}: is {list(size)}, but {CONFIG} says "
             f"{_derived(tensors, f'{layer}.weight', shape)}; {_REMEDY}"
         )
 
@@ -172,8 +178,9 @@ def _surplus(weights: StoredSet, tensors: ExpectedTensors) -> Iterator[str]:
         elif (place := split_decoder(name)) is None or place[:2] not in beyond:
             if place is not None and place[0] == LAYERS and place[1] >= tensors.layers:
                 beyond.add(place[:2])
+                layer = stored_name(f"{LAYERS}{place[1]}", weights.tensors)
                 yield (
-                    f"{info.file}: {LAYERS}{place[1]}: is beyond num_hidden_layers = "
+                    f"{info.file}: {layer}: is beyond num_hidden_layers = "
                     f"{tensors.layers} of {CONFIG}; {_REMEDY}"
                 )
             else:

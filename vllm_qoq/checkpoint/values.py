@@ -68,7 +68,8 @@ def set_findings(weights: StoredSet) -> Iterator[str]:
             )
     if sizes.has_tied_copy(weights) and not _is_copy(weights, HEAD, EMBEDDING):
         yield (
-            f"{weights.tensors[HEAD].file}: {HEAD}: differs from {EMBEDDING}, but {CONFIG} says "
+            f"{weights.tensors[HEAD].file}: {weights.tensors[HEAD].name}: differs from "
+            f"{weights.tensors[EMBEDDING].name}, but {CONFIG} says "
             f"tie_word_embeddings, so vLLM would not use it; remove it or mend {CONFIG}"
         )
 

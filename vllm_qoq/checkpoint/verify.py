@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from vllm_qoq.checkpoint import complete, hub, k_mean, stream, transforms, values
+from vllm_qoq.checkpoint import complete, hub, k_mean, processor, stream, transforms, values
 from vllm_qoq.checkpoint import layer_rules as rules
 from vllm_qoq.checkpoint.folder import Checkpoint, TensorInfo
 from vllm_qoq.checkpoint.format import (
@@ -95,13 +95,16 @@ def open_merged(folder: Path) -> tuple[Checkpoint, Section | KVSection, list[Sto
 
 
 def structure(folder: Path) -> list[str]:
-    """Find what is wrong with names, dtypes and shapes. Reads headers only."""
+    """Find what is wrong with names, dtypes, shapes and processor. Reads headers only."""
     checkpoint, section, sets = open_merged(folder)
+    lacks = processor.finding(folder, checkpoint.config)
+    found = [lacks] if lacks else []
     if isinstance(section, KVSection):
-        found = [f for weights in sets for f in complete.findings(weights)]
+        found += [f for weights in sets for f in complete.findings(weights)]
         return [*found, *k_mean.structure(checkpoint, section.kv_cache)]
     head = _int8_head(checkpoint) if section.lm_head is not None else ()
     return [
+        *found,
         *head,
         *stream.structure(checkpoint, section),
         *transforms.structure(checkpoint),

@@ -32,33 +32,40 @@ _OUTER = ((_INNER, "model."), ("language_model.model.", "model."), ("language_mo
 class VisionLanguage:
     """A kind of model of images and text.
 
+    type       the `model_type` of the whole model
     languages  the `model_type` of its text_config -> class and `model_type` of a language model
                that computes the same of texts
     writers    globs of the modules that write to the stream, below the model
     """
 
+    type: str
     languages: Mapping[str, tuple[str, str]]
     writers: tuple[str, ...]
 
 
 VISION_LANGUAGE: Mapping[str, VisionLanguage] = {
     "Qwen2_5_VLForConditionalGeneration": VisionLanguage(
+        "qwen2_5_vl",
         dict.fromkeys(("qwen2_5_vl_text", "qwen2_5_vl"), ("Qwen2ForCausalLM", "qwen2")),
         ("visual.merger.mlp.2",),
     ),
     "LlavaForConditionalGeneration": VisionLanguage(
+        "llava",
         {"llama": ("LlamaForCausalLM", "llama"), "qwen2": ("Qwen2ForCausalLM", "qwen2")},
         ("multi_modal_projector.linear_2",),
     ),
     "Qwen3VLForConditionalGeneration": VisionLanguage(
+        "qwen3_vl",
         {"qwen3_vl_text": ("Qwen3ForCausalLM", "qwen3")},
         ("visual.merger.linear_fc2", "visual.deepstack_merger_list.*.linear_fc2"),
     ),
     "Qwen3_5ForConditionalGeneration": VisionLanguage(
+        "qwen3_5",
         {"qwen3_5_text": ("Qwen3_5ForCausalLM", "qwen3_5_text")},
         ("visual.merger.linear_fc2",),
     ),
     "Qwen3_5MoeForConditionalGeneration": VisionLanguage(
+        "qwen3_5_moe",
         {"qwen3_5_moe_text": ("Qwen3_5MoeForCausalLM", "qwen3_5_moe_text")},
         ("visual.merger.linear_fc2",),
     ),
@@ -89,6 +96,7 @@ def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     known = vision_language(config)
     if known is None:
         return config
+    _check_nesting(config, known)
     text, kind = text_config(config), text_config(config).get("model_type")
     if not isinstance(kind, str) or kind not in known.languages:
         raise FormatError(
@@ -109,6 +117,16 @@ def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     inner = {key: _rope(value) if key in _ROPES else value for key, value in text.items()}
     inner.pop("vision_config", None)
     return {**outer, **inner, **tied, "architectures": [name], "model_type": own_kind}
+
+
+def _check_nesting(config: Mapping[str, Any], known: VisionLanguage) -> None:
+    """Raise FormatError unless there is a text_config, or its keys beside it, as in old files."""
+    text = config.get("text_config")
+    if text is not None and not isinstance(text, dict):
+        raise FormatError(f"{CONFIG}: text_config: {shown(text)} is not an object; {_REMEDY}")
+    is_flat = known.type in known.languages and config.get("hidden_size") is not None
+    if text is None and not is_flat:
+        raise FormatError(f"{CONFIG}: text_config: missing; {_REMEDY}")
 
 
 def _rope(value: object) -> object:
@@ -139,6 +157,16 @@ def whole_name(name: str) -> str:
     """Name what `language_name` named in the whole model, as transformers and vLLM read it."""
     is_inner = name.startswith("model.") and language_name(name) is not None
     return _INNER + name.removeprefix("model.") if is_inner else name
+
+
+def outer_prefix(name: str, stored: str) -> str:
+    """Find what a checkpoint has for the `model.` of a tensor that it calls `stored`.
+
+    name  what its language model by itself calls the tensor, `model.norm.weight`
+    """
+    rest = name.removeprefix("model.")
+    prefixes = (outer for outer, inner in _OUTER if inner == "model.")
+    return next((one for one in prefixes if stored.endswith(one + rest)), "model.")
 
 
 def stored_pattern(name: str) -> str:

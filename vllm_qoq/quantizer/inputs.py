@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_qoq.checkpoint import constants, hub
+from vllm_qoq.checkpoint import constants, hub, processor
 from vllm_qoq.checkpoint.constants import is_finite, is_positive
 from vllm_qoq.checkpoint.folder import Checkpoint, TensorInfo, side_files
-from vllm_qoq.checkpoint.language import language_part
+from vllm_qoq.checkpoint.language import language_part, stored_name
 from vllm_qoq.checkpoint.output import check_output
 from vllm_qoq.errors import shown
 from vllm_qoq.models.config import CONFIG
@@ -86,7 +86,10 @@ def with_local_model(job: Job, model: str | Path) -> Job:
 
 def check_inputs(job: Job) -> Inputs:
     """Open the model; a UserError names what cannot be quantized or would be lost."""
-    inputs = check_model(language_part(Checkpoint.open(job.model)), "quantized")
+    whole = Checkpoint.open(job.model)
+    inputs = check_model(language_part(whole), "quantized")
+    if lacks := processor.finding(whole.path, whole.config):
+        raise QuantizeError(f"{whole.path}: {lacks}")
     _check_others(job, [job.model])
     return inputs
 
@@ -237,27 +240,28 @@ def _check_tensors(checkpoint: Checkpoint, model: LinearLayers) -> None:
     tensors = checkpoint.tensors
     for name, info in sorted(tensors.items()):
         if name not in wanted and not name.endswith(CONSTANT):
-            raise QuantizeError(_surplus(info, checkpoint.config))
+            raise QuantizeError(_surplus(name, info, checkpoint.config))
     for name, shape in wanted.items():
         if name not in tensors:
             if name == HEAD and model.is_tied:
                 continue
-            raise QuantizeError(f"{checkpoint.path}: {name} is missing; {_missing(name)}")
+            place = stored_name(name, tensors)
+            raise QuantizeError(f"{checkpoint.path}: {place} is missing; {_missing(name)}")
         info = tensors[name]
         if info.dtype not in DTYPES.values():
             raise QuantizeError(
-                f"{info.file}: {name}: is {info.dtype}, but {', '.join(DTYPES.values())} can be "
-                "quantized; give the model in bf16 or fp16"
+                f"{info.file}: {info.name}: is {info.dtype}, but {', '.join(DTYPES.values())} can "
+                "be quantized; give the model in bf16 or fp16"
             )
         if info.shape != shape:
             raise QuantizeError(
-                f"{info.file}: {name}: is {list(info.shape)}, but {CONFIG} makes it {list(shape)}; "
-                "download both again, from one model"
+                f"{info.file}: {info.name}: is {list(info.shape)}, but {CONFIG} makes it "
+                f"{list(shape)}; download both again, from one model"
             )
 
 
-def _surplus(info: TensorInfo, config: Mapping[str, Any]) -> str:
-    place, count = split_decoder(info.name), config["num_hidden_layers"]
+def _surplus(name: str, info: TensorInfo, config: Mapping[str, Any]) -> str:
+    place, count = split_decoder(name), config["num_hidden_layers"]
     if place is not None and place[1] >= count:
         return (
             f"{info.file}: {info.name}: is beyond num_hidden_layers = {count} of {CONFIG}, so it "

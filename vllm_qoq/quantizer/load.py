@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_qoq.checkpoint.folder import CODE_KEYS, Checkpoint, TensorInfo
+from vllm_qoq.checkpoint.folder import CODE_KEYS, Checkpoint
 from vllm_qoq.checkpoint.format import SECTION
-from vllm_qoq.checkpoint.language import LanguagePart, beside_language
+from vllm_qoq.checkpoint.language import LanguagePart, beside_language, stored_name
 from vllm_qoq.errors import reason
 from vllm_qoq.models.config import CONFIG, architecture_name
 from vllm_qoq.models.linears import CONSTANT
@@ -74,12 +74,13 @@ def check_model(checkpoint: Checkpoint) -> None:
     wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     if config.tie_word_embeddings:
         wanted.pop(HEAD)
-    found = {info.name: info.shape for info in _tensors(checkpoint)}
+    found = {name: checkpoint.tensors[name].shape for name in _names(checkpoint)}
     found.pop(HEAD if config.tie_word_embeddings else "", None)
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
+            place = stored_name(name, checkpoint.tensors)
             raise QuantizeError(
-                f"{checkpoint.path}: {name}: is {_shape(found.get(name))} there and "
+                f"{checkpoint.path}: {place}: is {_shape(found.get(name))} there and "
                 f"{_shape(wanted.get(name))} in the model that {CONFIG} describes; download both "
                 "again, from one model"
             )
@@ -123,11 +124,12 @@ def check_towers(checkpoint: Checkpoint) -> None:
 
 def check_values(checkpoint: Checkpoint, progress: Progress) -> None:
     """Read every tensor once; QuantizeError for NaN, infinity, or two heads where one is tied."""
-    tensors, dtype = _tensors(checkpoint), _dtype(checkpoint)
-    tensors += beside_language(checkpoint).values()
-    with progress.stage("check values", sum(info.nbytes for info in tensors)) as advance:
-        for info in tensors:
-            for values in checkpoint.get(info.name).reshape(-1).split(_CHUNK_VALUES):
+    tensors = {name: checkpoint.tensors[name] for name in _names(checkpoint)}
+    tensors |= beside_language(checkpoint)
+    dtype = _dtype(checkpoint)
+    with progress.stage("check values", sum(info.nbytes for info in tensors.values())) as advance:
+        for name, info in tensors.items():
+            for values in checkpoint.get(name).reshape(-1).split(_CHUNK_VALUES):
                 if not values.isfinite().all():
                     raise QuantizeError(
                         f"{info.file}: {info.name}: holds NaN or infinity; download the model again"
@@ -142,8 +144,9 @@ def check_values(checkpoint: Checkpoint, progress: Progress) -> None:
     if not is_tied(checkpoint.config) or HEAD not in checkpoint.tensors:
         return
     if not torch.equal(checkpoint.get(HEAD), checkpoint.get(EMBEDDING)):
+        head, embedding = checkpoint.tensors[HEAD], checkpoint.tensors[EMBEDDING]
         raise QuantizeError(
-            f"{checkpoint.tensors[HEAD].file}: {HEAD}: differs from {EMBEDDING}, although "
+            f"{head.file}: {head.name}: differs from {embedding.name}, although "
             f"{CONFIG} ties them; write tie_word_embeddings: false there, or leave it out of "
             "the file if the embedding serves as lm_head"
         )
@@ -158,7 +161,7 @@ def load_model(checkpoint: Checkpoint) -> Module:
             None,
             config=config,
             # Each file is mapped once, for all its tensors; writing to one copies the page.
-            state_dict={info.name: checkpoint.get(info.name) for info in _tensors(checkpoint)},
+            state_dict={name: checkpoint.get(name) for name in _names(checkpoint)},
             dtype=dtype,
             # The fused attention of transformers leaves out a bound of the scores.
             attn_implementation="eager" if _has_capped_scores(config) else "sdpa",
@@ -219,10 +222,10 @@ def _class(config: PreTrainedConfig) -> Any:
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
-def _tensors(checkpoint: Checkpoint) -> list[TensorInfo]:
+def _names(checkpoint: Checkpoint) -> list[str]:
     """List the tensors that the model reads, file by file."""
-    infos = (info for info in checkpoint.tensors.values() if not info.name.endswith(CONSTANT))
-    return sorted(infos, key=lambda info: (info.file, info.name))
+    names = (name for name in checkpoint.tensors if not name.endswith(CONSTANT))
+    return sorted(names, key=lambda name: (checkpoint.tensors[name].file, name))
 
 
 def _dtype(checkpoint: Checkpoint) -> torch.dtype:

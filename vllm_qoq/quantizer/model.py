@@ -41,6 +41,13 @@ def layer_names(config: Mapping[str, Any]) -> LayerNames:
     if config.get(SECTION) is not None:
         raise QuantizeError("the model is quantized already; give the one in bf16 or fp16")
     classes, kind = _classes(), config.get("model_type")
+    for name, model in VISION_LANGUAGE.items():
+        if kind == model.type:  # of a whole model, which `language_config` did not know by its name
+            raise QuantizeError(
+                f"{CONFIG}: architectures: {shown(config.get('architectures'))} cannot be "
+                f"quantized; a model of type {kind!r} must be [{name!r}], so give one that is, or "
+                "write that there if it is only said wrongly"
+            )
     if not isinstance(kind, str) or kind not in classes:
         lacks = _UNKNOWN.get(kind) if isinstance(kind, str) else None
         because = f", because there are no steps for {lacks}" if lacks is not None else ""

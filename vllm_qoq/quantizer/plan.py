@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_qoq.checkpoint.language import stored_name
 from vllm_qoq.checkpoint.shards import MAX_SHARD_BYTES
 from vllm_qoq.models.names import split_expert
 from vllm_qoq.models.table import LayerNames
@@ -138,7 +139,7 @@ def check_job(job: Job, options: QuantizeOptions) -> CheckedJob:
 def _check_divisible(inputs: Inputs, options: QuantizeOptions) -> None:
     has_whole_groups = "w4a16" in options.sets and options.group_size != -1
     for name, (n, k) in inputs.linears.items():
-        place = f"{name}.weight: [{n}, {k}]"
+        place = f"{stored_name(f'{name}.weight', inputs.checkpoint.tensors)}: [{n}, {k}]"
         if k % _INPUTS_MULTIPLE or n % _OUTPUTS_MULTIPLE:
             raise QuantizeError(
                 f"{place} cannot be quantized: the kernels need inputs that are a multiple of "
