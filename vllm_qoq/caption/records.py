@@ -70,14 +70,13 @@ class FailedSample(_Record):
     why: str
 
 
-class Facts(Head):
-    """A finished shard, in its `.failures.json`.
+class _Counted(_Record):
+    """What was counted of a finished shard.
 
     samples        that it has, with captions or without
     missing        samples that a list promised besides
     damage         why nothing was read behind the last sample; None where all was
     ignored        kind -> members that are no part of a sample
-    failures       kind -> samples without a caption, and images that are of no sample
     """
 
     samples: int
@@ -87,6 +86,14 @@ class Facts(Head):
     missing: int
     damage: str | None
     ignored: dict[str, int]
+
+
+class Facts(_Counted, Head):
+    """A finished shard, in its `.failures.json`.
+
+    failures  kind -> samples without a caption, and images that are of no sample
+    """
+
     failures: dict[Kind, list[FailedSample]]
 
     @property
@@ -99,17 +106,10 @@ class Facts(Head):
         )
 
 
-class Outcome(_Record):
+class Outcome(_Counted):
     """What is kept of a finished shard in memory: `Facts`, of failures the numbers alone."""
 
     shard: str
-    samples: int
-    captions: int
-    prompt_tokens: int
-    tokens: int
-    missing: int
-    damage: str | None
-    ignored: dict[str, int]
     failures: dict[Kind, int]
 
     @property

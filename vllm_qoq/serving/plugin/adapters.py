@@ -14,13 +14,12 @@ from vllm.config import LoRAConfig, ModelConfig, VllmConfig
 from vllm.logger import init_logger
 
 from vllm_qoq.checkpoint import hub, transforms
-from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.checkpoint.format import Section
-from vllm_qoq.errors import FormatError, UserError
+from vllm_qoq.errors import UserError
 from vllm_qoq.models.names import LM_HEAD
 from vllm_qoq.models.table import with_experts
-from vllm_qoq.serving.methods.weight_set import UNTRACKED_LOADERS
 from vllm_qoq.serving.options import Options
+from vllm_qoq.serving.plugin.local import local_checkpoint
 
 logger = init_logger("vllm." + __name__)  # below vLLM's, so that its settings apply
 
@@ -74,14 +73,9 @@ def refuse_experts(place: str) -> None:
 
 def _check_transforms(vllm_config: VllmConfig) -> None:
     """Raise FormatError for transforms, in a folder, that are not those of the weights there."""
-    folder = Path(vllm_config.model_config.model)
-    if not folder.is_dir() or vllm_config.load_config.load_format in UNTRACKED_LOADERS:
-        return
-    try:
-        checkpoint = Checkpoint.open(folder)
-    except FormatError:  # vLLM may load it in other ways, or says why not
-        return
-    transforms.read(checkpoint)
+    checkpoint = local_checkpoint(vllm_config)
+    if checkpoint is not None:
+        transforms.read(checkpoint)
 
 
 def _reaches_head(lora: LoRAConfig) -> bool:

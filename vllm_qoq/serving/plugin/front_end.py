@@ -7,7 +7,6 @@ the log. So whatever can be known from the configuration alone is refused here.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm.config import VllmConfig
@@ -16,17 +15,16 @@ from vllm.platforms import current_platform
 
 from vllm_qoq import cards, kernel_library, ops
 from vllm_qoq.checkpoint import k_mean
-from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.checkpoint.format import QOQ_LINEAR, QOQ_RESIDUAL, Section
 from vllm_qoq.checkpoint.kv_config import KVCache
 from vllm_qoq.errors import FormatError
 from vllm_qoq.routing.table import Routing, RoutingError
 from vllm_qoq.serving.kv.cache import check_kv_cache, check_without_sets, kv_cache_in_force
 from vllm_qoq.serving.methods.hidden_states import check_engine
-from vllm_qoq.serving.methods.weight_set import UNTRACKED_LOADERS
 from vllm_qoq.serving.options import Options
 from vllm_qoq.serving.plugin import stat_logger_plugin
 from vllm_qoq.serving.plugin.adapters import check_adapters
+from vllm_qoq.serving.plugin.local import local_checkpoint
 from vllm_qoq.serving.plugin.named_adapters import check_named_adapters
 from vllm_qoq.serving.routing.policy import routing_in_force
 from vllm_qoq.serving.signals import queue
@@ -100,19 +98,13 @@ def check(config: QoQConfig, front_end: FrontEnd) -> Routing | None:
 def _check_means(in_force: KVCache, vllm_config: VllmConfig) -> None:
     """Raise FormatError unless the means of K in the files are those that config.json announces.
 
-    Reads headers, of folders only: a model of the Hub may not be there yet.
+    Reads headers, of folders only.
     """
-    folder = Path(vllm_config.model_config.model)
-    if not folder.is_dir() or vllm_config.load_config.load_format in UNTRACKED_LOADERS:
-        return
-    try:
-        checkpoint = Checkpoint.open(folder)
-    except FormatError:  # vLLM may load it in other ways, or says why not
-        return
-    if in_force.k_mean and not in_force.is_quantized():
-        return  # they are left out
+    checkpoint = local_checkpoint(vllm_config)
+    if checkpoint is None or (in_force.k_mean and not in_force.is_quantized()):
+        return  # the means are left out of a cache that is not quantized
     for finding in k_mean.structure(checkpoint, in_force):
-        raise FormatError(f"{folder}: {finding}")
+        raise FormatError(f"{checkpoint.path}: {finding}")
 
 
 def is_shown(vllm_config: VllmConfig) -> bool:
