@@ -87,9 +87,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.write_line(line)
 
 
-@pytest.fixture(autouse=True)
-def _float32_is_the_default() -> None:
-    """Undo what an engine of an earlier test in this process left as PyTorch's default dtype."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Undo what an engine of an earlier test in this process left as PyTorch's default dtype.
+
+    It is a hook, which comes before the fixtures of a module, too.
+    """
     if torch := sys.modules.get("torch"):
         torch.set_default_dtype(torch.float32)
 

@@ -16,6 +16,7 @@ namespace {
 constexpr const char* kOp = "combine_experts";
 constexpr int kVector = 8;  // halves in 16 bytes
 constexpr int kMostThreads = 256;
+constexpr int kAtOnce = 8;  // experts whose rows are read at the same time
 
 // One block does a token. The sum is float32, in the order of the token's experts and without fused
 // multiply-adds, as in `reference_experts.combine`.
@@ -30,15 +31,28 @@ __global__ void __launch_bounds__(kMostThreads)
   const int vectors = hidden / kVector;
   for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
     float sum[kVector] = {};
-    for (int e = 0; e < experts; ++e) {
-      const int64_t pair = token * experts + e;
-      const int row = rows[pair];
-      if (row < 0) continue;
-      const float weight = weights[pair];
-      const Halves v = reinterpret_cast<const Halves*>(y + int64_t{row} * hidden)[i];
+    for (int first = 0; first < experts; first += kAtOnce) {
+      int row[kAtOnce];
+      float weight[kAtOnce];
+      Halves of_expert[kAtOnce];
 #pragma unroll
-      for (int j = 0; j < kVector; ++j)
-        sum[j] = __fadd_rn(sum[j], __fmul_rn(weight, to_float(v.values[j])));
+      for (int e = 0; e < kAtOnce; ++e) {
+        const int64_t pair = token * experts + first + e;
+        const bool is_there = first + e < experts;
+        row[e] = is_there ? rows[pair] : -1;
+        weight[e] = is_there ? weights[pair] : 0;
+      }
+#pragma unroll
+      for (int e = 0; e < kAtOnce; ++e)
+        if (row[e] >= 0)
+          of_expert[e] = reinterpret_cast<const Halves*>(y + int64_t{row[e]} * hidden)[i];
+#pragma unroll
+      for (int e = 0; e < kAtOnce; ++e) {
+        if (row[e] < 0) continue;
+#pragma unroll
+        for (int j = 0; j < kVector; ++j)
+          sum[j] = __fadd_rn(sum[j], __fmul_rn(weight[e], to_float(of_expert[e].values[j])));
+      }
     }
     Halves rounded;
 #pragma unroll

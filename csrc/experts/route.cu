@@ -15,8 +15,8 @@ namespace qoq {
 namespace {
 
 constexpr const char* kOp = "route_to_experts";
-constexpr int kThreads = 1024;
-constexpr int kMostExperts = kThreads;  // a thread counts for one
+constexpr int kMostThreads = 1024;
+constexpr int kMostExperts = kMostThreads;  // a thread counts for one
 constexpr int64_t kMostPairs = 1 << 26;
 
 struct Pairs {
@@ -34,19 +34,20 @@ struct Pairs {
 };
 
 // One block. Which row of its expert a pair gets is left to the order of the atomics: nothing that
-// is computed of a row depends on its place.
-__global__ void __launch_bounds__(kThreads, 1)
+// is computed of a row depends on its place. A thread keeps its first pair in registers, so that
+// few pairs, whose time counts, are read and written once.
+__global__ void __launch_bounds__(kMostThreads, 1)
     route_kernel(const Pairs pairs, int tile, int32_t* rows, int32_t* tile_expert, int32_t* tiles) {
   __shared__ int32_t counts[kMostExperts], first_tile[kMostExperts], sums[32];
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int thread = threadIdx.x, threads = blockDim.x, warp = thread / 32, lane = thread % 32;
   ptx::griddepcontrol_launch_dependents();
   counts[thread] = 0;
   __syncthreads();
   ptx::griddepcontrol_wait();
-  for (int i = thread; i < pairs.count; i += kThreads) {
-    const int expert = pairs.expert(i);
-    rows[i] = expert < 0 ? -1 : atomicAdd(counts + expert, 1);
-  }
+  const auto count = [&](int expert) { return expert < 0 ? -1 : atomicAdd(counts + expert, 1); };
+  const int first_expert = thread < pairs.count ? pairs.expert(thread) : -1;
+  const int first_place = count(first_expert);
+  for (int i = thread + threads; i < pairs.count; i += threads) rows[i] = count(pairs.expert(i));
   __syncthreads();
 
   const int mine = (counts[thread] + tile - 1) / tile;
@@ -60,9 +61,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int w = 0; w < warp; ++w) end += sums[w];
   first_tile[thread] = end - mine;
   for (int t = end - mine; t < end; ++t) tile_expert[t] = thread;
-  if (thread == kThreads - 1) *tiles = end;
+  if (thread == threads - 1) *tiles = end;
   __syncthreads();
-  for (int i = thread; i < pairs.count; i += kThreads) {
+  if (thread < pairs.count)
+    rows[thread] = first_expert < 0 ? -1 : first_place + first_tile[first_expert] * tile;
+  for (int i = thread + threads; i < pairs.count; i += threads) {
     const int expert = pairs.expert(i);
     if (expert >= 0) rows[i] += first_tile[expert] * tile;
   }
@@ -99,8 +102,10 @@ std::tuple<Tensor, Tensor, Tensor> route_to_experts(const Tensor& topk_ids,
       .globals = static_cast<int>(expert_map.has_value() ? expert_map->numel() : experts),
       .experts = static_cast<int>(experts),
   };
+  const int64_t useful = std::min<int64_t>(std::max(pairs, experts), kMostThreads);
+  const int threads = static_cast<int>((useful + 31) / 32 * 32);
   const torch::stable::accelerator::DeviceGuard guard(device);
-  launch_early<route_kernel>(1, kThreads, 0, current_stream(device), all, static_cast<int>(tile),
+  launch_early<route_kernel>(1, threads, 0, current_stream(device), all, static_cast<int>(tile),
                              static_cast<int32_t*>(rows.data_ptr()),
                              static_cast<int32_t*>(tile_expert.data_ptr()),
                              static_cast<int32_t*>(tiles.data_ptr()));

@@ -134,10 +134,13 @@ def test_a_mean_of_k_is_left_out_of_all_keys_that_a_softmax_sees(
 
 
 def test_pages_that_were_offloaded_come_back_to_the_bit(runner, tiny_model, tmp_path):
-    """To the memory of the host, by vLLM's own connector; tails that fill no block are not kept."""
+    """To the memory of the host, by vLLM's own connector; tails that fill no block are not kept.
+
+    A prompt whose blocks all come back has its last token computed again, so these have a tail.
+    """
     block = 64
     options = EAGER | {"kv_offloading_size": 0.25, "block_size": block}
-    prompts = [f"def f{i}(a, b, c):\n    return a + b\n" * 20 for i in range(3)]
+    prompts = [f"def f{i}(a, b, c):\n    return a + b\n" * 21 for i in range(3)]
     (found,) = run_engines(
         tmp_path,
         [spec(tiny_model, 4, options, prompts=prompts, max_tokens=8, forget=True)],

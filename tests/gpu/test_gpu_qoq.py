@@ -1,5 +1,7 @@
 """QoQ sets on a GPU: the kernels inside vLLM, its graphs and both of its model runners."""
 
+import math
+
 import pytest
 import torch
 from engine_process import DEFAULT, EAGER, GRAPHS, run_engines
@@ -37,14 +39,16 @@ def test_graphs_and_compiled_steps_give_every_request_its_adapter(
 ):
     one, other = (write_adapter(tiny_model, tmp_path / f"{seed}", seed) for seed in (1, 2))
     adapters = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
-    spec = {"checkpoint": str(nested_dir), "adapters": [str(one), None, str(other), None]}
+    spec = {"checkpoint": str(nested_dir), "adapters": [str(one), str(other), None, None]}
     specs = [spec | {"options": options | adapters} for options in (EAGER, GRAPHS, DEFAULT)]
     specs.append({"checkpoint": str(nested_dir), "options": EAGER})
     found = run_engines(tmp_path, specs, **runner)
     eager, graphs, compiled, without = (result["generation"] for result in found)
-    assert largest_gap(graphs, eager) < 0.1 and largest_gap(compiled, eager) < 0.2
-    assert largest_gap(eager[1::2], without[1::2]) < 0.1
-    assert all(largest_gap([eager[i]], [without[i]]) > 0.5 for i in (0, 2))
+    # Inductor's fusions round differently, and int8 codes of inputs follow.
+    assert largest_gap(graphs, eager) < 0.1 and largest_gap(compiled, eager) < 0.4
+    assert largest_gap(eager[2:], without[2:]) < 0.1
+    # An adapter changes its answer by more than a rounding.
+    assert all(largest_gap([eager[i]], [without[i]]) == math.inf for i in (0, 1))
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)

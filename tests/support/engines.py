@@ -92,7 +92,10 @@ def generate(
 
 def adapter(folder: str | Path | None) -> LoRARequest | None:
     """What vLLM takes for a prompt: the LoRA adapter in a folder, which has one number."""
-    return folder and LoRARequest(str(folder), 1 + zlib.crc32(str(folder).encode()), str(folder))
+    if not folder:
+        return None
+    number = 1 + zlib.crc32(str(folder).encode()) // 2  # vLLM's runners keep it in an int32
+    return LoRARequest(str(folder), number, str(folder))
 
 
 def largest_gap(a: Generation, b: Generation) -> float:

@@ -104,8 +104,11 @@ class Original:
         return self._save(out, tensors, num_nextn_predict_layers=1, **own)
 
     def _write_eagle3(self, out: Path) -> Path:
-        """A map of three streams, and what the embedding adds to it, by attention to itself."""
-        streams, target = torch.cat(self.streams, dim=-1), self.streams[-1][:, 1:]
+        """A map of two streams, and what the embedding adds to it, by attention to itself.
+
+        Not of the first layer's: on a GPU vLLM hands on a tensor that later layers write into.
+        """
+        streams, target = torch.cat(self.streams[1:], dim=-1), self.streams[-1][:, 1:]
         fc = fit(streams[:, :-1], target)
         taken = streams @ fc.T
         rows, states = self.embedding[self.tokens[:, 1:]], taken[:, :-1]
@@ -123,7 +126,8 @@ class Original:
             "midlayer.self_attn.v_proj.weight": values,
             "midlayer.self_attn.o_proj.weight": torch.eye(HIDDEN),
         }
-        own = {"num_key_value_heads": 4, "eagle_aux_hidden_state_layer_ids": [0, 1, 2]}
+        own = {"num_key_value_heads": 4, "eagle_aux_hidden_state_layer_ids": [1, 2]}
+        own["num_aux_hidden_states"] = 2
         own["architectures"] = ["LlamaForCausalLMEagle3"]
         return self._save(out, tensors, num_hidden_layers=1, **own)
 
