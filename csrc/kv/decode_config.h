@@ -16,10 +16,6 @@ constexpr int kHeadsOfTile = 8;  // query heads: the n of the mma
 // Warps of a block: as many as its shared memory has room for.
 constexpr int kMostWarps = 8;
 constexpr int kFewestWarps = 4;
-// What a multiprocessor waits for at a time so that the fastest memory is busy.
-constexpr int kBytesInFlight = 128 << 10;
-// What a block may have at least and at most on the GPUs that the kernels are for.
-constexpr int kLeastSharedBytes = 99 << 10, kMostSharedBytes = 227 << 10;
 // A small block table is fetched into the L2 beforehand; rows of a large one are mostly unused.
 constexpr int kLineInts = 32;
 constexpr int kMostLines = 1024;
@@ -72,9 +68,9 @@ constexpr Columns columns_of(int64_t head_size, int64_t group, int64_t query_len
 }
 
 // The numbers that follow from a page, how many query heads share a KV head, the warps of a
-// block, the stages of their rings, and whether a sequence may have more than one new token.
-template <class PageValue, int kHeadTilesValue, int kWarpsValue, int kStagesValue,
-          bool kHasManyQueriesValue>
+// block, and whether a sequence may have more than one new token.
+template <class PageValue, int kHeadTilesValue, int kWarpsValue = kMostWarps,
+          bool kHasManyQueriesValue = false>
 struct Attention : PageValue {
   using Base = PageValue;
   using K = Operand<Base::kHeadSize, Base::K::kBits>;
@@ -85,7 +81,7 @@ struct Attention : PageValue {
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kResident =
       K::kBits == 4 && kHeadTiles == 1 && Base::kHeadSize <= 128 ? 2 : 1;
-  static constexpr int kStages = kStagesValue;
+  static constexpr int kStages = Base::kHeadSize == 64 ? 4 : 2;  // of a warp's ring
   static constexpr int kStageBytes = kTileTokens * Base::kTokenBytes;
   static constexpr int kWarpRingBytes = kStages * kStageBytes;
   static constexpr int kRingBytes = kWarps * kWarpRingBytes;
@@ -114,24 +110,6 @@ struct Attention : PageValue {
     return 128 + kRingBytes + kBarrierBytes + kSharesBytes + kWarps * group * kPartial * 4;
   }
 };
-
-// The stages of a ring for which any GPU has room.
-template <class Page>
-constexpr int stages_of_any() {
-  return Page::kHeadSize == 64 ? 4 : 2;
-}
-
-// The stages of a ring of a block that is the only one of its multiprocessor: enough for
-// kBytesInFlight, if the GPUs with the most shared memory have room for them.
-template <class Page, int kHeadTiles>
-constexpr int deep_stages() {
-  using Few = Attention<Page, kHeadTiles, kMostWarps, stages_of_any<Page>(), true>;
-  constexpr int kStageBytes = Few::kWarps * (Few::kStageBytes + 8);
-  const int room = kMostSharedBytes - Few::shared_bytes(kHeadTiles * kHeadsOfTile);
-  const int most = Few::kStages + room / kStageBytes;
-  const int stages = divide_up(kBytesInFlight, kStageBytes);
-  return stages < most ? stages : most;
-}
 
 // A copy of a part of a tile into shared memory, from token `token` of the tile on.
 struct Copy {

@@ -12,6 +12,9 @@
 
 namespace qoq::kv {
 
+// What a block may have at least and at most on the GPUs that the kernels are for.
+constexpr int kLeastSharedBytes = 99 << 10, kMostSharedBytes = 227 << 10;
+
 template <class A>
 void launch_decode(Params& p, const Tensor& workspace, int device, cudaStream_t stream) {
   const Card& card = card_of(device);
@@ -39,14 +42,8 @@ void launch_decode(Params& p, const Tensor& workspace, int device, cudaStream_t 
 // Only what some GPU needs is compiled.
 template <class P, int kHeadTiles, bool kHasManyQueries>
 void dispatch_warps(Params& p, const Tensor& workspace, int device, cudaStream_t stream) {
-  constexpr int kStages = stages_of_any<P>(), kDeep = deep_stages<P, kHeadTiles>();
-  using Most = Attention<P, kHeadTiles, kMostWarps, kStages, kHasManyQueries>;
-  using Fewest = Attention<P, kHeadTiles, kFewestWarps, kStages, kHasManyQueries>;
-  if constexpr (kHeadTiles > 1 && kDeep > kStages) {
-    using Deep = Attention<P, kHeadTiles, kMostWarps, kDeep, kHasManyQueries>;
-    if (Deep::shared_bytes(p.group) <= card_of(device).shared_bytes)
-      return launch_decode<Deep>(p, workspace, device, stream);
-  }
+  using Most = Attention<P, kHeadTiles, kMostWarps, kHasManyQueries>;
+  using Fewest = Attention<P, kHeadTiles, kFewestWarps, kHasManyQueries>;
   if constexpr (Most::shared_bytes(kHeadTiles * kHeadsOfTile) <= kLeastSharedBytes) {
     launch_decode<Most>(p, workspace, device, stream);
   } else if constexpr (Most::shared_bytes(1) > kMostSharedBytes) {
