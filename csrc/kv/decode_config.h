@@ -16,6 +16,9 @@ constexpr int kHeadsOfTile = 8;  // query heads: the n of the mma
 // Warps of a block: as many as its shared memory has room for.
 constexpr int kMostWarps = 8;
 constexpr int kFewestWarps = 4;
+// With two head tiles a multiprocessor holds one block. What a warp computes of a tile of 4-bit
+// codes takes longer than its bytes, and three warps of a scheduler hide more of it than two.
+constexpr int kWideWarps = 12;
 // A small block table is fetched into the L2 beforehand; rows of a large one are mostly unused.
 constexpr int kLineInts = 32;
 constexpr int kMostLines = 1024;
@@ -69,8 +72,7 @@ constexpr Columns columns_of(int64_t head_size, int64_t group, int64_t query_len
 
 // The numbers that follow from a page, how many query heads share a KV head, the warps of a
 // block, and whether a sequence may have more than one new token.
-template <class PageValue, int kHeadTilesValue, int kWarpsValue = kMostWarps,
-          bool kHasManyQueriesValue = false>
+template <class PageValue, int kHeadTilesValue, int kWarpsValue, bool kHasManyQueriesValue>
 struct Attention : PageValue {
   using Base = PageValue;
   using K = Operand<Base::kHeadSize, Base::K::kBits>;
@@ -83,9 +85,9 @@ struct Attention : PageValue {
       K::kBits == 4 && kHeadTiles == 1 && Base::kHeadSize <= 128 ? 2 : 1;
   static constexpr int kStages = Base::kHeadSize == 64 ? 4 : 2;  // of a warp's ring
   static constexpr int kStageBytes = kTileTokens * Base::kTokenBytes;
-  static constexpr int kWarpRingBytes = kStages * kStageBytes;
+  static constexpr int kWarpTilesBytes = kStages * kStageBytes;
+  static constexpr int kWarpRingBytes = kWarpTilesBytes + kStages * 8;  // and barriers
   static constexpr int kRingBytes = kWarps * kWarpRingBytes;
-  static constexpr int kBarrierBytes = kWarps * kStages * 8;
 
   static constexpr int kMultiplies = Base::kHeadSize / 16;  // m16n8k16 over all channels
   static constexpr int kChannels = Base::kHeadSize / 8;     // of a thread, in the output
@@ -103,19 +105,35 @@ struct Attention : PageValue {
   static constexpr int kWeightExponent = V::kBits == 4 ? 2 : 6;
 
   // Once it is done, a warp's ring holds what it has of its last segment.
-  static_assert(kWarpRingBytes >= kMaxGroup * kPartial * 4);
+  static_assert(kWarpRingBytes >= kMaxGroup * kPartial * 4 && kWarpRingBytes % 16 == 0);
   static constexpr int kSharesBytes = kHasManyQueries ? kWarps * 52 + 80 : kWarps * 44 + 64;
 
   static constexpr int shared_bytes(int group) {
-    return 128 + kRingBytes + kBarrierBytes + kSharesBytes + kWarps * group * kPartial * 4;
+    return 128 + kRingBytes + kSharesBytes + kWarps * group * kPartial * 4;
   }
 };
 
-// A copy of a part of a tile into shared memory, from token `token` of the tile on.
-struct Copy {
-  int token;
-  int source, source_step;  // offset in the page: of its first token, and of each further one
-  int destination, bytes;   // in the stage
+// A copy of a part of a tile into shared memory, from a token of the tile on: its offset in the
+// page, `source`, and that of each further token, `step`; where it goes in the stage; its bytes. A
+// warp has one in each lane all the time, so that small numbers share a register.
+class Copy {
+ public:
+  Copy() = default;
+  Copy(int token, int source, int step, int destination, int bytes)
+      : source_(source),
+        token_and_step_(static_cast<uint32_t>(token | step << 16)),
+        destination_and_bytes_(static_cast<uint32_t>(destination) | static_cast<uint32_t>(bytes)
+                                                                        << 16) {}
+
+  __host__ __device__ int source() const { return source_; }
+  __host__ __device__ int token() const { return token_and_step_ & 0xFFFF; }
+  __host__ __device__ int step() const { return token_and_step_ >> 16; }
+  __host__ __device__ int destination() const { return destination_and_bytes_ & 0xFFFF; }
+  __host__ __device__ int bytes() const { return destination_and_bytes_ >> 16; }
+
+ private:
+  int source_ = 0;
+  uint32_t token_and_step_ = 0, destination_and_bytes_ = 0;
 };
 
 struct Params {
@@ -191,11 +209,11 @@ void lay_out(Params& p, int blocks, int resident) {
   for (int token = 0; token < kTileTokens; token += unit) {
     const int to = token / unit * p.unit_bytes, page = p.page_tokens;
     if (unit == page) {
-      p.copies[p.copy_count++] = {token, 0, 0, to, p.unit_bytes};
+      p.copies[p.copy_count++] = Copy(token, 0, 0, to, p.unit_bytes);
       continue;
     }
     auto copy = [&](int source, int step, int destination) {
-      p.copies[p.copy_count++] = {token, source, step, to + destination, unit * step};
+      p.copies[p.copy_count++] = Copy(token, source, step, to + destination, unit * step);
     };
     copy(0, A::K::kRow, 0);
     copy(A::v_codes(page, 0), A::V::kRow, p.v_offset);

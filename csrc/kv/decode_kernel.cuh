@@ -54,8 +54,7 @@ __global__ void __launch_bounds__(A::kThreads, A::kResident)
   const uint32_t start = ptx::shared_address(unaligned), ring_of_block = (start + 127) / 128 * 128;
   char* shared = unaligned + (ring_of_block - start);
   const uint32_t ring = ring_of_block + warp * A::kWarpRingBytes;
-  const uint32_t barriers = ring_of_block + A::kRingBytes + warp * (A::kStages * 8);
-  Copies<A>::prepare(barriers);
+  Copies<A>::prepare(ring + A::kWarpTilesBytes);
   const int lane = threadIdx.x % 32;
   const Copy copy = lane < p.copy_count ? p.copies[lane] : Copy{};
   prefetch<A>(p);
@@ -67,7 +66,7 @@ __global__ void __launch_bounds__(A::kThreads, A::kResident)
   const bool has_tiles = range.begin < range.end;
   uint2 raw_query[A::kHeadTiles][Query<A>::kRaw];
   if (has_tiles) Query<A>::fetch(p, range.first, raw_query);
-  Loader<A> loader(p, copy, range, ring, barriers);
+  Loader<A> loader(p, copy, range, ring);
   write_zeros<A>(p);
 
   Merger<A> merger(p, range, shared);
@@ -80,12 +79,10 @@ __global__ void __launch_bounds__(A::kThreads, A::kResident)
     Sums<A> sums;
     sums.clear();
     for (; tile < end; ++tile) {
-      const int done = tile - range.begin, stage = done % A::kStages;
-      Copies<A>::wait(barriers + stage * 8, done / A::kStages % 2);
-      Tile<A>(p, ring + stage * A::kStageBytes, segment, segment.token_of(p, tile))
+      TileOfColumns<A>(p, loader.wait(tile), segment, segment.token_of(p, tile))
           .attend(query, sums);
       __syncwarp();
-      loader.load_next();
+      loader.replace(tile);
     }
     merger.finish(segment, query, sums);
     if (end == range.end) break;

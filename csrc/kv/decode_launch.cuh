@@ -42,8 +42,12 @@ void launch_decode(Params& p, const Tensor& workspace, int device, cudaStream_t 
 // Only what some GPU needs is compiled.
 template <class P, int kHeadTiles, bool kHasManyQueries>
 void dispatch_warps(Params& p, const Tensor& workspace, int device, cudaStream_t stream) {
+  using Wide = Attention<P, kHeadTiles, kWideWarps, kHasManyQueries>;
   using Most = Attention<P, kHeadTiles, kMostWarps, kHasManyQueries>;
   using Fewest = Attention<P, kHeadTiles, kFewestWarps, kHasManyQueries>;
+  if constexpr (kHasManyQueries && kHeadTiles > 1 && P::K::kBits == 4)
+    if (Wide::shared_bytes(p.group) <= card_of(device).shared_bytes)
+      return launch_decode<Wide>(p, workspace, device, stream);
   if constexpr (Most::shared_bytes(kHeadTiles * kHeadsOfTile) <= kLeastSharedBytes) {
     launch_decode<Most>(p, workspace, device, stream);
   } else if constexpr (Most::shared_bytes(1) > kMostSharedBytes) {

@@ -33,7 +33,7 @@ struct EngineCopies {
     __syncwarp();
     if (place.offset < 0) return;
     const uint8_t* source = p.cache + int64_t{place.page} * p.block_stride + place.offset;
-    ptx::cp_async_bulk(stage + copy.destination, source, copy.bytes, barrier,
+    ptx::cp_async_bulk(stage + copy.destination(), source, copy.bytes(), barrier,
                        ptx::l2_policy_evict_first());
   }
 
@@ -97,8 +97,8 @@ struct LaneCopies {
       const int page = __shfl_sync(kAllLanes, place.page, i);
       if (offset < 0) continue;
       const uint8_t* source = p.cache + int64_t{page} * p.block_stride + offset;
-      for (int at = kLaneBytes * (threadIdx.x % 32); at < p.copies[i].bytes; at += kWarpBytes)
-        ptx::cp_async_16(stage + p.copies[i].destination + at, source + at);
+      for (int at = kLaneBytes * (threadIdx.x % 32); at < p.copies[i].bytes(); at += kWarpBytes)
+        ptx::cp_async_16(stage + p.copies[i].destination() + at, source + at);
     }
   }
 };
@@ -106,66 +106,75 @@ struct LaneCopies {
 template <class A>
 using Copies = std::conditional_t<ptx::kHasCopyEngine, EngineCopies<A>, LaneCopies<A>>;
 
-// Loads the tiles of a range. The block table is read one tile ahead, since the copy
-// waits for it; at the beginning it is read for all stages at once.
+// Loads the tiles of a range, each into the stage `stage_of`. The block table is read one tile
+// ahead, since the copy waits for it; at the beginning it is read for all stages at once.
 template <class A>
 class Loader {
  public:
-  // `copy` is the one of p.copies that this lane does.
-  __device__ Loader(const Params& p, const Copy& copy, const Range<A>& range, uint32_t ring,
-                    uint32_t barriers)
+  // `copy` is the one of p.copies that this lane does. The ring's barriers are behind its stages.
+  __device__ Loader(const Params& p, const Copy& copy, const Range<A>& range, uint32_t ring)
       : p_(p),
         copy_(copy),
         segment_(range.first),
-        tile_(range.begin),
+        begin_(range.begin),
         end_(range.end),
-        ring_(ring),
-        barriers_(barriers) {
+        ring_(ring) {
     Place places[A::kStages];
 #pragma unroll
-    for (Place& place : places) place = find();
+    for (int i = 0; i < A::kStages; ++i) places[i] = find(begin_ + i);
 #pragma unroll
-    for (const Place& place : places) load(place);
-    next_ = find();
+    for (int i = 0; i < A::kStages; ++i) load(places[i], i);
+    next_ = find(begin_ + A::kStages);
   }
 
-  // Loads into the stage that the warp read longest ago. It is called after __syncwarp.
-  __device__ void load_next() {
-    load(next_);
-    if (next_.units > 0) next_ = find();
+  // The stage of a tile's place.
+  __device__ int stage_of(int tile) const { return (tile - begin_) % A::kStages; }
+
+  // Waits for a tile and returns where it is.
+  __device__ uint32_t wait(int tile) const {
+    const int stage = stage_of(tile);
+    Copies<A>::wait(barrier(stage), (tile - begin_) / A::kStages % 2);
+    return ring_ + stage * A::kStageBytes;
+  }
+
+  // Loads a later tile into the place of `tile`, which the warp has read. It is called after
+  // __syncwarp, for one tile after the other.
+  __device__ void replace(int tile) {
+    load(next_, stage_of(tile));
+    next_ = find(tile + 1 + A::kStages);
   }
 
  private:
-  __device__ void load(const Place& place) {
-    Copies<A>::start(p_, copy_, place, ring_ + stage_ * A::kStageBytes, barriers_ + stage_ * 8);
-    stage_ = stage_ + 1 == A::kStages ? 0 : stage_ + 1;
+  __device__ uint32_t barrier(int stage) const { return ring_ + A::kWarpTilesBytes + stage * 8; }
+
+  __device__ void load(const Place& place, int stage) {
+    Copies<A>::start(p_, copy_, place, ring_ + stage * A::kStageBytes, barrier(stage));
   }
 
-  __device__ Place find() {
+  __device__ Place find(int tile) {
     Place place{0, 0, -1};
-    if (tile_ >= end_) return place;
-    while (tile_ >= segment_.end()) segment_.next(p_);
-    const int first = segment_.token_of(p_, tile_);
-    ++tile_;
+    if (tile >= end_) return place;
+    while (tile >= segment_.end()) segment_.next(p_);
+    const int first = segment_.token_of(p_, tile);
     const bool has_second =
         p_.unit_tokens < kTileTokens && segment_.length - first > kTileTokens / 2;
     place.units = has_second ? 2 : 1;
-    const int token = first + copy_.token;
-    if (copy_.bytes == 0 || token >= segment_.length) return place;
+    const int token = first + copy_.token();
+    if (copy_.bytes() == 0 || token >= segment_.length) return place;
     const int index = __umulhi(token / kTokenMultiple * 2, p_.inverse_page);
     constexpr bool kIsShifted = A::kHasManyQueries || has_one_tile(A::kHeadSize);
     const int head = kIsShifted ? segment_.head >> p_.head_shift : segment_.head;
     place.offset =
-        head * p_.head_stride + copy_.source + (token - index * p_.page_tokens) * copy_.source_step;
+        head * p_.head_stride + copy_.source() + (token - index * p_.page_tokens) * copy_.step();
     place.page = p_.block_table[segment_.sequence * p_.table_stride + index];
     return place;
   }
 
   const Params& p_;
   const Copy copy_;
-  Segment<A> segment_;  // the segment of tile_, which is the next tile to be found
-  int tile_, end_, stage_ = 0;
-  uint32_t ring_, barriers_;
+  Segment<A> segment_;  // of the tile that was found last
+  const int begin_, end_;
+  const uint32_t ring_;
   Place next_;
 };
 

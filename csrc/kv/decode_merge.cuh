@@ -4,9 +4,15 @@
 
 #include <type_traits>
 
-#include "kv/decode_tile.cuh"
+#include "kv/decode_eight.cuh"
+#include "kv/decode_sixteen.cuh"
 
 namespace qoq::kv {
+
+template <class A>
+using TileOfColumns = std::conditional_t<A::kHeadTiles == 1, TileOfEight<A>, TileOfSixteen<A>>;
+template <class A>
+using Sums = typename TileOfColumns<A>::Sums;
 
 // Which of the vectors of a slice a thread has. Of 96 channels the last threads have what another
 // has too, and write the same.
@@ -155,43 +161,38 @@ class Merger {
   // warp's segments, only the first can have begun before, and only the last go on.
   __device__ void finish(const Segment<A>& segment, const Query<A>& query, Sums<A>& sums) const {
     using V = typename A::V;
-    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4, warp = threadIdx.x / 32;
+    const int warp = threadIdx.x / 32;
     const bool is_whole = segment.is_in(begin_, end_);
     auto* part = reinterpret_cast<float*>(
         shared_ + (segment.begin <= begin_ ? first_part(warp) : last_part(warp)));
 #pragma unroll
-    for (int t = 0; t < A::kHeadTiles; ++t) {
+    for (int j = 0; j < 2; ++j) {
+      const float weights = sums.all_weights(j);
+      const int column = sums.column(j);
+      if (column >= p_.group) continue;
+      const float maximum = sums.maximum[j] * query.to_log2[j];
+      float* out = part + column * A::kPartial;
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        float weights = sums.weights[t][j];
-#pragma unroll
-        for (int lanes = 4; lanes < 32; lanes *= 2)
-          weights += __shfl_xor_sync(kAllLanes, weights, lanes);
-        const int head = t * kHeadsOfTile + 2 * c + j;
-        if (head >= p_.group) continue;
+      for (int q = 0; q < Sums<A>::kRunLanes; ++q) {
+        const int lane = sums.run_lane(q);
         float values[A::kChannels];
 #pragma unroll
         for (int i = 0; i < A::kChannels; ++i)
-          values[i] =
-              fmaf(sums.values[t][i / 2][i % 2 * 2 + j],
-                   i % 2 == 0 ? 1 / A::V::kLowUnit : 1 / A::V::kHighUnit, -sums.zeros[t][j]);
+          values[i] = fmaf(sums.value(j, q, i), 1 / (i % 2 == 0 ? V::kLowUnit : V::kHighUnit),
+                           -sums.zero(j));
         if (is_whole) {
-          const float maximum = sums.maximum[t][j] * query.to_log2[t][j];
 #pragma unroll
           for (int run = 0; run < V::kRuns; ++run)
-            write_output<V::kRunChannels>(segment, head, 8 * run + g,
+            write_output<V::kRunChannels>(segment, column, 8 * run + lane,
                                           values + run * V::kRunChannels, maximum, weights);
           continue;
         }
-        float* out = part + head * A::kPartial;
 #pragma unroll
         for (int i = 0; i < A::kChannels; i += 4)
-          *reinterpret_cast<float4*>(out + (i / V::kRunChannels * 8 + g) * V::kRunChannels +
+          *reinterpret_cast<float4*>(out + (i / V::kRunChannels * 8 + lane) * V::kRunChannels +
                                      i % V::kRunChannels) = {values[i], values[i + 1],
                                                              values[i + 2], values[i + 3]};
-        if (g == 0)
-          *reinterpret_cast<float2*>(out + A::kHeadSize) = {
-              sums.maximum[t][j] * query.to_log2[t][j], weights};
+        if (lane == 0) *reinterpret_cast<float2*>(out + A::kHeadSize) = {maximum, weights};
       }
     }
   }
@@ -264,7 +265,7 @@ class Merger {
   using Share = typename Shares<A>::Share;
 
   __device__ Shares<A>& shares() const {
-    return *reinterpret_cast<Shares<A>*>(shared_ + A::kRingBytes + A::kBarrierBytes);
+    return *reinterpret_cast<Shares<A>*>(shared_ + A::kRingBytes);
   }
 
   // The first segment of the block, and the last one.
@@ -299,7 +300,7 @@ class Merger {
   // Where a warp has its part of its first segment, and of its last one, in bytes of the shared
   // memory.
   __device__ int first_part(int warp) const {
-    return A::kRingBytes + A::kBarrierBytes + A::kSharesBytes + warp * p_.group * (A::kPartial * 4);
+    return A::kRingBytes + A::kSharesBytes + warp * p_.group * (A::kPartial * 4);
   }
   __device__ static int last_part(int warp) { return warp * A::kWarpRingBytes; }
 

@@ -1,4 +1,4 @@
-// Query heads as the B operand of the mma, in fp16 with one power of two for each head.
+// Query heads as an operand of the mma, in fp16 with one power of two for each head.
 #pragma once
 
 #include "kv/decode_work.cuh"
@@ -7,16 +7,18 @@
 
 namespace qoq::kv {
 
-// Query heads 2 c and 2 c + 1 of each head tile, where lane = 4 g + c; fragments hold head g. Where
+// Up to 8 query heads in each head tile, where lane = 4 g + c; fragments hold head g of each. Where
 // sequences have several new tokens, a head is a column of the segment (`column_of`). With them, a
 // score is
 //   scale of the token * (sum of query * code - zero * sum of query) * to_log2
+// The last two are of the columns of the thread's scores: 2 c and 2 c + 1 of one head tile, or
+// head g of each of two.
 template <class A>
 struct Query {
   using K = typename A::K;
   static constexpr int kRaw = A::kHeadSize / 16;  // loads of a thread, of 4 channels each
   uint32_t fragments[A::kHeadTiles][A::kMultiplies][2];
-  float sum[A::kHeadTiles][2], to_log2[A::kHeadTiles][2];
+  float sum[2], to_log2[2];
 
   __device__ void set(const Params& p, const uint2 (&raw)[A::kHeadTiles][kRaw]) {
 #pragma unroll
@@ -102,10 +104,15 @@ struct Query {
     }
     total *= factor * K::kHighUnit;
     const float head_to_log2 = inverse * (p.scale_log2 / K::kHighUnit);
+    if constexpr (A::kHeadTiles > 1) {
+      sum[t] = total;
+      to_log2[t] = head_to_log2;
+    } else {
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      sum[t][j] = __shfl_sync(kAllLanes, total, 4 * (2 * c + j));
-      to_log2[t][j] = __shfl_sync(kAllLanes, head_to_log2, 4 * (2 * c + j));
+      for (int j = 0; j < 2; ++j) {
+        sum[j] = __shfl_sync(kAllLanes, total, 4 * (2 * c + j));
+        to_log2[j] = __shfl_sync(kAllLanes, head_to_log2, 4 * (2 * c + j));
+      }
     }
   }
 };

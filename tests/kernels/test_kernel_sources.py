@@ -49,6 +49,8 @@ def run(*command, **options):
 # Bytes that ptxas may spill of the GEMM on a family: beside the loop over k, of what is needed once
 # for a piece of work.
 MOST_SPILLED = {"100": 64}
+# And of the decode attention with three warps of a scheduler: numbers that a loop reads once a tile.
+MOST_SPILLED_WIDE = {"100": 48, "120": 40}
 
 
 def compiled(source, architecture, folder, *options):
@@ -107,9 +109,9 @@ def test_the_portable_tiles_with_the_fewest_registers_to_spare_spill_on_no_famil
 
 
 def decode_kernel(folder, page, tiles):
-    """A source with a kernel of the decode attention: head size, bits of K and V, head tiles.
+    """A source with a kernel of the decode attention: head size, bits of K and V.
 
-    `tiles` may go on with the warps, and whether sequences have several new tokens.
+    `tiles` are the head tiles, the warps, and whether sequences have several new tokens.
     """
     source = folder / "kernel.cu"
     source.write_text(
@@ -123,14 +125,20 @@ def decode_kernel(folder, page, tiles):
 @needs_nvcc
 @pytest.mark.parametrize(
     ("page", "tiles"),
-    [("128, 4, 4", "1"), ("256, 8, 4", "1"), ("128, 4, 4", "1, 8, true")],
+    [
+        ("128, 4, 4", "1, 8, false"),
+        ("256, 8, 4", "1, 8, false"),
+        ("128, 4, 4", "1, 8, true"),
+        ("128, 4, 4", "2, 12, true"),
+    ],
 )
 @pytest.mark.parametrize("code", [one.code for one in cards.FAMILIES[1:]])
-def test_the_decode_attention_with_the_fewest_registers_spills_on_no_family(
+def test_the_decode_attention_with_the_fewest_registers_does_not_spill(
     code, page, tiles, tmp_path
 ):
     said = compiled(decode_kernel(tmp_path, page, tiles), code, tmp_path)
-    assert max(spills(said)) == 0
+    most = MOST_SPILLED_WIDE.get(code, 0) if tiles == "2, 12, true" else 0
+    assert max(spills(said)) <= most
 
 
 @needs_nvcc
@@ -142,7 +150,7 @@ def test_every_gpu_has_the_instructions_of_the_portable_path(tmp_path):
 
 @needs_nvcc
 def test_a_portable_build_has_the_code_of_the_oldest_gpus_on_a_newer_one(tmp_path):
-    source = decode_kernel(tmp_path, "64, 4, 4", 1)
+    source = decode_kernel(tmp_path, "64, 4, 4", "1, 8, false")
 
     def ptx(code, *options):
         out = tmp_path / "kernel.ptx"
