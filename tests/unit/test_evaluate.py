@@ -4,6 +4,9 @@ import json
 import math
 import os
 import re
+import select
+import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
@@ -153,6 +156,22 @@ def test_quiet_shows_what_the_engine_prints_only_where_it_fails(is_quiet, capfd)
         run(int, "seven")
     out, err = capfd.readouterr()
     assert "a log" in (err if is_quiet else out) and "a bar" in err
+
+
+def test_a_killed_run_leaves_no_engine_behind():
+    code = (
+        "import os, time\nfrom concurrent.futures import ProcessPoolExecutor\n"
+        "from vllm_qoq.bench.evaluate.log import pool_settings\n"
+        "with pool_settings(True) as settings, ProcessPoolExecutor(1, **settings) as pool:\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        child = os.pidfd_open(int(parent.stdout.readline()))
+        parent.kill()
+    assert select.select([child], [], [], 20)[0]
+    os.close(child)
 
 
 def test_models_that_do_not_belong_together_are_refused_before_one_is_loaded(
