@@ -86,10 +86,8 @@ def check_towers(checkpoint: Checkpoint) -> None:
     if not isinstance(checkpoint, LanguagePart):
         return
     if not towers.can_be_checked(checkpoint.whole):
-        raise QuantizeError(
-            f"{checkpoint.path}: this transformers has no {architecture_name(checkpoint.whole.config)}; "
-            "install a newer one"
-        )
+        name = architecture_name(checkpoint.whole.config)
+        raise QuantizeError(f"{checkpoint.path}: transformers has no {name}; install a newer one")
     for finding in towers.findings(checkpoint.whole):
         raise QuantizeError(f"{checkpoint.path}: {finding}; download both again, from one model")
 
