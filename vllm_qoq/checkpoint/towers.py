@@ -46,13 +46,14 @@ def findings(checkpoint: Checkpoint) -> Iterator[str]:
     except Exception as error:  # whatever a library raises at a stranger's file
         yield f"{CONFIG}: transformers cannot build the model that it describes: {reason(error)}"
         return
-    described = f"the model that {CONFIG} describes"
     for name in sorted(loaded["missing_keys"]):
-        yield f"{name}: missing, {described} has it"
+        yield f"{name}: missing, the model that {CONFIG} describes has it"
     for name in sorted(loaded["unexpected_keys"]):
-        yield f"{name}: is not in {described}"
+        yield f"{name}: is not in the model that {CONFIG} describes"
     for name, found, expected in sorted(loaded["mismatched_keys"]):
-        yield f"{name}: is {list(found)}, and {list(expected)} in {described}"
+        yield (
+            f"{name}: is {list(found)}, and {list(expected)} in the model that {CONFIG} describes"
+        )
     yield from loaded["error_msgs"]
 
 
