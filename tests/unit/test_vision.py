@@ -89,6 +89,18 @@ def test_a_set_with_other_norms_is_merged_verified_and_inspected(model, tmp_path
     assert len(found.findings) == 2 and not found.notes
     for line, expected in zip(found.findings, said, strict=True):
         assert ".".join(line.split(".")[-5:]).endswith(".".join(expected.split(".")[-4:]))
+    config = json.loads((out / "config.json").read_text())["vision_config"]
+    depth = next(key for key in ("depth", "num_hidden_layers") if key in config)
+    for key, value, expected in (
+        (depth, 10**9, f"vision_config.{depth}: is more than 1024"),
+        ("hidden_size", 1 << 20, "numbers beside the language model, of which only"),
+        ("hidden_size", "many", "transformers cannot build the model that it describes"),
+    ):
+        change_config(
+            out, lambda whole, k=key, v=value: whole.update(vision_config=config | {k: v})
+        )
+        (line,) = verify(out).findings
+        assert expected in line, line
     monkeypatch.setattr(towers, "find_spec", lambda name: None)
     found = verify(out)
     assert not found.findings and "a transformers that has the model" in found.notes[0]

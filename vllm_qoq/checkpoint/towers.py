@@ -6,7 +6,8 @@ have. It gets their shapes and none of their values, and runs no code of the fol
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
@@ -16,6 +17,7 @@ from vllm_qoq.checkpoint.format import SECTION
 from vllm_qoq.errors import reason
 from vllm_qoq.models.config import CONFIG, architecture_name
 from vllm_qoq.models.linears import CONSTANT
+from vllm_qoq.models.tensors import MOST_LAYERS
 from vllm_qoq.models.vision import language_name, vision_language
 
 UNUSED_KEYS = CODE_KEYS | {
@@ -23,6 +25,10 @@ UNUSED_KEYS = CODE_KEYS | {
     *("attn_implementation", "_attn_implementation", "experts_implementation"),
 }
 """Keys of a `config.json` that name code or files, or that a float model does without."""
+
+_DEPTHS = ("depth", "num_hidden_layers")
+# How many times the numbers that are there, or of this size, a config may ask for.
+_TIMES, _SMALL = 4, 1 << 20
 
 
 def can_be_checked(checkpoint: Checkpoint) -> bool:
@@ -39,8 +45,24 @@ def findings(checkpoint: Checkpoint) -> Iterator[str]:
     """
     if vision_language(checkpoint.config) is None or not can_be_checked(checkpoint):
         return
+    import torch
+
     try:
-        loaded = _loading_info(checkpoint)
+        config = _config(checkpoint)
+        for key in _DEPTHS:
+            if getattr(config.vision_config, key, 0) > MOST_LAYERS:
+                yield f"{CONFIG}: vision_config.{key}: is more than {MOST_LAYERS}"
+                return
+        with torch.device("meta"):
+            blank = _class_of(checkpoint)(config).state_dict()
+        expected, found = _beside(blank), _beside(checkpoint.tensors)
+        if expected > _TIMES * max(found, _SMALL):  # transformers would make what is missing
+            yield (
+                f"{CONFIG}: describes {expected} numbers beside the language model, of which only "
+                f"{found} are there"
+            )
+            return
+        loaded = _loading_info(checkpoint, config, blank)
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except Exception as error:  # whatever a library raises at a stranger's file
@@ -63,17 +85,19 @@ def _class_of(checkpoint: Checkpoint) -> Any:
     return getattr(transformers, architecture_name(checkpoint.config) or "", None)
 
 
-def _loading_info(checkpoint: Checkpoint) -> dict[str, Any]:
+def _beside(tensors: Mapping[str, Any]) -> int:
+    """Count the numbers of the tensors beside the language model, each of which has a `shape`."""
+    return sum(math.prod(one.shape) for name, one in tensors.items() if language_name(name) is None)
+
+
+def _loading_info(checkpoint: Checkpoint, config: Any, blank: Mapping[str, Any]) -> dict[str, Any]:
     """Let transformers load the model from tensors that take no memory, and say what did not fit.
 
-    Those of the language model are made as it expects them.
+    blank  the tensors of the model that `config` describes; the language model's are there as such
     """
     import torch
 
     nothing = torch.zeros((), dtype=torch.bfloat16)
-    config, model_class = _config(checkpoint), _class_of(checkpoint)
-    with torch.device("meta"):
-        blank = model_class(config).state_dict()
     state = {
         name: nothing.expand(tensor.shape)
         for name, tensor in blank.items()
@@ -85,7 +109,7 @@ def _loading_info(checkpoint: Checkpoint) -> dict[str, Any]:
         if language_name(name) is None and not name.endswith(CONSTANT)
     }
     with _silent():
-        _, info = model_class.from_pretrained(
+        _, info = _class_of(checkpoint).from_pretrained(
             None,
             config=config,
             state_dict=state,
