@@ -20,6 +20,7 @@ from vllm_qoq.bench.evaluate.job import FLOAT, Evaluation, Row, check
 from vllm_qoq.bench.evaluate.log import pool_settings
 from vllm_qoq.bench.evaluate.scores import Estimate, Score, combine, same_tokens, score_window
 from vllm_qoq.bench.evaluate.windows import begins_with, cut
+from vllm_qoq.errors import UserError
 from vllm_qoq.plots import title_of
 
 IDS = list(range(10, 43))  # 33 tokens
@@ -177,6 +178,10 @@ def test_a_killed_run_leaves_no_engine_behind():
 def test_models_that_do_not_belong_together_are_refused_before_one_is_loaded(
     tiny_model, w4a8_dir, heldout_text, tmp_path
 ):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=f"{tmp_path / 'broken'}: config.json: is not JSON"):
+        check(w4a8_dir, tmp_path / "broken", heldout_text, 256, (16, 8, 4))
     with pytest.raises(BenchError, match="quantization_config; give the model in bf16"):
         check(w4a8_dir, w4a8_dir, heldout_text, 256, (16, 8, 4))
     with pytest.raises(BenchError, match=r"--generate 129: at most 128, which is half of"):
