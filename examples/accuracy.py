@@ -30,7 +30,9 @@ from vllm_qoq.bench.evaluate.comparison import Measured
 from vllm_qoq.bench.evaluate.scores import combine
 from vllm_qoq.bench.evaluate.windows import Windows
 from vllm_qoq.checkpoint.kv_config import Bits, short_name
+from vllm_qoq.cli.arguments import count, positive
 from vllm_qoq.errors import UserError
+from vllm_qoq.text_file import check_text
 
 HERE = Path(__file__).resolve().parent
 STEPS = (
@@ -244,12 +246,23 @@ def say(text: str) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Raise UserError before work begins; OUT has to be a new folder or one of these settings."""
+    if args.windows == 1:
+        raise UserError("--windows 1: one window tells nothing of the error; give 2 or more")
+    check_text("--text", args.text)
+    if (size := args.text.stat().st_size) < args.seqlen:  # no token is shorter than a byte
+        raise UserError(
+            f"--text {args.text}: {size} bytes, fewer than one piece of {args.seqlen} tokens; give "
+            "a longer text or a smaller --seqlen"
+        )
     for text in args.heldout:
         job.check(args.model, args.model, text, args.seqlen, (16,), args.generate)
     stems = [text.stem for text in args.heldout]
     if len(set(stems)) < len(stems):
         raise UserError(f"--heldout: two texts are named {stems[0]}; rename one")
     path = args.output / "settings.json"
+    is_new = not args.output.exists() or (args.output.is_dir() and not any(args.output.iterdir()))
+    if not is_new and not path.exists():
+        raise UserError(f"-o {args.output}: holds something else; name a new folder")
     if path.exists() and json.loads(path.read_text(encoding="utf-8")) != settings(args):
         raise UserError(
             f"-o {args.output}: holds rows that were made with other options, {path}; name a new "
@@ -267,12 +280,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text", type=Path, required=True, help="calibration text")
     parser.add_argument("--heldout", type=Path, nargs="+", required=True, help="texts to score")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT")
-    parser.add_argument("--samples", type=int, default=128, help="pieces of calibration text")
-    parser.add_argument("--seqlen", type=int, default=512, help="tokens a piece and a window")
-    parser.add_argument("--windows", type=int, help="at most so many of each text (default: all)")
-    parser.add_argument("--chunk", type=int, default=16, help="as of evaluate (default: 16)")
-    parser.add_argument("--generate", type=int, default=32, help="as of evaluate (default: 32)")
-    parser.add_argument("--group-size", type=int, default=128, help="of W4A16 (default: 128)")
+    parser.add_argument("--samples", type=positive, default=128, help="pieces of calibration text")
+    parser.add_argument("--seqlen", type=positive, default=512, help="tokens a piece and a window")
+    parser.add_argument(
+        "--windows", type=positive, help="at most so many of each text (default: all)"
+    )
+    parser.add_argument("--chunk", type=positive, default=16, help="as of evaluate (default: 16)")
+    parser.add_argument("--generate", type=count, default=32, help="as of evaluate (default: 32)")
+    parser.add_argument(
+        "--group-size", type=int, default=128, choices=[128, 64, 32], help="of W4A16 (default: 128)"
+    )
     parser.add_argument(
         "--kv-bits", nargs="+", default=["16", "8", "k8v4", "4"],
         choices=["16", "8", "k8v4", "4"],
@@ -295,7 +312,7 @@ def main() -> None:
     failed = []
     try:
         check(args)
-    except UserError as error:
+    except (UserError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     for name in args.only:
         try:
@@ -322,4 +339,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it was", file=sys.stderr)
+        sys.exit(130)

@@ -303,7 +303,11 @@ def main():
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    result = asyncio.run(run(args, conversations))
+    try:
+        result = asyncio.run(run(args, conversations))
+    except KeyboardInterrupt:
+        print("interrupted; nothing is written", file=sys.stderr)
+        sys.exit(130)
     args.output.write_text(json.dumps(result))
     took = result["samples"][-1]["time"] - result["start"]
     print(f"{args.output}: {len(result['requests'])} requests in {took:.1f} s")

@@ -103,6 +103,22 @@ def run_parser(program, command, monkeypatch):
     return found
 
 
+def test_what_no_version_could_be_made_of_is_refused_before_work(accuracy, arguments, tmp_path):
+    empty, file = tmp_path / "empty.txt", tmp_path / "file"
+    empty.touch()
+    file.touch()
+    for options, said in (
+        (["--text", str(empty)], "--text .*: 0 bytes, fewer than one piece of 512 tokens"),
+        (["--heldout", str(empty)], "--text .*: 0 bytes, fewer than two windows"),
+        (["--windows", "1"], "--windows 1: "),
+        (["-o", str(tmp_path)], "-o .*: holds something else"),
+        (["-o", str(file)], "-o .*: holds something else"),
+    ):
+        with pytest.raises(UserError, match=said):
+            accuracy.check(arguments(*options))
+    assert sorted(tmp_path.iterdir()) == [empty, file]
+
+
 def test_it_goes_on_after_what_fails_and_measures_nothing_twice(
     accuracy, arguments, monkeypatch, capsys
 ):

@@ -149,7 +149,7 @@ def test_results_of_another_engine_are_not_taken_over(run, folders, tmp_path):
     run(*checkpoints)
     (tmp_path / "OUT.work" / "a.jsonl").touch()
     code, _, err = run(*checkpoints, "--engine-args", '{"seed": 1}')
-    assert code == 2 and "a.json: is of a run with another engine, GPU or version" in err
+    assert code == 2 and "a.json: is of a run with another model, engine, GPU or version" in err
     (tmp_path / "OUT.work" / "a.json").unlink()
     code, _, err = run(*checkpoints)
     assert code == 2 and "begin anew: --resume never" in err

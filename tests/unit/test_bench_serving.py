@@ -1,11 +1,13 @@
 """`vllm-qoq bench serving` and `bench table` without an engine, and the mistakes of users."""
 
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -34,7 +36,7 @@ from vllm_qoq.bench.serving.job import Job, check_job
 from vllm_qoq.bench.serving.random_weights import RandomWeights
 from vllm_qoq.bench.serving.records import Facts, Line, Measured, read
 from vllm_qoq.bench.serving.shapes import SHAPES
-from vllm_qoq.bench.serving.work import close, opened
+from vllm_qoq.bench.serving.work import close, identity, opened
 from vllm_qoq.checkpoint import methods
 from vllm_qoq.checkpoint.format import Section
 from vllm_qoq.checkpoint.kv_config import Bits
@@ -369,7 +371,9 @@ def test_a_run_goes_on_only_with_results_of_its_own_kind(tmp_path):
         {"most": 1024},  # and so other graphs, and another pool
         {"lengths": (Lengths(1024, 513),)},
     ):
-        with pytest.raises(BenchError, match=r"another engine, GPU or version.*--resume never"):
+        with pytest.raises(
+            BenchError, match=r"another model, engine, GPU or version.*--resume never"
+        ):
             prepare(job(tmp_path, **other))
     assert records.exists()
     prepare(job(tmp_path, engine_args={"enforce_eager": True}, resume="never"))
@@ -455,6 +459,18 @@ def test_the_reason_of_a_failure_is_the_first_cause_in_the_log(tmp_path):
         "RuntimeError: Engine core initialization failed. See root cause above.\n"
     )
     assert process.reason(log, 1) == "torch.OutOfMemoryError: CUDA out of memory."
+    log.write_text(
+        "(Worker pid=4) ERROR AssertionError: num_heads (2) is not divisible by num_kv_heads (3)\n"
+        "Exception: WorkerProc initialization failed. See stack trace for root cause.\n"
+    )
+    assert process.reason(log, 1).startswith("AssertionError: num_heads (2) is not divisible")
+    log.write_text(
+        "(APIServer pid=4) x.ValidationError: 1 validation error for ParallelConfig\n"
+        "(APIServer pid=4) size\n(APIServer pid=4)   Input should be one [type=int, input_value=2]"
+        "\n    For further information visit the page\n"
+    )
+    said = "x.ValidationError: 1 validation error for ParallelConfig size Input should be one"
+    assert process.reason(log, 1) == said
     log.write_text("RuntimeError: Engine core initialization failed. See root cause above.\n")
     assert "initialization failed" in process.reason(log, 1)
     log.write_text("Killed\n")
@@ -598,7 +614,8 @@ def test_a_vocabulary_that_is_no_number_is_refused(size, command, tmp_path):
     config = {**SHAPES["llama-2-7b"].config(), "vocab_size": size}
     (tmp_path / "config.json").write_text(json.dumps(config))
     code, _, err = command(tmp_path, "--work-dir", tmp_path / "work")
-    assert code == 2 and "vocab_size" in err and "is not a number of tokens" in err
+    assert code == 2 and "is not a number of tokens" in err
+    assert f"error: {tmp_path / 'config.json'}: vocab_size: " in err
 
 
 def test_two_checkpoints_of_one_name_are_refused(command, tmp_path):
@@ -618,6 +635,14 @@ def test_a_checkpoint_without_weights_gets_dummies(tmp_path):
     mine, tiny = checked.subjects
     assert mine.is_ours and mine.request.engine_args["load_format"] == "dummy"
     assert not tiny.is_ours and "load_format" not in tiny.request.engine_args
+    assert (mine.weights_in_words, tiny.weights_in_words) == (" with dummy weights", "")
+    found = [identity(mine)]
+    for content in (b"", b"more"):
+        (folder / "model.safetensors").write_bytes(content)
+        found.append(identity(mine))
+    os.utime(folder / "model.safetensors", (1, 1))
+    found.append(identity(mine))
+    assert all(found.count(one) == 1 for one in found)
 
 
 # Tables of several runs
@@ -648,6 +673,12 @@ def test_the_picture_of_a_table_has_two_bars_a_model(tmp_path):
     drawn = table_plot.figure(table.read([one], "1024/512"))
     assert sorted(bar.get_width() for bar in drawn.axes[0].patches) == [12000.0, 18000.0]
     assert plots.title_of(drawn).startswith("1.50x the tokens a second")
+    one = write_run(tmp_path / "b", made_up(peer=90000.0))
+    drawn = table_plot.figure(table.read([one], "1024/512"))
+    assert drawn.axes[0].get_xlim()[1] > 90000.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib says so where one model has too little room
+        drawn.draw_without_rendering()
 
 
 def test_runs_that_do_not_compare_are_refused(table_command, tmp_path):

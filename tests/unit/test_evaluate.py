@@ -4,6 +4,9 @@ import json
 import math
 import os
 import re
+import select
+import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,6 +20,7 @@ from vllm_qoq.bench.evaluate.job import FLOAT, Evaluation, Row, check
 from vllm_qoq.bench.evaluate.log import pool_settings
 from vllm_qoq.bench.evaluate.scores import Estimate, Score, combine, same_tokens, score_window
 from vllm_qoq.bench.evaluate.windows import begins_with, cut
+from vllm_qoq.errors import UserError
 from vllm_qoq.plots import title_of
 
 IDS = list(range(10, 43))  # 33 tokens
@@ -155,9 +159,29 @@ def test_quiet_shows_what_the_engine_prints_only_where_it_fails(is_quiet, capfd)
     assert "a log" in (err if is_quiet else out) and "a bar" in err
 
 
+def test_a_killed_run_leaves_no_engine_behind():
+    code = (
+        "import os, time\nfrom concurrent.futures import ProcessPoolExecutor\n"
+        "from vllm_qoq.bench.evaluate.log import pool_settings\n"
+        "with pool_settings(True) as settings, ProcessPoolExecutor(1, **settings) as pool:\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        child = os.pidfd_open(int(parent.stdout.readline()))
+        parent.kill()
+    assert select.select([child], [], [], 20)[0]
+    os.close(child)
+
+
 def test_models_that_do_not_belong_together_are_refused_before_one_is_loaded(
     tiny_model, w4a8_dir, heldout_text, tmp_path
 ):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=f"{tmp_path / 'broken'}: config.json: is not JSON"):
+        check(w4a8_dir, tmp_path / "broken", heldout_text, 256, (16, 8, 4))
     with pytest.raises(BenchError, match="quantization_config; give the model in bf16"):
         check(w4a8_dir, w4a8_dir, heldout_text, 256, (16, 8, 4))
     with pytest.raises(BenchError, match=r"--generate 129: at most 128, which is half of"):

@@ -54,6 +54,7 @@ def test_weights_config_and_generation_config_are_those_of_the_model(tiny_model,
     assert ours["tie_word_embeddings"] is False and ours["dtype"] == "bfloat16"
     generation = json.loads((converted / "generation_config.json").read_text())
     assert (generation["bos_token_id"], generation["eos_token_id"]) == (0, 1)
+    assert len({path.stat().st_mode for path in converted.iterdir() if path.suffix}) == 1
 
 
 def test_the_tokenizer_makes_the_same_tokens_and_has_the_template(tiny_model, converted):

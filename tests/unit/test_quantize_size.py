@@ -133,6 +133,10 @@ def test_sizes_are_those_of_the_model_as_it_is_loaded(prepare, tiny_model, tmp_p
 def test_memory_has_its_parts(prepare):
     few, many = prepare(samples=2).sizes, prepare(samples=200).sizes
     assert many.memory["calibration"] == 100 * few.memory["calibration"]
+    too_many = prepare(samples=100000)  # the text has fewer pieces of 64 tokens
+    pieces = len(too_many.samples)
+    assert pieces < 2000
+    assert too_many.sizes.memory["calibration"] == pieces * few.memory["calibration"] // 2
     assert set(few.memory) > few.gpu and few.memory["weights"] == 4_196_864
     assert many.output == few.output
 

@@ -162,6 +162,18 @@ def test_a_server_that_does_not_answer_is_refused(replaying, tmp_path, monkeypat
         replaying.main()
 
 
+def test_an_interrupt_is_told_in_a_line(replaying, tmp_path, monkeypatch, capsys):
+    async def interrupted(args, conversations):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(replaying, "run", interrupted)
+    monkeypatch.setattr("sys.argv", ["replay", "-o", str(tmp_path / "a.json")])
+    with pytest.raises(SystemExit) as stopped:
+        replaying.main()
+    assert stopped.value.code == 130 and not list(tmp_path.iterdir())
+    assert capsys.readouterr().err == "interrupted; nothing is written\n"
+
+
 # The picture
 
 

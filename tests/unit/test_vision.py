@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 
 from merge_tools.job import merge
 from vllm_qoq.bench.evaluate import job as evaluate
-from vllm_qoq.checkpoint import complete, inspect
+from vllm_qoq.checkpoint import complete, inspect, towers
 from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.checkpoint.format import SECTION, Section
 from vllm_qoq.checkpoint.language import language_part
 from vllm_qoq.checkpoint.stored_set import StoredSet
-from vllm_qoq.checkpoint.verify import verify
+from vllm_qoq.checkpoint.verify import Verified, verify
 from vllm_qoq.errors import FormatError, UserError
 from vllm_qoq.models.tensors import expected_tensors
 from vllm_qoq.models.vision import (
@@ -57,7 +57,7 @@ def test_the_language_model_has_the_tensors_of_its_class(model):
 
 
 @pytest.mark.parametrize("model", ONE_MLP, indirect=True)
-def test_a_set_with_other_norms_is_merged_verified_and_inspected(model, tmp_path):
+def test_a_set_with_other_norms_is_merged_verified_and_inspected(model, tmp_path, monkeypatch):
     smoothed = edit(shutil.copytree(model, tmp_path / "smoothed"), smooth)
     folders = {
         name: vision_models.finish(w8a8(one, tmp_path / name, TOWERS), model)
@@ -68,16 +68,42 @@ def test_a_set_with_other_norms_is_merged_verified_and_inspected(model, tmp_path
         n for n in load_file(model / "model.safetensors") if n.endswith("0.mlp.up_proj.weight")
     )
     merge(folders, out)
-    assert verify(out).findings == ()
+    assert verify(out) == Verified((), {}, ())
     for file in vision_models.side_files(model):
         assert (out / file.name).read_bytes() == file.read_bytes()
     tensors = Checkpoint.open(out).tensors
     assert f"b.{layer.removesuffix('weight')}input_ratio" in tensors
-    towers = [name for name in tensors if language_name(name) is None]
-    assert towers and not [name for name in tensors if name.startswith(("a.v", "b.v"))]
+    beside = [name for name in tensors if language_name(name) is None]
+    assert beside and not [name for name in tensors if name.startswith(("a.v", "b.v"))]
     report = inspect.inspect(out)
     linear = 1 if "linear_attention" in (model / "config.json").read_text() else 0
     assert report["sets"]["a"]["layers"] == 14 + linear and report["lm_head"] == {"bits": 32}
+
+    lost = next(name for name in beside if not re.search(r"\.\d+\.", name))
+    cut = next(name for name in beside if name.endswith("norm1.weight"))
+    for folder in folders.values():
+        edit(folder, lambda tensors, _: [tensors.pop(lost), tensors.update({cut: torch.zeros(3)})])
+    merge(folders, out, overwrite=True)
+    found, described = verify(out), "the model that config.json describes"
+    said = (f"{lost}: missing, {described} has it", f"{cut}: is [3], and [64] in {described}")
+    assert len(found.findings) == 2 and not found.notes
+    for line, expected in zip(found.findings, said, strict=True):
+        assert ".".join(line.split(".")[-5:]).endswith(".".join(expected.split(".")[-4:]))
+    config = json.loads((out / "config.json").read_text())["vision_config"]
+    depth = next(key for key in ("depth", "num_hidden_layers") if key in config)
+    for key, value, expected in (
+        (depth, 10**9, f"vision_config.{depth}: is more than 1024"),
+        ("hidden_size", 1 << 20, "numbers beside the language model, of which only"),
+        ("hidden_size", "many", "transformers cannot build the model that it describes"),
+    ):
+        change_config(
+            out, lambda whole, k=key, v=value: whole.update(vision_config=config | {k: v})
+        )
+        (line,) = verify(out).findings
+        assert expected in line, line
+    monkeypatch.setattr(towers, "find_spec", lambda name: None)
+    found = verify(out)
+    assert not found.findings and "a transformers that has the model" in found.notes[0]
 
 
 def smooth(tensors, config):
@@ -246,15 +272,15 @@ def test_another_model_of_images_is_refused_by_name(qwen, text, tmp_path, change
         ),
         (
             lambda tensors: tensors.pop("visual.blocks.1.attn.qkv.weight"),
-            r"missing keys: .*visual\.blocks\.1\.attn\.qkv\.weight: the model that config",
+            r"visual\.blocks\.1\.attn\.qkv\.weight: missing, the model that config\.json describes",
         ),
         (
             lambda tensors: tensors.update({"visual.more.weight": torch.zeros(2)}),
-            r"unexpected keys: .*visual\.more\.weight: the model that config",
+            r"visual\.more\.weight: is not in the model that config\.json describes",
         ),
         (
             lambda tensors: tensors.update({"visual.blocks.0.norm1.weight": torch.zeros(2)}),
-            r"mismatched keys: .*blocks\.0\.norm1\.weight.*the model that config",
+            r"blocks\.0\.norm1\.weight: is \[2\], and \[64\] in the model that config",
         ),
     ],
 )

@@ -27,6 +27,7 @@ Checking:
     served           config and tensors agree as vLLM reads them
     layer_rules      the layer rules of the routing match layers
     stream           the basis of the residual stream is sound
+    towers           what is beside a language model is as `config.json` says
     k_mean           the means of K that are announced are there
     inspect          what is in a checkpoint
     tensor_parallel  over how many GPUs a checkpoint can be split

@@ -30,6 +30,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -188,6 +189,17 @@ def read_config(path: Path) -> dict[str, Any]:
     if SECTION in config and config[SECTION] is None:
         del config[SECTION]
     return config
+
+
+@contextmanager
+def naming(folder: Path) -> Iterator[None]:
+    """Put the folder in front of what a FormatError says, for commands that read several."""
+    try:
+        yield
+    except FormatError as error:
+        if str(error).startswith((f"{folder}: ", f"{folder}/")):
+            raise
+        raise FormatError(f"{folder}: {error}") from None
 
 
 def require_folder(path: Path) -> None:

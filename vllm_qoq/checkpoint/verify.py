@@ -7,7 +7,16 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from vllm_qoq.checkpoint import complete, hub, k_mean, processor, stream, transforms, values
+from vllm_qoq.checkpoint import (
+    complete,
+    hub,
+    k_mean,
+    processor,
+    stream,
+    towers,
+    transforms,
+    values,
+)
 from vllm_qoq.checkpoint import layer_rules as rules
 from vllm_qoq.checkpoint.folder import Checkpoint, TensorInfo
 from vllm_qoq.checkpoint.format import (
@@ -53,7 +62,7 @@ def verify(folder: str | Path, quiet: bool = True) -> Verified:
     for an id that cannot be downloaded.
     """
     path = hub.local_folder(folder, quiet=quiet)
-    findings = structure(path)
+    findings = [*structure(path), *towers.findings(Checkpoint.open(path))]
     findings += contents(path, Progress(quiet))
     shares = {} if findings else limits(path)
     return Verified(tuple(findings), shares, tuple(notes(path)))
@@ -131,7 +140,12 @@ def notes(folder: Path) -> list[str]:
     """Say what could not be checked, a sentence each."""
     checkpoint, _, _ = open_merged(folder)
     if vision_language(checkpoint.config) is not None:
-        return ["what reads images was checked for numbers that are not finite, and for no more"]
+        if towers.can_be_checked(checkpoint):
+            return []
+        return [
+            "what reads images was checked for numbers that are not finite, and for no more; a "
+            f"transformers that has the model compares it with {CONFIG}: install one"
+        ]
     if architecture_of(checkpoint.config) is not None:
         return []
     names = shown(checkpoint.config.get("architectures"))

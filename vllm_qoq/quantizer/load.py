@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_qoq.checkpoint.folder import CODE_KEYS, Checkpoint
-from vllm_qoq.checkpoint.format import SECTION
+from vllm_qoq.checkpoint import towers
+from vllm_qoq.checkpoint.folder import Checkpoint
 from vllm_qoq.checkpoint.language import LanguagePart, beside_language, stored_name
 from vllm_qoq.errors import reason
 from vllm_qoq.models.config import CONFIG, architecture_name
 from vllm_qoq.models.linears import CONSTANT
 from vllm_qoq.models.tensors import EMBEDDING, HEAD
-from vllm_qoq.models.vision import language_name
 from vllm_qoq.progress import Progress
 from vllm_qoq.quantizer import QuantizeError
 from vllm_qoq.quantizer.experts import use_linear_experts
@@ -29,10 +28,6 @@ from vllm_qoq.quantizer.model import Module, architecture, layer_names
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-_UNUSED_KEYS = CODE_KEYS | {
-    *(SECTION, "_name_or_path", "fusion_config", "distributed_config"),
-    *("attn_implementation", "_attn_implementation", "experts_implementation"),
-}
 _CHUNK_VALUES = 4 << 20
 
 
@@ -87,39 +82,14 @@ def check_model(checkpoint: Checkpoint) -> None:
 
 
 def check_towers(checkpoint: Checkpoint) -> None:
-    """Build all that is beside a language model; QuantizeError unless its tensors are those there.
-
-    transformers loads them, since it renames what older files have.
-    """
+    """Raise QuantizeError unless what is beside a language model is as `config.json` says."""
     if not isinstance(checkpoint, LanguagePart):
         return
-    whole = checkpoint.whole
-    config = _config_of_all(whole)
-    model_class = _named_class(whole)
-    with _building(checkpoint), torch.device("meta"):
-        blank = model_class(config).state_dict()
-    tensors = beside_language(checkpoint)
-    state = {k: torch.zeros(v.shape) for k, v in blank.items() if language_name(k) is not None}
-    state |= {name: whole.get(name) for name in tensors if not name.endswith(CONSTANT)}
-    with _building(checkpoint):
-        _, info = model_class.from_pretrained(
-            None,
-            config=config,
-            state_dict=state,
-            dtype=_dtype(checkpoint),
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    for what, names in info.items():
-        if names:
-            first = sorted(map(str, names))[0]
-            raise QuantizeError(
-                f"{checkpoint.path}: {what.replace('_', ' ')}: {first}: the model that {CONFIG} "
-                "describes has other tensors beside its language model than the files; download "
-                "both again, from one model"
-            )
+    if not towers.can_be_checked(checkpoint.whole):
+        name = architecture_name(checkpoint.whole.config)
+        raise QuantizeError(f"{checkpoint.path}: transformers has no {name}; install a newer one")
+    for finding in towers.findings(checkpoint.whole):
+        raise QuantizeError(f"{checkpoint.path}: {finding}; download both again, from one model")
 
 
 def check_values(checkpoint: Checkpoint, progress: Progress) -> None:
@@ -182,34 +152,12 @@ def load_model(checkpoint: Checkpoint) -> Module:
 def _config(checkpoint: Checkpoint) -> PreTrainedConfig:
     from transformers import CONFIG_MAPPING
 
-    values = {k: v for k, v in checkpoint.config.items() if k not in _UNUSED_KEYS}
+    values = {k: v for k, v in checkpoint.config.items() if k not in towers.UNUSED_KEYS}
     names = architecture(checkpoint.config).names
     if names is not None and names.has_wrong_hidden_act:
         values["hidden_act"] = names.activation
     with _refusing(f"{checkpoint.path / CONFIG}", "mend it, or download the model again"):
         return CONFIG_MAPPING[values.pop("model_type")].from_dict(values)
-
-
-def _config_of_all(whole: Checkpoint) -> Any:
-    """Make the config of a model of images and text whose language model has no layers."""
-    from transformers import CONFIG_MAPPING
-
-    values = {k: v for k, v in whole.config.items() if k not in _UNUSED_KEYS}
-    with _refusing(f"{whole.path / CONFIG}", "mend it, or download the model again"):
-        config: Any = CONFIG_MAPPING[values.pop("model_type")].from_dict(values)
-        text = config.get_text_config()
-        empty = {"num_hidden_layers": 0, "layer_types": [], "vocab_size": 1, "pad_token_id": None}
-        for key, value in empty.items():
-            if hasattr(text, key):
-                setattr(text, key, value)
-        config.tie_word_embeddings = text.tie_word_embeddings = False
-    return config
-
-
-def _named_class(whole: Checkpoint) -> Any:
-    import transformers
-
-    return getattr(transformers, architecture_name(whole.config) or "")
 
 
 def _has_capped_scores(config: PreTrainedConfig) -> bool:

@@ -132,7 +132,7 @@ def check_job(job: Job, options: QuantizeOptions) -> CheckedJob:
         windows=windows,
         linears=linears,
         parameters=parameters,
-        sizes=needed,
+        sizes=needed.with_samples(len(samples), options.samples),
     )
 
 

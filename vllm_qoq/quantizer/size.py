@@ -7,7 +7,7 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -63,6 +63,11 @@ class Sizes:
     memory: dict[str, int]
     head: int
     gpu: frozenset[str] = frozenset(("calibration", "hessians", "rounding", "block"))
+
+    def with_samples(self, found: int, asked: int) -> Sizes:
+        """Count the pieces that a text has, where fewer than were asked for."""
+        calibration = self.memory["calibration"] * found // asked
+        return replace(self, memory={**self.memory, "calibration": calibration})
 
 
 def sizes(

@@ -1,12 +1,14 @@
-"""The log of the processes that engines run in, which a quiet run shows only where one fails."""
+"""The processes that engines run in: their log, which a quiet run shows only where one fails."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import connection, get_context, parent_process
 from tempfile import NamedTemporaryFile
 from typing import Any
 
@@ -15,18 +17,32 @@ from typing import Any
 def pool_settings(is_quiet: bool) -> Iterator[dict[str, Any]]:
     """Give the settings of a pool of processes whose output is held back if `is_quiet`.
 
-    It goes to stderr where the body fails.
+    It goes to stderr where the body fails. The processes end with this one, by whatever signal.
     """
-    settings: dict[str, Any] = {"mp_context": get_context("spawn")}
+    settings = {"mp_context": get_context("spawn"), "initializer": _begin, "initargs": (None,)}
     if not is_quiet:
         yield settings
         return
     with NamedTemporaryFile(prefix="vllm-qoq-") as log:
         try:
-            yield settings | {"initializer": _print_into, "initargs": (log.name,)}
+            yield settings | {"initargs": (log.name,)}
         except BaseException:
             print(log.read().decode(errors="replace"), file=sys.stderr, flush=True)
             raise
+
+
+def _begin(log: str | None) -> None:
+    """Prepare a process of the pool; what it prints goes into the file `log`."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if log is not None:
+        _print_into(log)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it ends; a pool's would wait for work forever."""
+    if (parent := parent_process()) is not None:
+        connection.wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _print_into(name: str) -> None:

@@ -13,7 +13,7 @@ from vllm_qoq.bench.serving.cases import BATCHES, LENGTHS, MOST, Lengths, captur
 from vllm_qoq.bench.serving.records import Request
 from vllm_qoq.bench.serving.shapes import SHAPES
 from vllm_qoq.checkpoint import hub
-from vllm_qoq.checkpoint.folder import read_config, require_folder
+from vllm_qoq.checkpoint.folder import naming, read_config, require_folder
 from vllm_qoq.checkpoint.format import QUANT_METHOD, SECTION
 from vllm_qoq.errors import shown
 from vllm_qoq.models.config import CONFIG, text_config
@@ -23,6 +23,8 @@ Resume = Literal["auto", "required", "never"]
 # What all formats get alike. vLLM's default share of the memory differs between its versions, and
 # its default of tokens a step between cards.
 _ENGINE_ARGS = {"max_num_batched_tokens": 8192, "gpu_memory_utilization": 0.9}
+WEIGHTS = "*.safetensors"
+"""The files with the weights of a checkpoint; dummies are measured where it has none."""
 # What a format says to `LLM()`, and what the process of an engine does.
 _OF_A_FORMAT = ("kv_cache_dtype", "additional_config", "quantization", "load_format", "dtype")
 _OFFLINE = (
@@ -73,6 +75,12 @@ class Subject:
     request: Request
     config: Mapping[str, Any] | None = None
     format: formats.Format | None = None
+
+    @property
+    def weights_in_words(self) -> str:
+        """Say where the weights are dummies, as they are of a checkpoint without any, too."""
+        has_dummies = self.request.engine_args.get("load_format") == "dummy"
+        return " with dummy weights" if has_dummies else ""
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,8 @@ def _model_config(model: str) -> Mapping[str, Any]:
         raise BenchError(
             f"{model}: is neither a folder nor a shape; shapes are {', '.join(SHAPES)}"
         )
-    config = read_config(folder)
+    with naming(folder):
+        config = read_config(folder)
     if SECTION in config:
         raise BenchError(
             f"{folder / CONFIG}: has a {SECTION}; name the unquantized model, or measure the "
@@ -152,33 +161,31 @@ def _check_context(job: Job, place: str, config: Mapping[str, Any]) -> None:
 def _of_format(job: Job, name: str, model: Mapping[str, Any]) -> Subject:
     how = formats.parse(name)
     folder = job.work_dir.resolve() / name
-    return Subject(
-        name,
-        how.is_ours,
-        _request(job, folder, model, {**how.engine_args(), "load_format": "dummy"}),
-        how.config(model),
-        how,
-    )
+    args = {**how.engine_args(), "load_format": "dummy"}
+    request = _request(job, folder, Path(job.model or ""), model, args)
+    return Subject(name, how.is_ours, request, how.config(model), how)
 
 
 def _of_checkpoint(job: Job, name: str, folder: Path) -> Subject:
     require_folder(folder)
-    config = read_config(folder)
+    with naming(folder):
+        config = read_config(folder)
     _check_context(job, str(folder), config)
     section = config.get(SECTION)
     is_ours = isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD
-    has_weights = any(folder.glob("*.safetensors"))
+    has_weights = any(folder.glob(WEIGHTS))
     more = {} if has_weights else {"load_format": "dummy"}
-    return Subject(name, is_ours, _request(job, folder.resolve(), config, more))
+    return Subject(name, is_ours, _request(job, folder.resolve(), folder, config, more))
 
 
 def _request(
-    job: Job, folder: Path, config: Mapping[str, Any], engine_args: Mapping[str, Any]
+    job: Job, folder: Path, given: Path, config: Mapping[str, Any], engine_args: Mapping[str, Any]
 ) -> Request:
+    """Make the request of an engine for the model in `folder`, whose `config` is in `given`."""
     vocabulary = text_config(config).get("vocab_size")
     if type(vocabulary) is not int or not 0 < vocabulary < 1 << 31:
         raise BenchError(
-            f"{folder / CONFIG}: vocab_size: {shown(vocabulary)} is not a number of tokens; mend it"
+            f"{given / CONFIG}: vocab_size: {shown(vocabulary)} is not a number of tokens; mend it"
         )
     return Request(
         model=str(folder),

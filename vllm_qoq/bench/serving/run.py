@@ -99,7 +99,7 @@ def _fingerprint(subject: Subject, environment: Mapping[str, Any]) -> str:
     request = subject.request
     return work.fingerprint(
         {
-            "config": subject.config or request.model,
+            "model": work.identity(subject),
             "engine_args": request.engine_args,
             "repeats": request.repeats,
             "largest": request.sizes[-1],
@@ -158,7 +158,7 @@ def _engine(subject: Subject, work_dir: Path, ends: float | None, quiet: bool) -
         left_out = "no time was left (--minutes)"
     else:
         if not quiet:
-            say(f"{subject.name}: starting an engine ({log})")
+            say(f"{subject.name}: starting an engine{subject.weights_in_words} ({log})")
         code = _run(subject, work_dir, ends, quiet)
         if code is None:
             left_out = "the time was over (--minutes)"

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _HEIGHT = 0.38
+_LEAST = 1.6  # inches, of which one model leaves the axis and the legend too few
 _OURS, _PEER = plots.METHODS["w4a8"].colour, plots.GREY
 
 
@@ -29,10 +30,10 @@ def figure(table: Table) -> Figure:
         finding(table),
         f"New tokens a second, {prompt} tokens in and {new} out, each at its best batch; the time "
         "of the prompts is counted in. Dummy weights of the models' shapes.",
-        height=0.62 * len(table.rows) + 0.7,
+        height=max(0.62 * len(table.rows) + 0.7, _LEAST),
     )
     axes = drawn.subplots()
-    longest = max(row.ours.tokens_per_second for row in table.rows)
+    longest = max(one.tokens_per_second for row in table.rows for one in (row.ours, row.peer))
     for place, row in enumerate(table.rows):
         for one, y, colour in (
             (row.peer, place - _HEIGHT / 2, _PEER),

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from vllm_qoq.bench import BenchError
-from vllm_qoq.bench.serving.job import Resume, Subject
+from vllm_qoq.bench.serving.job import WEIGHTS, Resume, Subject
+from vllm_qoq.checkpoint.folder import read_config
 from vllm_qoq.checkpoint.replace import NO_LOCKS
 from vllm_qoq.models.config import CONFIG
 
@@ -99,6 +100,19 @@ def fingerprint(depends: Mapping[str, Any], environment: Mapping[str, Any]) -> s
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
 
 
+def identity(subject: Subject) -> object:
+    """Say which model a subject is: its config, and of a checkpoint the files with its weights.
+
+    A file is the same while its size and its time of change are.
+    """
+    if subject.config is not None:
+        return subject.config
+    folder = Path(subject.request.model)
+    weights = sorted(folder.glob(WEIGHTS))
+    stats = {file.name: (file.stat().st_size, file.stat().st_mtime_ns) for file in weights}
+    return {"folder": str(folder), "config": read_config(folder), "files": stats}
+
+
 def prepare(work: Path, requests: Mapping[str, Fingerprinted], resume: Resume) -> None:
     """Write the request of each subject.
 
@@ -149,6 +163,6 @@ def _check_same(request: Path, expected: str) -> None:
         found = None
     if not isinstance(found, dict) or found.get("fingerprint") != expected:
         raise BenchError(
-            f"{request}: is of a run with another engine, GPU or version; choose another "
+            f"{request}: is of a run with another model, engine, GPU or version; choose another "
             "--work-dir, or begin anew: --resume never"
         )

@@ -272,6 +272,8 @@ def _save(model: Any, folder: Path) -> None:
     values = {key: value for key, value in values.items() if key not in _UNUSED_KEYS}
     values |= {"architectures": [type(model).__name__], "dtype": "bfloat16"}
     (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+    for weights in folder.glob("*.safetensors"):  # which safetensors lets only its user read
+        shutil.copymode(folder / CONFIG, weights)
     model.generation_config.save_pretrained(folder)
 
 

@@ -79,7 +79,7 @@ def _asked(
     model = subject.request.model
     depends = {
         "benchmark": "online",
-        "config": subject.config or model,
+        "model": work.identity(subject),
         "engine_args": dict(engine_args),
     }
     return Asked(
@@ -102,7 +102,7 @@ def _serve(job: OnlineJob, subject: Subject, ends: float | None, quiet: bool) ->
         left_out = "no time was left (--minutes)"
     else:
         if not quiet:
-            say(f"{subject.name}: starting a server ({log})")
+            say(f"{subject.name}: starting a server{subject.weights_in_words} ({log})")
         try:
             _ask(job, subject, rates, ends, quiet)
         except Stopped as stop:
