@@ -22,13 +22,13 @@ from warm_process import fork_where_vllm_spawns
 
 from vllm_qoq.caption import devices, folder, journal, lock, pipeline, run, status
 from vllm_qoq.caption.bounded import Bounded, Closed
-from vllm_qoq.caption.cause import cause
 from vllm_qoq.caption.errors import CaptionError, Uncaptioned
 from vllm_qoq.caption.job import Job, check
 from vllm_qoq.caption.journal import Journal
 from vllm_qoq.caption.records import Caption, Failure, Line
 from vllm_qoq.caption.shards import find
 from vllm_qoq.cli import main as cli
+from vllm_qoq.engine_log import cause
 
 BAD = {"ok.1": None, "text": "no_image", "words": "not_an_image", "cut": "damaged"}
 BAD |= {"wide": "refused", "same": "duplicate_key", "b\udcfed": "bad_name", "ok.2": None}

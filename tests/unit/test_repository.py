@@ -35,6 +35,7 @@ ARROWS = {
     "measuring": (),
     "numerics": (),
     "text_file": ("errors",),
+    "engine_log": ("errors",),
     "cards": (),
     "toolkit": (),
     "kernel_library": ("cards", "toolkit"),
@@ -73,7 +74,7 @@ ARROWS = {
         *("serving.kv", "serving.speculation", "serving.vllm_versions"),
     ),
     "bench": (
-        *(*_COMMANDS, "measuring", "ops", "plots", "cards", "kernel_library"),
+        *(*_COMMANDS, "engine_log", "measuring", "ops", "plots", "cards", "kernel_library"),
         *("serving.options", "serving.methods", "serving.kv", "serving.plugin"),
     ),
     "tuner": (
@@ -81,7 +82,7 @@ ARROWS = {
         *("serving.options", "serving.routing", "serving.methods"),
     ),
     "plots": (),
-    "caption": ("errors", "progress", "checkpoint"),
+    "caption": ("errors", "engine_log", "progress", "checkpoint"),
     "cli": (
         *(*_COMMANDS, "ops"),
         *("quantizer", "importer", "lora", "tuner", "bench", "caption", "doctor"),

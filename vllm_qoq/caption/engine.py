@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from vllm import LLM, SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from vllm_qoq.caption.cause import cause
 from vllm_qoq.caption.errors import CaptionError, Uncaptioned
 from vllm_qoq.caption.messages import Request
 from vllm_qoq.caption.records import Caption
+from vllm_qoq.engine_log import cause
 from vllm_qoq.errors import reason
 
 if TYPE_CHECKING:
