@@ -7,7 +7,7 @@ the KV cache alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
@@ -31,7 +31,7 @@ from vllm_qoq.checkpoint.folder import Checkpoint, naming
 from vllm_qoq.checkpoint.format import SECTION, Section, split_name
 from vllm_qoq.checkpoint.kv_config import UNQUANTIZED, Bits, described, short_name
 from vllm_qoq.errors import shown
-from vllm_qoq.models.config import CONFIG
+from vllm_qoq.models.config import CONFIG, text_config
 from vllm_qoq.models.vision import vision_language
 from vllm_qoq.progress import Clock
 from vllm_qoq.text_file import check_text
@@ -187,6 +187,10 @@ def check(
                 f"{place}: {CONFIG}: architectures: {shown(config.get('architectures'))}: evaluate "
                 "compares models of text alone; measure this one with `vllm-qoq perplexity`"
             )
+    if (most := _context(configs[1])) is not None and seqlen > most:
+        raise BenchError(
+            f"--seqlen {seqlen}: {model} has a context of {most} tokens; give a smaller one"
+        )
     if quantized := [described(bits) for bits in kv_bits if bits != UNQUANTIZED]:
         refuse_cache(folder, configs[0], ", ".join(quantized), "give --kv-bits 16")
     if configs[1].get(SECTION) is not None:
@@ -201,6 +205,14 @@ def check(
                 f"--against {model}: {CONFIG}: {key} is {theirs}, but {ours} in {folder}; give the "
                 "model that was quantized"
             )
+
+
+def _context(config: Mapping[str, Any]) -> int | None:
+    """Read how many tokens a model takes; None where that is not said, or RoPE is scaled."""
+    text = text_config(config)
+    most, scaling = text.get("max_position_embeddings"), ("rope_scaling", "rope_parameters")
+    is_scaled = any("factor" in (text.get(key) or ()) for key in scaling)
+    return most if isinstance(most, int) and not is_scaled else None
 
 
 def cut_windows(folder: Path, model: Path, text: Path, length: int, most: int | None) -> Windows:
