@@ -149,6 +149,22 @@ def test_heads_of_the_original_model_draft_for_a_rotated_one(rotated, original, 
     assert accepted(llm) > 10
 
 
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="not tried on a GPU")
+def test_heads_of_medusa_take_the_states_of_the_original_model(rotated, original, tmp_path):
+    head = original.write("medusa", tmp_path / "head")
+    speculative = {"method": "medusa", "model": str(head), "num_speculative_tokens": 3}
+    options = {"speculative_config": speculative, "disable_log_stats": False}
+    llm = engine(rotated, {"kv_bits": 4}, **options)
+    drafter, seen = llm.llm_engine.model_executor.driver_worker.model_runner.drafter, []
+    hook = drafter.model.register_forward_pre_hook(lambda _, taken: seen.append(*taken))
+    tokens = original.tokens[0].tolist()
+    llm.generate([{"prompt_token_ids": tokens}], SamplingParams(max_tokens=2), use_tqdm=False)
+    hook.remove()
+    assert apart(seen[0][0], original.last[0, -1]) < 0.1
+    assert generate(llm, PROMPTS, max_tokens=24) == plain(rotated, 4)
+    assert accepted(llm) > 10
+
+
 def apart(found, wanted):
     return float((found.double() - wanted).norm() / wanted.norm())
 
