@@ -784,7 +784,7 @@ def test_a_rank_that_ends_is_one_line():
     with pytest.raises(TuneError, match="a rank failed or was ended: cancelled; the log above"):
         tuned.head_seconds(1)
     ranks.llm_engine.vllm_config.parallel_config.world_size = 1
-    with pytest.raises(RuntimeError, match="^cancelled$"):
+    with pytest.raises(RuntimeError, match=r"^cancelled$"):
         tuned.head_seconds(1)
 
 
