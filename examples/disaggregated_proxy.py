@@ -115,7 +115,10 @@ class Proxy:
     async def hand_on(self, request):
         """Ask the first server that answers."""
         url, data = self._first + request.path_qs, await request.read()
-        asked = self._client.request(request.method, url, data=data, headers=_own(request))
+        headers = _own(request)
+        if kind := request.headers.get("content-type"):
+            headers["content-type"] = kind
+        asked = self._client.request(request.method, url, data=data, headers=headers)
         async with asked as answer:
             return await _passed_on(answer, request)
 

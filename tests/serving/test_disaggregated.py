@@ -7,13 +7,16 @@ how), and CI does without it: its wheels have 70 MB.
 import asyncio
 import contextlib
 import json
+import os
 import re
 import socket
 import subprocess
+import sys
 import threading
 import urllib.error
 import urllib.request
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from aiohttp import web
@@ -108,6 +111,10 @@ def test_one_server_reads_a_prompt_and_another_answers(nested_dir, tmp_path):
         for path in ("/health", "/v1/models"):
             with urllib.request.urlopen(url + path, timeout=10) as other:
                 assert other.status == 200
+        body, kind = json.dumps({"prompt": PROMPT}).encode(), {"Content-Type": "application/json"}
+        tokenize = urllib.request.Request(f"{url}/tokenize", body, kind)
+        with urllib.request.urlopen(tokenize, timeout=10) as other:
+            assert json.load(other)["count"] == answer["usage"]["prompt_tokens"]
         streamed = ask(url, prompt=PROMPT, stream=True)
     usage = answer["usage"]
     passed_on = cached_tokens(usage)
@@ -172,6 +179,45 @@ def test_the_proxy_says_what_it_refuses_and_which_server_does_not_answer():
 def test_the_script_says_how_it_is_used():
     done = subprocess.run([ROOT / "examples/disaggregate.sh"], capture_output=True, text=True)
     assert done.returncode == 2 and "CKPT PREFILL_SET DECODE_SET" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("port", "said"), [("abc", "PORT=abc: is no number of a port"), (None, "already in use")]
+)
+def test_the_script_looks_at_its_ports_first(port, said):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        environment = script_environment(port or str(taken.getsockname()[1]))
+        done = run_script(environment)
+    assert done.returncode == 1 and said in done.stderr.splitlines()[-1]
+
+
+def test_the_script_stops_all_that_it_began(tmp_path):
+    """With a stand-in for vLLM, of which one half has a child and the other ends."""
+    (tmp_path / "nixl.py").touch()
+    vllm, child = tmp_path / "vllm", tmp_path / "child"
+    vllm.write_text(
+        "#!/bin/sh\ncase $* in *kv_consumer*) sleep 1; exit 3;; esac\n"
+        f"sleep 300 & echo $! > {child}; wait\n"
+    )
+    vllm.chmod(0o755)
+    done = run_script(script_environment(str(free_port()), tmp_path))
+    assert done.returncode == 3
+    assert done.stderr.splitlines()[-1].startswith("error: the server that answers ended")
+    process = Path(f"/proc/{child.read_text().strip()}")
+    assert not process.exists() or ") Z" in (process / "stat").read_text()
+
+
+def script_environment(port, first="."):
+    """An environment whose `python` is this one; programs and modules of `first` come before."""
+    paths = os.pathsep.join((str(first), str(Path(sys.executable).parent), os.environ["PATH"]))
+    return {**os.environ, "PATH": paths, "PYTHONPATH": str(first), "PORT": port}
+
+
+def run_script(environment):
+    command = [ROOT / "examples/disaggregate.sh", "CKPT", "w8a8", "w4a8"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
 
 def nixl(role):

@@ -154,9 +154,11 @@ def test_an_lm_head_that_lost_channels_is_not_shared(built, way, tmp_path):
 
 def engine_of(method, model, head, quantization=None):
     heads = SimpleNamespace(model=str(head), quantization=quantization)
+    heads.hf_config, heads.get_hidden_size = SimpleNamespace(), lambda: HIDDEN
     return SimpleNamespace(
         model_config=SimpleNamespace(
             model=str(model),
+            get_hidden_size=lambda: HIDDEN,
             quantization="qoq",
             revision=None,
             convert_type="none",
@@ -168,6 +170,19 @@ def engine_of(method, model, head, quantization=None):
         speculative_config=SimpleNamespace(method=method, draft_model_config=heads),
         parallel_config=SimpleNamespace(pipeline_parallel_size=1),
     )
+
+
+def test_what_is_no_head_of_the_model_is_refused():
+    stored, engine = Section.parse(section(stream=STORED)), engine_of("eagle3", "OUT", "HEAD")
+    hidden_states.check_engine(stored, engine)
+    head = engine.speculative_config.draft_model_config
+    head.get_hidden_size = lambda: 2 * HIDDEN
+    with pytest.raises(UserError, match=rf"HEAD is for .* size of {2 * HIDDEN}, .*OUT has"):
+        hidden_states.check_engine(stored, engine)
+    head.hf_config.target_hidden_size = HIDDEN
+    hidden_states.check_engine(stored, engine)
+    with pytest.raises(UserError, match="OTHER is a checkpoint of vllm-qoq, not a head of eagle3"):
+        hidden_states.check_engine(stored, engine_of("eagle3", "OUT", "OTHER", "qoq"))
 
 
 def test_quantized_heads_of_mtp_are_refused():

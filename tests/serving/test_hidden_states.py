@@ -304,8 +304,15 @@ def test_generation_leaves_the_way_back_on_the_disk():
 def engine_of(runner="generate", method=None, folder="none", head="head", stages=1, **model):
     names = {"runner_type": runner, "convert_type": "none", "enable_prompt_embeds": False}
     names |= {"is_multimodal_model": False, "model": str(folder), "revision": None}
+    names |= {"quantization": "qoq", "get_hidden_size": lambda: HIDDEN}
     configs = {"hf_config": SimpleNamespace(), "hf_text_config": SimpleNamespace()}
-    drafts = SimpleNamespace(method=method, draft_model_config=SimpleNamespace(model=str(head)))
+    heads = SimpleNamespace(
+        model=str(head),
+        quantization="qoq" if head == folder else None,
+        hf_config=SimpleNamespace(),
+        get_hidden_size=lambda: HIDDEN,
+    )
+    drafts = SimpleNamespace(method=method, draft_model_config=heads)
     return SimpleNamespace(
         model_config=SimpleNamespace(**names | configs | model),
         speculative_config=drafts if method else None,

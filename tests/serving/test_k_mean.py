@@ -9,6 +9,7 @@ from plugin_units import section, tensor_parallel, vllm_config
 from vllm.config import ModelConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import QKVParallelLinear
+from vllm.model_executor.model_loader import reload
 
 from vllm_qoq.errors import FormatError
 from vllm_qoq.numerics import kv_layout, reference_attention
@@ -118,6 +119,17 @@ def test_a_mean_that_no_file_has_is_named(layer):
         layer.process_weights_after_loading(torch.bfloat16)
     load(layer.k_mean, torch.randn(2, HEAD))
     layer.process_weights_after_loading(torch.bfloat16)
+
+
+def test_a_mean_is_loaded_anew(layer, engine_config):
+    """As by `reload_weights`, after which steps and graphs read the tensor that they had."""
+    reload.record_metadata_for_reloading(layer)
+    layer.k_mean.weight_loader(layer.k_mean, torch.randn(2, HEAD))
+    before, mean = layer.k_mean.data_ptr(), torch.randn(2, HEAD)
+    reload.initialize_layerwise_reload(layer)
+    layer.k_mean.weight_loader(layer.k_mean, mean)
+    reload.finalize_layerwise_reload(layer, engine_config.model_config)
+    assert torch.equal(layer.k_mean, mean) and layer.k_mean.data_ptr() == before
 
 
 @pytest.mark.parametrize(

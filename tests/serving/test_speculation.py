@@ -12,10 +12,12 @@ from engines import TRACED, engine, generate
 from rotated_models import Original, write_rotated
 from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
+from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 
 import vllm_qoq
 from vllm_qoq.errors import UserError
+from vllm_qoq.serving.kv.backend import QuantizedKVBackend
 from vllm_qoq.serving.speculation import check_speculation
 
 # Longer than what a request verifies, and such that n-grams repeat.
@@ -120,6 +122,8 @@ def test_heads_of_the_original_model_draft_for_a_rotated_one(rotated, original, 
         options["hf_overrides"] = {"num_nextn_predict_layers": 1}
     llm = engine(rotated, {"kv_bits": 4}, **options)
     drafter = llm.llm_engine.model_executor.driver_worker.model_runner.drafter
+    caches = [m.attn_backend for m in drafter.model.modules() if isinstance(m, Attention)]
+    assert caches and not any(issubclass(cache, QuantizedKVBackend) for cache in caches)
     seen = []
     hook = drafter.model.register_forward_hook(
         lambda module, _, kwargs, output: seen.append((kwargs["hidden_states"].clone(), output)),
@@ -141,6 +145,22 @@ def test_heads_of_the_original_model_draft_for_a_rotated_one(rotated, original, 
     agree = logits[:-1].argmax(-1) == (made @ original.lm_head.T).argmax(-1)
     assert agree.double().mean() > 0.85
 
+    assert generate(llm, PROMPTS, max_tokens=24) == plain(rotated, 4)
+    assert accepted(llm) > 10
+
+
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="not tried on a GPU")
+def test_heads_of_medusa_take_the_states_of_the_original_model(rotated, original, tmp_path):
+    head = original.write("medusa", tmp_path / "head")
+    speculative = {"method": "medusa", "model": str(head), "num_speculative_tokens": 3}
+    options = {"speculative_config": speculative, "disable_log_stats": False}
+    llm = engine(rotated, {"kv_bits": 4}, **options)
+    drafter, seen = llm.llm_engine.model_executor.driver_worker.model_runner.drafter, []
+    hook = drafter.model.register_forward_pre_hook(lambda _, taken: seen.append(*taken))
+    tokens = original.tokens[0].tolist()
+    llm.generate([{"prompt_token_ids": tokens}], SamplingParams(max_tokens=2), use_tqdm=False)
+    hook.remove()
+    assert apart(seen[0][0], original.last[0, -1]) < 0.1
     assert generate(llm, PROMPTS, max_tokens=24) == plain(rotated, 4)
     assert accepted(llm) > 10
 

@@ -131,6 +131,16 @@ class Original:
         own["architectures"] = ["LlamaForCausalLMEagle3"]
         return self._save(out, tensors, num_hidden_layers=1, **own)
 
+    def _write_medusa(self, out: Path) -> Path:
+        """Linear maps of the last state, one for each token that is drafted."""
+        tensors = {}
+        for i in range(3):
+            further = fit(self.last[:, : -1 - i], self.last[:, 1 + i :])
+            tensors[f"blocks.{i}.layers.0.weight"] = torch.zeros(HIDDEN, HIDDEN)
+            tensors[f"lm_heads.{i}.weight"] = self.lm_head @ further
+        own = {"architectures": ["MedusaModel"], "model_type": "medusa", "num_heads": 3}
+        return self._save(out, tensors, num_hidden_layers=1, **own)
+
     def _layer(self, prefix: str) -> dict[str, torch.Tensor]:
         """A layer of Llama that leaves the stream as it is."""
         kv, inner = self.config["num_key_value_heads"] * 64, self.config["intermediate_size"]

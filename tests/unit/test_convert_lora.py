@@ -184,6 +184,12 @@ def test_the_language_part_of_a_model_of_images_has_other_names(smoothed_dir, ad
         ({"lora_alpha": float("nan")}, "lora_alpha: nan is not a positive number"),
         ({"lora_alpha": None}, "lora_alpha: None is not a positive number"),
         ({"r": 64}, "r is 64, but the matrices of .* are of rank 8"),
+        (
+            {"r": 64, "rank_pattern": {"q_proj": 4}},
+            r"r is 64 and of rank_pattern \[4\], but the matrices of .* are of rank 8",
+        ),
+        ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern: q_proj: 'x' is not a positive"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern: is not a JSON object"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights: 'pissa_niter_4' changes"),
         ({"bias": "all"}, "bias: 'all'"),
         ({"lora_bias": True}, "lora_bias: biases"),

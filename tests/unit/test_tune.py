@@ -9,6 +9,7 @@ import stat
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -732,7 +733,8 @@ class Ranks:
     def __init__(self, model, **answers):
         from vllm_qoq.tuner.vllm_worker import TuneWorker
 
-        config = SimpleNamespace(cache_config=SimpleNamespace(num_gpu_blocks=9))
+        cache, ranks = SimpleNamespace(num_gpu_blocks=9), SimpleNamespace(world_size=2)
+        config = SimpleNamespace(cache_config=cache, parallel_config=ranks)
         self.llm_engine, self._answers = SimpleNamespace(vllm_config=config), answers
         self._worker = type("Worker", (TuneWorker,), {"get_model": lambda self: model})()
 
@@ -771,6 +773,19 @@ def test_a_layer_takes_as_long_as_its_slowest_rank_and_a_step_as_the_rank_that_b
     answers |= {"tune_head_seconds": [None, None], "tune_end_steps": [[], []]}
     tuned = TuneEngine(Ranks(None, **answers))
     assert tuned.head_seconds(1) is None and tuned.step_seconds(Routing.forced("a"), 1) is None
+
+
+def test_a_rank_that_ends_is_one_line():
+    from vllm_qoq.tuner.vllm_engine import TuneEngine
+
+    ranks = Ranks(None, tune_groups=[[]])
+    tuned = TuneEngine(ranks)
+    ranks.collective_rpc = Mock(side_effect=RuntimeError("cancelled"))
+    with pytest.raises(TuneError, match="a rank failed or was ended: cancelled; the log above"):
+        tuned.head_seconds(1)
+    ranks.llm_engine.vllm_config.parallel_config.world_size = 1
+    with pytest.raises(RuntimeError, match=r"^cancelled$"):
+        tuned.head_seconds(1)
 
 
 @pytest.mark.parametrize("sets", [("a", "b"), ("a", "b", "c", "d")])

@@ -35,6 +35,7 @@ _REFUSED = {
     "trainable_token_indices": "tokens of the embedding",
     "layer_replication": "layers used several times",
     "use_qalora": "QALoRA",
+    "alora_invocation_tokens": "activated LoRA",
     "use_bdlora": "block-diagonal matrices",
 }
 
@@ -114,8 +115,13 @@ def _check_config(config: Mapping[str, Any]) -> None:
 
 def _check_numbers(config: Mapping[str, Any]) -> None:
     """Raise FormatError unless the adapter's scaling is a number, which vLLM takes as it is."""
-    for key in ("r", "lora_alpha"):
-        value = config.get(key)
+    numbers = {key: config.get(key) for key in ("r", "lora_alpha")}
+    for key in ("rank_pattern", "alpha_pattern"):  # of single layers
+        pattern = config.get(key) or {}
+        if not isinstance(pattern, dict):
+            raise FormatError(f"{CONFIG}: {key}: is not a JSON object, {{...}}; save it again")
+        numbers |= {f"{key}: {layers}": value for layers, value in pattern.items()}
+    for key, value in numbers.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not 0 < float(value or 0) < math.inf:
             raise FormatError(
@@ -132,11 +138,14 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
 
 def _check_ranks(config: Mapping[str, Any], pairs: Mapping[str, Pair]) -> None:
     """Raise FormatError where the scaling, lora_alpha / r, is not that of the matrices."""
-    for layer, pair in pairs.items() if not config.get("rank_pattern") else ():
-        if pair.a.shape[0] != config["r"]:
+    pattern = config.get("rank_pattern") or {}
+    ranks = {config["r"], *pattern.values()}
+    of_patterns = f" and of rank_pattern {sorted(ranks - {config['r']})}" * bool(pattern)
+    for layer, pair in pairs.items():
+        if pair.a.shape[0] not in ranks:
             raise FormatError(
-                f"{CONFIG}: r is {config['r']}, but the matrices of {layer} are of rank "
-                f"{pair.a.shape[0]}; save the adapter again"
+                f"{CONFIG}: r is {config['r']}{of_patterns}, but the matrices of {layer} are of "
+                f"rank {pair.a.shape[0]}; save the adapter again"
             )
 
 

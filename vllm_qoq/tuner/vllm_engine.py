@@ -106,4 +106,12 @@ class TuneEngine:
 
     def _ranks(self, method: Any, *arguments: object) -> list[Any]:
         """Call a method of `TuneWorker` on every rank; the results are in their order."""
-        return self._llm.collective_rpc(method.__name__, args=arguments)
+        try:
+            return self._llm.collective_rpc(method.__name__, args=arguments)
+        except RuntimeError as error:
+            if self._llm.llm_engine.vllm_config.parallel_config.world_size == 1:
+                raise  # from this process, which says more
+            raise TuneError(
+                f"a rank failed or was ended: {reason(error)}; the log above says more, and after "
+                "a kill for want of memory the system's; nothing was written"
+            ) from error

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -41,8 +40,13 @@ def add_mean(layer: nn.Module, prefix: str) -> None:
     parameter = nn.Parameter(unfilled, requires_grad=False)
     rank = parallel_state.get_tensor_model_parallel_rank()
     ranks = parallel_state.get_tensor_model_parallel_world_size()
-    loader = partial(_load, name=f"{_beside(prefix)}.{K_MEAN}", rank=rank, ranks=ranks)
-    parameter.weight_loader = loader  # type: ignore[attr-defined]
+    name = f"{_beside(prefix)}.{K_MEAN}"
+
+    # For loading weights anew, vLLM asks a loader for its name and its argument `param`.
+    def load(param: nn.Parameter, loaded: torch.Tensor) -> None:
+        _load(param, loaded, name=name, rank=rank, ranks=ranks)
+
+    parameter.weight_loader = load  # type: ignore[attr-defined]
     layer.register_parameter(K_MEAN, parameter)
 
 

@@ -119,11 +119,22 @@ def check_shared_head(norm: torch.Tensor, place: str) -> None:
 def _check_head(vllm_config: VllmConfig) -> None:
     """Raise UserError for a head that cannot be served, as far as files on this machine tell."""
     speculative, model = vllm_config.speculative_config, vllm_config.model_config
-    is_mtp, head = speculative.method == "mtp", speculative.draft_model_config.model
-    if is_mtp and head == model.model:
+    is_mtp, config = speculative.method == "mtp", speculative.draft_model_config
+    head, size = config.model, model.get_hidden_size()
+    if config.quantization == model.quantization:
         raise UserError(
             f"--speculative-config: {head} has no heads of MTP, which quantize leaves out; name "
             'the original model, {"method": "mtp", "model": ORIGINAL, ...}, whose heads fit'
+            if is_mtp
+            else f"--speculative-config: {head} is a checkpoint of vllm-qoq, not a head of "
+            f"{speculative.method}; name the head, or use it as a 'draft_model'"
+        )
+    # A head of EAGLE-3 may be of another size than its model.
+    reads = getattr(config.hf_config, "target_hidden_size", None) or config.get_hidden_size()
+    if reads != size:
+        raise UserError(
+            f"--speculative-config: {head} is for a model with a hidden size of {reads}, and "
+            f"{model.model} has {size}; name a head of the original model of this checkpoint"
         )
     has_own = not is_mtp and _has_lm_head(Path(head))
     if speculative.method == "medusa" or has_own or not Path(model.model).is_dir():

@@ -98,6 +98,7 @@ class QoQConfig(QuantizationConfig):
         self._way_back: WayBack | None = None
         self._model: weakref.ref[nn.Module] | None = None
         self._target: weakref.ref[nn.Module] | None = None
+        self._of_float_heads: set[str] = set()
         self._used: set[str] = set()
         self._unreachable: list[tuple[str, str]] = []
 
@@ -189,7 +190,7 @@ class QoQConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Choose the method of `layer`: routed if a set quantizes it, vLLM's own otherwise."""
-        if self._is_of_float_heads():
+        if self._is_of_float_heads(prefix):
             return _float_method(layer)
         self._remember_model()
         kv_cache = self.kv_cache()
@@ -210,17 +211,22 @@ class QoQConfig(QuantizationConfig):
             return UnquantizedLinearMethod()
         return self._routed(layer, prefix, methods)
 
-    def _is_of_float_heads(self) -> bool:
-        """Whether the layer in the making is of heads of MTP, which are built with this config.
+    def _is_of_float_heads(self, prefix: str) -> bool:
+        """Whether the layer `prefix` is of heads of MTP, which are built with this config.
 
         They come from another checkpoint than the model, which is built before them.
         """
         root = model_in_the_making()
+        if root is None:  # weights are loaded, after which vLLM asks about attention again
+            return prefix in self._of_float_heads
         target = self._target() if self._target is not None else None
-        if target is None and root is not None:
+        if target is None:
             self._target = weakref.ref(root)
-        is_other = root is not None and target is not None and root is not target
-        return is_other and has_float_heads(get_current_vllm_config())
+        is_other = target is not None and root is not target
+        if not is_other or not has_float_heads(get_current_vllm_config()):
+            return False
+        self._of_float_heads.add(prefix)
+        return True
 
     def _remember_model(self) -> None:
         self._model = None
