@@ -8,6 +8,7 @@ from engine_process import DEFAULT, EAGER, GRAPHS, run_engines
 from engines import engine, largest_gap
 from lora_adapters import write_adapter
 from qoq_checkpoints import write_checkpoint, write_dequantized
+from rotated_models import write_rotated
 
 from vllm_qoq import ops
 from vllm_qoq.numerics import GROUP_SIZES
@@ -182,9 +183,14 @@ def test_tensor_parallel_has_the_same_perplexity(w4a8_dir, heldout_text, tmp_pat
     assert two["perplexity"] == pytest.approx(one["perplexity"], rel=0.002)
 
 
+@pytest.fixture
+def rotated_dir(tiny_model, tmp_path):
+    return write_rotated(tiny_model, tmp_path / "rotated")
+
+
 @pytest.mark.alone  # vLLM asserts that the GPU's memory shrinks
 @pytest.mark.parametrize("level", [1, 2])
-@pytest.mark.parametrize("checkpoint", ["nested_dir", "w4a8_per_channel_dir"])
+@pytest.mark.parametrize("checkpoint", ["nested_dir", "w4a8_per_channel_dir", "rotated_dir"])
 def test_it_wakes_as_it_fell_asleep(request, tmp_path, checkpoint, level):
     spec = {
         "checkpoint": str(request.getfixturevalue(checkpoint)),

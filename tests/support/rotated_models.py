@@ -25,7 +25,7 @@ MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
 def write_rotated(model: Path, out: Path) -> Path:
-    """The nested checkpoint of the model, rotated as by `quantize`, in the folder `out`."""
+    """The nested checkpoint of the model in the folder `out`, rotated and with a mean of K."""
     source = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
     content = source.config.to_dict() | {"model_type": source.config.model_type}
     names, dimensions = layer_names(content), Dimensions.of(content)
@@ -39,9 +39,16 @@ def write_rotated(model: Path, out: Path) -> Path:
     write_nested(turned, out)
     tensors = load_file(out / "model.safetensors")
     stored = {n: (t if t.dtype == torch.int8 else t.bfloat16()).cpu() for n, t in stored.items()}
+    random = torch.Generator().manual_seed(0)
+    for layer in range(source.config.num_hidden_layers):  # any numbers will do
+        mean = torch.randn(source.config.num_key_value_heads, 64, generator=random)
+        stored[f"model.layers.{layer}.self_attn.k_mean"] = mean
     save_file(tensors | stored, out / "model.safetensors", {"format": "pt"})
     config = json.loads((out / "config.json").read_text())
-    config["quantization_config"][STREAM] = {"rotation": "stored"}
+    config["quantization_config"] |= {
+        STREAM: {"rotation": "stored"},
+        "kv_cache": {"bits": 4, "k_mean": True},
+    }
     (out / "config.json").write_text(json.dumps(config))
     return out
 
