@@ -27,7 +27,7 @@ from vllm_qoq.numerics.kv_layout import QuantizedBits
 from vllm_qoq.serving.kv import refusals as kv_refusals
 from vllm_qoq.serving.kv.backend import NAME, QuantizedKVBackend, named
 from vllm_qoq.serving.kv.cpu import CPUK8V4Backend, CPUKV4Backend, CPUKV8Backend
-from vllm_qoq.serving.kv.k_mean import REFUSING, add_mean, check_mean, loading_rules
+from vllm_qoq.serving.kv.k_mean import REFUSING, add_mean, finish_mean, loading_rules
 from vllm_qoq.serving.kv.key_bias import KeyBiasWatch
 from vllm_qoq.serving.kv.scores import sinks_of, soft_cap_of
 from vllm_qoq.serving.kv.spec import spec_of_layer
@@ -118,7 +118,7 @@ class QuantizedKVCache:
         bits = self.kv_cache.bits_of(prefix)
         if prefix in self._layers:
             self._key_biases.warn(self._layers, self.kv_cache.hadamard)
-            check_mean(layer, prefix)
+            finish_mean(layer, prefix)
             return
         self._layers[prefix] = bits
         if bits == UNQUANTIZED:

@@ -35,7 +35,7 @@ REFUSING = {re.compile(rf"\.{K_MEAN}$"): _refuse}
 def add_mean(layer: nn.Module, prefix: str) -> None:
     """Give an attention layer the parameter `k_mean`: float32 [KV heads of the rank, head size]."""
     sized: Any = layer
-    # NaN until it is loaded, so that `check_mean` sees what no file has.
+    # NaN until it is loaded, so that `finish_mean` sees what no file has.
     unfilled = torch.full((sized.num_kv_heads, sized.head_size), torch.nan, dtype=torch.float32)
     parameter = nn.Parameter(unfilled, requires_grad=False)
     rank = parallel_state.get_tensor_model_parallel_rank()
@@ -44,7 +44,11 @@ def add_mean(layer: nn.Module, prefix: str) -> None:
 
     # For loading weights anew, vLLM asks a loader for its name and its argument `param`.
     def load(param: nn.Parameter, loaded: torch.Tensor) -> None:
-        _load(param, loaded, name=name, rank=rank, ranks=ranks)
+        mine = _mine(param, loaded, name, rank, ranks)
+        if param.is_meta:  # vLLM looks at how much there is, and 0.26 leaves it at that
+            sized.k_mean_anew = mine
+        else:
+            param.data.copy_(mine)
 
     parameter.weight_loader = load  # type: ignore[attr-defined]
     layer.register_parameter(K_MEAN, parameter)
@@ -59,14 +63,16 @@ def mean_of(layer: nn.Module) -> torch.Tensor | None:
     return mean
 
 
-def check_mean(layer: nn.Module, prefix: str) -> None:
-    """Raise FormatError unless the mean of a loaded layer, if it has one, was filled.
+def finish_mean(layer: nn.Module, prefix: str) -> None:
+    """Fill in what was loaded anew, and raise FormatError unless the mean, if any, was filled.
 
     Keys of 16 bits lose it by a subtraction, which numbers beyond them would make infinite.
     """
     mean = mean_of(layer)
     if mean is None:
         return
+    if (anew := vars(layer).pop("k_mean_anew", None)) is not None:
+        mean.data.copy_(anew)
     largest = float(mean.abs().max())  # NaN if there is one
     if not math.isfinite(largest):
         raise FormatError(
@@ -114,9 +120,10 @@ def shard(mean: torch.Tensor, kv_heads: int, rank: int, ranks: int) -> torch.Ten
     return None
 
 
-def _load(
-    parameter: nn.Parameter, loaded: torch.Tensor, *, name: str, rank: int, ranks: int
-) -> None:
+def _mine(
+    parameter: nn.Parameter, loaded: torch.Tensor, name: str, rank: int, ranks: int
+) -> torch.Tensor:
+    """Take this rank's rows of a mean; FormatError for a tensor that is not one."""
     kv_heads, head_size = parameter.shape
     mine = shard(loaded, kv_heads, rank, ranks) if loaded.ndim == 2 else None
     if mine is None or mine.shape != parameter.shape or loaded.dtype != torch.float32:
@@ -124,7 +131,7 @@ def _load(
             f"{name}: is {loaded.dtype} {list(loaded.shape)}, expected float32 [KV heads, "
             f"{head_size}] with {kv_heads} KV heads for each of {ranks} ranks; {REMEDY}"
         )
-    parameter.data.copy_(mine)
+    return mine
 
 
 def _beside(prefix: str) -> str:
