@@ -60,6 +60,7 @@ half() {
 # a server that is told to stop while it starts may not, and then leave its engine behind.
 stop() {
   local group second
+  trap '' HUP INT TERM  # a second one would leave what does not end at once
   disown -a
   kill -- "${parts[@]/#/-}" 2>/dev/null || true
   for ((second = 0; second < 20; second++)); do

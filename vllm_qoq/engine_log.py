@@ -13,7 +13,7 @@ from pathlib import Path
 from vllm_qoq.errors import reason
 
 # `(Worker_TP0 pid=7) ERROR 11-28 07:43:50 [multiproc_executor.py:953] torch.OutOfMemoryError: ...`
-_PROCESS = r"(?:\([^()]*\) )*(?:ERROR (?:[^\[]*\[[^\]]*\] )?)?"
+_PROCESS = r"(?:\([^()]*\) )*(?:ERROR (?:[^\[]*\[[^\]]*\] )?)?(?:\[rank\d+\]: )?"
 _ERROR = re.compile(_PROCESS + r"(?P<error>(?:\w+\.)*\w*(?:Error|Exception|Refusal): .+)")
 # Errors that say only that something above them failed.
 _FOLLOWING = re.compile(r"Engine core initialization failed|EngineDeadError|root cause")
@@ -50,4 +50,5 @@ def cause(error: Exception, log: Path | None) -> str:
     if _FOLLOWING.search(str(error)) is None or log is None:
         return reason(error)
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return reason(RuntimeError(last_cause(lines) or error))
+    found = last_cause(lines)
+    return reason(error if found is None else RuntimeError(found))

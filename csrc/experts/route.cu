@@ -44,10 +44,13 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   counts[thread] = 0;
   __syncthreads();
   ptx::griddepcontrol_wait();
-  const auto count = [&](int expert) { return expert < 0 ? -1 : atomicAdd(counts + expert, 1); };
+  const auto take_place = [&](int expert) {
+    return expert < 0 ? -1 : atomicAdd(counts + expert, 1);
+  };
   const int first_expert = thread < pairs.count ? pairs.expert(thread) : -1;
-  const int first_place = count(first_expert);
-  for (int i = thread + threads; i < pairs.count; i += threads) rows[i] = count(pairs.expert(i));
+  const int first_place = take_place(first_expert);
+  for (int i = thread + threads; i < pairs.count; i += threads)
+    rows[i] = take_place(pairs.expert(i));
   __syncthreads();
 
   const int mine = (counts[thread] + tile - 1) / tile;

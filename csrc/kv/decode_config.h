@@ -9,15 +9,16 @@
 
 namespace qoq::kv {
 
-constexpr int kTileTokens = 32;  // a warp's step: two m16 tiles of K
+constexpr int kTileTokens = 32;  // a warp's step: two times 16 rows of K
 constexpr int kTileSteps = kTileTokens / 16;
 constexpr int kMostCopies = 8;   // copies that bring a tile: four parts of two pages
-constexpr int kHeadsOfTile = 8;  // query heads: the n of the mma
+constexpr int kHeadsOfTile = 8;  // query heads: the n of the mma, or half of its m
 // Warps of a block: as many as its shared memory has room for.
 constexpr int kMostWarps = 8;
 constexpr int kFewestWarps = 4;
-// With two head tiles a multiprocessor holds one block. What a warp computes of a tile of 4-bit
-// codes takes longer than its bytes, and three warps of a scheduler hide more of it than two.
+// For several new tokens, where shared memory has room. With two head tiles a multiprocessor holds
+// one block; what a warp computes of a tile of 4-bit codes takes longer than its bytes, and three
+// warps of a scheduler hide more of it than two.
 constexpr int kWideWarps = 12;
 // A small block table is fetched into the L2 beforehand; rows of a large one are mostly unused.
 constexpr int kLineInts = 32;
@@ -38,7 +39,7 @@ template <int kHeadSize, int kBits>
 struct Operand : Codes<kHeadSize, kBits> {
   using Base = Codes<kHeadSize, kBits>;
   static constexpr int kWords = Base::kRow / 16;                   // of 32 bits
-  static constexpr int kWordMultiplies = kHeadSize / 16 / kWords;  // m16n8k16 of a word
+  static constexpr int kWordMultiplies = kHeadSize / 16 / kWords;  // k16 of a word
   static constexpr int kPieceBytes = kWords % 4 == 0 ? 16 : kWords % 2 == 0 ? 8 : 4;  // of one load
   // What a thread has of a pair's row of V are runs, which a rotation by 32 bytes leaves in one
   // piece, and the runs of the 8 threads alternate.
@@ -105,7 +106,7 @@ struct Attention : PageValue {
   static constexpr int kWeightExponent = V::kBits == 4 ? 2 : 6;
 
   // Once it is done, a warp's ring holds what it has of its last segment.
-  static_assert(kWarpRingBytes >= kMaxGroup * kPartial * 4 && kWarpRingBytes % 16 == 0);
+  static_assert(kWarpTilesBytes >= kMaxGroup * kPartial * 4 && kWarpRingBytes % 16 == 0);
   static constexpr int kSharesBytes = kHasManyQueries ? kWarps * 52 + 80 : kWarps * 44 + 64;
 
   static constexpr int shared_bytes(int group) {

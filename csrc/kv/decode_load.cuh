@@ -127,9 +127,6 @@ class Loader {
     next_ = find(begin_ + A::kStages);
   }
 
-  // The stage of a tile's place.
-  __device__ int stage_of(int tile) const { return (tile - begin_) % A::kStages; }
-
   // Waits for a tile and returns where it is.
   __device__ uint32_t wait(int tile) const {
     const int stage = stage_of(tile);
@@ -145,6 +142,9 @@ class Loader {
   }
 
  private:
+  // The stage of a tile's place.
+  __device__ int stage_of(int tile) const { return (tile - begin_) % A::kStages; }
+
   __device__ uint32_t barrier(int stage) const { return ring_ + A::kWarpTilesBytes + stage * 8; }
 
   __device__ void load(const Place& place, int stage) {

@@ -49,7 +49,8 @@ def run(*command, **options):
 # Bytes that ptxas may spill of the GEMM on a family: beside the loop over k, of what is needed once
 # for a piece of work.
 MOST_SPILLED = {"100": 64}
-# And of the decode attention with three warps of a scheduler: what its loop reads once a tile.
+# And of the decode attention with three warps of a scheduler: what its loop reads once a tile. GPUs
+# of 12.x have no room for so many.
 MOST_SPILLED_WIDE = {"100": 48, "120": 40}
 
 
@@ -133,7 +134,9 @@ def decode_kernel(folder, page, tiles):
     ],
 )
 @pytest.mark.parametrize("code", [one.code for one in cards.FAMILIES[1:]])
-def test_the_decode_attention_with_the_fewest_registers_does_not_spill(code, page, tiles, tmp_path):
+def test_the_decode_attention_with_the_fewest_registers_spills_as_little_as_known(
+    code, page, tiles, tmp_path
+):
     said = compiled(decode_kernel(tmp_path, page, tiles), code, tmp_path)
     most = MOST_SPILLED_WIDE.get(code, 0) if tiles == "2, 12, true" else 0
     assert max(spills(said)) <= most

@@ -140,7 +140,8 @@ def _check_ranks(config: Mapping[str, Any], pairs: Mapping[str, Pair]) -> None:
     """Raise FormatError where the scaling, lora_alpha / r, is not that of the matrices."""
     pattern = config.get("rank_pattern") or {}
     ranks = {config["r"], *pattern.values()}
-    of_patterns = f" and of rank_pattern {sorted(ranks - {config['r']})}" * bool(pattern)
+    others = sorted(ranks - {config["r"]})
+    of_patterns = f" and of rank_pattern {others}" if others else ""
     for layer, pair in pairs.items():
         if pair.a.shape[0] not in ranks:
             raise FormatError(

@@ -187,9 +187,10 @@ def check(
                 f"{place}: {CONFIG}: architectures: {shown(config.get('architectures'))}: evaluate "
                 "compares models of text alone; measure this one with `vllm-qoq perplexity`"
             )
-    if (most := _context(configs[1])) is not None and seqlen > most:
+    if (most := _context(configs[1])) is not None and seqlen >= most:
         raise BenchError(
-            f"--seqlen {seqlen}: {model} has a context of {most} tokens; give a smaller one"
+            f"--seqlen {seqlen}: {model} has a context of {most} tokens, and a window takes one "
+            f"more than it has; give at most {most - 1}"
         )
     if quantized := [described(bits) for bits in kv_bits if bits != UNQUANTIZED]:
         refuse_cache(folder, configs[0], ", ".join(quantized), "give --kv-bits 16")
@@ -211,8 +212,9 @@ def _context(config: Mapping[str, Any]) -> int | None:
     """Read how many tokens a model takes; None where that is not said, or RoPE is scaled."""
     text = text_config(config)
     most, scaling = text.get("max_position_embeddings"), ("rope_scaling", "rope_parameters")
-    is_scaled = any("factor" in (text.get(key) or ()) for key in scaling)
-    return most if isinstance(most, int) and not is_scaled else None
+    parts = [part for key in scaling if isinstance(part := text.get(key), Mapping)]
+    is_scaled = any("factor" in part for part in parts)
+    return most if type(most) is int and not is_scaled else None
 
 
 def cut_windows(folder: Path, model: Path, text: Path, length: int, most: int | None) -> Windows:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from vllm_qoq.bench import BenchError
 from vllm_qoq.bench.serving.job import WEIGHTS, Resume, Subject
-from vllm_qoq.checkpoint.folder import read_config
+from vllm_qoq.checkpoint.folder import naming, read_config
 from vllm_qoq.checkpoint.replace import NO_LOCKS
 from vllm_qoq.models.config import CONFIG
 
@@ -110,7 +110,8 @@ def identity(subject: Subject) -> object:
     folder = Path(subject.request.model)
     weights = sorted(folder.glob(WEIGHTS))
     stats = {file.name: (file.stat().st_size, file.stat().st_mtime_ns) for file in weights}
-    return {"folder": str(folder), "config": read_config(folder), "files": stats}
+    with naming(folder):
+        return {"folder": str(folder), "config": read_config(folder), "files": stats}
 
 
 def prepare(work: Path, requests: Mapping[str, Fingerprinted], resume: Resume) -> None:
