@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_tools import MergeError
-from vllm_qoq.checkpoint.folder import Checkpoint, naming, read_json
+from vllm_qoq.checkpoint.folder import Checkpoint, error_context, read_json
 from vllm_qoq.checkpoint.format import SECTION, KVSection, check_set_name, split_layer
 from vllm_qoq.checkpoint.layout import KV_CACHE_LEAVES
 from vllm_qoq.checkpoint.methods import parse
@@ -67,7 +67,7 @@ def open_sources(folders: Mapping[str, Path], takes_floats: bool = False) -> lis
     """
     sources = []
     for name, folder in folders.items():
-        with naming(folder):
+        with error_context(folder):
             checkpoint = Checkpoint.open(folder)
             config = _set_config(checkpoint, takes_floats)
             _check_tensors(checkpoint)

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 import vision_models
 from rtn_checkpoints import edit, w8a8
 from safetensors.torch import load_file
@@ -33,6 +34,9 @@ from vllm_qoq.quantizer.job import quantize
 from vllm_qoq.quantizer.options import QuantizeOptions
 from vllm_qoq.quantizer.rotate import hadamard
 
+# No tower needs these. From a number of labels transformers would make a list of them.
+UNREAD = {"num_labels": "many", "layer_types": "many", "vocab_size": "many", "head_dim": "many"}
+LLAVA = "LlavaForConditionalGeneration"
 ONE_MLP = [name for name in vision_models.MODELS if "Moe" not in name]
 
 
@@ -89,21 +93,64 @@ def test_a_set_with_other_norms_is_merged_verified_and_inspected(model, tmp_path
     assert len(found.findings) == 2 and not found.notes
     for line, expected in zip(found.findings, said, strict=True):
         assert ".".join(line.split(".")[-5:]).endswith(".".join(expected.split(".")[-4:]))
-    config = json.loads((out / "config.json").read_text())["vision_config"]
-    depth = next(key for key in ("depth", "num_hidden_layers") if key in config)
-    for key, value, expected in (
-        (depth, 10**9, f"vision_config.{depth}: is more than 1024"),
-        ("hidden_size", 1 << 20, "numbers beside the language model, of which only"),
-        ("hidden_size", "many", "transformers cannot build the model that it describes"),
-    ):
-        change_config(
-            out, lambda whole, k=key, v=value: whole.update(vision_config=config | {k: v})
-        )
-        (line,) = verify(out).findings
-        assert expected in line, line
+    whole = json.loads((out / "config.json").read_text())
+    check_hostile_configs(out, whole, found.findings)
+    write_config(out, whole)
     monkeypatch.setattr(towers, "find_spec", lambda name: None)
     found = verify(out)
     assert not found.findings and "a transformers that has the model" in found.notes[0]
+
+
+def check_hostile_configs(out, whole, findings):
+    vision, text = whole["vision_config"], whole["text_config"]
+    depth = next(key for key in ("depth", "num_hidden_layers") if key in vision)
+    for change, expected in (
+        ({depth: 10**9}, f"vision_config.{depth}: 1000000000 is more than 1024"),
+        ({"patch_size": [14, 1 << 25]}, "vision_config.patch_size: 33554432 is more than 16777216"),
+        ({"deepstack_visual_indexes": [0] * 1025}, "has a length of 1025, more than 1024"),
+        ({"model_type": "whisper"}, "vision_config.model_type: 'whisper' is not supported in"),
+        ({"hidden_size": 1 << 20}, "numbers beside the language model, of which only"),
+        ({"hidden_size": "many"}, "transformers cannot build the model that it describes"),
+    ):
+        write_config(out, whole | {"vision_config": vision | change})
+        (line,) = verify(out).findings
+        assert expected in line, line
+    for change, expected in (
+        ({"model_type": "whisper"}, f"model_type: 'whisper' is not {whole['model_type']}, that of"),
+        ({"vision_config": "clip"}, "vision_config: 'clip' is not an object"),
+    ):
+        write_config(out, whole | change)
+        (line,) = verify(out).findings
+        assert line.startswith(f"config.json: {expected}"), line
+
+    unread = {"vision_config": vision | UNREAD, "text_config": text | UNREAD}
+    write_config(out, whole | unread)
+    assert tuple(towers.findings(Checkpoint.open(out))) == findings
+
+    many = {"num_hidden_layers": 20_000_000, "layer_types": None, "head_dim": 1 << 28}
+    both = {"vision_config": vision | {depth: "many"}, "text_config": text | many}
+    write_config(out, whole | both)
+    found = verify(out).findings
+    assert found and all("num_hidden_layers: 20000000 is not a whole" in line for line in found)
+
+
+@pytest.mark.parametrize(
+    "tower",
+    [
+        *({"model_type": kind} for kind in VISION_LANGUAGE[LLAVA].tower_types),
+        {"model_type": "siglip_vision_model", "vision_use_head": False},
+    ],
+)
+def test_every_tower_of_llava_is_known(tower, tmp_path):
+    parts = vision_models.MODELS["Llava"]["config"]
+    parts |= {"vision_config": parts["vision_config"] | tower}
+    config = transformers.LlavaConfig(**parts)
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
+    assert [*towers.findings(Checkpoint.open(tmp_path))] == []
+    lost = next(name for name in Checkpoint.open(tmp_path).tensors if "vision_tower" in name)
+    edit(tmp_path, lambda tensors, _: tensors.pop(lost))
+    (line,) = towers.findings(Checkpoint.open(tmp_path))
+    assert line.endswith(": missing, the model that config.json describes has it")
 
 
 def smooth(tensors, config):
@@ -154,7 +201,7 @@ def test_a_config_without_a_text_config_is_read_too():
         ({"rms_norm_eps": None, "hidden_size": None}, "text_config: missing; mend it"),
         ({"text_config": "qwen2"}, "text_config: 'qwen2' is not an object; mend it"),
         (
-            {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"},
+            {"architectures": [LLAVA], "model_type": "llava"},
             "text_config: missing; mend it",
         ),
         (
@@ -182,6 +229,10 @@ def test_a_layer_of_vllm_is_found_under_every_name_of_a_checkpoint():
 def change_config(folder, change):
     config = json.loads((folder / "config.json").read_text())
     change(config)
+    write_config(folder, config)
+
+
+def write_config(folder, config):
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -204,6 +255,7 @@ def test_an_older_file_with_a_tied_head_is_quantized(qwen, text, tmp_path):
         scaling = {"type": "mrope", "mrope_section": rope["mrope_section"]}
         config |= text | {"model_type": "qwen2_5_vl", "tie_word_embeddings": True}
         config |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+        config |= {"num_labels": "many"}  # is not read
 
     change_config(qwen, flatten)
     edit(qwen, lambda tensors, _: tensors.pop("lm_head.weight"))

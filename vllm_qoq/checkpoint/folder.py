@@ -192,7 +192,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def naming(folder: Path) -> Iterator[None]:
+def error_context(folder: Path) -> Iterator[None]:
     """Put the folder in front of what a FormatError says, for commands that read several."""
     try:
         yield

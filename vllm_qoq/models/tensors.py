@@ -29,7 +29,7 @@ EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", f"{LM_HEAD}.weight", 
 LAYERS = "model.layers."
 MOST_LAYERS = 1024
 _MOST_EXPERTS = 512
-_MOST = 1 << 24
+MOST_SIZE = 1 << 24
 
 
 class ExpectedTensors(Mapping[str, Shape]):
@@ -238,7 +238,7 @@ class _Sizes:
                 return self.key(name, most=_MOST_EXPERTS)
         raise KeyError(name)
 
-    def key(self, key: str, default: Callable[[], int] | None = None, most: int = _MOST) -> int:
+    def key(self, key: str, default: Callable[[], int] | None = None, most: int = MOST_SIZE) -> int:
         """Read the count under `key` of `config.json`; without one, take what `default` returns."""
         value = self._config.get(key)
         if value is None and key not in self._config:

@@ -32,15 +32,18 @@ _OUTER = ((_INNER, "model."), ("language_model.model.", "model."), ("language_mo
 class VisionLanguage:
     """A kind of model of images and text.
 
-    type       the `model_type` of the whole model
-    languages  the `model_type` of its text_config -> class and `model_type` of a language model
-               that computes the same of texts
-    writers    globs of the modules that write to the stream, below the model
+    type         the `model_type` of the whole model
+    languages    the `model_type` of its text_config -> class and `model_type` of a language model
+                 that computes the same of texts
+    writers      globs of the modules that write to the stream, below the model
+    tower_types  every `model_type` that its vision_config may have; older files of Qwen have there
+                 that of the whole model
     """
 
     type: str
     languages: Mapping[str, tuple[str, str]]
     writers: tuple[str, ...]
+    tower_types: tuple[str, ...]
 
 
 VISION_LANGUAGE: Mapping[str, VisionLanguage] = {
@@ -48,26 +51,31 @@ VISION_LANGUAGE: Mapping[str, VisionLanguage] = {
         "qwen2_5_vl",
         dict.fromkeys(("qwen2_5_vl_text", "qwen2_5_vl"), ("Qwen2ForCausalLM", "qwen2")),
         ("visual.merger.mlp.2",),
+        ("qwen2_5_vl", "qwen2_5_vl_vision"),
     ),
     "LlavaForConditionalGeneration": VisionLanguage(
         "llava",
         {"llama": ("LlamaForCausalLM", "llama"), "qwen2": ("Qwen2ForCausalLM", "qwen2")},
         ("multi_modal_projector.linear_2",),
+        ("clip_vision_model", "siglip_vision_model", "pixtral"),
     ),
     "Qwen3VLForConditionalGeneration": VisionLanguage(
         "qwen3_vl",
         {"qwen3_vl_text": ("Qwen3ForCausalLM", "qwen3")},
         ("visual.merger.linear_fc2", "visual.deepstack_merger_list.*.linear_fc2"),
+        ("qwen3_vl", "qwen3_vl_vision"),
     ),
     "Qwen3_5ForConditionalGeneration": VisionLanguage(
         "qwen3_5",
         {"qwen3_5_text": ("Qwen3_5ForCausalLM", "qwen3_5_text")},
         ("visual.merger.linear_fc2",),
+        ("qwen3_5", "qwen3_5_vision"),
     ),
     "Qwen3_5MoeForConditionalGeneration": VisionLanguage(
         "qwen3_5_moe",
         {"qwen3_5_moe_text": ("Qwen3_5MoeForCausalLM", "qwen3_5_moe_text")},
         ("visual.merger.linear_fc2",),
+        ("qwen3_5_moe", "qwen3_5_moe_vision"),
     ),
 }
 """Every model of images and text whose language model can be quantized, by class name.
@@ -81,7 +89,7 @@ def vision_language(config: Mapping[str, Any]) -> VisionLanguage | None:
     return VISION_LANGUAGE.get(architecture_name(config) or "")
 
 
-def towers(config: Mapping[str, Any]) -> tuple[str, ...]:
+def tower_modules(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Name the modules beside the language model; none for a model of text alone."""
     return TOWERS if vision_language(config) is not None else ()
 

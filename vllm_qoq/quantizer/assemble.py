@@ -30,7 +30,7 @@ from vllm_qoq.models.table import LayerNames
 from vllm_qoq.models.vision import (
     language_config,
     language_name,
-    towers,
+    tower_modules,
     vision_language,
     whole_name,
 )
@@ -89,7 +89,7 @@ def content(
     # The shared tensors of each module, and each set, begin a new file.
     groups = groupby((one.info for one in stored.values()), key=lambda i: i.name.partition(".")[0])
     shards = cut((list(group) for _, group in groups), job.max_shard_bytes)
-    announced = section(options, names, towers(whole.config))
+    announced = section(options, names, tower_modules(whole.config))
     others = {REPORT: json_bytes(report)}
     if changes:
         every = [one.info for one in stored.values()]

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_qoq.checkpoint import towers
-from vllm_qoq.checkpoint.folder import Checkpoint
+from vllm_qoq.checkpoint.folder import CODE_KEYS, Checkpoint
+from vllm_qoq.checkpoint.format import SECTION
 from vllm_qoq.checkpoint.language import LanguagePart, beside_language, stored_name
 from vllm_qoq.errors import reason
 from vllm_qoq.models.config import CONFIG, architecture_name
@@ -29,6 +30,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 _CHUNK_VALUES = 4 << 20
+# Keys of a `config.json` that name code or files, or that a float model does without; from a number
+# of labels a list of them would be made.
+_UNUSED_KEYS = CODE_KEYS | {
+    *(SECTION, "_name_or_path", "fusion_config", "distributed_config"),
+    *("attn_implementation", "_attn_implementation", "experts_implementation"),
+    *("num_labels", "id2label", "label2id"),
+}
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
@@ -152,7 +160,7 @@ def load_model(checkpoint: Checkpoint) -> Module:
 def _config(checkpoint: Checkpoint) -> PreTrainedConfig:
     from transformers import CONFIG_MAPPING
 
-    values = {k: v for k, v in checkpoint.config.items() if k not in towers.UNUSED_KEYS}
+    values = {k: v for k, v in checkpoint.config.items() if k not in _UNUSED_KEYS}
     names = architecture(checkpoint.config).names
     if names is not None and names.has_wrong_hidden_act:
         values["hidden_act"] = names.activation

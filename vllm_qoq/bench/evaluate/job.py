@@ -27,7 +27,7 @@ from vllm_qoq.bench.evaluate.scores import (
 from vllm_qoq.bench.evaluate.windows import Windows
 from vllm_qoq.bench.foreign import refuse_cache
 from vllm_qoq.checkpoint import hub
-from vllm_qoq.checkpoint.folder import Checkpoint, naming
+from vllm_qoq.checkpoint.folder import Checkpoint, error_context
 from vllm_qoq.checkpoint.format import SECTION, Section, split_name
 from vllm_qoq.checkpoint.kv_config import UNQUANTIZED, Bits, described, short_name
 from vllm_qoq.errors import shown
@@ -179,7 +179,7 @@ def check(
         )
     configs = []
     for place in (folder, model):
-        with naming(place):
+        with error_context(place):
             configs.append(Checkpoint.open(place).config)
     for place, config in zip((folder, model), configs, strict=True):
         if vision_language(config) is not None:

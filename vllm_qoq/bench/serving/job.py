@@ -13,7 +13,7 @@ from vllm_qoq.bench.serving.cases import BATCHES, LENGTHS, MOST, Lengths, captur
 from vllm_qoq.bench.serving.records import Request
 from vllm_qoq.bench.serving.shapes import SHAPES
 from vllm_qoq.checkpoint import hub
-from vllm_qoq.checkpoint.folder import naming, read_config, require_folder
+from vllm_qoq.checkpoint.folder import error_context, read_config, require_folder
 from vllm_qoq.checkpoint.format import QUANT_METHOD, SECTION
 from vllm_qoq.errors import shown
 from vllm_qoq.models.config import CONFIG, text_config
@@ -139,7 +139,7 @@ def _model_config(model: str) -> Mapping[str, Any]:
         raise BenchError(
             f"{model}: is neither a folder nor a shape; shapes are {', '.join(SHAPES)}"
         )
-    with naming(folder):
+    with error_context(folder):
         config = read_config(folder)
     if SECTION in config:
         raise BenchError(
@@ -168,7 +168,7 @@ def _of_format(job: Job, name: str, model: Mapping[str, Any]) -> Subject:
 
 def _of_checkpoint(job: Job, name: str, folder: Path) -> Subject:
     require_folder(folder)
-    with naming(folder):
+    with error_context(folder):
         config = read_config(folder)
     _check_context(job, str(folder), config)
     section = config.get(SECTION)
