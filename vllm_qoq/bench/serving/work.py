@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from vllm_qoq.bench import BenchError
 from vllm_qoq.bench.serving.job import WEIGHTS, Resume, Subject
-from vllm_qoq.checkpoint.folder import naming, read_config
+from vllm_qoq.checkpoint.folder import error_context, read_config
 from vllm_qoq.checkpoint.replace import NO_LOCKS
 from vllm_qoq.models.config import CONFIG
 
@@ -110,7 +110,7 @@ def identity(subject: Subject) -> object:
     folder = Path(subject.request.model)
     weights = sorted(folder.glob(WEIGHTS))
     stats = {file.name: (file.stat().st_size, file.stat().st_mtime_ns) for file in weights}
-    with naming(folder):
+    with error_context(folder):
         return {"folder": str(folder), "config": read_config(folder), "files": stats}
 
 
