@@ -14,38 +14,10 @@
 
 namespace qoq::kv {
 
-// What a warp has added up in a segment for columns 2 c and 2 c + 1.
+// The sums of columns 2 c and 2 c + 1, for the thread's channels 2 m (+ 1).
 template <class A>
-struct SumsOfEight {
+struct SumsOfEight : ColumnSums<A::kMultiplies, false> {
   static constexpr int kRunLanes = 1;
-
-  float values[A::kMultiplies][4];  // for the thread's channels 2 m (+ 1)
-  float zeros[4];                   // sums of weight * scale * zero, in two copies
-  float maximum[2], weights[2];
-
-  __device__ void clear() {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      zeros[j] = 0;
-#pragma unroll
-      for (int m = 0; m < A::kMultiplies; ++m) values[m][j] = 0;
-    }
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      maximum[j] = -INFINITY;
-      weights[j] = 0;
-    }
-  }
-
-  __device__ void multiply(const float (&factor)[2]) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      zeros[j] *= factor[j % 2];
-#pragma unroll
-      for (int m = 0; m < A::kMultiplies; ++m) values[m][j] *= factor[j % 2];
-    }
-    for (int j = 0; j < 2; ++j) weights[j] *= factor[j];
-  }
 
   // The column of the thread's j-th part.
   __device__ static int column(int j) { return 2 * (threadIdx.x % 4) + j; }
@@ -54,16 +26,7 @@ struct SumsOfEight {
   __device__ static int run_lane(int) { return threadIdx.x % 32 / 4; }
 
   __device__ float value(int j, int, int channel) const {
-    return values[channel / 2][channel % 2 * 2 + j];
-  }
-  __device__ float zero(int j) const { return zeros[j]; }
-
-  // The weights of the j-th part over all tokens.
-  __device__ float all_weights(int j) const {
-    float sum = weights[j];
-#pragma unroll
-    for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(kAllLanes, sum, lanes);
-    return sum;
+    return this->values[channel / 2][channel % 2 * 2 + j];
   }
 };
 

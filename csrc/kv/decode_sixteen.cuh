@@ -14,38 +14,10 @@
 
 namespace qoq::kv {
 
-// What a warp has added up in a segment for columns g and g + 8.
+// The sums of columns g and g + 8, for one channel after the other of the runs of two lanes.
 template <class A>
-struct SumsOfSixteen {
+struct SumsOfSixteen : ColumnSums<A::kChannels, true> {
   static constexpr int kRunLanes = 2;
-
-  float values[A::kChannels][4];  // for one channel of the runs of lanes 2 c and 2 c + 1
-  float zeros[4];                 // sums of weight * scale * zero, each twice
-  float maximum[2], weights[2];
-
-  __device__ void clear() {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      zeros[j] = 0;
-#pragma unroll
-      for (int i = 0; i < A::kChannels; ++i) values[i][j] = 0;
-    }
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      maximum[j] = -INFINITY;
-      weights[j] = 0;
-    }
-  }
-
-  __device__ void multiply(const float (&factor)[2]) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      zeros[j] *= factor[j / 2];
-#pragma unroll
-      for (int i = 0; i < A::kChannels; ++i) values[i][j] *= factor[j / 2];
-    }
-    for (int j = 0; j < 2; ++j) weights[j] *= factor[j];
-  }
 
   // The column of the thread's j-th part.
   __device__ static int column(int j) { return threadIdx.x % 32 / 4 + kHeadsOfTile * j; }
@@ -53,15 +25,8 @@ struct SumsOfSixteen {
   // The q-th lane whose runs of a row of V, which are channels, the thread has.
   __device__ static int run_lane(int q) { return 2 * (threadIdx.x % 4) + q; }
 
-  __device__ float value(int j, int q, int channel) const { return values[channel][2 * j + q]; }
-  __device__ float zero(int j) const { return zeros[2 * j]; }
-
-  // The weights of the j-th part over all tokens.
-  __device__ float all_weights(int j) const {
-    float sum = weights[j];
-#pragma unroll
-    for (int lanes = 1; lanes < 4; lanes *= 2) sum += __shfl_xor_sync(kAllLanes, sum, lanes);
-    return sum;
+  __device__ float value(int j, int q, int channel) const {
+    return this->values[channel][2 * j + q];
   }
 };
 

@@ -46,6 +46,54 @@ __device__ inline void load_words(uint32_t* words, uint32_t address, int stride)
   }
 }
 
+// What a warp has added up in a segment, of which a thread has two columns: `kCount` of the
+// products of weights and values, in the accumulators of an mma. Columns are the rows of that, or
+// its columns.
+template <int kCount, bool kAreRows>
+struct ColumnSums {
+  float values[kCount][4];
+  float zeros[4];  // sums of weight * scale * zero, in two copies
+  float maximum[2], weights[2];
+
+  // Which of the two columns an accumulator is of.
+  __device__ static constexpr int part_of(int j) { return kAreRows ? j / 2 : j % 2; }
+
+  __device__ void clear() {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      zeros[j] = 0;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) values[i][j] = 0;
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      maximum[j] = -INFINITY;
+      weights[j] = 0;
+    }
+  }
+
+  __device__ void multiply(const float (&factor)[2]) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      zeros[j] *= factor[part_of(j)];
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) values[i][j] *= factor[part_of(j)];
+    }
+    for (int j = 0; j < 2; ++j) weights[j] *= factor[j];
+  }
+
+  __device__ float zero(int j) const { return zeros[kAreRows ? 2 * j : j]; }
+
+  // The weights of the j-th column over all tokens, of which the lanes that share it have some.
+  __device__ float all_weights(int j) const {
+    float sum = weights[j];
+#pragma unroll
+    for (int lanes = kAreRows ? 1 : 4; lanes < (kAreRows ? 4 : 32); lanes *= 2)
+      sum += __shfl_xor_sync(kAllLanes, sum, lanes);
+    return sum;
+  }
+};
+
 // Brings `maximum` to the new one, `largest`, and returns what is added to scores in units of
 // log2 so that the weight of the largest is 2^kWeightExponent. `factor` is the power of two by
 // which what was added up before is multiplied.
